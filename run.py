@@ -157,7 +157,8 @@ def environment(kind: str, requirements: Sequence[str], disk: str, below: Path |
     free = shutil.disk_usage(folder.parent).free / 2**30
     say(f"  environment {folder}: needs {disk}; {free:.0f} GB free there")
     if free < 2:
-        raise Stop(f"Less than 2 GB free at {folder.parent}; set XDG_CACHE_HOME (Windows: LOCALAPPDATA) to a larger disk.")
+        variable = "LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME"
+        raise Stop(f"Too little disk at {folder.parent}; point {variable} at a larger one.")
     say(f"    {', '.join(requirements)[:400]}")
     started = time.monotonic()
     create_venv(folder)
@@ -282,8 +283,8 @@ def prepare(options: argparse.Namespace) -> tuple[Path, list[Host]]:
     bare = [host for host in hosts if host.python is None]
     size = "about 1 GB"
     if sys.platform == "linux":
-        size = "about 6 GB with the CUDA build of torch that PyPI serves, 1 to 2 GB where PIP_EXTRA_INDEX_URL names an\n" \
-               "    index with CPU builds (https://download.pytorch.org/whl/cpu)"  # fmt: skip
+        size = "about 6 GB with PyPI's CUDA build of torch, 1 to 2 GB with a CPU build (for one, set\n" \
+               "    PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu)"  # fmt: skip
     base = environment("base", [*(TRIO + COMMON if bare else TORCH), *TOOLS], size)
     for host in hosts:
         if host.python is None:
@@ -322,8 +323,8 @@ class Summary:
         for host in hosts:
             say(f"  host   {host}: {host.note}, {host.python}")
         if not hosts:
-            say("  NOT RUN: everything that needs ComfyUI. None was used; name one with --comfyui PATH or COMFYUI_PATH,")
-            say("           or let --clone-comfyui fetch the official release.")
+            say("  NOT RUN: everything that needs ComfyUI, for none was used. Name one with --comfyui PATH or")
+            say("           COMFYUI_PATH, or let --clone-comfyui fetch the official release.")
         return int(self.failed)
 
 

@@ -1,4 +1,4 @@
-"""Makes the pack importable as `lora_ensemble` (and this folder as `lora_ensemble.tests`), whatever its folder is called."""
+"""Makes the pack importable as `lora_ensemble`, and this folder as `lora_ensemble.tests`, wherever they lie."""
 
 from __future__ import annotations
 
