@@ -1,0 +1,106 @@
+"""The bank: what every adapter does to every layer of a model, held once and shared by all branches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .adapters import LowRank, Op, Span, frozen
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where one adapter's ranks lie in a stack."""
+
+    adapter: int
+    start: int
+    stop: int
+
+
+class Stack(nn.Module):
+    """Low-rank factors of all adapters for one slice of one layer, side by side along the rank.
+
+    down [R, in, *k], up [out, R] with R the sum of the ranks; alpha/rank is folded into up. One adapter is a view,
+    all of them together are one product, and equal ranks make a batched product of any run of adapters.
+    """
+
+    def __init__(self, entries: Mapping[int, LowRank], span: Span):
+        super().__init__()
+        self.span = span
+        self.down = frozen(torch.cat([op.down for op in entries.values()]).contiguous())
+        ups = [(op.up.float() * op.scale).to(op.up.dtype) for op in entries.values()]
+        self.up = frozen(torch.cat(ups, dim=1).contiguous())
+        self.slots: dict[int, Slot] = {}
+        start = 0
+        for adapter, op in entries.items():
+            self.slots[adapter] = Slot(adapter, start, start + op.down.shape[0])
+            start += op.down.shape[0]
+        widths = {slot.stop - slot.start for slot in self.slots.values()}
+        self.width = widths.pop() if len(widths) == 1 else None
+
+
+class Site(nn.Module):
+    """Everything the bank holds for one layer: its stacks, and the ops that are not low-rank, by adapter."""
+
+    def __init__(self, name: str, ops: Mapping[int, Sequence[Op]]):
+        super().__init__()
+        self.name = name
+        by_span: dict[Span, dict[int, LowRank]] = {}
+        others: dict[int, list[Op]] = {}
+        for adapter, adapter_ops in ops.items():
+            for op in adapter_ops:
+                entries = by_span.setdefault(op.span, {}) if type(op) is LowRank else None
+                if entries is not None and adapter not in entries:
+                    entries[adapter] = op
+                else:
+                    others.setdefault(adapter, []).append(op)
+        self.stacks = nn.ModuleList([Stack(entries, span) for span, entries in by_span.items() if entries])
+        self.others = nn.ModuleDict({str(adapter): nn.ModuleList(kept) for adapter, kept in others.items()})
+
+    def ops(self, adapter: int) -> list[Op]:
+        """The ops of one adapter that are not in a stack."""
+        return list(self.others[str(adapter)]) if str(adapter) in self.others else []
+
+
+class Bank(nn.Module):
+    """N adapters over the layers of one model.
+
+    adapters   per adapter: layer name -> its ops there, in the order they act
+    names      what to call each adapter in messages
+    dtype      low-rank factors and dense deltas are held in this dtype, the model's compute dtype, so that a forward
+               converts nothing; magnitudes and rotations stay as they are. None keeps the files' dtypes.
+    """
+
+    def __init__(self, adapters: Sequence[Mapping[str, Sequence[Op]]], names: Sequence[str] | None = None,
+                 dtype: torch.dtype | None = None):
+        super().__init__()
+        self.count = len(adapters)
+        self.names = tuple(names) if names is not None else tuple(str(i) for i in range(self.count))
+        by_layer: dict[str, dict[int, Sequence[Op]]] = {}
+        for i, adapter in enumerate(adapters):
+            for name, ops in adapter.items():
+                by_layer.setdefault(name, {})[i] = ops
+        # Layer names hold dots, which module names must not: sites are kept by position.
+        self.site_list = nn.ModuleList([Site(name, ops) for name, ops in by_layer.items()])
+        self.sites: dict[str, Site] = {site.name: site for site in self.site_list}
+        if dtype is not None:
+            self.hold_as(dtype)
+
+    def hold_as(self, dtype: torch.dtype) -> None:
+        """Convert the low-rank factors once."""
+        for module in self.modules():
+            if isinstance(module, Stack):
+                module.down.data, module.up.data = module.down.data.to(dtype), module.up.data.to(dtype)
+
+    def nbytes(self) -> int:
+        """Bytes of all tensors held."""
+        return sum(p.numel() * p.element_size() for p in self.parameters())
+
+
+def gain_vector(slots: Sequence[Slot], gains: Sequence[float], like: Tensor) -> Tensor:
+    """One gain per rank, for adapters of unequal strength that share a product. Shape: [sum of ranks]."""
+    return torch.tensor([g for slot, g in zip(slots, gains, strict=True) for _ in range(slot.stop - slot.start)],
+                        dtype=like.dtype, device=like.device)

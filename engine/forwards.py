@@ -1,0 +1,309 @@
+"""Routed forwards: layers of a live model that add to each row the deltas of that row's branch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.branch import Branch
+from ..kernels.lowrank import add_linear_, add_linear_batched_, add_pointwise_
+from .adapters import Bias, Decomposed, Op, part
+from .bank import Bank, Site, Slot, Stack, gain_vector
+from .geometry import Geometry, geometry_of, no_bias, plain
+from .rows import Rows
+
+Reader = Callable[[str], "Tensor | None"]
+"""(parameter name) -> the base model's tensor in fp32, or None where it cannot be read."""
+
+
+class _StackOp(Op):
+    """One adapter's part of a stack, as an op of a chain."""
+
+    def __init__(self, stack: Stack, slot: Slot):
+        super().__init__()
+        self.stack, self.slot, self.span = [stack], slot, stack.span
+
+    def delta(self, like: Tensor) -> Tensor:
+        stack, rows = self.stack[0], slice(self.slot.start, self.slot.stop)
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        down, up = stack.down[rows].to(like.device, dtype), stack.up[:, rows].to(like.device, dtype)
+        return (up @ down.flatten(1)).unflatten(1, down.shape[1:])
+
+
+class RoutedForwards:
+    """Installs a bank on the layers of one model and takes it off again.
+
+    Installing replaces `forward` on the instances found now (never a class, never a weight). Outside `rows(...)` a
+    routed layer is exactly the layer it was. Installing twice or removing twice is harmless; a layer that somebody
+    else has wrapped meanwhile keeps that wrapping, and ours inside it turns into a plain call.
+
+    report   called as report(adapter name, layer, reason) for what cannot be expressed; once per case
+    """
+
+    def __init__(self, root: nn.Module, bank: Bank, reader: Reader | None = None,
+                 report: Callable[[str, str, str], None] | None = None):
+        self.root, self.bank = root, bank
+        self.current: Rows | None = None
+        self.seen: set[str] = set()
+        self._reader = reader or (lambda name: _read(root, name))
+        self._report = report or (lambda adapter, layer, reason: None)
+        self._reported: set[tuple[str, str]] = set()
+        self._installed: list[tuple[nn.Module, Callable, Callable | None]] = []
+        self._layouts: dict[tuple[Branch, ...], Rows] = {}
+        self._cache: dict[tuple, object] = {}
+
+    def install(self) -> None:
+        if self._installed:
+            return
+        for name, site in self.bank.sites.items():
+            module = _find(self.root, name)
+            geometry = None if module is None else geometry_of(module)
+            if geometry is None:
+                self._tell("all", name, "the model has no such layer that can be routed; left out")
+                continue
+            forward = self._routed(site, module.forward, geometry)
+            self._installed.append((module, forward, module.__dict__.get("forward")))
+            module.forward = forward
+
+    def remove(self) -> None:
+        self.current = None
+        for module, forward, before in self._installed:
+            if module.__dict__.get("forward") is not forward:
+                continue
+            if before is None:
+                del module.forward
+            else:
+                module.forward = before
+        self._installed.clear()
+        self._cache.clear()
+        self._layouts.clear()
+
+    @contextmanager
+    def rows(self, branches: Sequence[Branch]) -> Iterator[None]:
+        """While open, row r of the model's batch belongs to branches[r]; rows may come in any order."""
+        key = tuple(branches)
+        layout = self._layouts.get(key)
+        if layout is None:
+            layout = self._layouts[key] = Rows(key)
+        before, self.current = self.current, layout if layout.groups else None
+        try:
+            yield
+        finally:
+            self.current = before
+
+    def _routed(self, site: Site, base: Callable[..., Tensor], geometry: Geometry) -> Callable[..., Tensor]:
+        def forward(x: Tensor, *args, **kwargs) -> Tensor:
+            y = base(x, *args, **kwargs)
+            rows = self.current
+            if rows is None:
+                return y
+            self.seen.add(site.name)
+            return self._add(site, geometry, base, rows, y, plain(x))
+
+        return forward
+
+    def _add(self, site: Site, geometry: Geometry, base: Callable, rows: Rows, y: Tensor, x: Tensor) -> Tensor:
+        if not rows.uniform and (rows.fold(y.shape[0]) is None or x.shape[0] != y.shape[0]):
+            self._tell("all", site.name, f"a batch of {x.shape[0]} does not divide into {rows.count} rows; left out")
+            return y
+        if not geometry.spatial and not y.is_contiguous():
+            y = y.contiguous()
+        if self._add_batched(site, geometry, rows, y, x):
+            return y
+        for branch, y_part, x_part, group in rows.parts(y, x):
+            gains = branch.at(site.name)
+            ops = self._others(site, gains)
+            if all(op.additive for _, _, op in ops):
+                for stack in site.stacks:
+                    self._add_stack(stack, geometry, y_part, x_part, gains)
+                for _, gain, op in ops:
+                    op.apply_(y_part, x_part, None, gain, geometry, None)
+            else:
+                self._chain(site, geometry, base, gains, y_part, x_part)
+            if group is not None:
+                rows.write_back(y, group, y_part)
+        return y
+
+    def _add_stack(self, stack: Stack, geometry: Geometry, y: Tensor, x: Tensor, gains: Sequence[float]) -> None:
+        for start, stop, gain in self._runs(stack, gains, x):
+            down, up = self._factors(stack, x)
+            down, up = down[start:stop], up[:, start:stop]
+            x_part = part(x, stack.span, geometry.x_channel, 1)
+            y_part = part(y, stack.span, geometry.channel, 0)
+            if geometry.spatial:
+                add_pointwise_(y_part, geometry.apply(x_part, down), up, gain)
+            elif y_part.ndim == 2:
+                add_linear_(y_part, x_part, down, up, gain)
+            else:
+                flat = y.view(-1, y.shape[-1])
+                flat = part(flat, stack.span, -1, 0)
+                add_linear_(flat, x_part.reshape(-1, x_part.shape[-1]), down, up, gain)
+
+    def _add_batched(self, site: Site, geometry: Geometry, rows: Rows, y: Tensor, x: Tensor) -> bool:
+        """All groups in two products, where each group is a run of equal length right after the last, with one adapter
+        each, in the order of the stack, and ranks are equal: what Composite's batch looks like. False: not that case."""
+        groups = rows.groups
+        if len(groups) < 2 or geometry.spatial or geometry.is_norm or len(site.stacks) != 1 or len(site.others):
+            return False
+        key = ("batched", site.name, rows)
+        if key not in self._cache:
+            self._cache[key] = _batchable(site, rows)
+        plan = self._cache[key]
+        if plan is None:
+            return False
+        first, gains = plan
+        stack, count = site.stacks[0], len(groups)
+        if stack.span is not None or stack.width is None:
+            return False
+        fold = rows.fold(y.shape[0])
+        start, length = groups[0].rows[0] * fold, len(groups[0].rows) * fold * count
+        y = y.narrow(0, start, length).view(count, -1, y.shape[-1])
+        x = x.narrow(0, start, length).reshape(count, -1, x.shape[-1])
+        down, up = self._factors(stack, x)
+        down = down.view(-1, stack.width, down.shape[-1])[first:first + count]
+        up = up.unflatten(1, (-1, stack.width)).movedim(1, 0)[first:first + count]
+        gain = gains[0]
+        if any(g != gain for g in gains):
+            gain = self._constant(("gains", gains), lambda: torch.tensor(gains).reshape(-1, 1, 1), x)
+        add_linear_batched_(y, x, down, up, gain)
+        return True
+
+    def _runs(self, stack: Stack, gains: Sequence[float], like: Tensor) -> list[tuple[int, int, float | Tensor]]:
+        """The active adapters of a stack as runs of neighbouring ranks: (start, stop, gain)."""
+        key = ("runs", id(stack), tuple(gains), like.dtype, like.device)
+        if key not in self._cache:
+            runs: list[list[Slot]] = []
+            for slot in stack.slots.values():
+                if not gains[slot.adapter]:
+                    continue
+                if runs and runs[-1][-1].stop == slot.start:
+                    runs[-1].append(slot)
+                else:
+                    runs.append([slot])
+            out = []
+            for run in runs:
+                values = [float(gains[slot.adapter]) for slot in run]
+                gain = values[0] if len(set(values)) == 1 else gain_vector(run, values, like)
+                out.append((run[0].start, run[-1].stop, gain))
+            self._cache[key] = out
+        return self._cache[key]
+
+    def _chain(self, site: Site, geometry: Geometry, base: Callable, gains: Sequence[float], y: Tensor, x: Tensor) -> None:
+        """Ops whose order matters, one after the other as the host's loader would change the weight."""
+        chain = self._in_order(site, gains)
+        ops = [entry for entry in chain if not isinstance(entry[2], Bias)]
+        ops = [entry for k, entry in enumerate(ops) if self._expressible(site, ops[:k], entry, x)]
+        bias = self._tensor(f"{site.name}.bias", x)
+
+        def run(k: int, x: Tensor, y: Tensor | None = None) -> Tensor:
+            if k == 0:
+                return no_bias(base(x) if y is None else y, bias, geometry)
+            out = run(k - 1, x, y)
+            _, gain, op = ops[k - 1]
+            op.apply_(out, x, lambda inner: run(k - 1, inner), gain, geometry, lambda: self._scales(site, ops, k - 1, x))
+            return out
+
+        out = run(len(ops), x, y)
+        y.copy_(out if bias is None else out + geometry.per_channel(bias, out))
+        for _, gain, op in chain:
+            if isinstance(op, Bias):
+                op.apply_(y, x, None, gain, geometry, None)
+
+    def _in_order(self, site: Site, gains: Sequence[float]) -> list[tuple[int, float, Op]]:
+        """(adapter, gain, op) of all active ops of a site in the order of the adapters."""
+        key = ("chain", site.name, tuple(gains))
+        if key not in self._cache:
+            entries = []
+            for adapter, gain in enumerate(gains):
+                if gain:
+                    entries += [(adapter, gain, _StackOp(stack, stack.slots[adapter]))
+                                for stack in site.stacks if adapter in stack.slots]
+                    entries += [(adapter, gain, op) for op in site.ops(adapter)]
+            self._cache[key] = entries
+        return self._cache[key]
+
+    def _others(self, site: Site, gains: Sequence[float]) -> list[tuple[int, float, Op]]:
+        return [(a, gains[a], op) for a in map(int, site.others) if gains[a] for op in site.ops(a)]
+
+    def _expressible(self, site: Site, before: list, entry: tuple[int, float, Op], like: Tensor) -> bool:
+        adapter, _, op = entry
+        if isinstance(op, Decomposed) and self._weight(site.name) is None:
+            self._tell(self.bank.names[adapter], site.name, "DoRA needs the base weight, which cannot be read; left out")
+            return False
+        return True
+
+    def _scales(self, site: Site, ops: list, k: int, like: Tensor) -> tuple[Tensor, bool]:
+        """Magnitude factors of the DoRA at position k of a chain; the weight is replayed once per distinct chain."""
+        key = ("scales", site.name, tuple((a, g) for a, g, _ in ops[:k + 1]), k, like.device)
+        if key not in self._cache:
+            weight = self._weight(site.name).to(like.device)
+            for _, gain, op in ops[:k]:
+                weight = op.on_weight(weight, gain)
+            self._cache[key] = ops[k][2].scales(weight)
+        return self._cache[key]
+
+    def _weight(self, name: str) -> Tensor | None:
+        return self._reader(f"{name}.weight")
+
+    def _tensor(self, name: str, like: Tensor) -> Tensor | None:
+        """A small tensor of the base model, read once per run."""
+        key = ("read", name)
+        if key not in self._cache:
+            self._cache[key] = self._reader(name)
+        value = self._cache[key]
+        return None if value is None else self._constant(key, lambda: value, like)
+
+    def _constant(self, name: tuple, make: Callable[[], Tensor], like: Tensor) -> Tensor:
+        key = (*name, "on", like.dtype, like.device)
+        if key not in self._cache:
+            self._cache[key] = make().to(like.device, like.dtype)
+        return self._cache[key]
+
+    def _factors(self, stack: Stack, like: Tensor) -> tuple[Tensor, Tensor]:
+        """The stack's factors as the layer needs them: themselves, or one converted copy per run."""
+        if stack.down.dtype == like.dtype and stack.down.device == like.device:
+            return stack.down, stack.up
+        key = ("factors", id(stack), like.dtype, like.device)
+        if key not in self._cache:
+            self._cache[key] = (stack.down.to(like), stack.up.to(like))
+        return self._cache[key]
+
+    def _tell(self, adapter: str, layer: str, reason: str) -> None:
+        if (adapter, layer) not in self._reported:
+            self._reported.add((adapter, layer))
+            self._report(adapter, layer, reason)
+
+
+def _batchable(site: Site, rows: Rows) -> tuple[int, tuple[float, ...]] | None:
+    stack, length, at = site.stacks[0], len(rows.groups[0].rows), rows.groups[0].rows[0]
+    order = list(stack.slots)
+    positions, gains = [], []
+    for group in rows.groups:
+        active = [(a, g) for a, g in enumerate(group.branch.at(site.name)) if g]
+        if len(active) != 1 or active[0][0] not in stack.slots or not group.is_run:
+            return None
+        if len(group.rows) != length or group.rows[0] != at:
+            return None
+        at += length
+        positions.append(order.index(active[0][0]))
+        gains.append(float(active[0][1]))
+    if positions != list(range(positions[0], positions[0] + len(positions))):
+        return None
+    return positions[0], tuple(gains)
+
+
+def _find(root: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return root.get_submodule(name) if name else None
+    except AttributeError:
+        return None
+
+
+def _read(root: nn.Module, name: str) -> Tensor | None:
+    """Default reader: the parameter itself in fp32; None where there is none or it is not an ordinary tensor."""
+    owner, _, leaf = name.rpartition(".")
+    value = getattr(_find(root, owner), leaf, None)
+    return value.detach().float() if isinstance(value, Tensor) and value.is_floating_point() else None

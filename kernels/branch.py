@@ -1,0 +1,62 @@
+"""The two small values that every floor passes around: a branch and a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One variant of the model: how strongly each adapter of a bank acts.
+
+    gains       one number per adapter, the user's strength already multiplied in; 0 means off
+    per_module  exceptions: (module name, gains) pairs that replace `gains` for that module
+
+    Branches are values: equal gains mean the same branch, and a branch may be a dictionary key.
+    """
+
+    gains: tuple[float, ...]
+    per_module: tuple[tuple[str, tuple[float, ...]], ...] = ()
+
+    @cached_property
+    def _exceptions(self) -> dict[str, tuple[float, ...]]:
+        return dict(self.per_module)
+
+    def at(self, module: str) -> tuple[float, ...]:
+        """The gains that hold for one module of the model."""
+        return self._exceptions.get(module, self.gains) if self.per_module else self.gains
+
+    @property
+    def is_base(self) -> bool:
+        """True where no adapter acts anywhere: such rows cost nothing beyond the base model."""
+        return not any(self.gains) and not any(any(gains) for _, gains in self.per_module)
+
+    def __add__(self, other: Branch) -> Branch:
+        """The branch of two banks laid side by side: the adapters of `self`, then those of `other`."""
+        modules = dict.fromkeys([name for name, _ in self.per_module] + [name for name, _ in other.per_module])
+        return Branch(self.gains + other.gains, tuple((name, self.at(name) + other.at(name)) for name in modules))
+
+
+def one_hot(strengths: tuple[float, ...], i: int) -> Branch:
+    """Adapter i alone, at its own strength."""
+    return Branch(tuple(s if k == i else 0.0 for k, s in enumerate(strengths)))
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where a run stands when the model is called.
+
+    index     sampling step, 0 = noisiest
+    total     number of steps of the run
+    sigma     noise level of this call, in the model's own units
+    """
+
+    index: int
+    total: int
+    sigma: float
+
+    @property
+    def progress(self) -> float:
+        """0 at the first step, 1 at the last (u = j / (T - 1), methods' normalised time)."""
+        return self.index / (self.total - 1) if self.total > 1 else 0.0

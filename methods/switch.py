@@ -1,0 +1,47 @@
+"""LoRA Switch: one adapter at a time, in turn (Zhong et al. 2024, arXiv 2402.16843, section 3.1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..kernels.branch import Branch, Step, one_hot
+
+
+@dataclass(frozen=True)
+class Switch:
+    """Adapter i = floor(((t - 1) mod (k tau)) / tau) + 1 acts at step t = 1..T; with the step index j = t - 1 counted
+    from 0 that is order[(j // tau) mod k].
+
+    strengths       one per adapter
+    steps_per_lora  tau, sampling steps before the next adapter takes over
+    order           adapter indexes in the order of their turns; None: as listed
+    late            True reproduces the released code, whose callback runs at the end of a step whose index is a
+                    positive multiple of tau: every turn ends one step later, so the first one lasts tau + 1 steps
+    """
+
+    strengths: tuple[float, ...]
+    steps_per_lora: int = 5
+    order: tuple[int, ...] | None = None
+    late: bool = False
+
+    def __post_init__(self) -> None:
+        if self.steps_per_lora < 1:
+            raise ValueError(f"Switch: steps_per_lora must be at least 1, got {self.steps_per_lora}")
+        if self.order is not None and sorted(self.order) != list(range(len(self.strengths))):
+            raise ValueError(f"Switch: order must name each of the {len(self.strengths)} LoRAs once, got {self.order}")
+
+    def active(self, index: int) -> int:
+        """The adapter whose turn it is at step `index` (0 = first step)."""
+        order = self.order or tuple(range(len(self.strengths)))
+        turn = max(index - 1, 0) if self.late else index
+        return order[turn // self.steps_per_lora % len(order)]
+
+    def branches(self, step: Step) -> tuple[Branch, ...]:
+        if not self.strengths:
+            return (Branch(()),)
+        return (one_hot(self.strengths, self.active(step.index)),)
+
+    def mix(self, step: Step, predictions: Tensor) -> Tensor:
+        return predictions[0]
