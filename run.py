@@ -118,7 +118,7 @@ def pip(python: Path, arguments: Sequence[str], log: Path) -> None:
         for line in process.stdout:
             out.write(line)
             tail = [*tail[-29:], line]
-            if line.lstrip().startswith(("Downloading", "Processing /", "Installing collected")):
+            if re.match(r"\s*Downloading .* MB\)|Installing collected", line):
                 say("    " + line.strip()[:110])
     if process.wait():
         raise Stop(f"pip failed (exit {process.returncode}); the whole log is in {log}\n{''.join(tail)}")

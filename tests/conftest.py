@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from lora_ensemble.tests.server import Server
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -13,3 +21,16 @@ if "lora_ensemble" not in sys.modules:
     sys.modules[spec.name] = run = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(run)
     run.load_pack()
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One headless server of the ComfyUI under test for the whole run, with the pack and the testbed's loader nodes."""
+    from lora_ensemble.tests.server import Server
+
+    comfyui = os.environ.get("COMFYUI_UNDER_TEST")
+    if not comfyui:
+        pytest.skip("no ComfyUI; name it in COMFYUI_UNDER_TEST")
+    packs = [ROOT, ROOT / "tests" / "comfy_testbed"]
+    with Server(Path(comfyui), tmp_path_factory.mktemp("comfyui"), packs) as running:
+        yield running

@@ -1,0 +1,197 @@
+"""A real headless ComfyUI for tests and the demo: started in a folder of its own, spoken to over HTTP, always stopped.
+
+    with Server(Path("~/ComfyUI"), base=tmp_path, packs=[ROOT]) as server:
+        images = server.images(server.run(prompt))
+
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+PACK = "lora-ensemble"  # the folder in custom_nodes, and the name under which ComfyUI serves the pack's files
+FOLDERS = ("custom_nodes", "user", "models/checkpoints", "models/loras", "input", "output", "temp")
+HTTP = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # 127.0.0.1 is never behind a proxy
+
+
+class ServerError(RuntimeError):
+    """The server did not start, or stopped; carries the end of its log."""
+
+
+class PromptRefused(RuntimeError):
+    """The prompt did not pass validation; `reasons` maps node ids to messages."""
+
+    def __init__(self, answer: dict[str, Any]) -> None:
+        self.reasons = {
+            node: "; ".join(f"{error['message']}: {error['details']}" for error in entry["errors"])
+            for node, entry in (answer.get("node_errors") or {}).items()
+        }
+        super().__init__(f"{answer['error']['message']} {self.reasons or answer['error']['details']}")
+
+
+class PromptFailed(RuntimeError):
+    """A node raised while the prompt ran; `node_type` and `message` are what a user sees."""
+
+    def __init__(self, details: dict[str, Any]) -> None:
+        self.node_type, self.message = details.get("node_type", "?"), details.get("exception_message", "interrupted")
+        trace = "".join(details.get("traceback", ()))
+        super().__init__(f"{self.node_type}: {self.message}\n{trace}")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def link(source: Path, target: Path) -> None:
+    """A link where the platform allows one, else a copy."""
+    try:
+        target.symlink_to(source, target_is_directory=source.is_dir())
+    except OSError:
+        if source.is_dir():
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns(".git", "demo", "__pycache__"))
+        else:
+            shutil.copy2(source, target)
+
+
+class Server:
+    """A ComfyUI server on 127.0.0.1, with `base` as its base directory; a context manager.
+
+    comfyui: the checkout.  python: its interpreter.  packs: folders for custom_nodes/, by link; the pack itself goes
+    in as `lora-ensemble`.  No other custom node is loaded and nothing is written into the checkout.
+    """
+
+    def __init__(
+        self, comfyui: Path, base: Path, packs: Sequence[Path] = (ROOT,), python: Path | str = sys.executable
+    ) -> None:
+        self.comfyui, self.base, self.python = Path(comfyui), Path(base), str(python)
+        self.log, self.port, self.process = self.base / "server.log", 0, None
+        for folder in FOLDERS:
+            (self.base / folder).mkdir(parents=True, exist_ok=True)
+        self.names = [PACK if pack == ROOT else pack.name for pack in packs]
+        for pack, name in zip(packs, self.names, strict=True):
+            link(pack, self.base / "custom_nodes" / name)
+
+    # --- life ---
+
+    def __enter__(self) -> Server:
+        try:
+            self.start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self, timeout: float = 300.0) -> None:
+        self.port = free_port()
+        command = [self.python, "main.py", "--cpu", "--disable-auto-launch", "--disable-api-nodes"]
+        command += ["--port", str(self.port), "--base-directory", str(self.base)]
+        command += ["--database-url", f"sqlite:///{self.base / 'user' / 'comfyui.db'}"]
+        command += ["--disable-all-custom-nodes", "--whitelist-custom-nodes", *self.names]
+        env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        env |= {"LORA_ENSEMBLE_ROOT": str(ROOT), "PYTHONIOENCODING": "utf-8", "PYTHONUNBUFFERED": "1"}
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                command, cwd=self.comfyui, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+            )
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                raise ServerError(f"ComfyUI ended with exit code {self.process.returncode}\n{self.log_tail()}")
+            try:
+                self.get("/system_stats")
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.25)
+            else:
+                return
+        raise ServerError(f"ComfyUI did not answer within {timeout:.0f} s\n{self.log_tail()}")
+
+    def stop(self) -> None:
+        """End the server: as Ctrl-C would, then by force. Safe to call at any time."""
+        process, self.process = self.process, None
+        if process is None or process.poll() is not None:
+            return
+        process.send_signal(signal.SIGTERM if sys.platform == "win32" else signal.SIGINT)
+        try:
+            process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+    def log_tail(self, lines: int = 60) -> str:
+        text = self.log.read_text(encoding="utf-8", errors="replace") if self.log.is_file() else ""
+        return "\n".join(text.splitlines()[-lines:])
+
+    def failed_imports(self) -> list[str]:
+        """Custom nodes that ComfyUI could not import, with what it says of them."""
+        return re.findall(r".*IMPORT FAILED.*", self.log.read_text(encoding="utf-8", errors="replace"))
+
+    # --- HTTP ---
+
+    def get(self, path: str, **query: str) -> bytes:
+        url = f"http://127.0.0.1:{self.port}{urllib.parse.quote(path)}"
+        if query:
+            url += "?" + urllib.parse.urlencode(query)
+        with HTTP.open(url, timeout=60) as answer:
+            return answer.read()
+
+    def json(self, path: str, **query: str) -> Any:
+        return json.loads(self.get(path, **query))
+
+    def queue(self, prompt: dict[str, Any]) -> str:
+        """Queue an API-format prompt and return its id. Raises PromptRefused."""
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}/prompt",
+            data=json.dumps({"prompt": prompt}).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        try:
+            with HTTP.open(request, timeout=60) as answer:
+                return json.load(answer)["prompt_id"]
+        except urllib.error.HTTPError as error:
+            if error.code == 400:
+                raise PromptRefused(json.load(error)) from None
+            raise ServerError(f"POST /prompt: {error}\n{self.log_tail()}") from error
+
+    def run(self, prompt: dict[str, Any], timeout: float = 300.0) -> dict[str, Any]:
+        """Queue a prompt, wait for its end, and return its entry of /history. Raises PromptRefused or PromptFailed."""
+        prompt_id = self.queue(prompt)
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                raise ServerError(f"ComfyUI died while the prompt ran\n{self.log_tail()}")
+            entry = self.json(f"/history/{prompt_id}").get(prompt_id)
+            if entry is None:
+                time.sleep(0.1)
+                continue
+            for name, details in entry["status"]["messages"]:
+                if name in ("execution_error", "execution_interrupted"):
+                    raise PromptFailed(details)
+            return entry
+        raise ServerError(f"The prompt took longer than {timeout:.0f} s\n{self.log_tail()}")
+
+    def images(self, entry: dict[str, Any], node: str | None = None) -> list[bytes]:
+        """The image files that a prompt left, of one node or of all, fetched from /view."""
+        outputs = entry["outputs"]
+        found = [image for key in sorted(outputs) if node in (None, key) for image in outputs[key].get("images", ())]
+        return [self.get("/view", **{key: image[key] for key in ("filename", "subfolder", "type")}) for image in found]
