@@ -1,0 +1,126 @@
+"""Merge, Switch and Composite (Zhong et al. 2024, arXiv 2402.16843)."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+from comfy_api.latest import io
+
+from ..host.apply import apply_method, bake
+from ..host.ensemble import Ensemble
+from ..methods.composite import Composite
+from ..methods.merge import Merge
+from ..methods.switch import Switch
+from .order import OrderError, numbers_of, turns_of
+from .sockets import method_schema
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+    from comfy.sd import CLIP
+
+
+class LoRAEnsembleMerge(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return method_schema(
+            node_id="LoRAEnsembleMerge",
+            display_name="Merge LoRAs",
+            description="All LoRAs at once, their changes added up: what a chain of LoRA loaders does. "
+            "The fastest method; with many LoRAs concepts may blend or vanish.",
+            search_aliases=["multi lora", "combine loras", "lora loader", "apply lora stack"],
+            options=[
+                io.Combo.Input(
+                    "mode",
+                    options=["runtime", "baked"],
+                    default="runtime",
+                    tooltip="runtime: the LoRAs' changes are computed beside the untouched weights, also where "
+                    "those are quantized. baked: the changes are written into the weights by ComfyUI, as its LoRA "
+                    "loader does; no cost per step.",
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model: ModelPatcher, ensemble: Ensemble, mode: str, clip: CLIP | None = None) -> io.NodeOutput:
+        if mode == "baked":
+            return io.NodeOutput(*bake(model, clip, ensemble, node="Merge LoRAs"))
+        return io.NodeOutput(*apply_method(model, clip, ensemble, Merge, node="Merge LoRAs"))
+
+
+class LoRAEnsembleSwitch(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return method_schema(
+            node_id="LoRAEnsembleSwitch",
+            display_name="Switch LoRAs",
+            description="One LoRA at a time, in turn, a few sampling steps each. LoRAs cannot disturb each other "
+            "within a step, and a step costs no more than with one LoRA.",
+            search_aliases=["multi lora", "combine loras", "alternate loras", "lora schedule", "lora switch"],
+            options=[
+                io.Int.Input(
+                    "steps_per_lora",
+                    default=5,
+                    min=1,
+                    max=10000,
+                    tooltip="Sampling steps before the next LoRA takes over. Choose it so that each LoRA gets several "
+                    "turns: 5 for 50 steps or more, 2 or 3 for 20 to 30. 1 tends to distort the image.",
+                ),
+                io.String.Input(
+                    "order",
+                    default="",
+                    placeholder="as listed, or 2,1,3",
+                    tooltip="The order of the turns, as numbers of the LoRAs in the chain: 2,1,3. Empty: as listed. "
+                    "The first LoRA settles the layout, so it should be the character; avoid starting with a style.",
+                ),
+                io.Combo.Input(
+                    "turns",
+                    options=["paper", "released code"],
+                    default="paper",
+                    tooltip="paper: every turn lasts steps_per_lora steps. released code: every turn ends one step "
+                    "later, as in the authors' program, so the first one is one step longer; only to compare with it.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, order: str | None = None) -> bool | str:
+        """Checks the notation before the run; which numbers there are is only known during it."""
+        try:
+            numbers_of(order or "")
+        except OrderError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def execute(
+        cls,
+        model: ModelPatcher,
+        ensemble: Ensemble,
+        steps_per_lora: int,
+        order: str,
+        turns: str,
+        clip: CLIP | None = None,
+    ) -> io.NodeOutput:
+        order_of_turns, late = turns_of(order, ensemble), turns == "released code"
+        switch = partial(Switch, steps_per_lora=steps_per_lora, order=order_of_turns, late=late)
+        return io.NodeOutput(*apply_method(model, clip, ensemble, switch, node="Switch LoRAs"))
+
+
+class LoRAEnsembleComposite(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return method_schema(
+            node_id="LoRAEnsembleComposite",
+            display_name="Composite LoRAs",
+            description="Every LoRA predicts each step alone and the predictions are averaged, so all have their say "
+            "in every step. Costs one model evaluation per LoRA, in one batch where memory allows.",
+            search_aliases=["multi lora", "combine loras", "average loras", "lora composite"],
+        )
+
+    @classmethod
+    def execute(cls, model: ModelPatcher, ensemble: Ensemble, clip: CLIP | None = None) -> io.NodeOutput:
+        return io.NodeOutput(*apply_method(model, clip, ensemble, Composite, node="Composite LoRAs"))
+
+
+NODES: list[type[io.ComfyNode]] = [LoRAEnsembleMerge, LoRAEnsembleSwitch, LoRAEnsembleComposite]

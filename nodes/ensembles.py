@@ -1,0 +1,131 @@
+"""The nodes that make an ensemble: one LoRA after the other, or from another pack's stack."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import folder_paths
+from comfy_api.latest import io
+
+from ..host.ensemble import ROLES, Ensemble, LoRASpec
+from ..host.files import FOLDER, LoRAFileError, check_file, fingerprint
+from .sockets import LoRAStack, earlier_ensemble_input, ensemble_output, schema, strength_input
+
+
+class LoRAEnsembleLoRA(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="LoRAEnsembleLoRA",
+            display_name="LoRA (Ensemble)",
+            description="Adds one LoRA to an ensemble. Chain several, then compose them with Merge, Switch or "
+            "Composite.",
+            search_aliases=["multi lora", "several loras", "lora stack", "combine loras"],
+            inputs=[
+                io.Combo.Input(
+                    "lora_name",
+                    options=folder_paths.get_filename_list(FOLDER),
+                    tooltip="A file in ComfyUI's models/loras.",
+                ),
+                strength_input(
+                    "strength_model",
+                    "How strongly the LoRA acts on the diffusion model. May be negative; 0 leaves it out of the "
+                    "composition.",
+                ),
+                strength_input(
+                    "strength_clip",
+                    "How strongly the LoRA acts on the text encoder, if it changes it at all and a clip is connected "
+                    "to the method node. May be negative; 0 leaves the text encoder alone.",
+                ),
+                io.Combo.Input(
+                    "role",
+                    options=list(ROLES),
+                    default="auto",
+                    tooltip="What the LoRA depicts, for methods that treat characters, styles and so on differently. "
+                    "Merge, Switch and Composite do not ask.",
+                ),
+                earlier_ensemble_input(),
+            ],
+            outputs=[ensemble_output()],
+        )
+
+    @classmethod
+    def validate_inputs(cls, lora_name: str | None = None) -> bool | str:
+        """Checks the file before the run; a name that comes over a link is only known, and checked, during it."""
+        try:
+            if lora_name is not None:
+                check_file(lora_name)
+        except LoRAFileError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, lora_name: str | None = None, **others: object) -> str:
+        """Run again when the file has been replaced."""
+        return "" if lora_name is None else fingerprint(lora_name)
+
+    @classmethod
+    def execute(
+        cls, lora_name: str, strength_model: float, strength_clip: float, role: str, ensemble: Ensemble | None = None
+    ) -> io.NodeOutput:
+        check_file(lora_name)
+        return io.NodeOutput((*(ensemble or ()), LoRASpec(lora_name, strength_model, strength_clip, role)))
+
+
+class LoRAEnsembleFromStack(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="LoRAEnsembleFromStack",
+            display_name="LoRA Stack to Ensemble",
+            description="Turns a LORA_STACK, as LoRA managers and stackers of other packs make it, into an ensemble.",
+            search_aliases=["lora stack", "lora stacker", "lora manager", "convert stack"],
+            inputs=[
+                LoRAStack.Input(
+                    "lora_stack",
+                    tooltip="A LORA_STACK of any pack: a list of (file, model strength, clip strength). "
+                    "Entries named None are skipped.",
+                ),
+                earlier_ensemble_input(),
+            ],
+            outputs=[ensemble_output()],
+        )
+
+    @classmethod
+    def execute(cls, lora_stack: Sequence[tuple[str, float, float]], ensemble: Ensemble | None = None) -> io.NodeOutput:
+        loras = from_stack(lora_stack)
+        for lora in loras:
+            check_file(lora.name)
+        return io.NodeOutput((*(ensemble or ()), *loras))
+
+
+def from_stack(stack: Sequence[tuple[str, float, float]]) -> Ensemble:
+    """The LoRAs of a LORA_STACK, without its empty entries.
+
+    Raises ValueError where an entry is not (file, model strength, clip strength).
+    """
+    loras = []
+    for entry in stack:
+        try:
+            name, strength_model, strength_clip = entry
+            if name not in (None, "", "None"):
+                loras.append(LoRASpec(relative_name(name), float(strength_model), float(strength_clip)))
+        except (TypeError, ValueError, AttributeError):
+            raise ValueError(
+                f"LoRA Stack to Ensemble: {entry!r} is not (file, model strength, clip strength). "
+                "Connect a LORA_STACK output of a LoRA stacker or manager."
+            ) from None
+    return tuple(loras)
+
+
+def relative_name(name: str) -> str:
+    """A LoRA's name below the `loras` folders; some stackers hand over full paths."""
+    for folder in folder_paths.get_folder_paths(FOLDER):
+        root = os.path.join(os.path.abspath(folder), "")
+        if os.path.normpath(name).startswith(root):
+            return os.path.normpath(name)[len(root) :]
+    return name
+
+
+NODES: list[type[io.ComfyNode]] = [LoRAEnsembleLoRA, LoRAEnsembleFromStack]

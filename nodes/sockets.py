@@ -1,0 +1,82 @@
+"""The sockets and widgets that several nodes share, each with its one tooltip."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from comfy_api.latest import io
+
+CATEGORY = "LoRA Ensemble"
+# Schema fields that the oldest supported ComfyUI refuses; leaving them out is harmless.
+NEWER_FIELDS = {"search_aliases"}
+
+LoRAEnsemble = io.Custom("LORA_ENSEMBLE")
+LoRAStack = io.Custom("LORA_STACK")
+
+
+def schema(**fields: Any) -> io.Schema:
+    """io.Schema in this pack's category, without those NEWER_FIELDS that the running ComfyUI does not know."""
+    unknown = NEWER_FIELDS - set(inspect.signature(io.Schema).parameters)
+    return io.Schema(category=CATEGORY, **{name: value for name, value in fields.items() if name not in unknown})
+
+
+def method_schema(*, options: list[io.Input] | None = None, **fields: Any) -> io.Schema:
+    """The schema of a method node: model, ensemble, the method's own options, [clip] -> MODEL, CLIP."""
+    inputs = [model_input(), ensemble_input(), *(options or []), clip_input()]
+    return schema(inputs=inputs, outputs=[model_output(), clip_output()], **fields)
+
+
+def model_input() -> io.Input:
+    return io.Model.Input(
+        "model",
+        tooltip="The base diffusion model, straight from its loader or with other patches on it. It is not changed.",
+    )
+
+
+def clip_input() -> io.Input:
+    return io.Clip.Input(
+        "clip",
+        optional=True,
+        tooltip="The text encoder, for LoRAs that also change it: their changes are merged into the CLIP output. "
+        "Leave it unconnected for model-only LoRAs.",
+    )
+
+
+def ensemble_input() -> io.Input:
+    return LoRAEnsemble.Input(
+        "ensemble", tooltip="The LoRAs to compose: the last of a chain of LoRA (Ensemble) nodes, or a converted stack."
+    )
+
+
+def earlier_ensemble_input() -> io.Input:
+    return LoRAEnsemble.Input(
+        "ensemble",
+        optional=True,
+        tooltip="LoRAs that come before this one. Leave it unconnected to start a new ensemble.",
+    )
+
+
+def strength_input(name: str, tooltip: str) -> io.Input:
+    """A strength with the range of ComfyUI's own LoRA loader."""
+    return io.Float.Input(name, default=1.0, min=-100.0, max=100.0, step=0.01, tooltip=tooltip)
+
+
+def model_output() -> io.Output:
+    return io.Model.Output(
+        display_name="MODEL", tooltip="The model with the LoRAs composed while it samples. Works with any sampler node."
+    )
+
+
+def clip_output() -> io.Output:
+    return io.Clip.Output(
+        display_name="CLIP",
+        tooltip="The text encoder with the LoRAs' changes merged in; encode all prompts with it. "
+        "Nothing when no clip is connected.",
+    )
+
+
+def ensemble_output() -> io.Output:
+    return LoRAEnsemble.Output(
+        display_name="ENSEMBLE", tooltip="The LoRAs so far, in order. Connect it to the next LoRA or to a method node."
+    )
