@@ -203,7 +203,7 @@ class RoutedForwards:
                 return no_bias(base(x) if y is None else y, bias, geometry)
             out = run(k - 1, x, y)
             _, gain, op = ops[k - 1]
-            op.apply_(out, x, lambda inner: run(k - 1, inner), gain, geometry, lambda: self._scales(site, ops, k - 1, x))
+            op.apply_(out, x, lambda z: run(k - 1, z), gain, geometry, lambda: self._scales(site, ops, k - 1, x))
             return out
 
         out = run(len(ops), x, y)
@@ -231,7 +231,7 @@ class RoutedForwards:
     def _expressible(self, site: Site, before: list, entry: tuple[int, float, Op], like: Tensor) -> bool:
         adapter, _, op = entry
         if isinstance(op, Decomposed) and self._weight(site.name) is None:
-            self._tell(self.bank.names[adapter], site.name, "DoRA needs the base weight, which cannot be read; left out")
+            self._tell(self.bank.names[adapter], site.name, "DoRA needs the base weight, which is unreadable; left out")
             return False
         return True
 

@@ -69,7 +69,7 @@ def _conv(module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
 
 def plain(x: Tensor) -> Tensor:
     """An ordinary tensor of an activation that the host may have quantized on the way into a layer."""
-    return x.dequantize() if type(x) is not Tensor and hasattr(x, "dequantize") and not isinstance(x, nn.Parameter) else x
+    return x if type(x) in (Tensor, nn.Parameter) else x.dequantize()
 
 
 def no_bias(y: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:

@@ -32,11 +32,6 @@ class Branch:
         """True where no adapter acts anywhere: such rows cost nothing beyond the base model."""
         return not any(self.gains) and not any(any(gains) for _, gains in self.per_module)
 
-    def __add__(self, other: Branch) -> Branch:
-        """The branch of two banks laid side by side: the adapters of `self`, then those of `other`."""
-        modules = dict.fromkeys([name for name, _ in self.per_module] + [name for name, _ in other.per_module])
-        return Branch(self.gains + other.gains, tuple((name, self.at(name) + other.at(name)) for name in modules))
-
 
 def one_hot(strengths: tuple[float, ...], i: int) -> Branch:
     """Adapter i alone, at its own strength."""

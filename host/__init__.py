@@ -1,0 +1,1 @@
+"""The rooms that import comfy: LoRA files to bank, wrappers, memory accounting."""

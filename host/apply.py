@@ -1,0 +1,141 @@
+"""Apply an ensemble to a MODEL and a CLIP."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+
+import comfy.lora
+import comfy.model_patcher
+import torch
+
+from ..engine.bank import Bank
+from ..methods import Method
+from .composition import KEY, Composition, Layer
+from .ensemble import Ensemble, LoRASpec
+from .files import LoRAFileError, read
+from .parse import ParsedLoRA, parse
+from .wrappers import install_wrappers
+
+log = logging.getLogger("lora_ensemble")
+
+
+def apply_method(model, clip, ensemble: Ensemble, make: Callable[[tuple[float, ...]], Method], node: str,
+                 rest_on_weights: bool = False):
+    """A MODEL that composes the ensemble's LoRAs as a method says, and a CLIP with their text-encoder deltas merged.
+
+    make              builds the method from the model strengths of the LoRAs that take part (strength not 0)
+    node              display name of the node, for messages
+    rest_on_weights   what no forward can express goes into the weights through the host's own patches; right only for
+                      a method whose single branch never changes
+    Raises ValueError for an empty ensemble and LoRAFileError for files that cannot be used with this model.
+    """
+    active, parsed = _parse_all(model, clip, ensemble, node)
+    new_model = model.clone()
+    if rest_on_weights:
+        for spec, lora in zip(active, parsed, strict=True):
+            rest = {key: lora.patches[key] for key, _ in lora.left_out}
+            new_model.add_patches(rest, spec.strength_model)
+            lora.left_out = [(key, f"{reason}; merged into the weight instead") for key, reason in lora.left_out]
+    problems = [problem for spec, lora in zip(active, parsed, strict=True) for problem in _problems(spec, lora)]
+    for problem in problems:
+        log.warning("%s: %s", node, problem)
+    names = tuple(spec.name for spec in active)
+    bank = Bank([lora.layers for lora in parsed], names, compute_dtype(model.model))
+    method = make(tuple(spec.strength_model for spec in active))
+    before = model.get_attachment(KEY)
+    layers = (*(before.layers if before is not None else ()), Layer(method, names, tuple(problems)))
+    new_model.set_attachments(KEY, Composition(layers))
+    banks = [*new_model.get_additional_models_with_key(KEY), bank_patcher(bank, model.load_device, model.offload_device)]
+    new_model.set_additional_models(KEY, banks)
+    install_wrappers(new_model)
+    return new_model, merge_clip(clip, ensemble)
+
+
+def bake(model, clip, ensemble: Ensemble, node: str):
+    """The ordinary merge through the host's own weight patches: what a chain of its LoRA loaders does."""
+    active, parsed = _parse_all(model, clip, ensemble, node)
+    new_model = model.clone()
+    for spec, lora in zip(active, parsed, strict=True):
+        new_model.add_patches(lora.patches, spec.strength_model)
+    return new_model, merge_clip(clip, ensemble)
+
+
+def merge_clip(clip, ensemble: Ensemble):
+    """The CLIP with every LoRA's text-encoder delta at its clip strength; None stays None."""
+    if clip is None:
+        return None
+    key_map = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {})
+    new_clip = clip.clone()
+    for spec in ensemble:
+        if spec.strength_clip != 0:
+            new_clip.add_patches(comfy.lora.load_lora(read(spec.name), key_map, log_missing=False), spec.strength_clip)
+    return new_clip
+
+
+def compute_dtype(model) -> torch.dtype:
+    """The dtype that the base model's layers compute in."""
+    return model.manual_cast_dtype or model.get_dtype()
+
+
+def bank_patcher(bank: Bank, load_device, offload_device, disable_dynamic: bool = False):
+    """The bank as a model of its own, so that the host loads it beside the base, counts it and frees it.
+
+    `cached_patcher_init` lets the host make the copies that it keeps on further devices.
+    """
+    kind = comfy.model_patcher.ModelPatcher
+    if not disable_dynamic:
+        kind = getattr(comfy.model_patcher, "CoreModelPatcher", kind)
+    patcher = kind(bank, load_device=load_device, offload_device=offload_device)
+    patcher.cached_patcher_init = (_copied_bank_patcher, (bank, load_device, offload_device))
+    return patcher
+
+
+def _copied_bank_patcher(bank: Bank, load_device, offload_device, disable_dynamic: bool = False):
+    return bank_patcher(copy.deepcopy(bank), load_device, offload_device, disable_dynamic)
+
+
+def _parse_all(model, clip, ensemble: Ensemble, node: str) -> tuple[list[LoRASpec], list[ParsedLoRA]]:
+    if not ensemble:
+        raise ValueError(f"{node}: the ensemble is empty. Connect at least one 'LoRA (Ensemble)' node to it.")
+    key_map = comfy.lora.model_lora_keys_unet(model.model, {})
+    clip_keys = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {}) if clip is not None else {}
+    active, parsed = [], []
+    for spec in ensemble:
+        if spec.strength_model == 0 and spec.strength_clip == 0:
+            continue
+        tensors = read(spec.name)
+        lora = parse(tensors, key_map, model.model)
+        lora.unused = _unplaced(tensors, lora, clip_keys, clip is not None)
+        if not lora.patches and not (clip_keys and comfy.lora.load_lora(tensors, clip_keys, log_missing=False)):
+            family = type(model.model).__name__
+            raise LoRAFileError(f"{node}: LoRA '{spec.name}' matches no layer of this model ({family}): none of its "
+                                f"{len(tensors)} keys, '{next(iter(tensors), 'none')}' for one. It was made for another "
+                                "architecture; use it with a checkpoint of that kind, or remove it from the ensemble.")
+        if spec.strength_model != 0:
+            active.append(spec)
+            parsed.append(lora)
+    return active, parsed
+
+
+def _unplaced(tensors: dict, lora: ParsedLoRA, clip_keys: dict, has_clip: bool) -> list[str]:
+    """File keys that neither the diffusion model nor the text encoder has a place for."""
+    bases = tuple(sorted({key for key in clip_keys if isinstance(key, str)}))
+    if not has_clip:
+        return [key for key in lora.unused if not key.startswith(("lora_te", "text_encoder", "clip_"))]
+    return [key for key in lora.unused if not key.startswith(bases)]
+
+
+def _problems(spec: LoRASpec, lora: ParsedLoRA) -> list[str]:
+    """One line per kind of trouble, with a count and an example."""
+    out = []
+    by_reason: dict[str, list] = {}
+    for key, reason in lora.left_out:
+        by_reason.setdefault(reason, []).append(key)
+    for reason, keys in by_reason.items():
+        done = "" if "instead" in reason else "; left out (Merge in mode 'baked' can apply it)"
+        out.append(f"LoRA '{spec.name}': {len(keys)} keys such as {keys[0]}: {reason}{done}")
+    if lora.unused:
+        out.append(f"LoRA '{spec.name}': {len(lora.unused)} keys have no place in this model, '{lora.unused[0]}' for one")
+    return out

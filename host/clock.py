@@ -1,0 +1,60 @@
+"""Which sampling step a model call belongs to."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..kernels.branch import Step
+
+
+class Clock:
+    """Turns noise levels into steps without making the host wait for the device in every step.
+
+    Reading a noise level on an accelerator empties its queue. So it is read only until the sampler has shown that it
+    calls the model once between two of its callbacks; from then on the first call after a callback is the next step's,
+    and only a second call within a step (Heun, SDE samplers) is read. On the CPU reading costs nothing.
+
+    sigmas   the run's schedule, noisiest first, with the final 0
+    """
+
+    def __init__(self, sigmas: list[float]):
+        self.sigmas = sigmas
+        self.total = max(len(sigmas) - 1, 1)
+        self._last: Tensor | None = None
+        self._step: Step | None = None
+        self._told = False
+        self._calls = 0
+        self._single_calls = 0
+
+    def tell(self) -> None:
+        """The sampler finished a step."""
+        self._told = True
+        self._single_calls = self._single_calls + 1 if self._calls == 1 else 0
+        self._calls = 0
+
+    def step(self, timestep: Tensor) -> Step:
+        """The step of a model call at `timestep` (noise levels, one per picture, all equal). Extra passes within one
+        call (context windows, perturbed attention) bring the same tensor and are the same step."""
+        if self._step is not None and timestep is self._last:
+            return self._step
+        self._last = timestep
+        self._calls += 1
+        trusted = timestep.device.type != "cpu" and self._told and self._single_calls >= 2
+        if trusted and self._step.index + 1 < self.total:
+            index = self._step.index + 1
+            sigma = self.sigmas[index]
+        else:
+            sigma = float(timestep.flatten()[0])
+            index = self.index_of(sigma)
+        self._told = False
+        self._step = Step(index, self.total, sigma)
+        return self._step
+
+    def index_of(self, sigma: float) -> int:
+        """The step whose interval holds sigma: the nearest entry of the schedule where sigma is one, else the last
+        entry above it."""
+        steps = range(self.total)
+        nearest = min(steps, key=lambda i: abs(self.sigmas[i] - sigma))
+        if abs(self.sigmas[nearest] - sigma) <= 1e-4 * abs(self.sigmas[nearest]):
+            return nearest
+        return max((i for i in steps if self.sigmas[i] >= sigma), default=0)

@@ -1,0 +1,151 @@
+"""What a MODEL carries once a method was applied to it, and what lives while it samples."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from uuid import UUID, uuid4
+
+import torch
+from torch import Tensor, nn
+
+from ..engine.bank import Bank
+from ..engine.forwards import RoutedForwards
+from ..engine.record import RunRecord, StepRecord
+from ..kernels.branch import Branch, Step
+from ..methods import Method
+from .clock import Clock
+
+KEY = "lora_ensemble"
+
+Combo = tuple[Branch, ...]
+"""One branch per applied method: what one row of a batch is evaluated with."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One method node's share: its method, the names of its LoRAs, and what it could not express at load."""
+
+    method: Method
+    names: tuple[str, ...]
+    problems: tuple[str, ...] = ()
+
+
+@dataclass
+class Composition:
+    """The attachment of a patched MODEL. Method nodes in a row make several layers: the branches multiply, and the
+    predictions of the last one are mixed first.
+
+    Clones of a MODEL share this object, so the record of the last run can be read from any of them; everything that
+    belongs to one run is in `Run`, which exists only while it samples.
+    """
+
+    layers: tuple[Layer, ...]
+    record: RunRecord | None = None
+    runs: list[Run] = field(default_factory=list)
+
+    def on_model_patcher_clone(self) -> Composition:
+        """Called by the host: attachments without this method would be shared too, but not by contract."""
+        return self
+
+    @property
+    def run(self) -> Run | None:
+        """The run that is sampling now; the innermost where one run starts another."""
+        return self.runs[-1] if self.runs else None
+
+    def begin(self, sigmas: Tensor) -> Run:
+        run = Run(self.layers, sigmas)
+        self.runs.append(run)
+        self.record = run.record
+        return run
+
+    def end(self, run: Run, finished: bool) -> None:
+        run.close(finished)
+        self.runs.remove(run)
+
+
+class Run:
+    """State of one sampling run: fresh at its start, gone at its end."""
+
+    def __init__(self, layers: Sequence[Layer], sigmas: Tensor):
+        self.layers = layers
+        self.clock = Clock(sigmas.detach().float().cpu().tolist())
+        self.record = RunRecord([type(layer.method).__name__ for layer in layers],
+                                [list(layer.names) for layer in layers],
+                                problems=[problem for layer in layers for problem in layer.problems])
+        self.combos: dict[UUID, Combo] = {}
+        self.single: Combo | None = None
+        self.views: dict[int, object] = {}
+        self._tags: dict[tuple[UUID, Combo], UUID] = {}
+        self._routed: dict[int, tuple[nn.Module, list[RoutedForwards]]] = {}
+        self._since = time.perf_counter()
+
+    def plan(self, timestep: Tensor) -> tuple[Step, list[Combo]]:
+        """The step this call belongs to, and every combination of branches it evaluates."""
+        step = self.clock.step(timestep)
+        combos = list(product(*(layer.method.branches(step) for layer in self.layers)))
+        if not self.record.steps or self.record.steps[-1].index != step.index:
+            self._close_step()
+            branches = [[list(branch.gains) for branch in combo] for combo in combos]
+            self.record.steps.append(StepRecord(step.index, step.sigma, branches))
+        return step, combos
+
+    def mix(self, step: Step, predictions: Tensor, depth: int = 0) -> Tensor:
+        """Mix predictions [combos, ...] of all layers from `depth` on, the last layer's first."""
+        layers = self.layers[depth:]
+        if len(layers) > 1:
+            outer = len(layers[0].method.branches(step))
+            inner = predictions.unflatten(0, (outer, -1))
+            predictions = torch.stack([self.mix(step, part, depth + 1) for part in inner])
+        return layers[0].method.mix(step, predictions)
+
+    def tag(self, cond: UUID, combo: Combo) -> UUID:
+        """An identity for a cond under one combination of branches: what caches keyed by cond must tell apart."""
+        key = (cond, combo)
+        if key not in self._tags:
+            self._tags[key] = uuid4()
+            self.combos[self._tags[key]] = combo
+        return self._tags[key]
+
+    def routed(self, root: nn.Module, banks: Callable[[], list[Bank]],
+               reader: Callable[[str], Tensor | None]) -> list[RoutedForwards]:
+        """The routed forwards on one live diffusion model, installed on first sight (delegates and multi-GPU clones
+        have modules of their own)."""
+        if id(root) not in self._routed:
+            forwards = [RoutedForwards(root, bank, reader, self._problem) for bank in banks()]
+            self._routed[id(root)] = (root, forwards)
+            for routed in forwards:
+                routed.install()
+        return self._routed[id(root)][1]
+
+    def count(self, rows: int) -> None:
+        if self.record.steps:
+            self.record.steps[-1].calls += 1
+            self.record.steps[-1].rows += rows
+
+    def close(self, finished: bool) -> None:
+        self._close_step()
+        self.record.finished = finished
+        for _, forwards in self._routed.values():
+            for routed in reversed(forwards):
+                self._unseen(routed)
+                routed.remove()
+        self._routed.clear()
+
+    def _unseen(self, routed: RoutedForwards) -> None:
+        """Name layers that hold adapters but were never called: the model reads their weights in another way."""
+        missed = [name for name in routed.bank.sites if routed.seen and name not in routed.seen]
+        if missed and self.record.finished:
+            self._problem("all", missed[0], f"{len(missed)} layers were never called in this run; their LoRA keys had "
+                                            "no effect")
+
+    def _problem(self, adapter: str, layer: str, reason: str) -> None:
+        self.record.problems.append(f"{adapter}: {layer}: {reason}")
+
+    def _close_step(self) -> None:
+        now = time.perf_counter()
+        if self.record.steps:
+            self.record.steps[-1].seconds = now - self._since
+        self._since = now

@@ -1,0 +1,26 @@
+"""What travels on a LORA_ENSEMBLE socket: names and numbers. Nothing is loaded until a method needs it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+ROLES = ("auto", "character", "clothing", "object", "style", "background")
+
+
+@dataclass(frozen=True)
+class LoRASpec:
+    """One LoRA of an ensemble.
+
+    name             file name below ComfyUI's `loras` folders
+    strength_model   multiplies the delta of the diffusion model; 0 leaves the LoRA out of the composition
+    strength_clip    multiplies the delta of the text encoder
+    role             what the LoRA depicts, one of ROLES
+    """
+
+    name: str
+    strength_model: float
+    strength_clip: float
+    role: str = "auto"
+
+
+Ensemble = tuple[LoRASpec, ...]

@@ -1,0 +1,167 @@
+"""The three wrappers that make a MODEL compose. They are plain functions without state: wrapper lists are copied,
+deeply in some releases, with every clone; the state is found at run time on the model that samples."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from functools import partial
+
+import comfy.lora
+import comfy.model_patcher
+import torch
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor
+
+from ..engine.bank import Bank
+from .composition import KEY, Composition, Run
+from .control import ControlView
+
+
+def install_wrappers(model) -> None:
+    """Add the wrappers to a MODEL; once, however many methods are chained."""
+    for kind, wrapper in ((WrappersMP.OUTER_SAMPLE, outer_sample), (WrappersMP.CALC_COND_BATCH, calc_cond_batch),
+                          (WrappersMP.APPLY_MODEL, apply_model)):
+        if not model.get_wrappers(kind, KEY):
+            model.add_wrapper_with_key(kind, KEY, wrapper)
+
+
+def outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=None, callback=None, *args, **kwargs):
+    """One run: state begins here and ends here, however it ends."""
+    composition: Composition | None = executor.class_obj.model_patcher.get_attachment(KEY)
+    if composition is None:
+        return executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, *args, **kwargs)
+    run = composition.begin(sigmas)
+    finished = False
+
+    def told(*step):
+        run.clock.tell()
+        return callback(*step) if callback is not None else None
+
+    try:
+        out = executor(noise, latent_image, sampler, sigmas, denoise_mask, told, *args, **kwargs)
+        finished = True
+        return out
+    finally:
+        composition.end(run, finished)
+
+
+def calc_cond_batch(executor, model, conds, x_in, timestep, model_options):
+    """Evaluate every branch of this step for every cond of the caller, in the host's own batches, and mix."""
+    run = _active(model)
+    if run is None:
+        return executor(model, conds, x_in, timestep, model_options)
+    step, combos = run.plan(timestep)
+    if len(combos) == 1:
+        run.single = combos[0]
+        return executor(model, conds, x_in, timestep, model_options)
+    run.single = None
+    # The host takes conds from the end of its list: reversed here, rows come out with branches in order and the conds
+    # of one branch side by side, which is the layout that the engine computes in the fewest products.
+    wide = [_branch_cond(run, cond, combo) for combo in reversed(combos) for cond in conds]
+    outs = executor(model, wide, x_in, timestep, _caller_options(model_options, len(conds)))
+    mixed = []
+    for i, cond in enumerate(conds):
+        own = outs[i::len(conds)][::-1]
+        mixed.append(own[0] if cond is None else run.mix(step, torch.stack(own)))
+    return mixed
+
+
+def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kwargs):
+    """Tell the routed forwards which branch each row belongs to, and inner code which cond its caller meant."""
+    options = transformer_options if transformer_options is not None else {}
+    model = executor.class_obj
+    run = _active(model)
+    if run is None:
+        return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+    uuids = options.get("uuids") or [None]
+    combos = [run.combos.get(uuid, run.single) for uuid in uuids]
+    if None in combos:
+        # A node called the model on its own while several branches are open: none of them is meant.
+        return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+    options = _caller_indexes(options)
+    per_cond = x.shape[0] // len(combos)
+    run.count(x.shape[0])
+    with ExitStack() as stack:
+        for k, routed in enumerate(run.routed(_unwrapped(model.diffusion_model), partial(_banks, model),
+                                              partial(_read, model.current_patcher))):
+            stack.enter_context(routed.rows([combo[k] for combo in combos for _ in range(per_cond)]))
+        return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+
+
+def _active(model) -> Run | None:
+    patcher = getattr(model, "current_patcher", None)
+    composition = patcher.get_attachment(KEY) if patcher is not None else None
+    return composition.run if composition is not None else None
+
+
+def _banks(model) -> list[Bank]:
+    """The banks on this model's device: a multi-GPU clone carries copies of its own."""
+    return [patcher.model for patcher in model.current_patcher.get_additional_models_with_key(KEY)]
+
+
+def _unwrapped(module):
+    """The module itself where torch.compile has put a shell around it."""
+    return getattr(module, "_orig_mod", module)
+
+
+_INDEXES = f"{KEY}_conds"
+
+
+def _branch_cond(run: Run, cond, combo):
+    """The caller's cond list for one branch: the same conds under identities of their own."""
+    if cond is None:
+        return None
+    out = []
+    for entry in cond:
+        entry = {**entry, "uuid": run.tag(entry.get("uuid"), combo)}
+        control = entry.get("control")
+        if control is not None:
+            # One view per control: the host batches conds whose control is the same object.
+            entry["control"] = run.views.setdefault(id(control), ControlView(control, _caller_indexes))
+        out.append(entry)
+    return out
+
+
+def _caller_options(model_options: dict, caller_conds: int) -> dict:
+    """Model options for the wide batch: they say how many conds the caller has, and show an outer function wrapper the
+    caller's indexes."""
+    options = {**model_options}
+    options["transformer_options"] = {**options.get("transformer_options", {}), _INDEXES: caller_conds}
+    wrapper = options.get("model_function_wrapper")
+    if wrapper is not None:
+        def with_caller_indexes(apply, args):
+            inner = _caller_indexes(args["c"]["transformer_options"])
+            return wrapper(apply, {**args, "c": {**args["c"], "transformer_options": inner},
+                                   "cond_or_uncond": inner["cond_or_uncond"]})
+        options["model_function_wrapper"] = with_caller_indexes
+    return options
+
+
+def _caller_indexes(options: dict) -> dict:
+    """Transformer options with `cond_or_uncond` in the caller's meaning; inner code must never see branch numbers."""
+    count = options.get(_INDEXES)
+    if count is None:
+        return options
+    options = {key: value for key, value in options.items() if key != _INDEXES}
+    options["cond_or_uncond"] = [index % count for index in options["cond_or_uncond"]]
+    return options
+
+
+def _read(patcher, name: str) -> Tensor | None:
+    """A tensor of the base model in fp32 as earlier nodes left it (their LoRAs included), or None where the model
+    keeps it in a form that cannot be read."""
+    key = f"diffusion_model.{name}"
+    try:
+        weight, _, convert = comfy.model_patcher.get_key_weight(patcher.model, key)
+        if key in patcher.backup:
+            weight = patcher.backup[key].weight
+        if convert is not None:
+            weight = convert(weight, inplace=False)
+        if hasattr(weight, "dequantize") and type(weight) not in (Tensor, torch.nn.Parameter):
+            weight = weight.dequantize()
+        if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.is_meta:
+            return None
+        weight = weight.detach().to(torch.float32, copy=True)
+        return comfy.lora.calculate_weight(patcher.patches.get(key, []), weight, key)
+    except (AttributeError, RuntimeError, TypeError):
+        return None
