@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING
 
 from comfy_api.latest import io
@@ -45,7 +44,7 @@ class LoRAEnsembleMerge(io.ComfyNode):
     def execute(cls, model: ModelPatcher, ensemble: Ensemble, mode: str, clip: CLIP | None = None) -> io.NodeOutput:
         if mode == "baked":
             return io.NodeOutput(*bake(model, clip, ensemble, node="Merge LoRAs"))
-        return io.NodeOutput(*apply_method(model, clip, ensemble, Merge, node="Merge LoRAs"))
+        return io.NodeOutput(*apply_method(model, clip, ensemble, Merge, node="Merge LoRAs", rest_on_weights=True))
 
 
 class LoRAEnsembleSwitch(io.ComfyNode):
@@ -102,8 +101,9 @@ class LoRAEnsembleSwitch(io.ComfyNode):
         turns: str,
         clip: CLIP | None = None,
     ) -> io.NodeOutput:
-        order_of_turns, late = turns_of(order, ensemble), turns == "released code"
-        switch = partial(Switch, steps_per_lora=steps_per_lora, order=order_of_turns, late=late)
+        def switch(strengths: tuple[float, ...]) -> Switch:
+            return Switch(strengths, steps_per_lora, turns_of(order, ensemble), late=turns == "released code")
+
         return io.NodeOutput(*apply_method(model, clip, ensemble, switch, node="Switch LoRAs"))
 
 
