@@ -121,7 +121,8 @@ class GLoRA(Op):
 
     additive = False
 
-    def __init__(self, m_up: Tensor, m_down: Tensor, d_up: Tensor, d_down: Tensor, scale: float = 1.0, span: Span = None):
+    def __init__(self, m_up: Tensor, m_down: Tensor, d_up: Tensor, d_down: Tensor, scale: float = 1.0,
+                 span: Span = None):
         super().__init__()
         self.m_up, self.m_down, self.scale, self.span = frozen(m_up), frozen(m_down), float(scale), span
         self.plus = LowRank(d_up, d_down, scale, span)

@@ -143,8 +143,9 @@ class RoutedForwards:
                 add_linear_(flat, x_part.reshape(-1, x_part.shape[-1]), down, up, gain)
 
     def _add_batched(self, site: Site, geometry: Geometry, rows: Rows, y: Tensor, x: Tensor) -> bool:
-        """All groups in two products, where each group is a run of equal length right after the last, with one adapter
-        each, in the order of the stack, and ranks are equal: what Composite's batch looks like. False: not that case."""
+        """All groups in two products, where each group is a run of equal length right after the last, with one
+        adapter each, in the order of the stack, and ranks are equal: what Composite's batch looks like. False: not
+        that case."""
         groups = rows.groups
         if len(groups) < 2 or geometry.spatial or geometry.is_norm or len(site.stacks) != 1 or len(site.others):
             return False
@@ -191,7 +192,8 @@ class RoutedForwards:
             self._cache[key] = out
         return self._cache[key]
 
-    def _chain(self, site: Site, geometry: Geometry, base: Callable, gains: Sequence[float], y: Tensor, x: Tensor) -> None:
+    def _chain(self, site: Site, geometry: Geometry, base: Callable, gains: Sequence[float], y: Tensor,
+               x: Tensor) -> None:
         """Ops whose order matters, one after the other as the host's loader would change the weight."""
         chain = self._in_order(site, gains)
         ops = [entry for entry in chain if not isinstance(entry[2], Bias)]

@@ -47,8 +47,8 @@ def apply_method(model, clip, ensemble: Ensemble, make: Callable[[tuple[float, .
     before = model.get_attachment(KEY)
     layers = (*(before.layers if before is not None else ()), Layer(method, names, tuple(problems)))
     new_model.set_attachments(KEY, Composition(layers))
-    banks = [*new_model.get_additional_models_with_key(KEY), bank_patcher(bank, model.load_device, model.offload_device)]
-    new_model.set_additional_models(KEY, banks)
+    banks = new_model.get_additional_models_with_key(KEY)
+    new_model.set_additional_models(KEY, [*banks, bank_patcher(bank, model.load_device, model.offload_device)])
     install_wrappers(new_model)
     return new_model, merge_clip(clip, ensemble)
 
@@ -111,8 +111,9 @@ def _parse_all(model, clip, ensemble: Ensemble, node: str) -> tuple[list[LoRASpe
         if not lora.patches and not (clip_keys and comfy.lora.load_lora(tensors, clip_keys, log_missing=False)):
             family = type(model.model).__name__
             raise LoRAFileError(f"{node}: LoRA '{spec.name}' matches no layer of this model ({family}): none of its "
-                                f"{len(tensors)} keys, '{next(iter(tensors), 'none')}' for one. It was made for another "
-                                "architecture; use it with a checkpoint of that kind, or remove it from the ensemble.")
+                                f"{len(tensors)} keys, '{next(iter(tensors), 'none')}' for one. It was made for "
+                                "another architecture; use it with a checkpoint of that kind, or remove it from the "
+                                "ensemble.")
         if spec.strength_model != 0:
             active.append(spec)
             parsed.append(lora)
@@ -137,5 +138,6 @@ def _problems(spec: LoRASpec, lora: ParsedLoRA) -> list[str]:
         done = "" if "instead" in reason else "; left out (Merge in mode 'baked' can apply it)"
         out.append(f"LoRA '{spec.name}': {len(keys)} keys such as {keys[0]}: {reason}{done}")
     if lora.unused:
-        out.append(f"LoRA '{spec.name}': {len(lora.unused)} keys have no place in this model, '{lora.unused[0]}' for one")
+        out.append(f"LoRA '{spec.name}': {len(lora.unused)} keys have no place in this model, '{lora.unused[0]}' for "
+                   "one")
     return out

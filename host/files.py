@@ -44,14 +44,14 @@ def check_file(name: str) -> None:
     """
     path = path_of(name)
     if not name.lower().endswith((".safetensors", ".sft")):
-        raise LoRAFileError(f"LoRA '{name}' is not a .safetensors file. Other formats can run code when they are opened "
-                            "and are not read; convert it to safetensors first.")
+        raise LoRAFileError(f"LoRA '{name}' is not a .safetensors file. Other formats can run code when they are "
+                            "opened and are not read; convert it to safetensors first.")
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length < 2 or length > 100_000_000:
-            raise LoRAFileError(f"LoRA '{name}' is not a safetensors file, whatever its name says (often a web page saved "
-                                "by a download that needed a login). Download it again.")
+            raise LoRAFileError(f"LoRA '{name}' is not a safetensors file, whatever its name says (often a web page "
+                                "saved by a download that needed a login). Download it again.")
         if length > size - 8:
             raise LoRAFileError(_truncated(name, size, length + 8))
         try:
