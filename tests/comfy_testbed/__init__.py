@@ -1,0 +1,57 @@
+"""A ComfyUI custom node package for tests and the demo: the testbed's model as an ordinary MODEL, CLIP and VAE."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from .wrap import load_testbed
+
+
+class LoRAEnsembleTestbedLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LoRAEnsembleTestbedLoader",
+            display_name="Load Testbed",
+            category="LoRA Ensemble/testbed",
+            description="The small diffusion model of the pack's tests: scenes of 32x32 pixels.",
+            inputs=[],
+            outputs=[io.Model.Output(), io.Clip.Output(), io.Vae.Output()],
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        return io.NodeOutput(*load_testbed())
+
+
+class LoRAEnsembleTestbedLatent(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        side = {"default": 32, "min": 16, "max": 256, "step": 4}
+        return io.Schema(
+            node_id="LoRAEnsembleTestbedLatent",
+            display_name="Empty Testbed Latent",
+            category="LoRA Ensemble/testbed",
+            description="An empty latent of the testbed: 12 channels at half the size in pixels.",
+            inputs=[
+                io.Int.Input("width", tooltip="In pixels.", **side),
+                io.Int.Input("height", tooltip="In pixels.", **side),
+                io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="Pictures in the batch."),
+            ],
+            outputs=[io.Latent.Output()],
+        )
+
+    @classmethod
+    def execute(cls, width: int, height: int, batch_size: int) -> io.NodeOutput:
+        import torch
+
+        return io.NodeOutput({"samples": torch.zeros(batch_size, 12, height // 2, width // 2)})
+
+
+class TestbedExtension(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [LoRAEnsembleTestbedLoader, LoRAEnsembleTestbedLatent]
+
+
+async def comfy_entrypoint() -> TestbedExtension:
+    return TestbedExtension()

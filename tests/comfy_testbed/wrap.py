@@ -1,0 +1,126 @@
+"""The testbed's plain torch modules behind the interfaces that ComfyUI's own nodes expect."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import comfy.latent_formats
+import comfy.model_base
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sd
+import comfy.supported_models_base
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(os.environ.get("LORA_ENSEMBLE_ROOT") or Path(__file__).resolve().parents[2])
+
+
+def testbed(name: str) -> ModuleType:
+    """A module of the pack's testbed, by the name under which tests import it."""
+    if "lora_ensemble" not in sys.modules:
+        spec = importlib.util.spec_from_file_location("lora_ensemble_run", ROOT / "run.py")
+        sys.modules[spec.name] = run = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(run)
+        run.load_pack()
+    return importlib.import_module(f"lora_ensemble.testbed.{name}")
+
+
+class Latent(comfy.latent_formats.LatentFormat):
+    """Pixel-unshuffled pictures: no scaling, half the size in pixels."""
+
+    latent_channels = 12
+    spacial_downscale_ratio = 2
+
+
+class Config(comfy.supported_models_base.BASE):
+    """What a BaseModel asks of its configuration. Timesteps are sigmas: hence the multiplier."""
+
+    unet_extra_config = {}
+    sampling_settings = {"shift": 1.0, "multiplier": 1.0}
+    latent_format = Latent
+    memory_usage_factor = 0.1
+
+
+class TextModel(nn.Module):
+    """The testbed's text encoder with the methods that comfy.sd.CLIP calls."""
+
+    def __init__(self, text: nn.Module) -> None:
+        super().__init__()
+        self.text = text
+        self.dtypes = {torch.float32}
+        self.device: torch.device | None = None
+
+    def set_clip_options(self, options: dict[str, Any]) -> None:
+        self.device = options.get("execution_device", self.device)
+
+    def reset_clip_options(self) -> None:
+        self.device = None
+
+    def encode_token_weights(self, tokens: dict[str, list]) -> tuple[Tensor, Tensor]:
+        """Weights in prompts are not a thing here: tokens count as they are."""
+        device = self.device or next(self.text.parameters()).device
+        ids = torch.tensor([[token for token, _ in row] for row in tokens["testbed"]], device=device)
+        context = self.text(ids).float().to(comfy.model_management.intermediate_device())
+        return context, context.mean(dim=1)
+
+
+class Tokenizer:
+    """Words to ids of fixed length; made by comfy.sd.CLIP."""
+
+    def __init__(self, **_: Any) -> None:
+        pass
+
+    def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **_: Any) -> dict[str, list]:
+        (ids,) = testbed("text").tokenize([text]).tolist()
+        return {"testbed": [[(token, 1.0) for token in ids]]}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {}
+
+
+class VAE:
+    """Pixels [n, h, w, 3] in [0, 1] to latents [n, 12, h/2, w/2] and back, exactly."""
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        return testbed("model").encode(pixels[..., :3].movedim(-1, 1).float())
+
+    def decode(self, samples: Tensor) -> Tensor:
+        return testbed("model").decode(samples.float()).movedim(1, -1)
+
+    def spacial_compression_encode(self) -> int:
+        return 2
+
+    spacial_compression_decode = spacial_compression_encode
+
+
+def wrap_model(unet: nn.Module) -> comfy.model_patcher.ModelPatcher:
+    """A MODEL around the testbed's U-Net."""
+    unet.dtype = torch.float32
+    config = Config({"disable_unet_model_creation": True})
+    model = comfy.model_base.BaseModel(config, model_type=comfy.model_base.ModelType.FLOW)
+    model.diffusion_model = unet.eval()
+    kind = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
+    return kind(
+        model,
+        load_device=comfy.model_management.get_torch_device(),
+        offload_device=comfy.model_management.unet_offload_device(),
+    )
+
+
+def wrap_clip(text: nn.Module) -> comfy.sd.CLIP:
+    """A CLIP around the testbed's text encoder."""
+    target = comfy.supported_models_base.ClipTarget(Tokenizer, lambda **_: TextModel(text.eval()))
+    return comfy.sd.CLIP(target, parameters=sum(p.numel() for p in text.parameters()))
+
+
+def load_testbed() -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, VAE]:
+    """The trained testbed as MODEL, CLIP, VAE; fresh objects with every call."""
+    base = testbed("base").Base().requires_grad_(False)
+    return wrap_model(base.unet), wrap_clip(base.text), VAE()
