@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +14,19 @@ from ..kernels.lowrank import add_linear_, add_linear_batched_, add_pointwise_
 from .adapters import Bias, Decomposed, Op, part
 from .bank import Bank, Site, Slot, Stack, gain_vector
 from .geometry import Geometry, geometry_of, no_bias, plain
+from .opaque import connect, disconnect, handle_of, route_
 from .rows import Rows
 
 Reader = Callable[[str], "Tensor | None"]
 """(parameter name) -> the base model's tensor in fp32, or None where it cannot be read."""
+
+
+class _Installed(NamedTuple):
+    module: nn.Module
+    before: Callable | None
+    forward: Callable
+    handle: int
+    route: Callable
 
 
 class _StackOp(Op):
@@ -40,18 +50,19 @@ class RoutedForwards:
     routed layer is exactly the layer it was. Installing twice or removing twice is harmless; a layer that somebody
     else has wrapped meanwhile keeps that wrapping, and ours inside it turns into a plain call.
 
-    report   called as report(adapter name, layer, reason) for what cannot be expressed; once per case
+    report     called as report(adapter name, layer, reason) for what cannot be expressed; once per case
+    position   tells banks on the same model apart, outermost last
     """
 
     def __init__(self, root: nn.Module, bank: Bank, reader: Reader | None = None,
-                 report: Callable[[str, str, str], None] | None = None):
-        self.root, self.bank = root, bank
+                 report: Callable[[str, str, str], None] | None = None, position: int = 0):
+        self.root, self.bank, self.position = root, bank, position
         self.current: Rows | None = None
         self.seen: set[str] = set()
         self._reader = reader or (lambda name: _read(root, name))
         self._report = report or (lambda adapter, layer, reason: None)
         self._reported: set[tuple[str, str]] = set()
-        self._installed: list[tuple[nn.Module, Callable, Callable | None]] = []
+        self._installed: list[_Installed] = []
         self._layouts: dict[tuple[Branch, ...], Rows] = {}
         self._cache: dict[tuple, object] = {}
 
@@ -64,13 +75,15 @@ class RoutedForwards:
             if geometry is None:
                 self._tell("all", name, "the model has no such layer that can be routed; left out")
                 continue
-            forward = self._routed(site, module.forward, geometry)
-            self._installed.append((module, forward, module.__dict__.get("forward")))
-            module.forward = forward
+            before = module.__dict__.get("forward")
+            installed = self._routed(site, module, geometry)
+            self._installed.append(_Installed(module, before, *installed))
+            module.forward = installed[0]
 
     def remove(self) -> None:
         self.current = None
-        for module, forward, before in self._installed:
+        for module, before, forward, handle, route in self._installed:
+            disconnect(handle, route)
             if module.__dict__.get("forward") is not forward:
                 continue
             if before is None:
@@ -94,16 +107,30 @@ class RoutedForwards:
         finally:
             self.current = before
 
-    def _routed(self, site: Site, base: Callable[..., Tensor], geometry: Geometry) -> Callable[..., Tensor]:
-        def forward(x: Tensor, *args, **kwargs) -> Tensor:
-            y = base(x, *args, **kwargs)
-            rows = self.current
-            if rows is None:
+    def _routed(self, site: Site, module: nn.Module, geometry: Geometry) -> tuple[Callable, int, Callable]:
+        """The layer's new forward, its handle, and what the handle does."""
+        base, handle = module.forward, handle_of(module, self.position)
+
+        def add(y: Tensor, x: Tensor) -> Tensor:
+            if self.current is None:
                 return y
             self.seen.add(site.name)
-            return self._add(site, geometry, base, rows, y, plain(x))
+            return self._add(site, geometry, base, self.current, y, plain(x))
 
-        return forward
+        def route(y: Tensor, x: Tensor) -> None:
+            out = add(y, x)
+            if out is not y:
+                y.copy_(out)
+
+        def forward(x: Tensor, *args, **kwargs) -> Tensor:
+            y = base(x, *args, **kwargs)
+            if torch.compiler.is_compiling():
+                route_(y, x, handle)
+                return y
+            return add(y, x)
+
+        connect(handle, route)
+        return forward, handle, route
 
     def _add(self, site: Site, geometry: Geometry, base: Callable, rows: Rows, y: Tensor, x: Tensor) -> Tensor:
         if not rows.uniform and (rows.fold(y.shape[0]) is None or x.shape[0] != y.shape[0]):

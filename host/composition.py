@@ -114,7 +114,7 @@ class Run:
         """The routed forwards on one live diffusion model, installed on first sight (delegates and multi-GPU clones
         have modules of their own)."""
         if id(root) not in self._routed:
-            forwards = [RoutedForwards(root, bank, reader, self._problem) for bank in banks()]
+            forwards = [RoutedForwards(root, bank, reader, self._problem, k) for k, bank in enumerate(banks())]
             self._routed[id(root)] = (root, forwards)
             for routed in forwards:
                 routed.install()

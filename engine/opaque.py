@@ -1,0 +1,52 @@
+"""Routed layers under torch.compile.
+
+To the compiler a routed layer is its own forward followed by one opaque operator, so that a graph is neither broken
+at every layer nor compiled anew for other LoRAs, strengths or batch layouts. A layer keeps its handle for as long as it
+lives; what the handle does is looked up when the graph runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import count
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+_numbers = count()
+_handles: WeakKeyDictionary[nn.Module, dict[int, int]] = WeakKeyDictionary()
+_routes: dict[int, Callable[[Tensor, Tensor], None]] = {}
+
+
+def handle_of(module: nn.Module, position: int) -> int:
+    """The number of a layer for its position-th bank."""
+    own = _handles.setdefault(module, {})
+    if position not in own:
+        own[position] = next(_numbers)
+    return own[position]
+
+
+def connect(handle: int, route: Callable[[Tensor, Tensor], None]) -> None:
+    """From now on the handle does route(y, x), which changes y in place."""
+    _routes[handle] = route
+
+
+def disconnect(handle: int, route: Callable[[Tensor, Tensor], None]) -> None:
+    """The handle does nothing again; a route that somebody else has connected since stays."""
+    if _routes.get(handle) is route:
+        del _routes[handle]
+
+
+@torch.library.custom_op("lora_ensemble::route_", mutates_args=("y",),
+                         schema="(Tensor(a!) y, Tensor x, int handle) -> ()")
+def route_(y: Tensor, x: Tensor, handle: int) -> None:
+    """Semantics: y += the deltas of each row's branch at the layer of this handle."""
+    route = _routes.get(handle)
+    if route is not None:
+        route(y, x)
+
+
+@route_.register_fake
+def _(y: Tensor, x: Tensor, handle: int) -> None:
+    return None
