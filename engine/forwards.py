@@ -63,6 +63,7 @@ class RoutedForwards:
         self._report = report or (lambda adapter, layer, reason: None)
         self._reported: set[tuple[str, str]] = set()
         self._installed: list[_Installed] = []
+        self._generation = 0
         self._layouts: dict[tuple[Branch, ...], Rows] = {}
         self._cache: dict[tuple, object] = {}
 
@@ -82,6 +83,7 @@ class RoutedForwards:
 
     def remove(self) -> None:
         self.current = None
+        self._generation += 1
         for module, before, forward, handle, route in self._installed:
             disconnect(handle, route)
             if module.__dict__.get("forward") is not forward:
@@ -109,10 +111,11 @@ class RoutedForwards:
 
     def _routed(self, site: Site, module: nn.Module, geometry: Geometry) -> tuple[Callable, int, Callable]:
         """The layer's new forward, its handle, and what the handle does."""
-        base, handle = module.forward, handle_of(module, self.position)
+        base, handle, generation = module.forward, handle_of(module, self.position), self._generation
 
         def add(y: Tensor, x: Tensor) -> Tensor:
-            if self.current is None:
+            # A forward that a foreign wrapper holds on to must stay plain when this is installed again above it.
+            if self.current is None or self._generation != generation:
                 return y
             self.seen.add(site.name)
             return self._add(site, geometry, base, self.current, y, plain(x))
