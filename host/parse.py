@@ -72,7 +72,20 @@ def _op(key: str, span: Span, rows: Callable | None, patch, model: nn.Module) ->
     if make is None:
         raise _Inexpressible(f"adapter kind '{kind}' is not known")
     values = patch[1] if isinstance(patch, tuple) else patch.weights
-    return layer, make(values, shape, geometry, span, rows)
+    op = make(values, shape, geometry, span, rows)
+    if geometry.groups > 1 and _crosses_groups(op, shape[0], geometry.groups):
+        raise _Inexpressible("it mixes channels of different groups of a convolution")
+    return layer, op
+
+
+def _crosses_groups(op: Op, out: int, groups: int) -> bool:
+    """Whether an op of a grouped convolution mixes rows of the weight that see different inputs: such a change of the
+    weight is no change of the outputs."""
+    if isinstance(op, OFT):
+        return (out // groups) % op.turn.shape[-1] != 0
+    if isinstance(op, Decomposed):
+        return op.magnitude.shape[0] != out
+    return isinstance(op, (BOFT, GLoRA))
 
 
 def _layer(model: nn.Module, layer: str) -> tuple[nn.Module | None, Geometry | None]:
