@@ -1,0 +1,85 @@
+"""The floors of the pack: arrows point down, and nothing in it prints, evaluates text or unpickles."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FLOORS = {
+    "kernels": set(),
+    "methods": {"kernels"},
+    "engine": {"kernels", "methods"},
+    "host": {"kernels", "methods", "engine"},
+    "nodes": {"kernels", "methods", "engine", "host"},
+    "testbed": {"kernels", "methods", "engine"},
+}
+"""Folder -> the other folders of the pack that it may import."""
+
+HOST_PACKAGES = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder_paths", "nodes", "server",
+                 "node_helpers"}
+FORBIDDEN_MODULES = {"pickle", "marshal", "shelve", "subprocess", "socket", "urllib", "requests", "http", "aiohttp"}
+PACK = [path for folder in ("kernels", "methods", "engine", "host", "nodes") for path in (ROOT / folder).rglob("*.py")]
+by_file = pytest.mark.parametrize("path", sorted([*PACK, ROOT / "__init__.py"]),
+                                  ids=lambda path: path.relative_to(ROOT).as_posix())
+
+
+def imports(path: Path, text: str | None = None) -> Iterator[tuple[str, str]]:
+    """("pack", floor) for what a file imports of this pack, ("other", top-level package) for all else."""
+    package = path.relative_to(ROOT).parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8") if text is None else text)):
+        if isinstance(node, ast.Import):
+            yield from (("other", alias.name.split(".")[0]) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield "other", node.module.split(".")[0]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[:len(package) - node.level + 1]
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            yield from (("pack", ".".join([*base, name]).split(".")[0]) for name in names)
+
+
+@pytest.mark.parametrize("floor", FLOORS)
+def test_arrows_point_down(floor):
+    for path in (ROOT / floor).rglob("*.py"):
+        for kind, name in imports(path):
+            if kind == "pack" and name in FLOORS and name != floor:
+                assert name in FLOORS[floor], f"{path.relative_to(ROOT)} imports {name}"
+
+
+def test_kernels_import_torch_only():
+    standard = {"__future__", "dataclasses", "functools", "collections", "typing", "math"}
+    for path in (ROOT / "kernels").rglob("*.py"):
+        others = {name for kind, name in imports(path) if kind == "other"}
+        assert others <= {"torch"} | standard, path.name
+
+
+def test_only_host_and_nodes_import_comfyui():
+    for floor in set(FLOORS) - {"host", "nodes"}:
+        for path in (ROOT / floor).rglob("*.py"):
+            found = {name for kind, name in imports(path) if kind == "other"} & HOST_PACKAGES
+            assert not found, f"{path.relative_to(ROOT)} imports {found}"
+
+
+@by_file
+def test_nothing_prints_evaluates_or_unpickles(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    called = {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+    assert not called & {"print", "eval", "exec", "compile", "__import__"}
+    assert not {name for kind, name in imports(path) if kind == "other"} & FORBIDDEN_MODULES
+    loads = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    assert "torch.load" not in loads
+
+
+@by_file
+def test_files_stay_small(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
+
+
+def test_the_rules_would_notice_a_breach():
+    """Relative, absolute and aliased imports are seen alike."""
+    text = "from ..nodes import x\nfrom .. import host\nimport comfy.utils as u\nfrom .bank import Bank\n"
+    assert sorted(imports(ROOT / "engine" / "example.py", text)) == [
+        ("other", "comfy"), ("pack", "engine"), ("pack", "host"), ("pack", "nodes")]

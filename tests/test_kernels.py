@@ -1,0 +1,230 @@
+"""Kernels against float64 definitions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lora_ensemble.kernels.branch import Branch, Step, one_hot
+from lora_ensemble.kernels.decompose import magnitude_scale
+from lora_ensemble.kernels.deltas import hadamard, kronecker, tucker, tucker_down
+from lora_ensemble.kernels.lowrank import add_linear_, add_linear_batched_, add_pointwise_
+from lora_ensemble.kernels.orthogonal import block_rotate, butterfly_rotate, cayley
+from lora_ensemble.tests.reference import TOLERANCE, butterfly_matrix, close
+from torch import Tensor
+
+DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype).removeprefix("torch."))
+
+
+def rand(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape))).to(dtype)
+
+
+def gain_of(kind: str, rank: int, dtype: torch.dtype) -> tuple[float | Tensor, Tensor]:
+    """A gain as the kernel takes it, and as one float64 number per rank."""
+    if kind == "number":
+        return 0.7, torch.full((rank,), 0.7, dtype=torch.float64)
+    vector = rand(rank, dtype=dtype, seed=5)
+    return vector, vector.double()
+
+
+@DTYPES
+@pytest.mark.parametrize("gain", ["number", "vector"])
+@pytest.mark.parametrize(("n", "inputs", "out", "rank"), [
+    (1, 1, 1, 1), (1, 16, 8, 4), (33, 24, 40, 1), (64, 40, 24, 16), (5, 8, 8, 32), (0, 8, 6, 2)])
+def test_add_linear(n, inputs, out, rank, gain, dtype):
+    x, y = rand(n, inputs, dtype=dtype), rand(n, out, dtype=dtype, seed=1)
+    down, up = rand(rank, inputs, dtype=dtype, seed=2), rand(out, rank, dtype=dtype, seed=3)
+    g, wide = gain_of(gain, rank, dtype)
+    want = y.double() + (x.double() @ down.double().T * wide) @ up.double().T
+    assert add_linear_(y, x, down, up, g) is y
+    assert close(y, want)
+
+
+@DTYPES
+def test_add_linear_into_columns_from_strided_input(dtype):
+    """y a slice of a fused layer's columns, x every second column of a wider tensor: the rest of y stays as it is."""
+    whole, x = rand(9, 30, dtype=dtype), rand(9, 16, dtype=dtype, seed=1)[:, ::2]
+    down, up, before = rand(4, 8, dtype=dtype, seed=2), rand(10, 4, dtype=dtype, seed=3), whole.clone()
+    add_linear_(whole[:, 10:20], x, down, up, 0.5)
+    assert close(whole[:, 10:20], before[:, 10:20].double() + 0.5 * x.double() @ (up.double() @ down.double()).T)
+    assert torch.equal(whole[:, :10], before[:, :10]) and torch.equal(whole[:, 20:], before[:, 20:])
+
+
+@DTYPES
+@pytest.mark.parametrize("gain", ["number", "per group"])
+@pytest.mark.parametrize(("g", "n", "inputs", "out", "rank"), [(1, 1, 1, 1, 1), (2, 7, 24, 40, 4), (5, 1, 16, 8, 1),
+                                                               (3, 0, 4, 4, 2)])
+def test_add_linear_batched(g, n, inputs, out, rank, gain, dtype):
+    x, y = rand(g, n, inputs, dtype=dtype), rand(g, n, out, dtype=dtype, seed=1)
+    # The engine's factors are views of one stack: strided, not contiguous.
+    down = rand(g * rank, inputs, dtype=dtype, seed=2).view(g, rank, inputs)
+    up = rand(out, g * rank, dtype=dtype, seed=3).unflatten(1, (g, rank)).movedim(1, 0)
+    value = 0.7 if gain == "number" else rand(g, 1, 1, dtype=dtype, seed=4)
+    gains = [0.7] * g if gain == "number" else value.double().flatten().tolist()
+    want = torch.stack([y[k].double() + gains[k] * x[k].double() @ (up[k].double() @ down[k].double()).T
+                        for k in range(g)])
+    assert add_linear_batched_(y, x, down, up, value) is y
+    assert close(y, want)
+
+
+LAYOUTS = {
+    "contiguous": lambda t: t,
+    "channels last": lambda t: t.to(memory_format=torch.channels_last if t.ndim == 4 else torch.channels_last_3d),
+    "strided": lambda t: torch.stack([t, t], dim=-1)[..., 0],
+}
+
+
+@DTYPES
+@pytest.mark.parametrize("gain", ["number", "vector"])
+@pytest.mark.parametrize(("size", "layout"), [(size, layout) for size in [(7,), (1, 1), (5, 6), (2, 3, 4)]
+                                              for layout in LAYOUTS if len(size) > 1 or layout != "channels last"])
+def test_add_pointwise(size, layout, gain, dtype):
+    b, out, rank = 3, 8, 4
+    y, hidden = (LAYOUTS[layout](rand(b, c, *size, dtype=dtype, seed=c)) for c in (out, rank))
+    up = rand(out, rank, dtype=dtype, seed=9)
+    g, wide = gain_of(gain, rank, dtype)
+    want = y.double() + torch.einsum("or,br...->bo...", up.double() * wide, hidden.double())
+    strides = y.stride()
+    assert add_pointwise_(y, hidden, up, g) is y and y.stride() == strides
+    assert close(y, want)
+
+
+def test_add_pointwise_into_some_channels_of_one_row():
+    whole, hidden, up = rand(1, 12, 4, 4), rand(1, 1, 4, 4, seed=1), rand(5, 1, seed=2)
+    before = whole.clone()
+    add_pointwise_(whole[:, 3:8], hidden, up, 2.0)
+    delta = (up.double() @ hidden.double().flatten(2)).view(1, 5, 4, 4)
+    assert close(whole[:, 3:8], before[:, 3:8].double() + 2 * delta)
+    assert torch.equal(whole[:, :3], before[:, :3]) and torch.equal(whole[:, 8:], before[:, 8:])
+
+
+@pytest.mark.parametrize("kernel", [(), (1,), (3,), (3, 3), (1, 2, 3)], ids=str)
+def test_tucker_is_its_sum(kernel):
+    core, a, b = rand(2, 3, *kernel), rand(2, 4, seed=1), rand(3, 5, seed=2)
+    want = torch.zeros(4, 5, *kernel, dtype=torch.float64)
+    for o in range(4):
+        for i in range(5):
+            for p in range(2):
+                for q in range(3):
+                    want[o, i] += core[p, q].double() * a[p, o].double() * b[q, i].double()
+    assert close(tucker(core, a, b), want)
+
+
+@pytest.mark.parametrize("kernel", [(1,), (3, 3), (3, 1, 2)], ids=str)
+def test_tucker_down_then_up_is_the_whole_convolution(kernel):
+    """up (mid (down)): folding mid into down gives the weight that the three layers in a row have."""
+    down, mid, up = rand(3, 5, *[1] * len(kernel)), rand(2, 3, *kernel, seed=1), rand(4, 2, seed=2)
+    folded = tucker_down(down, mid)
+    assert folded.shape == (2, 5, *kernel)
+    want = torch.zeros(4, 5, *kernel, dtype=torch.float64)
+    for o in range(4):
+        for i in range(5):
+            for r in range(2):
+                for q in range(3):
+                    want[o, i] += up[o, r].double() * mid[r, q].double() * down[q, i].double()
+    assert close(torch.einsum("or,r...->o...", up, folded), want)
+
+
+def test_hadamard_of_two_products():
+    w1_a, w1_b, w2_a, w2_b = rand(6, 2), rand(2, 7, seed=1), rand(6, 3, seed=2), rand(3, 7, seed=3)
+    want = torch.empty(6, 7, dtype=torch.float64)
+    for o in range(6):
+        for i in range(7):
+            want[o, i] = (w1_a[o].double() @ w1_b[:, i].double()) * (w2_a[o].double() @ w2_b[:, i].double())
+    assert close(hadamard(w1_a, w1_b, w2_a, w2_b), want)
+
+
+def test_hadamard_with_cores():
+    t1, t2 = rand(2, 2, 3, 3), rand(2, 2, 3, 3, seed=1)
+    w1_a, w1_b, w2_a, w2_b = rand(2, 4, seed=2), rand(2, 5, seed=3), rand(2, 4, seed=4), rand(2, 5, seed=5)
+    want = tucker(t1.double(), w1_a.double(), w1_b.double()) * tucker(t2.double(), w2_a.double(), w2_b.double())
+    got = hadamard(w1_a, w1_b, w2_a, w2_b, t1, t2)
+    assert got.shape == (4, 5, 3, 3) and close(got, want)
+
+
+@pytest.mark.parametrize("kernel", [(), (3, 3)], ids=str)
+def test_kronecker_puts_a_scaled_copy_at_each_entry(kernel):
+    w1, w2 = rand(2, 3), rand(4, 5, *kernel, seed=1)
+    got = kronecker(w1, w2)
+    assert got.shape == (8, 15, *kernel)
+    for p in range(2):
+        for q in range(3):
+            assert close(got[4 * p:4 * p + 4, 5 * q:5 * q + 5], w1[p, q].double() * w2.double())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 2), (5, 4, 4), (2, 3, 8, 8)], ids=str)
+def test_cayley_rotates(shape, dtype):
+    rotations = cayley(rand(*shape).to(dtype))
+    assert rotations.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    eye = torch.eye(shape[-1], dtype=torch.float64).expand(shape)
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    assert (rotations.double() @ rotations.double().mT - eye).abs().max() < tolerance
+    assert (torch.linalg.det(rotations.double()) - 1).abs().max() < tolerance  # a rotation, no reflection
+
+
+def test_cayley_of_symmetric_blocks_is_the_identity():
+    block = rand(3, 4, 4)
+    assert torch.equal(cayley(block + block.mT), torch.eye(4).expand(3, 4, 4))
+
+
+def test_cayley_constraint_shrinks_all_blocks_by_one_factor():
+    blocks = rand(3, 4, 4)
+    q = blocks.double() - blocks.double().mT
+    small = q * 0.2 / q.norm()
+    eye = torch.eye(4, dtype=torch.float64)
+    want = (eye + small) @ torch.linalg.inv(eye - small)
+    assert close(cayley(blocks, 0.2), want)
+    assert torch.equal(cayley(blocks, 1e6), cayley(blocks))  # a constraint that is met changes nothing
+
+
+@pytest.mark.parametrize("rest", [(), (5,), (3, 2, 2)], ids=str)
+def test_block_rotate_is_a_block_diagonal_product(rest):
+    rotations, w = cayley(rand(3, 4, 4)), rand(12, *rest, seed=1)
+    want = torch.einsum("po,o...->p...", torch.block_diag(*rotations.double()).T, w.double())
+    assert close(block_rotate(rotations, w), want)
+
+
+@pytest.mark.parametrize("rest", [(), (5,), (3, 2, 2)], ids=str)
+@pytest.mark.parametrize(("stages", "blocks", "size"), [(1, 1, 2), (1, 4, 4), (2, 4, 2), (3, 4, 4)])
+def test_butterfly_is_a_product_of_permutations_and_rotations(stages, blocks, size, rest):
+    rotations, w = cayley(rand(stages, blocks, size, size)), rand(blocks * size, *rest, seed=1)
+    matrix = butterfly_matrix(rotations)
+    assert (matrix @ matrix.T - torch.eye(blocks * size)).abs().max() < 1e-5
+    assert close(butterfly_rotate(rotations, w), torch.einsum("po,o...->p...", matrix, w.double()))
+
+
+@DTYPES
+@pytest.mark.parametrize("kernel", [(), (3, 3)], ids=str)
+def test_magnitude_scale(kernel, dtype):
+    weight, delta = rand(6, 5, *kernel, dtype=dtype), 0.1 * rand(6, 5, *kernel, dtype=dtype, seed=1)
+    eps = torch.finfo(dtype).eps
+    of_outputs, of_inputs = rand(6, 1, *[1] * len(kernel), seed=2), rand(1, 5, *[1] * len(kernel), seed=3)
+    s, on_output = magnitude_scale(of_outputs, weight, delta)
+    assert on_output and s.dtype == torch.float32
+    for o in range(6):
+        assert s[o].item() == pytest.approx(of_outputs[o].item() / (weight[o].double().norm().item() + eps), rel=1e-5)
+    s, on_output = magnitude_scale(of_inputs, weight, delta)
+    assert not on_output
+    for i in range(5):
+        norm = (weight + delta)[:, i].double().norm().item() + eps
+        assert s[i].item() == pytest.approx(of_inputs[0, i].item() / norm, rel=1e-5)
+
+
+def test_magnitude_scale_of_an_unchanged_layer_is_one():
+    weight = rand(6, 5)
+    for norms in (weight.norm(dim=1, keepdim=True), weight.norm(dim=0, keepdim=True)):
+        s, _ = magnitude_scale(norms, weight, torch.zeros_like(weight))
+        assert (s - 1).abs().max() < 1e-6
+
+
+def test_branch_is_a_value_and_knows_when_it_is_the_base():
+    assert one_hot((0.5, 0.8), 1) == Branch((0.0, 0.8)) and hash(one_hot((0.5, 0.8), 1)) == hash(Branch((0.0, 0.8)))
+    assert Branch((0.0, 0.0)).is_base and Branch(()).is_base and not Branch((0.0, 0.1)).is_base
+    exception = Branch((0.0, 0.0), (("a.b", (0.0, 1.0)),))
+    assert not exception.is_base and exception.at("a.b") == (0.0, 1.0) and exception.at("a") == (0.0, 0.0)
+
+
+def test_step_progress_runs_from_zero_to_one():
+    assert [Step(j, 5, 1.0).progress for j in range(5)] == [0.0, 0.25, 0.5, 0.75, 1.0]
+    assert Step(0, 1, 1.0).progress == 0.0
