@@ -1,0 +1,87 @@
+"""Tests inside a real ComfyUI: COMFYUI_UNDER_TEST names its folder, and without it this folder is skipped.
+
+ComfyUI reads its command line when it is imported, so this file prepares that before any test module imports `comfy`.
+One release per process.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+COMFYUI = os.environ.get("COMFYUI_UNDER_TEST")
+
+if COMFYUI:
+    sys.path.insert(0, str(Path(COMFYUI).expanduser()))
+    arguments, sys.argv = sys.argv, [sys.argv[0], "--cpu"]
+    import comfy.options
+
+    comfy.options.enable_args_parsing()
+    import comfy.cli_args  # noqa: F401
+    import torch
+
+    torch.set_num_threads(1)
+    sys.argv = arguments
+
+
+class _WithoutComfyUI(pytest.Module):
+    """A module that says why its tests were not even imported."""
+
+    def collect(self):
+        raise pytest.skip.Exception("no ComfyUI; name its folder in COMFYUI_UNDER_TEST", allow_module_level=True)
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+    return None if COMFYUI else _WithoutComfyUI.from_parent(parent, path=module_path)
+
+
+@pytest.fixture(scope="session")
+def lora_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that ComfyUI lists as `loras`."""
+    import folder_paths
+
+    folder = tmp_path_factory.mktemp("loras")
+    folder_paths.add_model_folder_path("loras", str(folder), is_default=True)
+    return folder
+
+
+@pytest.fixture
+def loras(lora_folder: Path):
+    """Writes LoRA files: `loras(tensors)` -> name in ComfyUI's list."""
+    import folder_paths
+    from safetensors.torch import save_file
+
+    written: list[Path] = []
+
+    def write(tensors: dict, name: str | None = None) -> str:
+        name = name or f"lora_{len(list(lora_folder.iterdir()))}.safetensors"
+        save_file({key: value.contiguous() for key, value in tensors.items()}, lora_folder / name)
+        written.append(lora_folder / name)
+        folder_paths.filename_list_cache.clear()
+        return name
+
+    yield write
+    for path in written:
+        path.unlink(missing_ok=True)
+    folder_paths.filename_list_cache.clear()
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """After every test, no small model still carries a forward of its own or is loaded."""
+    yield
+    if not COMFYUI or "comfy.model_management" not in sys.modules or "server" in request.fixturenames:
+        return
+    import comfy.model_management
+    from lora_ensemble.tests.host.models import alive
+
+    left = [f"{type(model).__name__}.{name}" for model in alive() for name, module in model.named_modules()
+            if "forward" in module.__dict__]
+    assert not left, f"forwards left on {left[:5]}"
+    comfy.model_management.unload_all_models()
+    gc.collect()
