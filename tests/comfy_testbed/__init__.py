@@ -48,9 +48,29 @@ class LoRAEnsembleTestbedLatent(io.ComfyNode):
         return io.NodeOutput({"samples": torch.zeros(batch_size, 12, height // 2, width // 2)})
 
 
+class LoRAEnsembleTestbedStack(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LoRAEnsembleTestbedStack",
+            display_name="Testbed LoRA Stack",
+            category="LoRA Ensemble/testbed",
+            description="A LORA_STACK as the LoRA stackers of other packs make it; unused rows are named None.",
+            inputs=[
+                io.String.Input("first", default="None", tooltip="A file in models/loras, or None."),
+                io.String.Input("second", default="None", tooltip="A file in models/loras, or None."),
+            ],
+            outputs=[io.Custom("LORA_STACK").Output()],
+        )
+
+    @classmethod
+    def execute(cls, first: str, second: str) -> io.NodeOutput:
+        return io.NodeOutput([(name, 1.0, 1.0) for name in (first, second)])
+
+
 class TestbedExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [LoRAEnsembleTestbedLoader, LoRAEnsembleTestbedLatent]
+        return [LoRAEnsembleTestbedLoader, LoRAEnsembleTestbedLatent, LoRAEnsembleTestbedStack]
 
 
 async def comfy_entrypoint() -> TestbedExtension:

@@ -1,0 +1,282 @@
+"""The pack on a real headless server, over HTTP: nodes with their help, pictures, wrong input, the example client."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lora_ensemble.testbed.model import UNet
+from lora_ensemble.tests.server import PACK, PromptFailed, PromptRefused, Server
+from lora_ensemble.tests.workflows import EXAMPLES, ROOT, TESTBED, Prompt, find, load, on_testbed
+from PIL import Image
+from safetensors.torch import save_file
+
+WORKFLOWS = {path.stem: load(path) for path in TESTBED}
+GOOD = ("one.safetensors", "two.safetensors", "three.safetensors")
+GREY_LEVEL = 1.01  # two roundings of one number may end up in neighbouring 8-bit values
+
+
+def random_lora(seed: int, scale: float = 0.25, rank: int = 4) -> dict[str, torch.Tensor]:
+    """A LoRA in kohya's naming on all attentions and 3x3 convolutions of the testbed; it visibly changes pictures."""
+    g = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, module in UNet().named_modules():
+        if "attn" in name and isinstance(module, torch.nn.Linear) or name.endswith(("conv1", "conv2")):
+            out, *rest = module.weight.shape
+            key = f"lora_unet_{name.replace('.', '_')}"
+            down = torch.randn(rank, *rest, generator=g) / np.sqrt(np.prod(rest))
+            tensors[f"{key}.lora_down.weight"] = down
+            tensors[f"{key}.lora_up.weight"] = scale * torch.randn(out, rank, *[1] * (len(rest) - 1), generator=g)
+            tensors[f"{key}.alpha"] = torch.tensor(float(rank))
+    return tensors
+
+
+@pytest.fixture(scope="module", autouse=True)
+def lora_files(server: Server) -> Path:
+    """Good and bad LoRA files, where the server looks for them."""
+    folder = server.base / "models" / "loras"
+    for seed, name in enumerate(GOOD):
+        save_file(random_lora(seed), folder / name)
+    whole = (folder / GOOD[0]).read_bytes()
+    (folder / "web_page.safetensors").write_bytes(b"<!DOCTYPE html><html><body>Log in to download</body></html>" * 9)
+    (folder / "truncated.safetensors").write_bytes(whole[: len(whole) // 2])
+    (folder / "empty_file.safetensors").write_bytes(b"")
+    broken = random_lora(0)
+    next(iter(broken.values())).view(-1)[0] = float("nan")
+    save_file(broken, folder / "not_a_number.safetensors")
+    other = {"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": torch.zeros(4, 3072),
+             "lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight": torch.zeros(9216, 4)}  # fmt: skip
+    save_file(other, folder / "made_for_flux.safetensors")
+    for name in {node["inputs"]["lora_name"] for w in map(load, EXAMPLES) for node in w.values()
+                 if "lora_name" in node["inputs"]}:  # fmt: skip
+        save_file(random_lora(9), folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def node_info(server: Server) -> dict:
+    return {name: info for name, info in server.json("/object_info").items() if name.startswith("LoRAEnsemble")
+            and "Testbed" not in name}  # fmt: skip
+
+
+def changed(name: str, **inputs: object) -> Prompt:
+    """A testbed workflow with inputs replaced on every node that has them."""
+    prompt = json.loads(json.dumps(WORKFLOWS[name]))
+    for node in prompt.values():
+        node["inputs"].update({key: value for key, value in inputs.items() if key in node["inputs"]})
+    return prompt
+
+
+def pictures(server: Server, prompt: Prompt) -> np.ndarray:
+    """What the prompt saves: [n, h, w, 3] in 0..255."""
+    files = server.images(server.run(prompt))
+    return np.stack([np.asarray(Image.open(io.BytesIO(file)).convert("RGB"), dtype=np.float64) for file in files])
+
+
+def difference(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.abs(a - b).max())
+
+
+# --- what a user finds -----------------------------------------------------------------------------------------------
+
+
+def test_imports_without_complaint(server: Server):
+    assert server.failed_imports() == []
+
+
+def test_nodes_explain_themselves(node_info: dict):
+    assert {"LoRAEnsembleLoRA", "LoRAEnsembleFromStack", "LoRAEnsembleMerge", "LoRAEnsembleSwitch",
+            "LoRAEnsembleComposite"} <= set(node_info)  # fmt: skip
+    for name, info in node_info.items():
+        assert info["description"] and info["category"].startswith("LoRA Ensemble"), name
+        inputs = {key: spec for group in info["input"].values() for key, spec in group.items()}
+        assert all(spec[1].get("tooltip") for spec in inputs.values()), name
+        assert len(info["output_tooltips"]) == len(info["output"]) and all(info["output_tooltips"]), name
+
+
+def test_help_page_of_every_node(server: Server, node_info: dict):
+    for name, info in node_info.items():
+        page = server.get(f"/extensions/{PACK}/docs/{name}.md").decode()
+        assert page.startswith(f"# {info['display_name']}"), name
+        inputs = [key for group in info["input"].values() for key in group]
+        assert all(key in page for key in inputs), f"{name}: its help page does not name every input"
+
+
+def test_example_workflows_are_templates(server: Server):
+    listed = server.json("/api/workflow_templates")[PACK]
+    assert set(listed) == {path.stem for path in (ROOT / "example_workflows").glob("*.json")} and listed
+    for name in listed:
+        workflow = json.loads(server.get(f"/api/workflow_templates/{PACK}/{name}.json"))
+        assert workflow["nodes"], name
+
+
+# --- pictures --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_example_misses_only_its_checkpoint(server: Server, path: Path):
+    with pytest.raises(PromptRefused) as refused:
+        server.queue(load(path))
+    assert set(refused.value.reasons) == set(find(load(path), "CheckpointLoaderSimple"))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_example_on_the_testbed(server: Server, path: Path):
+    prompt = on_testbed(load(path), GOOD, steps=6)
+    saved = pictures(server, prompt)
+    assert saved.shape == (len(find(prompt, "SaveImage")), 32, 32, 3)
+    assert all(picture.std() > 5 for picture in saved)
+    assert all(difference(a, b) > 20 for i, a in enumerate(saved) for b in saved[:i]), "methods give the same picture"
+
+
+def test_methods_differ(server: Server):
+    by_method = {name: pictures(server, WORKFLOWS[name]) for name in ("base", "merge", "switch", "composite")}
+    names = list(by_method)
+    for i, a in enumerate(names):
+        assert by_method[a].shape == (1, 32, 32, 3) and by_method[a].std() > 5
+        assert all(difference(by_method[a], by_method[b]) > 20 for b in names[:i]), a
+
+
+@pytest.mark.parametrize("name", ["merge", "merge_baked", "merge_stack"])
+def test_merge_is_the_stock_chain(server: Server, name: str):
+    assert difference(pictures(server, WORKFLOWS[name]), pictures(server, WORKFLOWS["stock_chain"])) <= GREY_LEVEL
+
+
+@pytest.mark.parametrize("name", ["merge", "merge_baked", "switch", "composite"])
+def test_strength_zero_is_the_base(server: Server, name: str):
+    prompt = changed(name, strength_model=0.0, strength_clip=0.0, order="")
+    assert difference(pictures(server, prompt), pictures(server, WORKFLOWS["base"])) == 0
+
+
+@pytest.mark.parametrize("name", ["merge", "switch", "composite"])
+def test_runs_leave_nothing_behind(server: Server, name: str):
+    first = pictures(server, changed(name, seed=1))
+    assert difference(first, pictures(server, changed(name, seed=2))) > 20
+    assert difference(first, pictures(server, changed(name, seed=1, filename_prefix="again"))) == 0
+    assert difference(pictures(server, changed("base", seed=3)), first) > 20
+    assert difference(pictures(server, changed(name, seed=1, filename_prefix="third")), first) == 0
+
+
+def test_batch_of_three(server: Server):
+    for name in ("merge", "switch", "composite"):
+        one, three = pictures(server, WORKFLOWS[name]), pictures(server, changed(name, batch_size=3))
+        assert three.shape == (3, 32, 32, 3)
+        assert difference(three[:1], one) <= GREY_LEVEL  # the first picture has the same noise
+        assert difference(three[0], three[1]) > 20
+
+
+# --- wrong input -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("file", "remedy"),
+    [
+        ("web_page.safetensors", "Download it again"),
+        ("truncated.safetensors", "fetch the file again"),
+        ("empty_file.safetensors", "Download it again"),
+    ],
+)
+def test_damaged_file_is_refused_before_the_run(server: Server, file: str, remedy: str):
+    prompt = changed("merge")
+    prompt["lora2"]["inputs"]["lora_name"] = file
+    with pytest.raises(PromptRefused) as refused:
+        server.run(prompt)
+    assert set(refused.value.reasons) == {"lora2"}
+    assert file in refused.value.reasons["lora2"] and remedy in refused.value.reasons["lora2"]
+    assert pictures(server, changed("merge", filename_prefix=file)).std() > 5
+
+
+@pytest.mark.parametrize(
+    ("file", "remedy"),
+    [("made_for_flux.safetensors", "another architecture"), ("not_a_number.safetensors", "use another version")],
+)
+@pytest.mark.parametrize("name", ["merge", "merge_baked", "switch", "composite"])
+def test_unusable_file_is_named(server: Server, name: str, file: str, remedy: str):
+    prompt = changed(name)
+    prompt["lora2"]["inputs"]["lora_name"] = file
+    with pytest.raises(PromptFailed) as failed:
+        server.run(prompt)
+    assert file in failed.value.message and remedy in failed.value.message
+    assert pictures(server, changed(name, filename_prefix=file)).std() > 5
+
+
+def test_file_deleted_after_the_list_was_made(server: Server, lora_files: Path):
+    prompt = changed("merge")
+    prompt["lora2"]["inputs"]["lora_name"] = "gone.safetensors"
+    with pytest.raises(PromptRefused) as refused:
+        server.run(prompt)
+    assert "gone.safetensors" in refused.value.reasons["lora2"]
+
+
+def test_file_replaced_between_runs(server: Server, lora_files: Path):
+    """A LoRA that was exported anew under the same name takes effect, without a restart."""
+    save_file(random_lora(20), lora_files / "again.safetensors")
+    prompt = changed("merge")
+    prompt["lora2"]["inputs"]["lora_name"] = "again.safetensors"
+    before = pictures(server, prompt)
+    save_file(random_lora(21), lora_files / "again.safetensors")
+    assert difference(pictures(server, prompt), before) > 20
+
+
+def test_empty_ensemble(server: Server):
+    with pytest.raises(PromptFailed) as failed:
+        server.run(changed("merge_stack", first="None", second="None"))
+    assert "ensemble is empty" in failed.value.message and "LoRA (Ensemble)" in failed.value.message
+    unconnected = changed("merge")
+    del unconnected["method"]["inputs"]["ensemble"]
+    with pytest.raises(PromptRefused) as refused:
+        server.run(unconnected)
+    assert "ensemble" in refused.value.reasons["method"]
+    assert pictures(server, changed("merge", filename_prefix="after")).std() > 5
+
+
+@pytest.mark.parametrize("order", ["a,b", "0,1", "1,3"])
+def test_switch_order_that_makes_no_sense(server: Server, order: str):
+    with pytest.raises((PromptRefused, PromptFailed)) as error:
+        server.run(changed("switch", order=order))
+    assert "order" in str(error.value)
+
+
+# --- the example client ----------------------------------------------------------------------------------------------
+
+
+def client(server: Server | None, tmp_path: Path, workflow: object, *options: str) -> subprocess.CompletedProcess:
+    path = tmp_path / "workflow.json"
+    path.write_text(workflow if isinstance(workflow, str) else json.dumps(workflow))
+    address = f"127.0.0.1:{server.port if server else 9}"
+    command = [sys.executable, ROOT / "examples" / "queue_prompt.py", path, "--server", address, "--out", tmp_path]
+    return subprocess.run([*map(str, command), *options], capture_output=True, text=True, timeout=300)
+
+
+def test_client_saves_the_picture(server: Server, tmp_path: Path):
+    result = client(server, tmp_path, changed("switch"), "--set", "sampler.seed=99", "--set", "positive.text=blue robe")
+    assert result.returncode == 0, result.stderr
+    (saved,) = tmp_path.glob("*.png")
+    assert str(saved) in result.stdout and "KSampler" in result.stdout and "6 of 6" in result.stdout
+    same = changed("switch", seed=99, filename_prefix="same")
+    same["positive"]["inputs"]["text"] = "blue robe"
+    assert difference(np.asarray(Image.open(saved), dtype=np.float64), pictures(server, same)[0]) == 0
+
+
+def test_client_errors_are_sentences(server: Server, tmp_path: Path):
+    bad_name, bad_file = changed("merge"), changed("merge")
+    bad_name["lora1"]["inputs"]["lora_name"] = "truncated.safetensors"
+    bad_file["lora1"]["inputs"]["lora_name"] = "not_a_number.safetensors"
+    cases = [
+        (None, changed("base"), [], "No ComfyUI reachable at 127.0.0.1:9"),
+        (server, load(ROOT / "example_workflows" / "sd15_compare.json"), [], "not in API format"),
+        (server, "{", [], "cannot be read"),
+        (server, changed("base"), ["--set", "sampler.sede=1"], "--set sampler.sede=1"),
+        (server, bad_name, [], "node lora1 (LoRAEnsembleLoRA)"),
+        (server, bad_file, [], "Node method (LoRAEnsembleMerge) failed: LoRA 'not_a_number.safetensors'"),
+    ]
+    for where, workflow, options, expected in cases:
+        result = client(where, tmp_path, workflow, *options)
+        assert result.returncode == 1 and expected in result.stderr, (expected, result.stderr, result.stdout)
+        assert "Traceback" not in result.stderr
