@@ -1,0 +1,350 @@
+"""Schemas, help pages and example workflows of the nodes; what the small converters accept and refuse."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import functools
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+import lora_ensemble
+import pytest
+import torch
+from comfy_api.latest import io
+from lora_ensemble.host.ensemble import ROLES, LoRASpec
+from lora_ensemble.nodes.baselines import LoRAEnsembleComposite, LoRAEnsembleMerge, LoRAEnsembleSwitch
+from lora_ensemble.nodes.ensembles import LoRAEnsembleFromStack, LoRAEnsembleLoRA, from_stack
+from lora_ensemble.nodes.order import OrderError, turns_of
+
+ROOT = Path(lora_ensemble.__file__).parent
+NODES = asyncio.run(asyncio.run(lora_ensemble.comfy_entrypoint()).get_node_list())
+WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
+IDS = {
+    "LoRAEnsembleLoRA": "LoRA (Ensemble)",
+    "LoRAEnsembleFromStack": "LoRA Stack to Ensemble",
+    "LoRAEnsembleMerge": "Merge LoRAs",
+    "LoRAEnsembleSwitch": "Switch LoRAs",
+    "LoRAEnsembleComposite": "Composite LoRAs",
+}
+PLACEHOLDERS = {"ckpt_name", "lora_name"}  # files that a user chooses; any .safetensors name will do
+WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
+VIRTUAL = {"MarkdownNote", "Note"}  # known to the front end alone
+BYPASSED = 4
+
+each_node = pytest.mark.parametrize("node", NODES, ids=lambda node: node.__name__)
+each_workflow = pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+
+
+@pytest.fixture
+def two(loras):
+    """The names of two LoRA files that pass the check of their header."""
+    return tuple(loras({"lora_unet_x.lora_up.weight": torch.zeros(2, 2)}, f"{name}.safetensors") for name in "ab")
+
+
+# --- schemas and help ---
+
+
+def test_ids_and_display_names_are_those_that_workflows_in_the_wild_use():
+    assert {node.GET_SCHEMA().node_id: node.GET_SCHEMA().display_name for node in NODES} == IDS
+
+
+def test_the_pack_offers_the_v3_entry_point_alone():
+    """The host looks at NODE_CLASS_MAPPINGS first, and never at the entry point where there is one."""
+    assert not hasattr(lora_ensemble, "NODE_CLASS_MAPPINGS")
+    assert (ROOT / lora_ensemble.WEB_DIRECTORY / "docs").is_dir()
+
+
+@each_node
+def test_everything_on_a_node_is_explained(node):
+    schema = node.GET_SCHEMA()
+    assert schema.category == "LoRA Ensemble"
+    assert schema.description
+    for part in (*schema.inputs, *schema.outputs):
+        assert part.tooltip and part.tooltip.endswith("."), f"{schema.node_id}: {part.id or part.display_name}"
+
+
+@each_node
+def test_search_aliases_reach_the_releases_that_know_them(node):
+    schema = node.GET_SCHEMA()
+    assert getattr(schema, "search_aliases", ["unknown to this release"])
+
+
+@each_node
+def test_execute_takes_exactly_the_inputs_of_the_schema(node):
+    """One more or one less and the host fails only when the node runs."""
+    code = node.execute.__func__.__code__
+    assert set(code.co_varnames[1 : code.co_argcount]) == {part.id for part in node.GET_SCHEMA().inputs}
+
+
+@each_node
+def test_help_page_names_every_input(node):
+    text = (ROOT / "web" / "docs" / f"{node.GET_SCHEMA().node_id}.md").read_text(encoding="utf-8")
+    assert text.startswith(f"# {node.GET_SCHEMA().display_name}\n")
+    rows = re.findall(r"^\| (\w+) \|", text, flags=re.MULTILINE)
+    assert set(rows) - {"input"} == {part.id for part in node.GET_SCHEMA().inputs}
+    assert "2402.16843" in text or node in (LoRAEnsembleLoRA, LoRAEnsembleFromStack)
+
+
+def test_no_help_page_without_a_node():
+    assert {path.stem for path in (ROOT / "web" / "docs").glob("*.md")} == set(IDS)
+
+
+# --- the ensemble ---
+
+
+def test_loras_chain_in_order(two):
+    first = LoRAEnsembleLoRA.execute(two[0], 1.0, 0.5, "character").args[0]
+    both = LoRAEnsembleLoRA.execute(two[1], 0.7, 0.0, "style", ensemble=first).args[0]
+    assert both == (LoRASpec(two[0], 1.0, 0.5, "character"), LoRASpec(two[1], 0.7, 0.0, "style"))
+    assert first == both[:1]
+
+
+def test_a_new_ensemble_offers_every_role_and_the_range_of_the_stock_loader():
+    inputs = {part.id: part for part in LoRAEnsembleLoRA.GET_SCHEMA().inputs}
+    assert tuple(inputs["role"].options) == ROLES and inputs["role"].default == "auto"
+    for name in ("strength_model", "strength_clip"):
+        stock = host_inputs("LoraLoader")[name][1]
+        assert {key: stock[key] for key in ("default", "min", "max", "step")} == {
+            key: getattr(inputs[name], key) for key in ("default", "min", "max", "step")
+        }
+
+
+def test_a_good_file_passes_and_a_linked_name_is_not_known_yet(two):
+    assert LoRAEnsembleLoRA.validate_inputs(lora_name=two[0]) is True
+    assert LoRAEnsembleLoRA.validate_inputs(lora_name=None) is True
+
+
+def test_bad_files_are_refused_before_the_run_by_name(two, lora_folder):
+    whole = (lora_folder / two[0]).read_bytes()
+    (lora_folder / two[0]).write_bytes(whole[:-3])
+    (lora_folder / two[1]).write_bytes(b"<html>please log in</html>" * 9)
+    for name, word in ((two[0], "truncated"), (two[1], "not a safetensors file"), ("gone.safetensors", "not in any")):
+        answer = LoRAEnsembleLoRA.validate_inputs(lora_name=name)
+        assert isinstance(answer, str) and name in answer and word in answer
+
+
+def test_the_fingerprint_follows_the_file(two, loras):
+    before = LoRAEnsembleLoRA.fingerprint_inputs(lora_name=two[0], strength_model=1.0)
+    assert before == LoRAEnsembleLoRA.fingerprint_inputs(lora_name=two[0], strength_model=1.0)
+    loras({"lora_unet_x.lora_up.weight": torch.zeros(3, 3)}, two[0])
+    assert before != LoRAEnsembleLoRA.fingerprint_inputs(lora_name=two[0], strength_model=1.0)
+
+
+# --- stacks of other packs ---
+
+
+def test_a_stack_keeps_order_and_strengths_and_loses_empty_rows(two):
+    stack = [(two[1], 0.8, 0.3), ("None", 1.0, 1.0), [two[0], -1, 0], (None, 1.0, 1.0), ("", 1, 1)]
+    earlier = (LoRASpec("earlier.safetensors", 1.0, 1.0, "style"),)
+    ensemble = LoRAEnsembleFromStack.execute(stack, ensemble=earlier).args[0]
+    assert ensemble == (*earlier, LoRASpec(two[1], 0.8, 0.3), LoRASpec(two[0], -1.0, 0.0))
+
+
+def test_full_paths_become_names(two, lora_folder):
+    full = str(lora_folder / two[0])
+    assert folder_paths.get_full_path("loras", two[0]) == full
+    assert from_stack([(full, 1.0, 1.0)]) == (LoRASpec(two[0], 1.0, 1.0),)
+
+
+def test_an_empty_stack_adds_nothing():
+    assert LoRAEnsembleFromStack.execute([]).args[0] == ()
+
+
+@pytest.mark.parametrize("entry", [("a.safetensors", 1.0), ("a.safetensors", "strong", 1.0), 3, {"name": "a"}])
+def test_what_is_no_stack_entry_is_refused(entry):
+    with pytest.raises(ValueError, match="LORA_STACK output"):
+        from_stack([entry])
+
+
+def test_a_missing_file_of_a_stack_is_named():
+    with pytest.raises(ValueError, match="gone.safetensors"):
+        LoRAEnsembleFromStack.execute([("gone.safetensors", 1.0, 1.0)])
+
+
+# --- the order of turns ---
+
+THREE = tuple(LoRASpec(f"{name}.safetensors", 1.0, 1.0) for name in "abc")
+MUTED = (THREE[0], LoRASpec("b.safetensors", 0.0, 1.0), THREE[2])
+
+
+@pytest.mark.parametrize(("text", "ensemble", "turns"), [
+    ("", THREE, None), ("  ", THREE, None), ("2,1,3", THREE, (1, 0, 2)), (" 3 , 2,1 ", THREE, (2, 1, 0)),
+    ("3 1 2", THREE, (2, 0, 1)), ("3,1", MUTED, (1, 0)), ("3,2,1", MUTED, (1, 0)), ("1,2,3", MUTED, (0, 1)),
+])  # fmt: skip
+def test_order_of_turns(text, ensemble, turns):
+    assert turns_of(text, ensemble) == turns
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("1,2", "leaves out LoRA 3 .'c.safetensors'."), ("1,2,3,4", "names LoRA 4, but the ensemble has 3"),
+    ("1,1,2,3", "twice"), ("0,1,2", "such as 2,1,3"), ("b,a,c", "such as 2,1,3"), ("1;2;3", "such as 2,1,3"),
+    ("-1,2,3", "such as 2,1,3"),
+])  # fmt: skip
+def test_orders_that_cannot_be_followed(text, message):
+    with pytest.raises(OrderError, match=message):
+        turns_of(text, THREE)
+
+
+def test_the_notation_is_checked_before_the_run():
+    assert LoRAEnsembleSwitch.validate_inputs(order="2,1") is True
+    assert LoRAEnsembleSwitch.validate_inputs(order=None) is True
+    assert "2,1,3" in LoRAEnsembleSwitch.validate_inputs(order="first,second")
+
+
+@pytest.mark.parametrize(("node", "options"), [
+    (LoRAEnsembleMerge, ["runtime"]), (LoRAEnsembleMerge, ["baked"]), (LoRAEnsembleSwitch, [5, "2,1", "paper"]),
+    (LoRAEnsembleComposite, []),
+])  # fmt: skip
+def test_an_empty_ensemble_is_refused_by_the_node_that_needs_one(node, options):
+    with pytest.raises(ValueError, match=f"{node.GET_SCHEMA().display_name}: the ensemble is empty. Connect"):
+        node.execute(None, (), *options)
+
+
+# --- example workflows ---
+
+
+def host_inputs(class_type: str) -> dict[str, tuple[Any, dict]]:
+    """Input name -> (type, options) of a node of this pack or of the host, in the schema's order."""
+    types = node_classes()[class_type].INPUT_TYPES()
+    specs = {**types.get("required", {}), **types.get("optional", {})}
+    return {name: (spec[0], spec[1] if len(spec) > 1 else {}) for name, spec in specs.items()}
+
+
+@functools.cache
+def node_classes() -> dict[str, Any]:
+    from comfy_extras import nodes_flux, nodes_sd3
+
+    import nodes as host_nodes
+
+    extensions = [asyncio.run(module.comfy_entrypoint()) for module in (nodes_flux, nodes_sd3)]
+    v3 = [*NODES, *(node for extension in extensions for node in asyncio.run(extension.get_node_list()))]
+    return {**host_nodes.NODE_CLASS_MAPPINGS, **{node.GET_SCHEMA().node_id: node for node in v3}}
+
+
+def is_widget(kind: Any) -> bool:
+    return isinstance(kind, (list, tuple)) or str(kind) in WIDGETS
+
+
+def problem_of(name: str, value: Any, kind: Any, options: dict) -> str | None:
+    """Why a widget value would not pass the host's validation, or None."""
+    if name in PLACEHOLDERS:
+        return None if str(value).endswith(".safetensors") else "no file name"
+    choices = kind if isinstance(kind, (list, tuple)) else options.get("options")
+    if choices is not None:
+        return None if value in choices else f"{value!r} is not one of {choices}"
+    wanted = {"INT": int, "FLOAT": (int, float), "STRING": str, "BOOLEAN": bool}[str(kind)]
+    if not isinstance(value, wanted):
+        return f"{value!r} is no {kind}"
+    if str(kind) in ("INT", "FLOAT") and not options.get("min", value) <= value <= options.get("max", value):
+        return f"{value!r} is out of range"
+    return None
+
+
+def as_api(graph: dict) -> dict:
+    """What the front end sends for a graph: widget values by name, links past bypassed nodes, no notes."""
+    by_id = {node["id"]: node for node in graph["nodes"]}
+    links = {link[0]: link for link in graph["links"]}
+
+    def source(link: int) -> list:
+        _, origin, slot, *_ = links[link]
+        node = by_id[origin]
+        if node["mode"] != BYPASSED:
+            return [str(origin), slot]
+        kind = node["outputs"][slot]["type"]
+        return source(next(entry["link"] for entry in node["inputs"] if entry["type"] == kind))
+
+    prompt = {}
+    for node in graph["nodes"]:
+        if node["type"] in VIRTUAL or node["mode"] == BYPASSED:
+            continue
+        values, inputs = iter(node["widgets_values"]), {}
+        for name, (kind, _) in host_inputs(node["type"]).items():
+            if is_widget(kind):
+                inputs[name] = next(values)
+                if name in ("seed", "noise_seed"):
+                    assert next(values) in ("fixed", "increment", "decrement", "randomize")
+        assert not list(values), f"{node['type']} has more widget values than widgets"
+        inputs |= {entry["name"]: source(entry["link"]) for entry in node["inputs"] if entry["link"] is not None}
+        prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
+    return prompt
+
+
+def check_graph(graph: dict) -> None:
+    """Links agree with both ends, types with the schemas."""
+    by_id = {node["id"]: node for node in graph["nodes"]}
+    assert graph["last_node_id"] == max(by_id) and graph["last_link_id"] == len(graph["links"])
+    for number, origin, out, target, slot, kind in graph["links"]:
+        sender, receiver = by_id[origin], by_id[target]
+        assert number in sender["outputs"][out]["links"] and receiver["inputs"][slot]["link"] == number
+        assert str(node_classes()[sender["type"]].RETURN_TYPES[out]) == kind
+        assert str(host_inputs(receiver["type"])[receiver["inputs"][slot]["name"]][0]) == kind
+
+
+def check_prompt(prompt: dict) -> None:
+    """What the host's validation would say, except for the files that a user chooses."""
+    for key, node in prompt.items():
+        required = node_classes()[node["class_type"]].INPUT_TYPES()["required"]
+        assert set(required) <= set(node["inputs"]), f"{key}: inputs missing"
+        for name, value in node["inputs"].items():
+            kind, options = host_inputs(node["class_type"])[name]
+            if isinstance(value, list):
+                sender = node_classes()[prompt[value[0]]["class_type"]]
+                assert str(sender.RETURN_TYPES[value[1]]) == str(kind), f"{key}: {name}"
+            else:
+                assert problem_of(name, value, kind, options) is None, f"{key}: {name}"
+
+
+def overlaps(graph: dict) -> list[tuple[str, str]]:
+    title = 30  # height of the title bar, which lies above a node's position
+    boxes = [(node["type"], *node["pos"], *node["size"]) for node in graph["nodes"]]
+    return [
+        (a, b)
+        for i, (a, ax, ay, aw, ah) in enumerate(boxes)
+        for b, bx, by, bw, bh in boxes[:i]
+        if ax < bx + bw and bx < ax + aw and ay - title < by + bh and by - title < ay + ah
+    ]
+
+
+@each_workflow
+def test_example_workflows_agree_with_the_schemas(path):
+    graph = json.loads(path.read_text(encoding="utf-8"))
+    prompt = json.loads((path.parent / "api" / path.name).read_text(encoding="utf-8"))
+    check_graph(graph)
+    check_prompt(prompt)
+    assert {key: {k: v for k, v in node.items() if k != "_meta"} for key, node in prompt.items()} == as_api(graph)
+    assert not overlaps(graph)
+
+
+def test_the_checks_notice_what_is_wrong():
+    graph = json.loads(WORKFLOWS[0].read_text(encoding="utf-8"))
+    prompt = as_api(graph)
+    method = next(key for key, node in prompt.items() if node["class_type"] == "LoRAEnsembleMerge")
+    for name, value in (("mode", "sideways"), ("model", prompt[method]["inputs"]["clip"])):
+        broken = copy.deepcopy(prompt)
+        broken[method]["inputs"][name] = value
+        with pytest.raises(AssertionError, match=name):
+            check_prompt(broken)
+    graph["links"][0][5] = "LATENT"
+    with pytest.raises(AssertionError):
+        check_graph(graph)
+
+
+def test_every_node_and_every_model_family_has_an_example():
+    graphs = [json.loads(path.read_text(encoding="utf-8"))["nodes"] for path in WORKFLOWS]
+    assert {node["type"] for nodes in graphs for node in nodes} >= set(IDS)
+    checkpoints = {node["widgets_values"][0] for nodes in graphs for node in nodes if "Checkpoint" in node["type"]}
+    assert checkpoints == {
+        "v1-5-pruned-emaonly-fp16.safetensors", "sd_xl_base_1.0.safetensors", "flux1-dev-fp8.safetensors",
+    }  # fmt: skip
+    assert {path.name for path in (ROOT / "example_workflows" / "api").iterdir()} == {path.name for path in WORKFLOWS}
+
+
+def test_sockets_have_the_types_that_other_packs_use():
+    outputs = [part for node in NODES for part in node.GET_SCHEMA().outputs]
+    assert {str(part.io_type) for part in outputs} == {"LORA_ENSEMBLE", "MODEL", "CLIP"}
+    assert str(LoRAEnsembleFromStack.GET_SCHEMA().inputs[0].io_type) == "LORA_STACK"
+    assert all(issubclass(node, io.ComfyNode) for node in NODES)
