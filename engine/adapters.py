@@ -26,6 +26,8 @@ from .geometry import Geometry
 
 Span = tuple[int, int, int] | None
 Inner = Callable[[Tensor], Tensor]
+Scales = tuple[Tensor, bool] | None
+"""DoRA's magnitude factors, and whether they act on outputs (`Decomposed.scales`)."""
 
 
 def frozen(tensor: Tensor) -> nn.Parameter:
@@ -58,8 +60,9 @@ class Op(nn.Module):
         """The dense delta of an additive op, on the device of `like`."""
         raise TypeError(f"{type(self).__name__} has no delta of its own")
 
-    def apply_(self, y: Tensor, x: Tensor, inner: Inner, gain: float, geometry: Geometry, scale: Callable) -> None:
-        """Forward form, in place on y. `scale()` gives `Decomposed` its magnitude factors; others ignore it."""
+    def apply_(self, y: Tensor, x: Tensor, inner: Inner, gain: float, geometry: Geometry,
+               scales: Scales = None) -> None:
+        """Forward form, in place on y. `scales` is for `Decomposed` alone."""
         x = part(x, self.span, geometry.x_channel, 1)
         part(y, self.span, geometry.channel, 0).add_(geometry.apply(x, self.delta(x).to(x.dtype)), alpha=gain)
 
@@ -109,7 +112,8 @@ class Bias(Op):
         super().__init__()
         self.vector = frozen(vector)
 
-    def apply_(self, y: Tensor, x: Tensor, inner: Inner, gain: float, geometry: Geometry, scale: Callable) -> None:
+    def apply_(self, y: Tensor, x: Tensor, inner: Inner, gain: float, geometry: Geometry,
+               scales: Scales = None) -> None:
         y.add_(geometry.per_channel(self.vector.to(y.device), y), alpha=gain)
 
 
@@ -131,12 +135,13 @@ class GLoRA(Op):
         mixed = torch.einsum("oi...,ij->oj...", weight, (self.m_up @ self.m_down).to(weight))
         return weight + gain * (self.scale * mixed + self.plus.delta(weight).to(weight.dtype))
 
-    def apply_(self, y: Tensor, x: Tensor, inner: Inner, gain: float, geometry: Geometry, scale: Callable) -> None:
+    def apply_(self, y: Tensor, x: Tensor, inner: Inner, gain: float, geometry: Geometry,
+               scales: Scales = None) -> None:
         last = x.movedim(geometry.x_channel, -1)
         mixed = (last @ self.m_down.to(x).T @ self.m_up.to(x).T).movedim(-1, geometry.x_channel)
         target = part(y, self.span, geometry.channel, 0)
         target.add_(part(inner(mixed), self.span, geometry.channel, 0), alpha=gain * self.scale)
-        self.plus.apply_(y, x, inner, gain, geometry, scale)
+        self.plus.apply_(y, x, inner, gain, geometry)
 
 
 class OFT(Op):
@@ -152,7 +157,8 @@ class OFT(Op):
     def _changed(self, weight: Tensor, gain: float) -> Tensor:
         return weight + gain**2 * block_rotate(self.turn.to(weight), weight)
 
-    def apply_(self, y: Tensor, x: Tensor, inner: Inner, gain: float, geometry: Geometry, scale: Callable) -> None:
+    def apply_(self, y: Tensor, x: Tensor, inner: Inner, gain: float, geometry: Geometry,
+               scales: Scales = None) -> None:
         target = part(y, self.span, geometry.channel, 0)
         turned = block_rotate(self.turn.to(target), target.movedim(geometry.channel, 0))
         target.add_(turned.movedim(0, geometry.channel), alpha=gain**2)
@@ -181,7 +187,8 @@ class BOFT(Op):
     def _changed(self, weight: Tensor, gain: float) -> Tensor:
         return weight + gain * self._difference(weight, gain)
 
-    def apply_(self, y: Tensor, x: Tensor, inner: Inner, gain: float, geometry: Geometry, scale: Callable) -> None:
+    def apply_(self, y: Tensor, x: Tensor, inner: Inner, gain: float, geometry: Geometry,
+               scales: Scales = None) -> None:
         target = part(y, self.span, geometry.channel, 0)
         turned = self._difference(target.movedim(geometry.channel, 0), gain)
         target.add_(turned.movedim(0, geometry.channel), alpha=gain)
@@ -210,8 +217,9 @@ class Decomposed(Op):
         s = s.reshape(-1, *[1] * (weight.ndim - 1)) if on_output else s.reshape(1, -1, *[1] * (weight.ndim - 2))
         return weight + gain * (s.to(weight.dtype) * (weight + delta) - weight)
 
-    def apply_(self, y: Tensor, x: Tensor, inner: Inner, gain: float, geometry: Geometry, scale: Callable) -> None:
-        s, on_output = scale()
+    def apply_(self, y: Tensor, x: Tensor, inner: Inner, gain: float, geometry: Geometry,
+               scales: Scales = None) -> None:
+        s, on_output = scales
         target = part(y, self.span, geometry.channel, 0)
         delta = self.direction.delta(x).to(x.dtype)
         # s - 1 is formed in fp32 and is small: a product with it keeps the base output's own precision.
@@ -236,6 +244,7 @@ class Replace(Op):
     def _changed(self, weight: Tensor, gain: float) -> Tensor:
         return self.value.to(weight).reshape(weight.shape)
 
-    def apply_(self, y: Tensor, x: Tensor, inner: Inner, gain: float, geometry: Geometry, scale: Callable) -> None:
+    def apply_(self, y: Tensor, x: Tensor, inner: Inner, gain: float, geometry: Geometry,
+               scales: Scales = None) -> None:
         x = part(x, self.span, geometry.x_channel, 1)
         part(y, self.span, geometry.channel, 0).copy_(geometry.apply(x, self.value.to(x)))

@@ -150,7 +150,7 @@ class RoutedForwards:
                 for stack in site.stacks:
                     self._add_stack(stack, geometry, y_part, x_part, gains)
                 for _, gain, op in ops:
-                    op.apply_(y_part, x_part, None, gain, geometry, None)
+                    op.apply_(y_part, x_part, None, gain, geometry)
             else:
                 self._chain(site, geometry, base, gains, y_part, x_part)
             if group is not None:
@@ -225,66 +225,63 @@ class RoutedForwards:
     def _chain(self, site: Site, geometry: Geometry, base: Callable, gains: Sequence[float], y: Tensor,
                x: Tensor) -> None:
         """Ops whose order matters, one after the other as the host's loader would change the weight."""
-        chain = self._in_order(site, gains)
-        ops = [entry for entry in chain if not isinstance(entry[2], Bias)]
-        ops = [entry for k, entry in enumerate(ops) if self._expressible(site, ops[:k], entry, x)]
-        bias = self._tensor(f"{site.name}.bias", x)
+        ops, biases = self._in_order(site, tuple(gains), x.device)
+        bias = self._bias(site, x)
 
         def run(k: int, x: Tensor, y: Tensor | None = None) -> Tensor:
             if k == 0:
                 return no_bias(base(x) if y is None else y, bias, geometry)
             out = run(k - 1, x, y)
-            _, gain, op = ops[k - 1]
-            op.apply_(out, x, lambda z: run(k - 1, z), gain, geometry, lambda: self._scales(site, ops, k - 1, x))
+            gain, op, scales = ops[k - 1]
+            op.apply_(out, x, lambda z: run(k - 1, z), gain, geometry, scales)
             return out
 
         out = run(len(ops), x, y)
         y.copy_(out if bias is None else out + geometry.per_channel(bias, out))
-        for _, gain, op in chain:
-            if isinstance(op, Bias):
-                op.apply_(y, x, None, gain, geometry, None)
+        for gain, op in biases:
+            op.apply_(y, x, None, gain, geometry)
 
-    def _in_order(self, site: Site, gains: Sequence[float]) -> list[tuple[int, float, Op]]:
-        """(adapter, gain, op) of all active ops of a site in the order of the adapters."""
-        key = ("chain", site.name, tuple(gains))
+    def _in_order(self, site: Site, gains: tuple[float, ...], device: torch.device) -> tuple[list, list]:
+        """The active ops of a site in the order of the adapters, (gain, op, magnitude factors of a DoRA), and apart
+        from them the biases, (gain, op). Worked out once per run: the weight is read here and nowhere else."""
+        key = ("chain", site.name, gains, device)
         if key not in self._cache:
-            entries = []
-            for adapter, gain in enumerate(gains):
-                if gain:
-                    entries += [(adapter, gain, _StackOp(stack, stack.slots[adapter]))
-                                for stack in site.stacks if adapter in stack.slots]
-                    entries += [(adapter, gain, op) for op in site.ops(adapter)]
-            self._cache[key] = entries
+            active = [(a, op) for a, gain in enumerate(gains) if gain for op in self._all_ops(site, a)]
+            weight = None
+            if any(isinstance(op, Decomposed) for _, op in active):
+                weight = self._reader(f"{site.name}.weight")
+                weight = None if weight is None else weight.to(device)
+            ops, biases = [], []
+            for a, op in active:
+                scales = None
+                if isinstance(op, Bias):
+                    biases.append((gains[a], op))
+                    continue
+                if isinstance(op, Decomposed):
+                    if weight is None:
+                        self._tell(self.bank.names[a], site.name, "DoRA needs the base weight, which is unreadable; "
+                                                                  "left out")
+                        continue
+                    scales = op.scales(weight)
+                ops.append((gains[a], op, scales))
+                weight = None if weight is None else op.on_weight(weight, gains[a])
+            self._cache[key] = ops, biases
         return self._cache[key]
+
+    def _all_ops(self, site: Site, adapter: int) -> list[Op]:
+        stacked = [_StackOp(stack, stack.slots[adapter]) for stack in site.stacks if adapter in stack.slots]
+        return stacked + site.ops(adapter)
 
     def _others(self, site: Site, gains: Sequence[float]) -> list[tuple[int, float, Op]]:
         return [(a, gains[a], op) for a in map(int, site.others) if gains[a] for op in site.ops(a)]
 
-    def _expressible(self, site: Site, before: list, entry: tuple[int, float, Op], like: Tensor) -> bool:
-        adapter, _, op = entry
-        if isinstance(op, Decomposed) and self._weight(site.name) is None:
-            self._tell(self.bank.names[adapter], site.name, "DoRA needs the base weight, which is unreadable; left out")
-            return False
-        return True
-
-    def _scales(self, site: Site, ops: list, k: int, like: Tensor) -> tuple[Tensor, bool]:
-        """Magnitude factors of the DoRA at position k of a chain; the weight is replayed once per distinct chain."""
-        key = ("scales", site.name, tuple((a, g) for a, g, _ in ops[:k + 1]), k, like.device)
+    def _bias(self, site: Site, like: Tensor) -> Tensor | None:
+        """The layer's own bias, read once per run."""
+        key = ("bias", site.name)
         if key not in self._cache:
-            weight = self._weight(site.name).to(like.device)
-            for _, gain, op in ops[:k]:
-                weight = op.on_weight(weight, gain)
-            self._cache[key] = ops[k][2].scales(weight)
-        return self._cache[key]
-
-    def _weight(self, name: str) -> Tensor | None:
-        return self._reader(f"{name}.weight")
-
-    def _tensor(self, name: str, like: Tensor) -> Tensor | None:
-        """A small tensor of the base model, read once per run."""
-        key = ("read", name)
-        if key not in self._cache:
-            self._cache[key] = self._reader(name)
+            self._cache[key] = self._reader(f"{site.name}.bias")
+            if self._cache[key] is None and getattr(_find(self.root, site.name), "bias", None) is not None:
+                self._tell("all", site.name, "the layer's bias is unreadable and was treated as part of its weight")
         value = self._cache[key]
         return None if value is None else self._constant(key, lambda: value, like)
 
