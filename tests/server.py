@@ -110,6 +110,7 @@ class Server:
         command += ["--disable-all-custom-nodes", "--whitelist-custom-nodes", *self.names]
         env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         env |= {"LORA_ENSEMBLE_ROOT": str(ROOT), "PYTHONIOENCODING": "utf-8", "PYTHONUNBUFFERED": "1"}
+        env.setdefault("OMP_NUM_THREADS", "1")  # models this small lose time with more
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 command, cwd=self.comfyui, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
