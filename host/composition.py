@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from ..methods import Method
 from .clock import Clock
 
 KEY = "lora_ensemble"
+log = logging.getLogger("lora_ensemble")
 
 Combo = tuple[Branch, ...]
 """One branch per applied method: what one row of a batch is evaluated with."""
@@ -45,6 +47,7 @@ class Composition:
     layers: tuple[Layer, ...]
     record: RunRecord | None = None
     runs: list[Run] = field(default_factory=list)
+    warned: bool = False
 
     def on_model_patcher_clone(self) -> Composition:
         """Called by the host: attachments without this method would be shared too, but not by contract."""
@@ -52,7 +55,15 @@ class Composition:
 
     @property
     def run(self) -> Run | None:
-        """The run that is sampling now; the innermost where one run starts another."""
+        """The run that is sampling now; the innermost where one run starts another.
+
+        None where the model is evaluated although no run of it began, as the second model of a guider with two is:
+        said once, since its LoRAs do nothing then.
+        """
+        if not self.runs and not self.warned:
+            self.warned = True
+            log.warning("This sampler evaluates a model without starting it as the sampled one (the negative model of a "
+                        "dual-model guider, say): its LoRAs have no effect there. Bake them in with Merge instead.")
         return self.runs[-1] if self.runs else None
 
     def begin(self, sigmas: Tensor) -> Run:
@@ -64,6 +75,12 @@ class Composition:
     def end(self, run: Run, finished: bool) -> None:
         run.close(finished)
         self.runs.remove(run)
+
+
+def record_of(model) -> RunRecord | None:
+    """What the last run of a MODEL with a method on it did; None before the first run and for other models."""
+    composition = model.get_attachment(KEY)
+    return composition.record if composition is not None else None
 
 
 class Run:
@@ -142,7 +159,9 @@ class Run:
                                             "no effect")
 
     def _problem(self, adapter: str, layer: str, reason: str) -> None:
-        self.record.problems.append(f"{adapter}: {layer}: {reason}")
+        problem = f"{adapter}: {layer}: {reason}"
+        log.warning(problem)
+        self.record.problems.append(problem)
 
     def _close_step(self) -> None:
         now = time.perf_counter()
