@@ -62,8 +62,8 @@ class Composition:
         """
         if not self.runs and not self.warned:
             self.warned = True
-            log.warning("This sampler evaluates a model without starting it as the sampled one (the negative model of a "
-                        "dual-model guider, say): its LoRAs have no effect there. Bake them in with Merge instead.")
+            log.warning("This sampler evaluates a model without starting it as the sampled one (the negative model of "
+                        "a dual-model guider, say): its LoRAs have no effect there. Bake them in with Merge instead.")
         return self.runs[-1] if self.runs else None
 
     def begin(self, sigmas: Tensor) -> Run:
