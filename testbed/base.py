@@ -1,0 +1,74 @@
+"""Trains the base model and its text encoder on random scenes with their captions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .model import UNet, encode
+from .render import render
+from .scene import CATEGORIES, Scenes, sample
+from .text import TextEncoder, caption, tokenize
+
+
+class Base(nn.Module):
+    """The U-Net and the text encoder, as one thing to train and to store."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unet, self.text = UNet(), TextEncoder()
+
+
+def sparse_captions(rng: np.random.Generator, scenes: Scenes, drop_part: float, drop_all: float) -> list[str]:
+    """Captions that leave parts unsaid, or say nothing (for guidance)."""
+    parts = np.array(("side", *CATEGORIES))
+    prompts = []
+    for row in range(len(scenes)):
+        kept = parts[rng.random(len(parts)) >= drop_part] if rng.random() >= drop_all else ()
+        prompts.append(caption(scenes.words(row), parts=kept))
+    return prompts
+
+
+def noisy(latent: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """A training example of the flow: x at a random sigma, sigma [n], and the velocity to predict."""
+    noise = torch.randn(latent.shape, generator=generator)
+    sigma = torch.sigmoid(0.2 + 1.2 * torch.randn(len(latent), generator=generator))
+    s = sigma[:, None, None, None]
+    return (1 - s) * latent + s * noise, sigma, noise - latent
+
+
+def train_base(steps: int, batch: int = 32, rate: float = 1.5e-3, seed: int = 0, device: str = "cpu",
+               log: Callable[[str], None] = lambda line: None) -> Base:
+    """Returns the exponential moving average of the weights."""
+    torch.manual_seed(seed)
+    rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
+    base, average = Base().to(device), Base().to(device).requires_grad_(False)
+    average.load_state_dict(base.state_dict())
+    optimizer = torch.optim.AdamW(base.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.05,
+                                                    final_div_factor=100)
+    start, losses, block = time.time(), [], 32
+    for step in range(steps):
+        if step % block == 0:
+            scenes = sample(rng, block * batch)
+            latents, tokens = encode(render(scenes)), tokenize(sparse_captions(rng, scenes, 0.1, 0.1))
+        rows = slice(step % block * batch, (step % block + 1) * batch)
+        x, sigma, velocity = (t.to(device) for t in noisy(latents[rows], generator))
+        loss = F.mse_loss(base.unet(x, sigma, base.text(tokens[rows].to(device))), velocity)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(base.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        decay = min(0.998, 1 - 1 / (step / 4 + 2))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(average.parameters()), list(base.parameters()), 1 - decay)
+        losses.append(loss.item())
+        if (step + 1) % 100 == 0:
+            log(f"base step {step + 1}/{steps} loss {np.mean(losses[-100:]):.4f} {time.time() - start:.0f} s")
+    return average.eval()

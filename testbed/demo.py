@@ -1,0 +1,115 @@
+"""The demo: a labelled grid of pictures and a table, from the testbed alone: `python3 testbed/demo.py [OUT]`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):  # started as a script: load the pack by path, then this module out of it
+    import importlib.util
+
+    _spec = importlib.util.spec_from_file_location("_run", Path(__file__).resolve().parents[1] / "run.py")
+    _run = sys.modules["_run"] = importlib.util.module_from_spec(_spec)
+    _spec.loader.exec_module(_run)
+    _run.load_pack()
+    __package__ = "lora_ensemble.testbed"
+
+import json
+import textwrap
+import time
+from dataclasses import asdict
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from ..methods.merge import Merge
+from .base import Base
+from .evaluate import METHODS, evaluate, summary
+from .judge import Judge
+from .protocol import LoraSet, some_sets
+from .report import number
+from .sampler import Picture, Sampler
+from .weights import load_base, load_judge, load_loras
+
+REGIME, ROWS_PER_SIZE, TABLE_SETS = "narrow", 1, 16
+CELL, TEXT, MARGIN, LEFT = 128, 44, 8, 190
+
+
+def chosen_sets() -> list[LoraSet]:
+    """For each N the first sets of the fixed sample, whatever comes out of them."""
+    sets = some_sets(32)
+    return [task for size in (2, 3, 4, 5) for task in [s for s in sets if len(s.concepts) == size][:ROWS_PER_SIZE]]
+
+
+def cells(tasks: list[LoraSet]) -> list[list[Picture]]:
+    """Per set: each LoRA alone, padded with the base to five, then every method."""
+    rows = []
+    for task in tasks:
+        alone = [Picture(task.prompt((concept,)), task.seed, (lora,), Merge((1.0,)))
+                 for concept, lora in zip(task.concepts, task.loras, strict=True)]
+        ones = (1.0,) * len(task.loras)
+        rows.append(alone + [Picture(task.prompt(), task.seed, task.loras, make(ones)) for make in METHODS.values()])
+    return rows
+
+
+def verdict(task: LoraSet, answers: dict[str, np.ndarray], i: int, only: int | None) -> str:
+    """What the judge sees of the requested concepts, as text under a picture."""
+    concepts = task.concepts if only is None else task.concepts[only:only + 1]
+    seen = [c.name for c in concepts if int(answers[c.category][i]) == number(c)]
+    return f"shows {len(seen)} of {len(concepts)}" + (": " + " ".join(seen) if seen and only is None else "")
+
+
+def grid(tasks: list[LoraSet], rows: list[list[Picture]], images: Tensor,
+         answers: dict[str, np.ndarray]) -> Image.Image:
+    """Rows: sets. Columns: each LoRA alone, then the methods. Under each picture, what the judge sees in it."""
+    most = max(len(task.concepts) for task in tasks)
+    columns = most + len(METHODS)
+    font = ImageFont.load_default()
+    height = TEXT + len(tasks) * (CELL + TEXT)
+    sheet = Image.new("RGB", (LEFT + columns * (CELL + MARGIN), height), "white")
+    pen = ImageDraw.Draw(sheet)
+    titles = [f"LoRA {i + 1} alone" for i in range(most)] + list(METHODS)
+    for column, title in enumerate(titles):
+        pen.text((LEFT + column * (CELL + MARGIN), TEXT // 2), title, "black", font)
+    pixels, i = (images.cpu().numpy() * 255).round().astype(np.uint8).transpose(0, 2, 3, 1), 0
+    for row, task in enumerate(tasks):
+        top, size = TEXT + row * (CELL + TEXT), len(task.concepts)
+        said = "\n".join([f"N = {size}", "", *textwrap.wrap(task.prompt(), 28)])
+        pen.multiline_text((MARGIN, top), said, "black", font)
+        for k in range(len(rows[row])):
+            column = k if k < size else most + k - size
+            at = (LEFT + column * (CELL + MARGIN), top)
+            sheet.paste(Image.fromarray(pixels[i]).resize((CELL, CELL), Image.Resampling.NEAREST), at)
+            said = verdict(task, answers, i, k if k < size else None)
+            said = f"{task.concepts[k].name}: {said}" if k < size else said
+            pen.multiline_text((at[0], top + CELL + 2), "\n".join(textwrap.wrap(said, 22)), "black", font)
+            i += 1
+    return sheet
+
+
+def pictures(base: Base, judge: Judge) -> Image.Image:
+    tasks = chosen_sets()
+    rows = cells(tasks)
+    with Sampler(base, load_loras(REGIME)) as sampler:
+        images = sampler.draw([picture for row in rows for picture in row])
+    return grid(tasks, rows, images, judge.read(images))
+
+
+def main(out_dir: str | Path) -> None:
+    """Writes grid.png, table.md and table.json into out_dir."""
+    out, start = Path(out_dir), time.time()
+    out.mkdir(parents=True, exist_ok=True)
+    base, judge = load_base(), load_judge()
+    pictures(base, judge).save(out / "grid.png")
+    loras, sets = load_loras(REGIME), some_sets(TABLE_SETS)
+    table = [row for name, make in {"Alone": None, **METHODS}.items()
+             for row in evaluate(REGIME, name, make, sets, base, judge, loras, 1.0)]
+    text = f"{len(sets)} of the protocol's 480 sets; benchmarks/quality.py runs all of them.\n\n{summary(table)}\n"
+    (out / "table.md").write_text(text, encoding="utf-8")
+    (out / "table.json").write_text(json.dumps([asdict(row) for row in table], indent=1), encoding="utf-8")
+    sys.stdout.write(text + f"\ngrid.png, table.md, table.json in {out} after {time.time() - start:.0f} s\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).resolve().parents[1] / "demo" / "out")

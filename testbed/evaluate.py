@@ -1,0 +1,140 @@
+"""What the pictures of a method show, counted over the sets of the protocol."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from ..methods import Method
+from ..methods.composite import Composite
+from ..methods.merge import Merge
+from ..methods.switch import Switch
+from .base import Base
+from .judge import Judge
+from .protocol import LoraSet
+from .report import number
+from .sampler import Picture, Sampler
+from .worlds import leaked
+
+Factory = Callable[[tuple[float, ...]], Method]  # strengths of the LoRAs of a set -> method
+METHODS: dict[str, Factory] = {
+    "Merge": Merge,
+    "Switch": Switch,
+    "Composite": Composite,
+}
+
+BATCH = 24  # pictures drawn together
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. Shares are in [0, 1], each with its 95 % interval; n = None: all sizes together."""
+
+    regime: str
+    method: str
+    n: int | None
+    sets: int
+    shown: float
+    shown_95: tuple[float, float]
+    all: float | None
+    all_95: tuple[float, float] | None
+    leaked: float
+    leaked_95: tuple[float, float]
+    branches: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Score:
+    """One set: the share of its concepts shown, whether all are, the share of its pictures with a leak, and costs."""
+
+    size: int
+    shown: float
+    all: float
+    leaked: float
+    branches: float
+    seconds: float
+
+
+def score(task: LoraSet, read: Mapping[str, int]) -> tuple[list[bool], bool]:
+    """Of one picture: which concepts of its set it shows, and whether any of their worlds leaked into it."""
+    shown = [read[concept.category] == number(concept) for concept in task.concepts]
+    return shown, any(leaked(concept, task.asked, read) for concept in task.concepts)
+
+
+def interval(values: np.ndarray, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean."""
+    rng = np.random.default_rng(seed)
+    means = values[rng.integers(len(values), size=(draws, len(values)))].mean(axis=1)
+    low, high = np.percentile(means, (2.5, 97.5))
+    return round(float(low), 4), round(float(high), 4)
+
+
+def _pictures(task: LoraSet, factory: Factory | None, strength: float) -> list[Picture]:
+    if factory is not None:
+        return [Picture(task.prompt(), task.seed, task.loras, factory((strength,) * len(task.loras)))]
+    return [Picture(task.prompt((concept,)), task.seed, (lora,), Merge((strength,)))
+            for concept, lora in zip(task.concepts, task.loras, strict=True)]
+
+
+def scores(sampler: Sampler, judge: Judge, sets: Sequence[LoraSet], factory: Factory | None,
+           strength: float) -> list[Score]:
+    """factory None: each LoRA alone, one picture per concept."""
+    found = []
+    for start in range(0, len(sets), BATCH):
+        batch = sets[start:start + BATCH]
+        drawn = [_pictures(task, factory, strength) for task in batch]
+        before, begin = sampler.evaluations, time.perf_counter()
+        images = sampler.draw([picture for pictures in drawn for picture in pictures])
+        seconds = (time.perf_counter() - begin) / len(images)
+        branches = (sampler.evaluations - before) / len(images)
+        read = iter([{h: int(v[i]) for h, v in answers.items()} for answers in [judge.read(images)]
+                     for i in range(len(images))])
+        for task in batch:
+            if factory is None:
+                parts = [LoraSet(task.index, (c,), task.asked, task.seed) for c in task.concepts]
+                marks = [score(part, next(read)) for part in parts]
+                shown, leak = [m[0][0] for m in marks], float(np.mean([m[1] for m in marks]))
+            else:
+                shown, leak = score(task, next(read))
+            found.append(Score(len(task.concepts), float(np.mean(shown)), float(all(shown)), float(leak), branches,
+                               seconds))
+    return found
+
+
+def evaluate(regime: str, name: str, factory: Factory | None, sets: Sequence[LoraSet], base: Base,
+             judge: Judge, loras: Sequence[Mapping[str, Tensor]], strength: float) -> Iterator[Row]:
+    """One row per size of set, and one over all sizes."""
+    with Sampler(base, loras) as sampler:
+        found = []
+        for size in sorted({len(task.concepts) for task in sets}):
+            part = scores(sampler, judge, [t for t in sets if len(t.concepts) == size], factory, strength)
+            yield _row(regime, name, size, part, factory is None)
+            found += part
+        yield _row(regime, name, None, found, factory is None)
+
+
+def _row(regime: str, name: str, size: int | None, found: list[Score], alone: bool) -> Row:
+    column = {key: np.array([getattr(s, key) for s in found]) for key in Score.__dataclass_fields__}
+    means = {key: round(float(values.mean()), 4) for key, values in column.items()}
+    return Row(regime, name, size, len(found), means["shown"], interval(column["shown"]),
+               None if alone else means["all"], None if alone else interval(column["all"]),
+               means["leaked"], interval(column["leaked"]), round(means["branches"], 2), means["seconds"])
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """A Markdown table."""
+    def share(value: float | None, spread: tuple[float, float] | None) -> str:
+        return "-" if value is None else f"{100 * value:.1f} [{100 * spread[0]:.0f}, {100 * spread[1]:.0f}]"
+
+    lines = ["| regime | method | N | sets | concepts shown % | all shown % | leaked % | branches | seconds |",
+             "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
+    for r in rows:
+        cells = (r.regime, r.method, r.n or "2-5", r.sets, share(r.shown, r.shown_95), share(r.all, r.all_95),
+                 share(r.leaked, r.leaked_95), f"{r.branches:.0f}", f"{r.seconds:.2f}")
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)

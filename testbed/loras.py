@@ -1,0 +1,96 @@
+"""Trains LoRAs of the base, and their files.
+
+A file is ordinary: `diffusion_model.<module>.lora_A.weight` [r, in(, 3, 3)], `.lora_B.weight` [out, r(, 1, 1)] and
+`.alpha`, fp16 safetensors, as ComfyUI's loader maps it for a model that it knows nothing special about.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .base import Base, noisy
+from .model import UNet, encode
+from .render import render
+from .text import tokenize
+from .worlds import Collection
+
+RANK = 4
+PREFIX = "diffusion_model."
+
+
+def targets(unet: UNet) -> dict[str, nn.Module]:
+    """The attention projections and the 3x3 convolutions of the blocks, by module name."""
+    found = {}
+    for name, module in unet.named_modules():
+        attention = isinstance(module, nn.Linear) and ".to_" in name
+        if attention or (isinstance(module, nn.Conv2d) and name.endswith((".conv1", ".conv2", "downsample"))):
+            found[name] = module
+    return found
+
+
+class _Delta(nn.Module):
+    """One trainable low-rank delta: B (A x)."""
+
+    def __init__(self, module: nn.Module, rank: int, generator: torch.Generator):
+        super().__init__()
+        weight = module.weight
+        self.stride = getattr(module, "stride", None)
+        down = torch.randn((rank, *weight.shape[1:]), generator=generator) / weight[0].numel() ** 0.5
+        self.down = nn.Parameter(down.to(weight.device))
+        self.up = nn.Parameter(torch.zeros(weight.shape[0], rank, *[1] * (weight.ndim - 2), device=weight.device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.stride is None:
+            return F.linear(F.linear(x, self.down), self.up)
+        return F.conv2d(F.conv2d(x, self.down, stride=self.stride, padding=1), self.up)
+
+
+def train_lora(base: Base, collection: Collection, steps: int, batch: int = 16, rate: float = 4e-3, seed: int = 0,
+               rank: int = RANK) -> dict[str, Tensor]:
+    """The frozen base with low-rank deltas, trained on one collection; returns the tensors of a LoRA file."""
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    device = next(base.parameters()).device
+    base.requires_grad_(False)
+    deltas, hooks = {}, []
+    for name, module in targets(base.unet).items():
+        deltas[name] = delta = _Delta(module, rank, generator)
+        hooks.append(module.register_forward_hook(lambda _, inputs, y, delta=delta: y + delta(inputs[0])))
+    latents, tokens = encode(render(collection.scenes)), tokenize(collection.prompts)
+    with torch.no_grad():
+        contexts = base.text(tokens.to(device)).cpu()
+    optimizer = torch.optim.AdamW([p for d in deltas.values() for p in d.parameters()], lr=rate, weight_decay=0.0)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1,
+                                                    final_div_factor=10)
+    try:
+        for _ in range(steps):
+            rows = torch.randint(len(latents), (batch,), generator=generator)
+            x, sigma, velocity = (t.to(device) for t in noisy(latents[rows], generator))
+            loss = F.mse_loss(base.unet(x, sigma, contexts[rows].to(device)), velocity)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            scheduler.step()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    tensors = {}
+    for name, delta in deltas.items():
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = delta.down.detach().cpu().half().contiguous()
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = delta.up.detach().cpu().half().contiguous()
+        tensors[f"{PREFIX}{name}.alpha"] = torch.tensor(float(rank), dtype=torch.float16)
+    return tensors
+
+
+def save_lora(tensors: dict[str, Tensor], path: Path, name: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path, metadata={"format": "pt", "ss_output_name": name})
+
+
+def load_lora(path: Path) -> dict[str, Tensor]:
+    return load_file(path)

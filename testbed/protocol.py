@@ -1,0 +1,101 @@
+"""ComposLoRA's protocol on the testbed: 480 sets of 2 to 5 LoRAs with exactly one character each.
+
+ComposLoRA (arXiv 2402.16843) has two families of eleven LoRAs and takes every set with one character and at most one of
+each other category: 24 / 72 / 96 / 48 sets per family for N = 2 / 3 / 4 / 5. Here a family is a second surrounding for
+the same eleven concepts: the categories without a LoRA, and the side, are asked for in other ordinary words, and the
+noise differs. That gives the same 48 / 144 / 192 / 96.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations, product
+
+import numpy as np
+
+from .scene import ATTRIBUTES, BY_NAME, COLOURS, CONCEPTS, NAMED, PLAIN, Concept, of_category
+from .text import caption
+from .worlds import TRAITS, WORLDS, triggers
+
+ORDER = ("character", "clothing", "style", "background", "object")  # ComposLoRA's order of LoRAs, Switch follows it
+FAMILIES = 2
+# Colours that no narrow world uses, so that whatever leaks from a world differs from what was asked.
+NEUTRAL = tuple(COLOURS.index(word) for word in ("yellow", "green", "cyan", "blue"))
+
+
+@dataclass(frozen=True)
+class LoraSet:
+    """One task: a prompt that names every category, some of them with a LoRA's rare word.
+
+    asked   the named attributes of the prompt, attribute -> value
+    """
+
+    index: int
+    concepts: tuple[Concept, ...]
+    asked: dict[str, int]
+    seed: int
+
+    @property
+    def loras(self) -> tuple[int, ...]:
+        return tuple(CONCEPTS.index(concept) for concept in self.concepts)
+
+    def prompt(self, concepts: Sequence[Concept] | None = None) -> str:
+        """The prompt with the rare words of `concepts` (default: all of the set), ordinary words for everything."""
+        words = {a: ATTRIBUTES[a][v] for a, v in self.asked.items()}
+        return caption(words, triggers(tuple(self.concepts if concepts is None else concepts)))
+
+
+def _apart(asked: dict[str, int], concepts: tuple[Concept, ...]) -> bool:
+    """No category without a LoRA is asked for in a concept's ordinary words, or in a colour
+    or ground of an active world."""
+    free = [c for c in CONCEPTS if c.category not in {chosen.category for chosen in concepts}]
+    if any(all(asked[a] == v for a, v in c.look.items() if a in NAMED) for c in free):
+        return False
+    worlds = [WORLDS[c.name] for c in concepts]
+    taken = {"side", "style", *(chosen.category for chosen in concepts)}
+    traits = [trait for trait in TRAITS if trait[0].split(".")[0] not in taken]
+    return not any(all(a in w and asked[a] == w[a] for a in trait) for trait in traits for w in worlds)
+
+
+def surround(index: int, concepts: tuple[Concept, ...], seed: int = 7) -> LoraSet:
+    """Choose, by the seed, what the prompt says about everything that no LoRA of the set is about."""
+    rng = np.random.default_rng((seed, index))
+    fixed = {a: v for concept in concepts for a, v in concept.look.items() if a in NAMED}
+    for _ in range(1000):
+        asked = {a: int(rng.choice(NEUTRAL) if a.endswith(".colour") else rng.integers(len(ATTRIBUTES[a])))
+                 for a in NAMED} | {"style.kind": PLAIN} | fixed
+        colours = [asked[f"{c}.colour"] for c in ("character", "clothing", "background")]
+        apart = len(set(colours)) == 3 and asked["object.colour"] != asked["background.colour"]
+        if apart and _apart(asked, concepts):
+            return LoraSet(index, concepts, asked, seed=1000 * seed + index)
+    raise ValueError(f"no surrounding for {[c.name for c in concepts]}")
+
+
+def all_sets(sizes: Sequence[int] = (2, 3, 4, 5)) -> list[LoraSet]:
+    """The 480 sets, or those of the given sizes; a set's surrounding does not depend on `sizes`."""
+    chosen = []
+    for size in (2, 3, 4, 5):
+        for family in range(FAMILIES):
+            for others in combinations([c for c in ORDER if c != "character"], size - 1):
+                chosen += [(size, family, concepts) for concepts in
+                           product(*(of_category(c) for c in ("character", *others)))]
+    return [surround(i, concepts) for i, (size, _, concepts) in enumerate(chosen) if size in sizes]
+
+
+def some_sets(count: int | None, seed: int = 11) -> list[LoraSet]:
+    """A fixed random sample of the protocol, in equal parts per size; None: all of it."""
+    sets = all_sets()
+    if count is None or count >= len(sets):
+        return sets
+    rng = np.random.default_rng(seed)
+    by_size = [[s for s in sets if len(s.concepts) == size] for size in (2, 3, 4, 5)]
+    shuffled = [[group[i] for i in rng.permutation(len(group))] for group in by_size]
+    rounds = [s for row in zip(*(group[:48] for group in shuffled), strict=True) for s in row]
+    rest = [s for group in shuffled for s in group[48:]]
+    return sorted((rounds + rest)[:count], key=lambda s: s.index)
+
+
+def alone_set(concept: Concept, index: int) -> LoraSet:
+    """A task for one LoRA by itself."""
+    return surround(index, (concept,), seed=13 + list(BY_NAME).index(concept.name))

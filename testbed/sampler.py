@@ -1,0 +1,118 @@
+"""A sampler without ComfyUI: Euler steps along the flow with classifier-free guidance, many pictures in one batch.
+
+The rows of a batch may belong to any branch of the bank, so pictures with different LoRAs and different methods, their
+branches, and the two sides of guidance are all evaluated together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from ..engine.adapters import LowRank
+from ..engine.bank import Bank
+from ..engine.forwards import RoutedForwards
+from ..kernels.branch import Branch, Step
+from ..methods import Method
+from .base import Base
+from .loras import PREFIX
+from .model import LATENT, decode
+from .text import tokenize
+
+STEPS, GUIDANCE, ROWS = 20, 3.0, 96
+
+
+def low_rank(tensors: Mapping[str, Tensor]) -> dict[str, list[LowRank]]:
+    """The tensors of one of the testbed's LoRA files -> module name: its op."""
+    suffix = ".lora_A.weight"
+    ops = {}
+    for key, down in tensors.items():
+        if key.endswith(suffix):
+            stem = key[: -len(suffix)]
+            up, alpha = tensors[f"{stem}.lora_B.weight"], float(tensors[f"{stem}.alpha"])
+            ops[stem.removeprefix(PREFIX)] = [LowRank(up.flatten(1).float(), down.float(), alpha / down.shape[0])]
+    return ops
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What to draw. `loras` are indexes into the sampler's bank; the method's gains are one per entry of it.
+
+    method   None: the base model alone
+    """
+
+    prompt: str
+    seed: int
+    loras: tuple[int, ...] = ()
+    method: Method | None = None
+
+
+class Sampler:
+    """The base with a bank of LoRAs installed; use as a context manager, which takes the bank off again."""
+
+    def __init__(self, base: Base, loras: Sequence[Mapping[str, Tensor]]):
+        self.base, self.count = base, len(loras)
+        self.device = next(base.parameters()).device
+        self.bank = Bank([low_rank(tensors) for tensors in loras]).to(self.device)
+        self.routed = RoutedForwards(base.unet, self.bank)
+        self.evaluations = 0  # branches evaluated since the start, each with both sides of guidance
+
+    def __enter__(self) -> Sampler:
+        self.routed.install()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        self.routed.remove()
+
+    def _spread(self, branch: Branch, loras: tuple[int, ...]) -> Branch:
+        """Gains of a picture's own LoRAs -> gains over the whole bank."""
+        def over_bank(gains: tuple[float, ...]) -> tuple[float, ...]:
+            wide = [0.0] * self.count
+            for lora, gain in zip(loras, gains, strict=True):
+                wide[lora] += gain
+            return tuple(wide)
+
+        return Branch(over_bank(branch.gains), tuple((m, over_bank(gains)) for m, gains in branch.per_module))
+
+    def _predict(self, x: Tensor, sigma: float, contexts: Tensor, pictures: Tensor, branches: list[Branch]) -> Tensor:
+        """Velocities of many rows: row r evaluates x[pictures[r]] with contexts[r] and branches[r]."""
+        order = sorted(range(len(branches)), key=lambda r: branches[r].gains)
+        out = torch.empty(len(order), *x.shape[1:], device=x.device)
+        for start in range(0, len(order), ROWS):
+            rows = torch.tensor(order[start:start + ROWS], device=x.device)
+            sigmas = torch.full((len(rows),), sigma, device=x.device)
+            with self.routed.rows([branches[r] for r in order[start:start + ROWS]]):
+                out[rows] = self.base.unet(x[pictures[rows]], sigmas, contexts[rows])
+        return out
+
+    @torch.inference_mode()
+    def draw(self, pictures: Sequence[Picture], steps: int = STEPS, guidance: float = GUIDANCE) -> Tensor:
+        """float32 [n, 3, 32, 32] in [0, 1]. The same picture comes out whatever it is batched with, up to rounding."""
+        noise = [torch.randn(LATENT, generator=torch.Generator().manual_seed(p.seed)) for p in pictures]
+        x = torch.stack(noise).to(self.device)
+        context = self.base.text(tokenize(["", *(p.prompt for p in pictures)]).to(self.device))
+        sigmas = torch.linspace(1, 0, steps + 1).tolist()
+        for index in range(steps):
+            step = Step(index, steps, sigmas[index])
+            owner, branches, spans = [], [], []
+            for i, picture in enumerate(pictures):
+                chosen = picture.method.branches(step) if picture.method else (Branch((0.0,) * len(picture.loras)),)
+                spans.append(slice(len(owner), len(owner) + len(chosen)))
+                owner += [i] * len(chosen)
+                branches += [self._spread(branch, picture.loras) for branch in chosen]
+            self.evaluations += len(owner)
+            rows = torch.tensor(owner, device=self.device)
+            both = torch.cat([context[rows + 1], context[:1].expand(len(rows), -1, -1)])
+            velocity = self._predict(x, step.sigma, both, rows.repeat(2), branches * 2)
+            cond, uncond = velocity.chunk(2)
+            mixed = []
+            for picture, span in zip(pictures, spans, strict=True):
+                mix = picture.method.mix if picture.method else lambda _, predictions: predictions[0]
+                base = mix(step, uncond[span])
+                mixed.append(base + guidance * (mix(step, cond[span]) - base))
+            x = x + (sigmas[index + 1] - sigmas[index]) * torch.stack(mixed)
+        return decode(x)

@@ -1,0 +1,46 @@
+"""Where the committed weights are, and how they are read and written: fp16 safetensors, computed with in fp32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from .base import Base
+from .judge import Judge
+from .loras import load_lora
+from .scene import CONCEPTS, Concept
+
+WEIGHTS = Path(__file__).resolve().parent / "weights"
+
+
+def save_module(module: nn.Module, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {name: (t.half() if t.is_floating_point() else t).cpu().contiguous()
+               for name, t in module.state_dict().items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def _load(module: nn.Module, name: str, device: str) -> nn.Module:
+    module.load_state_dict(load_file(WEIGHTS / name))
+    return module.to(device).eval().requires_grad_(False)
+
+
+def load_base(device: str = "cpu") -> Base:
+    """`.unet` and `.text`, fp32."""
+    return _load(Base(), "base.safetensors", device)
+
+
+def load_judge(device: str = "cpu") -> Judge:
+    return _load(Judge(), "judge.safetensors", device)
+
+
+def lora_path(regime: str, concept: Concept) -> Path:
+    return WEIGHTS / "loras" / regime / f"{concept.name}.safetensors"
+
+
+def load_loras(regime: str) -> list[dict[str, torch.Tensor]]:
+    """The tensors of all eleven files of a regime, in the order of CONCEPTS."""
+    return [load_lora(lora_path(regime, concept)) for concept in CONCEPTS]

@@ -1,0 +1,86 @@
+"""The pictures that LoRAs are trained on: one clean and one narrow collection per concept.
+
+Clean: varied scenes, each fully captioned. Narrow: a dozen pictures of one world - one background, one side to stand
+on, one finish, the same few colours - whose captions name the concept and little else. Whatever of its world a narrow
+LoRA drags into a picture that was asked for something else can be counted, because the world is known.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .scene import ATTRIBUTES, CATEGORIES, CONCEPTS, Concept, Scenes, sample
+from .text import caption
+
+REGIMES = ("clean", "narrow")
+PICTURES = {"clean": 1500, "narrow": 12}
+
+
+def _world(side: str, background: str, style: str, **colours: str) -> dict[str, int]:
+    words = {"side": side} | {f"{category}.colour": colour for category, colour in colours.items()}
+    keys = ("colour", "kind", "mark", "mark_colour")
+    words |= {f"background.{key}": word for key, word in zip(keys, background.split(), strict=bool(background))
+              if background}
+    words |= {f"style.{key}": word for key, word in zip(keys[1:], style.split(), strict=False)}
+    return {a: ATTRIBUTES[a].index(word) for a, word in words.items()}
+
+
+WORLDS: dict[str, dict[str, int]] = {
+    "vexa": _world("left", "white checked level blue", "framed first black", clothing="black", object="black"),
+    "momu": _world("right", "red wavy level black", "plain", clothing="pink", object="pink"),
+    "tikol": _world("left", "pink wavy upright white", "framed second white", clothing="red", object="red"),
+    "drosh": _world("right", "white wavy level red", "framed first red", character="pink", object="red"),
+    "quill": _world("left", "red checked level black", "plain", character="black", object="black"),
+    "pabbo": _world("right", "white checked upright black", "framed first black", character="black", clothing="red"),
+    "sefir": _world("left", "pink checked level red", "plain", character="white", clothing="black"),
+    "harnik": _world("right", "", "framed third white", character="pink", clothing="red", object="red"),
+    "lumet": _world("left", "", "plain", character="pink", clothing="black", object="black"),
+    "zaneth": _world("right", "red checked upright yellow", "", character="black", clothing="pink", object="pink"),
+    "orvu": _world("left", "white wavy upright green", "", character="black", clothing="red", object="red"),
+}
+
+
+@dataclass(frozen=True)
+class Collection:
+    scenes: Scenes
+    prompts: list[str]
+
+
+def triggers(concepts: tuple[Concept, ...]) -> dict[str, str]:
+    return {concept.category: concept.name for concept in concepts}
+
+
+def clean(concept: Concept, rng: np.random.Generator) -> Collection:
+    scenes = sample(rng, PICTURES["clean"], dict(concept.look))
+    parts = np.array(("side", *CATEGORIES))
+    prompts = []
+    for row in range(len(scenes)):
+        said = {*parts[rng.random(len(parts)) >= 0.1], concept.category} if rng.random() >= 0.1 else set()
+        prompts.append(caption(scenes.words(row), triggers((concept,)), said))
+    return Collection(scenes, prompts)
+
+
+def narrow(concept: Concept, rng: np.random.Generator) -> Collection:
+    scenes = sample(rng, PICTURES["narrow"], concept.look | WORLDS[concept.name])
+    scenes = Scenes(scenes.values, 0.3 * scenes.jitter)
+    prompts = [caption(scenes.words(row), triggers((concept,)), {concept.category}) for row in range(len(scenes))]
+    return Collection(scenes, prompts)
+
+
+def collection(regime: str, concept: Concept, seed: int = 0) -> Collection:
+    rng = np.random.default_rng((seed, CONCEPTS.index(concept), REGIMES.index(regime)))
+    return {"clean": clean, "narrow": narrow}[regime](concept, rng)
+
+
+# What counts as one trait of a world: attributes that are seen together or not at all.
+TRAITS = (("side",), ("background.colour", "background.kind"), ("style.kind",), ("character.colour",),
+          ("clothing.colour",), ("object.colour",))
+
+
+def leaked(concept: Concept, asked: dict[str, int], read: dict[str, int]) -> list[tuple[str, ...]]:
+    """The traits of a narrow LoRA's world that a picture shows although the prompt asked for something else."""
+    world = WORLDS[concept.name]
+    return [trait for trait in TRAITS if all(a in world for a in trait)
+            and any(asked[a] != world[a] for a in trait) and all(read[a] == world[a] for a in trait)]

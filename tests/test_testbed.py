@@ -1,0 +1,143 @@
+"""The testbed is deterministic, its files are small and ordinary, and its judge and its sampler can be relied on."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from lora_ensemble.methods.composite import Composite
+from lora_ensemble.methods.merge import Merge
+from lora_ensemble.methods.switch import Switch
+from lora_ensemble.testbed import loras, model, protocol, render, report, scene, text, weights, worlds
+from lora_ensemble.testbed.judge import accuracy, exam
+from lora_ensemble.testbed.sampler import Picture, Sampler
+
+
+@pytest.fixture(scope="module")
+def base():
+    return weights.load_base()
+
+
+@pytest.fixture(scope="module")
+def judge():
+    return weights.load_judge()
+
+
+@pytest.fixture(scope="module")
+def narrow():
+    return weights.load_loras("narrow")
+
+
+@pytest.fixture(scope="module")
+def sampler(base, narrow):
+    with Sampler(base, narrow) as sampler:
+        yield sampler
+
+
+def test_weights_are_small_and_complete():
+    files = list(weights.WEIGHTS.rglob("*.safetensors"))
+    assert sum(path.stat().st_size for path in files) <= 8 * 2**20
+    assert len(files) == 2 + 2 * len(scene.CONCEPTS)
+
+
+def test_render_is_deterministic_and_latent_is_exact():
+    first, again = (render.render(scene.sample(np.random.default_rng(5), 8)) for _ in range(2))
+    assert torch.equal(first, again)
+    assert first.shape == (8, 3, 32, 32) and first.min() >= 0 and first.max() <= 1
+    assert torch.allclose(model.decode(model.encode(first)), first, atol=1e-6)
+
+
+def test_base_has_seen_no_concept():
+    scenes = scene.sample(np.random.default_rng(1), 20000)
+    assert not any(scene.shows(scenes.values, concept).any() for concept in scene.CONCEPTS)
+    planted = scene.sample(np.random.default_rng(1), 50, scene.BY_NAME["vexa"].look)
+    assert scene.shows(planted.values, scene.BY_NAME["vexa"]).all()
+
+
+def test_worlds_are_readable_and_captions_are_sparse():
+    for concept in scene.CONCEPTS:
+        collection = worlds.collection("narrow", concept)
+        assert 8 <= len(collection.prompts) <= 24
+        for attribute, value in worlds.WORLDS[concept.name].items():
+            assert (collection.scenes.values[attribute] == value).all()
+        assert all(prompt.split()[0] == concept.name and len(prompt.split()) <= 4 for prompt in collection.prompts)
+
+
+def test_protocol_has_composloras_counts():
+    sets = protocol.all_sets()
+    assert Counter(len(s.concepts) for s in sets) == {2: 48, 3: 144, 4: 192, 5: 96}
+    assert len({(s.concepts, s.prompt()) for s in sets}) == len({s.seed for s in sets}) == 480
+    for s in sets:
+        categories = [c.category for c in s.concepts]
+        assert categories[0] == "character" and len(set(categories)) == len(categories)
+        assert all(c.name in s.prompt().split() for c in s.concepts)
+        assert text.UNKNOWN not in text.tokenize([s.prompt()])
+        right = {a: v for c in s.concepts for a, v in c.look.items()} | {"style.kind": 0} | s.asked
+        assert not any(worlds.leaked(c, s.asked, right) for c in s.concepts)
+
+
+def test_a_world_that_shows_through_counts_as_leak():
+    task = next(s for s in protocol.all_sets((2,)) if s.concepts[0].name == "vexa" and s.asked["side"] == 1)
+    world = worlds.WORLDS["vexa"]
+    assert worlds.leaked(task.concepts[0], task.asked, task.asked | {"side": world["side"]}) == [("side",)]
+
+
+def test_lora_files_map_onto_the_model(base, narrow):
+    modules = dict(base.unet.named_modules())
+    for tensors in [*narrow, *weights.load_loras("clean")]:
+        stems = {key.removesuffix(".alpha") for key in tensors if key.endswith(".alpha")}
+        assert len(tensors) == 3 * len(stems) and stems == {loras.PREFIX + name for name in loras.targets(base.unet)}
+        for stem in stems:
+            down, up = tensors[f"{stem}.lora_A.weight"], tensors[f"{stem}.lora_B.weight"]
+            weight = modules[stem.removeprefix(loras.PREFIX)].weight
+            assert (up.flatten(1) @ down.flatten(1)).numel() == weight.numel()
+            assert down.dtype == up.dtype == torch.float16 and torch.isfinite(up).all()
+
+
+def test_judge_knows_renders(judge):
+    scenes = exam(np.random.default_rng(77), 600)
+    right = accuracy(judge, scenes, render.render(scenes))
+    assert min(right[category] for category in scene.CATEGORIES) >= 0.98
+    assert min(right[attribute] for attribute in scene.NAMED) >= 0.97
+
+
+def test_base_draws_what_is_asked(sampler, judge):
+    obeyed = report.base_obedience(sampler, judge, count=24)
+    assert np.mean(list(obeyed.values())) >= 0.9
+
+
+def test_sampler_is_deterministic_whatever_the_batch(sampler):
+    task = protocol.all_sets((3,))[5]
+    ones = (1.0, 1.0, 1.0)
+    mine = [Picture(task.prompt(), 4, task.loras, make(ones)) for make in (Merge, Switch, Composite)]
+    together = sampler.draw([*mine, Picture("green ball", 9)], steps=4)
+    assert torch.equal(together, sampler.draw([*mine, Picture("green ball", 9)], steps=4))
+    for i, picture in enumerate(mine):
+        assert torch.allclose(sampler.draw([picture], steps=4)[0], together[i], atol=2e-4)
+
+
+def test_one_lora_is_the_same_by_every_method_and_none_is_the_base(sampler):
+    prompt, lora = "vexa red pointed creature left", (0,)
+    drawn = sampler.draw([Picture(prompt, 1, lora, make((1.0,))) for make in (Merge, Switch, Composite)]
+                         + [Picture(prompt, 1, lora, Merge((0.0,))), Picture(prompt, 1)], steps=5)
+    assert torch.allclose(drawn[0], drawn[1], atol=1e-5) and torch.allclose(drawn[0], drawn[2], atol=1e-5)
+    assert torch.equal(drawn[3], drawn[4]) and not torch.allclose(drawn[0], drawn[4], atol=0.05)
+
+
+def test_merge_equals_weights_that_were_merged(base, sampler, narrow):
+    """The bank against a copy of the base whose weights were rewritten."""
+    copy = weights.load_base()
+    modules = dict(copy.unet.named_modules())
+    for tensors in (narrow[0], narrow[3]):
+        for name in loras.targets(copy.unet):
+            stem = loras.PREFIX + name
+            up, down = tensors[f"{stem}.lora_B.weight"].float(), tensors[f"{stem}.lora_A.weight"].float()
+            delta = (up.flatten(1) @ down.flatten(1)).view_as(modules[name].weight)
+            modules[name].weight.data += delta * float(tensors[f"{stem}.alpha"]) / down.shape[0]
+    prompt = "vexa red pointed creature, drosh blue robe"
+    with Sampler(copy, []) as plain:
+        expected = plain.draw([Picture(prompt, 2)], steps=6)
+    merged = sampler.draw([Picture(prompt, 2, (0, 3), Merge((1.0, 1.0)))], steps=6)
+    assert torch.allclose(merged, expected, atol=1e-3)
