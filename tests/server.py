@@ -102,7 +102,7 @@ class Server:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def start(self, timeout: float = 300.0) -> None:
+    def start(self, timeout: float = 600.0) -> None:
         self.port = free_port()
         command = [self.python, "main.py", "--cpu", "--disable-auto-launch", "--disable-api-nodes"]
         command += ["--port", str(self.port), "--base-directory", str(self.base)]
