@@ -1,0 +1,123 @@
+"""Clocks, memory and a description of the machine, for benchmarks that compare two ways in one process."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import subprocess
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from time import perf_counter, process_time, sleep
+from typing import NamedTuple
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for what was queued on the device, so that the clock sees it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class Seconds(NamedTuple):
+    """wall: what a person waits. cpu: processor time of all threads of the process, which other programs on a busy
+    machine hardly change; it says nothing about work on a GPU."""
+
+    wall: float
+    cpu: float
+
+
+def now() -> Seconds:
+    return Seconds(perf_counter(), process_time())
+
+
+def since(start: Seconds) -> Seconds:
+    end = now()
+    return Seconds(end.wall - start.wall, end.cpu - start.cpu)
+
+
+def median(times: Iterable[Seconds]) -> Seconds:
+    return Seconds(*(statistics.median(each) for each in zip(*times, strict=True)))
+
+
+def alternate(arms: Mapping[str, Callable[[], object]], repeats: int, device: torch.device,
+              warmups: int = 1) -> dict[str, Seconds]:
+    """Median seconds of each arm. Arms take turns, every second round in reverse, so that a machine that slows down or
+    is busy for a while weighs on all alike."""
+    times: dict[str, list[Seconds]] = {name: [] for name in arms}
+    for round_ in range(-warmups, repeats):
+        for name in list(arms)[::1 if round_ % 2 else -1]:
+            synchronize(device)
+            start = now()
+            arms[name]()
+            synchronize(device)
+            if round_ >= 0:
+                times[name].append(since(start))
+    return {name: median(each) for name, each in times.items()}
+
+
+class Peak:
+    """bytes: how far memory rose above its level at the start while open. Device memory as torch counts it; for a CPU
+    the resident memory of the process, looked at every few milliseconds."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.bytes = device, 0
+
+    def __enter__(self) -> Peak:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self._before = torch.cuda.memory_allocated(self.device)
+        else:
+            import psutil
+
+            process = psutil.Process()
+            self._before, self._open = process.memory_info().rss, True
+
+            def watch() -> None:
+                while self._open:
+                    self.bytes = max(self.bytes, process.memory_info().rss - self._before)
+                    sleep(0.005)
+
+            self._watcher = threading.Thread(target=watch, daemon=True)
+            self._watcher.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.device.type == "cuda":
+            self.bytes = torch.cuda.max_memory_allocated(self.device) - self._before
+        else:
+            self._open = False
+            self._watcher.join()
+
+
+def processor() -> str:
+    """The CPU's name as the system gives it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def commit() -> str | None:
+    """The commit of the pack, marked where files differ from it; None outside a repository."""
+    try:
+        command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude", "*"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def environment(device: torch.device) -> dict:
+    """What a number was measured on."""
+    return {
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"), "commit": commit(), "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "cpu": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
+    }

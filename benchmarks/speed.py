@@ -1,0 +1,225 @@
+#!/usr/bin/env python3
+"""What composing N LoRAs costs in a real ComfyUI, against its own way of doing it.
+
+    python3 run.py bench                                          this and quality.py, environments made as needed
+    python3 benchmarks/speed.py --comfyui PATH [--device cuda]    only this, in an environment that ComfyUI runs in
+
+Prints one JSON object per result, and a summary to stderr. The model is SD1.5's architecture with random weights. What
+is compared runs in alternation in one process; ratios are ratios of medians. On a CPU, `cpu_` figures count processor
+time of all threads instead of time on the clock: use them where other programs are busy.
+
+    composite   seconds per sampling step: ComfyUI's hook LoRAs (each LoRA patches the weights for its own forward) over
+                Composite (one batch, no weight touched). Nothing is timed before both give the same picture.
+    start       seconds that the first step takes beyond a later one: patching of the weights against installing
+    tax         one forward of the same batch: rows of N LoRAs over rows of the base model
+    memory      peak of a run above the level before it, and the bytes of the bank
+"""
+
+from __future__ import annotations
+
+import sys
+
+if not __package__:  # started as a file: load the pack by path and start again as a module of it
+    import importlib.util
+    from pathlib import Path
+
+    spec = importlib.util.spec_from_file_location("lora_ensemble_run", Path(__file__).resolve().parents[1] / "run.py")
+    sys.modules[spec.name] = run = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(run)
+    sys.exit(run.main(["_module", "benchmarks.speed", *sys.argv[1:]]))
+
+import argparse
+import json
+import os
+import tempfile
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..engine.forwards import RoutedForwards
+from ..kernels.branch import Branch, one_hot
+from ..methods.composite import Composite
+from . import sd15
+from .measure import Peak, alternate, environment, median, now, since, synchronize
+
+STRENGTH = 0.8
+PARITY = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 2e-2}
+
+
+def emit(**record) -> dict:
+    """Print one result as a line of JSON; floats with four significant digits."""
+    record = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in record.items()}
+    sys.stdout.write(json.dumps(record) + "\n")
+    sys.stdout.flush()
+    return record
+
+
+class Sampling:
+    """One run of ComfyUI's sampler: latent, first (Seconds of the first step), later (Seconds of each later one)."""
+
+    def __init__(self, model, positive: list, negative: list, noise: Tensor, steps: int):
+        import comfy.sample
+
+        times, start = [], now()
+
+        def told(*_) -> None:
+            nonlocal start
+            synchronize(model.load_device)
+            times.append(since(start))
+            start = now()
+
+        with torch.inference_mode(), Peak(model.load_device) as peak:
+            self.latent = comfy.sample.sample(model, noise, steps, 7.0, "euler", "normal", positive, negative,
+                                              torch.zeros_like(noise), callback=told, disable_pbar=True, seed=1)
+        self.first, *self.later = times
+        self.peak = peak.bytes
+
+
+def difference(value: Tensor, reference: Tensor) -> float:
+    return ((value - reference).double().norm() / reference.double().norm()).item()
+
+
+def bench_composite(model, composed, conds: list, files: list[Path], noise: Tensor,
+                    options: argparse.Namespace) -> float:
+    """Composite against the stock hook composite: whole sampler steps, start of a run, memory. The ratio of steps."""
+    arms = {"hooks": (model, *sd15.hooked(conds, files, STRENGTH)), "composite": (composed, *conds)}
+    runs: dict[str, list[Sampling]] = {name: [] for name in arms}
+    base = Sampling(model, *conds, noise, options.steps)
+    for _ in range(options.rounds):
+        for name, arm in arms.items():
+            runs[name].append(Sampling(*arm, noise, options.steps))
+        apart = difference(runs["composite"][0].latent, runs["hooks"][0].latent)
+        if not apart <= PARITY[options.dtype]:
+            raise SystemExit(f"N={len(files)}: the two results differ by {apart:.1e} of their norm, nothing is timed")
+    hooks, ours = (median(seconds for run in runs[name] for seconds in run.later) for name in arms)
+    first = {name: median(run.first for run in runs[name]) for name in arms}
+    emit(bench="composite", n=len(files), ratio=hooks.wall / ours.wall, cpu_ratio=hooks.cpu / ours.cpu,
+         hooks_seconds=hooks.wall, composite_seconds=ours.wall, base_seconds=median(base.later).wall,
+         steps=options.rounds * (options.steps - 1), difference=apart,
+         effect=difference(base.latent, runs["hooks"][0].latent))
+    emit(bench="start", n=len(files), hooks_seconds=first["hooks"].wall - hooks.wall,
+         composite_seconds=first["composite"].wall - ours.wall, hooks_cpu_seconds=first["hooks"].cpu - hooks.cpu,
+         composite_cpu_seconds=first["composite"].cpu - ours.cpu)
+    emit(bench="memory", n=len(files), base_bytes=base.peak, bank_bytes=bank_of(composed).model.nbytes(),
+         **{f"{name}_bytes": max(run.peak for run in runs[name]) for name in arms})
+    return hooks.wall / ours.wall
+
+
+def bench_tax(model, composed, conds: list, count: int, noise: Tensor, options: argparse.Namespace) -> float:
+    """One forward of Composite's batch with every row of some LoRA, over the same batch with base rows, over a model
+    that nothing is installed on; and what installing takes. The tax as a fraction."""
+    import comfy.model_management
+
+    device, bank = model.load_device, bank_of(composed)
+    comfy.model_management.load_models_gpu([model, bank])
+    positive, negative = (cond[0][0].to(device) for cond in conds)
+    context = torch.cat([positive, negative] * count)
+    x, sigma = noise.to(device).expand(2 * count, -1, -1, -1).contiguous(), torch.full((2 * count,), 5.0, device=device)
+    alone = [one_hot((STRENGTH,) * count, i) for i in range(count) for _ in range(2)]
+    routed = RoutedForwards(model.model.diffusion_model, bank.model)
+
+    def forward(branches: list[Branch] | None) -> None:
+        with torch.inference_mode(), routed.rows(branches) if branches else nullcontext():
+            model.model.apply_model(x, sigma, c_crossattn=context)
+
+    def installing() -> None:
+        routed.install()
+        routed.remove()
+
+    install = alternate({"install": installing}, 5, device)["install"].wall
+    arms = {"lora": lambda: forward(alone), "base": lambda: forward([Branch((0.0,) * count)] * (2 * count))}
+    routed.install()
+    try:
+        seconds = alternate(arms, options.repeats, device)
+    finally:
+        routed.remove()
+    lora, base = seconds["lora"], seconds["base"]
+    emit(bench="tax", n=count, tax=lora.wall / base.wall - 1, cpu_tax=lora.cpu / base.cpu - 1, lora_seconds=lora.wall,
+         base_seconds=base.wall, install_seconds=install, layers=len(bank.model.sites), repeats=options.repeats)
+    return lora.wall / base.wall - 1
+
+
+def bank_of(composed):
+    """The patcher that holds the bank of a composed MODEL."""
+    from ..host.composition import KEY
+
+    return composed.get_additional_models_with_key(KEY)[0]
+
+
+def compose(model, files: list[Path]):
+    """The MODEL that the Composite node would give, and the seconds that takes with the files read already."""
+    from ..host.apply import apply_method
+    from ..host.ensemble import LoRASpec
+    from ..host.files import read
+
+    ensemble = tuple(LoRASpec(file.name, STRENGTH, 0.0) for file in files)
+    for spec in ensemble:
+        read(spec.name)
+    start = now()
+    composed, _ = apply_method(model, None, ensemble, Composite, "Composite")
+    return composed, since(start).wall
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="speed", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--comfyui", type=Path, default=os.environ.get("COMFYUI_UNDER_TEST"), metavar="PATH")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", choices=["fp32", "fp16", "bf16"], help="default: fp32 on a CPU, fp16 elsewhere")
+    parser.add_argument("--n", type=int, nargs="+", default=[2, 4, 5], help="numbers of LoRAs")
+    parser.add_argument("--size", type=int, default=256, help="picture size in pixels")
+    parser.add_argument("--scale", type=float, default=1.0, help="width of the model as a share of SD1.5's")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--scope", choices=["linear", "conv"], default="linear",
+                        help="what the LoRAs act on: linears of attention and feed-forward; conv: also convolutions")
+    parser.add_argument("--steps", type=int, default=3, help="sampler steps per run, the first not timed as a step")
+    parser.add_argument("--rounds", type=int, default=1, help="runs of each way, in turns")
+    parser.add_argument("--repeats", type=int, default=3, help="forwards of each kind for the tax, in turns")
+    parser.add_argument("--only", choices=["composite", "tax"], help="leave the other part out")
+    options = parser.parse_args(arguments)
+    if not options.comfyui:
+        parser.error("name a ComfyUI with --comfyui PATH or in COMFYUI_UNDER_TEST")
+    if options.steps < 2:
+        parser.error("--steps must be at least 2: the first step is the start of the run")
+    names = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    options.dtype = names[options.dtype or ("fp32" if options.device == "cpu" else "fp16")]
+    return options
+
+
+def main(arguments: list[str]) -> None:
+    options = parse(arguments)
+    version = sd15.start_comfyui(options.comfyui, options.device)
+    import folder_paths
+
+    device = torch.device(options.device)
+    model = sd15.build(options.scale, options.dtype, device)
+    channels = model.model.model_config.unet_config["model_channels"]
+    emit(bench="environment", comfyui=version, dtype=str(options.dtype).removeprefix("torch."), size=options.size,
+         channels=channels, rank=options.rank, scope=options.scope, **environment(device))
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(1, 4, options.size // 8, options.size // 8, generator=generator)
+    conds = [[[torch.randn(1, 77, 768, generator=generator), {}]] for _ in range(2)]
+    lines = []
+    with tempfile.TemporaryDirectory() as folder:
+        folder_paths.add_model_folder_path("loras", folder, is_default=True)
+        files = [Path(folder) / f"speed-{i}.safetensors" for i in range(max(options.n))]
+        for seed, file in enumerate(files):
+            sd15.write_lora(file, model, seed, options.rank, options.scope)
+        for count in options.n:
+            composed, seconds = compose(model, files[:count])
+            emit(bench="node", n=count, seconds=seconds)
+            line = f"N={count}:"
+            if options.only != "tax":
+                ratio = bench_composite(model, composed, conds, files[:count], noise, options)
+                line += f"  Composite {ratio:.2f} times as fast as the stock hook composite"
+            if options.only != "composite":
+                tax = bench_tax(model, composed, conds, count, noise, options)
+                line += f"  tax of the LoRAs on their batch {100 * tax:.1f} %"
+            lines.append(line)
+            del composed
+    sys.stderr.write("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
