@@ -51,7 +51,7 @@ class Family:
 
 
 UNET = dict(image_size=32, in_channels=4, out_channels=4, model_channels=32, num_res_blocks=[1, 1],
-            channel_mult=[1, 2], transformer_depth=[1, 1], transformer_depth_output=[1, 1, 1, 1],
+            channel_mult=[1, 2], transformer_depth=[0, 1], transformer_depth_output=[0, 0, 1, 1],
             transformer_depth_middle=1, num_heads=4, num_head_channels=-1, context_dim=32, use_spatial_transformer=True,
             use_temporal_attention=False, legacy=False)
 
@@ -60,8 +60,7 @@ FAMILIES = {
     for family in (
         Family("SD15", "SD15", dict(UNET, use_linear_in_transformer=False, adm_in_channels=None), 4, 32),
         Family("SDXL", "SDXL", dict(UNET, use_linear_in_transformer=True, num_classes="sequential",
-                                    adm_in_channels=1536 + 24, model_channels=64, transformer_depth=[0, 1],
-                                    transformer_depth_output=[0, 0, 1, 1]), 4, 32, 24),
+                                    adm_in_channels=1536 + 24, model_channels=64), 4, 32, 24),
         Family("SD3", "SD3", dict(in_channels=16, patch_size=2, depth=1, input_size=None, num_patches=192 * 192,
                                   adm_in_channels=24, pos_embed_max_size=192, pos_embed_scaling_factor=None,
                                   context_embedder_config={"target": "torch.nn.Linear",
