@@ -351,7 +351,7 @@ def run_demo(options: argparse.Namespace) -> int:
     summary = Summary()
     summary.run("demo, standalone sampler", with_pack(base, "lora_ensemble.testbed.demo", out))
     for host in hosts:
-        command = with_pack(host.python, "lora_ensemble.tests.host_demo", out, host.version, tools=host.tools)
+        command = with_pack(host.python, "lora_ensemble.tests.host_demo", out, tools=host.tools)
         summary.run(f"demo on {host}", command, host.env())
     code = summary.close(base, hosts)
     say(f"  files  {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")

@@ -46,3 +46,33 @@ def on_testbed(workflow: Prompt, loras: Sequence[str], text: str | None = None, 
 def find(prompt: Prompt, class_type: str) -> list[str]:
     """The ids of the nodes of one class, in the workflow's order."""
     return [key for key, node in prompt.items() if node["class_type"] == class_type]
+
+
+def widgets(node_info: dict[str, Any]) -> dict[str, Any]:
+    """The default of every required widget of a node, from its entry of /object_info."""
+    defaults = {}
+    for name, (kind, *options) in node_info["input"]["required"].items():
+        values = kind if isinstance(kind, list) else (options[0].get("options") if options else None)
+        if options and "default" in options[0]:
+            defaults[name] = options[0]["default"]
+        elif values:
+            defaults[name] = values[0]
+    return defaults
+
+
+def compose(
+    method: str, options: dict[str, Any], loras: Sequence[str], text: str, seed: int, steps: int, cfg: float
+) -> Prompt:
+    """A testbed workflow: `loras` at strength 1 through the node `method` with `options`, sampled along the flow."""
+    prompt = load(ROOT / "tests" / "host" / "workflows" / "merge.json")
+    first, second = prompt.pop("lora1"), prompt.pop("lora2")
+    for i, name in enumerate(loras):
+        node = copy.deepcopy(second if i else first)
+        node["inputs"] |= {"lora_name": name, "role": "auto"} | ({"ensemble": [f"lora{i}", 0]} if i else {})
+        prompt[f"lora{i + 1}"] = node
+    prompt["method"]["class_type"] = method
+    links = {name: value for name, value in prompt["method"]["inputs"].items() if isinstance(value, list)}
+    prompt["method"]["inputs"] = links | {"ensemble": [f"lora{len(loras)}", 0]} | options
+    prompt["positive"]["inputs"]["text"] = text
+    prompt["sampler"]["inputs"].update(seed=seed, steps=steps, cfg=cfg)
+    return prompt
