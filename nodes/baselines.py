@@ -12,11 +12,14 @@ from ..methods.composite import Composite
 from ..methods.merge import Merge
 from ..methods.switch import Switch
 from .order import OrderError, numbers_of, turns_of
-from .sockets import method_schema
+from .sockets import chosen, method_schema
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
     from comfy.sd import CLIP
+
+MODES = ["runtime", "baked"]
+TURNS = ["paper", "released code"]
 
 
 class LoRAEnsembleMerge(io.ComfyNode):
@@ -31,7 +34,7 @@ class LoRAEnsembleMerge(io.ComfyNode):
             options=[
                 io.Combo.Input(
                     "mode",
-                    options=["runtime", "baked"],
+                    options=MODES,
                     default="runtime",
                     tooltip="runtime: the LoRAs' changes are computed beside the untouched weights, also where "
                     "those are quantized. baked: the changes are written into the weights by ComfyUI, as its LoRA "
@@ -42,7 +45,7 @@ class LoRAEnsembleMerge(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: ModelPatcher, ensemble: Ensemble, mode: str, clip: CLIP | None = None) -> io.NodeOutput:
-        if mode == "baked":
+        if chosen(mode, MODES, "Merge LoRAs: mode") == "baked":
             return io.NodeOutput(*bake(model, clip, ensemble, node="Merge LoRAs"))
         return io.NodeOutput(*apply_method(model, clip, ensemble, Merge, node="Merge LoRAs", rest_on_weights=True))
 
@@ -74,7 +77,7 @@ class LoRAEnsembleSwitch(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "turns",
-                    options=["paper", "released code"],
+                    options=TURNS,
                     default="paper",
                     tooltip="paper: every turn lasts steps_per_lora steps. released code: every turn ends one step "
                     "later, as in the authors' program, so the first one is one step longer; only to compare with it.",
@@ -101,8 +104,10 @@ class LoRAEnsembleSwitch(io.ComfyNode):
         turns: str,
         clip: CLIP | None = None,
     ) -> io.NodeOutput:
+        late = chosen(turns, TURNS, "Switch LoRAs: turns") == "released code"
+
         def switch(strengths: tuple[float, ...]) -> Switch:
-            return Switch(strengths, steps_per_lora, turns_of(order, ensemble), late=turns == "released code")
+            return Switch(strengths, steps_per_lora, turns_of(order, ensemble), late)
 
         return io.NodeOutput(*apply_method(model, clip, ensemble, switch, node="Switch LoRAs"))
 

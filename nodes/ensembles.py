@@ -10,7 +10,7 @@ from comfy_api.latest import io
 
 from ..host.ensemble import ROLES, Ensemble, LoRASpec
 from ..host.files import FOLDER, LoRAFileError, check_file, fingerprint
-from .sockets import LoRAStack, earlier_ensemble_input, ensemble_output, schema, strength_input
+from .sockets import LoRAStack, chosen, earlier_ensemble_input, ensemble_output, schema, strength_input
 
 
 class LoRAEnsembleLoRA(io.ComfyNode):
@@ -70,6 +70,7 @@ class LoRAEnsembleLoRA(io.ComfyNode):
         cls, lora_name: str, strength_model: float, strength_clip: float, role: str, ensemble: Ensemble | None = None
     ) -> io.NodeOutput:
         check_file(lora_name)
+        role = chosen(role, ROLES, "LoRA (Ensemble): role")
         return io.NodeOutput((*(ensemble or ()), LoRASpec(lora_name, strength_model, strength_clip, role)))
 
 

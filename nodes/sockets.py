@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 from comfy_api.latest import io
@@ -55,6 +56,16 @@ def earlier_ensemble_input() -> io.Input:
         optional=True,
         tooltip="LoRAs that come before this one. Leave it unconnected to start a new ensemble.",
     )
+
+
+def chosen(value: str, options: Sequence[str], what: str) -> str:
+    """`value`, if it is one of the options. The host does not check combos that are linked, in older releases none.
+
+    Raises ValueError.
+    """
+    if value not in options:
+        raise ValueError(f"{what} is '{value}'. Choose one of: {', '.join(options)}.")
+    return value
 
 
 def strength_input(name: str, tooltip: str) -> io.Input:

@@ -134,6 +134,16 @@ def test_the_fingerprint_follows_the_file(two, loras):
     assert before != LoRAEnsembleLoRA.fingerprint_inputs(lora_name=two[0], strength_model=1.0)
 
 
+def test_a_choice_that_is_none_is_refused_by_every_release(two):
+    """Older ones do not check V3 combos, and none checks a linked one."""
+    ensemble = (LoRASpec(two[0], 1.0, 1.0),)
+    for run, name in ((lambda: LoRAEnsembleLoRA.execute(two[0], 1.0, 1.0, "villain"), "villain"),
+                      (lambda: LoRAEnsembleMerge.execute(None, ensemble, "sideways"), "sideways"),
+                      (lambda: LoRAEnsembleSwitch.execute(None, ensemble, 5, "", "later"), "later")):  # fmt: skip
+        with pytest.raises(ValueError, match=f"'{name}'. Choose one of: "):
+            run()
+
+
 # --- stacks of other packs ---
 
 
