@@ -29,6 +29,17 @@ class _Installed(NamedTuple):
     route: Callable
 
 
+class _Batch(NamedTuple):
+    """The rows [at, at + rows) of a batch, in groups of equal length, each with one adapter of a layer: its factors
+    down [groups, r, in] and up [groups, out, r], and the gain of all or one for each [groups, 1, 1]."""
+
+    at: int
+    rows: int
+    down: Tensor
+    up: Tensor
+    gain: float | Tensor
+
+
 class _StackOp(Op):
     """One adapter's part of a stack, as an op of a chain."""
 
@@ -158,54 +169,58 @@ class RoutedForwards:
         return y
 
     def _add_stack(self, stack: Stack, geometry: Geometry, y: Tensor, x: Tensor, gains: Sequence[float]) -> None:
-        for start, stop, gain in self._runs(stack, gains, x):
-            down, up = self._factors(stack, x)
-            down, up = down[start:stop], up[:, start:stop]
+        for down, up, gain in self._runs(stack, gains, x):
             x_part = part(x, stack.span, geometry.x_channel, 1)
-            y_part = part(y, stack.span, geometry.channel, 0)
             if geometry.spatial:
-                add_pointwise_(y_part, geometry.apply(x_part, down), up, gain)
-            elif y_part.ndim == 2:
-                add_linear_(y_part, x_part, down, up, gain)
+                add_pointwise_(part(y, stack.span, geometry.channel, 0), geometry.apply(x_part, down), up, gain)
             else:
-                flat = y.view(-1, y.shape[-1])
-                flat = part(flat, stack.span, -1, 0)
+                flat = part(y.view(-1, y.shape[-1]), stack.span, -1, 0)
                 add_linear_(flat, x_part.reshape(-1, x_part.shape[-1]), down, up, gain)
 
     def _add_batched(self, site: Site, geometry: Geometry, rows: Rows, y: Tensor, x: Tensor) -> bool:
-        """All groups in two products, where each group is a run of equal length right after the last, with one
-        adapter each, in the order of the stack, and ranks are equal: what Composite's batch looks like. False: not
-        that case."""
-        groups = rows.groups
-        if len(groups) < 2 or geometry.spatial or geometry.is_norm or len(site.stacks) != 1 or len(site.others):
+        """All groups in two products, where `_batch` finds that possible. False: it is not, and nothing was done."""
+        if len(rows.groups) < 2 or geometry.spatial or geometry.is_norm or len(site.stacks) != 1:
             return False
-        key = ("batched", site.name, rows)
-        if key not in self._cache:
-            self._cache[key] = _batchable(site, rows)
-        plan = self._cache[key]
-        if plan is None:
+        batch = self._kept(("batch", site.name, rows, x.dtype, x.device), site.stacks[0],
+                           lambda: self._batch(site, rows, x))
+        if batch is None:
             return False
-        first, gains = plan
-        stack, count = site.stacks[0], len(groups)
-        if stack.span is not None or stack.width is None:
-            return False
-        fold = rows.fold(y.shape[0])
-        start, length = groups[0].rows[0] * fold, len(groups[0].rows) * fold * count
-        y = y.narrow(0, start, length).view(count, -1, y.shape[-1])
-        x = x.narrow(0, start, length).reshape(count, -1, x.shape[-1])
-        down, up = self._factors(stack, x)
-        down = down.view(-1, stack.width, down.shape[-1])[first:first + count]
-        up = up.unflatten(1, (-1, stack.width)).movedim(1, 0)[first:first + count]
-        gain = gains[0]
-        if any(g != gain for g in gains):
-            gain = self._constant(("gains", gains), lambda: torch.tensor(gains).reshape(-1, 1, 1), x)
-        add_linear_batched_(y, x, down, up, gain)
+        if batch.rows != rows.count:
+            fold = rows.fold(y.shape[0])
+            y, x = (t.narrow(0, batch.at * fold, batch.rows * fold) for t in (y, x))
+        count = batch.down.shape[0]
+        add_linear_batched_(y.view(count, -1, y.shape[-1]), x.reshape(count, -1, x.shape[-1]),
+                            batch.down, batch.up, batch.gain)
         return True
 
-    def _runs(self, stack: Stack, gains: Sequence[float], like: Tensor) -> list[tuple[int, int, float | Tensor]]:
-        """The active adapters of a stack as runs of neighbouring ranks: (start, stop, gain)."""
-        key = ("runs", id(stack), tuple(gains), like.dtype, like.device)
-        if key not in self._cache:
+    def _batch(self, site: Site, rows: Rows, like: Tensor) -> _Batch | None:
+        """One product for all groups needs each to be a run of equal length right after the last, with one adapter
+        each, in the order of the stack, and equal ranks: what Composite's batch looks like."""
+        stack, groups = site.stacks[0], rows.groups
+        at, length, slots = groups[0].rows[0], len(groups[0].rows), list(stack.slots)
+        positions, gains = [], []
+        for k, group in enumerate(groups):
+            active = [(adapter, gain) for adapter, gain in enumerate(group.branch.at(site.name)) if gain]
+            if len(active) != 1 or active[0][0] not in stack.slots or not group.is_run:
+                return None
+            if len(group.rows) != length or group.rows[0] != at + k * length:
+                return None
+            positions.append(slots.index(active[0][0]))
+            gains.append(float(active[0][1]))
+        first, last = positions[0], positions[-1] + 1
+        if len(site.others) or stack.span is not None or stack.width is None or positions != list(range(first, last)):
+            return None
+        down, up = self._factors(stack, like)
+        gain = gains[0]
+        if len(set(gains)) > 1:
+            gain = torch.tensor(gains, dtype=like.dtype, device=like.device).reshape(-1, 1, 1)
+        return _Batch(at, length * len(groups), down.unflatten(0, (-1, stack.width))[first:last],
+                      up.unflatten(1, (-1, stack.width)).movedim(1, 0)[first:last], gain)
+
+    def _runs(self, stack: Stack, gains: Sequence[float], like: Tensor) -> list[tuple[Tensor, Tensor, float | Tensor]]:
+        """The active adapters of a stack as runs of neighbouring ranks: (down, up, gain)."""
+
+        def make() -> list[tuple[Tensor, Tensor, float | Tensor]]:
             runs: list[list[Slot]] = []
             for slot in stack.slots.values():
                 if not gains[slot.adapter]:
@@ -216,11 +231,21 @@ class RoutedForwards:
                     runs.append([slot])
             out = []
             for run in runs:
+                (down, up), ranks = self._factors(stack, like), slice(run[0].start, run[-1].stop)
                 values = [float(gains[slot.adapter]) for slot in run]
                 gain = values[0] if len(set(values)) == 1 else gain_vector(run, values, like)
-                out.append((run[0].start, run[-1].stop, gain))
-            self._cache[key] = out
-        return self._cache[key]
+                out.append((down[ranks], up[:, ranks], gain))
+            return out
+
+        return self._kept(("runs", id(stack), tuple(gains), like.dtype, like.device), stack, make)
+
+    def _kept(self, key: tuple, stack: Stack, make: Callable[[], object]):
+        """What was made of a stack's factors, kept for the run; made again where the host has moved the factors."""
+        address = stack.down.data_ptr()
+        kept = self._cache.get(key)
+        if kept is None or kept[0] != address:
+            kept = self._cache[key] = (address, make())
+        return kept[1]
 
     def _chain(self, site: Site, geometry: Geometry, base: Callable, gains: Sequence[float], y: Tensor,
                x: Tensor) -> None:
@@ -304,24 +329,6 @@ class RoutedForwards:
         if (adapter, layer) not in self._reported:
             self._reported.add((adapter, layer))
             self._report(adapter, layer, reason)
-
-
-def _batchable(site: Site, rows: Rows) -> tuple[int, tuple[float, ...]] | None:
-    stack, length, at = site.stacks[0], len(rows.groups[0].rows), rows.groups[0].rows[0]
-    order = list(stack.slots)
-    positions, gains = [], []
-    for group in rows.groups:
-        active = [(a, g) for a, g in enumerate(group.branch.at(site.name)) if g]
-        if len(active) != 1 or active[0][0] not in stack.slots or not group.is_run:
-            return None
-        if len(group.rows) != length or group.rows[0] != at:
-            return None
-        at += length
-        positions.append(order.index(active[0][0]))
-        gains.append(float(active[0][1]))
-    if positions != list(range(positions[0], positions[0] + len(positions))):
-        return None
-    return positions[0], tuple(gains)
 
 
 def _find(root: nn.Module, name: str) -> nn.Module | None:
