@@ -10,9 +10,11 @@ from ..kernels.branch import Step
 class Clock:
     """Turns noise levels into steps without making the host wait for the device in every step.
 
-    Reading a noise level on an accelerator empties its queue. So it is read only until the sampler has shown that it
-    calls the model once between two of its callbacks; from then on the first call after a callback is the next step's,
-    and only a second call within a step (Heun, SDE samplers) is read. On the CPU reading costs nothing.
+    Reading a noise level on an accelerator empties its queue. So it is read only until the sampler has shown three
+    times that it calls the model once between two of its callbacks; from then on the first call after a callback is
+    the next step's, and only a second call within a step (Heun, SDE samplers) is read. Three, because a corrector that
+    calls after its callback (SA-Solver PECE) looks like the simple kind for its first two steps. On the CPU reading
+    costs nothing.
 
     sigmas   the run's schedule, noisiest first, with the final 0
     """
@@ -39,7 +41,7 @@ class Clock:
             return self._step
         self._last = timestep
         self._calls += 1
-        trusted = timestep.device.type != "cpu" and self._told and self._single_calls >= 2
+        trusted = timestep.device.type != "cpu" and self._told and self._single_calls >= 3
         if trusted and self._step.index + 1 < self.total:
             index = self._step.index + 1
             sigma = self.sigmas[index]
