@@ -31,6 +31,7 @@ class Family:
     latent     channels of the latent
     context    width of the text embedding
     pooled     width of the pooled text embedding, 0 for none
+    frames     frames of a video latent, 0 for pictures
     """
 
     name: str
@@ -39,9 +40,11 @@ class Family:
     latent: int
     context: int
     pooled: int = 0
+    frames: int = 0
 
     def noise(self, batch: int = 1, size: int = 8, seed: int = 0) -> Tensor:
-        return torch.randn(batch, self.latent, size, size, generator=torch.Generator().manual_seed(seed))
+        shape = (batch, self.latent, *([self.frames] if self.frames else []), size, size)
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
     def cond(self, seed: int, tokens: int = 5, **options) -> list:
         """A CONDITIONING with one entry."""
@@ -70,6 +73,8 @@ FAMILIES = {
                                     context_in_dim=48, hidden_size=64, mlp_ratio=2.0, num_heads=2, depth=1,
                                     depth_single_blocks=2, axes_dim=[8, 12, 12], theta=10000, patch_size=2,
                                     qkv_bias=True, guidance_embed=True), 16, 48, 24),
+        Family("Wan", "WAN21_T2V", dict(image_model="wan2.1", model_type="t2v", dim=48, ffn_dim=64, num_heads=2,
+                                        num_layers=2, text_dim=32, in_dim=16, out_dim=16), 16, 32, frames=3),
     )
 }
 

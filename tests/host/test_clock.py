@@ -1,0 +1,110 @@
+"""The clock: which step a model call belongs to, and that it does not make the host wait for a device."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import comfy.samplers
+import pytest
+import torch
+from lora_ensemble.host.clock import Clock
+
+from .builders import composite, sample, three
+from .models import base
+
+SIGMAS = [10.0, 6.0, 3.0, 1.0, 0.3, 0.0]
+
+
+class OnDevice:
+    """A timestep that claims to be on an accelerator and counts how often its value is asked for."""
+
+    device = SimpleNamespace(type="cuda")
+
+    def __init__(self, sigma: float):
+        self.sigma, self.reads = sigma, 0
+
+    def flatten(self) -> list[float]:
+        self.reads += 1
+        return [self.sigma]
+
+
+def test_cpu_values_are_read_and_matched():
+    clock = Clock(SIGMAS)
+    for index, sigma in enumerate(SIGMAS[:-1]):
+        step = clock.step(torch.tensor([sigma]))
+        assert (step.index, step.total, step.sigma) == (index, 5, pytest.approx(sigma))
+        clock.tell()
+
+
+@pytest.mark.parametrize(("sigma", "index"), [(10.0, 0), (11.0, 0), (9.0, 0), (6.0, 1), (6.0003, 1), (5.99, 1),
+                                              (3.5, 1), (0.31, 3), (0.3, 4), (0.01, 4), (0.0, 4)])
+def test_noise_levels_between_steps(sigma, index):
+    """An entry of the schedule, however rounded, is that step; a level between two belongs to the step that it is in."""
+    assert Clock(SIGMAS).index_of(sigma) == index
+
+
+def test_no_device_read_once_the_sampler_is_known():
+    """Guard: Clock's trust. Without it every step would wait for the device."""
+    clock, stamps = Clock(SIGMAS), [OnDevice(sigma) for sigma in SIGMAS[:-1]]
+    steps = []
+    for stamp in stamps:
+        steps.append(clock.step(stamp))
+        clock.tell()
+    assert [step.index for step in steps] == [0, 1, 2, 3, 4]
+    assert [step.sigma for step in steps] == pytest.approx(SIGMAS[:-1])
+    assert [stamp.reads for stamp in stamps] == [1, 1, 1, 0, 0]
+
+
+def test_more_passes_at_one_timestep_are_one_step():
+    """Context windows and perturbed attention come back with the very same tensor."""
+    clock, stamps = Clock(SIGMAS), [OnDevice(sigma) for sigma in SIGMAS[:-1]]
+    for index, stamp in enumerate(stamps):
+        assert {clock.step(stamp).index for _ in range(3)} == {index}
+        clock.tell()
+    assert sum(stamp.reads for stamp in stamps) == 3
+
+
+def test_a_sampler_that_calls_twice_is_read():
+    """Heun evaluates at the next level before it tells of the step: an index counted blindly would run ahead."""
+    clock = Clock(SIGMAS)
+    for i in range(len(SIGMAS) - 2):
+        assert clock.step(OnDevice(SIGMAS[i])).index == i
+        assert clock.step(OnDevice((SIGMAS[i] + SIGMAS[i + 1]) / 2)).index == i
+        clock.tell()
+
+
+def test_a_second_call_after_trust_is_read():
+    clock = Clock(SIGMAS)
+    for sigma in SIGMAS[:3]:
+        clock.step(OnDevice(sigma))
+        clock.tell()
+    trusted, second = OnDevice(SIGMAS[3]), OnDevice(0.6)
+    assert clock.step(trusted).index == 3 and trusted.reads == 0
+    assert clock.step(second).index == 3 and second.reads == 1
+
+
+def test_progress():
+    clock = Clock([3.0, 1.0, 0.0])
+    assert [clock.step(torch.tensor([sigma])).progress for sigma in (3.0, 1.0)] == [0.0, 1.0]
+    assert Clock([3.0, 0.0]).step(torch.tensor([3.0])).progress == 0.0
+
+
+@pytest.mark.parametrize("name", [n for n in comfy.samplers.KSampler.SAMPLERS if n != "dpm_adaptive"])
+def test_every_sampler_of_the_host(name, loras, monkeypatch):
+    """What the clock infers without reading is what it would have read, for every sampler that ComfyUI offers (but one that
+    chooses its own steps and takes hundreds of them on random weights)."""
+    model = base("Flux")
+    ours, seen = composite(model, three(model, loras)[:2]), []
+    told = Clock.step
+
+    def step(clock: Clock, timestep: torch.Tensor):
+        sigma = float(timestep.flatten()[0])
+        if not hasattr(timestep, "stand_in"):
+            timestep.stand_in = OnDevice(sigma)
+        found = told(clock, timestep.stand_in)
+        seen.append((found.index, clock.index_of(sigma)))
+        return found
+
+    monkeypatch.setattr(Clock, "step", step)
+    sample(ours, "Flux", sampler=name, steps=6, cfg=1.0)
+    assert len(seen) >= 6 and [inferred for inferred, _ in seen] == [read for _, read in seen]
