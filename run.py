@@ -109,7 +109,7 @@ def pip(python: Path, arguments: Sequence[str], log: Path) -> None:
     if subprocess.run([*command, "--version"], capture_output=True, env=child_env()).returncode:
         command = [sys.executable, "-m", "pip", "--python", str(python)]  # an environment made without pip
     command += ["install", "--progress-bar", "off", "--disable-pip-version-check", "--no-input", *arguments]
-    with log.open("a", encoding="utf-8") as out:
+    with log.open("a", encoding="utf-8", buffering=1) as out:
         out.write(f"$ {' '.join(command)}\n")
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=child_env()
