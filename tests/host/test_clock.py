@@ -39,7 +39,7 @@ def test_cpu_values_are_read_and_matched():
 @pytest.mark.parametrize(("sigma", "index"), [(10.0, 0), (11.0, 0), (9.0, 0), (6.0, 1), (6.0003, 1), (5.99, 1),
                                               (3.5, 1), (0.31, 3), (0.3, 4), (0.01, 4), (0.0, 4)])
 def test_noise_levels_between_steps(sigma, index):
-    """An entry of the schedule, however rounded, is that step; a level between two belongs to the step that it is in."""
+    """An entry of the schedule, however rounded, is that step; a level between two belongs to the step it is in."""
     assert Clock(SIGMAS).index_of(sigma) == index
 
 
@@ -91,8 +91,8 @@ def test_progress():
 
 @pytest.mark.parametrize("name", [n for n in comfy.samplers.KSampler.SAMPLERS if n != "dpm_adaptive"])
 def test_every_sampler_of_the_host(name, loras, monkeypatch):
-    """What the clock infers without reading is what it would have read, for every sampler that ComfyUI offers (but one that
-    chooses its own steps and takes hundreds of them on random weights)."""
+    """What the clock infers without reading is what it would have read, for every sampler that ComfyUI offers (but one
+    that chooses its own steps and takes hundreds of them on random weights)."""
     model = base("Flux")
     ours, seen = composite(model, three(model, loras)[:2]), []
     told = Clock.step

@@ -1,4 +1,4 @@
-"""What people do around a sampler (areas, masks, ranges, img2img, ControlNet, context windows...) leaves parity as it is."""
+"""What people do around a sampler (areas, masks, ranges, img2img, ControlNet, windows...) leaves parity as it is."""
 
 from __future__ import annotations
 
