@@ -1,0 +1,168 @@
+"""Files that cannot be used, and the cache of those that can."""
+
+from __future__ import annotations
+
+import os
+import struct
+
+import comfy.utils
+import pytest
+import torch
+from lora_ensemble.host import files
+from lora_ensemble.host.apply import apply_method, bake
+from lora_ensemble.host.ensemble import LoRASpec
+from lora_ensemble.host.files import LoRAFileError, check_file, fingerprint, read
+from lora_ensemble.methods.merge import Merge
+
+from .builders import composite, file_of, kohya, lora, merge, same, sample, shapes, stock
+from .models import base
+
+
+@pytest.fixture
+def raw(lora_folder):
+    """Writes bytes below `loras`."""
+    import folder_paths
+
+    written = []
+
+    def write(content: bytes, name: str = "raw.safetensors") -> str:
+        path = lora_folder / name
+        path.write_bytes(content)
+        written.append(path)
+        folder_paths.filename_list_cache.clear()
+        return name
+
+    yield write
+    for path in written:
+        path.unlink(missing_ok=True)
+    folder_paths.filename_list_cache.clear()
+
+
+def small() -> dict:
+    return lora(dict(list(shapes(base("SD15")).items())[:2]), 1)
+
+
+def refused(name: str, *words: str) -> None:
+    """Every way to apply it fails with these words and names the file."""
+    for use in (lambda n: merge(base("SD15"), [LoRASpec(n, 1.0, 1.0)]),
+                lambda n: composite(base("SD15"), [LoRASpec(n, 1.0, 1.0)]),
+                lambda n: bake(base("SD15"), None, (LoRASpec(n, 1.0, 1.0),), "Merge LoRAs")):
+        with pytest.raises(LoRAFileError) as caught:
+            use(name)
+        text = str(caught.value)
+        assert f"'{name}'" in text and all(word in text for word in words), text
+
+
+def refused_by_header(name: str, *words: str) -> None:
+    """The cheap check of a node's validation says the same."""
+    with pytest.raises(LoRAFileError, match=words[0]):
+        check_file(name)
+    refused(name, *words)
+
+
+def test_a_missing_file():
+    refused_by_header("nowhere.safetensors", "not in any of the 'loras' folders", "Put the file there")
+
+
+@pytest.mark.parametrize("content", [b"", b"abc", b"<!DOCTYPE html><html>log in first</html>" * 9, b"PK\3\4" * 99])
+def test_not_a_safetensors_file(content, raw):
+    refused_by_header(raw(content), "not a safetensors file", "Download it again")
+
+
+@pytest.mark.parametrize("header", [b"{]" * 20, b"[1,2]", b'{"a": 1}', b'{"a": {"data_offsets": "x"}}', b"\xff" * 40])
+def test_a_damaged_header(header, raw):
+    refused_by_header(raw(struct.pack("<Q", len(header)) + header), "damaged header", "Download it again")
+
+
+@pytest.mark.parametrize("part", [0.02, 0.5, 0.999])
+def test_a_truncated_file(part, loras, raw, lora_folder):
+    content = (lora_folder / loras(small())).read_bytes()
+    refused_by_header(raw(content[: int(len(content) * part)]), "truncated", "fetch the file again")
+
+
+@pytest.mark.parametrize("name", ["old.pt", "old.ckpt", "old.bin"])
+def test_pickles_are_never_opened(name, raw, monkeypatch):
+    """Guard: the ending is refused before anything could unpickle it."""
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("opened"))
+    monkeypatch.setattr(comfy.utils, "load_torch_file", lambda *_, **__: pytest.fail("opened"))
+    refused_by_header(raw(b"\x80\x02}q\x00."  * 9, name), "not a .safetensors file", "convert it to safetensors")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+def test_values_that_are_not_numbers(value, dtype, loras):
+    if dtype == torch.float8_e4m3fn and value == float("inf"):
+        pytest.skip("this format has no infinity")
+    tensors = {key: tensor.to(dtype) for key, tensor in small().items()}
+    worst = sorted(tensors)[1]
+    tensors[worst] = tensors[worst].clone()
+    tensors[worst].view(-1)[3] = value
+    refused(loras(tensors), "not numbers", worst, "use another version")
+
+
+def test_another_architecture(loras):
+    name = loras(lora(shapes(base("Flux")), 1))
+    refused(name, "matches no layer of this model", "another architecture", "remove it from the ensemble")
+
+
+def test_no_lora_at_all(loras):
+    refused(loras({"some.weight": torch.ones(3)}), "matches no layer of this model", "some.weight")
+
+
+def test_an_empty_ensemble():
+    for use in (lambda: apply_method(base("SD15"), None, (), Merge, "Merge LoRAs"),
+                lambda: bake(base("SD15"), None, (), "Merge LoRAs")):
+        with pytest.raises(ValueError, match="(?s)Merge LoRAs: the ensemble is empty.*Connect at least one"):
+            use()
+
+
+def test_the_model_is_fine_after_a_refusal(loras, raw):
+    model, good = base("SD15"), LoRASpec(loras(lora(shapes(base("SD15")), 1)), 0.8, 0)
+    with pytest.raises(LoRAFileError):
+        merge(model, [good, LoRASpec(raw(b"no"), 1.0, 1.0)])
+    same(sample(merge(model, [good])), sample(stock(model, [good])), sample(model))
+
+
+def test_some_layers_do_not_fit(loras, caplog):
+    """A LoRA of a variant with other widths: what fits is applied, the rest is named once, in log and record."""
+    layers = shapes(base("SD15"))
+    odd = next(name for name in layers if name.endswith("attn2.to_k"))
+    ensemble = [LoRASpec(loras(lora({**layers, odd: torch.Size((64, 48))}, 1)), 0.8, 0)]
+    ours = merge(base("SD15"), ensemble)
+    assert sum(ensemble[0].name in message and odd in message for message in caplog.messages) == 1
+    good = LoRASpec(loras({key: value for key, value in file_of(ensemble[0]).items()
+                           if not key.startswith(f"{kohya(odd)}.")}), 0.8, 0)
+    same(sample(ours), sample(stock(base("SD15"), [good])), sample(base("SD15")))
+    from lora_ensemble.host.composition import KEY
+
+    problems = ours.get_attachment(KEY).record.problems
+    assert len(problems) == 1 and ensemble[0].name in problems[0]
+
+
+def test_a_file_is_read_once(loras, lora_folder, monkeypatch):
+    """Once per path, size and time of change, however many nodes use it."""
+    calls, load = [], comfy.utils.load_torch_file
+    monkeypatch.setattr(comfy.utils, "load_torch_file", lambda *a, **k: calls.append(a[0]) or load(*a, **k))
+    tensors = small()
+    name = loras(tensors)
+    before, print_before = read(name), fingerprint(name)
+    for make in (merge, composite):
+        make(base("SD15"), [LoRASpec(name, 0.5, 0)])
+    assert read(name) is before and len(calls) == 1
+
+    loras({key: value * 2 for key, value in tensors.items()}, name)
+    os.utime(lora_folder / name, ns=(1, 1))
+    after = read(name)
+    key = next(key for key in tensors if "lora_up" in key)
+    assert len(calls) == 2 and torch.equal(after[key], 2 * before[key])
+    assert fingerprint(name) != print_before
+    os.utime(lora_folder / name, ns=(2, 2))
+    assert torch.equal(read(name)[key], after[key]) and len(calls) == 3
+
+
+def test_the_cache_is_bounded(loras, monkeypatch):
+    """Guard: CACHE_BYTES. The file in use always stays."""
+    monkeypatch.setattr(files, "CACHE_BYTES", 1)
+    names = [loras(small()) for _ in range(3)]
+    kept = [read(name) for name in names]
+    assert len(files._cache) == 1 and read(names[2]) is kept[2]
