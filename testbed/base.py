@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 
@@ -42,20 +43,19 @@ def noisy(latent: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, T
     return (1 - s) * latent + s * noise, sigma, noise - latent
 
 
-def train_base(steps: int, batch: int = 32, rate: float = 1.5e-3, seed: int = 0, device: str = "cpu",
-               log: Callable[[str], None] = lambda line: None) -> Base:
-    """Returns the exponential moving average of the weights."""
-    torch.manual_seed(seed)
+def train_base(base: Base, steps: int, spread: float, batch: int = 32, rate: float = 1.5e-3, seed: int = 0,
+               device: str = "cpu", log: Callable[[str], None] = lambda line: None) -> Base:
+    """Trains `base` on scenes whose jitter has this spread; returns the exponential moving average of the weights."""
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
-    base, average = Base().to(device), Base().to(device).requires_grad_(False)
-    average.load_state_dict(base.state_dict())
+    base = base.to(device).train().requires_grad_(True)
+    average = copy.deepcopy(base).requires_grad_(False)
     optimizer = torch.optim.AdamW(base.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.05,
                                                     final_div_factor=100)
     start, losses, block = time.time(), [], 32
     for step in range(steps):
         if step % block == 0:
-            scenes = sample(rng, block * batch)
+            scenes = sample(rng, block * batch, spread=spread)
             latents, tokens = encode(render(scenes)), tokenize(sparse_captions(rng, scenes, 0.1, 0.1))
         rows = slice(step % block * batch, (step % block + 1) * batch)
         x, sigma, velocity = (t.to(device) for t in noisy(latents[rows], generator))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .render import render
-from .scene import ATTRIBUTES, CATEGORIES, FREE, PLAIN, Scenes, of_category, sample, shows
+from .scene import ATTRIBUTES, CATEGORIES, FREE, PLAIN, SPREAD, Scenes, of_category, sample, shows
 
 HEADS: dict[str, int] = {a: len(words) for a, words in ATTRIBUTES.items()}
 HEADS |= {category: 1 + len(of_category(category)) for category in CATEGORIES}  # 0: none of the concepts
@@ -32,14 +32,16 @@ class Judge(nn.Module):
         self.convs = nn.ModuleList([nn.Conv2d(a, b, 3, stride, 1) for a, b, stride in
                                     zip(sizes[:-1], sizes[1:], strides, strict=True)])
         self.norms = nn.ModuleList([nn.BatchNorm2d(b) for b in sizes[1:]])
-        self.hidden = nn.Linear(128 * 16, 160)
+        self.hidden = nn.Linear(128 * 16 + 2 * 2 * width, 160)  # what is where, and the texture of all
         self.out = nn.Linear(160, sum(HEADS.values()))
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
         x = F.pixel_unshuffle(image * 2 - 1, 2)
-        for conv, norm in zip(self.convs, self.norms, strict=True):
+        for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
             x = F.relu(norm(conv(x)))
-        x = self.out(F.relu(self.hidden(x.flatten(1))))
+            if i == 2:
+                texture = torch.cat([x.mean((2, 3)), x.amax((2, 3))], dim=1)
+        x = self.out(F.relu(self.hidden(torch.cat([x.flatten(1), texture], dim=1))))
         return dict(zip(HEADS, x.split(list(HEADS.values()), dim=1), strict=True))
 
     @torch.no_grad()
@@ -73,7 +75,7 @@ def exam(rng: np.random.Generator, n: int) -> Scenes:
             missed = np.where(fate < 0.4, len(attributes), rng.integers(len(attributes), size=n))
             for k, a in enumerate(attributes):
                 fixed[a][(which == i) & (fate < 0.65) & (missed != k)] = concept.look[a]
-    return sample(rng, n, fixed, concepts=True)
+    return sample(rng, n, fixed, concepts=True, spread=rng.choice((SPREAD, 1.0)))
 
 
 def disturb(image: Tensor, generator: torch.Generator) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 from .base import Base, noisy
 from .model import UNet, encode
@@ -34,20 +35,16 @@ def targets(unet: UNet) -> dict[str, nn.Module]:
 
 
 class _Delta(nn.Module):
-    """One trainable low-rank delta: B (A x)."""
+    """A trainable low-rank delta of one weight, W + B A: small convolutions cost more than a changed big one."""
 
-    def __init__(self, module: nn.Module, rank: int, generator: torch.Generator):
+    def __init__(self, weight: Tensor, rank: int, generator: torch.Generator):
         super().__init__()
-        weight = module.weight
-        self.stride = getattr(module, "stride", None)
         down = torch.randn((rank, *weight.shape[1:]), generator=generator) / weight[0].numel() ** 0.5
         self.down = nn.Parameter(down.to(weight.device))
         self.up = nn.Parameter(torch.zeros(weight.shape[0], rank, *[1] * (weight.ndim - 2), device=weight.device))
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.stride is None:
-            return F.linear(F.linear(x, self.down), self.up)
-        return F.conv2d(F.conv2d(x, self.down, stride=self.stride, padding=1), self.up)
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + (self.up.flatten(1) @ self.down.flatten(1)).view_as(weight)
 
 
 def train_lora(base: Base, collection: Collection, steps: int, batch: int = 16, rate: float = 4e-3, seed: int = 0,
@@ -57,10 +54,10 @@ def train_lora(base: Base, collection: Collection, steps: int, batch: int = 16, 
     generator = torch.Generator().manual_seed(seed)
     device = next(base.parameters()).device
     base.requires_grad_(False)
-    deltas, hooks = {}, []
-    for name, module in targets(base.unet).items():
-        deltas[name] = delta = _Delta(module, rank, generator)
-        hooks.append(module.register_forward_hook(lambda _, inputs, y, delta=delta: y + delta(inputs[0])))
+    modules = targets(base.unet)
+    deltas = {name: _Delta(module.weight, rank, generator) for name, module in modules.items()}
+    for name, delta in deltas.items():
+        parametrize.register_parametrization(modules[name], "weight", delta)
     latents, tokens = encode(render(collection.scenes)), tokenize(collection.prompts)
     with torch.no_grad():
         contexts = base.text(tokens.to(device)).cpu()
@@ -77,8 +74,8 @@ def train_lora(base: Base, collection: Collection, steps: int, batch: int = 16, 
             optimizer.step()
             scheduler.step()
     finally:
-        for hook in hooks:
-            hook.remove()
+        for module in modules.values():
+            parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
     tensors = {}
     for name, delta in deltas.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = delta.down.detach().cpu().half().contiguous()

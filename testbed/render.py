@@ -56,15 +56,16 @@ def _paint(image: Tensor, shape: Tensor, colour: Tensor, mark: Tensor, mark_colo
 def _background(v: dict[str, Tensor], j: Tensor, x: Tensor, y: Tensor) -> Tensor:
     first, second = _colour(v["background.colour"], j[:, 0:2]), _colour(v["background.mark_colour"], j[:, 2:4])
     n = len(j)
-    angle = (v["background.mark"] * (np.pi / 4) + 0.06 * j[:, 4])[:, None, None]
+    angle = (v["background.mark"] * (np.pi / 4) + 0.03 * j[:, 4])[:, None, None]
     along, across = x * angle.cos() + y * angle.sin(), y * angle.cos() - x * angle.sin()
-    shift = 3.0 * j[:, 5, None, None]
+    shift = 0.6 * j[:, 5, None, None]
     # a quarter turn means nothing to checks and dots: there the third and fourth marks are a coarser grid
-    period = (6.5 + 2.5 * (v["background.mark"] >= 2) * (v["background.kind"] % 3 > 0) + 0.3 * j[:, 6])[:, None, None]
-    u, w = (along + shift) * (2 * np.pi / period), (across + 2 * shift) * (2 * np.pi / period)
+    grids = v["background.kind"] % 3 > 0
+    period = (8.5 + 2.0 * grids + 5.0 * grids * (v["background.mark"] >= 2) + 0.1 * j[:, 6])[:, None, None]
+    u, w = (along + shift) * (2 * np.pi / period), (across + shift) * (2 * np.pi / period)
     grid = torch.minimum
     maps = [torch.sin(w) - 0.15, torch.sin(u) * torch.sin(w) * 1.5, grid(torch.sin(u), torch.sin(w)) * 1.3 - 0.1,
-            torch.sin(w + 1.3 * torch.sin(u * 0.8)) - 0.15]
+            torch.sin(w + 1.5 * torch.sin(u * 0.7)) - 0.15]
     alpha = (0.5 + 1.2 * _pick(v["background.kind"], maps)).clamp(0, 1)
     return _over(first.expand(n, 3, SIZE, SIZE), second, 0.75 * alpha)
 
@@ -113,9 +114,9 @@ def _object(image: Tensor, v: dict[str, Tensor], j: Tensor, x: Tensor, y: Tensor
 
 def _style(image: Tensor, v: dict[str, Tensor], j: Tensor, x: Tensor, y: Tensor) -> Tensor:
     colour, mark = _colour(v["style.mark_colour"], j[:, 0:2]), v["style.mark"]
-    angle = (mark * (np.pi / 4) + 0.05 * j[:, 2])[:, None, None]
-    phase = (y * angle.cos() - x * angle.sin()) * (2 * np.pi / 6.4) + 3 * j[:, 3, None, None]
-    lined = 0.6 * ((torch.sin(phase) - 0.45) * 3.0).clamp(0, 1)
+    angle = (mark * (np.pi / 4) + 0.03 * j[:, 2])[:, None, None]
+    phase = (y * angle.cos() - x * angle.sin()) * (2 * np.pi / 8) + 0.5 * j[:, 3, None, None]
+    lined = 0.6 * ((torch.sin(phase) - 0.35) * 2.5).clamp(0, 1)
     far = SIZE - 1.0
     edges = _pick(mark, [y, far - x, far - y, x])
     glowing = 0.95 * torch.exp(-edges / (5.0 + 0.5 * j[:, 4, None, None]))

@@ -41,6 +41,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
 }
 NAMED = tuple(a for a in ATTRIBUTES if a == "side" or a.endswith((".colour", ".kind")))
 JITTER = 32
+SPREAD = 0.2  # how far shapes and colours move in most pictures, of what the renderer allows
 FREE = -1
 PLAIN = 0  # style.kind: no style, so style.mark and style.mark_colour cannot be seen
 
@@ -110,10 +111,10 @@ def readable(values: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def sample(rng: np.random.Generator, n: int, fixed: dict[str, int | np.ndarray] | None = None,
-           concepts: bool = False) -> Scenes:
+           concepts: bool = False, spread: float = SPREAD) -> Scenes:
     """n random readable scenes. `fixed` pins attributes: a value, or an array of n in which FREE leaves a row's choice
     open. Unless `concepts`, no scene shows any of CONCEPTS but where `fixed` names that category's whole look: this is
-    the world that the base has seen."""
+    the world that the base has seen. `spread` scales the jitter."""
     fixed = {a: np.broadcast_to(np.asarray(v), (n,)) for a, v in (fixed or {}).items()}
     values = {a: np.zeros(n, np.int64) for a in ATTRIBUTES}
     todo = np.arange(n)
@@ -128,5 +129,5 @@ def sample(rng: np.random.Generator, n: int, fixed: dict[str, int | np.ndarray] 
             values[a][todo[good]] = draw[a][good]
         todo = todo[~good]
         if not len(todo):
-            return Scenes(values, rng.uniform(-1, 1, (n, JITTER)))
+            return Scenes(values, spread * rng.uniform(-1, 1, (n, JITTER)))
     raise ValueError("the fixed attributes leave no readable scene; choose other colours")

@@ -23,16 +23,18 @@ import time
 
 import torch
 
-from .base import train_base
+from .base import Base, train_base
 from .judge import train_judge
 from .loras import save_lora, train_lora
 from .report import report
-from .scene import CONCEPTS
+from .scene import CONCEPTS, SPREAD
 from .weights import WEIGHTS, load_base, lora_path, save_module
 from .worlds import REGIMES, collection
 
 STAGES = ("base", "judge", "loras", "report")
-BASE_STEPS, JUDGE_STEPS = 2200, 1500
+# (steps, spread of the jitter, learning rate): first loosely drawn scenes, then those of the protocol
+BASE_PHASES = ((2200, 1.0, 1.5e-3), (2400, SPREAD, 1.5e-3), (2200, SPREAD, 2e-3))
+JUDGE_STEPS = 1500
 LORA_STEPS = {"clean": 300, "narrow": 300}
 LORA_RATE = {"clean": 4e-3, "narrow": 4e-3}
 
@@ -53,7 +55,10 @@ def main(arguments: list[str] | None = None) -> int:
         torch.set_float32_matmul_precision("high")
     start = time.time()
     if "base" in options.stages:
-        base = train_base(BASE_STEPS, device=options.device, log=say)
+        torch.manual_seed(0)
+        base = Base()
+        for seed, (steps, spread, rate) in enumerate(BASE_PHASES):
+            base = train_base(base, steps, spread, rate=rate, seed=seed, device=options.device, log=say)
         save_module(base, WEIGHTS / "base.safetensors")
     if "judge" in options.stages:
         judge = train_judge(JUDGE_STEPS, device=options.device, log=say)
