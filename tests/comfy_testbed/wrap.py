@@ -122,5 +122,5 @@ def wrap_clip(text: nn.Module) -> comfy.sd.CLIP:
 
 def load_testbed() -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, VAE]:
     """The trained testbed as MODEL, CLIP, VAE; fresh objects with every call."""
-    base = testbed("base").Base().requires_grad_(False)
+    base = testbed("weights").load_base()
     return wrap_model(base.unet), wrap_clip(base.text), VAE()

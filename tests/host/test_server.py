@@ -11,9 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lora_ensemble.testbed.evaluate import METHODS
 from lora_ensemble.testbed.model import UNet
-from lora_ensemble.tests.server import PACK, PromptFailed, PromptRefused, Server
-from lora_ensemble.tests.workflows import EXAMPLES, ROOT, TESTBED, Prompt, find, load, on_testbed
+from lora_ensemble.testbed.protocol import all_sets
+from lora_ensemble.testbed.sampler import GUIDANCE, STEPS, Picture, Sampler
+from lora_ensemble.testbed.weights import load_base, load_loras, lora_path
+from lora_ensemble.tests.server import PACK, PromptFailed, PromptRefused, Server, link
+from lora_ensemble.tests.workflows import EXAMPLES, ROOT, TESTBED, Prompt, compose, find, load, on_testbed, widgets
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -146,6 +150,21 @@ def test_methods_differ(server: Server):
 @pytest.mark.parametrize("name", ["merge", "merge_baked", "merge_stack"])
 def test_merge_is_the_stock_chain(server: Server, name: str):
     assert difference(pictures(server, WORKFLOWS[name]), pictures(server, WORKFLOWS["stock_chain"])) <= GREY_LEVEL
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_server_draws_what_the_standalone_sampler_draws(server: Server, lora_files: Path, node_info: dict, method: str):
+    """Trained weights, three LoRAs, 20 steps: two programs that share nothing but the methods' formulas."""
+    task = all_sets((3,))[0]
+    with Sampler(load_base(), load_loras("narrow")) as sampler:
+        drawn = sampler.draw([Picture(task.prompt(), task.seed, task.loras, METHODS[method]((1.0,) * 3))])
+    files = [lora_path("narrow", concept) for concept in task.concepts]
+    for file in files:
+        if not (lora_files / file.name).exists():
+            link(file, lora_files / file.name)
+    node = f"LoRAEnsemble{method}"
+    prompt = compose(node, widgets(node_info[node]), [f.name for f in files], task.prompt(), task.seed, STEPS, GUIDANCE)
+    assert difference(pictures(server, prompt)[0], drawn[0].movedim(0, -1).numpy() * 255) <= 2.5
 
 
 @pytest.mark.parametrize("name", ["merge", "merge_baked", "switch", "composite"])
