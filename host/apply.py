@@ -36,8 +36,9 @@ def apply_method(model, clip, ensemble: Ensemble, make: Callable[[tuple[float, .
     if rest_on_weights:
         for spec, lora in zip(active, parsed, strict=True):
             rest = {key: lora.patches[key] for key, _ in lora.left_out}
-            new_model.add_patches(rest, spec.strength_model)
-            lora.left_out = [(key, f"{reason}; merged into the weight instead") for key, reason in lora.left_out]
+            taken = new_model.add_patches(rest, spec.strength_model)
+            lora.left_out = [(key, f"{reason}; merged into the weight instead" if key in taken else reason)
+                             for key, reason in lora.left_out]
     problems = [problem for spec, lora in zip(active, parsed, strict=True) for problem in _problems(spec, lora)]
     for problem in problems:
         log.warning("%s: %s", node, problem)

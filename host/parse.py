@@ -66,6 +66,8 @@ def _op(key: str, span: Span, rows: Callable | None, patch, model: nn.Module) ->
     shape = weight_shape(module)
     if span is not None:
         span = tuple(span)
+        if span[1] + span[2] > shape[span[0]]:
+            raise _Inexpressible(f"a slice that ends at {span[1] + span[2]} of a weight of {'x'.join(map(str, shape))}")
         shape = (*shape[:span[0]], span[2], *shape[span[0] + 1:])
     kind = patch[0] if isinstance(patch, tuple) else patch.name
     make = _MAKERS.get(kind)
@@ -108,6 +110,8 @@ def weight_shape(module: nn.Module) -> tuple[int, ...]:
 def _bias(patch, module: nn.Module) -> Op:
     if not isinstance(patch, tuple) or patch[0] != "diff":
         raise _Inexpressible("only differences of a bias can be routed")
+    if getattr(module, "bias", None) is None:
+        raise _Inexpressible("the layer has no bias")
     if patch[1][0].numel() != weight_shape(module)[0]:
         raise _Inexpressible(f"bias of {patch[1][0].numel()} entries for a layer of {weight_shape(module)[0]}")
     return Bias(patch[1][0].flatten())
@@ -216,7 +220,11 @@ def _oft(values, shape, geometry: Geometry, span: Span, rows: Callable | None) -
 
 
 def _boft(values, shape, geometry: Geometry, span: Span, rows: Callable | None) -> Op:
-    return BOFT(*_orthogonal(values, shape, span, rows, 1), span)
+    rotations, rescale = _orthogonal(values, shape, span, rows, 1)
+    stages, size = rotations.shape[0], rotations.shape[-1]
+    if shape[0] % (2**stages * (size // 2)):
+        raise _Inexpressible(f"{stages} stages of rotations of {size} channels for {shape[0]}")
+    return BOFT(rotations, rescale, span)
 
 
 def _diff(values, shape, geometry: Geometry, span: Span, rows: Callable | None) -> Op:
