@@ -70,7 +70,7 @@ FAMILIES = {
                                                            "params": {"in_features": 48, "out_features": 64}}),
                16, 48, 24),
         Family("Flux", "Flux", dict(image_model="flux", in_channels=16, out_channels=16, vec_in_dim=24,
-                                    context_in_dim=48, hidden_size=64, mlp_ratio=2.0, num_heads=2, depth=1,
+                                    context_in_dim=48, hidden_size=64, mlp_ratio=4.0, num_heads=2, depth=1,
                                     depth_single_blocks=2, axes_dim=[8, 12, 12], theta=10000, patch_size=2,
                                     qkv_bias=True, guidance_embed=True), 16, 48, 24),
         Family("Wan", "WAN21_T2V", dict(image_model="wan2.1", model_type="t2v", dim=48, ffn_dim=64, num_heads=2,

@@ -1,0 +1,106 @@
+"""Every way to sample: guiders of their own, samplers that evaluate a step several times, ancestral ones."""
+
+from __future__ import annotations
+
+import comfy.samplers
+import pytest
+import torch
+from lora_ensemble.host.composition import KEY
+from lora_ensemble.methods.switch import Switch
+
+from .builders import composite, guided, hooked, merge, method, same, sample, schedule, stock, three
+from .models import FAMILIES, base
+
+SD15 = FAMILIES["SD15"]
+
+
+def basic(model, wrap):
+    guider = pytest.importorskip("comfy_extras.nodes_custom_sampler").Guider_Basic(model)
+    guider.set_conds(wrap(SD15.cond(11)))
+    return guider
+
+
+def cfg(model, wrap):
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(wrap(SD15.cond(11)), wrap(SD15.cond(12)))
+    guider.set_cfg(3.0)
+    return guider
+
+
+def dual(model, wrap):
+    guider = pytest.importorskip("comfy_extras.nodes_custom_sampler").Guider_DualCFG(model)
+    guider.set_conds(wrap(SD15.cond(11)), wrap(SD15.cond(13)), wrap(SD15.cond(12)))
+    guider.set_cfg(3.0, 2.0)
+    return guider
+
+
+def perp_neg(model, wrap):
+    guider = pytest.importorskip("comfy_extras.nodes_perpneg").Guider_PerpNeg(model)
+    guider.set_conds(wrap(SD15.cond(11)), wrap(SD15.cond(12)), wrap(SD15.cond(13)))
+    guider.set_cfg(3.0, 1.0)
+    return guider
+
+
+@pytest.mark.parametrize(("make", "conds"), [(basic, 1), (cfg, 2), (dual, 3), (perp_neg, 3)])
+def test_guiders(make, conds, loras):
+    """Which index means what is the guider's own affair; ours keeps them."""
+    model = base("SD15")
+    ensemble, sigmas = three(model, loras), schedule(model, 2)
+    plain = guided(make(model, lambda cond: cond), sigmas)
+    ours = composite(model, ensemble)
+    same(guided(make(ours, lambda cond: cond), sigmas),
+         guided(make(model, lambda cond: hooked(cond, ensemble)), sigmas), plain)
+    assert [step.rows for step in ours.get_attachment(KEY).record.steps] == [3 * conds] * 2
+    same(guided(make(merge(model, ensemble), lambda cond: cond), sigmas),
+         guided(make(stock(model, ensemble), lambda cond: cond), sigmas), plain)
+
+
+def test_a_guider_used_again(loras):
+    """Guiders are cached between prompts; a run must not find anything of the last one."""
+    model = composite(base("SD15"), three(base("SD15"), loras))
+    guider, sigmas = cfg(model, lambda cond: cond), schedule(model, 2)
+    first = guided(guider, sigmas)
+    assert torch.equal(guided(guider, sigmas), first)
+    assert [step.index for step in model.get_attachment(KEY).record.steps] == [0, 1]
+
+
+@pytest.mark.parametrize("sampler", ["heun", "dpmpp_2m", "euler_ancestral", "dpmpp_sde", "uni_pc", "ddim", "lcm"])
+def test_samplers(sampler, loras):
+    """Same noise, same calls: parity holds for samplers that evaluate twice or add noise."""
+    model, kind = base("Flux"), FAMILIES["Flux"]
+    ensemble = three(model, loras)
+    ours = composite(model, ensemble)
+    reference = sample(model, "Flux", hooked(kind.cond(11), ensemble), hooked(kind.cond(12), ensemble), steps=4,
+                       sampler=sampler)
+    same(sample(ours, "Flux", steps=4, sampler=sampler), reference, sample(model, "Flux", steps=4, sampler=sampler))
+    record = ours.get_attachment(KEY).record
+    assert [step.index for step in record.steps] == [0, 1, 2, 3]
+    calls = sum(step.calls for step in record.steps)
+    assert calls == {"heun": 7, "dpmpp_sde": 7}.get(sampler, calls) and calls >= 4
+
+
+def test_a_switch_holds_through_the_evaluations_of_a_step(loras):
+    """A noise level between two steps belongs to the step that it is in; each step has one LoRA on."""
+    model = base("Flux")
+    ours = method(model, three(model, loras), lambda s: Switch(s, 1))
+    sample(ours, "Flux", steps=6, sampler="dpmpp_sde")
+    on = [[i for i, gain in enumerate(step.branches[0][0]) if gain] for step in ours.get_attachment(KEY).record.steps]
+    assert on == [[0], [1], [2], [0], [1], [2]]
+
+
+def test_part_of_a_schedule(loras):
+    """KSamplerAdvanced's later half: steps count within the run that is sampled."""
+    model = base("SD15")
+    ours = method(model, three(model, loras), lambda s: Switch(s, 1))
+    guided(cfg(ours, lambda cond: cond), schedule(model, 6)[3:], latent=SD15.noise(seed=4))
+    record = ours.get_attachment(KEY).record
+    assert [step.index for step in record.steps] == [0, 1, 2]
+    assert [step.sigma for step in record.steps] == pytest.approx(schedule(model, 6)[3:-1].tolist(), rel=1e-4)
+
+
+def test_an_empty_schedule(loras):
+    """Denoise 0: nothing is sampled, and nothing breaks."""
+    model = composite(base("SD15"), three(base("SD15"), loras))
+    latent = SD15.noise(seed=4)
+    out = guided(cfg(model, lambda cond: cond), torch.tensor([]), latent=latent)
+    assert torch.equal(out, latent) and not model.get_attachment(KEY).runs
