@@ -148,7 +148,7 @@ def environment(kind: str, requirements: Sequence[str], disk: str, below: Path |
     version = "%d.%d.%d" % sys.version_info[:3]
     key = json.dumps([version, sys.platform, list(requirements), str(below or "")])
     folder = cache_dir() / f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
-    python, stamp, log = venv_python(folder), folder / "complete.json", folder.with_suffix(".log")
+    python, stamp, log = venv_python(folder), folder / "complete.json", folder.with_name(f"{folder.name}.log")
     if stamp.is_file():
         say(f"  environment {folder} (made earlier)")
         return python
@@ -191,7 +191,7 @@ def test_tools(base: Path, host: Path) -> Path:
         say(f"  pytest for Python {version}, beside the ComfyUI's own environment: {folder}, 10 MB")
         pure = ["pytest>=8", "exceptiongroup", "tomli", "colorama"]  # the markers of another Python version, resolved
         target = ["--target", str(folder), "--python-version", version, "--only-binary", ":all:"]
-        pip(base, [*target, *pure], folder.with_suffix(".log"))
+        pip(base, [*target, *pure], folder.with_name(f"{folder.name}.log"))
         (folder / "complete").touch()
     return folder
 
