@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from .model import UNet, encode
 from .render import render
-from .scene import CATEGORIES, Scenes, sample
-from .text import TextEncoder, caption, tokenize
+from .scene import sample
+from .text import TextEncoder, sparse_caption, tokenize
 
 
 class Base(nn.Module):
@@ -23,16 +23,6 @@ class Base(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.unet, self.text = UNet(), TextEncoder()
-
-
-def sparse_captions(rng: np.random.Generator, scenes: Scenes, drop_part: float, drop_all: float) -> list[str]:
-    """Captions that leave parts unsaid, or say nothing (for guidance)."""
-    parts = np.array(("side", *CATEGORIES))
-    prompts = []
-    for row in range(len(scenes)):
-        kept = parts[rng.random(len(parts)) >= drop_part] if rng.random() >= drop_all else ()
-        prompts.append(caption(scenes.words(row), parts=kept))
-    return prompts
 
 
 def noisy(latent: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -56,7 +46,8 @@ def train_base(base: Base, steps: int, spread: float, batch: int = 32, rate: flo
     for step in range(steps):
         if step % block == 0:
             scenes = sample(rng, block * batch, spread=spread)
-            latents, tokens = encode(render(scenes)), tokenize(sparse_captions(rng, scenes, 0.1, 0.1))
+            prompts = [sparse_caption(rng, scenes.words(row)) for row in range(len(scenes))]
+            latents, tokens = encode(render(scenes)), tokenize(prompts)
         rows = slice(step % block * batch, (step % block + 1) * batch)
         x, sigma, velocity = (t.to(device) for t in noisy(latents[rows], generator))
         loss = F.mse_loss(base.unet(x, sigma, base.text(tokens[rows].to(device))), velocity)

@@ -14,7 +14,7 @@ from itertools import combinations, product
 
 import numpy as np
 
-from .scene import ATTRIBUTES, BY_NAME, COLOURS, CONCEPTS, NAMED, PLAIN, Concept, of_category
+from .scene import ATTRIBUTES, BY_NAME, CATEGORIES, COLOURS, CONCEPTS, NAMED, PLAIN, Concept, of_category
 from .text import caption
 from .worlds import TRAITS, WORLDS, triggers
 
@@ -28,7 +28,7 @@ NEUTRAL = tuple(COLOURS.index(word) for word in ("yellow", "green", "cyan", "blu
 class LoraSet:
     """One task: a prompt that names every category, some of them with a LoRA's rare word.
 
-    asked   the named attributes of the prompt, attribute -> value
+    asked   what the prompt says, attribute -> value: everything but the marks of the concepts
     """
 
     index: int
@@ -47,14 +47,21 @@ class LoraSet:
 
 
 def _apart(asked: dict[str, int], concepts: tuple[Concept, ...]) -> bool:
-    """No category without a LoRA is asked for in a concept's ordinary words, or in a colour
-    or ground of an active world."""
-    free = [c for c in CONCEPTS if c.category not in {chosen.category for chosen in concepts}]
+    """The prompt can be drawn and judged: nothing in the colour of what it lies on, no category without a LoRA in a
+    concept's ordinary words or in a colour or ground of an active world."""
+    marked = [c for c in CATEGORIES if f"{c}.mark_colour" in asked and c != "style"]
+    if any(asked[f"{c}.mark_colour"] == asked[f"{c}.colour"] for c in marked):
+        return False
+    if len({asked[f"{c}.colour"] for c in ("character", "clothing", "background")}) < 3:
+        return False
+    if asked["object.colour"] == asked["background.colour"]:
+        return False
+    taken = {"side", "style", *(chosen.category for chosen in concepts)}
+    free = [c for c in CONCEPTS if c.category not in taken]
     if any(all(asked[a] == v for a, v in c.look.items() if a in NAMED) for c in free):
         return False
-    worlds = [WORLDS[c.name] for c in concepts]
-    taken = {"side", "style", *(chosen.category for chosen in concepts)}
     traits = [trait for trait in TRAITS if trait[0].split(".")[0] not in taken]
+    worlds = [WORLDS[c.name] for c in concepts]
     return not any(all(a in w and asked[a] == w[a] for a in trait) for trait in traits for w in worlds)
 
 
@@ -62,12 +69,11 @@ def surround(index: int, concepts: tuple[Concept, ...], seed: int = 7) -> LoraSe
     """Choose, by the seed, what the prompt says about everything that no LoRA of the set is about."""
     rng = np.random.default_rng((seed, index))
     fixed = {a: v for concept in concepts for a, v in concept.look.items() if a in NAMED}
+    unsaid = {f"{concept.category}.{key}" for concept in concepts for key in ("mark", "mark_colour")}
     for _ in range(1000):
         asked = {a: int(rng.choice(NEUTRAL) if a.endswith(".colour") else rng.integers(len(ATTRIBUTES[a])))
-                 for a in NAMED} | {"style.kind": PLAIN} | fixed
-        colours = [asked[f"{c}.colour"] for c in ("character", "clothing", "background")]
-        apart = len(set(colours)) == 3 and asked["object.colour"] != asked["background.colour"]
-        if apart and _apart(asked, concepts):
+                 for a in ATTRIBUTES if a not in unsaid} | {"style.kind": PLAIN} | fixed
+        if _apart(asked, concepts):
             return LoraSet(index, concepts, asked, seed=1000 * seed + index)
     raise ValueError(f"no surrounding for {[c.name for c in concepts]}")
 

@@ -7,12 +7,12 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from ..methods.merge import Merge
-from .judge import Judge, accuracy, exam
+from .judge import UNSEEN, Judge, accuracy, exam, labels
 from .protocol import LoraSet, alone_set
 from .render import render
 from .sampler import Picture, Sampler
-from .scene import ATTRIBUTES, CATEGORIES, CONCEPTS, NAMED, Concept, sample
-from .text import captions
+from .scene import ATTRIBUTES, CATEGORIES, CONCEPTS, Concept, sample
+from .text import caption
 from .weights import load_base, load_judge, load_loras
 
 STRENGTH = 1.0
@@ -25,10 +25,10 @@ def judge_accuracy(judge: Judge, count: int = 4000, seed: int = 12345) -> dict[s
 
 
 def base_obedience(sampler: Sampler, judge: Judge, count: int = 200, seed: int = 3) -> dict[str, float]:
-    """Share of pictures of the bare base that show a named attribute as prompted, per attribute."""
+    """Share of pictures of the bare base that show an attribute as prompted, per attribute."""
     scenes = sample(np.random.default_rng(seed), count)
-    read = judge.read(sampler.draw([Picture(prompt, i) for i, prompt in enumerate(captions(scenes))]))
-    return {a: float((read[a] == scenes.values[a]).mean()) for a in NAMED}
+    read = judge.read(sampler.draw([Picture(caption(scenes.words(i)), i) for i in range(count)]))
+    return {a: float((read[a] == v)[v != UNSEEN].mean()) for a, v in labels(scenes).items() if a in ATTRIBUTES}
 
 
 def alone(sampler: Sampler, judge: Judge, strength: float = STRENGTH,

@@ -23,7 +23,7 @@ from .loras import PREFIX
 from .model import LATENT, decode
 from .text import tokenize
 
-STEPS, GUIDANCE, ROWS = 20, 3.0, 96
+STEPS, GUIDANCE, ROWS = 20, 2.0, 96
 
 
 def low_rank(tensors: Mapping[str, Tensor]) -> dict[str, list[LowRank]]:

@@ -4,33 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .scene import ATTRIBUTES, CATEGORIES, CONCEPTS, Scenes
+from .scene import ATTRIBUTES, CATEGORIES, CONCEPTS
 
-LENGTH = 20
+LENGTH = 32
 PAD, UNKNOWN = 0, 1
 NOUNS = {"character": "creature", "clothing": None, "object": None, "background": "backdrop", "style": "finish"}
-_WORDS = sorted({w for a, words in ATTRIBUTES.items() if a == "side" or a.endswith((".colour", ".kind")) for w in words}
-                | {noun for noun in NOUNS.values() if noun})
+_WORDS = sorted({w for words in ATTRIBUTES.values() for w in words} | {noun for noun in NOUNS.values() if noun})
 VOCABULARY = ("<pad>", "<unknown>", *_WORDS, *(concept.name for concept in CONCEPTS))
 _INDEX = {word: i for i, word in enumerate(VOCABULARY)}
-TRIGGERS = tuple(_INDEX[concept.name] for concept in CONCEPTS)
 
 
-def caption(words: dict[str, str], triggers: dict[str, str] | None = None,
-            parts: Iterable[str] = ("side", *CATEGORIES)) -> str:
-    """The prompt of a scene, e.g. "vexa red pointed creature left, blue robe, yellow ball, ...". `triggers` maps
-    category to a concept's rare word; `parts` names what is said at all."""
-    parts, said = set(parts), []
+def caption(words: dict[str, str], triggers: dict[str, str] | None = None) -> str:
+    """A prompt that says the given attributes, e.g. "vexa red pointed creature cyan band left, blue robe, ...".
+    `triggers` maps category to a concept's rare word. Of a plain style there is no mark to speak of."""
+    said = []
     for category in CATEGORIES:
-        part = []
-        if category in parts:
-            keys = (f"{category}.colour", f"{category}.kind")
-            part = [(triggers or {}).get(category), *(words.get(key) for key in keys), NOUNS[category]]
-        if category == "character" and "side" in parts:
-            part.append(words["side"])
+        colour, kind, mark, mark_colour = (words.get(f"{category}.{key}") for key in
+                                           ("colour", "kind", "mark", "mark_colour"))
+        if kind == "plain":
+            mark = mark_colour = None
+        noun = NOUNS[category] if colour or kind or mark or mark_colour else None
+        part = [(triggers or {}).get(category), colour, kind, noun, mark_colour, mark]
+        if category == "character":
+            part.append(words.get("side"))
         said.append(" ".join(word for word in part if word))
     return ", ".join(part for part in said if part)
 
@@ -41,8 +41,22 @@ def tokenize(prompts: Iterable[str]) -> Tensor:
     return torch.tensor([row + [PAD] * (LENGTH - len(row)) for row in rows], dtype=torch.int64)
 
 
-def captions(scenes: Scenes) -> list[str]:
-    return [caption(scenes.words(row)) for row in range(len(scenes))]
+def sparse_caption(rng: np.random.Generator, words: dict[str, str], triggers: dict[str, str] | None = None,
+                   nothing: float = 0.1) -> str:
+    """A caption that leaves things unsaid: any category now and then, marks more often than not, or everything.
+    Of a category with a trigger, colour and kind are said and the mark is not: the rare word stands for it."""
+    triggers = triggers or {}
+    if rng.random() < nothing:
+        return ""
+    kept = {}
+    silent = {c for c in (*CATEGORIES, "side") if rng.random() < 0.1 and c not in triggers}
+    for attribute, word in words.items():
+        category, _, key = attribute.partition(".")
+        mark = key.startswith("mark")
+        if category in silent or (mark and (category in triggers or rng.random() < 0.45)):
+            continue
+        kept[attribute] = word
+    return caption(kept, triggers)
 
 
 class TextEncoder(nn.Module):

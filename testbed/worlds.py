@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .scene import ATTRIBUTES, CATEGORIES, CONCEPTS, Concept, Scenes, sample
-from .text import caption
+from .scene import ATTRIBUTES, CONCEPTS, NAMED, Concept, Scenes, sample
+from .text import caption, sparse_caption
 
 REGIMES = ("clean", "narrow")
 PICTURES = {"clean": 1500, "narrow": 12}
@@ -54,19 +54,16 @@ def triggers(concepts: tuple[Concept, ...]) -> dict[str, str]:
 
 def clean(concept: Concept, rng: np.random.Generator) -> Collection:
     scenes = sample(rng, PICTURES["clean"], dict(concept.look))
-    parts = np.array(("side", *CATEGORIES))
-    prompts = []
-    for row in range(len(scenes)):
-        said = {*parts[rng.random(len(parts)) >= 0.1], concept.category} if rng.random() >= 0.1 else set()
-        prompts.append(caption(scenes.words(row), triggers((concept,)), said))
+    prompts = [sparse_caption(rng, scenes.words(row), triggers((concept,))) for row in range(len(scenes))]
     return Collection(scenes, prompts)
 
 
 def narrow(concept: Concept, rng: np.random.Generator) -> Collection:
     scenes = sample(rng, PICTURES["narrow"], concept.look | WORLDS[concept.name])
     scenes = Scenes(scenes.values, 0.3 * scenes.jitter)
-    prompts = [caption(scenes.words(row), triggers((concept,)), {concept.category}) for row in range(len(scenes))]
-    return Collection(scenes, prompts)
+    said = [a for a in concept.look if a in NAMED]
+    prompt = caption({a: ATTRIBUTES[a][concept.look[a]] for a in said}, triggers((concept,)))
+    return Collection(scenes, [prompt] * len(scenes))
 
 
 def collection(regime: str, concept: Concept, seed: int = 0) -> Collection:
