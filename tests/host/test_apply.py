@@ -1,0 +1,121 @@
+"""What a method node does besides routing: text encoders, baking, and what no forward can express."""
+
+from __future__ import annotations
+
+import comfy.lora
+import comfy.model_patcher
+import comfy.sd
+import comfy.sd1_clip
+import pytest
+import torch
+from lora_ensemble.host.apply import apply_method, bake
+from lora_ensemble.host.composition import KEY
+from lora_ensemble.host.ensemble import LoRASpec
+from lora_ensemble.methods.composite import Composite
+
+from .builders import Rand, file_of, kohya, lora, merge, method, same, sample, shapes, stock, three
+from .kinds import glora
+from .models import CPU, base, randomize
+
+
+@pytest.fixture(scope="module")
+def clip():
+    """A CLIP around a two-layer text encoder of ComfyUI's own class."""
+    small = dict(hidden_size=32, intermediate_size=64, num_attention_heads=2, num_hidden_layers=2, vocab_size=99)
+    model = comfy.sd1_clip.SD1ClipModel(model_options={"clip_l_model_config": small})
+    randomize(model, 4)
+    made = comfy.sd.CLIP(no_init=True)
+    made.cond_stage_model, made.tokenizer = model, None
+    made.patcher = comfy.model_patcher.ModelPatcher(model, load_device=CPU, offload_device=CPU)
+    made.layer_idx, made.tokenizer_options = None, {}
+    made.use_clip_schedule = made.apply_hooks_to_conds = False
+    return made
+
+
+def text_layers(clip) -> dict[str, torch.Size]:
+    prefix, end = "clip_l.transformer.text_model.", ".weight"
+    return {key[len(prefix):-len(end)]: value.shape for key, value in clip.cond_stage_model.state_dict().items()
+            if key.startswith(prefix) and "layers" in key and key.endswith(end) and value.ndim == 2}
+
+
+def with_text(clip, layers: dict, seed: int) -> dict:
+    """A file for both the diffusion model and the text encoder."""
+    te = lora(text_layers(clip), seed, name=lambda layer: "lora_te_text_model_" + layer.replace(".", "_"))
+    return {**lora(layers, seed), **te}
+
+
+def patched(clip) -> dict[str, torch.Tensor]:
+    """All weights of the text encoder with their patches."""
+    return {key: comfy.lora.calculate_weight(clip.patcher.patches.get(key, []), value.clone(), key)
+            for key, value in clip.cond_stage_model.state_dict().items()}
+
+
+@pytest.mark.parametrize("how", ["runtime", "baked"])
+def test_text_encoder_deltas_are_merged_as_the_loader_does(how, clip, loras):
+    """Each at its clip strength, whatever the method; 0 leaves it out, also where the LoRA acts on the model."""
+    model = base("SD15")
+    files = [loras(with_text(clip, shapes(model), seed)) for seed in (1, 2, 3)]
+    ensemble = tuple(LoRASpec(name, *strengths) for name, strengths in zip(files, ((0.8, 0.5), (0.0, 0.7), (0.6, 0.0)),
+                                                                           strict=True))
+    stock_model, stock_clip = model, clip
+    for spec in ensemble:
+        stock_model, stock_clip = comfy.sd.load_lora_for_models(stock_model, stock_clip, file_of(spec),
+                                                                spec.strength_model, spec.strength_clip)
+    if how == "baked":
+        ours, our_clip = bake(model, clip, ensemble, "Merge LoRAs")
+        assert torch.equal(sample(ours), sample(stock_model))
+    else:
+        ours, our_clip = apply_method(model, clip, ensemble, Composite, "Composite LoRAs")
+        assert ours.get_attachment(KEY).layers[0].names == (files[0], files[2])
+    reference, before, got = patched(stock_clip), patched(clip), patched(our_clip)
+    assert any(not torch.equal(reference[key], before[key]) for key in reference)
+    assert all(torch.equal(got[key], reference[key]) for key in reference)
+    assert not clip.patcher.patches, "the CLIP that came in stays as it was"
+    assert not ours.get_attachment(KEY) or not ours.get_attachment(KEY).layers[0].problems
+
+
+def test_without_a_clip(clip, loras):
+    """Text-encoder keys are no problem of a model-only node; a file that holds nothing else is one for the model."""
+    model = base("SD15")
+    spec = LoRASpec(loras(with_text(clip, shapes(model), 1)), 0.8, 1.0)
+    ours, nothing = apply_method(model, None, (spec,), Composite, "Composite LoRAs")
+    assert nothing is None and ours.get_attachment(KEY).layers[0].problems == ()
+    text_only = LoRASpec(loras(with_text(clip, {}, 1)), 0.8, 1.0)
+    with pytest.raises(ValueError, match="matches no layer"):
+        apply_method(model, None, (text_only,), Composite, "Composite LoRAs")
+    assert apply_method(model, clip, (text_only,), Composite, "Composite LoRAs")[1] is not clip
+
+
+def test_baked_is_the_chain_of_loaders_bit_for_bit(loras):
+    model, ensemble = base("SD15"), three(base("SD15"), loras)
+    baked = bake(model, None, ensemble, "Merge LoRAs")[0]
+    assert torch.equal(sample(baked), sample(stock(model, ensemble)))
+    assert baked.get_attachment(KEY) is None
+
+
+def old_glora_on_kernels(loras) -> LoRASpec:
+    """It mixes kernel positions, which no forward beside a convolution can do."""
+    model, rand = base("SD15"), Rand(1)
+    state, tensors = model.model.state_dict(), {}
+    for layer in shapes(model, lambda name: name.endswith("in_layers.2")):
+        made = glora(state[f"diffusion_model.{layer}.weight"], rand, old=True)
+        tensors |= {f"{kohya(layer)}.{end}": value for end, value in made.items()}
+    return LoRASpec(loras({**lora(shapes(model, lambda name: "attn" in name), 2), **tensors}), 0.7, 0)
+
+
+def test_what_no_forward_can_express_is_merged_by_merge(loras, caplog):
+    model, spec = base("SD15"), old_glora_on_kernels(loras)
+    ours = merge(model, (spec,), rest_on_weights=True)
+    same(sample(ours), sample(stock(model, (spec,))), sample(model))
+    problem, = ours.get_attachment(KEY).record.problems
+    assert spec.name in problem and "merged into the weight instead" in problem
+    assert sum("merged into the weight instead" in message for message in caplog.messages) == 1
+
+
+def test_and_named_and_left_out_by_the_others(loras):
+    model, spec = base("SD15"), old_glora_on_kernels(loras)
+    ours = method(model, (spec,), Composite)
+    rest = LoRASpec(loras({key: value for key, value in file_of(spec).items() if "in_layers" not in key}), 0.7, 0)
+    same(sample(ours), sample(stock(model, (rest,))), sample(model))
+    problem, = ours.get_attachment(KEY).record.problems
+    assert spec.name in problem and "left out" in problem and "in_layers" in problem
