@@ -29,8 +29,8 @@ def low_rank(weight: Tensor, rand: Rand, alpha: float | None = None, rank: int =
 
 def tucker_lora(weight: Tensor, rand: Rand) -> Made:
     out, wide, *kernel = weight.shape
-    return {"lora_up.weight": rand(out, RANK, 1, 1, size=0.2), "lora_down.weight": rand(3, wide, 1, 1) / wide**0.5,
-            "lora_mid.weight": rand(RANK, 3, *kernel, size=0.3), "alpha": torch.tensor(3.0)}
+    return {"lora_up.weight": rand(out, RANK, 1, 1, size=0.2), "lora_down.weight": rand(RANK, wide, 1, 1) / wide**0.5,
+            "lora_mid.weight": rand(RANK, RANK, *kernel, size=0.3), "alpha": torch.tensor(3.0)}
 
 
 def loha(weight: Tensor, rand: Rand, alpha: float | None = None) -> Made:
@@ -142,8 +142,6 @@ EVERYWHERE: dict[str, Callable[[Tensor, Rand], Made]] = {
 CONVOLUTIONS: dict[str, Callable[[Tensor, Rand], Made]] = {
     "LoCon Tucker": tucker_lora,
     "LoHa Tucker": loha_cp,
-    "LoKr w1 t2": partial(lokr, second="tucker"),
-    "LoKr w1a t2": partial(lokr, first="factors", second="tucker"),
     "DoRA Tucker": partial(dora, make=tucker_lora),
 }
 """Kinds that only convolutions have."""

@@ -8,7 +8,19 @@ from lora_ensemble.host.composition import KEY
 from lora_ensemble.host.ensemble import LoRASpec
 
 from .builders import Rand, composite, hooked, kohya, lora, merge, same, sample, shapes, stock
-from .kinds import CONVOLUTIONS, EVERYWHERE, bias_difference, boft, difference, dora, glora, low_rank, oft, replacement
+from .kinds import (
+    CONVOLUTIONS,
+    EVERYWHERE,
+    bias_difference,
+    boft,
+    difference,
+    dora,
+    glora,
+    lokr,
+    low_rank,
+    oft,
+    replacement,
+)
 from .models import FAMILIES, base
 
 LINEAR = ("attn1.to_q", "attn2.to_k", "attn1.to_out.0", "ff.net.0.proj", "time_embed.0", "emb_layers.1")
@@ -48,6 +60,24 @@ def test_kind(kind, where, strength, loras):
 @pytest.mark.parametrize("kind", CONVOLUTIONS)
 def test_kind_of_convolutions(kind, loras):
     check([LoRASpec(loras(file_of(weights(KERNEL), CONVOLUTIONS[kind])), 0.7, 0)])
+
+
+@pytest.mark.parametrize("first", ["whole", "factors"])
+def test_lokr_tucker(first, loras):
+    """The host's own weight path fails on these (a Kronecker product of a tensor that is not contiguous, logged and
+    left out), so the reference is their delta, written out as a plain difference."""
+    layers, dense = weights(KERNEL), {}
+    tensors = file_of(layers, lambda weight, rand: lokr(weight, rand, first, "tucker", alpha=8.0))
+    for name, weight in layers.items():
+        held = {key.removeprefix(f"{kohya(name)}."): value for key, value in tensors.items()
+                if key.startswith(f"{kohya(name)}.")}
+        small = held["lokr_w1"] if first == "whole" else held["lokr_w1_a"] @ held["lokr_w1_b"]
+        large = torch.einsum("abkl,ao,bi->oikl", held["lokr_t2"], held["lokr_w2_a"], held["lokr_w2_b"])
+        delta = torch.einsum("pq,stkl->psqtkl", small, large)
+        dense[f"{kohya(name)}.diff"] = delta.reshape(weight.shape) * 8.0 / held["lokr_w2_b"].shape[0]
+    model, ensemble = base("SD15"), [LoRASpec(loras(tensors), 0.7, 0)]
+    reference = sample(stock(model, [LoRASpec(loras(dense), 0.7, 0)]), steps=1)
+    same(sample(merge(model, ensemble), steps=1), reference, sample(model, steps=1))
 
 
 @pytest.mark.parametrize("where", [LINEAR, POINTWISE], ids=["linear", "1x1"])
