@@ -93,7 +93,7 @@ def test_progress():
 def test_every_sampler_of_the_host(name, loras, monkeypatch):
     """What the clock infers without reading is what it would have read, for every sampler that ComfyUI offers (but one
     that chooses its own steps and takes hundreds of them on random weights)."""
-    model = base("Flux")
+    model = base("SD3")
     ours, seen = composite(model, three(model, loras)[:2]), []
     told = Clock.step
 
@@ -106,5 +106,5 @@ def test_every_sampler_of_the_host(name, loras, monkeypatch):
         return found
 
     monkeypatch.setattr(Clock, "step", step)
-    sample(ours, "Flux", sampler=name, steps=6, cfg=1.0)
+    sample(ours, "SD3", sampler=name, steps=6, cfg=1.0)
     assert len(seen) >= 6 and [inferred for inferred, _ in seen] == [read for _, read in seen]

@@ -50,11 +50,17 @@ def check(ensemble, model=None, family: str = "SD15") -> None:
     assert ours.get_attachment(KEY).record.problems == []
 
 
-@pytest.mark.parametrize("strength", [1.0, -0.6])
 @pytest.mark.parametrize("kind", EVERYWHERE)
 @pytest.mark.parametrize("where", [LINEAR, POINTWISE, KERNEL], ids=["linear", "1x1", "3x3"])
-def test_kind(kind, where, strength, loras):
-    check([LoRASpec(loras(file_of(weights(where), EVERYWHERE[kind])), strength, 0)])
+def test_kind(kind, where, loras):
+    check([LoRASpec(loras(file_of(weights(where), EVERYWHERE[kind])), 0.7, 0)])
+
+
+@pytest.mark.parametrize("strength", [1.0, -0.6])
+@pytest.mark.parametrize("kind", ["LoRA", "DoRA", "DoRA inputs", "GLoRA", "OFT", "BOFT", "diff_b", "set_weight"])
+def test_strengths(kind, strength, loras):
+    """Each kind has its own rule: some take the strength once, some squared, one not at all."""
+    check([LoRASpec(loras(file_of(weights(LINEAR), EVERYWHERE[kind])), strength, 0)])
 
 
 @pytest.mark.parametrize("kind", CONVOLUTIONS)
