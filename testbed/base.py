@@ -37,7 +37,7 @@ def train_base(base: Base, steps: int, spread: float, batch: int = 32, rate: flo
                device: str = "cpu", log: Callable[[str], None] = lambda line: None) -> Base:
     """Trains `base` on scenes whose jitter has this spread; returns the exponential moving average of the weights."""
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
-    base = base.to(device).train().requires_grad_(True)
+    base = base.to(device, memory_format=torch.channels_last).train().requires_grad_(True)
     average = copy.deepcopy(base).requires_grad_(False)
     optimizer = torch.optim.AdamW(base.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.05,
@@ -50,6 +50,7 @@ def train_base(base: Base, steps: int, spread: float, batch: int = 32, rate: flo
             latents, tokens = encode(render(scenes)), tokenize(prompts)
         rows = slice(step % block * batch, (step % block + 1) * batch)
         x, sigma, velocity = (t.to(device) for t in noisy(latents[rows], generator))
+        x = x.contiguous(memory_format=torch.channels_last)
         loss = F.mse_loss(base.unet(x, sigma, base.text(tokens[rows].to(device))), velocity)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -3,7 +3,7 @@
 ComposLoRA (arXiv 2402.16843) has two families of eleven LoRAs and takes every set with one character and at most one of
 each other category: 24 / 72 / 96 / 48 sets per family for N = 2 / 3 / 4 / 5. Here a family is a second surrounding for
 the same eleven concepts: the categories without a LoRA, and the side, are asked for in other ordinary words, and the
-noise differs. That gives the same 48 / 144 / 192 / 96.
+noise differs (at N = 5 no category is left: the side and the noise). That gives the same 48 / 144 / 192 / 96.
 """
 
 from __future__ import annotations

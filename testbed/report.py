@@ -11,7 +11,7 @@ from .judge import UNSEEN, Judge, accuracy, exam, labels
 from .protocol import LoraSet, alone_set
 from .render import render
 from .sampler import Picture, Sampler
-from .scene import ATTRIBUTES, CATEGORIES, CONCEPTS, Concept, sample
+from .scene import ATTRIBUTES, CATEGORIES, CONCEPTS, NAMED, Concept, sample
 from .text import caption
 from .weights import load_base, load_judge, load_loras
 
@@ -57,7 +57,8 @@ def report(device: str = "cpu", regimes: Sequence[str] = ("clean", "narrow")) ->
         with Sampler(base, load_loras(regime)) as sampler:
             if regime == regimes[0]:
                 obeyed = base_obedience(sampler, judge)
-                yield f"base, as prompted: mean {np.mean(list(obeyed.values())):.3f}; " + ", ".join(
+                named = np.mean([obeyed[a] for a in NAMED])
+                yield f"base, as prompted: colours, kinds and side {named:.3f}; " + ", ".join(
                     f"{a} {v:.3f}" for a, v in obeyed.items())
             shares = alone(sampler, judge)
             mean = np.mean(list(shares.values()), axis=0)

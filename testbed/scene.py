@@ -41,7 +41,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
 }
 NAMED = tuple(a for a in ATTRIBUTES if a == "side" or a.endswith((".colour", ".kind")))
 JITTER = 32
-SPREAD = 0.2  # how far shapes and colours move in most pictures, of what the renderer allows
+SPREAD = 0.1  # how far shapes and colours move in most pictures, of what the renderer allows
 FREE = -1
 PLAIN = 0  # style.kind: no style, so style.mark and style.mark_colour cannot be seen
 
@@ -120,6 +120,7 @@ def sample(rng: np.random.Generator, n: int, fixed: dict[str, int | np.ndarray] 
     todo = np.arange(n)
     for _ in range(200):
         draw = {a: rng.integers(len(words), size=len(todo)) for a, words in ATTRIBUTES.items()}
+        draw["style.kind"] *= rng.random(len(todo)) < 0.66  # half of all scenes are plain
         draw |= {a: np.where(v[todo] == FREE, draw[a], v[todo]) for a, v in fixed.items()}
         good = readable(draw)
         if not concepts:

@@ -43,7 +43,7 @@ def tokenize(prompts: Iterable[str]) -> Tensor:
 
 def sparse_caption(rng: np.random.Generator, words: dict[str, str], triggers: dict[str, str] | None = None,
                    nothing: float = 0.1) -> str:
-    """A caption that leaves things unsaid: any category now and then, marks more often than not, or everything.
+    """A caption that leaves things unsaid: any category now and then, a mark every third time, or everything.
     Of a category with a trigger, colour and kind are said and the mark is not: the rare word stands for it."""
     triggers = triggers or {}
     if rng.random() < nothing:
@@ -53,7 +53,7 @@ def sparse_caption(rng: np.random.Generator, words: dict[str, str], triggers: di
     for attribute, word in words.items():
         category, _, key = attribute.partition(".")
         mark = key.startswith("mark")
-        if category in silent or (mark and (category in triggers or rng.random() < 0.45)):
+        if category in silent or (mark and (category in triggers or rng.random() < 0.3)):
             continue
         kept[attribute] = word
     return caption(kept, triggers)

@@ -1,0 +1,55 @@
+"""How pictures are counted: shares, intervals, leaks, and what each method costs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from lora_ensemble.testbed import evaluate, protocol, report, weights, worlds
+from lora_ensemble.testbed.sampler import Sampler
+
+
+@pytest.fixture(scope="module")
+def task():
+    return next(s for s in protocol.all_sets((2,)) if s.concepts[0].name == "vexa" and s.asked["side"] == 1)
+
+
+def reading(task, shown: int) -> dict[str, int]:
+    """What a judge says of a picture that follows the prompt and shows the first `shown` concepts of the set."""
+    return dict(task.asked) | {c.category: report.number(c) if i < shown else 0 for i, c in enumerate(task.concepts)}
+
+
+def test_score_counts_concepts_and_leaks(task):
+    assert evaluate.score(task, reading(task, 2)) == ([True, True], False)
+    assert evaluate.score(task, reading(task, 1)) == ([True, False], False)
+    leaking = reading(task, 1) | {"side": worlds.WORLDS["vexa"]["side"]}
+    assert evaluate.score(task, leaking) == ([True, False], True)
+
+
+def test_interval_covers_the_mean_and_shrinks():
+    rng = np.random.default_rng(0)
+    few, many = rng.random(20) < 0.3, rng.random(2000) < 0.3
+    narrow, wide = evaluate.interval(many.astype(float)), evaluate.interval(few.astype(float))
+    assert narrow[0] < many.mean() < narrow[1] and narrow[1] - narrow[0] < wide[1] - wide[0]
+    assert evaluate.interval(np.ones(5)) == (1.0, 1.0)
+
+
+def test_sample_of_sets_is_fixed_and_balanced():
+    first, again = protocol.some_sets(16), protocol.some_sets(16)
+    assert [s.index for s in first] == [s.index for s in again]
+    assert [len([s for s in first if len(s.concepts) == n]) for n in (2, 3, 4, 5)] == [4, 4, 4, 4]
+    assert len(protocol.some_sets(None)) == 480
+
+
+def test_rows_of_a_run(task):
+    """Costs in branches are exact: 20 steps, one branch for Merge and Switch, N for Composite."""
+    base, judge, loras = weights.load_base(), weights.load_judge(), weights.load_loras("narrow")
+    rows = {name: list(evaluate.evaluate("narrow", name, make, [task], base, judge, loras, 1.0))
+            for name, make in {"Alone": None, **evaluate.METHODS}.items()}
+    assert {name: row[0].branches for name, row in rows.items()} == {
+        "Alone": 20, "Merge": 20, "Switch": 20, "Composite": 40}
+    for two, total in rows.values():
+        assert (two.n, total.n) == (2, None) and 0 <= two.shown <= 1 and total.shown == two.shown
+    assert len(evaluate.summary([row for pair in rows.values() for row in pair]).splitlines()) == 2 + 8
+    with Sampler(base, loras) as sampler:
+        assert sampler.routed.current is None
+    assert "forward" not in base.unet.down_res1.conv1.__dict__
