@@ -20,6 +20,7 @@ from .worlds import TRAITS, WORLDS, triggers
 
 ORDER = ("character", "clothing", "style", "background", "object")  # ComposLoRA's order of LoRAs, Switch follows it
 FAMILIES = 2
+UNSAID = ("mark", "mark_colour")  # what of a concept no ordinary word says: the rare word alone stands for it
 # Colours that no narrow world uses, so that whatever leaks from a world differs from what was asked.
 NEUTRAL = tuple(COLOURS.index(word) for word in ("yellow", "green", "cyan", "blue"))
 
@@ -68,8 +69,8 @@ def _apart(asked: dict[str, int], concepts: tuple[Concept, ...]) -> bool:
 def surround(index: int, concepts: tuple[Concept, ...], seed: int = 7) -> LoraSet:
     """Choose, by the seed, what the prompt says about everything that no LoRA of the set is about."""
     rng = np.random.default_rng((seed, index))
-    fixed = {a: v for concept in concepts for a, v in concept.look.items() if a in NAMED}
-    unsaid = {f"{concept.category}.{key}" for concept in concepts for key in ("mark", "mark_colour")}
+    unsaid = {f"{concept.category}.{key}" for concept in concepts for key in UNSAID}
+    fixed = {a: v for concept in concepts for a, v in concept.look.items() if a not in unsaid}
     for _ in range(1000):
         asked = {a: int(rng.choice(NEUTRAL) if a.endswith(".colour") else rng.integers(len(ATTRIBUTES[a])))
                  for a in ATTRIBUTES if a not in unsaid} | {"style.kind": PLAIN} | fixed
