@@ -32,7 +32,6 @@ import argparse
 import json
 import os
 import tempfile
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -97,6 +96,7 @@ def bench_composite(model, composed, conds: list, files: list[Path], noise: Tens
     first = {name: median(run.first for run in runs[name]) for name in arms}
     emit(bench="composite", n=len(files), ratio=hooks.wall / ours.wall, cpu_ratio=hooks.cpu / ours.cpu,
          hooks_seconds=hooks.wall, composite_seconds=ours.wall, base_seconds=median(base.later).wall,
+         hooks_cpu_seconds=hooks.cpu, composite_cpu_seconds=ours.cpu, base_cpu_seconds=median(base.later).cpu,
          steps=options.rounds * (options.steps - 1), difference=apart,
          effect=difference(base.latent, runs["hooks"][0].latent))
     emit(bench="start", n=len(files), hooks_seconds=first["hooks"].wall - hooks.wall,
@@ -108,8 +108,8 @@ def bench_composite(model, composed, conds: list, files: list[Path], noise: Tens
 
 
 def bench_tax(model, composed, conds: list, count: int, noise: Tensor, options: argparse.Namespace) -> float:
-    """One forward of Composite's batch with every row of some LoRA, over the same batch with base rows, over a model
-    that nothing is installed on; and what installing takes. The tax as a fraction."""
+    """One forward of Composite's batch with every row of some LoRA over the same batch with base rows, and what
+    installing takes. The tax as a fraction."""
     import comfy.model_management
 
     device, bank = model.load_device, bank_of(composed)
@@ -120,8 +120,8 @@ def bench_tax(model, composed, conds: list, count: int, noise: Tensor, options: 
     alone = [one_hot((STRENGTH,) * count, i) for i in range(count) for _ in range(2)]
     routed = RoutedForwards(model.model.diffusion_model, bank.model)
 
-    def forward(branches: list[Branch] | None) -> None:
-        with torch.inference_mode(), routed.rows(branches) if branches else nullcontext():
+    def forward(branches: list[Branch]) -> None:
+        with torch.inference_mode(), routed.rows(branches):
             model.model.apply_model(x, sigma, c_crossattn=context)
 
     def installing() -> None:
@@ -167,7 +167,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--comfyui", type=Path, default=os.environ.get("COMFYUI_UNDER_TEST"), metavar="PATH")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=["fp32", "fp16", "bf16"], help="default: fp32 on a CPU, fp16 elsewhere")
-    parser.add_argument("--n", type=int, nargs="+", default=[2, 4, 5], help="numbers of LoRAs")
+    parser.add_argument("--n", type=int, nargs="+", default=[2, 4], help="numbers of LoRAs")
     parser.add_argument("--size", type=int, default=256, help="picture size in pixels")
     parser.add_argument("--scale", type=float, default=1.0, help="width of the model as a share of SD1.5's")
     parser.add_argument("--rank", type=int, default=16)
@@ -175,7 +175,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
                         help="what the LoRAs act on: linears of attention and feed-forward; conv: also convolutions")
     parser.add_argument("--steps", type=int, default=3, help="sampler steps per run, the first not timed as a step")
     parser.add_argument("--rounds", type=int, default=1, help="runs of each way, in turns")
-    parser.add_argument("--repeats", type=int, default=3, help="forwards of each kind for the tax, in turns")
+    parser.add_argument("--repeats", type=int, default=2, help="forwards of each kind for the tax, in turns")
     parser.add_argument("--only", choices=["composite", "tax"], help="leave the other part out")
     options = parser.parse_args(arguments)
     if not options.comfyui:
