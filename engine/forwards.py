@@ -302,18 +302,12 @@ class RoutedForwards:
 
     def _bias(self, site: Site, like: Tensor) -> Tensor | None:
         """The layer's own bias, read once per run."""
-        key = ("bias", site.name)
+        key = ("bias", site.name, like.dtype, like.device)
         if key not in self._cache:
-            self._cache[key] = self._reader(f"{site.name}.bias")
-            if self._cache[key] is None and getattr(_find(self.root, site.name), "bias", None) is not None:
+            value = self._reader(f"{site.name}.bias")
+            if value is None and getattr(_find(self.root, site.name), "bias", None) is not None:
                 self._tell("all", site.name, "the layer's bias is unreadable and was treated as part of its weight")
-        value = self._cache[key]
-        return None if value is None else self._constant(key, lambda: value, like)
-
-    def _constant(self, name: tuple, make: Callable[[], Tensor], like: Tensor) -> Tensor:
-        key = (*name, "on", like.dtype, like.device)
-        if key not in self._cache:
-            self._cache[key] = make().to(like.device, like.dtype)
+            self._cache[key] = None if value is None else value.to(like.device, like.dtype)
         return self._cache[key]
 
     def _factors(self, stack: Stack, like: Tensor) -> tuple[Tensor, Tensor]:

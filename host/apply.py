@@ -33,13 +33,10 @@ def apply_method(model, clip, ensemble: Ensemble, make: Callable[[tuple[float, .
     """
     active, parsed = _parse_all(model, clip, ensemble, node)
     new_model = model.clone()
-    if rest_on_weights:
-        for spec, lora in zip(active, parsed, strict=True):
-            rest = {key: lora.patches[key] for key, _ in lora.left_out}
-            taken = new_model.add_patches(rest, spec.strength_model)
-            lora.left_out = [(key, f"{reason}; merged into the weight instead" if key in taken else reason)
-                             for key, reason in lora.left_out]
-    problems = [problem for spec, lora in zip(active, parsed, strict=True) for problem in _problems(spec, lora)]
+    problems = []
+    for spec, lora in zip(active, parsed, strict=True):
+        rest = {key: lora.patches[key] for key, _ in lora.left_out} if rest_on_weights else {}
+        problems += _problems(spec, lora, new_model.add_patches(rest, spec.strength_model) if rest else [])
     for problem in problems:
         log.warning("%s: %s", node, problem)
     names = tuple(spec.name for spec in active)
@@ -108,7 +105,7 @@ def _parse_all(model, clip, ensemble: Ensemble, node: str) -> tuple[list[LoRASpe
             continue
         tensors = read(spec.name)
         lora = parse(tensors, key_map, model.model)
-        lora.unused = _unplaced(tensors, lora, clip_keys, clip is not None)
+        lora.unused = _unplaced(lora, clip_keys, clip is not None)
         if not lora.patches and not (clip_keys and comfy.lora.load_lora(tensors, clip_keys, log_missing=False)):
             family = type(model.model).__name__
             raise LoRAFileError(f"{node}: LoRA '{spec.name}' matches no layer of this model ({family}): none of its "
@@ -121,23 +118,24 @@ def _parse_all(model, clip, ensemble: Ensemble, node: str) -> tuple[list[LoRASpe
     return active, parsed
 
 
-def _unplaced(tensors: dict, lora: ParsedLoRA, clip_keys: dict, has_clip: bool) -> list[str]:
+def _unplaced(lora: ParsedLoRA, clip_keys: dict, has_clip: bool) -> list[str]:
     """File keys that neither the diffusion model nor the text encoder has a place for."""
-    bases = tuple(sorted({key for key in clip_keys if isinstance(key, str)}))
-    if not has_clip:
-        return [key for key in lora.unused if not key.startswith(("lora_te", "text_encoder", "clip_"))]
-    return [key for key in lora.unused if not key.startswith(bases)]
+    text_encoder = tuple(clip_keys) if has_clip else ("lora_te", "text_encoder", "clip_")
+    return [key for key in lora.unused if not key.startswith(text_encoder)]
 
 
-def _problems(spec: LoRASpec, lora: ParsedLoRA) -> list[str]:
-    """One line per kind of trouble, with a count and an example."""
+def _problems(spec: LoRASpec, lora: ParsedLoRA, on_weights: list) -> list[str]:
+    """One line per kind of trouble, with a count, an example and what was done; `on_weights` are the keys that went
+    into the weights."""
     out = []
     by_reason: dict[str, list] = {}
     for key, reason in lora.left_out:
-        by_reason.setdefault(reason, []).append(key)
+        done = "left out (Merge in mode 'baked' can apply it)"
+        if key in on_weights:
+            done = "merged into the weight instead"
+        by_reason.setdefault(f"{reason}; {done}", []).append(key)
     for reason, keys in by_reason.items():
-        done = "" if "instead" in reason else "; left out (Merge in mode 'baked' can apply it)"
-        out.append(f"LoRA '{spec.name}': {len(keys)} keys such as {keys[0]}: {reason}{done}")
+        out.append(f"LoRA '{spec.name}': {len(keys)} keys such as {keys[0]}: {reason}")
     if lora.unused:
         out.append(f"LoRA '{spec.name}': {len(lora.unused)} keys have no place in this model, '{lora.unused[0]}' for "
                    "one")
