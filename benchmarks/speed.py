@@ -159,7 +159,7 @@ def compose(model, files: list[Path]):
     for spec in ensemble:
         read(spec.name)
     start = now()
-    composed, _ = apply_method(model, None, ensemble, Composite, "Composite")
+    composed, _ = apply_method(model, None, ensemble, lambda active: Composite(active.strengths), "Composite")
     return composed, since(start).wall
 
 

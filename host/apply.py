@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import comfy.lora
 import comfy.model_patcher
@@ -21,11 +22,33 @@ from .wrappers import install_wrappers
 log = logging.getLogger("lora_ensemble")
 
 
-def apply_method(model, clip, ensemble: Ensemble, make: Callable[[tuple[float, ...]], Method], node: str,
+@dataclass(frozen=True)
+class Active:
+    """The LoRAs that take part in a composition, those with a model strength: what a method is made from.
+
+    specs   as the user listed them
+    bank    what each of them does to each layer, in the same order
+    model   the MODEL they act on
+    """
+
+    specs: tuple[LoRASpec, ...]
+    bank: Bank
+    model: object
+
+    @property
+    def strengths(self) -> tuple[float, ...]:
+        return tuple(spec.strength_model for spec in self.specs)
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        return tuple(spec.role for spec in self.specs)
+
+
+def apply_method(model, clip, ensemble: Ensemble, make: Callable[[Active], Method], node: str,
                  rest_on_weights: bool = False):
     """A MODEL that composes the ensemble's LoRAs as a method says, and a CLIP with their text-encoder deltas merged.
 
-    make              builds the method from the model strengths of the LoRAs that take part (strength not 0)
+    make              builds the method for the LoRAs that take part
     node              display name of the node, for messages
     rest_on_weights   what no forward can express goes into the weights through the host's own patches; right only for
                       a method whose single branch never changes
@@ -41,7 +64,7 @@ def apply_method(model, clip, ensemble: Ensemble, make: Callable[[tuple[float, .
         log.warning("%s: %s", node, problem)
     names = tuple(spec.name for spec in active)
     bank = Bank([lora.layers for lora in parsed], names, compute_dtype(model.model))
-    method = make(tuple(spec.strength_model for spec in active))
+    method = make(Active(tuple(active), bank, model))
     before = model.get_attachment(KEY)
     layers = (*(before.layers if before is not None else ()), Layer(method, names, tuple(problems)))
     new_model.set_attachments(KEY, Composition(layers))

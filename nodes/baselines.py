@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from comfy_api.latest import io
 
-from ..host.apply import apply_method, bake
+from ..host.apply import Active, apply_method, bake
 from ..host.ensemble import Ensemble
 from ..methods.composite import Composite
 from ..methods.merge import Merge
@@ -47,7 +47,8 @@ class LoRAEnsembleMerge(io.ComfyNode):
     def execute(cls, model: ModelPatcher, ensemble: Ensemble, mode: str, clip: CLIP | None = None) -> io.NodeOutput:
         if chosen(mode, MODES, "Merge LoRAs: mode") == "baked":
             return io.NodeOutput(*bake(model, clip, ensemble, node="Merge LoRAs"))
-        return io.NodeOutput(*apply_method(model, clip, ensemble, Merge, node="Merge LoRAs", rest_on_weights=True))
+        return io.NodeOutput(*apply_method(model, clip, ensemble, lambda active: Merge(active.strengths),
+                                           node="Merge LoRAs", rest_on_weights=True))
 
 
 class LoRAEnsembleSwitch(io.ComfyNode):
@@ -106,8 +107,8 @@ class LoRAEnsembleSwitch(io.ComfyNode):
     ) -> io.NodeOutput:
         late = chosen(turns, TURNS, "Switch LoRAs: turns") == "released code"
 
-        def switch(strengths: tuple[float, ...]) -> Switch:
-            return Switch(strengths, steps_per_lora, turns_of(order, ensemble), late)
+        def switch(active: Active) -> Switch:
+            return Switch(active.strengths, steps_per_lora, turns_of(order, ensemble), late)
 
         return io.NodeOutput(*apply_method(model, clip, ensemble, switch, node="Switch LoRAs"))
 
@@ -125,7 +126,8 @@ class LoRAEnsembleComposite(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: ModelPatcher, ensemble: Ensemble, clip: CLIP | None = None) -> io.NodeOutput:
-        return io.NodeOutput(*apply_method(model, clip, ensemble, Composite, node="Composite LoRAs"))
+        return io.NodeOutput(*apply_method(model, clip, ensemble, lambda active: Composite(active.strengths),
+                                           node="Composite LoRAs"))
 
 
 NODES: list[type[io.ComfyNode]] = [LoRAEnsembleMerge, LoRAEnsembleSwitch, LoRAEnsembleComposite]

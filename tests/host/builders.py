@@ -11,8 +11,9 @@ import comfy.sd
 import comfy.utils
 import folder_paths
 import torch
-from lora_ensemble.host.apply import apply_method
+from lora_ensemble.host.apply import Active, apply_method
 from lora_ensemble.host.ensemble import LoRASpec
+from lora_ensemble.methods import Method
 from lora_ensemble.methods.composite import Composite
 from lora_ensemble.methods.merge import Merge
 from torch import Tensor
@@ -73,16 +74,21 @@ def three(model, loras: Callable[[dict], str], strengths=(0.8, 0.5, -0.6)) -> tu
 # --- the pack -------------------------------------------------------------------------------------------------------
 
 
+def plain(make: Callable[[tuple[float, ...]], Method]) -> Callable[[Active], Method]:
+    """For a method that needs to know no more of its LoRAs than their strengths."""
+    return lambda active: make(active.strengths)
+
+
 def merge(model, ensemble, rest_on_weights: bool = False):
-    return apply_method(model, None, tuple(ensemble), Merge, "Merge LoRAs", rest_on_weights)[0]
+    return apply_method(model, None, tuple(ensemble), plain(Merge), "Merge LoRAs", rest_on_weights)[0]
 
 
 def composite(model, ensemble):
-    return apply_method(model, None, tuple(ensemble), Composite, "Composite LoRAs")[0]
+    return method(model, ensemble, Composite)
 
 
 def method(model, ensemble, make):
-    return apply_method(model, None, tuple(ensemble), make, "LoRAs")[0]
+    return apply_method(model, None, tuple(ensemble), plain(make), "LoRAs")[0]
 
 
 # --- the host's own way ---------------------------------------------------------------------------------------------

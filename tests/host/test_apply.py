@@ -13,7 +13,7 @@ from lora_ensemble.host.composition import KEY
 from lora_ensemble.host.ensemble import LoRASpec
 from lora_ensemble.methods.composite import Composite
 
-from .builders import Rand, file_of, kohya, lora, merge, method, same, sample, shapes, stock, three
+from .builders import Rand, file_of, kohya, lora, merge, method, plain, same, sample, shapes, stock, three
 from .kinds import glora
 from .models import CPU, base, randomize
 
@@ -65,7 +65,7 @@ def test_text_encoder_deltas_are_merged_as_the_loader_does(how, clip, loras):
         ours, our_clip = bake(model, clip, ensemble, "Merge LoRAs")
         assert torch.equal(sample(ours), sample(stock_model))
     else:
-        ours, our_clip = apply_method(model, clip, ensemble, Composite, "Composite LoRAs")
+        ours, our_clip = apply_method(model, clip, ensemble, plain(Composite), "Composite LoRAs")
         assert ours.get_attachment(KEY).layers[0].names == (files[0], files[2])
     reference, before, got = patched(stock_clip), patched(clip), patched(our_clip)
     assert any(not torch.equal(reference[key], before[key]) for key in reference)
@@ -78,12 +78,12 @@ def test_without_a_clip(clip, loras):
     """Text-encoder keys are no problem of a model-only node; a file that holds nothing else is one for the model."""
     model = base("SD15")
     spec = LoRASpec(loras(with_text(clip, shapes(model), 1)), 0.8, 1.0)
-    ours, nothing = apply_method(model, None, (spec,), Composite, "Composite LoRAs")
+    ours, nothing = apply_method(model, None, (spec,), plain(Composite), "Composite LoRAs")
     assert nothing is None and ours.get_attachment(KEY).layers[0].problems == ()
     text_only = LoRASpec(loras(with_text(clip, {}, 1)), 0.8, 1.0)
     with pytest.raises(ValueError, match="matches no layer"):
-        apply_method(model, None, (text_only,), Composite, "Composite LoRAs")
-    assert apply_method(model, clip, (text_only,), Composite, "Composite LoRAs")[1] is not clip
+        apply_method(model, None, (text_only,), plain(Composite), "Composite LoRAs")
+    assert apply_method(model, clip, (text_only,), plain(Composite), "Composite LoRAs")[1] is not clip
 
 
 def test_baked_is_the_chain_of_loaders_bit_for_bit(loras):

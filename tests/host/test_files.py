@@ -14,7 +14,7 @@ from lora_ensemble.host.ensemble import LoRASpec
 from lora_ensemble.host.files import LoRAFileError, check_file, fingerprint, read
 from lora_ensemble.methods.merge import Merge
 
-from .builders import composite, file_of, kohya, lora, merge, same, sample, shapes, stock
+from .builders import composite, file_of, kohya, lora, merge, plain, same, sample, shapes, stock
 from .models import base
 
 
@@ -110,7 +110,7 @@ def test_no_lora_at_all(loras):
 
 
 def test_an_empty_ensemble():
-    for use in (lambda: apply_method(base("SD15"), None, (), Merge, "Merge LoRAs"),
+    for use in (lambda: apply_method(base("SD15"), None, (), plain(Merge), "Merge LoRAs"),
                 lambda: bake(base("SD15"), None, (), "Merge LoRAs")):
         with pytest.raises(ValueError, match="(?s)Merge LoRAs: the ensemble is empty.*Connect at least one"):
             use()
