@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 
+from torch import Tensor
+
 
 @dataclass
 class StepRecord:
@@ -13,6 +15,7 @@ class StepRecord:
     calls        forwards of the diffusion model
     rows         samples in them: branches x conds x pictures
     seconds      host time until the next step began
+    notes        what methods, caches and guidance say of the step, each under its own name
     """
 
     index: int
@@ -21,11 +24,12 @@ class StepRecord:
     calls: int = 0
     rows: int = 0
     seconds: float = 0.0
+    notes: dict[str, object] = field(default_factory=dict)
 
 
 @dataclass
 class RunRecord:
-    """One sampling run. Plain numbers and strings only, so that it can be saved and shown as it is.
+    """One sampling run. Plain numbers and strings only once it has settled, so that it can be saved and shown as it is.
 
     methods     name of each method, outermost first
     adapters    names of the LoRAs of each method, in the order of the gains
@@ -39,6 +43,19 @@ class RunRecord:
     problems: list[str] = field(default_factory=list)
     finished: bool = False
 
+    def settle(self) -> None:
+        """Read every tensor that was noted; before, none made the host wait for the device."""
+        for step in self.steps:
+            step.notes = _plain(step.notes)
+
     def as_dict(self) -> dict:
         """The record as JSON-serialisable data."""
         return asdict(self)
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Tensor):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value

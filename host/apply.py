@@ -60,13 +60,17 @@ def apply_method(model, clip, ensemble: Ensemble, make: Callable[[Active], Metho
     for spec, lora in zip(active, parsed, strict=True):
         rest = {key: lora.patches[key] for key, _ in lora.left_out} if rest_on_weights else {}
         problems += _problems(spec, lora, new_model.add_patches(rest, spec.strength_model) if rest else [])
-    for problem in problems:
-        log.warning("%s: %s", node, problem)
     names = tuple(spec.name for spec in active)
     bank = Bank([lora.layers for lora in parsed], names, compute_dtype(model.model))
     method = make(Active(tuple(active), bank, model))
+    masked = [spec.name for spec in active if spec.mask is not None]
+    if masked and not getattr(method, "uses_masks", False):
+        problems.append(f"the mask of LoRA '{masked[0]}' is not used: this method cannot confine a LoRA to a region")
+    for problem in problems:
+        log.warning("%s: %s", node, problem)
     before = model.get_attachment(KEY)
-    layers = (*(before.layers if before is not None else ()), Layer(method, names, tuple(problems)))
+    masks = tuple(spec.mask.tensor if spec.mask is not None else None for spec in active)
+    layers = (*(before.layers if before is not None else ()), Layer(method, names, tuple(problems), masks))
     new_model.set_attachments(KEY, Composition(layers))
     banks = new_model.get_additional_models_with_key(KEY)
     new_model.set_additional_models(KEY, [*banks, bank_patcher(bank, model.load_device, model.offload_device)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from uuid import UUID, uuid4
@@ -17,6 +17,7 @@ from ..engine.forwards import RoutedForwards
 from ..engine.record import RunRecord, StepRecord
 from ..kernels.branch import Branch, Step
 from ..methods import Method
+from ..methods.session import OTHER, POSITIVE, UNCONDITIONAL, Call, RunFacts, begin
 from .clock import Clock
 
 KEY = "lora_ensemble"
@@ -28,11 +29,13 @@ Combo = tuple[Branch, ...]
 
 @dataclass(frozen=True)
 class Layer:
-    """One method node's share: its method, the names of its LoRAs, and what it could not express at load."""
+    """One method node's share: its method, the names of its LoRAs, what it could not express at load, and where each
+    LoRA may act (masks as users give them, [B, height, width] in pixels)."""
 
     method: Method
     names: tuple[str, ...]
     problems: tuple[str, ...] = ()
+    masks: tuple[Tensor | None, ...] = ()
 
 
 @dataclass
@@ -66,8 +69,9 @@ class Composition:
                         "a dual-model guider, say): its LoRAs have no effect there. Bake them in with Merge instead.")
         return self.runs[-1] if self.runs else None
 
-    def begin(self, sigmas: Tensor) -> Run:
-        run = Run(self.layers, sigmas)
+    def begin(self, facts: Sequence[RunFacts], sides: Mapping[UUID, str]) -> Run:
+        """Start a run; `facts` per layer, and the side of guidance that each of the sampler's conds is on."""
+        run = Run(self.layers, facts, sides)
         self.runs.append(run)
         self.record = run.record
         return run
@@ -83,40 +87,76 @@ def record_of(model) -> RunRecord | None:
     return composition.record if composition is not None else None
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What one model call evaluates: every combination of the layers' branches.
+
+    fresh   per combination: False where caches may stand in for its deep layers, as far as the methods go
+    """
+
+    step: Step
+    branches: tuple[tuple[Branch, ...], ...]
+    combos: tuple[Combo, ...]
+    fresh: tuple[bool, ...]
+
+
 class Run:
     """State of one sampling run: fresh at its start, gone at its end."""
 
-    def __init__(self, layers: Sequence[Layer], sigmas: Tensor):
-        self.layers = layers
-        self.clock = Clock(sigmas.detach().float().cpu().tolist())
+    def __init__(self, layers: Sequence[Layer], facts: Sequence[RunFacts], sides: Mapping[UUID, str]):
+        self.sessions = [begin(layer.method, known) for layer, known in zip(layers, facts, strict=True)]
+        self.clock = Clock(list(facts[0].sigmas))
         self.record = RunRecord([type(layer.method).__name__ for layer in layers],
                                 [list(layer.names) for layer in layers],
                                 problems=[problem for layer in layers for problem in layer.problems])
         self.combos: dict[UUID, Combo] = {}
         self.single: Combo | None = None
+        self.plan_of_call: Plan | None = None
         self.views: dict[int, object] = {}
+        self._sides = sides
         self._tags: dict[tuple[UUID, Combo], UUID] = {}
         self._routed: dict[int, tuple[nn.Module, list[RoutedForwards]]] = {}
         self._since = time.perf_counter()
 
-    def plan(self, timestep: Tensor) -> tuple[Step, list[Combo]]:
-        """The step this call belongs to, and every combination of branches it evaluates."""
+    def plan(self, x: Tensor, timestep: Tensor) -> Plan:
+        """The step this call belongs to, and what it evaluates."""
         step = self.clock.step(timestep)
-        combos = list(product(*(layer.method.branches(step) for layer in self.layers)))
         if not self.record.steps or self.record.steps[-1].index != step.index:
             self._close_step()
-            branches = [[list(branch.gains) for branch in combo] for combo in combos]
-            self.record.steps.append(StepRecord(step.index, step.sigma, branches))
-        return step, combos
+            self.record.steps.append(StepRecord(step.index, step.sigma))
+        for session in self.sessions:
+            session.observe(step, x)
+        branches = tuple(session.branches(step) for session in self.sessions)
+        combos = tuple(product(*branches))
+        fresh = tuple(any(flags) for flags in product(*(session.refresh(step) for session in self.sessions)))
+        entry = self.record.steps[-1]
+        entry.branches = entry.branches or [[list(branch.gains) for branch in combo] for combo in combos]
+        self.plan_of_call = Plan(step, branches, combos, fresh)
+        return self.plan_of_call
 
-    def mix(self, step: Step, predictions: Tensor, depth: int = 0) -> Tensor:
-        """Mix predictions [combos, ...] of all layers from `depth` on, the last layer's first."""
-        layers = self.layers[depth:]
-        if len(layers) > 1:
-            outer = len(layers[0].method.branches(step))
-            inner = predictions.unflatten(0, (outer, -1))
-            predictions = torch.stack([self.mix(step, part, depth + 1) for part in inner])
-        return layers[0].method.mix(step, predictions)
+    def sides(self, conds: Sequence[list | None]) -> tuple[str, ...]:
+        """The side that each cond of a call is on. Conds that no guider knows (a node made them itself) go by their
+        place, as in the host's own guidance: positive first, then unconditional."""
+        places = (POSITIVE, UNCONDITIONAL)
+        return tuple(next((self._sides[entry["uuid"]] for entry in cond or () if entry.get("uuid") in self._sides),
+                          places[i] if i < len(places) else OTHER) for i, cond in enumerate(conds))
+
+    def mix(self, plan: Plan, x: Tensor, predictions: Sequence[Tensor | None], sides: Sequence[str],
+            depth: int = 0) -> list[Tensor | None]:
+        """Mix predictions, per cond [combos, ...], of all layers from `depth` on, the last layer's first."""
+        branches = plan.branches[depth]
+        if depth + 1 < len(self.sessions):
+            # One part per outer branch: each holds all inner combinations, for all conds together.
+            split = [None if p is None else p.unflatten(0, (len(branches), -1)) for p in predictions]
+            parts = [self.mix(plan, x, [None if p is None else p[i] for p in split], sides, depth + 1)
+                     for i in range(len(branches))]
+            predictions = [None if one[0] is None else torch.stack(one) for one in zip(*parts, strict=True)]
+        return self.sessions[depth].mix(plan.step, Call(x, branches, predictions, sides))
+
+    def note(self, key: str, value: object) -> None:
+        """Record something about the current step: a JSON value, or a tensor, which is read when the run is over."""
+        if self.record.steps:
+            self.record.steps[-1].notes[key] = value
 
     def tag(self, cond: UUID, combo: Combo) -> UUID:
         """An identity for a cond under one combination of branches: what caches keyed by cond must tell apart."""
@@ -144,6 +184,7 @@ class Run:
 
     def close(self, finished: bool) -> None:
         self._close_step()
+        self.record.settle()
         self.record.finished = finished
         for _, forwards in self._routed.values():
             for routed in reversed(forwards):
@@ -164,7 +205,12 @@ class Run:
         self.record.problems.append(problem)
 
     def _close_step(self) -> None:
+        """The sessions' notes go in under their method's name; the second of a kind has its place as well."""
         now = time.perf_counter()
         if self.record.steps:
             self.record.steps[-1].seconds = now - self._since
+            for k, (name, session) in enumerate(zip(self.record.methods, self.sessions, strict=True)):
+                found = session.notes()
+                if found:
+                    self.note(f"{name} {k + 1}" if name in self.record.methods[:k] else name, found)
         self._since = now

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 ROLES = ("auto", "character", "clothing", "object", "style", "background")
+
+
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """A MASK [B, height, width] in [0, 1]. Compared by identity, so that what holds it can be compared at all."""
+
+    tensor: Tensor
 
 
 @dataclass(frozen=True)
@@ -15,12 +24,14 @@ class LoRASpec:
     strength_model   multiplies the delta of the diffusion model; 0 leaves the LoRA out of the composition
     strength_clip    multiplies the delta of the text encoder
     role             what the LoRA depicts, one of ROLES
+    mask             where in the picture it may act, for methods that can confine it; None: everywhere
     """
 
     name: str
     strength_model: float
     strength_clip: float
     role: str = "auto"
+    mask: Mask | None = None
 
 
 Ensemble = tuple[LoRASpec, ...]

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..engine.bank import Bank
 from .composition import KEY, Composition, Run
 from .control import ControlView
+from .facts import run_facts, sides_of
 
 
 def install_wrappers(model) -> None:
@@ -30,7 +31,9 @@ def outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=No
     composition: Composition | None = executor.class_obj.model_patcher.get_attachment(KEY)
     if composition is None:
         return executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, *args, **kwargs)
-    run = composition.begin(sigmas)
+    guider = executor.class_obj
+    run = composition.begin(run_facts(guider.model_patcher, composition.layers, sigmas, noise.shape),
+                            sides_of(guider.conds))
     finished = False
 
     def told(*step):
@@ -50,20 +53,21 @@ def calc_cond_batch(executor, model, conds, x_in, timestep, model_options):
     run = _active(model)
     if run is None:
         return executor(model, conds, x_in, timestep, model_options)
-    step, combos = run.plan(timestep)
+    plan, sides = run.plan(x_in, timestep), run.sides(conds)
+    combos = plan.combos
     if len(combos) == 1:
         run.single = combos[0]
-        return executor(model, conds, x_in, timestep, model_options)
+        outs = executor(model, conds, x_in, timestep, model_options)
+        mixed = run.mix(plan, x_in, _present([out[None] for out in outs], conds), sides)
+        return [out if one is None else one for out, one in zip(outs, mixed, strict=True)]
     run.single = None
     # The host takes conds from the end of its list: reversed here, rows come out with branches in order and the conds
     # of one branch side by side, which is the layout that the engine computes in the fewest products.
     wide = [_branch_cond(run, cond, combo) for combo in reversed(combos) for cond in conds]
     outs = executor(model, wide, x_in, timestep, _caller_options(model_options, len(conds)))
-    mixed = []
-    for i, cond in enumerate(conds):
-        own = outs[i::len(conds)][::-1]
-        mixed.append(own[0] if cond is None else run.mix(step, torch.stack(own)))
-    return mixed
+    stacked = [torch.stack(outs[i::len(conds)][::-1]) for i in range(len(conds))]
+    mixed = run.mix(plan, x_in, _present(stacked, conds), sides)
+    return [out[0] if one is None else one for out, one in zip(stacked, mixed, strict=True)]
 
 
 def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kwargs):
@@ -86,6 +90,11 @@ def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, t
                                               partial(_read, model.current_patcher))):
             stack.enter_context(routed.rows([combo[k] for combo in combos for _ in range(per_cond)]))
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+
+
+def _present(predictions: list[Tensor], conds) -> list[Tensor | None]:
+    """Predictions of the conds that there are; the host fills the others with zeros."""
+    return [None if cond is None else p for p, cond in zip(predictions, conds, strict=True)]
 
 
 def _active(model) -> Run | None:

@@ -1,11 +1,12 @@
 """One file per published method: which branches a step evaluates, and how their predictions are mixed.
 
-A method is a frozen dataclass with
+A method is a frozen dataclass. A plain one has
 
     branches(step) -> tuple[Branch, ...]      the branches to evaluate at this step, at least one
     mix(step, predictions) -> Tensor          predictions [branches, ...] in that order -> [...]
 
-Mixing weights sum to 1, so they may be applied to denoised predictions as well as to noise or velocity.
+and one that needs more has `begin(facts) -> Session` (session.py). Mixing weights sum to 1, so they may be applied to
+denoised predictions as well as to noise or velocity.
 """
 
 from __future__ import annotations
@@ -15,11 +16,21 @@ from typing import Protocol
 from torch import Tensor
 
 from ..kernels.branch import Branch, Step
+from .session import RunFacts, Session
 
 
-class Method(Protocol):
-    """What the host needs to know of a method."""
+class PlainMethod(Protocol):
+    """A method whose steps do not depend on each other."""
 
     def branches(self, step: Step) -> tuple[Branch, ...]: ...
 
     def mix(self, step: Step, predictions: Tensor) -> Tensor: ...
+
+
+class StatefulMethod(Protocol):
+    """A method that starts a session with every run."""
+
+    def begin(self, facts: RunFacts) -> Session: ...
+
+
+Method = PlainMethod | StatefulMethod

@@ -1,0 +1,48 @@
+"""What the host knows of a run before it starts, in the words of the methods."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from uuid import UUID
+
+import comfy.utils
+import torch
+from torch import Tensor
+
+from ..methods.session import OTHER, POSITIVE, UNCONDITIONAL, RunFacts
+from .composition import Layer
+
+SIDES = {"positive": POSITIVE, "negative": UNCONDITIONAL, "empty_negative_prompt": UNCONDITIONAL}
+"""Names that ComfyUI's guiders give their conds; `middle` of DualCFG and unknown ones are OTHER."""
+
+
+def run_facts(model, layers: Sequence[Layer], sigmas: Tensor, shape: Sequence[int]) -> list[RunFacts]:
+    """The facts of one run, per layer: they differ in the masks."""
+    schedule = tuple(sigmas.detach().float().cpu().tolist())
+    times = tuple(_times(model.get_model_object("model_sampling"), sigmas))
+    return [RunFacts(schedule, times, tuple(shape), tuple(on_latent(mask, shape) for mask in layer.masks))
+            for layer in layers]
+
+
+def sides_of(conds: Mapping[str, list]) -> dict[UUID, str]:
+    """The side of every cond of a guider, by the identity that the host gave it."""
+    return {entry["uuid"]: SIDES.get(name, OTHER) for name, entries in conds.items() for entry in entries or ()
+            if "uuid" in entry}
+
+
+def on_latent(mask: Tensor | None, shape: Sequence[int]) -> Tensor | None:
+    """A MASK [B, H, W] or [H, W] in pixels -> [pictures or 1, 1, h, w] in fp32 on the latent's grid."""
+    if mask is None or len(shape) < 4:
+        return None
+    mask = mask.detach().float().reshape(-1, 1, *mask.shape[-2:])
+    mask = torch.nn.functional.interpolate(mask, size=tuple(shape[-2:]), mode="area").clamp(0, 1)
+    return mask if len(mask) == 1 else comfy.utils.repeat_to_batch_size(mask, shape[0])
+
+
+def _times(sampling, sigmas: Tensor) -> list[float]:
+    """The model's time of every step, 1 at its highest noise level and 0 at its lowest."""
+    levels = torch.stack([torch.as_tensor(float(level)) for level in (sampling.sigma_max, sampling.sigma_min)])
+    levels = torch.cat([levels, sigmas[:-1].detach().float().cpu()])
+    device = getattr(sampling, "sigmas", levels).device
+    top, bottom, *steps = sampling.timestep(levels.to(device)).float().tolist()
+    return [(t - bottom) / (top - bottom) for t in steps]

@@ -1,0 +1,106 @@
+"""What a method keeps and learns while it samples: the facts of a run, one model call, and the session.
+
+A plain method (methods/__init__.py) sees one prediction at a time and keeps nothing. A method that must see the
+conditional and the unconditional side together, measure the latent, or keep something from one step to the next has
+instead
+
+    begin(facts) -> Session        called when a run starts; the session is forgotten when it ends
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..kernels.branch import Branch, Step
+
+POSITIVE, UNCONDITIONAL, OTHER = "positive", "unconditional", "other"
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What is known of a run before its first step.
+
+    sigmas   the schedule in the model's own units, noisiest first, with the final 0
+    times    per step: the model's own time, 1 at its highest noise level and 0 at its lowest
+    shape    of the latent, [pictures, channels, ..., height, width]
+    masks    per LoRA: where it may act, in [0, 1], [pictures or 1, 1, height, width] on the latent's grid; None:
+             everywhere
+    """
+
+    sigmas: tuple[float, ...]
+    times: tuple[float, ...] = ()
+    shape: tuple[int, ...] = ()
+    masks: tuple[Tensor | None, ...] = ()
+
+    @property
+    def total(self) -> int:
+        """Number of steps."""
+        return max(len(self.sigmas) - 1, 1)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the model by a sampler, or by a node that asks for an extra prediction, all branches evaluated.
+
+    x             noisy latent [B, C, ...], for which the predictions were made
+    branches      those evaluated, in order
+    predictions   per cond of the caller: denoised (x0) predictions [branches, B, C, ...]; None where it gave no cond
+    sides         per cond: POSITIVE, UNCONDITIONAL (negative and empty prompts), or OTHER
+
+    x - x0 is the predicted noise (or velocity) times a positive number.
+    """
+
+    x: Tensor
+    branches: tuple[Branch, ...]
+    predictions: Sequence[Tensor | None]
+    sides: Sequence[str]
+
+
+class Session:
+    """A method during one run. Subclasses give `branches` and `mix`; the rest has defaults.
+
+    Per model call the host calls `observe`, `branches`, `refresh` and `mix` in this order. A step may have several
+    calls (Heun, context windows, perturbed passes) with the same `step`. Nothing here may make the host wait for the
+    device: copy what they need ahead of time.
+    """
+
+    def observe(self, step: Step, x: Tensor) -> None:
+        """Look at the noisy latent before the step's branches are named."""
+
+    def branches(self, step: Step) -> tuple[Branch, ...]:
+        """The branches to evaluate at this step, at least one."""
+        raise NotImplementedError
+
+    def refresh(self, step: Step) -> tuple[bool, ...]:
+        """Per branch of `branches(step)`: True where it has to run whole, False where a cache may stand in for its
+        deep layers."""
+        return (True,) * len(self.branches(step))
+
+    def mix(self, step: Step, call: Call) -> list[Tensor | None]:
+        """One prediction [B, C, ...] per cond of the call; None where there is no cond."""
+        raise NotImplementedError
+
+    def notes(self) -> dict[str, object]:
+        """What to record of the last step: JSON values or tensors, which are read back when the run is over."""
+        return {}
+
+
+class PlainSession(Session):
+    """A method without state: every cond is mixed by itself."""
+
+    def __init__(self, method):
+        self.method = method
+
+    def branches(self, step: Step) -> tuple[Branch, ...]:
+        return self.method.branches(step)
+
+    def mix(self, step: Step, call: Call) -> list[Tensor | None]:
+        return [None if p is None else self.method.mix(step, p) for p in call.predictions]
+
+
+def begin(method, facts: RunFacts) -> Session:
+    """The session of a run: the method's own, or a plain one."""
+    return method.begin(facts) if hasattr(method, "begin") else PlainSession(method)
