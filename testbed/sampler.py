@@ -18,6 +18,8 @@ from ..engine.bank import Bank
 from ..engine.forwards import RoutedForwards
 from ..kernels.branch import Branch, Step
 from ..methods import Method
+from ..methods.merge import Merge
+from ..methods.session import POSITIVE, UNCONDITIONAL, Call, RunFacts, begin
 from .base import Base
 from .loras import PREFIX
 from .model import LATENT, decode
@@ -96,23 +98,27 @@ class Sampler:
         x = torch.stack(noise).to(self.device)
         context = self.base.text(tokenize(["", *(p.prompt for p in pictures)]).to(self.device))
         sigmas = torch.linspace(1, 0, steps + 1).tolist()
+        facts = RunFacts(tuple(sigmas), tuple(sigmas[:-1]), (1, *LATENT))
+        sessions = [begin(picture.method or Merge((0.0,) * len(picture.loras)), facts) for picture in pictures]
         for index in range(steps):
             step = Step(index, steps, sigmas[index])
             owner, branches, spans = [], [], []
-            for i, picture in enumerate(pictures):
-                chosen = picture.method.branches(step) if picture.method else (Branch((0.0,) * len(picture.loras)),)
-                spans.append(slice(len(owner), len(owner) + len(chosen)))
+            for i, (picture, session) in enumerate(zip(pictures, sessions, strict=True)):
+                session.observe(step, x[i:i + 1])
+                chosen = session.branches(step)
+                spans.append((slice(len(owner), len(owner) + len(chosen)), chosen))
                 owner += [i] * len(chosen)
                 branches += [self._spread(branch, picture.loras) for branch in chosen]
             self.evaluations += len(owner)
             rows = torch.tensor(owner, device=self.device)
             both = torch.cat([context[rows + 1], context[:1].expand(len(rows), -1, -1)])
             velocity = self._predict(x, step.sigma, both, rows.repeat(2), branches * 2)
-            cond, uncond = velocity.chunk(2)
-            mixed = []
-            for picture, span in zip(pictures, spans, strict=True):
-                mix = picture.method.mix if picture.method else lambda _, predictions: predictions[0]
-                base = mix(step, uncond[span])
-                mixed.append(base + guidance * (mix(step, cond[span]) - base))
-            x = x + (sigmas[index + 1] - sigmas[index]) * torch.stack(mixed)
+            cond, uncond = (x[rows] - step.sigma * v for v in velocity.chunk(2))
+            denoised = []
+            for i, (span, chosen) in enumerate(spans):
+                sides = [cond[span, None], uncond[span, None]]
+                call = Call(x[i:i + 1], chosen, sides, (POSITIVE, UNCONDITIONAL))
+                positive, negative = sessions[i].mix(step, call)
+                denoised.append(negative + guidance * (positive - negative))
+            x = x + (sigmas[index + 1] - step.sigma) * (x - torch.cat(denoised)) / step.sigma
         return decode(x)
