@@ -54,9 +54,8 @@ def say(text: str = "") -> None:
 def load_pack(name: str = "lora_ensemble") -> ModuleType:
     """Import this folder as the package `name`, whatever the folder is called, without putting it on sys.path."""
     if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(
-            name, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
-        )
+        where = {"submodule_search_locations": [str(ROOT)]}
+        spec = importlib.util.spec_from_file_location(name, ROOT / "__init__.py", **where)
         sys.modules[name] = module = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(module)
@@ -111,9 +110,8 @@ def pip(python: Path, arguments: Sequence[str], log: Path) -> None:
     command += ["install", "--progress-bar", "off", "--disable-pip-version-check", "--no-input", *arguments]
     with log.open("a", encoding="utf-8", buffering=1) as out:
         out.write(f"$ {' '.join(command)}\n")
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=child_env()
-        )
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                   errors="replace", env=child_env())
         tail: list[str] = []
         for line in process.stdout:
             out.write(line)
@@ -125,18 +123,15 @@ def pip(python: Path, arguments: Sequence[str], log: Path) -> None:
 
 
 def create_venv(folder: Path) -> None:
-    result = subprocess.run(
-        [sys.executable, "-m", "venv", str(folder)], capture_output=True, text=True, env=child_env()
-    )
+    command = [sys.executable, "-m", "venv", str(folder)]
+    result = subprocess.run(command, capture_output=True, text=True, env=child_env())
     if result.returncode == 0:
         return
     if importlib.util.find_spec("pip") is None:  # Debian's python3 comes without ensurepip
-        raise Stop(
-            f"This Python cannot make virtual environments:\n{result.stdout}{result.stderr}"
-            "Install its venv module (Debian, Ubuntu: apt install python3-venv) and start again."
-        )
+        raise Stop(f"This Python cannot make virtual environments:\n{result.stdout}{result.stderr}"
+                   "Install its venv module (Debian, Ubuntu: apt install python3-venv) and start again.")
     shutil.rmtree(folder, ignore_errors=True)
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True, env=child_env())
+    subprocess.run([*command, "--without-pip"], check=True, env=child_env())
 
 
 def environment(kind: str, requirements: Sequence[str], disk: str, below: Path | None = None) -> Path:

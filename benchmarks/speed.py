@@ -18,21 +18,18 @@ time of all threads instead of time on the clock: use them where other programs 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
-if not __package__:  # started as a file: load the pack by path and start again as a module of it
-    import importlib.util
-    from pathlib import Path
+if not __package__:  # started as a file: run it as a module of the pack
+    import runpy
 
-    spec = importlib.util.spec_from_file_location("lora_ensemble_run", Path(__file__).resolve().parents[1] / "run.py")
-    sys.modules[spec.name] = run = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(run)
-    sys.exit(run.main(["_module", "benchmarks.speed", *sys.argv[1:]]))
+    run = runpy.run_path(str(Path(__file__).resolve().parents[1] / "run.py"))
+    sys.exit(run["main"](["_module", "benchmarks.speed", *sys.argv[1:]]))
 
 import argparse
 import json
 import os
 import tempfile
-from pathlib import Path
 
 import torch
 from torch import Tensor

@@ -5,14 +5,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-if __package__ in (None, ""):  # started as a script: load the pack by path, then this module out of it
-    import importlib.util
+if not __package__:  # started as a file: run it as a module of the pack
+    import runpy
 
-    _spec = importlib.util.spec_from_file_location("_run", Path(__file__).resolve().parents[1] / "run.py")
-    _run = sys.modules["_run"] = importlib.util.module_from_spec(_spec)
-    _spec.loader.exec_module(_run)
-    _run.load_pack()
-    __package__ = "lora_ensemble.testbed"
+    run = runpy.run_path(str(Path(__file__).resolve().parents[1] / "run.py"))
+    sys.exit(run["main"](["_module", "testbed.demo", *sys.argv[1:]]))
 
 import json
 import textwrap
