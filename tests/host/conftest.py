@@ -51,17 +51,17 @@ def lora_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def loras(lora_folder: Path):
-    """Writes LoRA files: `loras(tensors)` -> name in ComfyUI's list."""
+def raw(lora_folder: Path):
+    """Writes bytes below `loras` for one test: `raw(content)` -> name in ComfyUI's list."""
     import folder_paths
-    from safetensors.torch import save_file
 
     written: list[Path] = []
 
-    def write(tensors: dict, name: str | None = None) -> str:
-        name = name or f"lora_{len(list(lora_folder.iterdir()))}.safetensors"
-        save_file({key: value.contiguous() for key, value in tensors.items()}, lora_folder / name)
-        written.append(lora_folder / name)
+    def write(content: bytes, name: str = "raw.safetensors") -> str:
+        path = lora_folder / name
+        path.unlink(missing_ok=True)  # a file that is mapped into memory must not change under it
+        path.write_bytes(content)
+        written.append(path)
         folder_paths.filename_list_cache.clear()
         return name
 
@@ -69,6 +69,18 @@ def loras(lora_folder: Path):
     for path in written:
         path.unlink(missing_ok=True)
     folder_paths.filename_list_cache.clear()
+
+
+@pytest.fixture
+def loras(raw, lora_folder: Path):
+    """Writes LoRA files: `loras(tensors)` -> name in ComfyUI's list."""
+    from safetensors.torch import save
+
+    def write(tensors: dict, name: str | None = None) -> str:
+        name = name or f"lora_{len(list(lora_folder.iterdir()))}.safetensors"
+        return raw(save({key: value.contiguous() for key, value in tensors.items()}), name)
+
+    return write
 
 
 @pytest.fixture(autouse=True)

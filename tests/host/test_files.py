@@ -18,26 +18,6 @@ from .builders import composite, file_of, kohya, lora, merge, plain, same, sampl
 from .models import base
 
 
-@pytest.fixture
-def raw(lora_folder):
-    """Writes bytes below `loras`."""
-    import folder_paths
-
-    written = []
-
-    def write(content: bytes, name: str = "raw.safetensors") -> str:
-        path = lora_folder / name
-        path.write_bytes(content)
-        written.append(path)
-        folder_paths.filename_list_cache.clear()
-        return name
-
-    yield write
-    for path in written:
-        path.unlink(missing_ok=True)
-    folder_paths.filename_list_cache.clear()
-
-
 def small() -> dict:
     return lora(dict(list(shapes(base("SD15")).items())[:2]), 1)
 
