@@ -95,6 +95,8 @@ class Plan:
     """
 
     step: Step
+    x: Tensor
+    sigma: Tensor
     branches: tuple[tuple[Branch, ...], ...]
     combos: tuple[Combo, ...]
     fresh: tuple[bool, ...]
@@ -131,7 +133,7 @@ class Run:
         fresh = tuple(any(flags) for flags in product(*(session.refresh(step) for session in self.sessions)))
         entry = self.record.steps[-1]
         entry.branches = entry.branches or [[list(branch.gains) for branch in combo] for combo in combos]
-        self.plan_of_call = Plan(step, branches, combos, fresh)
+        self.plan_of_call = Plan(step, x, timestep, branches, combos, fresh)
         return self.plan_of_call
 
     def sides(self, conds: Sequence[list | None]) -> tuple[str, ...]:
@@ -141,17 +143,17 @@ class Run:
         return tuple(next((self._sides[entry["uuid"]] for entry in cond or () if entry.get("uuid") in self._sides),
                           places[i] if i < len(places) else OTHER) for i, cond in enumerate(conds))
 
-    def mix(self, plan: Plan, x: Tensor, predictions: Sequence[Tensor | None], sides: Sequence[str],
+    def mix(self, plan: Plan, predictions: Sequence[Tensor | None], sides: Sequence[str],
             depth: int = 0) -> list[Tensor | None]:
         """Mix predictions, per cond [combos, ...], of all layers from `depth` on, the last layer's first."""
         branches = plan.branches[depth]
         if depth + 1 < len(self.sessions):
             # One part per outer branch: each holds all inner combinations, for all conds together.
             split = [None if p is None else p.unflatten(0, (len(branches), -1)) for p in predictions]
-            parts = [self.mix(plan, x, [None if p is None else p[i] for p in split], sides, depth + 1)
+            parts = [self.mix(plan, [None if p is None else p[i] for p in split], sides, depth + 1)
                      for i in range(len(branches))]
             predictions = [None if one[0] is None else torch.stack(one) for one in zip(*parts, strict=True)]
-        return self.sessions[depth].mix(plan.step, Call(x, branches, predictions, sides))
+        return self.sessions[depth].mix(plan.step, Call(plan.x, plan.sigma, branches, predictions, sides))
 
     def note(self, key: str, value: object) -> None:
         """Record something about the current step: a JSON value, or a tensor, which is read when the run is over."""

@@ -58,7 +58,7 @@ def calc_cond_batch(executor, model, conds, x_in, timestep, model_options):
     if len(combos) == 1:
         run.single = combos[0]
         outs = executor(model, conds, x_in, timestep, model_options)
-        mixed = run.mix(plan, x_in, _present([out[None] for out in outs], conds), sides)
+        mixed = run.mix(plan, _present([out[None] for out in outs], conds), sides)
         return [out if one is None else one for out, one in zip(outs, mixed, strict=True)]
     run.single = None
     # The host takes conds from the end of its list: reversed here, rows come out with branches in order and the conds
@@ -66,7 +66,7 @@ def calc_cond_batch(executor, model, conds, x_in, timestep, model_options):
     wide = [_branch_cond(run, cond, combo) for combo in reversed(combos) for cond in conds]
     outs = executor(model, wide, x_in, timestep, _caller_options(model_options, len(conds)))
     stacked = [torch.stack(outs[i::len(conds)][::-1]) for i in range(len(conds))]
-    mixed = run.mix(plan, x_in, _present(stacked, conds), sides)
+    mixed = run.mix(plan, _present(stacked, conds), sides)
     return [out[0] if one is None else one for out, one in zip(stacked, mixed, strict=True)]
 
 

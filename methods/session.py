@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..kernels.branch import Branch, Step
@@ -45,7 +46,8 @@ class RunFacts:
 class Call:
     """One call of the model by a sampler, or by a node that asks for an extra prediction, all branches evaluated.
 
-    x             noisy latent [B, C, ...], for which the predictions were made
+    x, sigma      noisy latent [B, C, ...] and its noise levels [B], for which the predictions were made. A further
+                  pass of the same evaluation (perturbed attention, skipped layers) brings the same two objects
     branches      those evaluated, in order
     predictions   per cond of the caller: denoised (x0) predictions [branches, B, C, ...]; None where it gave no cond
     sides         per cond: POSITIVE, UNCONDITIONAL (negative and empty prompts), or OTHER
@@ -54,6 +56,7 @@ class Call:
     """
 
     x: Tensor
+    sigma: Tensor
     branches: tuple[Branch, ...]
     predictions: Sequence[Tensor | None]
     sides: Sequence[str]
@@ -64,7 +67,7 @@ class Session:
 
     Per model call the host calls `observe`, `branches`, `refresh` and `mix` in this order. A step may have several
     calls (Heun, context windows, perturbed passes) with the same `step`. Nothing here may make the host wait for the
-    device: copy what they need ahead of time.
+    device: a measurement that steers branches is `Sent` ahead and read at a later step.
     """
 
     def observe(self, step: Step, x: Tensor) -> None:
@@ -86,6 +89,26 @@ class Session:
     def notes(self) -> dict[str, object]:
         """What to record of the last step: JSON values or tensors, which are read back when the run is over."""
         return {}
+
+
+class Sent:
+    """A small tensor on its way to the host, since step `step`. Sending does not wait for the device; `read` does, but
+    a step or two later the value has long arrived."""
+
+    def __init__(self, step: int, value: Tensor):
+        self.step, self.value = step, value
+        self._copy = value.to("cpu", non_blocking=True)
+        self._arrived = None
+        if value.is_cuda:
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+        elif value.device.type != "cpu":
+            self._copy = None  # without events an early copy could be read before it is there
+
+    def read(self) -> list:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return (self.value if self._copy is None else self._copy).tolist()
 
 
 class PlainSession(Session):

@@ -114,10 +114,10 @@ class Sampler:
             both = torch.cat([context[rows + 1], context[:1].expand(len(rows), -1, -1)])
             velocity = self._predict(x, step.sigma, both, rows.repeat(2), branches * 2)
             cond, uncond = (x[rows] - step.sigma * v for v in velocity.chunk(2))
-            denoised = []
+            denoised, noise_level = [], torch.full((1,), step.sigma, device=self.device)
             for i, (span, chosen) in enumerate(spans):
                 sides = [cond[span, None], uncond[span, None]]
-                call = Call(x[i:i + 1], chosen, sides, (POSITIVE, UNCONDITIONAL))
+                call = Call(x[i:i + 1], noise_level, chosen, sides, (POSITIVE, UNCONDITIONAL))
                 positive, negative = sessions[i].mix(step, call)
                 denoised.append(negative + guidance * (positive - negative))
             x = x + (sigmas[index + 1] - step.sigma) * (x - torch.cat(denoised)) / step.sigma

@@ -1,0 +1,114 @@
+"""LoRAtorio's weights: per patch, how far each LoRA's prediction turns away from the base model's, as a softmin over
+LoRAs (Foteinopoulou et al. 2025, arXiv 2508.11624). Everything is computed in fp32 and stays on its device.
+
+Latents are [B, C, h, w], video [B, C, frames, h, w] (each frame by itself) or sequences [B, C, length] (patches along
+the length). Sizes that a patch does not divide are padded by repeating the border.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+NEAR_ZERO = 1e-6
+"""A patch whose vector is shorter than this part of its picture's root mean square has no direction."""
+
+
+def patch_vectors(x: Tensor, patch: int) -> Tensor:
+    """Non-overlapping patches of the channel mean.
+
+    x [B, C, *size] with one, two or three entries in `size` -> [B, rows, columns, patch * patch] in fp32. The rows are
+    those of all frames one below the other; a sequence has one row, and `patch` values per vector.
+    """
+    plane = x.float().mean(dim=1)
+    if plane.ndim == 2:
+        plane, high = plane[:, None, None, :], 1
+    elif plane.ndim == 3:
+        plane, high = plane[:, None], patch
+    else:
+        high = patch
+    batch, frames, h, w = plane.shape
+    plane = F.pad(plane.flatten(0, 1)[:, None], (0, -w % patch, 0, -h % high), mode="replicate")[:, 0]
+    tiles = plane.unflatten(-1, (-1, patch)).unflatten(-3, (-1, high)).transpose(-3, -2)
+    return tiles.flatten(-2).unflatten(0, (batch, frames)).flatten(1, 2)
+
+
+def patch_cosine(base: Tensor, loras: Tensor, patch: int) -> Tensor:
+    """Omega[i, b, q] = cos(base patch, LoRA i's patch).
+
+    base [B, C, *size], loras [N, B, C, *size] -> [N, B, rows, columns] in fp32. Where any of the vectors of a place is
+    near zero, all LoRAs get 0 there: equal similarities are uniform weights.
+    """
+    reference = patch_vectors(base, patch)
+    vectors = patch_vectors(loras.flatten(0, 1), patch).unflatten(0, loras.shape[:2])
+    own, other = reference.norm(dim=-1), vectors.norm(dim=-1)
+    cosine = (reference * vectors).sum(dim=-1) / (own * other).clamp_min(torch.finfo(torch.float32).tiny)
+    known = (own > _floor(own)) & (other > _floor(other)).all(dim=0)
+    return torch.where(known, cosine, 0.0).clamp(-1, 1)
+
+
+def _floor(norms: Tensor) -> Tensor:
+    """NEAR_ZERO of the root mean square over the patches of each picture."""
+    return NEAR_ZERO * norms.square().mean(dim=(-2, -1), keepdim=True).sqrt()
+
+
+def log_softmin(similarity: Tensor, inverse_temperature: float, keep: Tensor | None = None) -> Tensor:
+    """log of exp(-s_i / tau) / sum_k exp(-s_k / tau) over the first dimension, in fp32.
+
+    keep   boolean, like `similarity` up to broadcasting: LoRAs that are not kept get -inf; at least one must be kept.
+    inverse_temperature 0 gives uniform weights over those kept.
+    """
+    logits = -inverse_temperature * similarity.float()
+    if keep is not None:
+        logits = logits.masked_fill(~keep, -torch.inf)
+    return torch.log_softmax(logits, dim=0)
+
+
+def most_divergent(similarity: Tensor, k: int, scope: Literal["image", "patch"] = "image") -> Tensor:
+    """Which LoRAs are kept: the k with the lowest similarity to the base, judged per picture or per patch.
+
+    similarity [N, B, rows, columns] -> boolean [N, B, rows, columns] (1 x 1 places with scope "image"). Of LoRAs that
+    are equally similar, those listed first.
+    """
+    relevance = similarity.mean(dim=(-2, -1), keepdim=True) if scope == "image" else similarity
+    if k >= len(relevance):
+        return torch.ones_like(relevance, dtype=torch.bool)
+    order = relevance.sort(dim=0, stable=True).indices
+    return torch.zeros_like(relevance, dtype=torch.bool).scatter_(0, order[:k], True)
+
+
+def upsample(weights: Tensor, size: tuple[int, ...], patch: int, mode: Literal["nearest", "bilinear"]) -> Tensor:
+    """Weights per patch [N, B, rows, columns] -> per pixel [N, B, 1, *size]. Both modes are averages of a patch's
+    neighbours with weights that sum to 1, so sums over LoRAs stay 1."""
+    count, batch = weights.shape[:2]
+    frames, h, w = (1,) * (3 - len(size)) + tuple(size)
+    maps = weights.flatten(0, 1).unflatten(1, (frames, -1)).flatten(0, 1)[:, None]
+    high = patch if len(size) > 1 else 1
+    if mode == "nearest":
+        full = maps.repeat_interleave(high, dim=-2).repeat_interleave(patch, dim=-1)
+    else:
+        full = F.interpolate(maps, scale_factor=(high, patch), mode="bilinear", align_corners=False)
+    full = full[..., :h, :w].unflatten(0, (count, batch, frames)).squeeze(3)
+    return full.reshape(count, batch, 1, *size)
+
+
+def confine(weights: Tensor, masks: Tensor) -> Tensor:
+    """Weights times masks, renormalised over the LoRAs; 0 for all of them where no mask lets any act.
+
+    weights [N, B, 1, *size], masks [N, 1 or B, 1, ...] that broadcasts to it
+    """
+    allowed = weights * masks
+    total = allowed.sum(dim=0, keepdim=True)
+    return torch.where(total > 0, allowed / total.clamp_min(torch.finfo(torch.float32).tiny), 0.0)
+
+
+def weighted(base: Tensor, loras: Tensor, weights: Tensor, share: float = 1.0) -> Tensor:
+    """base + share * sum_i w_i (lora_i - base) = share * sum_i w_i lora_i + (1 - share) * base where weights sum to 1.
+
+    base [B, C, *size], loras [N, B, C, *size], weights [N, B, 1, *size] -> like base. Written with differences, so that
+    LoRAs equal to the base give the base exactly.
+    """
+    return base + share * (weights.to(base.dtype) * (loras - base)).sum(dim=0)

@@ -1,0 +1,188 @@
+"""CMLoRA: LoRAs take turns in the lead, the others ride on cached features (Zou et al. 2025, arXiv 2502.04923).
+
+High-frequency LoRAs (style, character, clothing, object) lead early, low-frequency ones (background) late. The
+released code is followed in its numbers and not in its faults (tests/test_cmlora.py names each).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..kernels.branch import Branch, Step, one_hot
+from ..kernels.spectrum import high_share, radial_amplitude, radial_bins
+from .session import Call, RunFacts, Sent, Session
+
+LOW_FREQUENCY = ("background",)
+"""Roles whose LoRAs change low frequencies; all others count as high, as in the paper."""
+FIRST, SECOND = 0.375, 0.875
+"""Progress at which the refresh interval goes from c1 to c2 and back."""
+
+
+def refresh_steps(total: int, c1: int = 2, c2: int = 3) -> frozenset[int]:
+    """The steps at which the lead passes on: every c1-th, in the middle of the run every c2-th."""
+    first, second = math.ceil(FIRST * total), math.ceil(SECOND * total)
+    return frozenset((*range(0, first, c1), *range(first, second, c2), *range(second, total, c1)))
+
+
+def dominance(start: float, refreshes: int, decay: Literal["none", "halving", "linear"]) -> float:
+    """w after some refreshes: `start` without decay, less 1, 1/2, 1/4, ... with halving, less 0.5, 1, 1.5, ... with
+    linear decay; never below 1 (equal weights), except where it started there."""
+    lost = {"none": 0.0, "halving": 2 * (1 - 0.5**refreshes), "linear": 0.25 * refreshes * (refreshes + 1)}[decay]
+    return max(start - lost, min(start, 1.0))
+
+
+@dataclass(frozen=True)
+class CMLoRA:
+    """lambda_d = w / (w + N - 1) for the leading LoRA d, 1 / (w + N - 1) for the others.
+
+    strengths       one per adapter
+    high            per adapter: whether it is of the high-frequency class
+    order           offline: the high class leads up to `boundary`, then the low class. online: the high class leads
+                    while the latent's high-frequency share is at least `threshold`. async: all in turn, high class
+                    first, a tenth of the run each. switch-a: only the leader acts, `steps_per_lora` steps at a time;
+                    low ones join in after `boundary`
+    boundary        share of the run, j / T
+    threshold       g, against H_0.2 of the latent one step earlier (read without waiting for the device)
+    start           w at the first step; None: N - 0.5
+    decay           of w, per refresh (`dominance`)
+    c1, c2          steps between refreshes (`refresh_steps`)
+    caching         False: every branch runs whole at every step
+    dominant_full   whether the leader runs whole at every step (the paper), or only at refreshes (released code)
+    """
+
+    strengths: tuple[float, ...]
+    high: tuple[bool, ...] | None = None
+    order: Literal["offline", "online", "async", "switch-a"] = "offline"
+    boundary: float = 0.6
+    threshold: float = 0.4
+    start: float | None = None
+    decay: Literal["none", "halving", "linear"] = "none"
+    c1: int = 2
+    c2: int = 3
+    caching: bool = True
+    dominant_full: Literal["every_step", "on_refresh"] = "every_step"
+    steps_per_lora: int = 5
+
+    def __post_init__(self) -> None:
+        for name in ("c1", "c2", "steps_per_lora"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"CMLoRA: {name} must be at least 1, got {getattr(self, name)}")
+        if self.start is not None and self.start < 0:
+            raise ValueError(f"CMLoRA: the dominance weight must not be negative, got {self.start}")
+        if self.high is not None and len(self.high) != len(self.strengths):
+            raise ValueError(f"CMLoRA: {len(self.strengths)} LoRAs need as many classes, got {len(self.high)}")
+
+    def begin(self, facts: RunFacts) -> CMLoRASession:
+        return CMLoRASession(self, facts)
+
+    @property
+    def classes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Indexes of the high-frequency LoRAs and of the low-frequency ones."""
+        high = self.high or (True,) * len(self.strengths)
+        return tuple(i for i, h in enumerate(high) if h), tuple(i for i, h in enumerate(high) if not h)
+
+    @property
+    def first_weight(self) -> float:
+        """w at the first step."""
+        return max(len(self.strengths) - 0.5, 1.0) if self.start is None else self.start
+
+    def group(self, step: Step, share: float = 1.0) -> tuple[int, ...]:
+        """The LoRAs that take turns at a step; `share` is the measured high-frequency share of the online order."""
+        high, low = self.classes
+        early = share >= self.threshold if self.order == "online" else step.index <= self.boundary * step.total
+        if self.order == "async" or (self.order == "switch-a" and not early):
+            return high + low
+        return (high or low) if early else (low or high)
+
+    def leader(self, step: Step, group: tuple[int, ...], refreshes: int) -> int:
+        """Whose turn it is, within the group; `refreshes` before this step."""
+        turn = refreshes
+        if self.order == "switch-a":
+            turn = step.index // self.steps_per_lora
+        elif self.order == "async":
+            turn = step.index // max(round(0.1 * step.total), 1)
+        return group[turn % len(group)]
+
+
+class CMLoRASession(Session):
+    """One run: who leads, how old each LoRA's cached features are, and the share measured last."""
+
+    def __init__(self, method: CMLoRA, facts: RunFacts):
+        self.method = method
+        self.count = len(method.strengths)
+        self.refreshes = sorted(refresh_steps(facts.total, method.c1, method.c2))
+        # No cache grows older than it would if all LoRAs took turns.
+        self.oldest = self.count * max(method.c1, method.c2)
+        self.lead: int | None = None
+        self.weight = method.first_weight
+        self._step: int | None = None
+        self._made = [-1] * self.count
+        self._fresh: tuple[bool, ...] = ()
+        self._share = 1.0
+        self._sent: Sent | None = None
+        self._bins: Tensor | None = None
+        self._notes: dict[str, object] = {}
+
+    def observe(self, step: Step, x: Tensor) -> None:
+        if step.index == self._step or not self.count:
+            return
+        self._step = step.index
+        self._notes = {}
+        if self.method.order == "online":
+            self._measure(step, x)
+        self._take_turn(step)
+
+    def branches(self, step: Step) -> tuple[Branch, ...]:
+        if not self.count:
+            return (Branch(()),)
+        if self.method.order == "switch-a":
+            return (one_hot(self.method.strengths, self.lead),)
+        return tuple(one_hot(self.method.strengths, i) for i in range(self.count))
+
+    def refresh(self, step: Step) -> tuple[bool, ...]:
+        return self._fresh if self.count and self.method.order != "switch-a" else (True,)
+
+    def mix(self, step: Step, call: Call) -> list[Tensor | None]:
+        return [None if p is None else self._mixed(p) for p in call.predictions]
+
+    def notes(self) -> dict[str, object]:
+        """led: index of the leader; weight: its lambda; whole: LoRAs that may not come from a cache; high_share of the
+        latent, with the online order."""
+        return self._notes
+
+    def _mixed(self, predictions: Tensor) -> Tensor:
+        """sum_i lambda_i e_i = mean + (w - 1) / (w + N - 1) (e_d - mean), which is the mean exactly for w = 1."""
+        if len(predictions) == 1:
+            return predictions[0]
+        share = (self.weight - 1) / (self.weight + self.count - 1)
+        return torch.lerp(predictions.mean(dim=0), predictions[self.lead], share)
+
+    def _measure(self, step: Step, x: Tensor) -> None:
+        """Read the share of the step before, and send this step's on its way."""
+        if self._sent is not None:
+            self._share = self._sent.read()
+        if self._bins is None or self._bins.device != x.device:
+            h, w = (1, *x.shape[2:])[-2:]
+            self._bins = radial_bins(h, w, x.device)
+        share = high_share(radial_amplitude(x, self._bins)).mean()
+        self._sent = Sent(step.index, share)
+        self._notes["high_share"] = share
+
+    def _take_turn(self, step: Step) -> None:
+        method, now = self.method, step.index
+        done = sum(at <= now for at in self.refreshes)
+        lead = method.leader(step, method.group(step, self._share), done - 1)
+        passed_on = now in self.refreshes or lead != self.lead
+        self.lead = lead
+        self.weight = dominance(method.first_weight, done - 1, method.decay)
+        leads_whole = method.dominant_full == "every_step" or passed_on
+        self._fresh = tuple(not method.caching or made < 0 or now - made >= self.oldest or (i == lead and leads_whole)
+                            for i, made in enumerate(self._made))
+        self._made = [now if fresh else made for fresh, made in zip(self._fresh, self._made, strict=True)]
+        share = 1.0 if method.order == "switch-a" else self.weight / (self.weight + self.count - 1)
+        self._notes |= {"led": lead, "weight": share, "whole": [i for i, fresh in enumerate(self._fresh) if fresh]}

@@ -1,0 +1,174 @@
+"""LoRAtorio: patch by patch, the LoRA that departs most from the base model (Foteinopoulou et al. 2025, arXiv
+2508.11624). The paper came without code; where it leaves a choice, the choice is an option here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..kernels.branch import Branch, Step, one_hot
+from ..kernels.patches import confine, log_softmin, most_divergent, patch_cosine, upsample, weighted
+from .session import POSITIVE, UNCONDITIONAL, Call, RunFacts, Sent, Session
+
+
+@dataclass(frozen=True)
+class LoRAtorio:
+    """e(z, c) = sum_i W_i e_i(z, c), and without prompt e(z) = lambda sum_i W_i e_i(z) + (1 - lambda) e_base(z), where
+    W = softmin over LoRAs of the patch cosine between e_i(z, c) and e_base(z, c).
+
+    strengths           one per adapter
+    patch               side of a patch in latent pixels
+    kappa, unit         inverse temperature 1 / tau = kappa * elapsed: sampling steps done, progress 0..1, or what has
+                        passed of the model's time, 0..1000. The first step weighs all LoRAs alike, later ones ever
+                        more sharply.
+    recenter_lambda     lambda; 1 switches re-centring off
+    upsampling          of the weights from patches to pixels
+    space               similarity of noise (velocity) or of denoised (x0) predictions
+    top_k               0: all LoRAs take part. k: dynamic selection, the k that depart most
+    scope               selection per picture, or for each patch
+    recheck_every       with dynamic selection, steps between evaluations of the whole pool; between them only those
+                        chosen last are evaluated. 1 is the paper: every member at every step
+    """
+
+    strengths: tuple[float, ...]
+    patch: int = 2
+    kappa: float = 10.0
+    unit: Literal["steps", "progress", "timesteps"] = "steps"
+    recenter_lambda: float = 0.5
+    upsampling: Literal["nearest", "bilinear"] = "nearest"
+    space: Literal["noise", "x0"] = "noise"
+    top_k: int = 0
+    scope: Literal["image", "patch"] = "image"
+    recheck_every: int = 1
+
+    uses_masks = True
+
+    def __post_init__(self) -> None:
+        for name, least in (("patch", 1), ("kappa", 0), ("top_k", 0), ("recheck_every", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"LoRAtorio: {name} must be at least {least}, got {getattr(self, name)}")
+        if not 0 <= self.recenter_lambda <= 1:
+            raise ValueError(f"LoRAtorio: recenter_lambda must be in [0, 1], got {self.recenter_lambda}")
+
+    def begin(self, facts: RunFacts) -> LoRAtorioSession:
+        return LoRAtorioSession(self, facts)
+
+    def inverse_temperature(self, step: Step, times: tuple[float, ...] = ()) -> float:
+        """1 / tau; `times` are the model's own, per step (RunFacts.times), for the unit "timesteps"."""
+        if self.unit == "steps":
+            return self.kappa * step.index
+        if self.unit == "progress":
+            return self.kappa * step.progress
+        return self.kappa * 1000 * (times[0] - times[step.index])
+
+
+class LoRAtorioSession(Session):
+    """One run: the weights last found, for passes that have no positive side, and the members last chosen."""
+
+    def __init__(self, method: LoRAtorio, facts: RunFacts):
+        self.method, self.facts = method, facts
+        self.pool = tuple(range(len(method.strengths)))
+        self._chosen = self.pool
+        self._newest: Sent | None = None
+        self._step: int | None = None
+        self._active = self.pool
+        self._of: tuple[int, Tensor, Tensor] | None = None
+        self._weights: Tensor | None = None
+        self._masks: Tensor | None = None
+        self._notes: dict[str, object] = {}
+
+    @property
+    def dynamic(self) -> bool:
+        return 0 < self.method.top_k < len(self.pool)
+
+    def branches(self, step: Step) -> tuple[Branch, ...]:
+        """The LoRAs that take part, and the base last."""
+        if not self.pool:
+            return (Branch(()),)
+        if step.index != self._step:
+            self._step = step.index
+            self._active = self._members(step)
+            self._notes = {}
+        base = Branch((0.0,) * len(self.pool))
+        return (*(one_hot(self.method.strengths, i) for i in self._active), base)
+
+    def mix(self, step: Step, call: Call) -> list[Tensor | None]:
+        if not self.pool:
+            return [None if p is None else p[0] for p in call.predictions]
+        weights = self._weights_for(step, call)
+        recentred = UNCONDITIONAL in (side for side, p in zip(call.sides, call.predictions, strict=True)
+                                      if p is not None)
+        self._notes["recentred"] = self._notes.get("recentred", False) or (
+            recentred and self.method.recenter_lambda < 1)
+        shares = {UNCONDITIONAL: self.method.recenter_lambda}
+        return [None if p is None else weighted(p[-1], p[:-1], weights, shares.get(side, 1.0))
+                for p, side in zip(call.predictions, call.sides, strict=True)]
+
+    def notes(self) -> dict[str, object]:
+        """active: LoRAs evaluated; weights: mean weight of each of them; recentred: whether the base took part in an
+        unconditional prediction (not without one: cfg 1, guidance-distilled models)."""
+        return self._notes
+
+    def _weights_for(self, step: Step, call: Call) -> Tensor:
+        """Weights per pixel [N, B, 1, *size] of this call. Only a positive side defines them; a further pass on the
+        same latent (perturbed attention, skipped layers) and passes without a positive side use those found last."""
+        positive = next((p for p, side in zip(call.predictions, call.sides, strict=True)
+                         if p is not None and side == POSITIVE), None)
+        any_prediction = next(p for p in call.predictions if p is not None)
+        shape = (len(self._active), any_prediction.shape[1], 1, *any_prediction.shape[3:])
+        fits = self._weights is not None and self._weights.shape == shape
+        if fits and (positive is None or self._is_further_pass(step, call)):
+            return self._weights
+        if positive is None:
+            self._notes["uniform"] = "a pass without a positive side came first"
+            return torch.full(shape, 1 / shape[0], device=call.x.device)
+        self._of, self._weights = (step.index, call.x, call.sigma), self._weigh(step, call.x, positive)
+        self._notes |= {"active": list(self._active), "weights": self._weights.flatten(1).mean(dim=1)}
+        return self._weights
+
+    def _is_further_pass(self, step: Step, call: Call) -> bool:
+        index, x, sigma = self._of
+        return index == step.index and x is call.x and sigma is call.sigma
+
+    def _weigh(self, step: Step, x: Tensor, positive: Tensor) -> Tensor:
+        method = self.method
+        vectors = x - positive if method.space == "noise" else positive
+        similarity = patch_cosine(vectors[-1], vectors[:-1], method.patch)
+        keep = None
+        if self.dynamic:
+            keep = most_divergent(similarity, method.top_k, method.scope)
+            if step.index % method.recheck_every == 0 and method.recheck_every > 1:
+                self._report(step, keep)
+        weights = log_softmin(similarity, method.inverse_temperature(step, self.facts.times), keep).exp()
+        full = upsample(weights, tuple(positive.shape[3:]), method.patch, method.upsampling)
+        if any(mask is not None for mask in self.facts.masks):
+            full = confine(full, self._masks_like(full))
+        return full
+
+    def _masks_like(self, weights: Tensor) -> Tensor:
+        """Masks of the active LoRAs, [N, 1 or B, 1, (1,) h, w] on the weights' device."""
+        if self._masks is None or self._masks.device != weights.device:
+            given = [torch.ones(1, 1, 1, 1) if mask is None else mask for mask in self.facts.masks]
+            size = [max(mask.shape[axis] for mask in given) for axis in range(4)]
+            self._masks = torch.stack([mask.expand(*size) for mask in given]).to(weights.device)
+        masks = self._masks[list(self._active)]
+        return masks[:, :, :, None] if weights.ndim == 6 else masks
+
+    def _members(self, step: Step) -> tuple[int, ...]:
+        """The pool at every re-check; between two, those chosen at the last one whose outcome is known."""
+        if self._newest is not None and self._newest.step + 2 <= step.index:
+            kept = self._newest.read()
+            self._chosen = tuple(i for i in self.pool if kept[i])
+            self._newest = None
+        return self.pool if not self.dynamic or step.index % self.method.recheck_every == 0 else self._chosen
+
+    def _report(self, step: Step, keep: Tensor) -> None:
+        """Send the outcome of a re-check to the host, of all its calls together. It is read two steps later, when it
+        has long arrived: reading it at once would make the host wait for the device."""
+        kept = keep.flatten(1).any(dim=1)
+        if self._newest is not None and self._newest.step == step.index:
+            kept = kept | self._newest.value
+        self._newest = Sent(step.index, kept)

@@ -1,0 +1,287 @@
+"""LoRAtorio as a method: schedule, re-centring, selection from a pool, passes without a positive side, masks."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from lora_ensemble.kernels.branch import Branch, Step
+from lora_ensemble.methods.loratorio import LoRAtorio
+from lora_ensemble.methods.session import OTHER, POSITIVE, UNCONDITIONAL, Call, RunFacts
+from lora_ensemble.tests.test_patches import reference_cosine, reference_softmin
+from torch import Tensor
+
+TOTAL = 10
+SHAPE = (2, 4, 9, 8)
+SIGMA = torch.tensor([1.0, 1.0])
+FACTS = RunFacts(tuple(float(TOTAL - i) for i in range(TOTAL + 1)), tuple(1 - i / TOTAL for i in range(TOTAL)), SHAPE)
+
+
+def step(index: int) -> Step:
+    return Step(index, TOTAL, float(TOTAL - index))
+
+
+def random(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).float()
+
+
+class World:
+    """A fake model: every branch has predictions of its own, one per side."""
+
+    def __init__(self, count: int, shape: tuple[int, ...] = SHAPE, strength: float = 1.0):
+        self.base = {side: random(*shape, seed=i) for i, side in enumerate((POSITIVE, UNCONDITIONAL, OTHER))}
+        self.turns = {(i, side): strength * random(*shape, seed=10 + 10 * i + j) for i in range(count)
+                      for j, side in enumerate(self.base)}
+
+    def predict(self, branch: Branch, side: str) -> Tensor:
+        return self.base[side] + sum(g * self.turns[i, side] for i, g in enumerate(branch.gains))
+
+    def call(self, session, at: Step, x: Tensor, *sides: str | None, sigma: Tensor = SIGMA) -> list[Tensor | None]:
+        session.observe(at, x)
+        branches = session.branches(at)
+        predictions = [None if side is None else torch.stack([self.predict(b, side) for b in branches])
+                       for side in sides]
+        return session.mix(at, Call(x, sigma, branches, predictions, [side or UNCONDITIONAL for side in sides]))
+
+
+def reference(world: World, count: int, x: Tensor, inverse_temperature: float, space: str = "noise",
+              patch: int = 2) -> np.ndarray:
+    """Weights per pixel [N, B, 1, h, w] by the formulas, in float64."""
+    out = []
+    for b in range(x.shape[0]):
+        def vectors(prediction, b=b):
+            value = x[b] - prediction[b] if space == "noise" else prediction[b]
+            return value.double().numpy()
+
+        base = vectors(world.base[POSITIVE])
+        loras = np.stack([vectors(world.base[POSITIVE] + world.turns[i, POSITIVE]) for i in range(count)])
+        weights = reference_softmin(reference_cosine(base, loras, patch), inverse_temperature)
+        full = weights.repeat(patch, axis=1).repeat(patch, axis=2)[:, None, :x.shape[-2], :x.shape[-1]]
+        out.append(full)
+    return np.stack(out, axis=1)
+
+
+@pytest.mark.parametrize("space", ["noise", "x0"])
+@pytest.mark.parametrize("index", [0, 1, 4])
+def test_both_sides_follow_the_formulas(index, space):
+    world, x = World(3), random(*SHAPE, seed=99)
+    session = LoRAtorio((1.0,) * 3, kappa=0.7, space=space, recenter_lambda=0.25).begin(FACTS)
+    positive, negative = world.call(session, step(index), x, POSITIVE, UNCONDITIONAL)
+    w = reference(world, 3, x, 0.7 * index, space)
+    c = sum(w[i] * (world.base[POSITIVE] + world.turns[i, POSITIVE]).numpy() for i in range(3))
+    u = sum(w[i] * (world.base[UNCONDITIONAL] + world.turns[i, UNCONDITIONAL]).numpy() for i in range(3))
+    np.testing.assert_allclose(positive.numpy(), c, atol=2e-4)
+    np.testing.assert_allclose(negative.numpy(), 0.25 * u + 0.75 * world.base[UNCONDITIONAL].numpy(), atol=2e-4)
+
+
+def test_the_first_step_is_composite_with_re_centring():
+    world, x = World(3), random(*SHAPE, seed=99)
+    positive, negative = world.call(LoRAtorio((1.0,) * 3).begin(FACTS), step(0), x, POSITIVE, UNCONDITIONAL)
+    mean = {side: sum(world.predict(Branch(tuple(float(i == k) for i in range(3))), side) for k in range(3)) / 3
+            for side in world.base}
+    torch.testing.assert_close(positive, mean[POSITIVE])
+    torch.testing.assert_close(negative, (mean[UNCONDITIONAL] + world.base[UNCONDITIONAL]) / 2)
+
+
+def test_temperature_grows_with_what_has_passed():
+    def inverse(unit: str, index: int) -> float:
+        return LoRAtorio((1.0,), unit=unit).inverse_temperature(step(index), FACTS.times)
+
+    assert [inverse("steps", j) for j in (0, 1, 9)] == [0, 10, 90]
+    assert [inverse("progress", j) for j in (0, 9)] == [0, 10]
+    assert [inverse("timesteps", j) for j in (0, 5)] == [0, pytest.approx(5000)]
+
+
+def test_identical_loras_are_the_single_lora():
+    world, x = World(1), random(*SHAPE, seed=99)
+    for i in (1, 2):
+        world.turns |= {(i, side): world.turns[0, side] for side in world.base}
+    single = world.predict(Branch((1.0,)), POSITIVE)
+    for index in range(TOTAL):
+        session = LoRAtorio((1.0,) * 3, recenter_lambda=1.0).begin(FACTS)
+        positive, negative = world.call(session, step(index), x, POSITIVE, UNCONDITIONAL)
+        torch.testing.assert_close(positive, single)
+        torch.testing.assert_close(negative, world.predict(Branch((1.0,)), UNCONDITIONAL))
+    half = LoRAtorio((1.0,)).begin(FACTS)
+    negative = world.call(half, step(3), x, POSITIVE, UNCONDITIONAL)[1]
+    torch.testing.assert_close(negative, world.base[UNCONDITIONAL] + world.turns[0, UNCONDITIONAL] / 2)
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"top_k": 1, "scope": "patch"}, {"upsampling": "bilinear"}])
+def test_strength_zero_is_the_base_exactly(options):
+    world, x = World(3), random(*SHAPE, seed=99)
+    session = LoRAtorio((0.0,) * 3, **options).begin(FACTS)
+    for index in range(3):
+        mixed = world.call(session, step(index), x, POSITIVE, UNCONDITIONAL)
+        assert torch.equal(mixed[0], world.base[POSITIVE]) and torch.equal(mixed[1], world.base[UNCONDITIONAL])
+
+
+def test_no_lora_is_the_base():
+    session = LoRAtorio(()).begin(FACTS)
+    assert session.branches(step(0)) == (Branch(()),)
+    prediction = random(1, *SHAPE, seed=1)
+    call = Call(prediction[0], SIGMA, (Branch(()),), [prediction, None], (POSITIVE, UNCONDITIONAL))
+    assert torch.equal(session.mix(step(0), call)[0], prediction[0]) and session.mix(step(0), call)[1] is None
+
+
+def test_all_of_the_pool_is_static():
+    world, x = World(3), random(*SHAPE, seed=99)
+    static, dynamic = LoRAtorio((1.0,) * 3), LoRAtorio((1.0,) * 3, top_k=3, recheck_every=4)
+    for index in range(TOTAL):
+        a, b = (world.call(m.begin(FACTS), step(index), x, POSITIVE, UNCONDITIONAL) for m in (static, dynamic))
+        assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+
+
+def test_one_per_image_is_one_lora_for_all_pixels():
+    world, x = World(3), random(*SHAPE, seed=99)
+    positive, _ = world.call(LoRAtorio((1.0,) * 3, top_k=1).begin(FACTS), step(4), x, POSITIVE, UNCONDITIONAL)
+    for b in range(2):
+        cosine = reference_cosine((x - world.base[POSITIVE])[b].double().numpy(), np.stack(
+            [(x - world.base[POSITIVE] - world.turns[i, POSITIVE])[b].double().numpy() for i in range(3)]), 2)
+        chosen = int(cosine.mean(axis=(1, 2)).argmin())
+        torch.testing.assert_close(positive[b], (world.base[POSITIVE] + world.turns[chosen, POSITIVE])[b])
+
+
+def test_order_of_the_loras_does_not_matter():
+    world, x = World(3), random(*SHAPE, seed=99)
+    want = world.call(LoRAtorio((1.0,) * 3, top_k=2).begin(FACTS), step(4), x, POSITIVE, UNCONDITIONAL)
+    other = World(3)
+    other.turns = {(i, side): world.turns[(2, 0, 1)[i], side] for i in range(3) for side in world.base}
+    got = other.call(LoRAtorio((1.0,) * 3, top_k=2).begin(FACTS), step(4), x, POSITIVE, UNCONDITIONAL)
+    torch.testing.assert_close(got, want)
+
+
+def test_sides_in_any_order_and_other_conds_are_not_re_centred():
+    """DualCFG asks for negative, middle, positive."""
+    world, x = World(2), random(*SHAPE, seed=99)
+    c, u = world.call(LoRAtorio((1.0, 1.0)).begin(FACTS), step(3), x, POSITIVE, UNCONDITIONAL)
+    session = LoRAtorio((1.0, 1.0)).begin(FACTS)
+    negative, middle, positive = world.call(session, step(3), x, UNCONDITIONAL, OTHER, POSITIVE)
+    assert torch.equal(positive, c) and torch.equal(negative, u)
+    w = torch.from_numpy(reference(world, 2, x, 30.0)).float()
+    want = sum(w[i] * (world.base[OTHER] + world.turns[i, OTHER]) for i in range(2))
+    torch.testing.assert_close(middle, want, atol=2e-3, rtol=0)
+
+
+def test_a_perturbed_pass_keeps_the_weights_of_its_evaluation():
+    """PAG and SLG evaluate the positive again on the same latent: what they perturb must not move the weights."""
+    world, x = World(2), random(*SHAPE, seed=99)
+    session = LoRAtorio((1.0, 1.0)).begin(FACTS)
+    world.call(session, step(3), x, POSITIVE, UNCONDITIONAL)
+    w = torch.from_numpy(reference(world, 2, x, 30.0)).float()
+    perturbed = World(2)
+    perturbed.turns = {key: -value for key, value in world.turns.items()}
+    (got,) = perturbed.call(session, step(3), x, POSITIVE)
+    want = sum(w[i] * (world.base[POSITIVE] - world.turns[i, POSITIVE]) for i in range(2))
+    torch.testing.assert_close(got, want, atol=2e-3, rtol=0)
+    fresh = perturbed.call(LoRAtorio((1.0, 1.0)).begin(FACTS), step(3), x, POSITIVE)[0]
+    assert (fresh - got).abs().max() > 0.1, "on a latent of its own it does define them"
+    again = perturbed.call(session, step(3), x.clone(), POSITIVE, UNCONDITIONAL)[0]
+    torch.testing.assert_close(again, fresh)
+
+
+def test_an_unconditional_pass_alone_uses_the_weights_found_last():
+    """SAG evaluates the negative alone, on a latent of its own."""
+    world, x = World(2), random(*SHAPE, seed=99)
+    session = LoRAtorio((1.0, 1.0)).begin(FACTS)
+    _, want = world.call(session, step(3), x, POSITIVE, UNCONDITIONAL)
+    assert torch.equal(world.call(session, step(3), x + 1, UNCONDITIONAL)[0], want)
+    alone = LoRAtorio((1.0, 1.0)).begin(FACTS)
+    got = world.call(alone, step(3), x, UNCONDITIONAL)[0]
+    mean = sum(world.turns[i, UNCONDITIONAL] for i in range(2)) / 2
+    torch.testing.assert_close(got, world.base[UNCONDITIONAL] + mean / 2)
+    assert "uniform" in alone.notes()
+
+
+def test_without_a_negative_there_is_no_re_centring_and_the_notes_say_so():
+    world, x = World(2), random(*SHAPE, seed=99)
+    session = LoRAtorio((1.0, 1.0)).begin(FACTS)
+    assert world.call(session, step(0), x, POSITIVE, None)[1] is None
+    assert session.notes()["recentred"] is False
+    world.call(session, step(1), x, POSITIVE, UNCONDITIONAL)
+    notes = session.notes()
+    assert notes["recentred"] is True and notes["active"] == [0, 1]
+    assert sum(notes["weights"].tolist()) == pytest.approx(1)
+
+
+# --- selection from a pool ------------------------------------------------------------------------------------------
+
+
+def evaluated(method: LoRAtorio, world: World, steps: int = TOTAL) -> list[int]:
+    """LoRAs evaluated per step (the base not counted), on a latent that stays as it is."""
+    session, x, found = method.begin(FACTS), random(*SHAPE, seed=99), []
+    for index in range(steps):
+        found.append(len(session.branches(step(index))) - 1)
+        world.call(session, step(index), x, POSITIVE, UNCONDITIONAL)
+    return found
+
+
+def test_members_not_chosen_lately_are_re_checked_on_a_schedule():
+    world = World(5)
+    for i in (1, 3):  # these two depart most, in every picture
+        world.turns |= {(i, side): 4 * world.turns[i, side] for side in world.base}
+    strengths = (1.0,) * 5
+    assert evaluated(LoRAtorio(strengths, top_k=2), world) == [5] * TOTAL, "the paper"
+    assert evaluated(LoRAtorio(strengths, top_k=2, recheck_every=4), world) == [5, 5, 2, 2, 5, 2, 2, 2, 5, 2]
+    assert evaluated(LoRAtorio(strengths, top_k=2, recheck_every=2), world) == [5, 5, 5, 2, 5, 2, 5, 2, 5, 2]
+    assert evaluated(LoRAtorio(strengths, top_k=5, recheck_every=4), world) == [5] * TOTAL
+
+
+def test_between_re_checks_the_chosen_are_mixed_as_if_all_had_been_evaluated():
+    """As long as the same ones depart most: that is the assumption of every schedule."""
+    world, x = World(5), random(*SHAPE, seed=99)
+    paper, sparse = (LoRAtorio((1.0,) * 5, top_k=2, recheck_every=r).begin(FACTS) for r in (1, 4))
+    for index in range(4):
+        a, b = (world.call(s, step(index), x, POSITIVE, UNCONDITIONAL) for s in (paper, sparse))
+        torch.testing.assert_close(a, b)
+
+
+def test_what_any_call_of_a_step_chose_stays_in():
+    """Context windows and the pictures of a batch choose for themselves; between re-checks all their choices run."""
+    def favouring(lora: int) -> World:
+        world = World(4)
+        world.turns |= {(lora, side): 5 * world.turns[lora, side] for side in world.base}
+        return world
+
+    session, one, two = LoRAtorio((1.0,) * 4, top_k=1, recheck_every=5).begin(FACTS), favouring(1), favouring(3)
+    for index in range(3):
+        for world in (one, two):
+            world.call(session, step(index), random(*SHAPE, seed=50 + index), POSITIVE)
+    assert session.notes()["active"] == [1, 3]
+
+
+# --- masks ----------------------------------------------------------------------------------------------------------
+
+
+def test_masks_confine_loras_and_leave_the_base_where_none_may_act():
+    left, right = torch.zeros(1, 1, 9, 8), torch.zeros(1, 1, 9, 8)
+    left[..., :4], right[..., 4:7] = 1, 1
+    world, x = World(2), random(*SHAPE, seed=99)
+    facts = RunFacts(FACTS.sigmas, FACTS.times, SHAPE, (left, right))
+    positive, _ = world.call(LoRAtorio((1.0, 1.0)).begin(facts), step(3), x, POSITIVE, UNCONDITIONAL)
+    first, second = (world.base[POSITIVE] + world.turns[i, POSITIVE] for i in range(2))
+    torch.testing.assert_close(positive[..., :4], first[..., :4])
+    torch.testing.assert_close(positive[..., 4:7], second[..., 4:7])
+    assert torch.equal(positive[..., 7:], world.base[POSITIVE][..., 7:])
+
+
+def test_masks_of_white_and_masks_on_video():
+    world, x = World(2), random(*SHAPE, seed=99)
+    white = RunFacts(FACTS.sigmas, FACTS.times, SHAPE, (torch.ones(1, 1, 9, 8), None))
+    a, b = (world.call(LoRAtorio((1.0, 1.0)).begin(f), step(3), x, POSITIVE)[0] for f in (FACTS, white))
+    torch.testing.assert_close(a, b)
+    shape = (1, 4, 3, 8, 8)
+    film, mask = World(2, shape), torch.zeros(1, 1, 8, 8)
+    mask[..., :4, :] = 1
+    facts = RunFacts(FACTS.sigmas, FACTS.times, shape, (mask, 1 - mask))
+    (got,) = film.call(LoRAtorio((1.0, 1.0)).begin(facts), step(3), random(*shape, seed=99), POSITIVE)
+    for rows, i in ((slice(0, 4), 0), (slice(4, 8), 1)):
+        want = film.base[POSITIVE] + film.turns[i, POSITIVE]
+        torch.testing.assert_close(got[..., rows, :], want[..., rows, :])
+
+
+@pytest.mark.parametrize("options", [{"patch": 0}, {"kappa": -1}, {"top_k": -1}, {"recheck_every": 0},
+                                     {"recenter_lambda": 1.5}], ids=str)
+def test_wrong_numbers_are_named(options):
+    with pytest.raises(ValueError, match=f"LoRAtorio: {next(iter(options))}"):
+        LoRAtorio((1.0,), **options)
