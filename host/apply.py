@@ -13,6 +13,7 @@ import torch
 
 from ..engine.bank import Bank
 from ..methods import Method
+from .cache import CacheSpec
 from .composition import KEY, Composition, Layer
 from .ensemble import Ensemble, LoRASpec
 from .files import LoRAFileError, read
@@ -71,7 +72,7 @@ def apply_method(model, clip, ensemble: Ensemble, make: Callable[[Active], Metho
     before = model.get_attachment(KEY)
     masks = tuple(spec.mask.tensor if spec.mask is not None else None for spec in active)
     layers = (*(before.layers if before is not None else ()), Layer(method, names, tuple(problems), masks))
-    new_model.set_attachments(KEY, Composition(layers))
+    new_model.set_attachments(KEY, Composition(layers, before.cache if before is not None else None))
     banks = new_model.get_additional_models_with_key(KEY)
     new_model.set_additional_models(KEY, [*banks, bank_patcher(bank, model.load_device, model.offload_device)])
     install_wrappers(new_model)
@@ -85,6 +86,16 @@ def bake(model, clip, ensemble: Ensemble, node: str):
     for spec, lora in zip(active, parsed, strict=True):
         new_model.add_patches(lora.patches, spec.strength_model)
     return new_model, merge_clip(clip, ensemble)
+
+
+def with_cache(model, spec: CacheSpec):
+    """A MODEL whose branches reuse deep features as `spec` says, in place of what it said before; with or without
+    methods on it."""
+    before = model.get_attachment(KEY)
+    new_model = model.clone()
+    new_model.set_attachments(KEY, Composition(before.layers if before is not None else (), spec))
+    install_wrappers(new_model)
+    return new_model
 
 
 def merge_clip(clip, ensemble: Ensemble):

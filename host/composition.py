@@ -18,6 +18,7 @@ from ..engine.record import RunRecord, StepRecord
 from ..kernels.branch import Branch, Step
 from ..methods import Method
 from ..methods.session import OTHER, POSITIVE, UNCONDITIONAL, Call, RunFacts, begin
+from .cache import BranchCache, CacheSpec
 from .clock import Clock
 
 KEY = "lora_ensemble"
@@ -48,6 +49,7 @@ class Composition:
     """
 
     layers: tuple[Layer, ...]
+    cache: CacheSpec | None = None
     record: RunRecord | None = None
     runs: list[Run] = field(default_factory=list)
     warned: bool = False
@@ -69,9 +71,9 @@ class Composition:
                         "a dual-model guider, say): its LoRAs have no effect there. Bake them in with Merge instead.")
         return self.runs[-1] if self.runs else None
 
-    def begin(self, facts: Sequence[RunFacts], sides: Mapping[UUID, str]) -> Run:
+    def begin(self, sigmas: Tensor, facts: Sequence[RunFacts], sides: Mapping[UUID, str]) -> Run:
         """Start a run; `facts` per layer, and the side of guidance that each of the sampler's conds is on."""
-        run = Run(self.layers, facts, sides)
+        run = Run(self.layers, sigmas, facts, sides, self.cache)
         self.runs.append(run)
         self.record = run.record
         return run
@@ -105,12 +107,14 @@ class Plan:
 class Run:
     """State of one sampling run: fresh at its start, gone at its end."""
 
-    def __init__(self, layers: Sequence[Layer], facts: Sequence[RunFacts], sides: Mapping[UUID, str]):
+    def __init__(self, layers: Sequence[Layer], sigmas: Tensor, facts: Sequence[RunFacts], sides: Mapping[UUID, str],
+                 cache: CacheSpec | None = None):
         self.sessions = [begin(layer.method, known) for layer, known in zip(layers, facts, strict=True)]
-        self.clock = Clock(list(facts[0].sigmas))
+        self.clock = Clock(sigmas.detach().float().cpu().tolist())
         self.record = RunRecord([type(layer.method).__name__ for layer in layers],
                                 [list(layer.names) for layer in layers],
                                 problems=[problem for layer in layers for problem in layer.problems])
+        self.cache = BranchCache(cache, self._tell) if cache is not None and cache.oldest > 1 else None
         self.combos: dict[UUID, Combo] = {}
         self.single: Combo | None = None
         self.plan_of_call: Plan | None = None
@@ -145,7 +149,10 @@ class Run:
 
     def mix(self, plan: Plan, predictions: Sequence[Tensor | None], sides: Sequence[str],
             depth: int = 0) -> list[Tensor | None]:
-        """Mix predictions, per cond [combos, ...], of all layers from `depth` on, the last layer's first."""
+        """Mix predictions, per cond [combos, ...], of all layers from `depth` on, the last layer's first. Without
+        layers there is one combination, the model as it is."""
+        if not self.sessions:
+            return [None if p is None else p[0] for p in predictions]
         branches = plan.branches[depth]
         if depth + 1 < len(self.sessions):
             # One part per outer branch: each holds all inner combinations, for all conds together.
@@ -193,6 +200,8 @@ class Run:
                 self._unseen(routed)
                 routed.remove()
         self._routed.clear()
+        if self.cache is not None:
+            self.cache.close()
 
     def _unseen(self, routed: RoutedForwards) -> None:
         """Name layers that hold adapters but were never called: the model reads their weights in another way."""
@@ -202,7 +211,9 @@ class Run:
                                             "no effect")
 
     def _problem(self, adapter: str, layer: str, reason: str) -> None:
-        problem = f"{adapter}: {layer}: {reason}"
+        self._tell(f"{adapter}: {layer}: {reason}")
+
+    def _tell(self, problem: str) -> None:
         log.warning(problem)
         self.record.problems.append(problem)
 
@@ -211,6 +222,8 @@ class Run:
         now = time.perf_counter()
         if self.record.steps:
             self.record.steps[-1].seconds = now - self._since
+            if self.cache is not None:
+                self.note("cache", self.cache.notes())
             for k, (name, session) in enumerate(zip(self.record.methods, self.sessions, strict=True)):
                 found = session.notes()
                 if found:

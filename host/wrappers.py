@@ -32,7 +32,7 @@ def outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=No
     if composition is None:
         return executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, *args, **kwargs)
     guider = executor.class_obj
-    run = composition.begin(run_facts(guider.model_patcher, composition.layers, sigmas, noise.shape),
+    run = composition.begin(sigmas, run_facts(guider.model_patcher, composition.layers, sigmas, noise.shape),
                             sides_of(guider.conds))
     finished = False
 
@@ -55,17 +55,21 @@ def calc_cond_batch(executor, model, conds, x_in, timestep, model_options):
         return executor(model, conds, x_in, timestep, model_options)
     plan, sides = run.plan(x_in, timestep), run.sides(conds)
     combos = plan.combos
+    parts = [combos] if run.cache is None else run.cache.parts(plan.step, combos, plan.fresh, timestep)
     if len(combos) == 1:
         run.single = combos[0]
         outs = executor(model, conds, x_in, timestep, model_options)
         mixed = run.mix(plan, _present([out[None] for out in outs], conds), sides)
         return [out if one is None else one for out, one in zip(outs, mixed, strict=True)]
     run.single = None
-    # The host takes conds from the end of its list: reversed here, rows come out with branches in order and the conds
-    # of one branch side by side, which is the layout that the engine computes in the fewest products.
-    wide = [_branch_cond(run, cond, combo) for combo in reversed(combos) for cond in conds]
-    outs = executor(model, wide, x_in, timestep, _caller_options(model_options, len(conds)))
-    stacked = [torch.stack(outs[i::len(conds)][::-1]) for i in range(len(conds))]
+    options, outs = _caller_options(model_options, len(conds)), {}
+    for part in parts:
+        # The host takes conds from the end of its list: reversed here, rows come out with branches in order and the
+        # conds of one branch side by side, which is the layout that the engine computes in the fewest products.
+        wide = [_branch_cond(run, cond, combo) for combo in reversed(part) for cond in conds]
+        found = executor(model, wide, x_in, timestep, options)
+        outs.update({combo: found[k * len(conds):(k + 1) * len(conds)] for k, combo in enumerate(reversed(part))})
+    stacked = [torch.stack([outs[combo][i] for combo in combos]) for i in range(len(conds))]
     mixed = run.mix(plan, _present(stacked, conds), sides)
     return [out[0] if one is None else one for out, one in zip(stacked, mixed, strict=True)]
 
@@ -89,6 +93,9 @@ def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, t
         for k, routed in enumerate(run.routed(_unwrapped(model.diffusion_model), partial(_banks, model),
                                               partial(_read, model.current_patcher))):
             stack.enter_context(routed.rows([combo[k] for combo in combos for _ in range(per_cond)]))
+        if run.cache is not None:
+            control, options = stack.enter_context(run.cache.evaluate(
+                _unwrapped(model.diffusion_model), uuids, combos, x, c_crossattn, control, options))
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
 

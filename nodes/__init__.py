@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import baselines, ensembles
+from . import baselines, cache, ensembles
 
-NODES: list[type[io.ComfyNode]] = [*ensembles.NODES, *baselines.NODES]
+NODES: list[type[io.ComfyNode]] = [*ensembles.NODES, *baselines.NODES, *cache.NODES]
 
 
 class LoRAEnsembleExtension(ComfyExtension):

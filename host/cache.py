@@ -1,0 +1,180 @@
+"""The branch cache of a run: which rows run whole, which ride on deep features of an earlier step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from uuid import UUID
+
+import comfy.model_management
+import torch
+from torch import Tensor, nn
+
+from ..engine.cache import FeatureCache
+from ..kernels.branch import Branch, Step
+from ..methods.schedule import Schedule
+from .seams import Seam, seam_of
+
+Combo = tuple[Branch, ...]
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """What a MODEL says of caching.
+
+    schedule   when every branch runs whole; None: when its method asks for it (`Session.refresh`)
+    max_age    features of step s serve no step from s + max_age on, whatever the schedule; None: as the schedule says
+    depth      blocks computed at either end of the model where features are reused
+    """
+
+    schedule: Schedule | None = None
+    max_age: int | None = None
+    depth: int = 2
+
+    def __post_init__(self) -> None:
+        if self.depth < 1:
+            raise ValueError(f"Branch Cache: depth must be at least 1, got {self.depth}")
+        if self.schedule is None and self.max_age is None:
+            raise ValueError("Branch Cache: without a schedule it needs a max_age")
+
+    @property
+    def oldest(self) -> int:
+        """The age at which features are no longer used."""
+        ages = [self.max_age, self.schedule.max_age if self.schedule is not None else None]
+        return min(age for age in ages if age is not None)
+
+
+class BranchCache:
+    """One run's cache. Per model call of the sampler: `parts` once, then `evaluate` for each batch of the host's.
+
+    Features belong to a branch, a cond, a context window, a set of patches (perturbed passes of PAG and SLG bring
+    their own), a shape, and the how-manieth evaluation of all that at this noise level (SAG evaluates twice).
+
+    report   called with a sentence for what cannot be cached; once per case
+    """
+
+    def __init__(self, spec: CacheSpec, report: Callable[[str], None]):
+        self.spec = spec
+        self.store = FeatureCache(spec.oldest)
+        self.reused = 0  # rows of this step that were evaluated on cached features
+        self.ages: dict[Combo, int] = {}  # of what they were evaluated on
+        self._report = report
+        self._reported: set[str] = set()
+        self._step: Step | None = None
+        self._timestep: Tensor | None = None
+        self._whole: dict[Combo, bool] = {}
+        self._last: dict[Combo, int] = {}
+        self._times: dict[Hashable, int] = {}
+        self._seams: dict[int, tuple[nn.Module, Seam | None]] = {}
+        self._limits: dict[torch.device, int] = {}
+
+    def parts(self, step: Step, combos: Sequence[Combo], fresh: Sequence[bool], timestep: Tensor) -> list[list[Combo]]:
+        """The combinations to evaluate together: those that run whole, then those on cached features."""
+        if self._step is None or self._step.index != step.index:
+            self.reused, self.ages = 0, {}
+        if timestep is not self._timestep:
+            self._times.clear()
+        self._step, self._timestep = step, timestep
+        self._whole = {}
+        for combo, asked in zip(combos, fresh, strict=True):
+            due = asked if self.spec.schedule is None else self.spec.schedule.refreshes(step)
+            age = abs(step.index - self._last[combo]) if combo in self._last else self.store.max_age
+            self._whole[combo] = self._whole.get(combo, False) or due or age >= self.store.max_age
+        parts = ([combo for combo in combos if self._whole[combo] is whole] for whole in (True, False))
+        return [part for part in parts if part]
+
+    @contextmanager
+    def evaluate(self, root: nn.Module, uuids: Sequence[UUID | None], combos: Sequence[Combo], x: Tensor,
+                 context: Tensor | None, control: dict | None, options: dict) -> Iterator[tuple[dict | None, dict]]:
+        """(control, transformer options) to call the model with for one batch, `combos` and `uuids` per cond."""
+        seam = self._seam(root)
+        if seam is None or self._step is None:
+            yield control, options
+            return
+        rows = x.shape[0] // len(combos)
+        places = (_window(options), _patches(options), (rows, *x.shape[1:]), None if context is None else
+                  tuple(context.shape[1:]))
+        keys = [self._key((uuid, combo, *places)) for uuid, combo in zip(uuids, combos, strict=True)]
+        found = [self.store.get(key, self._step.index) for key in keys]
+        whole = any(self._whole.get(combo, True) for combo in combos) or None in found
+        for combo, key in zip(combos, keys, strict=True):
+            self.ages[combo] = 0 if whole else max(self.ages.get(combo, 0), self.store.age(key, self._step.index))
+        if not whole:
+            self.reused += x.shape[0]
+            features = {name: torch.cat([entry[name].to(x.device) for entry in found]) for name in found[0]}
+            with seam.reuse(features, control, options) as changed:
+                yield changed
+            return
+        caught: dict[Hashable, Tensor] = {}
+        yield control, seam.capture(options, caught)
+        if not seam.complete(caught) or any(value.shape[0] % len(combos) for value in caught.values()):
+            self._seams[id(root)] = (root, None)
+            self._say(f"{type(root).__name__} does not let its blocks be replaced")
+            return
+        self._keep(keys, combos, {name: value.chunk(len(combos)) for name, value in caught.items()}, x.device)
+
+    def notes(self) -> dict[str, object]:
+        """What to record of a step.
+
+        reused   rows that were evaluated on cached features
+        ages     steps between the making of the features and this step, per branch; 0: it ran whole
+        bytes    of features held
+        """
+        return {"reused": self.reused, "ages": [self.ages.get(combo, 0) for combo in self._whole],
+                "bytes": self.store.bytes}
+
+    def close(self) -> None:
+        self.store.clear()
+        self._seams.clear()
+        self._last.clear()
+
+    def _keep(self, keys: list, combos: Sequence[Combo], caught: dict[Hashable, tuple], device: torch.device) -> None:
+        if device not in self._limits:
+            self._limits[device] = room(device)
+        for k, (key, combo) in enumerate(zip(keys, combos, strict=True)):
+            # Copies: a view would hold the whole batch for as long as its oldest row is kept.
+            features = {name: chunks[k].clone() for name, chunks in caught.items()}
+            if self.store.put(key, self._step.index, features, self._limits[device]):
+                self._last[combo] = self._step.index
+            else:
+                self._last.pop(combo, None)
+                self._say(f"{self.store.bytes >> 20} MB of features are half of the free memory; more are not kept")
+
+    def _key(self, place: tuple) -> tuple:
+        """The place with its how-manieth evaluation at this noise level."""
+        time = self._times.get(place, 0)
+        self._times[place] = time + 1
+        return (*place, time)
+
+    def _seam(self, root: nn.Module) -> Seam | None:
+        if id(root) not in self._seams:
+            seam = seam_of(root, self.spec.depth)
+            if isinstance(seam, str):
+                self._say(f"{type(root).__name__}: {seam}")
+            self._seams[id(root)] = (root, None if isinstance(seam, str) else seam)
+        return self._seams[id(root)][1]
+
+    def _say(self, reason: str) -> None:
+        if reason not in self._reported:
+            self._reported.add(reason)
+            self._report(f"Branch Cache: {reason}. What is not cached runs whole, as without the cache.")
+
+
+def room(device: torch.device) -> int:
+    """Bytes that features may take on a device: half of what is free when the first are kept."""
+    return int(comfy.model_management.get_free_memory(device)) // 2
+
+
+def _window(options: dict) -> Hashable:
+    """The frames of a context window, where there is one."""
+    return tuple(getattr(options.get("context_window"), "index_list", None) or ())
+
+
+def _patches(options: dict) -> Hashable:
+    """What other nodes patched into the model for this pass."""
+    lists = options.get("patches", {})
+    places = options.get("patches_replace", {})
+    return (tuple((name, *map(id, found)) for name, found in sorted(lists.items())),
+            tuple((name, str(place), id(patch)) for name, found in sorted(places.items())
+                  for place, patch in found.items()))

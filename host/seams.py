@@ -1,0 +1,257 @@
+"""Where a model can be cut: its outermost layers are computed in every call, what lies between may come from a cache.
+
+A seam has two ways to run a model, both through ComfyUI's own forward:
+
+    capture(options, caught)                    transformer options for a whole call that puts its deep features into
+                                                `caught`, by name, [entries, ...]
+    reuse(features, control, options)           context: (control, transformer options) for a call that computes the
+                                                outer layers alone and takes the rest from `features`
+
+What other nodes put between blocks keeps its place: patches and replaced blocks are called as before where the block
+runs, and are part of the cached features where it does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from torch import Tensor, nn
+
+Options = dict
+Caught = dict
+"""name -> Tensor"""
+
+
+class Seam(Protocol):
+    def capture(self, options: Options, caught: Caught) -> Options: ...
+
+    def reuse(self, features: Mapping, control: dict | None, options: Options): ...
+
+    def complete(self, caught: Mapping) -> bool:
+        """Whether a call caught all that `reuse` needs."""
+        ...
+
+
+def seam_of(root: nn.Module, depth: int) -> Seam | str:
+    """The seam of a diffusion model with `depth` blocks computed at either end, or why there is none."""
+    if isinstance(root, UNetModel):
+        blocks = len(root.output_blocks)
+        return UNetSeam(root, depth) if depth < blocks else _shallow(blocks, depth)
+    order = [(kind, i) for name, kind in BLOCK_LISTS for i in range(len(_blocks(root, name)))]
+    if not order:
+        return "this model family offers no place to cut it"
+    deep = order[depth:-depth]
+    if not deep:
+        return _shallow(len(order) // 2, depth)
+    kinds = dict.fromkeys(kind for kind, _ in deep)
+    members = {kind: [i for other, i in deep if other == kind] for kind in kinds}
+    return BlockSeam(tuple(Span(kind, ids[0], ids[-1] + 1) for kind, ids in members.items()))
+
+
+def _shallow(blocks: int, depth: int) -> str:
+    return f"the model has {blocks} blocks at either end, and depth {depth} computes them all"
+
+
+def _blocks(root: nn.Module, name: str) -> nn.ModuleList | tuple:
+    for part in name.split("."):
+        root = getattr(root, part, None)
+    return root if isinstance(root, nn.ModuleList) else ()
+
+
+# --- U-Nets ---
+
+
+@dataclass(frozen=True)
+class UNetSeam:
+    """Stable Diffusion 1, 2, XL and their relatives, cut as DeepCache does (arXiv 2312.00858): the first `depth` input
+    blocks and the last `depth` output blocks are computed; the input of the first of those output blocks is cached.
+
+    On reuse the layers between answer with tensors that have no channels, so that the host's own forward runs through
+    all its blocks, indexes and skip connections, and nothing in them costs anything.
+    """
+
+    root: UNetModel
+    depth: int
+
+    @property
+    def cut(self) -> int:
+        """Index of the output block whose input is cached."""
+        return len(self.root.output_blocks) - self.depth
+
+    def complete(self, caught: Mapping) -> bool:
+        return "h" in caught
+
+    def capture(self, options: Options, caught: Caught) -> Options:
+        patches = _patches(options, "output_block_patch")
+
+        def grab(h: Tensor, skip: Tensor, now: Options) -> tuple[Tensor, Tensor]:
+            if now["block"][1] == self.cut:
+                caught["h"] = h.clone() if patches else h  # patches such as FreeU's write into h
+            return h, skip
+
+        return _with_patches(options, output_block_patch=[grab, *patches])
+
+    @contextmanager
+    def reuse(self, features: Mapping, control: dict | None, options: Options) -> Iterator[tuple]:
+        patches = _patches(options, "output_block_patch")
+
+        def recall(h: Tensor, skip: Tensor, now: Options) -> tuple[Tensor, Tensor]:
+            index = now["block"][1]
+            if index < self.cut:
+                return h, skip
+            h = features["h"] if index == self.cut else h
+            for patch in patches:
+                h, skip = patch(h, skip, now)
+            return h, skip
+
+        inputs = {name: [self._outer(patch) for patch in _patches(options, name)]
+                  for name in ("input_block_patch", "input_block_patch_after_skip")}
+        options = _with_patches(options, output_block_patch=[recall], middle_block_after_patch=[], **inputs)
+        layers = self._deep_layers()
+        before = [layer.__dict__.get("forward") for layer in layers]
+        try:
+            for layer in layers:
+                layer.forward = _no_channels
+            yield self._outer_control(control), options
+        finally:
+            for layer, forward in zip(layers, before, strict=True):
+                if forward is None:
+                    layer.__dict__.pop("forward", None)
+                else:
+                    layer.forward = forward
+
+    def _outer(self, patch: Callable) -> Callable:
+        return lambda h, now: patch(h, now) if now["block"][1] < self.depth else h
+
+    def _outer_control(self, control: dict | None) -> dict | None:
+        """The residuals of the outer blocks. Block i takes the i-th from the end of the list that is its own."""
+        if control is None:
+            return None
+        count = len(self.root.output_blocks)
+        outer = {"input": range(self.depth), "middle": (), "output": range(self.cut, count)}
+        return {name: [value if len(values) - 1 - i in outer[name] else None for i, value in enumerate(values)]
+                if name in outer else values for name, values in control.items()}
+
+    def _deep_layers(self) -> list[nn.Module]:
+        blocks = [*self.root.input_blocks[self.depth:], self.root.middle_block, *self.root.output_blocks[:self.cut]]
+        return [layer for block in blocks if block is not None for layer in block]
+
+
+def _no_channels(x: Tensor, *args, **kwargs) -> Tensor:
+    return x[:, :0]
+
+
+def _patches(options: Options, name: str) -> list[Callable]:
+    return options.get("patches", {}).get(name, [])
+
+
+def _with_patches(options: Options, **patches: list[Callable]) -> Options:
+    return {**options, "patches": {**options.get("patches", {}), **patches}}
+
+
+# --- transformers ---
+
+BLOCK_LISTS = (
+    ("double_blocks", "double_block"),  # Flux, Chroma, HunyuanVideo, Hunyuan3D, JoyImage
+    ("single_blocks", "single_block"),
+    ("double_layers", "double_block"),  # AuraFlow
+    ("single_layers", "single_block"),
+    ("joint_blocks", "double_block"),  # SD3
+    ("transformer_blocks", "double_block"),  # Qwen-Image, LTX-Video, Lens
+    ("visual_transformer_blocks", "double_block"),  # Kandinsky 5
+    ("blocks", "double_block"),  # Wan, Mochi, HunyuanDiT
+    ("transformer.layers", "double_block"),  # Stable Audio
+    ("language_model.layers", "double_block"),  # HiDream-O1
+)
+"""Names of block lists, in the order that models run them, and the kind by which ComfyUI lets nodes replace them. Some
+families have such a list and cannot be patched there; the first call tells (`complete`)."""
+
+STREAMS = ("img", "txt", "x")
+"""What flows from block to block, in the words of the block-replace patches; a pair where a model has picture and
+sound."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """The blocks [start, stop) of one kind."""
+
+    kind: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class BlockSeam:
+    """Transformers whose blocks can be replaced: the first and the last `depth` blocks are computed, and the sum of
+    what the blocks between add to each stream is cached.
+
+    The sum is taken block by block, so what the model adds between blocks (ControlNet residuals, VACE) is no part of
+    it and is added anew on reuse. It is kept in fp32 while it grows.
+    """
+
+    spans: tuple[Span, ...]
+
+    def complete(self, caught: Mapping) -> bool:
+        return {kind for kind, *_ in caught} == {span.kind for span in self.spans}
+
+    def capture(self, options: Options, caught: Caught) -> Options:
+        sums: dict[str, dict] = {span.kind: {} for span in self.spans}
+
+        def summing(span: Span, i: int, before: Callable | None) -> Callable:
+            def block(args: dict, extra: dict) -> dict:
+                total = sums[span.kind]
+                for name, tensor in _streams(args):
+                    if i == span.start:
+                        total[name] = -tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+                    elif name in total:
+                        total[name].sub_(tensor)
+                out = extra["original_block"](args) if before is None else before(args, extra)
+                out = out if isinstance(out, dict) else {"x": out}
+                streams = {name: tensor for name, tensor in _streams(out)
+                           if name in total and total[name].shape == tensor.shape}
+                sums[span.kind] = {name: total[name].add_(tensor) for name, tensor in streams.items()}
+                if i == span.stop - 1:
+                    caught.update({(span.kind, *name): sums[span.kind][name].to(tensor.dtype)
+                                   for name, tensor in streams.items()})
+                return out
+
+            return block
+
+        return self._replace(options, summing)
+
+    @contextmanager
+    def reuse(self, features: Mapping, control: dict | None, options: Options) -> Iterator[tuple]:
+        def skipping(span: Span, i: int, before: Callable | None) -> Callable:
+            def add(name: str, k: int, tensor):
+                cached = features.get((span.kind, name, k)) if i == span.start else None
+                return tensor if cached is None else tensor + cached
+
+            def block(args: dict, extra: dict) -> dict:
+                return {name: tuple(add(name, k, part) for k, part in enumerate(args[name]))
+                        if isinstance(args[name], tuple) else add(name, 0, args[name])
+                        for name in STREAMS if name in args}
+
+            return block
+
+        yield control, self._replace(options, skipping)
+
+    def _replace(self, options: Options, make: Callable) -> Options:
+        replace = options.get("patches_replace", {})
+        blocks = dict(replace.get("dit", {}))
+        for span in self.spans:
+            for i in range(span.start, span.stop):
+                blocks[span.kind, i] = make(span, i, blocks.get((span.kind, i)))
+        return {**options, "patches_replace": {**replace, "dit": blocks}}
+
+
+def _streams(state: dict) -> Iterator[tuple[tuple[str, int], Tensor]]:
+    for name in STREAMS:
+        value = state.get(name)
+        for k, part in enumerate(value if isinstance(value, tuple) else (value,)):
+            if isinstance(part, Tensor):
+                yield (name, k), part

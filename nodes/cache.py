@@ -1,0 +1,67 @@
+"""The branch cache as a node of its own, for every method."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from comfy_api.latest import io
+
+from ..host.apply import with_cache
+from ..host.cache import CacheSpec
+from ..methods.schedule import NonUniform, Uniform
+from .sockets import chosen, model_input, model_output, schema
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+
+SCHEDULES = ["uniform", "CMLoRA"]
+
+
+class LoRAEnsembleBranchCache(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="LoRAEnsembleBranchCache",
+            display_name="Branch Cache",
+            description="Computes the deep layers of every branch only each few steps and takes them from a cache in "
+            "between. Makes Composite, LoRAtorio and other methods with many branches two times as fast or more, at "
+            "a small loss of exactness.",
+            search_aliases=["deepcache", "feature cache", "speed up", "faster sampling", "teacache"],
+            inputs=[
+                model_input(),
+                io.Combo.Input(
+                    "schedule",
+                    options=SCHEDULES,
+                    default="uniform",
+                    tooltip="When everything is computed anew. uniform: every interval-th step. CMLoRA: every second "
+                    "step at the start and at the end, every third in the middle (37.5 % to 87.5 % of the steps); "
+                    "interval is not used.",
+                ),
+                io.Int.Input(
+                    "interval",
+                    default=3,
+                    min=1,
+                    max=1000,
+                    tooltip="With the uniform schedule: the steps from one full computation to the next. 1 turns the "
+                    "cache off, 2 is careful, 3 to 5 is fast.",
+                ),
+                io.Int.Input(
+                    "depth",
+                    default=2,
+                    min=1,
+                    max=100,
+                    tooltip="How many blocks at either end of the model are computed in every step. More is more "
+                    "exact and slower. The deep ones between them come from the cache.",
+                ),
+            ],
+            outputs=[model_output()],
+        )
+
+    @classmethod
+    def execute(cls, model: ModelPatcher, schedule: str, interval: int, depth: int) -> io.NodeOutput:
+        uniform = chosen(schedule, SCHEDULES, "Branch Cache: schedule") == "uniform"
+        spec = CacheSpec(Uniform(interval) if uniform else NonUniform(), depth=depth)
+        return io.NodeOutput(with_cache(model, spec))
+
+
+NODES: list[type[io.ComfyNode]] = [LoRAEnsembleBranchCache]
