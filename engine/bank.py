@@ -13,11 +13,12 @@ from .adapters import LowRank, Op, Span, frozen
 
 @dataclass(frozen=True)
 class Slot:
-    """Where one adapter's ranks lie in a stack."""
+    """Where one adapter's ranks lie in a stack, and the alpha/rank that was folded into them."""
 
     adapter: int
     start: int
     stop: int
+    scale: float = 1.0
 
 
 class Stack(nn.Module):
@@ -36,10 +37,29 @@ class Stack(nn.Module):
         self.slots: dict[int, Slot] = {}
         start = 0
         for adapter, op in entries.items():
-            self.slots[adapter] = Slot(adapter, start, start + op.down.shape[0])
+            self.slots[adapter] = Slot(adapter, start, start + op.down.shape[0], op.scale)
             start += op.down.shape[0]
         widths = {slot.stop - slot.start for slot in self.slots.values()}
         self.width = widths.pop() if len(widths) == 1 else None
+
+
+class StackOp(Op):
+    """One adapter's part of a stack, as an op like others."""
+
+    def __init__(self, stack: Stack, slot: Slot):
+        super().__init__()
+        # In a list, so that the stack is not registered once more as a module of this op.
+        self._stack, self.slot, self.span, self.scale = [stack], slot, stack.span, slot.scale
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(down [r, in, *k], up [out, r]), alpha/rank folded into up: views of the stack."""
+        stack, ranks = self._stack[0], slice(self.slot.start, self.slot.stop)
+        return stack.down[ranks], stack.up[:, ranks]
+
+    def delta(self, like: Tensor) -> Tensor:
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        down, up = (factor.to(like.device, dtype) for factor in self.factors())
+        return (up @ down.flatten(1)).unflatten(1, down.shape[1:])
 
 
 class Site(nn.Module):
@@ -63,6 +83,11 @@ class Site(nn.Module):
     def ops(self, adapter: int) -> list[Op]:
         """The ops of one adapter that are not in a stack."""
         return list(self.others[str(adapter)]) if str(adapter) in self.others else []
+
+    def all_ops(self, adapter: int) -> list[Op]:
+        """All ops of one adapter, in the order they act; none where it leaves the layer alone."""
+        stacked = [StackOp(stack, stack.slots[adapter]) for stack in self.stacks if adapter in stack.slots]
+        return stacked + self.ops(adapter)
 
 
 class Bank(nn.Module):

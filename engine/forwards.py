@@ -40,20 +40,6 @@ class _Batch(NamedTuple):
     gain: float | Tensor
 
 
-class _StackOp(Op):
-    """One adapter's part of a stack, as an op of a chain."""
-
-    def __init__(self, stack: Stack, slot: Slot):
-        super().__init__()
-        self.stack, self.slot, self.span = [stack], slot, stack.span
-
-    def delta(self, like: Tensor) -> Tensor:
-        stack, rows = self.stack[0], slice(self.slot.start, self.slot.stop)
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        down, up = stack.down[rows].to(like.device, dtype), stack.up[:, rows].to(like.device, dtype)
-        return (up @ down.flatten(1)).unflatten(1, down.shape[1:])
-
-
 class RoutedForwards:
     """Installs a bank on the layers of one model and takes it off again.
 
@@ -271,7 +257,7 @@ class RoutedForwards:
         from them the biases, (gain, op). Worked out once per run: the weight is read here and nowhere else."""
         key = ("chain", site.name, gains, device)
         if key not in self._cache:
-            active = [(a, op) for a, gain in enumerate(gains) if gain for op in self._all_ops(site, a)]
+            active = [(a, op) for a, gain in enumerate(gains) if gain for op in site.all_ops(a)]
             weight = None
             if any(isinstance(op, Decomposed) for _, op in active):
                 weight = self._reader(f"{site.name}.weight")
@@ -292,10 +278,6 @@ class RoutedForwards:
                 weight = None if weight is None else op.on_weight(weight, gains[a])
             self._cache[key] = ops, biases
         return self._cache[key]
-
-    def _all_ops(self, site: Site, adapter: int) -> list[Op]:
-        stacked = [_StackOp(stack, stack.slots[adapter]) for stack in site.stacks if adapter in stack.slots]
-        return stacked + site.ops(adapter)
 
     def _others(self, site: Site, gains: Sequence[float]) -> list[tuple[int, float, Op]]:
         return [(a, gains[a], op) for a in map(int, site.others) if gains[a] for op in site.ops(a)]

@@ -19,6 +19,14 @@ class Branch:
     gains: tuple[float, ...]
     per_module: tuple[tuple[str, tuple[float, ...]], ...] = ()
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        # Branches are looked up several times per model call and may hold one exception per layer of a model.
+        return hash((self.gains, self.per_module))
+
     @cached_property
     def _exceptions(self) -> dict[str, tuple[float, ...]]:
         return dict(self.per_module)

@@ -1,0 +1,112 @@
+"""How large every adapter's delta of every layer is: what K-LoRA and EST-LoRA choose by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..kernels.energy import energy
+from ..kernels.topk import Part, top_and_total
+from ..methods.selection import Size
+from .adapters import Bias, Decomposed, GLoRA, Op
+from .bank import Bank, Site, StackOp
+
+Reader = Callable[[str], "Tensor | None"]
+Report = Callable[[str, str, str], None]
+
+
+def measure(bank: Bank, subjects: Sequence[bool], k: int = 0, raw: bool = False, top: bool = True,
+            reader: Reader | None = None, visit: Callable[[int, int], None] | None = None,
+            report: Report | None = None) -> dict[str, dict[int, Size]]:
+    """Layer -> adapter -> the size of its delta there at strength 1, for layers on which several adapters act; a layer
+    of one adapter has a size of NaN, as there is nothing to compare.
+
+    subjects   per adapter, whether it is on the subject side; K is the product of the largest rank of either side (with
+               one side only, of that one), for two adapters the product of their ranks
+    k          a fixed K instead; 0: that product
+    raw        leave alpha/rank out where it is a factor of the delta, which the released code of K-LoRA does
+    top        False: neither the largest entries nor the sums, only energies, which cost next to nothing
+    reader     (parameter name) -> base weight in fp32, for adapters whose change depends on the weight (DoRA, OFT,
+               BOFT, GLoRA, replaced weights): the size is that of W' - W at strength 1. Where there is none, only the
+               part that does not depend on the weight counts
+    visit      called as visit(layers done, layers) after each layer; may raise to stop
+    report     called as report(adapter name, layer, reason) where a size is not the whole truth
+
+    A layer is a module of the model: where a model fuses several projections, they are one. Biases do not count.
+    """
+    sizes: dict[str, dict[int, Size]] = {}
+    for done, site in enumerate(bank.sites.values(), start=1):
+        here = {adapter: site.all_ops(adapter) for adapter in range(bank.count)}
+        here = {adapter: ops for adapter, ops in here.items() if ops}
+        if len(here) == 1:
+            sizes[site.name] = dict.fromkeys(here, Size())
+        else:
+            count = k or _k({adapter: _rank(ops) for adapter, ops in here.items()}, subjects)
+            sizes[site.name] = {adapter: _size(_parts(bank, site, adapter, ops, raw, reader, report), count, top)
+                                for adapter, ops in here.items()}
+        if visit is not None:
+            visit(done, len(bank.sites))
+    return sizes
+
+
+def _size(parts: Sequence[Part], k: int, top: bool) -> Size:
+    square = 0.0
+    for part in parts:
+        dense = isinstance(part, Tensor)
+        square += (part.double().square().sum() if dense else energy(part[0].flatten(1), part[1])).item()
+    return Size(*top_and_total(parts, k), square) if top else Size(energy=square)
+
+
+def _k(ranks: dict[int, int], subjects: Sequence[bool]) -> int:
+    most = [max((rank for adapter, rank in ranks.items() if subjects[adapter] == side), default=0)
+            for side in (True, False)]
+    return (most[0] or most[1]) * (most[1] or most[0])
+
+
+def _rank(ops: Sequence[Op]) -> int:
+    """The rank that an adapter was trained with, at least 1: of each op the smallest dimension of its factors, summed
+    over the slices of a fused layer."""
+    return max(sum(_rank_of(op) for op in ops), 1)
+
+
+def _rank_of(op: Op) -> int:
+    if isinstance(op, StackOp):
+        return op.slot.stop - op.slot.start
+    return min((min(p.shape[:2]) for p in op.parameters() if p.ndim > 1), default=0)
+
+
+def _parts(bank: Bank, site: Site, adapter: int, ops: Sequence[Op], raw: bool, reader: Reader | None,
+           report: Report | None) -> list[Part]:
+    """The delta of one adapter at one layer, in disjoint parts: one per slice of the weight."""
+    ops = [op for op in ops if not isinstance(op, Bias)]
+    if not all(op.additive for op in ops):
+        weight = reader(f"{site.name}.weight") if reader is not None else None
+        if weight is not None:
+            changed = weight
+            for op in ops:
+                changed = op.on_weight(changed, 1.0)
+            return [changed - weight]
+        if report is not None:
+            report(bank.names[adapter], site.name, "the base weight is unreadable, so only the part of its change that "
+                                                   "does not depend on the weight is compared")
+        ops = [op.direction if isinstance(op, Decomposed) else op.plus if isinstance(op, GLoRA) else op for op in ops]
+        ops = [op for op in ops if op.additive]
+    slices: dict[object, list[Op]] = {}
+    for op in ops:
+        slices.setdefault(op.span, []).append(op)
+    return [_part(each, raw) for each in slices.values()]
+
+
+def _part(ops: Sequence[Op], raw: bool) -> Part:
+    """The delta of the ops of one slice: factors as they are, everything else added up."""
+    if len(ops) == 1 and isinstance(ops[0], StackOp):
+        down, up = ops[0].factors()
+        return down, up.float() / _scale(ops[0], raw)
+    like = torch.empty(0)
+    return sum(op.delta(like) / _scale(op, raw) for op in ops)
+
+
+def _scale(op: Op, raw: bool) -> float:
+    return (op.scale or 1.0) if raw else 1.0
