@@ -111,6 +111,7 @@ class Bank(nn.Module):
         # Layer names hold dots, which module names must not: sites are kept by position.
         self.site_list = nn.ModuleList([Site(name, ops) for name, ops in by_layer.items()])
         self.sites: dict[str, Site] = {site.name: site for site in self.site_list}
+        self.dtype = dtype
         if dtype is not None:
             self.hold_as(dtype)
 
@@ -119,6 +120,11 @@ class Bank(nn.Module):
         for module in self.modules():
             if isinstance(module, Stack):
                 module.down.data, module.up.data = module.down.data.to(dtype), module.up.data.to(dtype)
+
+    @property
+    def additive(self) -> bool:
+        """Whether no change of a layer depends on the layer's weight."""
+        return all(op.additive for op in self.modules() if isinstance(op, Op))
 
     def nbytes(self) -> int:
         """Bytes of all tensors held."""

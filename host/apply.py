@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import comfy.lora
 import comfy.model_patcher
@@ -27,14 +27,16 @@ log = logging.getLogger("lora_ensemble")
 class Active:
     """The LoRAs that take part in a composition, those with a model strength: what a method is made from.
 
-    specs   as the user listed them
-    bank    what each of them does to each layer, in the same order
-    model   the MODEL they act on
+    specs      as the user listed them
+    bank       what each of them does to each layer, in the same order
+    model      the MODEL they act on
+    problems   what cannot be done as asked; a method may add to it, each line is logged and recorded once
     """
 
     specs: tuple[LoRASpec, ...]
     bank: Bank
     model: object
+    problems: list[str] = field(default_factory=list)
 
     @property
     def strengths(self) -> tuple[float, ...]:
@@ -63,7 +65,7 @@ def apply_method(model, clip, ensemble: Ensemble, make: Callable[[Active], Metho
         problems += _problems(spec, lora, new_model.add_patches(rest, spec.strength_model) if rest else [])
     names = tuple(spec.name for spec in active)
     bank = Bank([lora.layers for lora in parsed], names, compute_dtype(model.model))
-    method = make(Active(tuple(active), bank, model))
+    method = make(Active(tuple(active), bank, model, problems))
     masked = [spec.name for spec in active if spec.mask is not None]
     if masked and not getattr(method, "uses_masks", False):
         problems.append(f"the mask of LoRA '{masked[0]}' is not used: this method cannot confine a LoRA to a region")

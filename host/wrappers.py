@@ -91,7 +91,7 @@ def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, t
     run.count(x.shape[0])
     with ExitStack() as stack:
         for k, routed in enumerate(run.routed(_unwrapped(model.diffusion_model), partial(_banks, model),
-                                              partial(_read, model.current_patcher))):
+                                              partial(read_weight, model.current_patcher))):
             stack.enter_context(routed.rows([combo[k] for combo in combos for _ in range(per_cond)]))
         if run.cache is not None:
             control, options = stack.enter_context(run.cache.evaluate(
@@ -163,7 +163,7 @@ def _caller_indexes(options: dict) -> dict:
     return options
 
 
-def _read(patcher, name: str) -> Tensor | None:
+def read_weight(patcher, name: str) -> Tensor | None:
     """A tensor of the base model in fp32 as earlier nodes left it (their LoRAs included), or None where the model
     keeps it in a form that cannot be read."""
     key = f"diffusion_model.{name}"
