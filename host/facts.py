@@ -18,9 +18,9 @@ SIDES = {"positive": POSITIVE, "negative": UNCONDITIONAL, "empty_negative_prompt
 
 def run_facts(model, layers: Sequence[Layer], sigmas: Tensor, shape: Sequence[int]) -> list[RunFacts]:
     """The facts of one run, per layer: they differ in the masks."""
-    schedule = tuple(sigmas.detach().float().cpu().tolist())
-    times = tuple(_times(model.get_model_object("model_sampling"), sigmas))
-    return [RunFacts(schedule, times, tuple(shape), tuple(on_latent(mask, shape) for mask in layer.masks))
+    schedule, sampling = tuple(sigmas.detach().float().cpu().tolist()), model.get_model_object("model_sampling")
+    times, span = tuple(_times(sampling, sigmas)), _span(sampling, schedule)
+    return [RunFacts(schedule, times, tuple(shape), tuple(on_latent(mask, shape) for mask in layer.masks), span)
             for layer in layers]
 
 
@@ -46,3 +46,19 @@ def _times(sampling, sigmas: Tensor) -> list[float]:
     device = getattr(sampling, "sigmas", levels).device
     top, bottom, *steps = sampling.timestep(levels.to(device)).float().tolist()
     return [(t - bottom) / (top - bottom) for t in steps]
+
+
+def _span(sampling, sigmas: Sequence[float]) -> tuple[float, float]:
+    """`RunFacts.span` by the scale on which users give start and end of a ControlNet. A run that ends without noise is
+    at its end with its last step, one that is handed on with noise left goes on after it."""
+    last = 1.0 if sigmas[-1] == 0 or len(sigmas) < 3 else _percent(sampling, sigmas[-2])
+    return _percent(sampling, sigmas[0]), last
+
+
+def _percent(sampling, sigma: float) -> float:
+    """The inverse of the host's `percent_to_sigma`, which every kind of model has and which only falls."""
+    low, high = 0.0, 1.0
+    for _ in range(30):
+        middle = (low + high) / 2
+        low, high = (low, middle) if float(sampling.percent_to_sigma(middle)) <= sigma else (middle, high)
+    return high

@@ -17,6 +17,7 @@ from math import inf, nan
 from torch import Tensor
 
 from ..kernels.branch import Branch, Step
+from .session import Call, RunFacts, Session
 
 STYLES = ("style", "background")
 
@@ -192,8 +193,28 @@ class Selection:
             return (ratio - self.beta) / self.alpha
         return inf if ratio >= self.beta else -inf
 
-    def branches(self, step: Step) -> tuple[Branch, ...]:
-        return (self.contest.branch(self.scale(step.progress)),)
+    def at(self, progress: float) -> Branch:
+        """The one branch that a step at this progress evaluates."""
+        return self.contest.branch(self.scale(progress))
 
-    def mix(self, step: Step, predictions: Tensor) -> Tensor:
-        return predictions[0]
+    def begin(self, facts: RunFacts) -> SelectionSession:
+        return SelectionSession(self, facts)
+
+
+class SelectionSession(Session):
+    """One run. Nothing is kept but where it stands: the choice depends on the progress alone."""
+
+    def __init__(self, method: Selection, facts: RunFacts):
+        self.method, self.facts, self._scale = method, facts, 0.0
+
+    def branches(self, step: Step) -> tuple[Branch, ...]:
+        self._scale = self.method.scale(self.facts.progress(step))
+        return (self.method.contest.branch(self._scale),)
+
+    def mix(self, step: Step, call: Call) -> list[Tensor | None]:
+        return [None if p is None else p[0] for p in call.predictions]
+
+    def notes(self) -> dict[str, object]:
+        """Per LoRA, the number of layers at which it acted."""
+        acting = Counter(self.method.contest.acting(self._scale))
+        return {"layers": [acting[i] for i in range(len(self.method.contest.strengths))]}

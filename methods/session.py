@@ -26,6 +26,8 @@ class RunFacts:
 
     sigmas   the schedule in the model's own units, noisiest first, with the final 0
     times    per step: the model's own time, 1 at its highest noise level and 0 at its lowest
+    span     how far a run over all noise levels would be at this run's first and at its last step, 0 to 1: other than
+             that where a picture is only partly noised, or sampled in several runs
     shape    of the latent, [pictures, channels, ..., height, width]
     masks    per LoRA: where it may act, in [0, 1], [pictures or 1, 1, height, width] on the latent's grid; None:
              everywhere
@@ -35,11 +37,17 @@ class RunFacts:
     times: tuple[float, ...] = ()
     shape: tuple[int, ...] = ()
     masks: tuple[Tensor | None, ...] = ()
+    span: tuple[float, float] = (0.0, 1.0)
 
     @property
     def total(self) -> int:
         """Number of steps."""
         return max(len(self.sigmas) - 1, 1)
+
+    def progress(self, step: Step) -> float:
+        """The methods' normalised time u: 0 at the first step of a full run, 1 at its last, in equal parts per step."""
+        first, last = self.span
+        return first + (last - first) * step.progress
 
 
 @dataclass(frozen=True)

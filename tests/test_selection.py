@@ -16,6 +16,7 @@ from lora_ensemble.kernels.orthogonal import cayley
 from lora_ensemble.methods.est import ESTLoRA
 from lora_ensemble.methods.klora import KLoRA
 from lora_ensemble.methods.selection import Size, sides
+from lora_ensemble.methods.session import POSITIVE, UNCONDITIONAL, Call, RunFacts
 
 LAYERS = {"q": (24, 32), "k": (48, 40), "v": (64, 16), "ff": (96, 64), "conv": (16, 12, 3, 3), "out": (40, 24)}
 PAIR = (True, False)
@@ -48,9 +49,14 @@ def bank(*loras: Lora) -> Bank:
     return Bank([lora.ops for lora in loras])
 
 
+def branch_of(method, step: Step) -> Branch:
+    (branch,) = method.begin(RunFacts(sigmas=tuple(range(step.total, -1, -1)))).branches(step)
+    return branch
+
+
 def chosen(method, layers, step: Step) -> list[int]:
     """Per layer, the LoRA that acts; exactly one does."""
-    (branch,) = method.branches(step)
+    branch = branch_of(method, step)
     out = []
     for layer in layers:
         acting = [i for i, gain in enumerate(branch.at(layer)) if gain]
@@ -185,7 +191,7 @@ def test_the_selected_delta_is_exactly_one_loras(make):
     """At every layer and step the gains are those of one LoRA at its own strength, whatever the other's."""
     method = klora(make(), (0.7, 1.3))
     for j in range(STEPS):
-        (branch,) = method.branches(Step(j, STEPS, 0.0))
+        branch = branch_of(method, Step(j, STEPS, 0.0))
         assert {branch.at(layer) for layer in LAYERS} <= {(0.7, 0.0), (0.0, 1.3)}
 
 
@@ -270,10 +276,27 @@ def test_a_layer_of_one_lora_is_that_loras():
 def test_one_lora_acts_everywhere_and_none_is_the_base():
     one = Lora.random(1, 4)
     assert (schedule(klora([one], (0.8,), (True,))) == 0).all()
-    assert klora([one], (0.8,), (True,)).branches(Step(0, 5, 1.0)) == (Branch((0.8,)),)
-    assert klora([one], (0.8,), (True,)).mix(Step(0, 5, 1.0), torch.ones(1, 2)).tolist() == [1.0, 1.0]
-    (empty,) = KLoRA.of({}, (), ()).branches(Step(0, 5, 1.0))
-    assert empty.is_base
+    assert branch_of(klora([one], (0.8,), (True,)), Step(0, 5, 1.0)) == Branch((0.8,))
+    assert branch_of(KLoRA.of({}, (), ()), Step(0, 5, 1.0)).is_base
+
+
+def test_a_run_over_part_of_the_noise_has_the_choices_of_that_part():
+    """denoise 0.5, or the second of two samplers: 10 of the 21 steps of a full run, from its 11th on."""
+    method = klora(PAIRS["alike"]())
+    second = method.begin(RunFacts(tuple(range(11, -1, -1)), span=(0.5, 1.0)))
+    for j in range(11):
+        assert second.branches(Step(j, 11, 0.0)) == (branch_of(method, Step(10 + j, 21, 0.0)),)
+
+
+def test_a_session_hands_predictions_on_and_notes_who_acted():
+    session = klora(PAIRS["alike"]()).begin(RunFacts((1.0, 0.5, 0.0)))
+    branches = session.branches(Step(0, 2, 1.0))
+    positive = torch.ones(1, 2, 3)
+    call = Call(torch.zeros(2, 3), branches, [positive, None], (POSITIVE, UNCONDITIONAL))
+    mixed = session.mix(Step(0, 2, 1.0), call)
+    assert mixed[0] is not None and torch.equal(mixed[0], positive[0]) and mixed[1] is None
+    acting = [branches[0].at(layer) for layer in LAYERS]
+    assert session.notes() == {"layers": [acting.count((1.0, 0.0)), acting.count((0.0, 1.0))]}
 
 
 # --- more than two ---
@@ -415,8 +438,8 @@ def test_a_visitor_sees_every_layer_and_may_stop_it():
 def test_a_run_makes_few_branches_and_finds_them_again():
     layers = {f"layer.{i}": (8, 8) for i in range(200)}
     method = klora((Lora.random(1, 2, layers), Lora.random(2, 2, layers)))
-    first = [method.branches(Step(j, 20, 0.0))[0] for j in range(20)]
-    again = [method.branches(Step(j, 20, 0.0))[0] for j in range(20)]
+    first = [branch_of(method, Step(j, 20, 0.0)) for j in range(20)]
+    again = [branch_of(method, Step(j, 20, 0.0)) for j in range(20)]
     assert all(a is b for a, b in zip(first, again, strict=True)) and len({id(b) for b in first}) > 5
     assert all(len(branch.per_module) <= 100 for branch in first)  # the LoRA of most layers needs no exceptions
     assert all(a == b and hash(a) == hash(b) for a, b in zip(first, first, strict=True))
