@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import baselines, cache, ensembles
+from . import baselines, cache, ensembles, klora
 
-NODES: list[type[io.ComfyNode]] = [*ensembles.NODES, *baselines.NODES, *cache.NODES]
+NODES: list[type[io.ComfyNode]] = [*ensembles.NODES, *baselines.NODES, *cache.NODES, *klora.NODES]
 
 
 class LoRAEnsembleExtension(ComfyExtension):

@@ -30,6 +30,8 @@ IDS = {
     "LoRAEnsembleSwitch": "Switch LoRAs",
     "LoRAEnsembleComposite": "Composite LoRAs",
     "LoRAEnsembleBranchCache": "Branch Cache",
+    "LoRAEnsembleKLoRA": "K-LoRA",
+    "LoRAEnsembleESTLoRA": "EST-LoRA",
 }
 PLACEHOLDERS = {"ckpt_name", "lora_name"}  # files that a user chooses; any .safetensors name will do
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
