@@ -292,7 +292,7 @@ def test_a_session_hands_predictions_on_and_notes_who_acted():
     session = klora(PAIRS["alike"]()).begin(RunFacts((1.0, 0.5, 0.0)))
     branches = session.branches(Step(0, 2, 1.0))
     positive = torch.ones(1, 2, 3)
-    call = Call(torch.zeros(2, 3), branches, [positive, None], (POSITIVE, UNCONDITIONAL))
+    call = Call(torch.zeros(2, 3), torch.ones(2), branches, [positive, None], (POSITIVE, UNCONDITIONAL))
     mixed = session.mix(Step(0, 2, 1.0), call)
     assert mixed[0] is not None and torch.equal(mixed[0], positive[0]) and mixed[1] is None
     acting = [branches[0].at(layer) for layer in LAYERS]
