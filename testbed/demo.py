@@ -20,9 +20,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from ..engine.bank import Bank
 from ..methods.merge import Merge
 from .base import Base
-from .evaluate import METHODS, evaluate, summary
+from .evaluate import METHODS, evaluate, lineup, summary
 from .judge import Judge
 from .protocol import LoraSet, some_sets
 from .report import number
@@ -39,14 +40,14 @@ def chosen_sets() -> list[LoraSet]:
     return [task for size in (2, 3, 4, 5) for task in [s for s in sets if len(s.concepts) == size][:ROWS_PER_SIZE]]
 
 
-def cells(tasks: list[LoraSet]) -> list[list[Picture]]:
+def cells(tasks: list[LoraSet], bank: Bank) -> list[list[Picture]]:
     """Per set: each LoRA alone, padded with the base to five, then every method."""
     rows = []
     for task in tasks:
         alone = [Picture(task.prompt((concept,)), task.seed, (lora,), Merge((1.0,)))
                  for concept, lora in zip(task.concepts, task.loras, strict=True)]
-        ones = (1.0,) * len(task.loras)
-        rows.append(alone + [Picture(task.prompt(), task.seed, task.loras, make(ones)) for make in METHODS.values()])
+        of = lineup(task, 1.0, bank)
+        rows.append(alone + [Picture(task.prompt(), task.seed, task.loras, make(of)) for make in METHODS.values()])
     return rows
 
 
@@ -87,8 +88,8 @@ def grid(tasks: list[LoraSet], rows: list[list[Picture]], images: Tensor,
 
 def pictures(base: Base, judge: Judge) -> Image.Image:
     tasks = chosen_sets()
-    rows = cells(tasks)
     with Sampler(base, load_loras(REGIME)) as sampler:
+        rows = cells(tasks, sampler.bank)
         images = sampler.draw([picture for row in rows for picture in row])
     return grid(tasks, rows, images, judge.read(images))
 

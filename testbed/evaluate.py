@@ -5,26 +5,64 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from torch import Tensor
 
+from ..engine.bank import Bank
+from ..engine.sizes import measure
 from ..methods import Method
 from ..methods.composite import Composite
+from ..methods.est import ESTLoRA
+from ..methods.klora import KLoRA
 from ..methods.merge import Merge
+from ..methods.selection import Sizes, sides
 from ..methods.switch import Switch
 from .base import Base
 from .judge import Judge
+from .loras import RANK
 from .protocol import LoraSet
 from .report import number
 from .sampler import Picture, Sampler
 from .worlds import leaked
 
-Factory = Callable[[tuple[float, ...]], Method]  # strengths of the LoRAs of a set -> method
+
+@dataclass(frozen=True)
+class Lineup:
+    """The LoRAs of one picture, what a method is made from: a strength and a role each, and `loras`, where they are in
+    the bank."""
+
+    strengths: tuple[float, ...]
+    roles: tuple[str, ...]
+    loras: tuple[int, ...]
+    bank: Bank
+
+
+def lineup(task: LoraSet, strength: float, bank: Bank) -> Lineup:
+    """The LoRAs of a set, all at one strength; a concept's category is its role."""
+    roles = tuple(concept.category for concept in task.concepts)
+    return Lineup((strength,) * len(roles), roles, task.loras, bank)
+
+
+@lru_cache(maxsize=4)
+def _bank_sizes(bank: Bank) -> Sizes:
+    return measure(bank, (True,) * bank.count, k=RANK**2)
+
+
+def sizes(of: Lineup) -> Sizes:
+    """The sizes of the deltas of a lineup's LoRAs. All have one rank, so that K is the same for any of them."""
+    return {layer: {n: here[lora] for n, lora in enumerate(of.loras) if lora in here}
+            for layer, here in _bank_sizes(of.bank).items()}
+
+
+Factory = Callable[[Lineup], Method]
 METHODS: dict[str, Factory] = {
-    "Merge": Merge,
-    "Switch": Switch,
-    "Composite": Composite,
+    "Merge": lambda of: Merge(of.strengths),
+    "Switch": lambda of: Switch(of.strengths),
+    "Composite": lambda of: Composite(of.strengths),
+    "KLoRA": lambda of: KLoRA.of(sizes(of), of.strengths, sides(of.roles)),
+    "ESTLoRA": lambda of: ESTLoRA.of(sizes(of), of.strengths, sides(of.roles)),
 }
 
 BATCH = 24  # pictures drawn together
@@ -74,9 +112,9 @@ def interval(values: np.ndarray, draws: int = 2000, seed: int = 0) -> tuple[floa
     return round(float(low), 4), round(float(high), 4)
 
 
-def _pictures(task: LoraSet, factory: Factory | None, strength: float) -> list[Picture]:
+def _pictures(task: LoraSet, factory: Factory | None, strength: float, bank: Bank) -> list[Picture]:
     if factory is not None:
-        return [Picture(task.prompt(), task.seed, task.loras, factory((strength,) * len(task.loras)))]
+        return [Picture(task.prompt(), task.seed, task.loras, factory(lineup(task, strength, bank)))]
     return [Picture(task.prompt((concept,)), task.seed, (lora,), Merge((strength,)))
             for concept, lora in zip(task.concepts, task.loras, strict=True)]
 
@@ -87,7 +125,7 @@ def scores(sampler: Sampler, judge: Judge, sets: Sequence[LoraSet], factory: Fac
     found = []
     for start in range(0, len(sets), BATCH):
         batch = sets[start:start + BATCH]
-        drawn = [_pictures(task, factory, strength) for task in batch]
+        drawn = [_pictures(task, factory, strength, sampler.bank) for task in batch]
         before, begin = sampler.evaluations, time.perf_counter()
         images = sampler.draw([picture for pictures in drawn for picture in pictures])
         seconds = (time.perf_counter() - begin) / len(images)

@@ -51,7 +51,8 @@ def draw(server: Server, pictures: list[Picture], files: list[str]) -> Tensor:
     for picture in pictures:
         node = f"LoRAEnsemble{type(picture.method).__name__}"
         names = [files[lora] for lora in picture.loras]
-        prompt = compose(node, widgets(info[node]), names, picture.prompt, picture.seed, STEPS, GUIDANCE)
+        roles = [CONCEPTS[lora].category for lora in picture.loras]
+        prompt = compose(node, widgets(info[node]), names, roles, picture.prompt, picture.seed, STEPS, GUIDANCE)
         drawn += fetch(server, prompt)
     return torch.tensor(np.stack(drawn)).movedim(-1, 1).float() / 255
 
@@ -70,7 +71,8 @@ def examples(server: Server, files: list[str], out: Path, version: str) -> int:
 def main(out: Path, comfyui: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     tasks, started = demo.chosen_sets(), time.monotonic()
-    rows = demo.cells(tasks)
+    sampler = Sampler(load_base(), load_loras(demo.REGIME))
+    rows = demo.cells(tasks, sampler.bank)
     pictures = [picture for row in rows for picture in row]
     files = [lora_path(demo.REGIME, concept) for concept in CONCEPTS]
     with tempfile.TemporaryDirectory() as folder, \
@@ -84,7 +86,7 @@ def main(out: Path, comfyui: Path) -> None:
         drawn = time.monotonic()
         count = examples(server, names, out, version)
     demo.grid(tasks, rows, images, load_judge().read(images)).save(out / f"comfyui-{version}.png")
-    with Sampler(load_base(), load_loras(demo.REGIME)) as sampler:
+    with sampler:
         expected = (sampler.draw(pictures) * 255).round() / 255
     worst = float((images - expected).abs().max() * 255)
     sys.stdout.write(

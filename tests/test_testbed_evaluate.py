@@ -41,15 +41,15 @@ def test_sample_of_sets_is_fixed_and_balanced():
 
 
 def test_rows_of_a_run(task):
-    """Costs in branches are exact: 20 steps, one branch for Merge and Switch, N for Composite."""
+    """Costs in branches are exact: 20 steps, N branches for Composite, one for the others."""
     base, judge, loras = weights.load_base(), weights.load_judge(), weights.load_loras("narrow")
     rows = {name: list(evaluate.evaluate("narrow", name, make, [task], base, judge, loras, 1.0))
             for name, make in {"Alone": None, **evaluate.METHODS}.items()}
     assert {name: row[0].branches for name, row in rows.items()} == {
-        "Alone": 20, "Merge": 20, "Switch": 20, "Composite": 40}
+        "Alone": 20, "Merge": 20, "Switch": 20, "Composite": 40, "KLoRA": 20, "ESTLoRA": 20}
     for two, total in rows.values():
         assert (two.n, total.n) == (2, None) and 0 <= two.shown <= 1 and total.shown == two.shown
-    assert len(evaluate.summary([row for pair in rows.values() for row in pair]).splitlines()) == 2 + 8
+    assert len(evaluate.summary([row for pair in rows.values() for row in pair]).splitlines()) == 2 + 2 * len(rows)
     with Sampler(base, loras) as sampler:
         assert sampler.routed.current is None
     assert "forward" not in base.unet.down_res1.conv1.__dict__

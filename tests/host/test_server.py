@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lora_ensemble.testbed.evaluate import METHODS
+from lora_ensemble.testbed.evaluate import METHODS, lineup
 from lora_ensemble.testbed.model import UNet
 from lora_ensemble.testbed.protocol import all_sets
 from lora_ensemble.testbed.sampler import GUIDANCE, STEPS, Picture, Sampler
@@ -157,13 +157,15 @@ def test_server_draws_what_the_standalone_sampler_draws(server: Server, lora_fil
     """Trained weights, three LoRAs, 20 steps: two programs that share nothing but the methods' formulas."""
     task = all_sets((3,))[0]
     with Sampler(load_base(), load_loras("narrow")) as sampler:
-        drawn = sampler.draw([Picture(task.prompt(), task.seed, task.loras, METHODS[method]((1.0,) * 3))])
+        of = lineup(task, 1.0, sampler.bank)
+        drawn = sampler.draw([Picture(task.prompt(), task.seed, task.loras, METHODS[method](of))])
     files = [lora_path("narrow", concept) for concept in task.concepts]
     for file in files:
         if not (lora_files / file.name).exists():
             link(file, lora_files / file.name)
     node = f"LoRAEnsemble{method}"
-    prompt = compose(node, widgets(node_info[node]), [f.name for f in files], task.prompt(), task.seed, STEPS, GUIDANCE)
+    names = [file.name for file in files]
+    prompt = compose(node, widgets(node_info[node]), names, of.roles, task.prompt(), task.seed, STEPS, GUIDANCE)
     assert difference(pictures(server, prompt)[0], drawn[0].movedim(0, -1).numpy() * 255) <= 2.5
 
 
