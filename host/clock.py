@@ -36,8 +36,9 @@ class Clock:
 
     def step(self, timestep: Tensor) -> Step:
         """The step of a model call at `timestep` (noise levels, one per picture, all equal). Extra passes within one
-        call (context windows, perturbed attention) bring the same tensor and are the same step."""
-        if self._step is not None and timestep is self._last:
+        call (context windows, perturbed attention) bring the same tensor and are the same step; so do passes for some
+        of the pictures, which bring the beginning of it."""
+        if self._step is not None and _same(timestep, self._last):
             return self._step
         self._last = timestep
         self._calls += 1
@@ -60,3 +61,11 @@ class Clock:
         if abs(self.sigmas[nearest] - sigma) <= 1e-4 * abs(self.sigmas[nearest]):
             return nearest
         return max((i for i in steps if self.sigmas[i] >= sigma), default=0)
+
+
+def _same(timestep: Tensor, last: Tensor) -> bool:
+    """Whether it is the last call's tensor or a view that begins where it does; both are alive, so equal addresses mean
+    equal memory."""
+    if timestep is last:
+        return True
+    return isinstance(timestep, Tensor) and isinstance(last, Tensor) and timestep.data_ptr() == last.data_ptr()

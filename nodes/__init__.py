@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import baselines, cache, ensembles, klora
+from . import baselines, cache, ensembles, guidance, klora
 
-NODES: list[type[io.ComfyNode]] = [*ensembles.NODES, *baselines.NODES, *cache.NODES, *klora.NODES]
+NODES: list[type[io.ComfyNode]] = [*ensembles.NODES, *baselines.NODES, *cache.NODES, *klora.NODES, *guidance.NODES]
 
 
 class LoRAEnsembleExtension(ComfyExtension):

@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = sorted((ROOT / "example_workflows" / "api").glob("*.json"))
 TESTBED = sorted((ROOT / "tests" / "host" / "workflows").glob("*.json"))
 LATENTS = ("EmptyLatentImage", "EmptySD3LatentImage")
+SAMPLERS = ("KSampler", "BasicScheduler", "LoRAEnsembleKSampler")  # nodes with a number of steps
 Prompt = dict[str, dict[str, Any]]
 
 
@@ -34,9 +35,9 @@ def on_testbed(workflow: Prompt, loras: Sequence[str], text: str | None = None, 
             inputs.update(width=32, height=32)
         elif kind == "LoRAEnsembleLoRA":
             inputs["lora_name"] = next(names)
-        elif kind == "KSampler":
+        elif kind in SAMPLERS:
             inputs["steps"] = steps or inputs["steps"]
-            if text is not None:
+            if text is not None and "positive" in inputs:
                 source = prompt[inputs["positive"][0]]
                 source = prompt[source["inputs"]["conditioning"][0]] if "conditioning" in source["inputs"] else source
                 source["inputs"]["text"] = text

@@ -1,0 +1,91 @@
+"""Calibration of guidance: sums over sampled paths, and the coefficients they give."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..kernels.guidance import least_squares, products
+from ..methods.guidance import LinearAG
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What calibration found.
+
+    coefficients   [calls, 2 calls + 1] float64, as LinearAG takes them
+    steps          the step that each call belongs to
+    r2             [calls]: 1 - |u - u^|^2 / |u - c|^2, how much of the guidance direction is foretold: 1 all of it,
+                   0 no more than with the conditional prediction in the negative's place
+    gamma          space -> [paths, calls]: similarity curves under full guidance
+    """
+
+    coefficients: Tensor
+    steps: tuple[int, ...]
+    r2: Tensor
+    gamma: dict[str, Tensor]
+
+    def policy(self) -> LinearAG:
+        return LinearAG(tuple(map(tuple, self.coefficients.tolist())), self.steps)
+
+    def by_step(self, space: str) -> Tensor:
+        """Similarity at the first call of each step, the one that decides: [paths, steps]."""
+        return self.gamma[space][:, [self.steps.index(step) for step in sorted(set(self.steps))]]
+
+    def refitted(self, equations: NormalEquations, policy: LinearAG, total: int, intercept: bool) -> Calibration:
+        """With the coefficients of the predicted calls taken from paths that LinearAG itself has led."""
+        coefficients, r2 = equations.solve(intercept)
+        kept, kept_r2 = self.coefficients.clone(), self.r2.clone()
+        for call, step in enumerate(self.steps):
+            if call < len(r2) and policy.kind_at(step, total) == "predicted":
+                kept[call, :2 * call + 1], kept[call, -1] = coefficients[call, :2 * call + 1], coefficients[call, -1]
+                kept_r2[call] = r2[call]
+        return replace(self, coefficients=kept, r2=kept_r2)
+
+
+class NormalEquations:
+    """Gram matrix of all features and their products with all targets, added up path by path in float64; no path is
+    kept. Features of a path of E calls are c_0, u_0, .., c_{E-1}, u_{E-1} and the constant 1.
+
+    Source: ordinary least squares of LinearAG's section; the sums need each path once.
+    """
+
+    def __init__(self):
+        self.gram = torch.zeros(0, 0, dtype=torch.float64)
+        self.cross = torch.zeros(0, 0, dtype=torch.float64)  # [calls, features]
+        self.energy = torch.zeros(0, dtype=torch.float64)  # [calls]: <target, target>
+
+    def add(self, features: list[Tensor], targets: list[Tensor]) -> None:
+        """Paths of one batch: 2E features and E targets of shape [B, ...] each.
+
+        Raises ValueError where the number of calls differs from that of earlier paths.
+        """
+        f, t = torch.stack(features), torch.stack(targets)
+        one = torch.ones_like(f[:1])
+        gram = products(torch.cat([f, one]), torch.cat([f, one])).cpu()
+        cross = products(t, torch.cat([f, one])).cpu()
+        energy = torch.stack([products(each[None], each[None])[0, 0] for each in t]).cpu()
+        if not len(self.gram):
+            self.gram, self.cross, self.energy = gram, cross, energy
+        elif self.gram.shape != gram.shape:
+            raise ValueError(f"the sampler called the model {len(energy)} times on one path and {len(self.energy)} on "
+                             "another")
+        else:
+            self.gram, self.cross, self.energy = self.gram + gram, self.cross + cross, self.energy + energy
+
+    def solve(self, intercept: bool = False, ridge: float = 1e-6) -> tuple[Tensor, Tensor]:
+        """(coefficients [E, 2E + 1], r2 [E]); call n is foretold from c_0..c_n and u_0..u_{n-1}, 2n + 1 features."""
+        calls = len(self.energy)
+        coefficients = torch.zeros(calls, 2 * calls + 1, dtype=torch.float64)
+        r2 = torch.zeros(calls, dtype=torch.float64)
+        for n in range(calls):
+            index = torch.tensor([*range(2 * n + 1), *([2 * calls] if intercept else [])])
+            gram, cross = self.gram[index][:, index], self.cross[n, index]
+            b = least_squares(gram, cross, ridge)
+            coefficients[n, index] = b
+            error = self.energy[n] - 2 * b @ cross + b @ gram @ b
+            direction = self.energy[n] - 2 * self.cross[n, 2 * n] + self.gram[2 * n, 2 * n]
+            r2[n] = 1 - error / direction if direction > 0 else 1.0
+        return coefficients, r2

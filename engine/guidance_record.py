@@ -1,0 +1,65 @@
+"""What guidance did in a run: what was evaluated, and how alike the two sides were."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+
+
+@dataclass
+class GuidanceStep:
+    """One sampling step as guidance sees it, after branches were mixed.
+
+    calls        model calls of the sampler
+    rows         pictures x calls: what the conditional side costs
+    negative     pictures x calls (x negatives) whose negative was evaluated
+    predicted    pictures x calls whose negative was predicted instead (LinearAG)
+    gamma        similarity per picture; None where it was not measured
+    """
+
+    index: int
+    sigma: float
+    calls: int = 0
+    rows: int = 0
+    negative: int = 0
+    predicted: int = 0
+    gamma: list[float | None] = field(default_factory=list)
+
+
+@dataclass
+class GuidanceRecord:
+    """What guidance did in one run. Plain numbers and strings only.
+
+    policy      the decision in words
+    full        evaluations that full guidance would have cost
+    problems    what could not be done as asked, and what was done instead
+    """
+
+    policy: str
+    steps: list[GuidanceStep] = field(default_factory=list)
+    full: int = 0
+    problems: list[str] = field(default_factory=list)
+    finished: bool = False
+
+    @property
+    def evaluations(self) -> int:
+        """Pictures x sides of guidance that were evaluated."""
+        return sum(step.rows + step.negative for step in self.steps)
+
+    def as_dict(self) -> dict:
+        """The record as JSON-serialisable data."""
+        return asdict(self)
+
+    def text(self) -> str:
+        """The record as a few lines to read."""
+        calls = sum(step.calls for step in self.steps)
+        saved = 100 * (1 - self.evaluations / self.full) if self.full else 0.0
+        lines = [f"{self.policy}: {self.evaluations} of {self.full} evaluations ({saved:.1f} % saved), "
+                 f"{len(self.steps)} steps, {calls} model calls" + ("" if self.finished else ", not finished")]
+        for step in self.steps:
+            side = "predicted" if step.predicted else "full" if step.negative else "none"
+            if step.negative and step.negative < step.rows:
+                side = f"{step.negative} of {step.rows}"
+            known = ", ".join("-" if g is None else f"{g:.6f}" for g in step.gamma)
+            lines.append(f"step {step.index + 1}, sigma {step.sigma:.4g}: negative {side}"
+                         + (f", similarity {known}" if known else ""))
+        return "\n".join(lines + self.problems)

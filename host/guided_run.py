@@ -1,0 +1,265 @@
+"""One run with guidance: what happens at each model call.
+
+Two wrappers, put in place for the run alone. The PREDICT_NOISE one is the innermost, so that it sees the cfg that other
+nodes have set, and decides whether the guider runs at all or only its conditional side. The CALC_COND_BATCH one is the
+outermost, around the composition's: it sees mixed predictions, and a negative that it leaves out leaves out all of its
+branches. Where a negative was not evaluated, its place is taken by the conditional prediction: guidance between two
+equal predictions is none, and every node further down the line finds the valid pair that it expects.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+
+import comfy.samplers
+import torch
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor
+
+from ..engine.guidance import AdaptiveState, LinearState, Rows
+from ..engine.guidance_record import GuidanceRecord, GuidanceStep
+from ..kernels.branch import Step
+from ..kernels.guidance import cosine
+from .clock import Clock
+from .composition import KEY as COMPOSITION
+from .rows import narrowed, whole_only
+
+log = logging.getLogger("lora_ensemble")
+PRE_CFG, CFG = "sampler_pre_cfg_function", "sampler_cfg_function"
+
+
+@dataclass
+class Call:
+    """One model call of the sampler.
+
+    kind       what happens to the negatives: "guided" (rows of it, None for all), "predicted" or "conditional"
+    windowed   a context handler evaluates it in windows; the decision then counts from the next step on
+    c          the conditional prediction, once known
+    terms      similarity terms per negative, added up over windows
+    """
+
+    step: Step
+    kind: str
+    rows: Rows | None
+    batch: int
+    windowed: bool
+    c: Tensor | None = None
+    terms: dict[int, Tensor] = field(default_factory=dict)
+    has_negative: bool = False
+
+
+class GuidedRun:
+    """State of guidance in one sampling run: fresh at its start, gone at its end."""
+
+    def __init__(self, guider, state: AdaptiveState | LinearState, sigmas: tuple[float, ...], policy: str):
+        self.guider, self.state = guider, state
+        self.clock = Clock(list(sigmas))
+        self.record = GuidanceRecord(policy)
+        self.own_math = type(guider).predict_noise is not comfy.samplers.CFGGuider.predict_noise
+        self.composition = guider.model_patcher.get_attachment(COMPOSITION)
+        self.roles: dict | None = None
+        self.call: Call | None = None
+
+    def installed(self, options: dict, key: str) -> dict:
+        """Model options of the run with both wrappers in place."""
+        wrappers = options.setdefault("transformer_options", {}).setdefault("wrappers", {})
+        calc, predict = WrappersMP.CALC_COND_BATCH, WrappersMP.PREDICT_NOISE
+        wrappers[calc] = {key: [self.calc_cond_batch], **wrappers.get(calc, {})}
+        wrappers[predict] = {**wrappers.get(predict, {}), key: [self.predict_noise]}
+        return options
+
+    def __deepcopy__(self, memo) -> GuidedRun:
+        """Nodes that copy model options during a run must not copy the run."""
+        return self
+
+    # --- one model call ---
+
+    def predict_noise(self, executor, x, timestep, model_options=None, seed=None):
+        """The guider's prediction at x: guided, or its conditional side alone."""
+        options = model_options if model_options is not None else {}
+        step = self.clock.step(timestep)
+        windowed = options.get("context_handler") is not None
+        kind, rows = self._plan(step, windowed)
+        self.call = call = Call(step, kind, rows, x.shape[0], windowed)
+        self._open_step(step)
+        try:
+            if kind == "conditional":
+                return self._conditional(executor, x, timestep, options, seed)
+            if options.get(PRE_CFG):
+                options = {**options, PRE_CFG: [*options[PRE_CFG], self.restore]}
+            out = executor(x, timestep, options, seed)
+            if call.windowed and call.terms and isinstance(self.state, AdaptiveState):
+                self.state.decide(self._similarity(call))
+            if self.own_math and call.c is not None and isinstance(self.state, AdaptiveState):
+                weight = self.state.weight(out)
+                # Where, since a guider's own formula need not be finite between equal predictions.
+                out = torch.where(weight > 0, torch.lerp(call.c.to(out), out, weight), call.c.to(out))
+            return out
+        finally:
+            self.call = None
+
+    def _plan(self, step: Step, windowed: bool) -> tuple[str, Rows | None]:
+        begun = self.state.begin(step)
+        if isinstance(self.state, LinearState):
+            if windowed and begun == "predicted":
+                begun = "guided"
+                self.problem("LinearAG: context windows leave no whole predictions to foretell the negative from; "
+                             "those steps were guided in full")
+            if self.state.off_course:
+                self.problem("LinearAG: another node left out or added model calls, the coefficients do not fit them; "
+                              "those steps were guided in full")
+            return begun, None
+        return ("conditional", ()) if begun == () else ("guided", begun)
+
+    def _conditional(self, executor, x, timestep, options: dict, seed):
+        """What the same chain of nodes predicts at cfg 1. What shapes guidance is left out: some nodes take a missing
+        negative for one of zeros (core's APG then doubles the picture). What follows guidance stays."""
+        options = {key: value for key, value in options.items() if key not in (PRE_CFG, CFG)}
+        guider = self.guider
+        if self.own_math:
+            return comfy.samplers.sampling_function(guider.inner_model, x, timestep, guider.conds.get("negative"),
+                                                    guider.conds["positive"], 1.0, options, seed)
+        cfg, guider.cfg = guider.cfg, 1.0
+        try:
+            return executor(x, timestep, options, seed)
+        finally:
+            guider.cfg = cfg
+
+    def restore(self, args: dict) -> list:
+        """The last pre-cfg function: gives pictures that are no longer guided their conditional prediction back, which
+        nodes with a memory (APG's momentum) would change."""
+        out, call = args["conds_out"], self.call
+        if call is None or call.c is None or self.own_math or not isinstance(self.state, AdaptiveState):
+            return out
+        done = self.state.weight(call.c) == 0
+        return [torch.where(done, call.c, each) if isinstance(each, Tensor) else each for each in out]
+
+    # --- its predictions ---
+
+    def calc_cond_batch(self, executor, model, conds, x, timestep, options):
+        """Evaluate the conds that are needed, and fill in the others."""
+        call = self.call
+        if call is None:
+            return executor(model, conds, x, timestep, options)
+        positive, negatives = self._indexes(conds)
+        if not negatives:
+            return self._without_negatives(executor, model, conds, x, timestep, options, positive)
+        extra = positive is None and (call.c is None or call.has_negative)
+        if extra:  # a node's own pass with the negative alone
+            return executor(model, conds, x, timestep, options)
+        call.has_negative = True
+        rows = call.rows
+        if rows and (reason := whole_only(conds, options, self.composition)) is not None:
+            rows = None
+            self.problem(f"Adaptive Guidance: {reason}; the negative is evaluated for the whole batch until every "
+                          "picture is done with it")
+        watched = call.kind == "predicted" and self.state.watch
+        together = watched or (call.kind == "guided" and rows is None)
+        outs = executor(model, conds if together else [c if i == positive else None for i, c in enumerate(conds)],
+                        x, timestep, options) if together or positive is not None else [None] * len(conds)
+        c = call.c = outs[positive] if positive is not None else call.c
+        asked, full = x.shape[0] * (positive is not None), x.shape[0] * len(negatives)
+        self._count(asked, full, full if together else len(rows) * len(negatives) if call.kind == "guided" else 0)
+        if call.kind != "guided":
+            self._fill(x, timestep, outs, negatives)
+        elif not together:
+            index = torch.tensor(rows, device=x.device)
+            some = [narrowed(cond, rows, x.shape[0]) if i in negatives else None for i, cond in enumerate(conds)]
+            parts = executor(model, some, x[index], timestep[:len(rows)], options)
+            for i in negatives:
+                outs[i] = c.index_copy(0, index, parts[i])
+        if isinstance(self.state, AdaptiveState):
+            if call.kind == "guided":
+                self._weigh(call, x, outs, negatives)
+        elif call.kind == "guided" and not call.windowed:
+            self.state.keep(x, c, outs[negatives[0]], timestep)
+        return outs
+
+    def _without_negatives(self, executor, model, conds, x, timestep, options, positive: int | None):
+        call = self.call
+        outs = executor(model, conds, x, timestep, options)
+        if positive is not None and call.c is None:
+            call.c = outs[positive]
+            left_out = len(self.guider.conds) - 1 if call.kind == "conditional" else 0
+            self._count(x.shape[0], x.shape[0] * left_out, 0)
+            if call.kind == "conditional":
+                outs = [out if cond is not None else call.c.clone() for cond, out in zip(conds, outs, strict=True)]
+        return outs
+
+    def _fill(self, x: Tensor, timestep: Tensor, outs: list, negatives: list[int]) -> None:
+        """Put a prediction in the place of each negative that guidance does without."""
+        call = self.call
+        if call.kind == "conditional":
+            for i in negatives:
+                outs[i] = call.c.clone()
+            return
+        (i,) = negatives
+        true = outs[i] if self.state.watch else None
+        outs[i] = self.state.foretell(x, call.c, timestep)
+        self.state.keep(x, call.c, outs[i], timestep, true)
+        self.record.steps[-1].predicted += x.shape[0]
+
+    def _weigh(self, call: Call, x: Tensor, outs: list, negatives: list[int]) -> None:
+        """Measure, decide, and let guidance fade: u' = c + w (u - c)."""
+        state, c = self.state, call.c
+        if state.fresh:
+            for i in negatives:
+                terms = state.terms(x, c, outs[i])
+                if terms.shape[1] != call.batch:  # windows over the batch: frames decide together
+                    terms = terms.sum(1, keepdim=True).expand(-1, call.batch)
+                call.terms[i] = call.terms[i] + terms if i in call.terms else terms
+            if not call.windowed:
+                state.decide(self._similarity(call))
+        if not self.own_math:
+            weight = state.weight(c)
+            for i in negatives:
+                outs[i] = torch.lerp(c, outs[i], weight)
+
+    @staticmethod
+    def _similarity(call: Call) -> Tensor:
+        """With several negatives (DualCFG, PerpNeg) all must agree with the conditional prediction."""
+        return torch.stack([cosine(terms) for terms in call.terms.values()]).amin(0)
+
+    def _indexes(self, conds: list) -> tuple[int | None, list[int]]:
+        """Where the caller has its positive and its negatives. Identities survive what else is done to conds."""
+        if self.roles is None:
+            self.roles = {entry.get("uuid"): name for name, cond in self.guider.conds.items() for entry in cond}
+            if "positive" not in self.guider.conds:
+                self.problem(f"Adaptive Guidance: {type(self.guider).__name__} has no 'positive'; it is left alone")
+        names = [self.roles.get(cond[0].get("uuid")) if cond else None for cond in conds]
+        positive = names.index("positive") if "positive" in names else None
+        return positive, [i for i, name in enumerate(names) if name not in (None, "positive")]
+
+    # --- the record ---
+
+    def _open_step(self, step: Step) -> None:
+        if not self.record.steps or self.record.steps[-1].index != step.index:
+            self.record.steps.append(GuidanceStep(step.index, step.sigma))
+        self.record.steps[-1].calls += 1
+
+    def _count(self, rows: int, negatives: int, evaluated: int) -> None:
+        """Rows of the conditional side, those of the negatives at full guidance, and those of them evaluated."""
+        self.record.steps[-1].rows += rows
+        self.record.steps[-1].negative += evaluated
+        self.record.full += rows + negatives
+
+    def problem(self, text: str) -> None:
+        if text not in self.record.problems:
+            log.warning(text)
+            self.record.problems.append(text)
+
+    def close(self, finished: bool) -> None:
+        self.record.finished = finished
+        if isinstance(self.state, AdaptiveState):
+            self.state.finish()
+            for step in self.record.steps:
+                step.gamma = self.state.gamma.get(step.index, [])
+            self._too_early()
+
+    def _too_early(self) -> None:
+        policy, first = self.state.policy, self.state.gamma.get(self.state.policy.min_steps)
+        if first and all(g is not None and g >= policy.threshold for g in first):
+            self.problem(f"Adaptive Guidance: the similarity is above the threshold {policy.threshold:g} from the "
+                          f"first step on that may be left out ({min(first):.6f}): this model, in the space "
+                          f"'{policy.space}', needs a higher threshold. Calibrate Guidance finds it.")

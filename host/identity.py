@@ -1,0 +1,60 @@
+"""A name for what a MODEL predicts with: its architecture, its weights, and the LoRAs on it."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from .composition import KEY
+
+SAMPLED = 16  # tensors whose values are looked at
+
+
+def describe_model(model) -> str:
+    """Equal for equal predictions, short enough to show. Another checkpoint, dtype, LoRA or strength changes it.
+
+    Only small unquantized tensors are read, as they are without patches; nothing is moved or loaded.
+    """
+    parts = [f"{type(model.model).__name__} {_digest(_weights(model))}"]
+    if model.patches:
+        parts.append(f"patches {_digest(_patches(model))}")
+    composition = model.get_attachment(KEY)
+    for layer in composition.layers if composition is not None else ():
+        strengths = getattr(layer.method, "strengths", ())
+        loras = ", ".join(f"{name} {s:g}" for name, s in zip(layer.names, strengths, strict=False)) or "no LoRA"
+        parts.append(f"{type(layer.method).__name__} ({loras})")
+    return " + ".join(parts)
+
+
+def _digest(parts: list[bytes]) -> str:
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:8]
+
+
+def _weights(model) -> list[bytes]:
+    state = {key: value for key, value in model.model.state_dict().items() if key.startswith("diffusion_model.")}
+    out = [f"{key}{tuple(value.shape)}".encode() for key, value in sorted(state.items())]
+    small = [key for key, value in sorted(state.items()) if value.ndim == 1 and value.is_floating_point()]
+    for key in small[::max(1, len(small) // SAMPLED)]:
+        backup = model.backup.get(key)
+        out += _values(state[key] if backup is None else backup.weight)
+    return out
+
+
+def _patches(model) -> list[bytes]:
+    out = []
+    for n, (key, patches) in enumerate(sorted(model.patches.items(), key=lambda item: str(item[0]))):
+        out.append(f"{key} {[float(patch[0]) for patch in patches]}".encode())
+        if n < SAMPLED:
+            out += [value for patch in patches for value in _values(getattr(patch[1], "weights", patch[1]))]
+    return out
+
+
+def _values(value) -> list[bytes]:
+    """The first numbers of a tensor, or of the first tensor in a nest of tuples."""
+    if isinstance(value, (tuple, list)):
+        return next((found for each in value if (found := _values(each))), [])
+    if not isinstance(value, Tensor) or value.is_meta or type(value) not in (Tensor, torch.nn.Parameter):
+        return []
+    return [value.detach().flatten()[:64].float().cpu().numpy().tobytes()]

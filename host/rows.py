@@ -1,0 +1,61 @@
+"""The caller's conds for some rows of its batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import comfy.utils
+import torch
+from torch import Tensor
+
+from .composition import Composition
+
+
+def narrowed(cond: list[dict], rows: Sequence[int], batch: int) -> list[dict]:
+    """A processed cond list for the given rows of a batch. What has one entry for all rows stays as it is."""
+    return [_entry(entry, rows, batch) for entry in cond]
+
+
+def _entry(entry: dict, rows: Sequence[int], batch: int) -> dict:
+    entry = {**entry, "model_conds": {name: _cond(value, rows, batch) for name, value in entry["model_conds"].items()}}
+    if isinstance(entry.get("mask"), Tensor):
+        entry["mask"] = _tensor(entry["mask"], rows, batch)
+    return entry
+
+
+def _cond(value, rows: Sequence[int], batch: int):
+    inner = getattr(value, "cond", None)
+    if isinstance(inner, Tensor):
+        return value._copy_with(_tensor(inner, rows, batch))
+    if isinstance(inner, list) and all(isinstance(each, Tensor) for each in inner):
+        return value._copy_with([_tensor(each, rows, batch) for each in inner])
+    return value
+
+
+def _tensor(tensor: Tensor, rows: Sequence[int], batch: int) -> Tensor:
+    if tensor.ndim == 0 or tensor.shape[0] <= 1:
+        return tensor
+    # As the host would repeat or cut it for the whole batch.
+    whole = comfy.utils.repeat_to_batch_size(tensor, batch)
+    return whole.index_select(0, torch.tensor(rows, device=tensor.device))
+
+
+def whole_only(conds: list, options: dict, composition: Composition | None) -> str | None:
+    """Why a batch cannot be evaluated in part, or None."""
+    for layer in composition.layers if composition is not None else ():
+        if hasattr(layer.method, "begin"):
+            return f"{type(layer.method).__name__} follows the whole batch from step to step"
+        if any(mask is not None and mask.ndim > 2 and mask.shape[0] > 1 for mask in layer.masks):
+            return "a LoRA has a mask for each picture"
+    if "easycache" in options.get("transformer_options", {}):
+        return "EasyCache keeps outputs of whole batches"
+    if options.get("context_handler") is not None:
+        return "context windows cut the batch themselves"
+    for entry in (entry for cond in conds if cond for entry in cond):
+        control = entry.get("control")
+        while control is not None:
+            hint = getattr(control, "cond_hint_original", None)
+            if not isinstance(hint, Tensor) or hint.shape[0] > 1:
+                return "a ControlNet has a hint for each picture"
+            control = getattr(control, "previous_controlnet", None)
+    return None

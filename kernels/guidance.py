@@ -1,0 +1,92 @@
+"""Algebra of guidance that is skipped or extrapolated (Castillo et al. 2023, arXiv 2312.12487).
+
+c and u stand for the prediction with the prompt and with the negative one, in noise or velocity: (x - x0) / sigma.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+CHUNK = 2**20
+
+
+def similarity_terms(c: Tensor, u: Tensor) -> Tensor:
+    """Semantics: t[0, b] = <c_b, u_b>, t[1, b] = |c_b|^2, t[2, b] = |u_b|^2, over all elements of sample b.
+
+    c, u: [B, ...] of any floating dtype; the sums are fp32 (half precision saturates near cosine 1).  Returns [3, B].
+    Terms of parts of a sample (windows) may be added before `cosine`. No host synchronisation.
+    """
+    c, u = c.flatten(1).float(), u.flatten(1).float()
+    return torch.stack([(c * u).sum(1), (c * c).sum(1), (u * u).sum(1)])
+
+
+def cosine(terms: Tensor) -> Tensor:
+    """Semantics: g[b] = <c_b, u_b> / (|c_b| |u_b|); 1 where both are zero, 0 where one is.  terms: [3, B].  [B], fp32.
+
+    Source: section 4, gamma_t. Unchanged by positive scaling of either side.
+    """
+    dot, cc, uu = terms
+    scale = (cc * uu).sqrt()
+    both_zero = (cc == 0) & (uu == 0)
+    return torch.where(scale > 0, dot / scale.clamp_min(torch.finfo(scale.dtype).tiny), both_zero.to(dot.dtype))
+
+
+def products(a: Tensor, b: Tensor) -> Tensor:
+    """Semantics: p[k, l] = <a_k, b_l>.  a: [K, ...], b: [L, ...] of equal trailing sizes.  Returns float64 [K, L].
+
+    Widened chunk by chunk, so that no float64 copy of the whole features is made.
+    """
+    a, b = a.flatten(1), b.flatten(1)
+    out = torch.zeros(a.shape[0], b.shape[0], dtype=torch.float64, device=a.device)
+    for start in range(0, a.shape[1], CHUNK):
+        out += a[:, start:start + CHUNK].double() @ b[:, start:start + CHUNK].double().T
+    return out
+
+
+def least_squares(gram: Tensor, cross: Tensor, ridge: float = 1e-6) -> Tensor:
+    """Semantics: b = (G + ridge tr(G) / n I)^-1 y, the coefficients of a target on n features.
+
+    gram: [n, n] = <f_a, f_b>, cross: [n] = <f_a, target>, both float64, added up over all paths.  Returns float64 [n].
+    """
+    n = gram.shape[0]
+    identity = torch.eye(n, dtype=gram.dtype, device=gram.device)
+    return torch.linalg.solve(gram + ridge * gram.diagonal().mean() * identity, cross)
+
+
+def combine(features: Tensor, coefficients: Tensor, intercept: float = 0.0) -> Tensor:
+    """Semantics: sum_a b[a] f[a] + intercept.  features: [n, ...], coefficients: [n].  Returns [...], features' dtype.
+
+    Source: LinearAG, e^_u(x_t) = sum_i b^c_i e(x_i, c) + sum_{i < t} b^0_i e(x_i, 0).
+    """
+    return torch.tensordot(coefficients.to(features), features, dims=1) + intercept
+
+
+def guided_steps(gamma: Tensor, threshold: float, min_steps: int = 0, ramp_steps: int = 0) -> Tensor:
+    """How many steps of each path evaluate the negative: up to the first one, from step min_steps on, with
+    gamma >= threshold, and ramp_steps more.
+
+    gamma: [paths, steps].  Returns int64 [paths].
+    """
+    crossed = gamma >= threshold
+    crossed[:, :min_steps] = False
+    steps = gamma.shape[1]
+    return torch.where(crossed.any(1), (crossed.long().argmax(1) + 1 + ramp_steps).clamp_max(steps), steps)
+
+
+def threshold_for(gamma: Tensor, saving: float, min_steps: int = 0, ramp_steps: int = 0) -> float:
+    """The threshold whose mean saving over the paths is nearest to `saving`, a share of all evaluations (two per step,
+    so at most 0.5). It lies in the middle between two similarities that were seen.
+
+    gamma: [paths, steps].
+    """
+    gamma = gamma.double()
+    values = gamma.flatten().unique()
+    candidates = torch.cat([values[:1] - 1e-6, (values[1:] + values[:-1]) / 2, values[-1:] + 1e-6]).tolist()
+    steps = gamma.shape[1]
+
+    def miss(threshold: float) -> float:
+        unguided = steps - guided_steps(gamma, threshold, min_steps, ramp_steps).double()
+        return abs(float(unguided.mean()) / (2 * steps) - saving)
+
+    return min(candidates, key=miss)

@@ -1,0 +1,199 @@
+"""Adaptive Guidance and LinearAG (Castillo et al. 2023, arXiv 2312.12487): on a MODEL, as a GUIDER, as a KSampler."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import comfy.samplers
+from comfy_api.latest import io
+
+import nodes as host_nodes
+
+from ..host.guidance import apply_guidance, guidance_record_of
+from ..host.policies import MODES, Choice, guidance_of
+from ..methods.guidance import SPACES, AdaptiveGuidance
+from .sockets import chosen, model_input, schema
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+
+    from ..host.coeffs import GuidanceCoeffs as Coeffs
+
+GuidanceCoeffs = io.Custom("GUIDANCE_COEFFS")
+DECISIONS = ["per picture", "whole batch"]
+READ_BACK = ["late", "exact"]
+IF_DIFFERENT = ["refuse", "nearest"]
+ALIASES = ["adaptive guidance", "skip cfg", "skip negative", "faster cfg", "linear ag", "speed up"]
+
+
+def guidance_inputs() -> list[io.Input]:
+    """The options that the three nodes share."""
+    return [
+        io.Combo.Input("mode", options=list(MODES), default="threshold",
+                       tooltip="threshold: guidance stops where the two predictions are as alike as 'threshold' says. "
+                       "saving: the threshold is taken from a calibration, so that 'saving' is reached on average. "
+                       "LinearAG: in the first half every second negative is predicted, the second half has none; "
+                       "saves 37.5 %, needs a calibration."),
+        io.Float.Input("threshold", default=0.991, min=-1.0, max=1.1, step=0.000001, round=False,
+                       tooltip="Cosine similarity of the predictions with the prompt and with the negative prompt at "
+                       "which guidance stops. Depends on the model: 0.991 suits Stable Diffusion 1.5, others start "
+                       "above that. Above 1: never. Used in mode 'threshold' alone."),
+        io.Float.Input("saving", default=0.25, min=0.0, max=0.5, step=0.01,
+                       tooltip="Share of all model evaluations to save: 0.25 is the paper's. Used in mode 'saving' "
+                       "alone."),
+        io.Combo.Input("space", options=list(SPACES), default="noise",
+                       tooltip="What is compared. noise: the noise or velocity predictions, as in the paper. x0: the "
+                       "predicted pictures, as in an older node; thresholds of the two are different numbers."),
+        io.Combo.Input("decision", options=DECISIONS, default="per picture",
+                       tooltip="per picture: each picture of a batch stops when it is ready, and only those that still "
+                       "need the negative pay for it. whole batch: all stop with the last one; choose it where the "
+                       "batch is a video's frames."),
+        io.Int.Input("min_guided_steps", default=1, min=0, max=10000,
+                     tooltip="Steps at the start that are guided whatever the similarity."),
+        io.Int.Input("ramp_steps", default=0, min=0, max=10000,
+                     tooltip="Steps over which guidance fades out, still at full cost. 0: it stops at once, as in the "
+                     "paper. 1 to 3 help where a high cfg leaves a visible jump."),
+        io.Combo.Input("read_back", options=READ_BACK, default="late",
+                       tooltip="When the similarity reaches the processor. late: one step later, so that a GPU never "
+                       "waits; one more negative is evaluated, the picture is the same. exact: at once. Without a GPU "
+                       "there is no difference."),
+        GuidanceCoeffs.Input("coeffs", optional=True,
+                             tooltip="A calibration, from Load Guidance Coefficients or Calibrate Guidance. Needed for "
+                             "'saving' and 'LinearAG'."),
+        io.Combo.Input("if_different", options=IF_DIFFERENT, default="refuse", optional=True,
+                       tooltip="What to do when model, sampler, schedule, steps or cfg differ from the calibration's. "
+                       "refuse: stop with a message that says what differs. nearest: use it as well as it fits."),
+    ]  # fmt: skip
+
+
+def choice(mode: str, threshold: float, saving: float, space: str, decision: str, min_guided_steps: int,
+           ramp_steps: int, read_back: str, coeffs: Coeffs | None, if_different: str, node: str) -> Choice:
+    """The options as host/ takes them. Raises ValueError for a word that is no option."""
+    policy = AdaptiveGuidance(threshold, chosen(space, SPACES, f"{node}: space"),
+                              chosen(decision, DECISIONS, f"{node}: decision") == "per picture", min_guided_steps,
+                              ramp_steps)
+    return Choice(chosen(mode, MODES, f"{node}: mode"), policy, saving,
+                  chosen(read_back, READ_BACK, f"{node}: read_back") == "exact", coeffs,
+                  chosen(if_different, IF_DIFFERENT, f"{node}: if_different") == "nearest")
+
+
+def positive_input() -> io.Input:
+    return io.Conditioning.Input("positive", tooltip="What the picture should show.")
+
+
+def negative_input() -> io.Input:
+    return io.Conditioning.Input("negative", tooltip="What it should not show. Evaluated only while it matters.")
+
+
+def cfg_input() -> io.Input:
+    return io.Float.Input("cfg", default=8.0, min=0.0, max=100.0, step=0.1, round=0.01,
+                          tooltip="How strongly the prompt guides while guidance is on. At 1 there is no guidance and "
+                          "nothing to save.")
+
+
+class LoRAEnsembleAdaptiveGuidance(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="LoRAEnsembleAdaptiveGuidance",
+            display_name="Adaptive Guidance",
+            description="Stops evaluating the negative prompt once it no longer changes the picture: about a quarter "
+            "less work at the quality of full guidance. Works with every sampler and with other guidance nodes.",
+            search_aliases=ALIASES,
+            inputs=[model_input(), *guidance_inputs()],
+            outputs=[io.Model.Output(display_name="MODEL", tooltip="The model with adaptive guidance. Works with any "
+                                     "sampler node and guider.")],
+        )
+
+    @classmethod
+    def execute(cls, model: ModelPatcher, mode: str, threshold: float, saving: float, space: str, decision: str,
+                min_guided_steps: int, ramp_steps: int, read_back: str, coeffs: Coeffs | None = None,
+                if_different: str = "refuse") -> io.NodeOutput:
+        return io.NodeOutput(apply_guidance(model, guidance_of(choice(
+            mode, threshold, saving, space, decision, min_guided_steps, ramp_steps, read_back, coeffs, if_different,
+            "Adaptive Guidance"))))
+
+
+class LoRAEnsembleAdaptiveGuider(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="LoRAEnsembleAdaptiveGuider",
+            display_name="Adaptive Guider",
+            description="CFG Guider with adaptive guidance, for SamplerCustomAdvanced.",
+            search_aliases=[*ALIASES, "cfg guider"],
+            inputs=[model_input(), positive_input(), negative_input(), cfg_input(), *guidance_inputs()],
+            outputs=[io.Guider.Output(display_name="GUIDER", tooltip="For the guider input of SamplerCustomAdvanced.")],
+        )
+
+    @classmethod
+    def execute(cls, model: ModelPatcher, positive: Any, negative: Any, cfg: float, mode: str, threshold: float,
+                saving: float, space: str, decision: str, min_guided_steps: int, ramp_steps: int, read_back: str,
+                coeffs: Coeffs | None = None, if_different: str = "refuse") -> io.NodeOutput:
+        guider = comfy.samplers.CFGGuider(apply_guidance(model, guidance_of(choice(
+            mode, threshold, saving, space, decision, min_guided_steps, ramp_steps, read_back, coeffs, if_different,
+            "Adaptive Guider"))))
+        guider.set_conds(positive, negative)
+        guider.set_cfg(cfg)
+        return io.NodeOutput(guider)
+
+
+class LoRAEnsembleKSampler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="LoRAEnsembleKSampler",
+            display_name="KSampler (Adaptive Guidance)",
+            description="KSampler that stops evaluating the negative prompt once it no longer changes the picture, "
+            "and reports what it did.",
+            search_aliases=[*ALIASES, "ksampler"],
+            inputs=[
+                model_input(),
+                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
+                             tooltip="The random seed of the noise."),
+                *schedule_inputs(),
+                positive_input(),
+                negative_input(),
+                latent_input(),
+                io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01,
+                               tooltip="How much of the latent is made anew: 1 all of it, less keeps its structure."),
+                *guidance_inputs(),
+            ],
+            outputs=[
+                io.Latent.Output(display_name="LATENT", tooltip="The denoised latent."),
+                io.String.Output(display_name="RECORD", tooltip="What was evaluated and saved, step by step, as text."),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, model: ModelPatcher, seed: int, steps: int, cfg: float, sampler_name: str, scheduler: str,
+                positive: Any, negative: Any, latent_image: dict, denoise: float, mode: str, threshold: float,
+                saving: float, space: str, decision: str, min_guided_steps: int, ramp_steps: int, read_back: str,
+                coeffs: Coeffs | None = None, if_different: str = "refuse") -> io.NodeOutput:
+        guided = apply_guidance(model, guidance_of(choice(
+            mode, threshold, saving, space, decision, min_guided_steps, ramp_steps, read_back, coeffs, if_different,
+            "KSampler (Adaptive Guidance)")))
+        (latent,) = host_nodes.common_ksampler(guided, seed, steps, cfg, sampler_name, scheduler, positive, negative,
+                                               latent_image, denoise=denoise)
+        record = guidance_record_of(guided)
+        return io.NodeOutput(latent, record.text() if record is not None else "nothing was sampled")
+
+
+def schedule_inputs() -> list[io.Input]:
+    """KSampler's steps, cfg, sampler and scheduler."""
+    return [
+        io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Sampling steps."),
+        cfg_input(),
+        io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS,
+                       tooltip="The algorithm that removes the noise. Those that evaluate the model several times per "
+                       "step are decided once per step."),
+        io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS,
+                       tooltip="How the noise level falls from step to step."),
+    ]  # fmt: skip
+
+
+def latent_input() -> io.Input:
+    return io.Latent.Input("latent_image", tooltip="The latent to denoise: an empty one, or a picture's.")
+
+
+NODES: list[type[io.ComfyNode]] = [LoRAEnsembleAdaptiveGuidance, LoRAEnsembleAdaptiveGuider, LoRAEnsembleKSampler]
