@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import baselines, cache, ensembles, guidance, klora
+from . import baselines, cache, cmlora, ensembles, guidance, klora, loratorio
 
-NODES: list[type[io.ComfyNode]] = [*ensembles.NODES, *baselines.NODES, *cache.NODES, *klora.NODES, *guidance.NODES]
+NODES: list[type[io.ComfyNode]] = [
+    *ensembles.NODES, *baselines.NODES, *loratorio.NODES, *cmlora.NODES, *klora.NODES, *cache.NODES, *guidance.NODES,
+]  # fmt: skip
 
 
 class LoRAEnsembleExtension(ComfyExtension):

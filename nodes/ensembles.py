@@ -6,9 +6,10 @@ import os
 from collections.abc import Sequence
 
 import folder_paths
+import torch
 from comfy_api.latest import io
 
-from ..host.ensemble import ROLES, Ensemble, LoRASpec
+from ..host.ensemble import ROLES, Ensemble, LoRASpec, Mask
 from ..host.files import FOLDER, LoRAFileError, check_file, fingerprint
 from .sockets import LoRAStack, chosen, earlier_ensemble_input, ensemble_output, schema, strength_input
 
@@ -19,8 +20,8 @@ class LoRAEnsembleLoRA(io.ComfyNode):
         return schema(
             node_id="LoRAEnsembleLoRA",
             display_name="LoRA (Ensemble)",
-            description="Adds one LoRA to an ensemble. Chain several, then compose them with Merge, Switch or "
-            "Composite.",
+            description="Adds one LoRA to an ensemble. Chain several, then compose them with Merge, Switch, Composite "
+            "or another method.",
             search_aliases=["multi lora", "several loras", "lora stack", "combine loras"],
             inputs=[
                 io.Combo.Input(
@@ -43,9 +44,15 @@ class LoRAEnsembleLoRA(io.ComfyNode):
                     options=list(ROLES),
                     default="auto",
                     tooltip="What the LoRA depicts, for methods that treat characters, styles and so on differently. "
-                    "Merge, Switch and Composite do not ask.",
+                    "Merge, Switch, Composite and LoRAtorio do not ask.",
                 ),
                 earlier_ensemble_input(),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="Where in the picture this LoRA may act, for LoRAtorio. The other methods cannot confine "
+                    "a LoRA to a region and say so.",
+                ),
             ],
             outputs=[ensemble_output()],
         )
@@ -67,11 +74,18 @@ class LoRAEnsembleLoRA(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, lora_name: str, strength_model: float, strength_clip: float, role: str, ensemble: Ensemble | None = None
+        cls,
+        lora_name: str,
+        strength_model: float,
+        strength_clip: float,
+        role: str,
+        ensemble: Ensemble | None = None,
+        mask: torch.Tensor | None = None,
     ) -> io.NodeOutput:
         check_file(lora_name)
         role = chosen(role, ROLES, "LoRA (Ensemble): role")
-        return io.NodeOutput((*(ensemble or ()), LoRASpec(lora_name, strength_model, strength_clip, role)))
+        region = Mask(mask) if mask is not None else None
+        return io.NodeOutput((*(ensemble or ()), LoRASpec(lora_name, strength_model, strength_clip, role, region)))
 
 
 class LoRAEnsembleFromStack(io.ComfyNode):

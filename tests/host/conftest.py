@@ -24,6 +24,7 @@ if COMFYUI:
     comfy.options.enable_args_parsing()
     import comfy.cli_args  # noqa: F401
     import torch
+    import utils.extra_config  # noqa: F401  (as main.py: later `utils` would be found in comfy/)
 
     torch.set_num_threads(1)
     sys.argv = arguments

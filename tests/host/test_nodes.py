@@ -29,6 +29,8 @@ IDS = {
     "LoRAEnsembleMerge": "Merge LoRAs",
     "LoRAEnsembleSwitch": "Switch LoRAs",
     "LoRAEnsembleComposite": "Composite LoRAs",
+    "LoRAEnsembleLoRAtorio": "LoRAtorio",
+    "LoRAEnsembleCMLoRA": "CMLoRA",
     "LoRAEnsembleBranchCache": "Branch Cache",
     "LoRAEnsembleKLoRA": "K-LoRA",
     "LoRAEnsembleESTLoRA": "EST-LoRA",
@@ -93,7 +95,7 @@ def test_help_page_names_every_input(node):
     assert text.startswith(f"# {node.GET_SCHEMA().display_name}\n")
     rows = re.findall(r"^\| (\w+) \|", text, flags=re.MULTILINE)
     assert set(rows) - {"input"} == {part.id for part in node.GET_SCHEMA().inputs}
-    assert re.search(r"arxiv.org/abs/\d{4}\.\d{5}", text) or node in (LoRAEnsembleLoRA, LoRAEnsembleFromStack)
+    assert re.search(r"arxiv\.org/abs/\d{4}\.\d{5}", text) or node in (LoRAEnsembleLoRA, LoRAEnsembleFromStack)
 
 
 def test_no_help_page_without_a_node():
@@ -233,13 +235,13 @@ def host_inputs(class_type: str) -> dict[str, tuple[Any, dict]]:
 
 @functools.cache
 def node_classes() -> dict[str, Any]:
-    from comfy_extras import nodes_custom_sampler, nodes_flux, nodes_preview_any, nodes_sd3
+    from comfy_extras import nodes_custom_sampler, nodes_flux, nodes_images, nodes_mask, nodes_preview_any, nodes_sd3
 
     import nodes as host_nodes
 
     known = dict(host_nodes.NODE_CLASS_MAPPINGS)
     v3 = list(NODES)
-    for module in (nodes_custom_sampler, nodes_flux, nodes_preview_any, nodes_sd3):
+    for module in (nodes_custom_sampler, nodes_flux, nodes_images, nodes_mask, nodes_preview_any, nodes_sd3):
         known.update(getattr(module, "NODE_CLASS_MAPPINGS", {}))
         if hasattr(module, "comfy_entrypoint"):
             v3 += asyncio.run(asyncio.run(module.comfy_entrypoint()).get_node_list())

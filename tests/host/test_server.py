@@ -134,7 +134,9 @@ def test_example_misses_only_its_checkpoint(server: Server, path: Path):
 def test_example_on_the_testbed(server: Server, path: Path):
     prompt = on_testbed(load(path), GOOD, steps=6)
     saved = pictures(server, prompt)
-    assert saved.shape == (len(find(prompt, "SaveImage")), 32, 32, 3)
+    side_by_side = 1 + len(find(prompt, "ImageStitch"))
+    assert saved.shape == (len(find(prompt, "SaveImage")), 32, 32 * side_by_side, 3)
+    saved = np.concatenate(np.split(saved, side_by_side, axis=2))
     assert all(picture.std() > 5 for picture in saved)
     assert all(difference(a, b) > 20 for i, a in enumerate(saved) for b in saved[:i]), "methods give the same picture"
 

@@ -1,0 +1,133 @@
+"""CMLoRA (Zou et al. 2025, arXiv 2502.04923)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from comfy_api.latest import io
+
+from ..host.apply import Active, apply_method
+from ..host.ensemble import Ensemble
+from ..methods.cmlora import LOW_FREQUENCY, CMLoRA
+from .sockets import chosen, method_schema
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+    from comfy.sd import CLIP
+
+ORDERS = ["offline", "online", "async", "Switch-A"]
+DECAYS = ["none", "halving", "linear"]
+FULL = ["every_step", "on_refresh"]
+
+
+class LoRAEnsembleCMLoRA(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return method_schema(
+            node_id="LoRAEnsembleCMLoRA",
+            display_name="CMLoRA",
+            description="LoRAs take turns in the lead; all predict each step, the leader with the largest weight. "
+            "LoRAs with fine detail (characters, clothing, styles, objects) lead early, backgrounds late.",
+            search_aliases=["multi lora", "combine loras", "lora turns", "cached multi-lora", "lora cache"],
+            options=[
+                io.Combo.Input(
+                    "order",
+                    options=ORDERS,
+                    default="offline",
+                    tooltip="Who leads. offline: backgrounds after the boundary, all others before it. online: the "
+                    "others as long as the latent has enough fine detail. async: all in turn, a tenth of the run "
+                    "each. Switch-A: only the leader acts, backgrounds join after the boundary.",
+                ),
+                io.Float.Input(
+                    "boundary",
+                    default=0.6,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="For offline and Switch-A: the share of the run after which backgrounds get the lead.",
+                ),
+                io.Float.Input(
+                    "threshold",
+                    default=0.4,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="For online: the high-frequency share of the latent below which backgrounds lead. LoRA "
+                    "Spectrum shows how it falls.",
+                ),
+                io.Float.Input(
+                    "dominance",
+                    default=0.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    tooltip="How many times the leader's weight is another LoRA's. 1: all alike, as Composite. 0: the "
+                    "paper's number, which is the number of LoRAs less 0.5.",
+                ),
+                io.Combo.Input(
+                    "decay",
+                    options=DECAYS,
+                    default="none",
+                    tooltip="Dominance over the run. none: it stays, as in the authors' program. halving: less 1, "
+                    "then 1/2, 1/4 and so on. linear: less 0.5, 1, 1.5 and so on. Never below all alike.",
+                ),
+                io.Int.Input(
+                    "c1",
+                    default=2,
+                    min=1,
+                    max=1000,
+                    tooltip="Steps until the lead passes on, in the first 37.5 % and the last 12.5 % of the run.",
+                ),
+                io.Int.Input(
+                    "c2",
+                    default=3,
+                    min=1,
+                    max=1000,
+                    tooltip="Steps until the lead passes on, in the middle of the run.",
+                ),
+                io.Combo.Input(
+                    "dominant_full",
+                    options=FULL,
+                    default="every_step",
+                    tooltip="With a cache: whether the leader is computed whole in every step, as in the paper, or "
+                    "only when the lead passes on, as in the authors' program.",
+                ),
+                io.Int.Input(
+                    "steps_per_lora",
+                    default=5,
+                    min=1,
+                    max=10000,
+                    tooltip="For Switch-A: sampling steps before the next LoRA takes over.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: ModelPatcher,
+        ensemble: Ensemble,
+        order: str,
+        boundary: float,
+        threshold: float,
+        dominance: float,
+        decay: str,
+        c1: int,
+        c2: int,
+        dominant_full: str,
+        steps_per_lora: int,
+        clip: CLIP | None = None,
+    ) -> io.NodeOutput:
+        order = chosen(order, ORDERS, "CMLoRA: order").lower()
+        decay = chosen(decay, DECAYS, "CMLoRA: decay")
+        full = chosen(dominant_full, FULL, "CMLoRA: dominant_full")
+
+        def cmlora(active: Active) -> CMLoRA:
+            high = tuple(role not in LOW_FREQUENCY for role in active.roles)
+            return CMLoRA(active.strengths, high, order, boundary, threshold, dominance or None, decay, c1, c2,
+                          dominant_full=full, steps_per_lora=steps_per_lora)
+
+        return io.NodeOutput(*apply_method(model, clip, ensemble, cmlora, node="CMLoRA"))
+
+
+NODES: list[type[io.ComfyNode]] = [LoRAEnsembleCMLoRA]
