@@ -28,6 +28,10 @@ class KLoRA(Selection):
         if self.star and self.alpha <= 0:
             raise ValueError(f"K-LoRA: pattern s* needs an alpha above 0, got {self.alpha}")
 
+    @property
+    def rule(self) -> str:
+        return f"({super().rule}) mod {self.alpha:g}" if self.star else super().rule
+
     def scale(self, progress: float) -> float:
         scale = super().scale(progress)
         return scale % self.alpha if self.star else scale

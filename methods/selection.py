@@ -102,6 +102,7 @@ class Contest:
     styles       per layer, the style of the highest score, None where no style acts
     ratios       per layer, score of that subject / score of that style, each balanced; infinite where no style acts,
                  minus infinity where no subject does: what only one side has is that side's at any time
+    sides        per LoRA, whether it is a subject
     subject_ties whether the subject acts where ratio and scale are equal
     """
 
@@ -110,6 +111,7 @@ class Contest:
     subjects: tuple[int | None, ...] = ()
     styles: tuple[int | None, ...] = ()
     ratios: tuple[float, ...] = ()
+    sides: tuple[bool, ...] = ()
     subject_ties: bool = True
     _branches: dict[int, Branch] = field(default_factory=dict, compare=False, repr=False)
 
@@ -128,7 +130,8 @@ class Contest:
             for side, winners in best.items():
                 winners.append(max((i for i in scores if subjects[i] == side), key=scores.__getitem__, default=None))
             ratios.append(_ratio(*(scores.get(best[side][-1]) for side in (True, False))))
-        return cls(tuple(strengths), tuple(sizes), tuple(best[True]), tuple(best[False]), tuple(ratios), subject_ties)
+        return cls(tuple(strengths), tuple(sizes), tuple(best[True]), tuple(best[False]), tuple(ratios),
+                   tuple(subjects), subject_ties)
 
     def acting(self, scale: float) -> tuple[int, ...]:
         """Per layer, the LoRA that acts at a scale: the subject where ratio >= scale, else the style."""
@@ -181,6 +184,11 @@ class Selection:
     contest: Contest
     alpha: float
     beta: float
+
+    @property
+    def rule(self) -> str:
+        """S(u) in figures."""
+        return f"{self.alpha:g} u + {self.beta:g}"
 
     def scale(self, progress: float) -> float:
         """What a layer's ratio must reach for its subject to act."""

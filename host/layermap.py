@@ -1,0 +1,200 @@
+"""Who acts where and when: layers of the model against the progress of a run, as a picture and as data."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from itertools import groupby
+from math import isfinite, log2
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from ..methods.selection import Selection
+from .composition import KEY
+
+WARM = ("#E69F00", "#D55E00", "#CC79A7", "#8C564B")  # subjects; told apart from the styles by colour-blind eyes too
+COOL = ("#0072B2", "#56B4E9", "#009E73", "#6A5ACD")  # styles
+INK, PAPER, FAINT = "#222222", "#FFFFFF", "#BBBBBB"
+MARGIN, LABELS, MAP, GAP, RATIOS, SHARES, LINE = 24, 190, 720, 56, 300, 90, 24
+OCTAVES = 3  # the ratio's axis ends at 1/8 and 8
+
+
+@dataclass(frozen=True)
+class LayerMap:
+    """Layers in the order of the model, with who acts where.
+
+    title    the method and its rule
+    names    of the LoRAs
+    sides    per LoRA, whether it is a subject
+    layers   their names
+    ratios   per layer, score of its subject / score of its style; infinite where only one side acts
+    acting   [layers, points]: the number of the LoRA that acts, at equal distances of progress from 0 to 1
+    """
+
+    title: str
+    names: tuple[str, ...]
+    sides: tuple[bool, ...]
+    layers: tuple[str, ...]
+    ratios: tuple[float, ...]
+    acting: np.ndarray
+
+    def as_json(self) -> str:
+        """The same as text. `acts`: [from, to, number of the LoRA] along the progress; a ratio of null: only one side
+        has this layer."""
+        def number(i: int) -> float:
+            return round(i / self.acting.shape[1], 3)
+
+        layers = []
+        for name, ratio, row in zip(self.layers, self.ratios, self.acting, strict=True):
+            ends = [0, *(np.flatnonzero(np.diff(row)) + 1).tolist(), len(row)]
+            acts = [[number(a), number(b), int(row[a])] for a, b in zip(ends, ends[1:], strict=False)]
+            layers.append({"layer": name, "ratio": round(ratio, 4) if isfinite(ratio) else None, "acts": acts})
+        shares = [round(float((self.acting == i).mean()), 4) if layers else 0.0 for i in range(len(self.names))]
+        loras = [{"name": name, "side": "subject" if side else "style", "share": share}
+                 for name, side, share in zip(self.names, self.sides, shares, strict=True)]
+        # One layer per line: the text is for people as well.
+        rows = ",\n  ".join(json.dumps(layer) for layer in layers)
+        return f'{{"method": {json.dumps(self.title)},\n "loras": {json.dumps(loras)},\n "layers": [\n  {rows}\n]}}'
+
+    def colours(self) -> list[str]:
+        """One per LoRA: warm for subjects, cool for styles."""
+        counts, out = {True: 0, False: 0}, []
+        for side in self.sides:
+            palette = WARM if side else COOL
+            out.append(palette[counts[side] % len(palette)])
+            counts[side] += 1
+        return out
+
+
+def layer_map(model, points: int = MAP) -> LayerMap:
+    """The map of a MODEL on which K-LoRA or EST-LoRA is the last method of its kind.
+
+    Raises ValueError for a MODEL without one.
+    """
+    composition = model.get_attachment(KEY)
+    found = [layer for layer in composition.layers if isinstance(layer.method, Selection)] if composition else []
+    if not found:
+        raise ValueError("LoRA Layer Map: neither K-LoRA nor EST-LoRA is on this model. Connect the MODEL output of "
+                         "one of these nodes, or an ensemble, to see what K-LoRA would do with it.")
+    method, names = found[-1].method, found[-1].names
+    contest = method.contest
+    place = {name: i for i, (name, _) in enumerate(model.model.diffusion_model.named_modules())}
+    order = sorted(range(len(contest.layers)), key=lambda i: place.get(contest.layers[i], len(place)))
+    columns = [contest.acting(method.scale(u)) for u in np.linspace(0, 1, points)]
+    acting = np.array(columns, dtype=np.int64).reshape(points, len(order)).T[order]
+    label = {"KLoRA": "K-LoRA", "ESTLoRA": "EST-LoRA"}.get(type(method).__name__, type(method).__name__)
+    title = f"{label}: the subject acts while its ratio is at least {method.rule}"
+    return LayerMap(title, names, contest.sides, tuple(contest.layers[i] for i in order),
+                    tuple(contest.ratios[i] for i in order), acting)
+
+
+def draw(of: LayerMap) -> Image.Image:
+    """The map, the share of layers per LoRA above it, and the ratios beside it."""
+    row = max(2, min(24, 900 // max(len(of.layers), 1)))
+    height = row * len(of.layers)
+    left, top = MARGIN + LABELS, MARGIN + LINE * (3 + len(of.names)) + SHARES
+    sheet = Image.new("RGB", (left + MAP + GAP + RATIOS + MARGIN, top + height + 3 * LINE), PAPER)
+    pen, colours = ImageDraw.Draw(sheet), of.colours()
+    pen.text((MARGIN, MARGIN), of.title, INK, _font(18))
+    _legend(pen, of, colours)
+    _shares(sheet, of, colours, (left, top - SHARES - LINE // 2))
+    palette = np.array([_rgb(colour) for colour in colours], dtype=np.uint8).reshape(-1, 3)
+    if height:
+        pixels = palette[of.acting].repeat(row, axis=0)
+        sheet.paste(Image.fromarray(pixels).resize((MAP, height), Image.Resampling.NEAREST), (left, top))
+    for percent in (0, 25, 50, 75, 100):
+        x = left + MAP * percent / 100
+        pen.line((x, top + height, x, top + height + 5), INK)
+        pen.text((x, top + height + 7), f"{percent} %", INK, _font(13), anchor="ma")
+    pen.text((left + MAP / 2, top + height + LINE + 4), "progress of the run", INK, _font(14), anchor="ma")
+    _blocks(pen, of, (left, top), row)
+    _ratios(pen, of, colours, (left + MAP + GAP, top), row)
+    return sheet
+
+
+def _legend(pen: ImageDraw.ImageDraw, of: LayerMap, colours: list[str]) -> None:
+    for i, (name, side, colour) in enumerate(zip(of.names, of.sides, colours, strict=True)):
+        y = MARGIN + LINE * (i + 1) + 8
+        share = 100 * float((of.acting == i).mean()) if of.layers else 0
+        pen.rectangle((MARGIN, y + 2, MARGIN + 28, y + 16), colour)
+        kind = "subject" if side else "style"
+        pen.text((MARGIN + 38, y), f"{name}   ({kind}, {share:.0f} % of layers and time)", INK, _font(15))
+
+
+def _shares(sheet: Image.Image, of: LayerMap, colours: list[str], at: tuple[int, int]) -> None:
+    """A stacked strip: at each progress, which part of the layers each LoRA has, subjects above styles."""
+    pen = ImageDraw.Draw(sheet)
+    pen.text((at[0] - 10, at[1] + SHARES / 2 - 8), "share of layers", INK, _font(14), anchor="ra")
+    if not of.layers:
+        return
+    order = sorted(range(len(of.names)), key=lambda i: not of.sides[i])
+    counts = np.stack([(of.acting == i).mean(axis=0) for i in order])
+    ends = np.round(np.cumsum(counts, axis=0) * (SHARES - LINE)).astype(int)
+    for x in range(MAP):
+        column, start = ends[:, min(x * ends.shape[1] // MAP, ends.shape[1] - 1)], 0
+        for i, end in zip(order, column, strict=True):
+            if end > start:
+                pen.line((at[0] + x, at[1] + start, at[0] + x, at[1] + end - 1), colours[i])
+            start = end
+
+
+def _blocks(pen: ImageDraw.ImageDraw, of: LayerMap, at: tuple[int, int], row: int) -> None:
+    """Names of the model's sections, and the numbers of their blocks where there is room."""
+    (left, top), start, below = at, 0, -99
+    for section, members in groupby(of.layers, key=lambda name: name.split(".")[0]):
+        members = list(members)
+        y = top + row * start
+        pen.line((MARGIN, y, left + MAP + GAP + RATIOS, y), FAINT)
+        if y - below >= 15:
+            pen.text((MARGIN, y + 2), section.replace("_", " "), INK, _font(14))
+            below = y
+        last, line = -99, start
+        for block, inner in groupby(members, key=_block):
+            count = len(list(inner))
+            y = top + row * line
+            if block is not None:
+                pen.line((left - 8, y, left, y), FAINT)
+                if y - last >= 14 and count * row >= 10 or y - last >= 28:
+                    pen.text((left - 12, y), block, INK, _font(12), anchor="ra")
+                    last = y
+            line += count
+        start += len(members)
+
+
+def _block(layer: str) -> str | None:
+    parts = layer.split(".")
+    return parts[1] if len(parts) > 1 and parts[1].isdecimal() else None
+
+
+def _ratios(pen: ImageDraw.ImageDraw, of: LayerMap, colours: list[str], at: tuple[int, int], row: int) -> None:
+    """A bar per layer from ratio 1: to the right in the subject's colour where the subject is larger, else to the
+    left in the style's. No bar where only one side has the layer."""
+    top, middle = at[1], at[0] + RATIOS / 2
+    unit, bottom = RATIOS / 2 / OCTAVES, top + row * len(of.layers)
+    for octave in range(-OCTAVES, OCTAVES + 1):
+        x = middle + unit * octave
+        pen.line((x, top, x, bottom), INK if octave == 0 else FAINT)
+        label = f"1/{2**-octave}" if octave < 0 else str(2**octave)
+        pen.text((x, bottom + 7), label, INK, _font(13), anchor="ma")
+    pen.text((middle, bottom + LINE + 4), "ratio, subject / style", INK, _font(14), anchor="ma")
+    warm = next((c for c, side in zip(colours, of.sides, strict=True) if side), INK)
+    cool = next((c for c, side in zip(colours, of.sides, strict=True) if not side), INK)
+    for i, ratio in enumerate(of.ratios):
+        if not isfinite(ratio):
+            continue
+        length = unit * max(-OCTAVES, min(OCTAVES, log2(ratio) if ratio > 0 else -OCTAVES))
+        y, thick = top + row * i, max(row - 1, 1)
+        pen.rectangle((min(middle, middle + length), y, max(middle, middle + length), y + thick - 1),
+                      warm if length > 0 else cool)
+
+
+def _rgb(colour: str) -> tuple[int, ...]:
+    return tuple(bytes.fromhex(colour[1:]))
+
+
+def _font(size: int) -> ImageFont.ImageFont:
+    try:
+        return ImageFont.load_default(size)
+    except TypeError:  # Pillow before 10.1 has one size
+        return ImageFont.load_default()
