@@ -145,7 +145,8 @@ def _blocks(pen: ImageDraw.ImageDraw, of: LayerMap, at: tuple[int, int], row: in
     for section, members in groupby(of.layers, key=lambda name: name.split(".")[0]):
         members = list(members)
         y = top + row * start
-        pen.line((MARGIN, y, left + MAP + GAP + RATIOS, y), FAINT)
+        pen.line((MARGIN, y, left - 1, y), FAINT)
+        pen.line((left + MAP, y, left + MAP + GAP + RATIOS, y), FAINT)
         if y - below >= 15:
             pen.text((MARGIN, y + 2), section.replace("_", " "), INK, _font(14))
             below = y
@@ -154,7 +155,7 @@ def _blocks(pen: ImageDraw.ImageDraw, of: LayerMap, at: tuple[int, int], row: in
             count = len(list(inner))
             y = top + row * line
             if block is not None:
-                pen.line((left - 8, y, left, y), FAINT)
+                pen.line((left - 8, y, left - 1, y), FAINT)
                 if y - last >= 14 and count * row >= 10 or y - last >= 28:
                     pen.text((left - 12, y), block, INK, _font(12), anchor="ra")
                     last = y

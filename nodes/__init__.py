@@ -7,7 +7,8 @@ from comfy_api.latest import ComfyExtension, io
 from . import baselines, cache, cmlora, ensembles, guidance, klora, loratorio, selection
 
 NODES: list[type[io.ComfyNode]] = [
-    *ensembles.NODES, *baselines.NODES, *cache.NODES, *cmlora.NODES, *guidance.NODES, *klora.NODES, *loratorio.NODES, *selection.NODES,
+    *ensembles.NODES, *baselines.NODES, *cache.NODES, *cmlora.NODES, *guidance.NODES, *klora.NODES, *loratorio.NODES,
+    *selection.NODES,
 ]
 
 

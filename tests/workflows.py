@@ -21,7 +21,8 @@ def load(path: Path) -> Prompt:
 
 
 def on_testbed(workflow: Prompt, loras: Sequence[str], text: str | None = None, steps: int | None = None) -> Prompt:
-    """An example workflow with its checkpoint replaced by the testbed's model and its LoRAs, in order, by `loras`.
+    """An example workflow with its checkpoint and vision model replaced by the testbed's, its LoRAs, in order, by
+    `loras`.
 
     text    replaces the prompt that feeds a sampler's `positive`, directly or through one more node
     """
@@ -30,6 +31,8 @@ def on_testbed(workflow: Prompt, loras: Sequence[str], text: str | None = None, 
         kind, inputs = node["class_type"], node["inputs"]
         if kind == "CheckpointLoaderSimple":
             node["class_type"], node["inputs"] = "LoRAEnsembleTestbedLoader", {}
+        elif kind == "CLIPVisionLoader":
+            node["class_type"], node["inputs"] = "LoRAEnsembleTestbedVision", {}
         elif kind in LATENTS:
             node["class_type"] = "LoRAEnsembleTestbedLatent"
             inputs.update(width=32, height=32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .vision import load_vision
 from .wrap import load_testbed
 
 
@@ -68,9 +69,27 @@ class LoRAEnsembleTestbedStack(io.ComfyNode):
         return io.NodeOutput([(name, 1.0, 1.0) for name in (first, second)])
 
 
+class LoRAEnsembleTestbedVision(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LoRAEnsembleTestbedVision",
+            display_name="Load Testbed Vision",
+            category="LoRA Ensemble/testbed",
+            description="ComfyUI's own CLIP vision model, tiny and with random weights.",
+            inputs=[],
+            outputs=[io.ClipVision.Output()],
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        return io.NodeOutput(load_vision())
+
+
 class TestbedExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [LoRAEnsembleTestbedLoader, LoRAEnsembleTestbedLatent, LoRAEnsembleTestbedStack]
+        return [LoRAEnsembleTestbedLoader, LoRAEnsembleTestbedLatent, LoRAEnsembleTestbedStack,
+                LoRAEnsembleTestbedVision]
 
 
 async def comfy_entrypoint() -> TestbedExtension:

@@ -79,7 +79,8 @@ def changed(name: str, **inputs: object) -> Prompt:
 
 def pictures(server: Server, prompt: Prompt) -> np.ndarray:
     """What the prompt saves: [n, h, w, 3] in 0..255."""
-    files = server.images(server.run(prompt))
+    entry = server.run(prompt)
+    files = [file for node in find(prompt, "SaveImage") for file in server.images(entry, node)]
     return np.stack([np.asarray(Image.open(io.BytesIO(file)).convert("RGB"), dtype=np.float64) for file in files])
 
 
@@ -124,10 +125,11 @@ def test_example_workflows_are_templates(server: Server):
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_example_misses_only_its_checkpoint(server: Server, path: Path):
+def test_example_misses_only_its_models(server: Server, path: Path):
     with pytest.raises(PromptRefused) as refused:
         server.queue(load(path))
-    assert set(refused.value.reasons) == set(find(load(path), "CheckpointLoaderSimple"))
+    loaders = [key for kind in ("CheckpointLoaderSimple", "CLIPVisionLoader") for key in find(load(path), kind)]
+    assert set(refused.value.reasons) == set(loaders)
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
@@ -139,6 +141,30 @@ def test_example_on_the_testbed(server: Server, path: Path):
     saved = np.concatenate(np.split(saved, side_by_side, axis=2))
     assert all(picture.std() > 5 for picture in saved)
     assert all(difference(a, b) > 20 for i, a in enumerate(saved) for b in saved[:i]), "methods give the same picture"
+
+
+def test_layer_map_is_previewed(server: Server):
+    path = next(path for path in EXAMPLES if path.stem == "sdxl_k_lora")
+    prompt = on_testbed(load(path), GOOD, steps=6)
+    (preview,) = find(prompt, "PreviewImage")
+    (file,) = server.images(server.run(prompt), preview)
+    picture = np.asarray(Image.open(io.BytesIO(file)).convert("RGB"))
+    assert picture.shape[0] > 300 and picture.shape[1] > 1000 and len(np.unique(picture.reshape(-1, 3), axis=0)) > 4
+
+
+def test_measured_discrepancy_is_kept_while_the_seed_changes(server: Server):
+    """The probes and the number run once: a second picture executes only what depends on its seed."""
+    path = next(path for path in EXAMPLES if path.stem == "sdxl_est_lora_measured")
+    prompt = on_testbed(load(path), GOOD, steps=6)
+    (discrepancy,) = find(prompt, "LoRAEnsembleStyleDiscrepancy")
+    probes = {prompt[prompt[discrepancy]["inputs"][name][0]]["inputs"]["samples"][0]
+              for name in ("subject_image", "style_image")}
+    (final,) = set(find(prompt, "KSampler")) - probes
+    for seed, cached in ((901, False), (902, True)):
+        prompt[final]["inputs"]["seed"] = seed
+        messages = dict(server.run(prompt)["status"]["messages"])
+        assert ({*probes, discrepancy} <= set(messages["execution_cached"]["nodes"])) == cached
+        assert final not in messages["execution_cached"]["nodes"]
 
 
 def test_methods_differ(server: Server):
