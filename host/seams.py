@@ -58,9 +58,8 @@ def _shallow(blocks: int, depth: int) -> str:
 
 
 def _blocks(root: nn.Module, name: str) -> nn.ModuleList | tuple:
-    for part in name.split("."):
-        root = getattr(root, part, None)
-    return root if isinstance(root, nn.ModuleList) else ()
+    found = getattr(root, name, None)
+    return found if isinstance(found, nn.ModuleList) else ()
 
 
 # --- U-Nets ---
@@ -163,15 +162,13 @@ BLOCK_LISTS = (
     ("single_layers", "single_block"),
     ("joint_blocks", "double_block"),  # SD3
     ("transformer_blocks", "double_block"),  # Qwen-Image, LTX-Video, Lens
-    ("visual_transformer_blocks", "double_block"),  # Kandinsky 5
     ("blocks", "double_block"),  # Wan, Mochi, HunyuanDiT
-    ("transformer.layers", "double_block"),  # Stable Audio
-    ("language_model.layers", "double_block"),  # HiDream-O1
 )
 """Names of block lists, in the order that models run them, and the kind by which ComfyUI lets nodes replace them. Some
-families have such a list and cannot be patched there; the first call tells (`complete`)."""
+families have such a list and cannot be patched there; the first call tells (`complete`). Kandinsky 5 is missing: what
+ComfyUI 0.28.0 offers in place of its blocks cannot be called."""
 
-STREAMS = ("img", "txt", "x")
+STREAMS = ("img", "txt")
 """What flows from block to block, in the words of the block-replace patches; a pair where a model has picture and
 sound."""
 
@@ -211,7 +208,6 @@ class BlockSeam:
                     elif name in total:
                         total[name].sub_(tensor)
                 out = extra["original_block"](args) if before is None else before(args, extra)
-                out = out if isinstance(out, dict) else {"x": out}
                 streams = {name: tensor for name, tensor in _streams(out)
                            if name in total and total[name].shape == tensor.shape}
                 sums[span.kind] = {name: total[name].add_(tensor) for name, tensor in streams.items()}
