@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from comfy_api.latest import io
 
-from ..host.apply import Active, apply_method
+from ..host.apply import Active, apply_method, with_cache
+from ..host.cache import CacheSpec
 from ..host.ensemble import Ensemble
 from ..methods.cmlora import LOW_FREQUENCY, CMLoRA
 from .sockets import chosen, method_schema
@@ -26,7 +27,8 @@ class LoRAEnsembleCMLoRA(io.ComfyNode):
         return method_schema(
             node_id="LoRAEnsembleCMLoRA",
             display_name="CMLoRA",
-            description="LoRAs take turns in the lead; all predict each step, the leader with the largest weight. "
+            description="LoRAs take turns in the lead; all predict each step, the leader with the largest weight and "
+            "from scratch, the others from cached deep features. "
             "LoRAs with fine detail (characters, clothing, styles, objects) lead early, backgrounds late.",
             search_aliases=["multi lora", "combine loras", "lora turns", "cached multi-lora", "lora cache"],
             options=[
@@ -99,6 +101,15 @@ class LoRAEnsembleCMLoRA(io.ComfyNode):
                     max=10000,
                     tooltip="For Switch-A: sampling steps before the next LoRA takes over.",
                 ),
+                io.Int.Input(
+                    "cache_depth",
+                    default=3,
+                    min=0,
+                    max=100,
+                    tooltip="Blocks at either end of the model that a LoRA computes while it does not lead; the deep "
+                    "ones between them come from a cache. More is more exact and slower. 0: no cache, every LoRA is "
+                    "computed whole in every step.",
+                ),
             ],
         )
 
@@ -116,6 +127,7 @@ class LoRAEnsembleCMLoRA(io.ComfyNode):
         c2: int,
         dominant_full: str,
         steps_per_lora: int,
+        cache_depth: int,
         clip: CLIP | None = None,
     ) -> io.NodeOutput:
         order = chosen(order, ORDERS, "CMLoRA: order").lower()
@@ -125,9 +137,13 @@ class LoRAEnsembleCMLoRA(io.ComfyNode):
         def cmlora(active: Active) -> CMLoRA:
             high = tuple(role not in LOW_FREQUENCY for role in active.roles)
             return CMLoRA(active.strengths, high, order, boundary, threshold, dominance or None, decay, c1, c2,
-                          dominant_full=full, steps_per_lora=steps_per_lora)
+                          cache_depth > 0, full, steps_per_lora)
 
-        return io.NodeOutput(*apply_method(model, clip, ensemble, cmlora, node="CMLoRA"))
+        composed, merged = apply_method(model, clip, ensemble, cmlora, node="CMLoRA")
+        if cache_depth > 0 and order != "switch-a":
+            count = max(sum(spec.strength_model != 0 for spec in ensemble), 1)
+            composed = with_cache(composed, CacheSpec(max_age=count * max(c1, c2), depth=cache_depth))
+        return io.NodeOutput(composed, merged)
 
 
 NODES: list[type[io.ComfyNode]] = [LoRAEnsembleCMLoRA]

@@ -14,9 +14,12 @@ from lora_ensemble.host.cache import CacheSpec
 from lora_ensemble.host.composition import KEY
 from lora_ensemble.host.ensemble import LoRASpec
 from lora_ensemble.kernels.branch import Step, one_hot
+from lora_ensemble.methods.loratorio import LoRAtorio
 from lora_ensemble.methods.schedule import NonUniform, Uniform
 from lora_ensemble.methods.session import PlainSession
 from lora_ensemble.methods.switch import Switch
+from lora_ensemble.nodes.cache import LoRAEnsembleBranchCache
+from lora_ensemble.nodes.cmlora import LoRAEnsembleCMLoRA
 
 from .builders import composite, lora, merge, method, same, sample, shapes, three
 from .models import base
@@ -225,6 +228,67 @@ def test_a_switch_reuses_only_its_own_lora(loras):
     ours = cached(method(model, three(model, loras), lambda s: Switch(s, 2)), 4)
     sample(ours, steps=8)
     assert [step["reused"] for step in steps_of(ours)] == [0, 2] * 4, "another LoRA's features are of no use"
+
+
+def cmlora(model, ensemble, cache_depth: int, dominance: float = 0.0, full: str = "every_step", order: str = "offline"):
+    return LoRAEnsembleCMLoRA.execute(model, ensemble, order, 0.6, 0.4, dominance, "none", 2, 3, full, 5,
+                                      cache_depth).args[0]
+
+
+def test_cmlora_without_its_cache_is_composite_bit_for_bit(loras):
+    model = base("SD15")
+    ensemble = three(model, loras)
+    assert torch.equal(sample(cmlora(model, ensemble, 0, 1.0), steps=4), sample(composite(model, ensemble), steps=4))
+
+
+@pytest.mark.parametrize("full", ["every_step", "on_refresh"])
+@pytest.mark.parametrize("family", ["SD15", "Flux"])
+def test_cmlora_brings_its_schedule(full, family, loras):
+    """Age 0 where it says that a LoRA runs whole; nothing older than N times the larger interval."""
+    model = base(family)
+    ensemble = three(model, loras)
+    ours = cmlora(model, ensemble, 1, full=full)
+    out, plain = (sample(made, family, steps=12) for made in (ours, cmlora(model, ensemble, 0, full=full)))
+    assert 0 < ((out - plain).norm() / plain.norm()).item() < 0.5
+    steps = record(ours).steps
+    whole = [[i for i, age in enumerate(step.notes["cache"]["ages"]) if age == 0] for step in steps]
+    assert whole == [step.notes["CMLoRA"]["whole"] for step in steps] and whole[0] == [0, 1, 2]
+    assert [step.notes["cache"]["reused"] for step in steps] == [6 - 2 * len(found) for found in whole]
+    assert [step.calls for step in steps] == [1 + (0 < len(found) < 3) for found in whole]
+    assert 1 <= max(age for step in steps for age in step.notes["cache"]["ages"]) < 9
+    assert sum(map(len, whole)) < 3 * len(steps) / 2
+
+
+def test_switch_a_has_nothing_to_cache(loras):
+    assert cmlora(base("SD15"), three(base("SD15"), loras), 2, order="Switch-A").get_attachment(KEY).cache is None
+
+
+def test_a_branch_cache_behind_cmlora_replaces_its_schedule(loras):
+    model = base("SD15")
+    ours = LoRAEnsembleBranchCache.execute(cmlora(model, three(model, loras), 3), "uniform", 4, 1).args[0]
+    sample(ours, steps=8)
+    assert [step["reused"] for step in steps_of(ours)] == [0, 6, 6, 6] * 2
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 1}], ids=["static", "top 1"])
+def test_loratorio(options, loras):
+    """The base is a branch like any other; re-centred guidance sees what the branches gave."""
+    model = base("SD15")
+    ours = method(model, three(model, loras), lambda strengths: LoRAtorio(strengths, **options))
+    plain, reusing = sample(ours, steps=4), cached(ours)
+    out = sample(reusing, steps=4)
+    assert 0 < ((out - plain).norm() / plain.norm()).item() < 0.5
+    rows = [step.rows for step in record(ours).steps]
+    assert [step["reused"] for step in steps_of(reusing)] == [0, rows[1], rows[2], 0]
+
+
+@pytest.mark.parametrize(("options", "spec"), [
+    (("uniform", 3, 2), CacheSpec(Uniform(3), depth=2)), (("CMLoRA", 3, 1), CacheSpec(NonUniform(), depth=1))])
+def test_the_node_hands_its_widgets_over(options, spec):
+    made = LoRAEnsembleBranchCache.execute(base("SD15"), *options).args[0]
+    assert made.get_attachment(KEY).cache == spec and base("SD15").get_attachment(KEY) is None
+    with pytest.raises(ValueError, match="Branch Cache: schedule is 'never'"):
+        LoRAEnsembleBranchCache.execute(base("SD15"), "never", 3, 2)
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------

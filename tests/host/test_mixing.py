@@ -284,11 +284,11 @@ def test_the_nodes_hand_their_widgets_over(loras):
     out = LoRAEnsembleLoRAtorio.execute(model, ensemble, 3, 5.0, "progress", 0.25, "bilinear", "x0", 2, "patch", 4)
     assert out.args[0].get_attachment("lora_ensemble").layers[0].method == LoRAtorio(
         (0.8, 0.5, -0.6), 3, 5.0, "progress", 0.25, "bilinear", "x0", 2, "patch", 4)
-    out = LoRAEnsembleCMLoRA.execute(model, ensemble, "Switch-A", 0.5, 0.3, 0.0, "halving", 4, 5, "on_refresh", 7)
+    out = LoRAEnsembleCMLoRA.execute(model, ensemble, "Switch-A", 0.5, 0.3, 0.0, "halving", 4, 5, "on_refresh", 7, 2)
     assert out.args[0].get_attachment("lora_ensemble").layers[0].method == CMLoRA(
         (0.8, 0.5, -0.6), (True, False, True), "switch-a", 0.5, 0.3, None, "halving", 4, 5,
         dominant_full="on_refresh", steps_per_lora=7)
     with pytest.raises(ValueError, match="CMLoRA: order is 'sometimes'"):
-        LoRAEnsembleCMLoRA.execute(model, ensemble, "sometimes", 0.5, 0.3, 0.0, "none", 4, 5, "on_refresh", 7)
+        LoRAEnsembleCMLoRA.execute(model, ensemble, "sometimes", 0.5, 0.3, 0.0, "none", 4, 5, "on_refresh", 7, 2)
     with pytest.raises(ValueError, match="LoRAtorio: the ensemble is empty"):
         apply_method(model, None, (), lambda active: LoRAtorio(active.strengths), node="LoRAtorio")
