@@ -34,12 +34,13 @@ class Calibration:
         """Similarity at the first call of each step, the one that decides: [paths, steps]."""
         return self.gamma[space][:, [self.steps.index(step) for step in sorted(set(self.steps))]]
 
-    def refitted(self, equations: NormalEquations, policy: LinearAG, total: int, intercept: bool) -> Calibration:
-        """With the coefficients of the predicted calls taken from paths that LinearAG itself has led."""
+    def refitted(self, equations: NormalEquations, total: int, intercept: bool) -> Calibration:
+        """With the coefficients of the predicted calls of `total` steps taken from paths that LinearAG itself has led;
+        those end with the last call that had a negative."""
         coefficients, r2 = equations.solve(intercept)
         kept, kept_r2 = self.coefficients.clone(), self.r2.clone()
-        for call, step in enumerate(self.steps):
-            if call < len(r2) and policy.kind_at(step, total) == "predicted":
+        for call in range(len(r2)):
+            if LinearAG.kind_at(self.steps[call], total) == "predicted":
                 kept[call, :2 * call + 1], kept[call, -1] = coefficients[call, :2 * call + 1], coefficients[call, -1]
                 kept_r2[call] = r2[call]
         return replace(self, coefficients=kept, r2=kept_r2)

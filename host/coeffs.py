@@ -132,6 +132,12 @@ def path_of(name: str) -> str:
     return path
 
 
+def fingerprint(name: str) -> str:
+    """Changes whenever the file does."""
+    stat = os.stat(path_of(name))
+    return f"{stat.st_size} {stat.st_mtime_ns}"
+
+
 def load(name: str) -> GuidanceCoeffs:
     """Read a file of coefficients. Raises CoeffsError for a missing, damaged or foreign file."""
     try:

@@ -192,7 +192,8 @@ class Server:
         raise ServerError(f"The prompt took longer than {timeout:.0f} s\n{self.log_tail()}")
 
     def images(self, entry: dict[str, Any], node: str | None = None) -> list[bytes]:
-        """The image files that a prompt left, of one node or of all, fetched from /view."""
+        """The image files that a prompt saved, of one node or of all, fetched from /view; no previews."""
         outputs = entry["outputs"]
-        found = [image for key in sorted(outputs) if node in (None, key) for image in outputs[key].get("images", ())]
+        found = [image for key in sorted(outputs) if node in (None, key) for image in outputs[key].get("images", ())
+                 if image["type"] == "output"]
         return [self.get("/view", **{key: image[key] for key in ("filename", "subfolder", "type")}) for image in found]

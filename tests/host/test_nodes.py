@@ -39,8 +39,11 @@ IDS = {
     "LoRAEnsembleAdaptiveGuidance": "Adaptive Guidance",
     "LoRAEnsembleAdaptiveGuider": "Adaptive Guider",
     "LoRAEnsembleKSampler": "KSampler (Adaptive Guidance)",
+    "LoRAEnsembleCalibrateGuidance": "Calibrate Guidance",
+    "LoRAEnsembleSaveCoeffs": "Save Guidance Coefficients",
+    "LoRAEnsembleLoadCoeffs": "Load Guidance Coefficients",
 }
-PLACEHOLDERS = {"ckpt_name", "clip_name", "lora_name"}  # files that a user chooses; any .safetensors name will do
+PLACEHOLDERS = {"ckpt_name", "clip_name", "lora_name", "coeffs_name"}  # files that a user chooses
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 VIRTUAL = {"MarkdownNote", "Note"}  # known to the front end alone
 BYPASSED = 4
@@ -371,7 +374,7 @@ def test_every_node_and_every_model_family_has_an_example():
 def test_sockets_have_the_types_that_other_packs_use():
     outputs = [part for node in NODES for part in node.GET_SCHEMA().outputs]
     assert {str(part.io_type) for part in outputs} == {
-        "LORA_ENSEMBLE", "MODEL", "CLIP", "GUIDER", "LATENT", "STRING", "IMAGE", "FLOAT",
+        "LORA_ENSEMBLE", "MODEL", "CLIP", "GUIDER", "LATENT", "STRING", "IMAGE", "FLOAT", "GUIDANCE_COEFFS",
     }  # fmt: skip
     assert str(LoRAEnsembleFromStack.GET_SCHEMA().inputs[0].io_type) == "LORA_STACK"
     assert all(issubclass(node, io.ComfyNode) for node in NODES)

@@ -88,6 +88,12 @@ def difference(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.abs(a - b).max())
 
 
+def visible(info: dict) -> dict:
+    """A node's inputs without those that the host fills in."""
+    groups = (group for name, group in info["input"].items() if name != "hidden")
+    return {key: spec for group in groups for key, spec in group.items()}
+
+
 # --- what a user finds -----------------------------------------------------------------------------------------------
 
 
@@ -100,7 +106,7 @@ def test_nodes_explain_themselves(node_info: dict):
             "LoRAEnsembleComposite"} <= set(node_info)  # fmt: skip
     for name, info in node_info.items():
         assert info["description"] and info["category"].startswith("LoRA Ensemble"), name
-        inputs = {key: spec for group in info["input"].values() for key, spec in group.items()}
+        inputs = visible(info)
         assert all(spec[1].get("tooltip") for spec in inputs.values()), name
         assert len(info["output_tooltips"]) == len(info["output"]) and all(info["output_tooltips"]), name
 
@@ -109,8 +115,7 @@ def test_help_page_of_every_node(server: Server, node_info: dict):
     for name, info in node_info.items():
         page = server.get(f"/extensions/{PACK}/docs/{name}.md").decode()
         assert page.startswith(f"# {info['display_name']}"), name
-        inputs = [key for group in info["input"].values() for key in group]
-        assert all(key in page for key in inputs), f"{name}: its help page does not name every input"
+        assert all(key in page for key in visible(info)), f"{name}: its help page does not name every input"
 
 
 def test_example_workflows_are_templates(server: Server):

@@ -1,0 +1,145 @@
+"""Calibrate guidance once, save what was found, load it by name."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import comfy.sample
+import comfy.utils
+import folder_paths
+from comfy_api.latest import io, ui
+
+from ..host import coeffs as files
+from ..host.calibrate import Paths, calibrate
+from ..host.plot import plot, summary
+from .guidance import GuidanceCoeffs, latent_input, negative_input, schedule_inputs
+from .sockets import model_input, schema
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+
+
+class LoRAEnsembleCalibrateGuidance(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="LoRAEnsembleCalibrateGuidance",
+            display_name="Calibrate Guidance",
+            description="Samples some pictures with full guidance and finds out at which similarity guidance may stop, "
+            "and how the negative prediction can be foretold. Done once per model and sampler settings.",
+            search_aliases=["adaptive guidance", "linear ag", "guidance threshold", "calibration"],
+            inputs=[
+                model_input(),
+                io.Conditioning.Input("positive", tooltip="The prompts. Each entry is one: join several with "
+                                      "Conditioning (Combine). Five to ten of the kind that you will use are enough."),
+                negative_input(),
+                latent_input(),
+                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
+                             tooltip="The first path's seed; the others count on."),
+                io.Int.Input("seeds", default=4, min=1, max=10000,
+                             tooltip="Paths per prompt. The paper took 200 paths in all; 20 give thresholds, LinearAG "
+                             "gains from more."),
+                io.Int.Input("batch_size", default=1, min=1, max=4096,
+                             tooltip="Paths sampled at the same time, as many as memory allows. The result is the "
+                             "same."),
+                *schedule_inputs(),
+                io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01,
+                               tooltip="As in the sampler that the calibration is for."),
+                io.Boolean.Input("second_round", default=False,
+                                 tooltip="For LinearAG: sample all paths once more as it does, and fit its predictions "
+                                 "to these. Twice the work, closer pictures."),
+                io.Boolean.Input("intercept", default=False,
+                                 tooltip="For LinearAG: let a constant take part in the prediction. The paper's "
+                                 "formula has none."),
+            ],
+            outputs=[
+                GuidanceCoeffs.Output(display_name="COEFFS", tooltip="For Adaptive Guidance, and for Save Guidance "
+                                      "Coefficients."),
+                io.String.Output(display_name="TEXT", tooltip="Thresholds for several savings, and per step the "
+                                 "similarity and how much of guidance is foretold."),
+                io.Image.Output(display_name="PLOT", tooltip="The similarity of both spaces over the steps."),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, model: ModelPatcher, positive: Any, negative: Any, latent_image: dict, seed: int, seeds: int,
+                batch_size: int, steps: int, cfg: float, sampler_name: str, scheduler: str, denoise: float,
+                second_round: bool, intercept: bool) -> io.NodeOutput:
+        latent = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"])[:1]
+        paths = Paths(positive, negative, latent, steps, cfg, sampler_name, scheduler, denoise, seed, seeds, batch_size)
+        rounds = len(positive) * math.ceil(seeds / batch_size) * (1 + second_round)
+        bar = comfy.utils.ProgressBar(rounds * steps)
+        coeffs = calibrate(model, paths, second_round, intercept, lambda: bar.update(1))
+        return io.NodeOutput(coeffs, summary(coeffs), plot(coeffs))
+
+
+class LoRAEnsembleSaveCoeffs(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="LoRAEnsembleSaveCoeffs",
+            display_name="Save Guidance Coefficients",
+            description="Writes a calibration into models/guidance_coeffs, to be loaded by name later.",
+            search_aliases=["adaptive guidance", "calibration"],
+            is_output_node=True,
+            inputs=[
+                GuidanceCoeffs.Input("coeffs", tooltip="A calibration, from Calibrate Guidance."),
+                io.String.Input("filename", default="sd15_dpmpp_2m_karras_20_cfg7.5",
+                                tooltip="Name of the file below models/guidance_coeffs; may hold folders. A number is "
+                                "added where the name is taken."),
+            ],
+            outputs=[io.String.Output(display_name="NAME", tooltip="The name under which it was saved.")],
+        )  # fmt: skip
+
+    @classmethod
+    def validate_inputs(cls, filename: str | None = None) -> bool | str:
+        """Checks the name before a long calibration; one that comes over a link is checked during the run."""
+        try:
+            if filename is not None:
+                files.check_name(filename)
+        except files.CoeffsError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def execute(cls, coeffs: files.GuidanceCoeffs, filename: str) -> io.NodeOutput:
+        name = files.save(coeffs, filename)
+        return io.NodeOutput(name, ui=ui.PreviewText(f"saved as {name}"))
+
+
+class LoRAEnsembleLoadCoeffs(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="LoRAEnsembleLoadCoeffs",
+            display_name="Load Guidance Coefficients",
+            description="Reads a calibration from models/guidance_coeffs.",
+            search_aliases=["adaptive guidance", "calibration", "linear ag"],
+            inputs=[io.Combo.Input("coeffs_name", options=folder_paths.get_filename_list(files.FOLDER),
+                                   tooltip="A file that Save Guidance Coefficients has written.")],
+            outputs=[GuidanceCoeffs.Output(display_name="COEFFS", tooltip="For Adaptive Guidance and its sampler and "
+                                           "guider.")],
+        )  # fmt: skip
+
+    @classmethod
+    def fingerprint_inputs(cls, coeffs_name: str | None = None) -> str:
+        """Run again when the file has been replaced."""
+        return "" if coeffs_name is None else files.fingerprint(coeffs_name)
+
+    @classmethod
+    def validate_inputs(cls, coeffs_name: str | None = None) -> bool | str:
+        """Checks the file before the run; one named over a link is checked during it."""
+        try:
+            if coeffs_name is not None:
+                files.load(coeffs_name)
+        except files.CoeffsError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def execute(cls, coeffs_name: str) -> io.NodeOutput:
+        return io.NodeOutput(files.load(coeffs_name))
+
+
+NODES: list[type[io.ComfyNode]] = [LoRAEnsembleCalibrateGuidance, LoRAEnsembleSaveCoeffs, LoRAEnsembleLoadCoeffs]

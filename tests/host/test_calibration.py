@@ -1,0 +1,325 @@
+"""Calibration, LinearAG and files of coefficients on real ComfyUI."""
+
+from __future__ import annotations
+
+import comfy.samplers
+import folder_paths
+import pytest
+import torch
+from comfy.patcher_extension import WrappersMP
+from lora_ensemble.host import coeffs as files
+from lora_ensemble.host.calibrate import Paths, calibrate
+from lora_ensemble.host.coeffs import CoeffsError
+from lora_ensemble.host.guidance import apply_guidance, guidance_record_of
+from lora_ensemble.host.identity import describe_model
+from lora_ensemble.host.plot import plot, summary
+from lora_ensemble.host.policies import Choice, guidance_of, saving_threshold
+from lora_ensemble.kernels.guidance import guided_steps
+from lora_ensemble.methods.guidance import AdaptiveGuidance
+from torch import Tensor
+
+from .builders import composite, guided, merge, schedule, three
+from .models import base
+from .test_guidance import SD15, Spy, ag, dual, same, sample
+
+STEPS = 8
+
+
+def paths(**options) -> Paths:
+    """Three seeds of two prompts, with the settings of `sample`."""
+    settings = dict(positive=[*SD15.cond(11), *SD15.cond(15)], negative=SD15.cond(12),
+                    latent=torch.zeros_like(SD15.noise()), steps=STEPS, cfg=12.0, sampler_name="euler",
+                    scheduler="normal", denoise=1.0, seed=1, seeds=3, batch=2)
+    return Paths(**{**settings, **options})
+
+
+def choice(coeffs, mode: str = "LinearAG", nearest: bool = False, saving: float = 0.25, **policy) -> Choice:
+    return Choice(mode, AdaptiveGuidance(**policy), saving, True, coeffs, nearest)
+
+
+def guide(model, coeffs, mode: str = "LinearAG", nearest: bool = False, **options):
+    return apply_guidance(model, guidance_of(choice(coeffs, mode, nearest, **options)))
+
+
+_found: dict[str, object] = {}
+
+
+@pytest.fixture
+def found():
+    """One calibration, shared."""
+    if not _found:
+        _found["coeffs"] = calibrate(base("SD15"), paths())
+    return _found["coeffs"]
+
+
+@pytest.fixture
+def exact():
+    """The small model with a negative that is an exact fixed combination of what came before."""
+    model, last = base("SD15").clone(), {}
+
+    def linear(executor, model_, conds, x, timestep, options):
+        outs = executor(model_, conds, x, timestep, options)
+        sigma = timestep.view(-1, 1, 1, 1)
+        if conds[0] is not None:
+            c = (x - outs[0]) / sigma
+            start = float(timestep[0]) > last.get("sigma", 0) * 1.001
+            u = 0.9 * c if start else 0.6 * c + 0.25 * last["u"] + 0.1 * last["c"]
+            last.update(sigma=float(timestep[0]), c=c, u=u)
+        if len(conds) > 1 and conds[1] is not None:
+            outs[1] = x - last["u"] * sigma
+        return outs
+
+    model.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, "linear", linear)
+    return model
+
+
+# --- calibration ---
+
+
+def test_curves_are_those_of_full_guidance(found):
+    """A path is the one that a sampler with its seed takes."""
+    for row, (prompt, seed) in enumerate((p, s) for p in (11, 15) for s in (1, 2, 3)):
+        for space in ("noise", "x0"):
+            model = ag(base("SD15"), 1.5, space=space)
+            noise = SD15.noise()  # the host's noise of this seed
+            generator = torch.manual_seed(seed)
+            noise = torch.randn(noise.shape, generator=generator)
+            with torch.inference_mode():
+                comfy.sample.sample(model, noise, STEPS, 12.0, "euler", "normal", SD15.cond(prompt), SD15.cond(12),
+                                    torch.zeros_like(noise), seed=seed, disable_pbar=True)
+            curve = [step.gamma[0] for step in guidance_record_of(model).steps]
+            assert found.found.gamma[space][row].tolist() == pytest.approx(curve, abs=2e-6)
+
+
+def test_batches_do_not_matter(found):
+    alone = calibrate(base("SD15"), paths(batch=1))
+    assert torch.allclose(alone.found.gamma["noise"], found.found.gamma["noise"], atol=1e-5)
+    assert torch.allclose(alone.found.r2, found.found.r2, atol=1e-3)
+    assert found.found.gamma["noise"].shape == (6, STEPS)
+
+
+def test_an_exact_relation_makes_linear_ag_full_guidance(exact):
+    """Every latent of the first half is plain CFG's, with half of its negatives; the fit is exact."""
+    coeffs = calibrate(exact, paths())
+    assert (coeffs.found.r2 > 1 - 1e-4).all()
+    ours, plain = [], []
+    model = guide(exact, coeffs)
+    sample(model, steps=STEPS, callback=lambda i, x0, x, n: ours.append(x.clone()))
+    sample(exact, steps=STEPS, callback=lambda i, x0, x, n: plain.append(x.clone()))
+    base_latents = []
+    sample(base("SD15"), steps=STEPS, cfg=1.0, callback=lambda i, x0, x, n: base_latents.append(x.clone()))
+    for step in range(1, STEPS // 2 + 1):
+        same(ours[step], plain[step], base_latents[step])
+    sides = [(step.negative, step.predicted) for step in guidance_record_of(model).steps]
+    assert sides == [(1, 0), (0, 1), (1, 0), (0, 1), (0, 0), (0, 0), (0, 0), (0, 0)]
+
+
+def test_number_of_evaluations(found):
+    spy = Spy(base("SD15"))
+    model = guide(spy.model, found)
+    sample(model, steps=STEPS, batch=2)
+    assert spy.rows(SD15.cond(11)) == 2 * STEPS and spy.rows(SD15.cond(12)) == 2 * 2
+    record = guidance_record_of(model)
+    assert record.evaluations == 2 * (STEPS + 2) and record.full == 4 * STEPS and not record.problems
+    assert sample(model, steps=STEPS, batch=2).isfinite().all()
+
+
+def test_twenty_steps_cost_twenty_five():
+    coeffs = calibrate(base("SD15"), paths(steps=20, seeds=1, positive=SD15.cond(11)))
+    model = guide(base("SD15"), coeffs)
+    sample(model, steps=20)
+    assert guidance_record_of(model).evaluations == 25
+
+
+def test_a_second_round_fits_what_is_predicted(found):
+    """The first predicted step has the same regressors in both rounds; later ones see their own estimates."""
+    again = calibrate(base("SD15"), paths(), on_policy=True).found
+    first = found.found
+    assert torch.allclose(again.coefficients[1], first.coefficients[1], atol=1e-2)
+    assert not torch.allclose(again.coefficients[3], first.coefficients[3], atol=1e-4)
+    others = [0, 2, *range(STEPS // 2, STEPS)]
+    assert torch.equal(again.coefficients[others], first.coefficients[others])
+
+
+@pytest.mark.parametrize("sampler", ["heun", "dpmpp_2m", "dpmpp_sde"])
+def test_samplers_with_several_calls_per_step(sampler):
+    coeffs = calibrate(base("SD15"), paths(sampler_name=sampler, seeds=1, steps=4))
+    spy = Spy(base("SD15"))
+    model = guide(spy.model, coeffs)
+    assert sample(model, steps=4, sampler=sampler).isfinite().all()
+    record = guidance_record_of(model)
+    assert not record.problems and [step.negative > 0 for step in record.steps] == [True, False, False, False]
+    assert record.steps[1].predicted == record.steps[1].calls
+
+
+def test_composition_and_calibration(loras):
+    """Coefficients of a composed model belong to its LoRAs and their strengths."""
+    model = base("SD15")
+    ensemble = three(model, loras)
+    composed = composite(model, ensemble)
+    coeffs = calibrate(composed, paths(seeds=1))
+    ours = guide(composed, coeffs)
+    assert sample(ours, steps=STEPS).isfinite().all()
+    assert guidance_record_of(ours).evaluations == STEPS + 2
+    for other in (model, merge(model, ensemble), composite(model, ensemble[:2])):
+        with pytest.raises(CoeffsError, match="calibrated for model"):
+            sample(guide(other, coeffs), steps=STEPS)
+
+
+def test_stopping(found):
+    calls = []
+
+    def stop():
+        calls.append(1)
+        if len(calls) == 3:
+            raise comfy.model_management.InterruptProcessingException
+
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        calibrate(base("SD15"), paths(), progress=stop)
+    whole = []
+    calibrate(base("SD15"), paths(), on_policy=True, progress=lambda: whole.append(1))
+    assert len(whole) == 2 * 2 * 2 * STEPS
+
+
+def test_nothing_to_calibrate():
+    with pytest.raises(CoeffsError, match="at cfg 1"):
+        calibrate(base("SD15"), paths(cfg=1.0))
+
+
+def test_a_sampler_that_decides_itself_how_often_it_calls():
+    with pytest.raises(CoeffsError, match="number of calls is fixed"):
+        calibrate(base("SD15"), paths(sampler_name="dpm_adaptive", batch=1, seeds=2))
+
+
+# --- whether it fits ---
+
+
+@pytest.mark.parametrize("mode", ["LinearAG", "saving"])
+@pytest.mark.parametrize(("options", "words"), [
+    ({"steps": 6}, "8 steps, here 6"), ({"sampler": "heun"}, "sampler sample_euler, here sample_heun"),
+    ({"cfg": 7.0}, "cfg 12, here 7"), ({"denoise": 0.5}, "a schedule from")])  # fmt: skip
+def test_other_settings_are_refused(found, options, words, mode):
+    with pytest.raises(CoeffsError, match=words) as refused:
+        sample(guide(base("SD15"), found, mode), **{"steps": STEPS, **options})
+    assert "nearest" in str(refused.value) and "Calibrate" in str(refused.value)
+
+
+@pytest.mark.parametrize("steps", [5, 8, 13])
+def test_nearest_uses_them_all_the_same(found, steps):
+    model = guide(base("SD15"), found, nearest=True)
+    assert sample(model, steps=steps, cfg=10.0).isfinite().all()
+    record = guidance_record_of(model)
+    assert "cfg 12, here 10" in record.problems[0] and len(record.problems) == 1
+    assert record.evaluations == {5: 7, 8: 10, 13: 17}[steps]
+
+
+def test_nearest_keeps_the_sum_of_the_weights(found):
+    """Predictions of neighbouring steps are nearly equal; what counts is their total weight."""
+    sigmas = tuple(schedule(base("SD15"), 5).tolist())
+    policy = found.linear(sigmas)
+    calibrated = found.found.coefficients
+    for n, row in enumerate(policy.coefficients):
+        sums = calibrated.sum(1)
+        assert min(abs(sum(row) - float(total)) for total in sums) < 1e-9 or n == 0
+
+
+def test_another_checkpoint_is_noticed():
+    model = base("SD15")
+    name = describe_model(model)
+    assert describe_model(model.clone()) == name
+    weights = [p for key, p in model.model.named_parameters() if key.startswith("diffusion_model.") and p.ndim == 1]
+    with torch.no_grad():
+        try:
+            for weight in weights:
+                weight += 0.125
+            assert describe_model(model) != name
+        finally:
+            for weight in weights:
+                weight -= 0.125
+
+
+def test_stock_loras_are_noticed(loras):
+    from .builders import stock
+
+    model = base("SD15")
+    ensemble = three(model, loras)
+    names = {describe_model(stock(model, chosen)) for chosen in ((), ensemble[:1], ensemble[1:2], ensemble)}
+    assert len(names) == 4
+
+
+def test_a_guider_with_two_negatives(found):
+    with pytest.raises(CoeffsError, match="this guider has 2"):
+        guided(dual(guide(base("SD15"), found)), schedule(base("SD15"), STEPS))
+
+
+@pytest.mark.parametrize("mode", ["LinearAG", "saving"])
+def test_modes_that_need_coefficients(mode):
+    with pytest.raises(CoeffsError, match="Connect Load Guidance Coefficients"):
+        guidance_of(choice(None, mode))
+
+
+# --- a saving instead of a threshold ---
+
+
+@pytest.mark.parametrize("space", ["noise", "x0"])
+@pytest.mark.parametrize("saving", [0.1, 0.25, 0.4])
+def test_saving(found, saving, space):
+    wanted = saving_threshold(choice(found, "saving", saving=saving, space=space))
+    unguided = STEPS - guided_steps(found.found.gamma[space].double(), wanted).double().mean()
+    assert abs(unguided / (2 * STEPS) - saving) <= 0.08
+    model = guide(base("SD15"), found, "saving", saving=saving, space=space)
+    sample(model, steps=STEPS)
+    assert f"{100 * saving:g} %" in guidance_record_of(model).policy
+
+
+# --- files ---
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, files.FOLDER, ([str(tmp_path)], {".safetensors"}))
+    folder_paths.filename_list_cache.clear()
+    yield tmp_path
+    folder_paths.filename_list_cache.clear()
+
+
+def equal(a, b) -> bool:
+    tensors = lambda c: [c.found.coefficients, c.found.r2, *c.found.gamma.values()]  # noqa: E731
+    return all(torch.equal(x, y) for x, y in zip(tensors(a), tensors(b), strict=True))
+
+
+def test_what_is_saved_is_loaded(found, folder):
+    name = files.save(found, "sd15/mine")
+    assert name == "sd15/mine.safetensors" and name in folder_paths.get_filename_list(files.FOLDER)
+    again = files.load(name)
+    assert equal(again, found) and again.found.steps == found.found.steps
+    assert (again.model, again.sampler, again.cfg) == (found.model, found.sampler, found.cfg)
+    out: list[Tensor] = [sample(guide(base("SD15"), coeffs), steps=STEPS) for coeffs in (found, again)]
+    assert torch.equal(*out)
+    assert files.save(found, "sd15/mine.safetensors") == "sd15/mine_2.safetensors"
+
+
+@pytest.mark.parametrize("name", ["", "../outside", "/etc/passwd", "a/../../b", "..\\b"])
+def test_names_stay_in_the_folder(found, folder, name):
+    with pytest.raises(CoeffsError, match="not a name for a file"):
+        files.save(found, name)
+
+
+def test_files_that_cannot_be_used(found, folder):
+    from safetensors.torch import save_file
+
+    name = files.save(found, "good")
+    whole = (folder / name).read_bytes()
+    (folder / "cut.safetensors").write_bytes(whole[:-10])
+    (folder / "page.safetensors").write_bytes(b"<html>" * 20)
+    save_file({"x": torch.zeros(1)}, folder / "lora.safetensors")
+    for bad, words in (("cut", "cannot be read"), ("page", "cannot be read"), ("lora", "does not hold"),
+                       ("gone", "not in any of the 'guidance_coeffs' folders")):  # fmt: skip
+        with pytest.raises(CoeffsError, match=words):
+            files.load(f"{bad}.safetensors")
+
+
+def test_plot_and_text(found):
+    image, text = plot(found), summary(found)
+    assert image.shape == (1, 420, 720, 3) and 0 <= image.min() < 0.3 and image.max() == 1
+    assert "6 paths of 8 steps" in text and " 25 %" in text and text.count("\n") == 7 + STEPS

@@ -1,0 +1,278 @@
+"""Guidance without ComfyUI: kernels against float64 definitions, the state of a run, calibration on exact relations."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from lora_ensemble.engine.calibration import Calibration, NormalEquations
+from lora_ensemble.engine.guidance import AdaptiveState, LinearState, ReadBack, noise_of
+from lora_ensemble.engine.guidance_record import GuidanceRecord, GuidanceStep
+from lora_ensemble.kernels import guidance as kernels
+from lora_ensemble.kernels.branch import Step
+from lora_ensemble.kernels.guidance import (
+    combine,
+    cosine,
+    guided_steps,
+    least_squares,
+    products,
+    similarity_terms,
+    threshold_for,
+)
+from lora_ensemble.methods.guidance import AdaptiveGuidance, LinearAG
+from torch import Tensor
+
+
+def rand(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def cosine_64(a: Tensor, b: Tensor) -> np.ndarray:
+    a, b = (t.double().flatten(1).numpy() for t in (a, b))
+    return np.array([x @ y / np.sqrt((x @ x) * (y @ y)) for x, y in zip(a, b, strict=True)])
+
+
+# --- kernels ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("away", [1.0, 1e-2, 1e-3])
+def test_cosine(dtype, away):
+    """Also near 1, where half precision could not tell; inputs are rounded first, so the reference sees the same."""
+    a = rand(5, 4, 32, 32, dtype=dtype)
+    b = (a.float() + away * rand(5, 4, 32, 32, seed=1)).to(dtype)
+    found = cosine(similarity_terms(a, b))
+    assert found.dtype == torch.float32 and found.shape == (5,)
+    assert np.abs(found.double().numpy() - cosine_64(a, b)).max() < 1e-6
+
+
+def test_cosine_ignores_positive_scaling_and_adds_up_over_parts():
+    a, b = rand(3, 4, 8), rand(3, 4, 8, seed=1)
+    whole = cosine(similarity_terms(a, b))
+    assert torch.allclose(cosine(similarity_terms(7 * a, 0.01 * b)), whole, atol=1e-6)
+    parts = similarity_terms(a[..., :3], b[..., :3]) + similarity_terms(a[..., 3:], b[..., 3:])
+    assert torch.allclose(cosine(parts), whole, atol=1e-6)
+    assert torch.allclose(cosine(similarity_terms(a, -b)), -whole, atol=1e-6)
+
+
+def test_cosine_of_nothing():
+    zero, one = torch.zeros(1, 4), torch.ones(1, 4)
+    assert cosine(similarity_terms(zero, zero)) == 1 and cosine(similarity_terms(zero, one)) == 0
+
+
+def test_products(monkeypatch):
+    monkeypatch.setattr(kernels, "CHUNK", 7)
+    a, b = rand(3, 2, 10, seed=1), rand(4, 2, 10, seed=2)
+    want = np.einsum("kn,ln->kl", a.double().flatten(1).numpy(), b.double().flatten(1).numpy())
+    found = products(a, b)
+    assert found.dtype == torch.float64 and np.abs(found.numpy() - want).max() < 1e-12
+
+
+def test_least_squares_against_numpy():
+    f, y = rand(6, 500).double(), rand(500, seed=1).double()
+    want = np.linalg.lstsq(f.T.numpy(), y.numpy(), rcond=None)[0]
+    assert np.abs(least_squares(f @ f.T, f @ y, ridge=0.0).numpy() - want).max() < 1e-10
+    assert np.abs(least_squares(f @ f.T, f @ y).numpy() - want).max() < 1e-5
+    twice = torch.cat([f, f])  # singular: the ridge shares the weight out
+    assert np.abs(least_squares(twice @ twice.T, twice @ y).view(2, 6).sum(0).numpy() - want).max() < 1e-4
+
+
+def test_combine():
+    f = rand(3, 2, 4, 4)
+    want = 0.5 * f[0] - 2 * f[1] + 0.25 * f[2] + 0.1
+    assert torch.allclose(combine(f, torch.tensor([0.5, -2, 0.25]), 0.1), want, atol=1e-6)
+
+
+GAMMA = torch.tensor([[0.5, 0.9, 0.8, 0.95, 0.99], [0.6, 0.7, 0.85, 0.9, 0.97]])
+
+
+@pytest.mark.parametrize(("threshold", "min_steps", "ramp", "wanted"), [
+    (0.9, 0, 0, [2, 4]), (0.9, 2, 0, [4, 4]), (0.9, 0, 2, [4, 5]), (1.5, 0, 0, [5, 5]), (-1, 0, 0, [1, 1]),
+    (-1, 3, 0, [4, 4])])  # fmt: skip
+def test_guided_steps(threshold, min_steps, ramp, wanted):
+    before = GAMMA.clone()
+    assert guided_steps(GAMMA, threshold, min_steps, ramp).tolist() == wanted
+    assert torch.equal(GAMMA, before)
+
+
+@pytest.mark.parametrize("saving", [0.0, 0.1, 0.2, 0.25, 0.3, 0.4])
+def test_threshold_for_a_saving(saving):
+    """No other threshold comes nearer."""
+    gamma = torch.sort(rand(40, 20).double().sigmoid(), dim=1).values
+    found = threshold_for(gamma, saving)
+
+    def miss(threshold: float) -> float:
+        return abs(float((20 - guided_steps(gamma, threshold).double()).mean()) / 40 - saving)
+
+    assert miss(found) <= min(miss(t) for t in torch.linspace(-0.1, 1.1, 500).tolist()) + 1e-12
+    assert miss(found) < 0.01
+
+
+# --- the policy ---
+
+
+@pytest.mark.parametrize(("steps", "evaluations"), [(20, 25), (10, 13), (4, 5), (1, 2), (2, 3), (5, 7)])
+def test_evaluations_of_linear_ag(steps, evaluations):
+    kinds = [LinearAG.kind_at(i, steps) for i in range(steps)]
+    assert sum(2 if kind == "guided" else 1 for kind in kinds) == evaluations
+    assert kinds[0] == "guided"
+
+
+def test_options_that_make_no_sense():
+    for options in ({"space": "pixels"}, {"min_steps": -1}, {"ramp_steps": -1}):
+        with pytest.raises(ValueError, match="Adaptive Guidance"):
+            AdaptiveGuidance(**options)
+
+
+# --- state of a run ---
+
+
+def feed(state: AdaptiveState, rows: list[list[float]]) -> list:
+    """What each step evaluates, and its weights, for given similarities."""
+    out = []
+    for index, gamma in enumerate(rows):
+        needed = state.begin(Step(index, len(rows), 1.0))
+        state.decide(torch.tensor(gamma))
+        out.append((needed, state.weight(torch.zeros(len(gamma), 2)).flatten().tolist()))
+    return out
+
+
+def test_a_decision_is_sticky_and_its_own():
+    state = AdaptiveState(AdaptiveGuidance(0.9))
+    found = feed(state, [[0.5, 0.5], [0.95, 0.6], [0.1, 0.7], [0.2, 0.95], [0, 0]])
+    assert [needed for needed, _ in found] == [None, None, (1,), (1,), ()]
+    assert [weight for _, weight in found] == [[1, 1], [0, 1], [0, 1], [0, 0], [0, 0]]
+    assert state.gamma[1] == pytest.approx([0.95, 0.6]) and state.gamma[2] == [None, pytest.approx(0.7)]
+
+
+def test_the_whole_batch_waits_for_its_last():
+    state = AdaptiveState(AdaptiveGuidance(0.9, per_sample=False))
+    found = feed(state, [[0.95, 0.5], [0.95, 0.92], [0, 0]])
+    assert [needed for needed, _ in found] == [None, None, ()]
+
+
+def test_one_decision_per_step():
+    state = AdaptiveState(AdaptiveGuidance(0.9))
+    step = Step(0, 2, 1.0)
+    assert state.begin(step) is None
+    state.decide(torch.tensor([0.5]))
+    assert state.begin(step) is None
+    state.decide(torch.tensor([0.99]))  # a second call of the same step
+    assert state.weight(torch.zeros(1, 2)).item() == 1
+    assert state.begin(Step(1, 2, 0.5)) is None
+
+
+class Event:
+    def __init__(self):
+        self.waited = 0
+
+    def synchronize(self):
+        self.waited += 1
+
+
+@pytest.mark.parametrize(("exact", "wanted"), [(True, [[], [0], [1], [2]]), (False, [[], [], [0], [1]])])
+def test_read_back(exact, wanted):
+    """On an accelerator: before the next step, or one step later."""
+    back, seen = ReadBack(exact), []
+    for index in range(4):
+        seen.append([sent for sent, _, _ in back.arrived(index)])
+        back._sent.append((index, None, torch.tensor([0.0]), Event()))
+    assert seen == wanted
+    assert [sent for sent, _, _ in back.arrived(None)] == ([3] if exact else [2, 3])
+
+
+# --- LinearAG ---
+
+
+def paths(calls: int, count: int, seed: int = 0, shape=(4, 8, 8), constant: float = 0.0) -> tuple[list, list]:
+    """Predictions whose negative is an exact fixed combination of what came before: u_n = .5 c_n + .3 u_{n-1} + .2
+    c_{n-1} + constant, u_0 = .9 c_0."""
+    cs = [rand(count, *shape, seed=seed + n) for n in range(calls)]
+    us = []
+    for n, c in enumerate(cs):
+        us.append(0.9 * c + constant if n == 0 else 0.5 * c + 0.3 * us[-1] + 0.2 * cs[n - 1] + constant)
+    return cs, us
+
+
+def fit(calls: int, constant: float = 0.0, intercept: bool = False) -> Calibration:
+    equations = NormalEquations()
+    for batch in range(5):
+        cs, us = paths(calls, 4, 100 * batch, constant=constant)
+        equations.add([t for pair in zip(cs, us, strict=True) for t in pair], us)
+    coefficients, r2 = equations.solve(intercept)
+    return Calibration(coefficients, tuple(range(calls)), r2, {})
+
+
+@pytest.mark.parametrize(("constant", "intercept"), [(0.0, False), (0.7, True)])
+def test_an_exact_relation_is_recovered(constant, intercept):
+    """Relative error below 1e-4 on paths that were not seen; every odd step of the first half is foretold from
+    estimates that were fed back."""
+    calls = 12
+    found = fit(calls, constant, intercept)
+    assert (found.r2 > 1 - 1e-4).all()
+    cs, us = paths(calls, 2, 999, constant=constant)
+    state, sigma = LinearState(found.policy()), torch.full((2,), 2.0)
+    x = rand(2, 4, 8, 8, seed=5)
+    for n in range(calls // 2):
+        c, u = (x - 2.0 * noise for noise in (cs[n], us[n]))
+        if state.begin(Step(n, calls, 2.0)) == "predicted":
+            guess = state.foretell(x, c, sigma)
+            error = (noise_of(x, guess, sigma) - us[n]).norm() / us[n].norm()
+            assert n % 2 == 1 and error < 1e-4
+            u = guess
+        state.keep(x, c, u, sigma)
+    assert not state.off_course
+
+
+def test_the_sums_do_not_depend_on_the_batches():
+    cs, us = paths(6, 4)
+    features = [t for pair in zip(cs, us, strict=True) for t in pair]
+    at_once, one_by_one = NormalEquations(), NormalEquations()
+    at_once.add(features, us)
+    for row in range(4):
+        one_by_one.add([f[row:row + 1] for f in features], [u[row:row + 1] for u in us])
+    for name in ("gram", "cross", "energy"):
+        assert torch.allclose(getattr(at_once, name), getattr(one_by_one, name), rtol=1e-12)
+
+
+def test_least_squares_of_a_run_against_numpy():
+    """One step's coefficients from the features themselves, without normal equations."""
+    equations = NormalEquations()
+    cs, us = [rand(3, 50, seed=n) for n in range(4)], [rand(3, 50, seed=50 + n) for n in range(4)]
+    equations.add([t for pair in zip(cs, us, strict=True) for t in pair], us)
+    coefficients, r2 = equations.solve(ridge=0.0)
+    features = np.stack([t.flatten().double().numpy() for t in (cs[0], us[0], cs[1], us[1], cs[2])], axis=1)
+    target = us[2].flatten().double().numpy()
+    want, residual, *_ = np.linalg.lstsq(features, target, rcond=None)
+    assert np.abs(coefficients[2, :5].numpy() - want).max() < 1e-10 and not coefficients[2, 5:].any()
+    direction = ((us[2] - cs[2]).double() ** 2).sum().item()
+    assert r2[2].item() == pytest.approx(1 - residual[0] / direction, abs=1e-9)
+
+
+def test_paths_of_another_length_are_refused():
+    equations = NormalEquations()
+    for calls in (3, 4):
+        cs, us = paths(calls, 1)
+        features = [t for pair in zip(cs, us, strict=True) for t in pair]
+        if calls == 3:
+            equations.add(features, us)
+    with pytest.raises(ValueError, match="4 times on one path and 3"):
+        equations.add(features, us)
+
+
+def test_a_call_that_another_node_left_out():
+    """The coefficients of a step fit one history; with another, the negative is evaluated."""
+    state = LinearState(fit(6).policy())
+    assert state.begin(Step(0, 6, 1.0)) == "guided"
+    assert state.begin(Step(1, 6, 0.8)) == "guided" and state.off_course  # nothing was kept of step 0
+
+
+# --- the record ---
+
+
+def test_the_record_in_words():
+    record = GuidanceRecord("test", [GuidanceStep(0, 9.0, 1, 2, 2, gamma=[0.5, 0.25]),
+                                     GuidanceStep(1, 1.0, 1, 2, 1, gamma=[None, 0.75])], full=8, finished=True)
+    text = record.text()
+    assert "test: 7 of 8 evaluations (12.5 % saved), 2 steps, 2 model calls" in text
+    assert "similarity -, 0.750000" in text and "negative 1 of 2" in text
