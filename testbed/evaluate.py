@@ -13,9 +13,11 @@ from torch import Tensor
 from ..engine.bank import Bank
 from ..engine.sizes import measure
 from ..methods import Method
+from ..methods.cmlora import LOW_FREQUENCY, CMLoRA
 from ..methods.composite import Composite
 from ..methods.est import ESTLoRA
 from ..methods.klora import KLoRA
+from ..methods.loratorio import LoRAtorio
 from ..methods.merge import Merge
 from ..methods.selection import Sizes, sides
 from ..methods.switch import Switch
@@ -61,6 +63,8 @@ METHODS: dict[str, Factory] = {
     "Merge": lambda of: Merge(of.strengths),
     "Switch": lambda of: Switch(of.strengths),
     "Composite": lambda of: Composite(of.strengths),
+    "CMLoRA": lambda of: CMLoRA(of.strengths, tuple(role not in LOW_FREQUENCY for role in of.roles)),
+    "LoRAtorio": lambda of: LoRAtorio(of.strengths),
     "KLoRA": lambda of: KLoRA.of(sizes(of), of.strengths, sides(of.roles)),
     "ESTLoRA": lambda of: ESTLoRA.of(sizes(of), of.strengths, sides(of.roles)),
 }
