@@ -27,7 +27,8 @@ def radial_bins(h: int, w: int, device: torch.device | None = None) -> Tensor:
     ring = ((kx * (unit / w)).square() + (ky * (unit / h)).square()).sqrt().long()
     twice = (kx > 0) & ((kx < w / 2) | (w % 2 == 1))
     counts = torch.where(twice, 2.0, 1.0).double().expand(h, -1).flatten()
-    matrix = torch.zeros(h * (w // 2 + 1), int(ring.max()) + 1, dtype=torch.float64)
+    corner = math.sqrt((w // 2 * (unit / w)) ** 2 + (h // 2 * (unit / h)) ** 2)
+    matrix = torch.zeros(h * (w // 2 + 1), int(corner) + 1, dtype=torch.float64)
     matrix[torch.arange(len(matrix)), ring.flatten()] = counts
     return (matrix / matrix.sum(dim=0)).float().to(device)
 

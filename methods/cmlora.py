@@ -29,6 +29,11 @@ def refresh_steps(total: int, c1: int = 2, c2: int = 3) -> frozenset[int]:
     return frozenset((*range(0, first, c1), *range(first, second, c2), *range(second, total, c1)))
 
 
+def oldest(count: int, c1: int, c2: int) -> int:
+    """Age in steps at which cached features are no longer used: what it would be if all LoRAs took turns."""
+    return max(count, 1) * max(c1, c2)
+
+
 def dominance(start: float, refreshes: int, decay: Literal["none", "halving", "linear"]) -> float:
     """w after some refreshes: `start` without decay, less 1, 1/2, 1/4, ... with halving, less 0.5, 1, 1.5, ... with
     linear decay; never below 1 (equal weights), except where it started there."""
@@ -116,8 +121,7 @@ class CMLoRASession(Session):
         self.method = method
         self.count = len(method.strengths)
         self.refreshes = sorted(refresh_steps(facts.total, method.c1, method.c2))
-        # No cache grows older than it would if all LoRAs took turns.
-        self.oldest = self.count * max(method.c1, method.c2)
+        self.oldest = oldest(self.count, method.c1, method.c2)
         self.lead: int | None = None
         self.weight = method.first_weight
         self._step: int | None = None

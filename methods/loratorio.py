@@ -154,7 +154,9 @@ class LoRAtorioSession(Session):
             given = [torch.ones(1, 1, 1, 1) if mask is None else mask for mask in self.facts.masks]
             size = [max(mask.shape[axis] for mask in given) for axis in range(4)]
             self._masks = torch.stack([mask.expand(*size) for mask in given]).to(weights.device)
-        masks = self._masks[list(self._active)]
+        masks = self._masks
+        if len(self._active) < len(self.pool):
+            masks = torch.stack([masks[i] for i in self._active])
         return masks[:, :, :, None] if weights.ndim == 6 else masks
 
     def _members(self, step: Step) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from ..host.apply import Active, apply_method, with_cache
 from ..host.cache import CacheSpec
 from ..host.ensemble import Ensemble
-from ..methods.cmlora import LOW_FREQUENCY, CMLoRA
+from ..methods.cmlora import LOW_FREQUENCY, CMLoRA, oldest
 from .sockets import chosen, method_schema
 
 if TYPE_CHECKING:
@@ -141,8 +141,8 @@ class LoRAEnsembleCMLoRA(io.ComfyNode):
 
         composed, merged = apply_method(model, clip, ensemble, cmlora, node="CMLoRA")
         if cache_depth > 0 and order != "switch-a":
-            count = max(sum(spec.strength_model != 0 for spec in ensemble), 1)
-            composed = with_cache(composed, CacheSpec(max_age=count * max(c1, c2), depth=cache_depth))
+            count = sum(spec.strength_model != 0 for spec in ensemble)
+            composed = with_cache(composed, CacheSpec(max_age=oldest(count, c1, c2), depth=cache_depth))
         return io.NodeOutput(composed, merged)
 
 

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 from lora_ensemble.kernels.branch import Branch, Step
+from lora_ensemble.methods.cmlora import CMLoRA
 from lora_ensemble.methods.loratorio import LoRAtorio
-from lora_ensemble.methods.session import OTHER, POSITIVE, UNCONDITIONAL, Call, RunFacts
+from lora_ensemble.methods.session import OTHER, POSITIVE, UNCONDITIONAL, Call, RunFacts, Sent
 from lora_ensemble.tests.test_patches import reference_cosine, reference_softmin
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 TOTAL = 10
 SHAPE = (2, 4, 9, 8)
@@ -278,6 +280,49 @@ def test_masks_of_white_and_masks_on_video():
     for rows, i in ((slice(0, 4), 0), (slice(4, 8), 1)):
         want = film.base[POSITIVE] + film.turns[i, POSITIVE]
         torch.testing.assert_close(got[..., rows, :], want[..., rows, :])
+
+
+class Reads(TorchDispatchMode):
+    """Counts the operations that hand a device's numbers to the host."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if any(name in str(op) for name in ("local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select")):
+            self.found.append(str(op))
+        return op(*args, **(kwargs or {}))
+
+
+MIXING = {
+    "static": LoRAtorio((1.0,) * 3), "bilinear": LoRAtorio((1.0,) * 3, upsampling="bilinear", space="x0"),
+    "pool": LoRAtorio((1.0,) * 3, top_k=2), "patches": LoRAtorio((1.0,) * 3, top_k=1, scope="patch"),
+    "re-checked": LoRAtorio((1.0,) * 3, top_k=1, recheck_every=3),
+    "offline": CMLoRA((1.0,) * 3, decay="halving"), "online": CMLoRA((1.0,) * 3, (True, False, True), order="online"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MIXING)
+def test_no_step_makes_the_host_wait_for_the_device(name, monkeypatch):
+    """Nothing is read back but what was sent at an earlier step."""
+    now, sent = [0], []
+
+    def read(self):
+        sent.append((self.step, now[0]))
+        with torch.utils._python_dispatch._disable_current_modes():
+            return self.value.tolist()
+
+    monkeypatch.setattr(Sent, "read", read)
+    masks = (torch.ones(1, 1, 9, 8), None, None)
+    session = MIXING[name].begin(RunFacts(FACTS.sigmas, FACTS.times, SHAPE, masks))
+    world, x = World(3), random(*SHAPE, seed=99)
+    with Reads() as reads:
+        for index in range(TOTAL):
+            now[0] = index
+            mixed = world.call(session, step(index), x + index, POSITIVE, UNCONDITIONAL)
+    assert reads.found == [] and all(at < then for at, then in sent) and mixed[0].shape == SHAPE
+    assert bool(sent) == (name in ("re-checked", "online"))
 
 
 @pytest.mark.parametrize("options", [{"patch": 0}, {"kappa": -1}, {"top_k": -1}, {"recheck_every": 0},

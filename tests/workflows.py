@@ -12,7 +12,9 @@ ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = sorted((ROOT / "example_workflows" / "api").glob("*.json"))
 TESTBED = sorted((ROOT / "tests" / "host" / "workflows").glob("*.json"))
 LATENTS = ("EmptyLatentImage", "EmptySD3LatentImage")
-SAMPLERS = ("KSampler", "BasicScheduler", "LoRAEnsembleKSampler", "LoRAEnsembleCalibrateGuidance")  # have steps
+# Nodes with a number of steps.
+SAMPLERS = ("KSampler", "BasicScheduler", "LoRAEnsembleKSampler", "LoRAEnsembleCalibrateGuidance",
+            "LoRAEnsembleSpectrum")
 Prompt = dict[str, dict[str, Any]]
 
 

@@ -10,6 +10,7 @@ import comfy_extras.nodes_slg as nodes_slg
 import pytest
 import torch
 from lora_ensemble.host.apply import apply_method
+from lora_ensemble.host.cache import CacheSpec
 from lora_ensemble.host.composition import record_of
 from lora_ensemble.host.ensemble import LoRASpec, Mask
 from lora_ensemble.kernels.branch import Branch, one_hot
@@ -284,11 +285,40 @@ def test_the_nodes_hand_their_widgets_over(loras):
     out = LoRAEnsembleLoRAtorio.execute(model, ensemble, 3, 5.0, "progress", 0.25, "bilinear", "x0", 2, "patch", 4)
     assert out.args[0].get_attachment("lora_ensemble").layers[0].method == LoRAtorio(
         (0.8, 0.5, -0.6), 3, 5.0, "progress", 0.25, "bilinear", "x0", 2, "patch", 4)
-    out = LoRAEnsembleCMLoRA.execute(model, ensemble, "Switch-A", 0.5, 0.3, 0.0, "halving", 4, 5, "on_refresh", 7, 2)
+    options = (0.5, 0.3, 0.0, "halving", 4, 5, "on_refresh", 7, 2)
+    out = LoRAEnsembleCMLoRA.execute(model, ensemble, "Switch-A", *options)
     assert out.args[0].get_attachment("lora_ensemble").layers[0].method == CMLoRA(
         (0.8, 0.5, -0.6), (True, False, True), "switch-a", 0.5, 0.3, None, "halving", 4, 5,
         dominant_full="on_refresh", steps_per_lora=7)
+    assert out.args[0].get_attachment("lora_ensemble").cache is None, "one LoRA at a time has nothing to cache"
+    out = LoRAEnsembleCMLoRA.execute(model, ensemble, "offline", *options)
+    assert out.args[0].get_attachment("lora_ensemble").cache == CacheSpec(max_age=15, depth=2)
     with pytest.raises(ValueError, match="CMLoRA: order is 'sometimes'"):
-        LoRAEnsembleCMLoRA.execute(model, ensemble, "sometimes", 0.5, 0.3, 0.0, "none", 4, 5, "on_refresh", 7, 2)
+        LoRAEnsembleCMLoRA.execute(model, ensemble, "sometimes", *options)
     with pytest.raises(ValueError, match="LoRAtorio: the ensemble is empty"):
         apply_method(model, None, (), lambda active: LoRAtorio(active.strengths), node="LoRAtorio")
+
+
+# --- caching --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("full", ["every_step", "on_refresh"])
+def test_those_who_do_not_lead_ride_on_the_cache(full, loras):
+    """As many rows come from the cache as the method allows, and the picture stays near the uncached one."""
+    from lora_ensemble.nodes.cmlora import LoRAEnsembleCMLoRA
+
+    model = base("SD15")
+    ensemble, total = three(model, loras, (0.3, 0.2, -0.3)), 12
+
+    def drawn(depth: int):
+        ours = LoRAEnsembleCMLoRA.execute(model, ensemble, "async", 0.6, 0.4, 0.0, "none", 2, 3, full, 5,
+                                          depth).args[0]
+        return sample(ours, steps=total), record_of(ours)
+
+    cached, record = drawn(1)
+    whole = [step.notes["CMLoRA"]["whole"] for step in record.steps]
+    assert whole[0] == [0, 1, 2] and sum(map(len, whole)) < 2 * total
+    assert [step.notes["cache"]["reused"] for step in record.steps] == [2 * (3 - len(ran)) for ran in whole]
+    uncached, record = drawn(0)
+    assert all("cache" not in step.notes for step in record.steps)
+    assert (cached - uncached).norm() < 0.2 * uncached.norm() and not torch.equal(cached, uncached)

@@ -31,6 +31,7 @@ IDS = {
     "LoRAEnsembleComposite": "Composite LoRAs",
     "LoRAEnsembleLoRAtorio": "LoRAtorio",
     "LoRAEnsembleCMLoRA": "CMLoRA",
+    "LoRAEnsembleSpectrum": "LoRA Spectrum",
     "LoRAEnsembleBranchCache": "Branch Cache",
     "LoRAEnsembleKLoRA": "K-LoRA",
     "LoRAEnsembleESTLoRA": "EST-LoRA",

@@ -1,0 +1,120 @@
+"""What each LoRA alone does to the spectrum of the latent while it is denoised, and the class that follows from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import comfy.sample
+import torch
+from torch import Tensor
+
+from ..kernels.spectrum import high_share, radial_amplitude, radial_bins
+from ..methods.cmlora import LOW_FREQUENCY
+from ..methods.merge import Merge
+from .apply import apply_method
+from .ensemble import Ensemble
+
+LOW = -0.1
+"""A LoRA that lowers the high-frequency share by more than this part of the base model's is of the low class. On the
+testbed backgrounds lower it by half, all others raise it or leave it within this margin."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the pictures are sampled: what a KSampler is given."""
+
+    positive: list
+    negative: list
+    latent: Tensor
+    seed: int
+    steps: int
+    cfg: float
+    sampler: str
+    scheduler: str
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The high-frequency share H_0.2 of the noisy latent at every step, for one LoRA alone or for the base model.
+
+    change   of the mean share over the second half of the run, relative to the base model's
+    """
+
+    name: str
+    role: str
+    shares: tuple[float, ...]
+    change: float = 0.0
+
+    @property
+    def low(self) -> bool:
+        return self.change < LOW
+
+
+def profiles(model, ensemble: Ensemble, how: Sampling) -> list[Profile]:
+    """The base model first, then every LoRA with a model strength, each in a run of its own on the same noise.
+
+    Raises ValueError for an empty ensemble, and LoRAFileError for files that cannot be used with this model.
+    """
+    if not ensemble:
+        raise ValueError("LoRA Spectrum: the ensemble is empty. Connect at least one 'LoRA (Ensemble)' node to it.")
+    base = _shares(model, how)
+    found = [Profile("base model", "", base)]
+    for spec in ensemble:
+        if spec.strength_model != 0:
+            alone, _ = apply_method(model, None, (replace(spec, mask=None),),
+                                    lambda active: Merge(active.strengths), node="LoRA Spectrum")
+            shares = _shares(alone, how)
+            found.append(Profile(spec.name, spec.role, shares, _late(shares) / max(_late(base), 1e-12) - 1))
+    return found
+
+
+def with_measured_roles(ensemble: Ensemble, found: Sequence[Profile]) -> Ensemble:
+    """The ensemble in which LoRAs of role `auto` that were measured as low-frequency ones are backgrounds."""
+    low = {profile.name for profile in found[1:] if profile.low}
+    return tuple(replace(spec, role=LOW_FREQUENCY[0]) if spec.role == "auto" and spec.name in low else spec
+                 for spec in ensemble)
+
+
+def report(found: Sequence[Profile]) -> str:
+    """A table: the shares at five points of the run, the change against the base model, role and measured class."""
+    steps = len(found[0].shares)
+    marks = sorted({round(share * (steps - 1)) for share in (0, 0.25, 0.5, 0.75, 1)})
+    lines = ["High-frequency share of the latent (H_0.2) while each LoRA acts alone", "",
+             "progress " + "".join(f"{mark / max(steps - 1, 1):8.2f}" for mark in marks) + "  change"]
+    for profile in found:
+        line = " " * 9 + "".join(f"{profile.shares[mark]:8.3f}" for mark in marks)
+        lines.append(f"{line}  {100 * profile.change:+5.0f} %  {profile.name}{_verdict(profile)}")
+    return "\n".join(lines)
+
+
+def _verdict(profile: Profile) -> str:
+    """What was measured beside what the user said."""
+    if not profile.role:
+        return ""
+    measured = "low frequencies: leads late" if profile.low else "high frequencies: leads early"
+    said = profile.role in LOW_FREQUENCY
+    agrees = "" if profile.role == "auto" else (", agrees" if said == profile.low else ", does not agree")
+    return f" (role {profile.role}{agrees}): {measured}"
+
+
+def _late(shares: Sequence[float]) -> float:
+    """Mean over the second half of the run, where the latent is more picture than noise."""
+    half = shares[len(shares) // 2:]
+    return sum(half) / max(len(half), 1)
+
+
+def _shares(model, how: Sampling) -> tuple[float, ...]:
+    latent = comfy.sample.fix_empty_latent_channels(model, how.latent)
+    noise = comfy.sample.prepare_noise(latent, how.seed, None)
+    found: list[Tensor] = []
+    bins: dict[torch.device, Tensor] = {}
+
+    def measure(step, x0, x, total) -> None:
+        if x.device not in bins:
+            bins[x.device] = radial_bins(*(1, *x.shape[2:])[-2:], x.device)
+        found.append(high_share(radial_amplitude(x, bins[x.device])).mean())
+
+    comfy.sample.sample(model, noise, how.steps, how.cfg, how.sampler, how.scheduler, how.positive, how.negative,
+                        latent, seed=how.seed, callback=measure)
+    return tuple(torch.stack(found).tolist())

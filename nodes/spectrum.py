@@ -1,0 +1,75 @@
+"""LoRA Spectrum: which frequencies a LoRA works on (CMLoRA, Zou et al. 2025, arXiv 2502.04923)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import comfy.samplers
+from comfy_api.latest import io
+
+from ..host.ensemble import Ensemble
+from ..host.line_plot import line_plot
+from ..host.spectrum import Sampling, profiles, report, with_measured_roles
+from .sockets import ensemble_input, ensemble_output, model_input, schema
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+
+
+class LoRAEnsembleSpectrum(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="LoRAEnsembleSpectrum",
+            display_name="LoRA Spectrum",
+            description="Samples one picture with each LoRA alone and measures the high frequencies of the latent at "
+            "every step: a plot, a table, and the class of each LoRA for CMLoRA.",
+            search_aliases=["frequency", "fft", "analyse lora", "lora profile"],
+            inputs=[
+                model_input(),
+                ensemble_input(),
+                io.Conditioning.Input("positive", tooltip="A prompt with the trigger words of all LoRAs."),
+                io.Conditioning.Input("negative", tooltip="The negative prompt."),
+                io.Latent.Input("latent_image", tooltip="An empty latent of the size you work with."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="The noise, the same for every LoRA.",
+                ),
+                io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Sampling steps per picture."),
+                io.Float.Input("cfg", default=7.0, min=0.0, max=100.0, step=0.1, tooltip="Scale of the guidance."),
+                io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, tooltip="As in KSampler."),
+                io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, tooltip="As in KSampler."),
+            ],
+            outputs=[
+                io.Image.Output(display_name="plot", tooltip="The high-frequency share over progress, by LoRA."),
+                io.String.Output(display_name="report", tooltip="The same as a table, with the class of each LoRA."),
+                ensemble_output(),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: ModelPatcher,
+        ensemble: Ensemble,
+        positive: list,
+        negative: list,
+        latent_image: dict,
+        seed: int,
+        steps: int,
+        cfg: float,
+        sampler_name: str,
+        scheduler: str,
+    ) -> io.NodeOutput:
+        how = Sampling(positive, negative, latent_image["samples"], seed, steps, cfg, sampler_name, scheduler)
+        found = profiles(model, ensemble, how)
+        plot = line_plot([(profile.name, profile.shares) for profile in found],
+                         "High-frequency share of the latent (H_0.2), each LoRA alone", "progress")
+        return io.NodeOutput(plot, report(found), with_measured_roles(ensemble, found))
+
+
+NODES: list[type[io.ComfyNode]] = [LoRAEnsembleSpectrum]

@@ -1,0 +1,82 @@
+"""LoRA Spectrum through the real host: each LoRA alone, its class, and what comes out of the node."""
+
+from __future__ import annotations
+
+import comfy.sample
+import pytest
+import torch
+from lora_ensemble.host.ensemble import LoRASpec
+from lora_ensemble.host.line_plot import line_plot
+from lora_ensemble.host.spectrum import Profile, Sampling, profiles, report, with_measured_roles
+from lora_ensemble.kernels.spectrum import high_share, radial_amplitude, radial_bins
+from lora_ensemble.nodes.spectrum import LoRAEnsembleSpectrum
+
+from .builders import lora, merge, shapes, three
+from .models import FAMILIES, base
+
+
+def sampling(family: str = "SD15", size: int = 8, steps: int = 3) -> Sampling:
+    kind = FAMILIES[family]
+    return Sampling(kind.cond(11), kind.cond(12), torch.zeros_like(kind.noise(1, size)), 1, steps, 3.0, "euler",
+                    "normal")
+
+
+def test_the_latent_of_each_lora_alone_is_measured(loras):
+    model, ensemble = base("SD15"), three(base("SD15"), loras)
+    found = profiles(model, (*ensemble, LoRASpec("muted", 0.0, 1.0)), sampling())
+    assert [profile.name for profile in found] == ["base model", *(spec.name for spec in ensemble)]
+    bins, how = radial_bins(8, 8), sampling()
+    noise = comfy.sample.prepare_noise(how.latent, how.seed, None)
+    for profile, alone in zip(found, (model, *(merge(model, (spec,)) for spec in ensemble)), strict=True):
+        seen = []
+        with torch.inference_mode():
+            comfy.sample.sample(alone, noise, 3, 3.0, "euler", "normal", how.positive, how.negative, how.latent, seed=1,
+                                callback=lambda step, x0, x, total, seen=seen: seen.append(x.clone()))
+        want = [high_share(radial_amplitude(x, bins)).item() for x in seen]
+        assert profile.shares == pytest.approx(want, rel=1e-4)
+        late = sum(profile.shares[1:]) / sum(found[0].shares[1:]) - 1
+        assert profile.change == pytest.approx(late, abs=1e-6)
+    assert len({profile.shares for profile in found}) == 4
+
+
+@pytest.mark.parametrize(("family", "size"), [("SD15", 12), ("Flux", 8), ("Wan", 8)])
+def test_every_shape_of_latent(family, size, loras):
+    kind = FAMILIES[family]
+    how = sampling(family, size, steps=2)
+    name = loras(lora(shapes(base(family), lambda layer: "block" in layer), 1, 4))
+    plot, text, ensemble = LoRAEnsembleSpectrum.execute(
+        base(family), (LoRASpec(name, 0.7, 0.0),), how.positive, how.negative, {"samples": how.latent}, 1, 2, 3.0,
+        "euler", "normal").args
+    assert plot.shape[0] == 1 and plot.shape[3] == 3 and 0 <= plot.min() < plot.max() <= 1
+    assert name in text and "base model" in text and [spec.name for spec in ensemble] == [name]
+    assert kind.name == family
+
+
+FOUND = [Profile("base model", "", (0.8, 0.4)), Profile("forest", "auto", (0.8, 0.2), -0.5),
+         Profile("robot", "auto", (0.8, 0.5), 0.25), Profile("sea", "style", (0.8, 0.3), -0.25),
+         Profile("town", "background", (0.8, 0.4), 0.0)]
+
+
+def test_only_roles_that_nobody_chose_are_filled_in():
+    specs = tuple(LoRASpec(profile.name, 1.0, 1.0, profile.role) for profile in FOUND[1:])
+    assert [spec.role for spec in with_measured_roles(specs, FOUND)] == ["background", "auto", "style", "background"]
+
+
+def test_the_report_says_where_role_and_measurement_differ():
+    lines = {profile.name: next(line for line in report(FOUND).splitlines() if profile.name in line)
+             for profile in FOUND}
+    assert "-50 %" in lines["forest"] and "leads late" in lines["forest"] and "agree" not in lines["forest"]
+    assert "leads early" in lines["robot"]
+    assert "does not agree" in lines["sea"] and "does not agree" in lines["town"]
+
+
+def test_an_empty_ensemble_is_refused():
+    with pytest.raises(ValueError, match="LoRA Spectrum: the ensemble is empty"):
+        profiles(base("SD15"), (), sampling())
+
+
+def test_the_plot_shows_every_line():
+    plain, two = (line_plot([("a", values), ("b", (0.1, 0.1))], "t", "x") for values in ((0.5, 0.5), (0.5, 0.9)))
+    assert (plain - two).abs().sum() > 0
+    one = line_plot([("a", (0.5,))], "t", "x")
+    assert one.shape == plain.shape and torch.isfinite(one).all()
