@@ -12,6 +12,7 @@ time of all threads instead of time on the clock: use them where other programs 
                 Composite (one batch, no weight touched). Nothing is timed before both give the same picture.
     start       seconds that the first step takes beyond a later one: patching of the weights against installing
     tax         one forward of the same batch: rows of N LoRAs over rows of the base model
+    selection   a step with the LoRA that K-LoRA or EST-LoRA chooses at each layer over a step with one LoRA (Merge)
     memory      peak of a run above the level before it, and the bytes of the bank
 """
 
@@ -35,8 +36,12 @@ import torch
 from torch import Tensor
 
 from ..engine.forwards import RoutedForwards
+from ..engine.sizes import measure
 from ..kernels.branch import Branch, one_hot
 from ..methods.composite import Composite
+from ..methods.est import ESTLoRA
+from ..methods.klora import KLoRA
+from ..methods.merge import Merge
 from . import sd15
 from .measure import Peak, alternate, environment, median, now, since, synchronize
 
@@ -139,6 +144,31 @@ def bench_tax(model, composed, conds: list, count: int, noise: Tensor, options: 
     return lora.wall / base.wall - 1
 
 
+def bench_selection(model, conds: list, files: list[Path], noise: Tensor, options: argparse.Namespace) -> str:
+    """Whole sampler steps of K-LoRA and EST-LoRA with two LoRAs against Merge with one, of the same engine."""
+    pair = files[:2]
+    arms = {"single": compose(model, files[:1], lambda active: Merge(active.strengths))[0]}
+    seconds = {}
+    for name, kind in (("klora", KLoRA), ("est", ESTLoRA)):
+        arms[name], seconds[name] = compose(model, pair, lambda active, kind=kind: kind.of(
+            measure(active.bank, (True, False)), active.strengths, (True, False)))
+    runs: dict[str, list[Sampling]] = {name: [] for name in arms}
+    for round_ in range(options.rounds):
+        for name in list(arms)[::1 if round_ % 2 else -1]:
+            runs[name].append(Sampling(arms[name], *conds, noise, options.steps))
+    later = {name: median(seconds for run in runs[name] for seconds in run.later) for name in arms}
+    lines = []
+    for name in ("klora", "est"):
+        over = later[name].wall / later["single"].wall - 1
+        emit(bench="selection", method=name, over_single=over,
+             cpu_over_single=later[name].cpu / later["single"].cpu - 1, seconds=later[name].wall,
+             single_seconds=later["single"].wall, cpu_seconds=later[name].cpu,
+             single_cpu_seconds=later["single"].cpu, node_seconds=seconds[name],
+             layers=len(bank_of(arms[name]).model.sites), steps=options.rounds * (options.steps - 1))
+        lines.append(f"{name} step {100 * over:+.1f} % over a step with one LoRA")
+    return ", ".join(lines)
+
+
 def bank_of(composed):
     """The patcher that holds the bank of a composed MODEL."""
     from ..host.composition import KEY
@@ -146,8 +176,8 @@ def bank_of(composed):
     return composed.get_additional_models_with_key(KEY)[0]
 
 
-def compose(model, files: list[Path]):
-    """The MODEL that the Composite node would give, and the seconds that takes with the files read already."""
+def compose(model, files: list[Path], make=lambda active: Composite(active.strengths)):
+    """The MODEL that a method's node would give, and the seconds that takes with the files read already."""
     from ..host.apply import apply_method
     from ..host.ensemble import LoRASpec
     from ..host.files import read
@@ -156,7 +186,7 @@ def compose(model, files: list[Path]):
     for spec in ensemble:
         read(spec.name)
     start = now()
-    composed, _ = apply_method(model, None, ensemble, lambda active: Composite(active.strengths), "Composite")
+    composed, _ = apply_method(model, None, ensemble, make, "Composite")
     return composed, since(start).wall
 
 
@@ -174,7 +204,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=3, help="sampler steps per run, the first not timed as a step")
     parser.add_argument("--rounds", type=int, default=1, help="runs of each way, in turns")
     parser.add_argument("--repeats", type=int, default=2, help="forwards of each kind for the tax, in turns")
-    parser.add_argument("--only", choices=["composite", "tax"], help="leave the other part out")
+    parser.add_argument("--only", choices=["composite", "tax", "selection"], help="leave the other parts out")
     options = parser.parse_args(arguments)
     if not options.comfyui:
         parser.error("name a ComfyUI with --comfyui PATH or in COMFYUI_UNDER_TEST")
@@ -208,14 +238,16 @@ def main(arguments: list[str]) -> None:
             composed, seconds = compose(model, files[:count])
             emit(bench="node", n=count, seconds=seconds)
             line = f"N={count}:"
-            if options.only != "tax":
+            if options.only in (None, "composite"):
                 ratio = bench_composite(model, composed, conds, files[:count], noise, options)
                 line += f"  Composite {ratio:.2f} times as fast as the stock hook composite"
-            if options.only != "composite":
+            if options.only in (None, "tax"):
                 tax = bench_tax(model, composed, conds, count, noise, options)
                 line += f"  tax of the LoRAs on their batch {100 * tax:.1f} %"
             lines.append(line)
             del composed
+        if options.only in (None, "selection") and len(files) > 1:
+            lines.append(bench_selection(model, conds, files, noise, options))
     sys.stderr.write("\n".join(lines) + "\n")
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 Part = Tensor | tuple[Tensor, Tensor]
 """A dense matrix of any shape, or the factors (down [r, in, *kernel], up [out, r]) of a product up @ down."""
 
-FIRST_TILE, LARGEST_TILE = 2**15, 2**19  # entries; the largest still lies in a processor's cache
+FIRST_TILE, LARGEST_TILE = 2**16, 2**19  # entries; the largest still lies in a processor's cache
 
 
 def top_and_total(parts: Sequence[Part], k: int) -> tuple[float, float]:
@@ -31,8 +31,11 @@ def top_and_total(parts: Sequence[Part], k: int) -> tuple[float, float]:
         total += tile.sum(dim=1).double().sum().item()
         if limit <= bound:
             continue
-        found = tile[tile.amax(dim=1) > bound] if bound >= 0 else tile
-        found = found[found > bound]
+        if bound >= 0:
+            found = tile[tile.amax(dim=1) > bound]
+            found = found[found > bound]
+        else:
+            found = tile.flatten().clone()
         best = found if best is None else torch.cat([best, found])
         if best.numel() >= k:
             best = best.topk(k, sorted=False).values

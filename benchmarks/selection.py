@@ -1,0 +1,242 @@
+#!/usr/bin/env python3
+"""What K-LoRA and EST-LoRA cost: their statistics, and a pass over SDXL's attention layers. Needs torch alone.
+
+    python3 benchmarks/selection.py                       everything; some minutes on two cores
+    python3 benchmarks/selection.py --only topk energy    some seconds
+    python3 benchmarks/selection.py --device cuda
+
+Prints one JSON object per result, and a summary to stderr. Factors are random; what is compared runs in alternation in
+one process, and nothing is timed before both ways give the same number.
+
+    topk       sum of the K largest |entries| and sum of all of B A: exact and tiled, over torch.topk of the product
+    energy     squared Frobenius norm: Gram matrices in float64, over the norm of the product
+    setup      all sizes of a pair of LoRAs on SDXL, as the K-LoRA and EST-LoRA nodes measure them once
+    layers     one pass over SDXL's 560 attention linears, each with the LoRA that K-LoRA and EST-LoRA choose: over a
+               pass with one LoRA everywhere, and against the released algorithms written plainly from their formulas,
+               which rebuild and compare both products at every layer call and apply the winner's dense delta
+"""
+
+from __future__ import annotations
+
+import sys
+
+if not __package__:  # started as a file: run it as a module of the pack
+    import runpy
+    from pathlib import Path
+
+    run = runpy.run_path(str(Path(__file__).resolve().parents[1] / "run.py"))
+    sys.exit(run["main"](["_module", "benchmarks.selection", *sys.argv[1:]]))
+
+import argparse
+import json
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..engine.adapters import LowRank
+from ..engine.bank import Bank
+from ..engine.forwards import RoutedForwards
+from ..engine.sizes import measure
+from ..kernels.branch import Branch
+from ..kernels.energy import energy
+from ..kernels.topk import top_and_total
+from ..methods.est import ESTLoRA
+from ..methods.klora import KLoRA
+from .measure import alternate, environment, now, since, synchronize
+
+SHAPES = {"SD1.5": (320, 320), "SDXL": (1280, 1280), "SDXL feed-forward": (10240, 1280), "Flux": (3072, 3072)}
+PARTS = ("topk", "energy", "setup", "layers")
+PAIR = (True, False)
+
+
+def emit(**record) -> dict:
+    """Print one result as a line of JSON; floats with four significant digits."""
+    record = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in record.items()}
+    sys.stdout.write(json.dumps(record) + "\n")
+    sys.stdout.flush()
+    return record
+
+
+def factors(out: int, inputs: int, rank: int, seed: int, spread: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(down, up); row and column norms are log-normal of this spread, 0: flat, the hardest to prune."""
+    g = torch.Generator().manual_seed(seed)
+    down = torch.randn(rank, inputs, generator=g) * torch.exp(spread * torch.randn(inputs, generator=g))
+    up = torch.randn(out, rank, generator=g) * torch.exp(spread * torch.randn(out, 1, generator=g))
+    return (down / inputs**0.5).to(device), (0.1 * up / rank**0.5).to(device)
+
+
+def agree(ours: float, reference: float, tolerance: float, what: str) -> None:
+    if not abs(ours - reference) <= tolerance * abs(reference):
+        raise SystemExit(f"{what}: {ours:.9g} and {reference:.9g} differ, nothing is timed")
+
+
+def bench_topk(options: argparse.Namespace, device: torch.device) -> str:
+    for name, shape in SHAPES.items():
+        for spread in (0.0, 1.0):
+            down, up = factors(*shape, options.rank, 0, spread, device)
+            k = options.rank**2
+
+            def ours(down=down, up=up, k=k) -> tuple[float, float]:
+                return top_and_total([(down, up)], k)
+
+            def dense(down=down, up=up, k=k) -> tuple[float, float]:
+                entries = (up @ down).abs().flatten()
+                return entries.topk(k).values.sum().item(), entries.sum().item()
+
+            exact = (up.double() @ down.double()).abs().flatten()
+            agree(ours()[0], exact.topk(k).values.sum().item(), 1e-6, f"top-K at {name}")
+            agree(ours()[1], exact.sum().item(), 1e-6, f"sum at {name}")
+            seconds = alternate({"ours": ours, "dense": dense}, options.repeats, device)
+            last = emit(bench="topk", shape=list(shape), model=name, rank=options.rank, k=k, spread=spread,
+                        ratio=seconds["dense"].wall / seconds["ours"].wall,
+                        cpu_ratio=seconds["dense"].cpu / seconds["ours"].cpu,
+                        ours_seconds=seconds["ours"].wall, dense_seconds=seconds["dense"].wall)
+    return f"top-K at 3072x3072, rank {options.rank}: {last['ratio']:.1f} times as fast (goal 5)"
+
+
+def bench_energy(options: argparse.Namespace, device: torch.device) -> str:
+    for name, shape in SHAPES.items():
+        down, up = factors(*shape, options.rank, 0, 0.0, device)
+        # The dense norm sums in float32 and is off by up to 1e-3 on the large layers: that is not what is compared.
+        arms = {"ours": lambda down=down, up=up: energy(down, up).item(),
+                "dense": lambda down=down, up=up: torch.linalg.vector_norm(up @ down).square().item()}
+        exact = (up.double() @ down.double()).square().sum().item()
+        agree(arms["ours"](), exact, 1e-9, f"energy at {name}")
+        seconds = alternate(arms, options.repeats, device)
+        last = emit(bench="energy", shape=list(shape), model=name, rank=options.rank,
+                    ratio=seconds["dense"].wall / seconds["ours"].wall,
+                    cpu_ratio=seconds["dense"].cpu / seconds["ours"].cpu,
+                    ours_seconds=seconds["ours"].wall, dense_seconds=seconds["dense"].wall)
+    return f"Frobenius at 3072x3072, rank {options.rank}: {last['ratio']:.0f} times as fast (goal 30)"
+
+
+def sdxl_layers(feed_forward: bool) -> dict[str, tuple[int, int, int]]:
+    """Name -> (out, in, tokens at 1024 x 1024) of the linears in SDXL's 70 transformer blocks: 560 of attention."""
+    layers = {}
+    for i in range(70):
+        width, tokens = (640, 4096) if i < 10 else (1280, 1024)
+        block = {f"attn1.{name}": (width, width, tokens) for name in ("to_q", "to_k", "to_v", "to_out")}
+        block |= {"attn2.to_q": (width, width, tokens), "attn2.to_out": (width, width, tokens),
+                  "attn2.to_k": (width, 2048, 77), "attn2.to_v": (width, 2048, 77)}
+        if feed_forward:
+            block |= {"ff.0": (8 * width, width, tokens), "ff.2": (width, 4 * width, tokens)}
+        layers |= {f"blocks.{i}.{name}": shape for name, shape in block.items()}
+    return layers
+
+
+def pair(layers: dict[str, tuple[int, int, int]], rank: int, device: torch.device) -> Bank:
+    """Two random LoRAs on all layers."""
+    return Bank([{name: [LowRank(*factors(out, inputs, rank, 2 * n + seed, 0.3, device)[::-1])]
+                  for n, (name, (out, inputs, _)) in enumerate(layers.items())} for seed in (0, 1)])
+
+
+def bench_setup(options: argparse.Namespace, device: torch.device) -> str:
+    layers = sdxl_layers(feed_forward=True)
+    layers = dict(list(layers.items())[::options.every])
+    bank = pair(layers, options.rank, torch.device("cpu"))
+    found = {}
+    for method, top in (("klora", True), ("est", False)):
+        start = now()
+        measure(bank, PAIR, top=top)
+        found[method] = since(start)
+    emit(bench="setup", layers=len(layers), rank=options.rank, klora_seconds=found["klora"].wall,
+         est_seconds=found["est"].wall, klora_cpu_seconds=found["klora"].cpu, est_cpu_seconds=found["est"].cpu)
+    return f"sizes of a pair on {len(layers)} SDXL layers: {found['klora'].wall:.1f} s (goal 10 for all 700)"
+
+
+def released(layer: nn.Linear, x: Tensor, loras: list[tuple[Tensor, Tensor]], size: Callable[[Tensor], Tensor],
+             gamma: float, scale: float) -> Tensor:
+    """The released algorithms at one layer call, from their formulas alone: both products, their sizes, a decision on
+    the host, and the winner's dense delta."""
+    content, style = (up @ down for down, up in loras)
+    winner = content if (size(content) / (gamma * size(style) * scale)).item() > 1 else style
+    return layer(x) + F.linear(x, winner)
+
+
+def bench_layers(options: argparse.Namespace, device: torch.device) -> str:
+    """Every layer gets the tokens that it has in SDXL, one picture with guidance (2 rows), times --tokens."""
+    layers = dict(list(sdxl_layers(feed_forward=False).items())[::options.every])
+    bank = pair(layers, options.rank, device)
+    sizes, k = measure(bank, PAIR), options.rank**2
+    methods = {"klora": KLoRA.of(sizes, (1.0, 1.0), PAIR), "est": ESTLoRA.of(sizes, (1.0, 1.0), PAIR)}
+    root, inputs = nn.Module(), {}
+    for name, (out, width, tokens) in layers.items():
+        parent = root
+        for part in name.split(".")[:-1]:
+            if not hasattr(parent, part):
+                parent.add_module(part, nn.Module())
+            parent = getattr(parent, part)
+        parent.add_module(name.split(".")[-1], nn.Linear(width, out, bias=False).to(device).requires_grad_(False))
+        inputs[name] = (width, max(round(tokens * options.tokens), 1))
+    noise = {shape: torch.randn(2, shape[1], shape[0]).to(device) for shape in set(inputs.values())}
+    modules = {name: root.get_submodule(name) for name in layers}
+    factor_pairs = {name: [op.factors() for i in range(2) for op in bank.sites[name].all_ops(i)] for name in layers}
+    routed, progress = RoutedForwards(root, bank), 0.4
+
+    def routed_pass(branch: Branch, keep: dict | None = None) -> None:
+        with torch.inference_mode(), routed.rows([branch] * 2):
+            for name, module in modules.items():
+                y = module.forward(noise[inputs[name]])
+                if keep is not None:
+                    keep[name] = y
+
+    size_of = {"klora": lambda delta: delta.abs().flatten().topk(min(k, delta.numel())).values.sum(),
+               "est": lambda delta: torch.linalg.vector_norm(delta) ** 2}
+    totals = {"klora": [sum(here[i].total for here in sizes.values()) for i in range(2)],
+              "est": [sum(here[i].energy for here in sizes.values()) for i in range(2)]}
+
+    def released_pass(kind: str, keep: dict | None = None) -> None:
+        gamma, scale = totals[kind][0] / totals[kind][1], methods[kind].scale(progress)
+        with torch.inference_mode():
+            for name, module in modules.items():
+                y = released(module, noise[inputs[name]], factor_pairs[name], size_of[kind], gamma, scale)
+                if keep is not None:
+                    keep[name] = y
+
+    lines = []
+    for kind, method in methods.items():
+        ours, theirs = {}, {}
+        released_pass(kind, theirs)
+        routed.install()
+        try:
+            routed_pass(method.at(progress), ours)
+            for name in layers:
+                agree(ours[name].norm().item(), theirs[name].norm().item(), 1e-3, f"{kind} at {name}")
+            # The branch is asked for anew in every pass, as a run does.
+            arms = {"choice": lambda method=method: routed_pass(method.at(progress)),
+                    "single": lambda: routed_pass(Branch((1.0, 0.0)))}
+            seconds = alternate(arms, options.repeats, device)
+        finally:
+            routed.remove()
+        plain = alternate({"released": lambda kind=kind: released_pass(kind)}, max(options.repeats // 3, 1), device)
+        synchronize(device)
+        choice, single, slow = seconds["choice"], seconds["single"], plain["released"]
+        emit(bench="layers", method=kind, layers=len(layers), rank=options.rank, tokens=options.tokens,
+             over_single=choice.wall / single.wall - 1, cpu_over_single=choice.cpu / single.cpu - 1,
+             ratio=slow.wall / choice.wall, cpu_ratio=slow.cpu / choice.cpu, seconds=choice.wall,
+             single_seconds=single.wall, released_seconds=slow.wall)
+        lines.append(f"{kind}, a pass over {len(layers)} SDXL layers: {100 * (choice.wall / single.wall - 1):+.1f} % "
+                     f"over one LoRA (goal 3), {slow.wall / choice.wall:.1f} times as fast as the released algorithm "
+                     "(goal 3)")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="selection", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=5, help="of each way, in turns")
+    parser.add_argument("--every", type=int, default=1, help="take every n-th of SDXL's layers")
+    parser.add_argument("--tokens", type=float, default=1.0, help="share of the tokens of a 1024 x 1024 picture")
+    options = parser.parse_args(arguments)
+    device = torch.device(options.device)
+    emit(bench="environment", **environment(device))
+    benches = {"topk": bench_topk, "energy": bench_energy, "setup": bench_setup, "layers": bench_layers}
+    sys.stderr.write("\n".join([benches[name](options, device) for name in options.only]) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
