@@ -27,20 +27,26 @@ if not __package__:  # started as a file: run it as a module of the pack
 import argparse
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 
 from ..testbed.evaluate import METHODS, Row, evaluate, summary
-from ..testbed.protocol import some_sets
+from ..testbed.protocol import LoraSet, all_sets, some_sets
 from ..testbed.weights import load_base, load_judge, load_loras
 from ..testbed.worlds import REGIMES
 
 
-def run(sets: int | None, regimes: Sequence[str], methods: Sequence[str], strength: float, device: str,
+def style_pairs(seeds: int) -> list[LoraSet]:
+    """The sets of a character and a style, what K-LoRA and EST-LoRA were made for, each with several seeds."""
+    pairs = [task for task in all_sets((2,)) if {c.category for c in task.concepts} == {"character", "style"}]
+    return [replace(task, seed=task.seed + 1_000_000 * k) for task in pairs for k in range(seeds)]
+
+
+def run(chosen: Sequence[LoraSet], regimes: Sequence[str], methods: Sequence[str], strength: float, device: str,
         tell: Callable[[Row], None]) -> list[Row]:
     """All rows of the table; `tell` sees each as soon as it is there."""
-    base, judge, chosen, rows = load_base(device), load_judge(device), some_sets(sets), []
+    base, judge, rows = load_base(device), load_judge(device), []
     for regime in regimes:
         loras = load_loras(regime)
         for name in methods:
@@ -53,6 +59,8 @@ def run(sets: int | None, regimes: Sequence[str], methods: Sequence[str], streng
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sets", type=int, help="a fixed random sample of this many sets, in equal parts per N")
+    parser.add_argument("--pairs", type=int, metavar="SEEDS",
+                        help="only the sets of a character and a style, with this many seeds each")
     parser.add_argument("--regime", choices=(*REGIMES, "both"), default="both")
     parser.add_argument("--methods", nargs="+", choices=("Alone", *METHODS), default=["Alone", *METHODS])
     parser.add_argument("--strength", type=float, default=1.0)
@@ -65,7 +73,8 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.write(json.dumps({"benchmark": "quality"} | asdict(row)) + "\n")
         sys.stdout.flush()
 
-    rows = run(options.sets, regimes, options.methods, options.strength, options.device, tell)
+    chosen = style_pairs(options.pairs) if options.pairs else some_sets(options.sets)
+    rows = run(chosen, regimes, options.methods, options.strength, options.device, tell)
     sys.stdout.write("\n" + summary(rows) + "\n")
     return 0
 
