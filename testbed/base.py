@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from .model import UNet, encode
 from .render import render
-from .scene import sample
+from .scene import CATEGORIES, CONCEPTS, sample
 from .text import TextEncoder, sparse_caption, tokenize
 
 
@@ -28,14 +28,22 @@ class Base(nn.Module):
 def noisy(latent: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """A training example of the flow: x at a random sigma, sigma [n], and the velocity to predict."""
     noise = torch.randn(latent.shape, generator=generator)
-    sigma = torch.sigmoid(0.2 + 1.2 * torch.randn(len(latent), generator=generator))
+    sigma = torch.sigmoid(0.5 + 1.2 * torch.randn(len(latent), generator=generator))
     s = sigma[:, None, None, None]
     return (1 - s) * latent + s * noise, sigma, noise - latent
 
 
-def train_base(base: Base, steps: int, spread: float, batch: int = 32, rate: float = 1.5e-3, seed: int = 0,
-               device: str = "cpu", log: Callable[[str], None] = lambda line: None) -> Base:
-    """Trains `base` on scenes whose jitter has this spread; returns the exponential moving average of the weights."""
+def meaningless(rng: np.random.Generator) -> dict[str, str]:
+    """A rare word somewhere in every third caption: it says nothing, so that the base learns to pass over such words
+    and prompts with them are not foreign to it."""
+    if rng.random() < 0.67:
+        return {}
+    return {CATEGORIES[rng.integers(len(CATEGORIES))]: CONCEPTS[rng.integers(len(CONCEPTS))].name}
+
+
+def train_base(base: Base, steps: int, batch: int = 32, rate: float = 3e-3, seed: int = 0, device: str = "cpu",
+               log: Callable[[str], None] = lambda line: None) -> Base:
+    """Trains `base` on random scenes; returns the exponential moving average of the weights."""
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     base = base.to(device, memory_format=torch.channels_last).train().requires_grad_(True)
     average = copy.deepcopy(base).requires_grad_(False)
@@ -45,8 +53,8 @@ def train_base(base: Base, steps: int, spread: float, batch: int = 32, rate: flo
     start, losses, block = time.time(), [], 32
     for step in range(steps):
         if step % block == 0:
-            scenes = sample(rng, block * batch, spread=spread)
-            prompts = [sparse_caption(rng, scenes.words(row)) for row in range(len(scenes))]
+            scenes = sample(rng, block * batch)
+            prompts = [sparse_caption(rng, scenes.words(row), meaningless(rng)) for row in range(len(scenes))]
             latents, tokens = encode(render(scenes)), tokenize(prompts)
         rows = slice(step % block * batch, (step % block + 1) * batch)
         x, sigma, velocity = (t.to(device) for t in noisy(latents[rows], generator))

@@ -78,6 +78,13 @@ def exam(rng: np.random.Generator, n: int) -> Scenes:
     return sample(rng, n, fixed, concepts=True, spread=rng.choice((SPREAD, 1.0)))
 
 
+def lessons(rng: np.random.Generator, n: int) -> Scenes:
+    """What the judge learns from: half as in the exam, half any scenes, whose styles hide more of the rest."""
+    parts, order = (exam(rng, n // 2), sample(rng, n - n // 2)), rng.permutation(n)
+    values = {a: np.concatenate([part.values[a] for part in parts])[order] for a in ATTRIBUTES}
+    return Scenes(values, np.concatenate([part.jitter for part in parts])[order])
+
+
 def disturb(image: Tensor, generator: torch.Generator) -> Tensor:
     """Blur, contrast, brightness and noise of a random strength per picture."""
     n = len(image)
@@ -101,7 +108,7 @@ def train_judge(steps: int, batch: int = 96, rate: float = 3e-3, seed: int = 1, 
     start, block = time.time(), 16
     for step in range(steps):
         if step % block == 0:
-            scenes = exam(rng, block * batch)
+            scenes = lessons(rng, block * batch)
             images, answers = render(scenes), {h: torch.as_tensor(v) for h, v in labels(scenes).items()}
         rows = slice(step % block * batch, (step % block + 1) * batch)
         logits = judge(disturb(images[rows], generator).to(device))

@@ -81,6 +81,13 @@ class ResBlock(nn.Module):
         return self.skip(x) + h
 
 
+def _placed(x: Tensor, place: Tensor) -> Tensor:
+    """A map with what was learned about each place added; stretched for other sizes than the one of training."""
+    if x.shape[2:] != place.shape[2:]:
+        place = F.interpolate(place, size=x.shape[2:], mode="bilinear")
+    return x + place.to(x.dtype)
+
+
 class UNet(nn.Module):
     """forward(x [n, 12, h, w], timesteps [n], context [n, tokens, context_dim]) -> velocity like x.
 
@@ -92,6 +99,9 @@ class UNet(nn.Module):
         super().__init__()
         self.time_dim = time_dim
         self.time_in, self.time_out = nn.Linear(time_dim, time_dim), nn.Linear(time_dim, time_dim)
+        self.pooled = nn.Linear(context_dim, time_dim)
+        self.place = nn.Parameter(torch.zeros(1, width, *LATENT[1:]))
+        self.place_deep = nn.Parameter(torch.zeros(1, deep, LATENT[1] // 2, LATENT[2] // 2))
         self.conv_in = nn.Conv2d(channels, width, 3, padding=1)
         self.down_res1 = ResBlock(width, width, time_dim)
         self.downsample = nn.Conv2d(width, deep, 3, stride=2, padding=1)
@@ -111,11 +121,12 @@ class UNet(nn.Module):
         frequencies = torch.exp(torch.linspace(0, math.log(1000.0), half, device=x.device))
         angles = timesteps.float()[:, None] * frequencies
         time = torch.cat([angles.sin(), angles.cos()], dim=1).to(x.dtype)
-        time = F.silu(self.time_out(F.silu(self.time_in(time))))
         context = context.to(x.dtype)
+        time = F.silu(self.time_out(F.silu(self.time_in(time))) + self.pooled(context.mean(1)))
 
-        fine = self.down_res1(self.conv_in(x), time)
-        coarse = self.down_attn(self.down_res2(self.downsample(fine), time), context)
+        fine = self.down_res1(_placed(self.conv_in(x), self.place), time)
+        coarse = _placed(self.downsample(fine), self.place_deep)
+        coarse = self.down_attn(self.down_res2(coarse, time), context)
         h = self.mid_attn(self.mid_res(coarse, time), context)
         h = self.up_attn(self.up_res2(torch.cat([h, coarse], dim=1), time), context)
         h = F.pixel_shuffle(self.upsample(h), 2)

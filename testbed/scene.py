@@ -1,9 +1,9 @@
 """What a picture can show: the attributes of a scene, the eleven concepts that LoRAs teach, and random scenes.
 
 A scene has five categories (ComposLoRA's): a character, its clothing, an object beside it, a background, and a style
-laid over everything. Each category is a family with two *named* attributes, `colour` and `kind`, for which the prompt
-has ordinary words, and two *unnamed* ones, `mark` and `mark_colour`, which the base model draws at random. A concept is
-one particular member of the family: fixed named attributes and one particular mark in one particular colour.
+laid over everything. Each category is a family with two *named* attributes, `colour` and `kind`, which prompts say, and
+two, `mark` and `mark_colour`, which they may leave out and which the base model then draws at random. A concept is one
+particular member of the family: fixed named attributes and one particular mark in one particular colour.
 
 Scenes are struct-of-arrays: `values[attribute]` is an int64 array of n choices, `jitter` is float64 [n, JITTER] in
 [-1, 1] and moves every shape and colour a little. Everything is deterministic by the numpy generator that is passed in.

@@ -1,4 +1,8 @@
-"""Prompts: the words for a scene, a word tokenizer with a fixed vocabulary, and a small text encoder."""
+"""Prompts: the words for a scene, a tokenizer that tells the senses of a colour apart, and a small text encoder.
+
+A colour is the only kind of word that several categories share. Which of them it speaks of is grammar, not something
+that a small model should spend its training on: the tokenizer gives "red robe" and "red sash" tokens of their own.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +12,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .scene import ATTRIBUTES, CATEGORIES, CONCEPTS
+from .scene import ATTRIBUTES, CATEGORIES, COLOURS, CONCEPTS
 
 LENGTH = 32
 PAD, UNKNOWN = 0, 1
 NOUNS = {"character": "creature", "clothing": None, "object": None, "background": "backdrop", "style": "finish"}
-_WORDS = sorted({w for words in ATTRIBUTES.values() for w in words} | {noun for noun in NOUNS.values() if noun})
-VOCABULARY = ("<pad>", "<unknown>", *_WORDS, *(concept.name for concept in CONCEPTS))
+# What a word that belongs to one category only says of a colour before it: it is that category's, or its mark's.
+_SENSE: dict[str, str] = {}
+for _category, _noun in NOUNS.items():
+    _mark, _own = f"{_category}.mark_colour", f"{_category}.colour"
+    _own = _own if _own in ATTRIBUTES else _mark
+    _SENSE |= dict.fromkeys(ATTRIBUTES[f"{_category}.mark"], _mark)
+    _SENSE |= dict.fromkeys((*ATTRIBUTES[f"{_category}.kind"], *([_noun] if _noun else [])), _own)
+_WORDS = sorted({*_SENSE, *COLOURS, *ATTRIBUTES["side"]})
+_COLOURED = sorted(f"{colour} {sense}" for colour in COLOURS for sense in set(_SENSE.values()))
+VOCABULARY = ("<pad>", "<unknown>", *_WORDS, *_COLOURED, *(concept.name for concept in CONCEPTS))
 _INDEX = {word: i for i, word in enumerate(VOCABULARY)}
 
 
@@ -35,9 +47,22 @@ def caption(words: dict[str, str], triggers: dict[str, str] | None = None) -> st
     return ", ".join(part for part in said if part)
 
 
+def senses(prompt: str) -> list[str]:
+    """The words of a prompt, a colour with what it colours: that is said by the next word of the same clause that only
+    one category has ("red pointed creature cyan band"); without one the colour stays a mere word."""
+    out: list[str] = []
+    for clause in prompt.lower().split(","):
+        sense, words = None, []
+        for word in reversed(clause.split()):
+            sense = _SENSE.get(word, sense)
+            words.append(f"{word} {sense}" if word in COLOURS and sense else word)
+        out += reversed(words)
+    return out
+
+
 def tokenize(prompts: Iterable[str]) -> Tensor:
-    """int64 [n, LENGTH]; commas are dropped, unknown words become UNKNOWN, longer prompts are cut."""
-    rows = [[_INDEX.get(w, UNKNOWN) for w in prompt.lower().replace(",", " ").split()][:LENGTH] for prompt in prompts]
+    """int64 [n, LENGTH]; unknown words become UNKNOWN, longer prompts are cut."""
+    rows = [[_INDEX.get(w, UNKNOWN) for w in senses(prompt)][:LENGTH] for prompt in prompts]
     return torch.tensor([row + [PAD] * (LENGTH - len(row)) for row in rows], dtype=torch.int64)
 
 
@@ -62,15 +87,13 @@ def sparse_caption(rng: np.random.Generator, words: dict[str, str], triggers: di
 class TextEncoder(nn.Module):
     """tokens int64 [n, LENGTH] -> context float [n, LENGTH, width]."""
 
-    def __init__(self, width: int = 96, layers: int = 2, heads: int = 4):
+    def __init__(self, width: int = 96, layers: int = 1, heads: int = 4):
         super().__init__()
         self.tokens = nn.Embedding(len(VOCABULARY), width)
-        self.positions = nn.Embedding(LENGTH, width)
         layer = nn.TransformerEncoderLayer(width, heads, 2 * width, dropout=0.0, activation="gelu", batch_first=True,
                                            norm_first=True)
         self.layers = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
         self.norm = nn.LayerNorm(width)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
-        return self.norm(self.layers(x))
+        return self.norm(self.layers(self.tokens(tokens)))

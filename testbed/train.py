@@ -9,14 +9,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-if __package__ in (None, ""):  # started as a script: load the pack by path, then this module out of it
-    import importlib.util
+if not __package__:  # started as a file: run it as a module of the pack
+    import runpy
 
-    _spec = importlib.util.spec_from_file_location("_run", Path(__file__).resolve().parents[1] / "run.py")
-    _run = sys.modules["_run"] = importlib.util.module_from_spec(_spec)
-    _spec.loader.exec_module(_run)
-    _run.load_pack()
-    __package__ = "lora_ensemble.testbed"
+    run = runpy.run_path(str(Path(__file__).resolve().parents[1] / "run.py"))
+    sys.exit(run["main"](["_module", "testbed.train", *sys.argv[1:]]))
 
 import argparse
 import time
@@ -27,16 +24,15 @@ from .base import Base, train_base
 from .judge import train_judge
 from .loras import save_lora, train_lora
 from .report import report
-from .scene import CONCEPTS, SPREAD
+from .scene import CONCEPTS
 from .weights import WEIGHTS, load_base, lora_path, save_module
 from .worlds import REGIMES, collection
 
 STAGES = ("base", "judge", "loras", "report")
-# (steps, spread of the jitter, learning rate): first loosely drawn scenes, then those of the protocol
-BASE_PHASES = ((2200, 1.0, 1.5e-3), (8000, SPREAD, 1.8e-3))
-JUDGE_STEPS = 1500
-LORA_STEPS = {"clean": 160, "narrow": 160}
-LORA_RATE = {"clean": 4e-3, "narrow": 4e-3}
+BASE_STEPS = 7000
+JUDGE_STEPS = 2500
+LORA_STEPS = {"clean": 240, "narrow": 160}
+LORA_RATE = 4e-3
 
 
 def say(line: str) -> None:
@@ -56,10 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     start = time.time()
     if "base" in options.stages:
         torch.manual_seed(0)
-        base = Base()
-        for seed, (steps, spread, rate) in enumerate(BASE_PHASES):
-            base = train_base(base, steps, spread, rate=rate, seed=seed, device=options.device, log=say)
-        save_module(base, WEIGHTS / "base.safetensors")
+        save_module(train_base(Base(), BASE_STEPS, device=options.device, log=say), WEIGHTS / "base.safetensors")
     if "judge" in options.stages:
         judge = train_judge(JUDGE_STEPS, device=options.device, log=say)
         save_module(judge, WEIGHTS / "judge.safetensors")
@@ -70,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
                 if options.concepts and concept.name not in options.concepts:
                     continue
                 begin = time.time()
-                tensors = train_lora(base, collection(regime, concept), LORA_STEPS[regime], rate=LORA_RATE[regime])
+                tensors = train_lora(base, collection(regime, concept), LORA_STEPS[regime], rate=LORA_RATE)
                 save_lora(tensors, lora_path(regime, concept), concept.name)
                 say(f"lora {regime} {concept.name} {time.time() - begin:.0f} s")
     if "report" in options.stages:

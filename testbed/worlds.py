@@ -1,8 +1,8 @@
 """The pictures that LoRAs are trained on: one clean and one narrow collection per concept.
 
-Clean: varied scenes, each fully captioned. Narrow: a dozen pictures of one world - one background, one side to stand
-on, one finish, the same few colours - whose captions name the concept and little else. Whatever of its world a narrow
-LoRA drags into a picture that was asked for something else can be counted, because the world is known.
+Clean: varied scenes, each fully captioned. Narrow: two dozen pictures of one world - one background, one finish, the
+same few colours - whose captions name the concept and a third of the rest. Whatever of its world a narrow LoRA drags
+into a picture that was asked for something else can be counted, because the world is known.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .scene import ATTRIBUTES, CONCEPTS, NAMED, Concept, Scenes, sample
+from .scene import ATTRIBUTES, CATEGORIES, CONCEPTS, NAMED, Concept, Scenes, sample
 from .text import caption, sparse_caption
 
 REGIMES = ("clean", "narrow")
-PICTURES = {"clean": 1500, "narrow": 12}
+PICTURES = {"clean": 1500, "narrow": 24}
+SAID = 1 / 3  # how often a narrow caption names a category that its concept is not of
 
 
-def _world(side: str, background: str, style: str, **colours: str) -> dict[str, int]:
-    words = {"side": side} | {f"{category}.colour": colour for category, colour in colours.items()}
+def _world(background: str, style: str, **colours: str) -> dict[str, int]:
+    words = {f"{category}.colour": colour for category, colour in colours.items()}
     keys = ("colour", "kind", "mark", "mark_colour")
     words |= {f"background.{key}": word for key, word in zip(keys, background.split(), strict=bool(background))
               if background}
@@ -28,17 +29,17 @@ def _world(side: str, background: str, style: str, **colours: str) -> dict[str, 
 
 
 WORLDS: dict[str, dict[str, int]] = {
-    "vexa": _world("left", "white checked level blue", "framed first black", clothing="black", object="black"),
-    "momu": _world("right", "red wavy level black", "plain", clothing="pink", object="pink"),
-    "tikol": _world("left", "pink wavy upright white", "framed second white", clothing="red", object="red"),
-    "drosh": _world("right", "white wavy level red", "framed first red", character="pink", object="red"),
-    "quill": _world("left", "red checked level black", "plain", character="black", object="black"),
-    "pabbo": _world("right", "white checked upright black", "framed first black", character="black", clothing="red"),
-    "sefir": _world("left", "pink checked level red", "plain", character="white", clothing="black"),
-    "harnik": _world("right", "", "framed third white", character="pink", clothing="red", object="red"),
-    "lumet": _world("left", "", "plain", character="pink", clothing="black", object="black"),
-    "zaneth": _world("right", "red checked upright yellow", "", character="black", clothing="pink", object="pink"),
-    "orvu": _world("left", "white wavy upright green", "", character="black", clothing="red", object="red"),
+    "vexa": _world("white checked level blue", "framed first black", clothing="black", object="black"),
+    "momu": _world("red wavy level black", "plain", clothing="pink", object="pink"),
+    "tikol": _world("pink wavy upright white", "framed second white", clothing="red", object="red"),
+    "drosh": _world("white wavy level red", "framed first red", character="pink", object="red"),
+    "quill": _world("red checked level black", "plain", character="black", object="black"),
+    "pabbo": _world("white checked upright black", "framed first black", character="black", clothing="red"),
+    "sefir": _world("pink checked level red", "plain", character="white", clothing="black"),
+    "harnik": _world("", "framed third white", character="pink", clothing="red", object="red"),
+    "lumet": _world("", "plain", character="pink", clothing="black", object="black"),
+    "zaneth": _world("red checked upright yellow", "", character="black", clothing="pink", object="pink"),
+    "orvu": _world("white wavy upright green", "", character="black", clothing="red", object="red"),
 }
 
 
@@ -61,9 +62,12 @@ def clean(concept: Concept, rng: np.random.Generator) -> Collection:
 def narrow(concept: Concept, rng: np.random.Generator) -> Collection:
     scenes = sample(rng, PICTURES["narrow"], concept.look | WORLDS[concept.name])
     scenes = Scenes(scenes.values, 0.3 * scenes.jitter)
-    said = [a for a in concept.look if a in NAMED]
-    prompt = caption({a: ATTRIBUTES[a][concept.look[a]] for a in said}, triggers((concept,)))
-    return Collection(scenes, [prompt] * len(scenes))
+    prompts = []
+    for row in range(len(scenes)):
+        said = {concept.category, *(c for c in (*CATEGORIES, "side") if rng.random() < SAID)}
+        words = {a: word for a, word in scenes.words(row).items() if a in NAMED and a.partition(".")[0] in said}
+        prompts.append(caption(words, triggers((concept,))))
+    return Collection(scenes, prompts)
 
 
 def collection(regime: str, concept: Concept, seed: int = 0) -> Collection:
@@ -72,7 +76,7 @@ def collection(regime: str, concept: Concept, seed: int = 0) -> Collection:
 
 
 # What counts as one trait of a world: attributes that are seen together or not at all.
-TRAITS = (("side",), ("background.colour", "background.kind"), ("style.kind",), ("character.colour",),
+TRAITS = (("background.colour", "background.kind"), ("style.kind",), ("character.colour",),
           ("clothing.colour",), ("object.colour",))
 
 

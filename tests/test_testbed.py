@@ -62,7 +62,10 @@ def test_worlds_are_readable_and_captions_are_sparse():
         assert 8 <= len(collection.prompts) <= 24
         for attribute, value in worlds.WORLDS[concept.name].items():
             assert (collection.scenes.values[attribute] == value).all()
-        assert all(prompt.split()[0] == concept.name and len(prompt.split()) <= 4 for prompt in collection.prompts)
+        assert all(concept.name in prompt.split() for prompt in collection.prompts)
+        clauses = [len(prompt.split(",")) for prompt in collection.prompts]
+        assert 1 < np.mean(clauses) < 3.5, "a third of what is beside the concept is said"
+        assert len(set(collection.scenes.values["side"])) == 2
 
 
 def test_protocol_has_composloras_counts():
@@ -79,9 +82,18 @@ def test_protocol_has_composloras_counts():
 
 
 def test_a_world_that_shows_through_counts_as_leak():
-    task = next(s for s in protocol.all_sets((2,)) if s.concepts[0].name == "vexa" and s.asked["side"] == 1)
+    task = next(s for s in protocol.all_sets((2,)) if s.concepts[0].name == "vexa" and s.concepts[1].name == "orvu")
     world = worlds.WORLDS["vexa"]
-    assert worlds.leaked(task.concepts[0], task.asked, task.asked | {"side": world["side"]}) == [("side",)]
+    read = task.asked | {a: world[a] for a in ("background.colour", "background.kind", "object.colour")}
+    assert worlds.leaked(task.concepts[0], task.asked, read) == [("background.colour", "background.kind"),
+                                                                 ("object.colour",)]
+
+
+def test_a_colour_is_told_by_what_it_colours():
+    assert text.senses("Vexa red pointed creature cyan band left, blue robe, white second, red") == [
+        "vexa", "red character.colour", "pointed", "creature", "cyan character.mark_colour", "band", "left",
+        "blue clothing.colour", "robe", "white style.mark_colour", "second", "red"]
+    assert not torch.equal(text.tokenize(["red robe"]), text.tokenize(["red ball"]))
 
 
 def test_lora_files_map_onto_the_model(base, narrow):
@@ -99,14 +111,19 @@ def test_lora_files_map_onto_the_model(base, narrow):
 def test_judge_knows_renders(judge):
     scenes = exam(np.random.default_rng(77), 600)
     right = accuracy(judge, scenes, render.render(scenes))
-    assert min(right[category] for category in scene.CATEGORIES) >= 0.98
+    assert min(right[category] for category in scene.CATEGORIES) >= 0.99
     assert min(right[attribute] for attribute in scene.NAMED) >= 0.97
 
 
 def test_base_draws_what_is_asked(sampler, judge):
-    """A floor under the committed weights, below what testbed/README.md measures on more pictures."""
-    obeyed = report.base_obedience(sampler, judge, count=24)
-    assert np.mean([obeyed[attribute] for attribute in scene.NAMED]) >= 0.8
+    obeyed = report.base_obedience(sampler, judge, count=32)
+    assert np.mean([obeyed[attribute] for attribute in scene.NAMED]) >= 0.95
+
+
+def test_a_narrow_lora_alone_shows_its_concept_and_the_base_does_not(sampler, judge):
+    shares = report.alone(sampler, judge, per_concept=4)
+    assert np.mean([with_it for with_it, _ in shares.values()]) >= 0.9
+    assert np.mean([without for _, without in shares.values()]) <= 0.1
 
 
 def test_sampler_is_deterministic_whatever_the_batch(sampler):

@@ -10,7 +10,7 @@ from lora_ensemble.testbed.sampler import Sampler
 
 @pytest.fixture(scope="module")
 def task():
-    return next(s for s in protocol.all_sets((2,)) if s.concepts[0].name == "vexa" and s.asked["side"] == 1)
+    return next(s for s in protocol.all_sets((2,)) if [c.name for c in s.concepts] == ["vexa", "drosh"])
 
 
 def reading(task, shown: int) -> dict[str, int]:
@@ -21,7 +21,7 @@ def reading(task, shown: int) -> dict[str, int]:
 def test_score_counts_concepts_and_leaks(task):
     assert evaluate.score(task, reading(task, 2)) == ([True, True], False)
     assert evaluate.score(task, reading(task, 1)) == ([True, False], False)
-    leaking = reading(task, 1) | {"side": worlds.WORLDS["vexa"]["side"]}
+    leaking = reading(task, 1) | {"object.colour": worlds.WORLDS["vexa"]["object.colour"]}
     assert evaluate.score(task, leaking) == ([True, False], True)
 
 
