@@ -46,7 +46,8 @@ def test_rows_of_a_run(task):
     rows = {name: list(evaluate.evaluate("narrow", name, make, [task], base, judge, loras, 1.0))
             for name, make in {"Alone": None, **evaluate.METHODS}.items()}
     assert {name: row[0].branches for name, row in rows.items()} == {
-        "Alone": 20, "Merge": 20, "Switch": 20, "Composite": 40, "KLoRA": 20, "ESTLoRA": 20}
+        "Alone": 20, "Merge": 20, "Switch": 20, "Composite": 40, "KLoRA": 20, "ESTLoRA": 20,
+        "CMLoRA": 40, "LoRAtorio": 60}
     for two, total in rows.values():
         assert (two.n, total.n) == (2, None) and 0 <= two.shown <= 1 and total.shown == two.shown
     assert len(evaluate.summary([row for pair in rows.values() for row in pair]).splitlines()) == 2 + 2 * len(rows)
