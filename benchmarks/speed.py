@@ -14,6 +14,8 @@ time of all threads instead of time on the clock: use them where other programs 
     tax         one forward of the same batch: rows of N LoRAs over rows of the base model
     selection   a step with the LoRA that K-LoRA or EST-LoRA chooses at each layer over a step with one LoRA (Merge)
     memory      peak of a run above the level before it, and the bytes of the bank
+    cache       (--only cache) steps of Composite over the same steps with the branch cache, interval 3 and depth 2; the
+                relative error of the final latent, and the bytes held
 """
 
 from __future__ import annotations
@@ -110,6 +112,31 @@ def bench_composite(model, composed, conds: list, files: list[Path], noise: Tens
     return hooks.wall / ours.wall
 
 
+def bench_cache(composed, count: int, conds: list, noise: Tensor, options: argparse.Namespace) -> float:
+    """Composite with every branch whole over Composite with the branch cache (interval 3, depth 2): seconds of the
+    same steps, of which one in three refreshes. The ratio."""
+    from ..host.apply import with_cache
+    from ..host.cache import CacheSpec
+    from ..host.composition import record_of
+    from ..methods.schedule import Uniform
+
+    arms = {"whole": composed, "cached": with_cache(composed, CacheSpec(Uniform(3), depth=2))}
+    runs: dict[str, list[Sampling]] = {name: [] for name in arms}
+    for _ in range(options.rounds):
+        for name, model in arms.items():
+            runs[name].append(Sampling(model, *conds, noise, options.cache_steps))
+    counted = 3 * ((options.cache_steps - 1) // 3)
+    wall = {name: sum(s.wall for run in found for s in run.later[:counted]) for name, found in runs.items()}
+    cpu = {name: sum(s.cpu for run in found for s in run.later[:counted]) for name, found in runs.items()}
+    notes = [step.notes["cache"] for step in record_of(arms["cached"]).steps]
+    emit(bench="cache", n=count, ratio=wall["whole"] / wall["cached"], cpu_ratio=cpu["whole"] / cpu["cached"],
+         whole_seconds=wall["whole"], cached_seconds=wall["cached"], steps=counted * options.rounds,
+         difference=difference(runs["cached"][0].latent, runs["whole"][0].latent),
+         cache_bytes=max(note["bytes"] for note in notes), reused_rows=sum(note["reused"] for note in notes),
+         whole_bytes=max(run.peak for run in runs["whole"]), cached_bytes=max(run.peak for run in runs["cached"]))
+    return wall["whole"] / wall["cached"]
+
+
 def bench_tax(model, composed, conds: list, count: int, noise: Tensor, options: argparse.Namespace) -> float:
     """One forward of Composite's batch with every row of some LoRA over the same batch with base rows, and what
     installing takes. The tax as a fraction."""
@@ -204,12 +231,16 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=3, help="sampler steps per run, the first not timed as a step")
     parser.add_argument("--rounds", type=int, default=1, help="runs of each way, in turns")
     parser.add_argument("--repeats", type=int, default=2, help="forwards of each kind for the tax, in turns")
-    parser.add_argument("--only", choices=["composite", "tax", "selection"], help="leave the other parts out")
+    parser.add_argument("--only", choices=["composite", "tax", "selection", "cache"],
+                        help="leave the other parts out; cache runs only when it is named")
+    parser.add_argument("--cache-steps", type=int, default=13, help="sampler steps per run for the cache")
     options = parser.parse_args(arguments)
     if not options.comfyui:
         parser.error("name a ComfyUI with --comfyui PATH or in COMFYUI_UNDER_TEST")
     if options.steps < 2:
         parser.error("--steps must be at least 2: the first step is the start of the run")
+    if options.cache_steps < 4:
+        parser.error("--cache-steps must be at least 4: the first one is not timed, and one in three refreshes")
     names = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     options.dtype = names[options.dtype or ("fp32" if options.device == "cpu" else "fp16")]
     return options
@@ -238,6 +269,9 @@ def main(arguments: list[str]) -> None:
             composed, seconds = compose(model, files[:count])
             emit(bench="node", n=count, seconds=seconds)
             line = f"N={count}:"
+            if options.only == "cache":
+                ratio = bench_cache(composed, count, conds, noise, options)
+                line += f"  with the branch cache {ratio:.2f} times as fast"
             if options.only in (None, "composite"):
                 ratio = bench_composite(model, composed, conds, files[:count], noise, options)
                 line += f"  Composite {ratio:.2f} times as fast as the stock hook composite"
