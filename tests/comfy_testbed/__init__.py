@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .vision import load_vision
-from .wrap import load_testbed
+from .wrap import load_testbed, load_unet
 
 
 class LoRAEnsembleTestbedLoader(io.ComfyNode):
@@ -69,6 +69,23 @@ class LoRAEnsembleTestbedStack(io.ComfyNode):
         return io.NodeOutput([(name, 1.0, 1.0) for name in (first, second)])
 
 
+class LoRAEnsembleTestbedUNet(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LoRAEnsembleTestbedUNet",
+            display_name="Load Testbed U-Net",
+            category="LoRA Ensemble/testbed",
+            description="ComfyUI's own U-Net, tiny and with random weights, for the testbed's prompts and latents.",
+            inputs=[],
+            outputs=[io.Model.Output()],
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        return io.NodeOutput(load_unet())
+
+
 class LoRAEnsembleTestbedVision(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -89,7 +106,7 @@ class LoRAEnsembleTestbedVision(io.ComfyNode):
 class TestbedExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [LoRAEnsembleTestbedLoader, LoRAEnsembleTestbedLatent, LoRAEnsembleTestbedStack,
-                LoRAEnsembleTestbedVision]
+                LoRAEnsembleTestbedUNet, LoRAEnsembleTestbedVision]
 
 
 async def comfy_entrypoint() -> TestbedExtension:

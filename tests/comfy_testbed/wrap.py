@@ -124,3 +124,20 @@ def load_testbed() -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, VAE
     """The trained testbed as MODEL, CLIP, VAE; fresh objects with every call."""
     base = testbed("weights").load_base()
     return wrap_model(base.unet), wrap_clip(base.text), VAE()
+
+
+def load_unet() -> comfy.model_patcher.ModelPatcher:
+    """ComfyUI's own U-Net with two levels and random weights, in the place of the testbed's."""
+    import comfy.ldm.modules.diffusionmodules.openaimodel as openaimodel
+    import comfy.ops
+
+    unet = openaimodel.UNetModel(
+        image_size=32, in_channels=12, out_channels=12, model_channels=32, num_res_blocks=[1, 1], channel_mult=[1, 2],
+        transformer_depth=[0, 1], transformer_depth_output=[0, 0, 1, 1], transformer_depth_middle=1, num_heads=4,
+        context_dim=96, use_spatial_transformer=True, legacy=False, dtype=torch.float32,
+        operations=comfy.ops.disable_weight_init)
+    g = torch.Generator().manual_seed(0)
+    for name, p in unet.named_parameters():
+        spread = torch.randn(p.shape, generator=g)
+        p.data = spread / p[0].numel() ** 0.5 if p.ndim > 1 else 0.1 * spread + name.endswith("weight")
+    return wrap_model(unet)

@@ -228,6 +228,30 @@ def test_batch_of_three(server: Server):
         assert difference(three[0], three[1]) > 20
 
 
+def test_branch_cache(server: Server, lora_files: Path):
+    """On ComfyUI's own U-Net: interval 1 is the picture without it, interval 3 is near, and nothing is left behind."""
+    prompt = changed("composite")
+    for seed, key in enumerate(("lora1", "lora2")):
+        g, name = torch.Generator().manual_seed(seed), f"for_unet_{seed}.safetensors"
+        layer = "lora_unet_middle_block_1_transformer_blocks_0_attn1_to_v"
+        save_file({f"{layer}.lora_down.weight": torch.randn(4, 64, generator=g) / 8,
+                   f"{layer}.lora_up.weight": torch.randn(64, 4, generator=g)}, lora_files / name)  # fmt: skip
+        prompt[key]["inputs"]["lora_name"] = name
+    prompt["unet"] = {"class_type": "LoRAEnsembleTestbedUNet", "inputs": {}}
+    prompt["method"]["inputs"]["model"] = ["unet", 0]
+    whole, found = pictures(server, prompt), {}
+    options = {"model": ["method", 0], "schedule": "uniform", "depth": 2}
+    prompt["cache"] = {"class_type": "LoRAEnsembleBranchCache", "inputs": options}
+    sampler = find(prompt, "KSampler")[0]
+    prompt[sampler]["inputs"]["model"] = ["cache", 0]
+    for interval in (3, 1, 2):
+        options["interval"] = interval
+        found[interval] = pictures(server, prompt)
+    assert difference(found[1], whole) == 0
+    assert all(difference(a, b) > 2 for a, b in ((found[3], whole), (found[2], whole), (found[3], found[2])))
+    assert all(np.abs(found[n] - whole).mean() < 25 for n in (2, 3))
+
+
 # --- wrong input -----------------------------------------------------------------------------------------------------
 
 
