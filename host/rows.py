@@ -47,7 +47,10 @@ def whole_only(conds: list, options: dict, composition: Composition | None) -> s
             return f"{type(layer.method).__name__} follows the whole batch from step to step"
         if any(mask is not None and mask.ndim > 2 and mask.shape[0] > 1 for mask in layer.masks):
             return "a LoRA has a mask for each picture"
-    if "easycache" in options.get("transformer_options", {}):
+    inner = options.get("transformer_options", {})
+    if any(name.endswith("output_patch") for name in inner.get("patches", {})):
+        return "a patch of attention outputs (NAG) looks at both sides of a batch"
+    if getattr(inner.get("easycache"), "name", None) == "EasyCache":  # LazyCache keeps whole steps, which is no matter
         return "EasyCache keeps outputs of whole batches"
     if options.get("context_handler") is not None:
         return "context windows cut the batch themselves"

@@ -6,7 +6,7 @@ branches, and the two sides of guidance are all evaluated together.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -26,6 +26,9 @@ from .model import LATENT, decode
 from .text import tokenize
 
 STEPS, GUIDANCE, ROWS = 20, 2.0, 96
+
+Guide = Callable[[Step, Tensor, Tensor, Tensor], Tensor]
+"""(step, noisy latent, positive, negative denoised prediction, [1, ...] each) -> the negative to guide with."""
 
 
 def low_rank(tensors: Mapping[str, Tensor]) -> dict[str, list[LowRank]]:
@@ -92,8 +95,12 @@ class Sampler:
         return out
 
     @torch.inference_mode()
-    def draw(self, pictures: Sequence[Picture], steps: int = STEPS, guidance: float = GUIDANCE) -> Tensor:
-        """float32 [n, 3, 32, 32] in [0, 1]. The same picture comes out whatever it is batched with, up to rounding."""
+    def draw(self, pictures: Sequence[Picture], steps: int = STEPS, guidance: float = GUIDANCE,
+             guides: Sequence[Guide] | None = None) -> Tensor:
+        """float32 [n, 3, 32, 32] in [0, 1]. The same picture comes out whatever it is batched with, up to rounding.
+
+        guides   one per picture: what takes the negative prediction's place in each step
+        """
         noise = [torch.randn(LATENT, generator=torch.Generator().manual_seed(p.seed)) for p in pictures]
         x = torch.stack(noise).to(self.device)
         context = self.base.text(tokenize(["", *(p.prompt for p in pictures)]).to(self.device))
@@ -119,6 +126,8 @@ class Sampler:
                 sides = [cond[span, None], uncond[span, None]]
                 call = Call(x[i:i + 1], noise_level, chosen, sides, (POSITIVE, UNCONDITIONAL))
                 positive, negative = sessions[i].mix(step, call)
+                if guides is not None:
+                    negative = guides[i](step, x[i:i + 1], positive, negative)
                 denoised.append(negative + guidance * (positive - negative))
             x = x + (sigmas[index + 1] - step.sigma) * (x - torch.cat(denoised)) / step.sigma
         return decode(x)

@@ -228,14 +228,16 @@ def test_another_checkpoint_is_noticed():
     name = describe_model(model)
     assert describe_model(model.clone()) == name
     weights = [p for key, p in model.model.named_parameters() if key.startswith("diffusion_model.") and p.ndim == 1]
+    before = [weight.detach().clone() for weight in weights]
     with torch.no_grad():
         try:
             for weight in weights:
                 weight += 0.125
             assert describe_model(model) != name
         finally:
-            for weight in weights:
-                weight -= 0.125
+            for weight, value in zip(weights, before, strict=True):
+                weight.copy_(value)
+    assert describe_model(model) == name
 
 
 def test_stock_loras_are_noticed(loras):

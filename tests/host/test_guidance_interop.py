@@ -1,0 +1,280 @@
+"""Adaptive Guidance beside the host's own guidance nodes, before and after them in the chain; and what the only other
+node of its kind gets wrong (asagi4's AdaptiveGuidance, six defects)."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+
+import comfy.samplers
+import pytest
+import torch
+from comfy.patcher_extension import WrappersMP
+
+from .builders import guided, schedule
+from .models import FAMILIES, base
+from .test_guidance import SD15, Spy, ag, gammas, middle, reference, same, sample
+from .test_guidance import guidance_record_of as record_of
+
+
+def node(module: str, name: str):
+    """A node class of the host, or a skip where this release has none."""
+    try:
+        found = importlib.import_module(f"comfy_extras.{module}")
+    except ImportError:
+        pytest.skip(f"this ComfyUI has no {module}")
+    if not hasattr(found, name):
+        pytest.skip(f"this ComfyUI has no {name}")
+    return getattr(found, name)
+
+
+def patched(module: str, name: str, model, **options):
+    """The model with that node on it, however the release defines nodes."""
+    cls = node(module, name)
+    if hasattr(cls, "define_schema"):
+        known = inspect.signature(cls.execute).parameters
+        return cls.execute(model, **{k: v for k, v in options.items() if k in known}).args[0]
+    function = getattr(cls(), cls.FUNCTION)
+    return function(model, **{k: v for k, v in options.items() if k in inspect.signature(function).parameters})[0]
+
+
+SHAPING = {
+    "RescaleCFG": ("nodes_model_advanced", {"multiplier": 0.7}),
+    "APG": ("nodes_apg", {"eta": 0.5, "norm_threshold": 5.0, "momentum": 0.0}),
+    "APG with momentum": ("nodes_apg", {"eta": 0.5, "norm_threshold": 5.0, "momentum": -0.5}),
+    "TCFG": ("nodes_tcfg", {}),
+    "CFGZeroStar": ("nodes_cfg", {}),
+    "CFGNorm": ("nodes_cfg", {"strength": 1.0}),
+    "Mahiro": ("nodes_mahiro", {}),
+    "FreSca": ("nodes_fresca", {"scale_low": 1.0, "scale_high": 1.25, "freq_cutoff": 2}),
+}
+"""Nodes that shape the difference of the two predictions: nothing of them is left where there is none."""
+
+LASTING = {
+    "PerturbedAttentionGuidance": ("nodes_pag", {"scale": 3.0}),
+    "FreeU_V2": ("nodes_freelunch", {"b1": 1.3, "b2": 1.4, "s1": 0.9, "s2": 0.2}),
+}
+"""Nodes that act on the conditional prediction alone as well: what remains is the same chain at cfg 1."""
+
+NAG = {"NAGuidance": ("nodes_nag", {"nag_scale": 5.0, "nag_alpha": 0.5, "nag_tau": 1.5})}
+"""Acts where both sides are in one batch: while guidance is on, and not at cfg 1."""
+
+both = pytest.mark.parametrize("ours_first", [False, True], ids=["after it", "before it"])
+
+
+def neighbour(name: str, model):
+    module, options = {**SHAPING, **LASTING, **NAG}[name]
+    return patched(module, name.split(" ")[0], model, **options)
+
+
+def chain(name: str, threshold: float, ours_first: bool, model=None, **options):
+    model = base("SD15") if model is None else model
+    if ours_first:
+        return neighbour(name, ag(model, threshold, **options))
+    return ag(neighbour(name, model), threshold, **options)
+
+
+@both
+@pytest.mark.parametrize("name", [*SHAPING, *LASTING, *NAG])
+def test_identical_while_guidance_is_on(name, ours_first):
+    """Bit for bit; the peer's first defect is that such nodes are silently off until its threshold is reached."""
+    plain = sample(neighbour(name, base("SD15")), steps=4, batch=2)
+    assert torch.equal(sample(chain(name, 1.5, ours_first), steps=4, batch=2), plain)
+    if name != "FreeU_V2":
+        assert not torch.equal(plain, sample(base("SD15"), steps=4, batch=2)), "the neighbour does nothing"
+
+
+@both
+@pytest.mark.parametrize("name", SHAPING)
+def test_nothing_is_left_to_shape(name, ours_first):
+    """The plain conditional prediction, not twice it as APG makes at cfg 1, and no memory of earlier steps."""
+    spy = Spy(base("SD15"))
+    out = sample(chain(name, -1.0, ours_first, spy.model), steps=4, batch=2)
+    same(out, sample(base("SD15"), steps=4, batch=2, cfg=1.0), sample(neighbour(name, base("SD15")), steps=4, batch=2))
+    assert spy.rows(SD15.cond(12)) == 2
+
+
+@both
+@pytest.mark.parametrize("name", LASTING)
+def test_what_acts_on_the_prompt_goes_on(name, ours_first):
+    spy = Spy(base("SD15"))
+    out = sample(chain(name, -1.0, ours_first, spy.model), steps=4)
+    same(out, sample(neighbour(name, base("SD15")), steps=4, cfg=1.0), sample(neighbour(name, base("SD15")), steps=4))
+    assert spy.rows(SD15.cond(12)) == 1
+
+
+@pytest.mark.parametrize("name", SHAPING)
+def test_a_batch_in_part(name):
+    """Pictures that are done are conditional; the others are shaped as ever. Neighbours that treat pictures alone."""
+    threshold = middle(gammas(neighbour(name, base("SD15")), steps=5, batch=3))
+    model = chain(name, threshold, False)
+    assert sample(model, steps=5, batch=3).isfinite().all()
+    negative = [step.negative for step in record_of(model).steps]
+    assert negative == sorted(negative, reverse=True) and 3 < sum(negative) < 15
+
+
+@both
+def test_nag_keeps_the_batch_whole(ours_first):
+    """It needs both sides of every picture in one batch; without the negative it is off, as at cfg 1."""
+    threshold = middle(gammas(neighbour("NAGuidance", base("SD15")), steps=5, batch=3))
+    model = chain("NAGuidance", threshold, ours_first)
+    out = sample(model, steps=5, batch=3)
+    assert {step.negative for step in record_of(model).steps} <= {0, 3}
+    assert out.isfinite().all()
+
+
+@both
+def test_skip_layer_guidance(ours_first):
+    """Its simple form has the host's only slot for evaluating conds, and evaluates both sides one after the other."""
+    def slg(model):
+        return patched("nodes_slg", "SkipLayerGuidanceDiTSimple", model, double_layers="0", single_layers="0",
+                       start_percent=0.0, end_percent=1.0)
+
+    def ours(threshold):
+        return slg(ag(base("Flux"), threshold)) if ours_first else ag(slg(base("Flux")), threshold)
+
+    plain = sample(slg(base("Flux")), "Flux", steps=4)
+    assert torch.equal(sample(ours(1.5), "Flux", steps=4), plain)
+    assert not torch.equal(plain, sample(base("Flux"), "Flux", steps=4))
+    model = ours(-1.0)
+    same(sample(model, "Flux", steps=4), sample(base("Flux"), "Flux", steps=4, cfg=1.0), plain)
+    assert record_of(model).evaluations == 5 and record_of(model).full == 8
+
+
+@both
+def test_skip_layer_guidance_with_a_pass_of_its_own(ours_first):
+    def slg(model):
+        return patched("nodes_slg", "SkipLayerGuidanceDiT", model, double_layers="0", single_layers="0", scale=3.0,
+                       start_percent=0.0, end_percent=1.0, rescaling_scale=0.0)
+
+    def ours(threshold):
+        return slg(ag(base("Flux"), threshold)) if ours_first else ag(slg(base("Flux")), threshold)
+
+    plain = sample(slg(base("Flux")), "Flux", steps=4)
+    assert torch.equal(sample(ours(1.5), "Flux", steps=4), plain)
+    same(sample(ours(-1.0), "Flux", steps=4), sample(slg(base("Flux")), "Flux", steps=4, cfg=1.0), plain)
+
+
+@both
+@pytest.mark.parametrize("name", ["EasyCache", "LazyCache"])
+def test_caches(name, ours_first):
+    """Identical until the switch; a batch stays whole for as long as EasyCache keeps whole outputs."""
+    def cached(model):
+        return patched("nodes_easycache", f"{name}Node", model, reuse_threshold=0.2, start_percent=0.1,
+                       end_percent=0.95, verbose=False)
+
+    def ours(threshold):
+        return cached(ag(base("SD15"), threshold)) if ours_first else ag(cached(base("SD15")), threshold)
+
+    plain = sample(cached(base("SD15")), steps=8, batch=3)
+    assert torch.equal(sample(ours(1.5), steps=8, batch=3), plain)
+    first = sorted(gammas(cached(base("SD15")), steps=8, batch=3)[0])
+    model = ours((first[1] + first[2]) / 2)  # one picture is done after the first step
+    assert sample(model, steps=8, batch=3).isfinite().all()
+    record = record_of(model)
+    if name == "EasyCache":
+        assert {step.negative for step in record.steps} <= {0, 3}
+        assert any(len(problem) > 0 and "EasyCache" in problem for problem in record.problems)
+    else:
+        assert record.steps[1].negative == 2
+
+
+def test_cfg_override():
+    """An outer node's cfg is obeyed; where it is 1 there is nothing to decide."""
+    override = node("nodes_custom_sampler", "CFGOverride")
+    model = override.execute(ag(base("SD15"), 1.5), 5.0, 0.0, 1.0).args[0]
+    assert torch.equal(sample(model, steps=3), sample(base("SD15"), steps=3, cfg=5.0))
+    model = override.execute(ag(base("SD15"), 1.5), 1.0, 0.0, 1.0).args[0]
+    assert torch.equal(sample(model, steps=3), sample(base("SD15"), steps=3, cfg=1.0))
+    assert not any(step.negative for step in record_of(model).steps)
+
+
+@pytest.mark.parametrize("sampler", ["euler_cfg_pp", "euler_ancestral_cfg_pp"])
+def test_samplers_that_ask_for_the_negative(sampler):
+    """CFG++ samplers switch the cfg 1 shortcut off and read the negative's prediction; they get the conditional one."""
+    spy = Spy(base("SD15"))
+    assert torch.equal(sample(ag(spy.model, 1.5), steps=4, sampler=sampler, cfg=2.0),
+                       sample(base("SD15"), steps=4, sampler=sampler, cfg=2.0))
+    spy.calls.clear()
+    assert sample(ag(spy.model, -1.0), steps=4, sampler=sampler, cfg=2.0).isfinite().all()
+    assert spy.rows(SD15.cond(12)) == 1
+
+
+# --- the six defects of the peer ---
+
+
+def test_defect_1_slots_of_other_nodes_work_before_the_switch():
+    calls, model = [], base("SD15").clone()
+
+    def calc(args):
+        calls.append("calc")
+        return comfy.samplers.calc_cond_batch(args["model"], args["conds"], args["input"], args["sigma"],
+                                              args["model_options"])
+
+    model.set_model_sampler_pre_cfg_function(lambda args: calls.append("pre") or args["conds_out"])
+    model.set_model_sampler_calc_cond_batch_function(calc)
+    sample(ag(model, 1.5), steps=3)
+    assert calls == ["calc", "pre"] * 3
+
+
+def test_defect_2_pictures_of_a_batch_decide_alone():
+    """A picture's result does not depend on its neighbours in the batch."""
+    kind, threshold = FAMILIES["SD15"], middle(gammas(base("SD15"), steps=5, batch=3))
+    guider_of = lambda: comfy.samplers.CFGGuider(ag(base("SD15"), threshold))  # noqa: E731
+    noise = kind.noise(3, seed=1)
+    sampler, sigmas = comfy.samplers.sampler_object("euler"), schedule(base("SD15"), 5)
+
+    def run(rows) -> torch.Tensor:
+        guider = guider_of()
+        guider.set_conds(SD15.cond(11), SD15.cond(12))
+        guider.set_cfg(12.0)
+        with torch.inference_mode():
+            return guider.sample(noise[rows], torch.zeros_like(noise[rows]), sampler, sigmas, disable_pbar=True)
+
+    together = run([0, 1, 2])
+    for row in range(3):
+        same(together[row:row + 1], run([row]), torch.zeros(1))
+
+
+def test_defect_3_the_space_is_a_choice():
+    curves = []
+    for space in ("noise", "x0"):
+        model = ag(base("SD15"), 1.5, space=space)
+        sample(model, steps=4)
+        curves.append([step.gamma[0] for step in record_of(model).steps])
+    assert curves[0] != pytest.approx(curves[1], abs=1e-3)
+
+
+def test_defect_4_inputs_stay_as_they_are():
+    seen, model = [], base("SD15").clone()
+
+    def watch(executor, model_, conds, x, timestep, options):
+        before = x.clone()
+        out = executor(model_, conds, x, timestep, options)
+        seen.append(torch.equal(x, before))
+        return out
+
+    model.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, "watch", watch)
+    positive, negative = SD15.cond(11), SD15.cond(12)
+    copies = [positive[0][0].clone(), negative[0][0].clone()]
+    sample(ag(model, 0.5), positive=positive, negative=negative, steps=4, batch=2)
+    assert all(seen) and torch.equal(positive[0][0], copies[0]) and torch.equal(negative[0][0], copies[1])
+
+
+def test_defect_5_a_cached_guider_starts_afresh():
+    threshold = middle(gammas(base("SD15"), steps=6))
+    model = ag(base("SD15"), threshold)
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(SD15.cond(11), SD15.cond(12))
+    guider.set_cfg(12.0)
+    sigmas = schedule(base("SD15"), 6)
+    guided(guider, sigmas)
+    guided(guider, sigmas[3:], latent=SD15.noise(seed=4))
+    assert record_of(model).steps[0].negative == 1
+
+
+def test_defect_6_the_ordinary_sampler_will_do():
+    """No sampler node of its own is needed, and nothing is printed (test_architecture looks for that)."""
+    threshold = middle(gammas(base("SD15"), steps=6))
+    model = ag(base("SD15"), threshold)
+    same(sample(model, steps=6), sample(reference(base("SD15"), threshold), steps=6), sample(base("SD15"), steps=6))
