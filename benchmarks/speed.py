@@ -16,6 +16,7 @@ time of all threads instead of time on the clock: use them where other programs 
     memory      peak of a run above the level before it, and the bytes of the bank
     cache       (--only cache) steps of Composite over the same steps with the branch cache, interval 3 and depth 2; the
                 relative error of the final latent, and the bytes held
+    mixing      LoRAtorio's weights and CMLoRA's spectrum: their seconds per step over those of the step's forward
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ from ..methods.klora import KLoRA
 from ..methods.merge import Merge
 from . import sd15
 from .measure import Peak, alternate, environment, median, now, since, synchronize
+from .mixing import bench_mixing
 
 STRENGTH = 0.8
 PARITY = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 2e-2}
@@ -231,7 +233,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=3, help="sampler steps per run, the first not timed as a step")
     parser.add_argument("--rounds", type=int, default=1, help="runs of each way, in turns")
     parser.add_argument("--repeats", type=int, default=2, help="forwards of each kind for the tax, in turns")
-    parser.add_argument("--only", choices=["composite", "tax", "selection", "cache"],
+    parser.add_argument("--only", choices=["composite", "tax", "selection", "mixing", "cache"],
                         help="leave the other parts out; cache runs only when it is named")
     parser.add_argument("--cache-steps", type=int, default=13, help="sampler steps per run for the cache")
     options = parser.parse_args(arguments)
@@ -278,6 +280,11 @@ def main(arguments: list[str]) -> None:
             if options.only in (None, "tax"):
                 tax = bench_tax(model, composed, conds, count, noise, options)
                 line += f"  tax of the LoRAs on their batch {100 * tax:.1f} %"
+            if options.only in (None, "mixing"):
+                shares = bench_mixing(model, conds, count, noise, max(options.repeats, 10))
+                for name, found in shares.items():
+                    emit(bench="mixing", n=count, method=name, **found)
+                line += f"  mixing at most {100 * max(found['share'] for found in shares.values()):.2f} % of a step"
             lines.append(line)
             del composed
         if options.only in (None, "selection") and len(files) > 1:

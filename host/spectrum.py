@@ -10,14 +10,10 @@ import torch
 from torch import Tensor
 
 from ..kernels.spectrum import high_share, radial_amplitude, radial_bins
-from ..methods.cmlora import LOW_FREQUENCY
+from ..methods.cmlora import LOW_FREQUENCY, LOWERED
 from ..methods.merge import Merge
 from .apply import apply_method
 from .ensemble import Ensemble
-
-LOW = -0.1
-"""A LoRA that lowers the high-frequency share by more than this part of the base model's is of the low class. On the
-testbed backgrounds lower it by half, all others raise it or leave it within this margin."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +44,7 @@ class Profile:
 
     @property
     def low(self) -> bool:
-        return self.change < LOW
+        return self.change < LOWERED
 
 
 def profiles(model, ensemble: Ensemble, how: Sampling) -> list[Profile]:
