@@ -155,7 +155,8 @@ def test_layer_map_is_previewed(server: Server):
     path = next(path for path in EXAMPLES if path.stem == "sdxl_k_lora")
     prompt = on_testbed(load(path), GOOD, steps=6)
     (preview,) = find(prompt, "PreviewImage")
-    (file,) = server.images(server.run(prompt), preview)
+    (shown,) = server.run(prompt)["outputs"][preview]["images"]
+    file = server.get("/view", **{key: shown[key] for key in ("filename", "subfolder", "type")})
     picture = np.asarray(Image.open(io.BytesIO(file)).convert("RGB"))
     assert picture.shape[0] > 300 and picture.shape[1] > 1000 and len(np.unique(picture.reshape(-1, 3), axis=0)) > 4
 
