@@ -32,7 +32,7 @@ def base_obedience(sampler: Sampler, judge: Judge, count: int = 200, seed: int =
 
 
 def alone(sampler: Sampler, judge: Judge, strength: float = STRENGTH,
-          per_concept: int = 16) -> dict[str, tuple[float, float]]:
+          per_concept: int = 48) -> dict[str, tuple[float, float]]:
     """Per concept: share of pictures that show it with its LoRA alone, and with the same prompts but no LoRA."""
     tasks: list[LoraSet] = [alone_set(c, i) for c in CONCEPTS for i in range(per_concept)]
     shares = []

@@ -32,6 +32,7 @@ STAGES = ("base", "judge", "loras", "report")
 BASE_STEPS = 7000
 JUDGE_STEPS = 2500
 LORA_STEPS = {"clean": 240, "narrow": 160}
+LONGER = {("clean", "zaneth"): 800}  # thin lines over everything are learned last
 LORA_RATE = 4e-3
 
 
@@ -63,7 +64,8 @@ def main(arguments: list[str] | None = None) -> int:
                 if options.concepts and concept.name not in options.concepts:
                     continue
                 begin = time.time()
-                tensors = train_lora(base, collection(regime, concept), LORA_STEPS[regime], rate=LORA_RATE)
+                steps = LONGER.get((regime, concept.name), LORA_STEPS[regime])
+                tensors = train_lora(base, collection(regime, concept), steps, rate=LORA_RATE)
                 save_lora(tensors, lora_path(regime, concept), concept.name)
                 say(f"lora {regime} {concept.name} {time.time() - begin:.0f} s")
     if "report" in options.stages:
