@@ -30,7 +30,7 @@ from .report import number
 from .sampler import Picture, Sampler
 from .weights import load_base, load_judge, load_loras
 
-REGIME, ROWS_PER_SIZE, TABLE_SETS = "narrow", 1, 8
+REGIME, ROWS_PER_SIZE, TABLE_SETS = "narrow", 1, 4
 CELL, TEXT, MARGIN, LEFT = 128, 44, 8, 190
 
 
