@@ -9,6 +9,7 @@ instead
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -70,7 +71,7 @@ class Call:
     sides: Sequence[str]
 
 
-class Session:
+class Session(ABC):
     """A method during one run. Subclasses give `branches` and `mix`; the rest has defaults.
 
     Per model call the host calls `observe`, `branches`, `refresh` and `mix` in this order. A step may have several
@@ -78,21 +79,21 @@ class Session:
     device: a measurement that steers branches is `Sent` ahead and read at a later step.
     """
 
-    def observe(self, step: Step, x: Tensor) -> None:
+    def observe(self, step: Step, x: Tensor) -> None:  # noqa: B027  (a default, no duty)
         """Look at the noisy latent before the step's branches are named."""
 
+    @abstractmethod
     def branches(self, step: Step) -> tuple[Branch, ...]:
         """The branches to evaluate at this step, at least one."""
-        raise NotImplementedError
 
     def refresh(self, step: Step) -> tuple[bool, ...]:
         """Per branch of `branches(step)`: True where it has to run whole, False where a cache may stand in for its
         deep layers."""
         return (True,) * len(self.branches(step))
 
+    @abstractmethod
     def mix(self, step: Step, call: Call) -> list[Tensor | None]:
         """One prediction [B, C, ...] per cond of the call; None where there is no cond."""
-        raise NotImplementedError
 
     def notes(self) -> dict[str, object]:
         """What to record of the last step: JSON values or tensors, which are read back when the run is over."""
