@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from ..kernels.branch import Step
@@ -33,6 +35,14 @@ class Clock:
         self._told = True
         self._single_calls = self._single_calls + 1 if self._calls == 1 else 0
         self._calls = 0
+
+    def listening(self, callback: Callable | None) -> Callable:
+        """A sampler's callback that also tells this clock."""
+        def told(*step):
+            self.tell()
+            return callback(*step) if callback is not None else None
+
+        return told
 
     def step(self, timestep: Tensor) -> Step:
         """The step of a model call at `timestep` (noise levels, one per picture, all equal). Extra passes within one

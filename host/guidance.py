@@ -72,11 +72,7 @@ def outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=No
     options = guider.model_options
     guider.model_options = run.installed(comfy.model_patcher.create_model_options_clone(options), KEY)
 
-    def told(*step):
-        run.clock.tell()
-        return callback(*step) if callback is not None else None
-
-    finished = False
+    told, finished = run.clock.listening(callback), False
     try:
         out = executor(noise, latent_image, sampler, sigmas, denoise_mask, told, *args, **kwargs)
         finished = True

@@ -34,11 +34,7 @@ def outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=No
     guider = executor.class_obj
     run = composition.begin(sigmas, run_facts(guider.model_patcher, composition.layers, sigmas, noise.shape),
                             sides_of(guider.conds))
-    finished = False
-
-    def told(*step):
-        run.clock.tell()
-        return callback(*step) if callback is not None else None
+    told, finished = run.clock.listening(callback), False
 
     try:
         out = executor(noise, latent_image, sampler, sigmas, denoise_mask, told, *args, **kwargs)
