@@ -17,6 +17,7 @@ time of all threads instead of time on the clock: use them where other programs 
     cache       (--only cache) steps of Composite over the same steps with the branch cache, interval 3 and depth 2; the
                 relative error of the final latent, and the bytes held
     mixing      LoRAtorio's weights and CMLoRA's spectrum: their seconds per step over those of the step's forward
+    guidance    what Adaptive Guidance and LinearAG add to a step, over the step's forward of one picture
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ from ..methods.est import ESTLoRA
 from ..methods.klora import KLoRA
 from ..methods.merge import Merge
 from . import sd15
+from .deciding import bench_deciding
 from .measure import Peak, alternate, environment, median, now, since, synchronize
 from .mixing import bench_mixing
 
@@ -233,7 +235,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=3, help="sampler steps per run, the first not timed as a step")
     parser.add_argument("--rounds", type=int, default=1, help="runs of each way, in turns")
     parser.add_argument("--repeats", type=int, default=2, help="forwards of each kind for the tax, in turns")
-    parser.add_argument("--only", choices=["composite", "tax", "selection", "mixing", "cache"],
+    parser.add_argument("--only", choices=["composite", "tax", "selection", "mixing", "guidance", "cache"],
                         help="leave the other parts out; cache runs only when it is named")
     parser.add_argument("--cache-steps", type=int, default=13, help="sampler steps per run for the cache")
     options = parser.parse_args(arguments)
@@ -289,6 +291,11 @@ def main(arguments: list[str]) -> None:
             del composed
         if options.only in (None, "selection") and len(files) > 1:
             lines.append(bench_selection(model, conds, files, noise, options))
+        if options.only in (None, "guidance"):
+            shares = bench_deciding(model, conds, noise, max(options.repeats, 10))
+            for name, found in shares.items():
+                emit(bench="guidance", policy=name, **found)
+            lines.append(f"guidance decides in {100 * max(found['share'] for found in shares.values()):.2f} % of a step")
     sys.stderr.write("\n".join(lines) + "\n")
 
 

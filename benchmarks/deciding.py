@@ -1,0 +1,93 @@
+"""What Adaptive Guidance and LinearAG cost a sampler step, as a share of the model evaluation that the step makes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..engine.guidance import AdaptiveState, LinearState
+from ..methods.guidance import AdaptiveGuidance, LinearAG
+from .measure import Seconds, alternate, median, now, since, synchronize
+
+STEPS = 40
+LED = range(1, STEPS // 2)  # steps in which LinearAG keeps or foretells; the first one begins the run
+NEVER = 2.0  # a threshold that no similarity reaches: every step decides, none is saved
+
+
+def policies() -> dict[str, Callable[[], AdaptiveState | LinearState]]:
+    """The state of a run that decides in every step. Coefficients may be anything: to use them takes the same time."""
+    rows = tuple((0.0,) * (2 * call) + (1.0, 0.0) for call in range(STEPS))
+    return {"AdaptiveGuidance": lambda: AdaptiveState(AdaptiveGuidance(NEVER), exact=False),
+            "AdaptiveGuidance, x0": lambda: AdaptiveState(AdaptiveGuidance(NEVER, "x0"), exact=False),
+            "LinearAG": lambda: LinearState(LinearAG(rows, tuple(range(STEPS))))}
+
+
+def guided(model, make: Callable[[], AdaptiveState | LinearState]):
+    """The MODEL as the node would give it."""
+    from ..host.guidance import Guidance, apply_guidance
+
+    return apply_guidance(model, Guidance("benchmark", lambda info: (make(), None)))
+
+
+def stand_in(model, x: Tensor):
+    """The MODEL with its forward replaced by a constant of the right shape: what is left of a step is the host."""
+    answer = torch.randn(8, *x.shape[1:], generator=torch.Generator().manual_seed(0)).to(model.load_device)
+    cheap = model.clone()
+    cheap.set_model_unet_function_wrapper(lambda apply, args: answer[:args["input"].shape[0]].to(args["input"]))
+    return cheap
+
+
+class Run:
+    """Sampler runs of a MODEL; `steps`: the mean of the steps in LED of each run."""
+
+    def __init__(self, model, conds: list, noise: Tensor):
+        self.model, self.conds, self.noise = model, conds, noise
+        self.steps: list[Seconds] = []
+
+    def __call__(self) -> None:
+        import comfy.sample
+
+        times, start = [], now()
+
+        def told(*_) -> None:
+            nonlocal start
+            synchronize(self.model.load_device)
+            times.append(since(start))
+            start = now()
+
+        with torch.inference_mode():
+            comfy.sample.sample(self.model, self.noise, STEPS, 7.0, "euler", "normal", *self.conds,
+                                torch.zeros_like(self.noise), callback=told, disable_pbar=True, seed=1)
+        self.steps.append(Seconds(*(sum(each) / len(LED) for each in zip(*(times[i] for i in LED), strict=True))))
+
+
+def bench_deciding(model, conds: list, noise: Tensor, repeats: int) -> dict[str, dict[str, float]]:
+    """Per policy: seconds that a step takes beyond a step without guidance's node, both with a stand-in for the model,
+    seconds of the forward of a step (the positive and the negative of one picture), and the share of the one in the
+    other. The median of `repeats` runs."""
+    import comfy.model_management
+
+    device = model.load_device
+    comfy.model_management.load_models_gpu([model])
+    context = torch.cat([cond[0][0].to(device) for cond in conds])
+    wide, sigma = noise.to(device).expand(2, -1, -1, -1).contiguous(), torch.full((2,), 5.0, device=device)
+
+    def forward() -> None:
+        with torch.inference_mode():
+            model.model.apply_model(wide, sigma, c_crossattn=context)
+
+    whole = alternate({"forward": forward}, 3, device)["forward"]
+    cheap = stand_in(model, noise)
+    runs = {name: Run(guided(cheap, make), conds, noise) for name, make in policies().items()}
+    plain = Run(cheap, conds, noise)
+    alternate({**runs, "plain": plain}, repeats, device)
+    without = median(plain.steps)
+    found = {}
+    for name, run in runs.items():
+        with_it = median(run.steps)
+        found[name] = {"seconds": with_it.wall - without.wall, "host_seconds": without.wall,
+                       "forward_seconds": whole.wall, "share": (with_it.wall - without.wall) / whole.wall,
+                       "cpu_share": (with_it.cpu - without.cpu) / whole.cpu}
+    return found
