@@ -295,7 +295,8 @@ def main(arguments: list[str]) -> None:
             shares = bench_deciding(model, conds, noise, max(options.repeats, 10))
             for name, found in shares.items():
                 emit(bench="guidance", policy=name, **found)
-            lines.append(f"guidance decides in {100 * max(found['share'] for found in shares.values()):.2f} % of a step")
+            most = max(found["share"] for found in shares.values())
+            lines.append(f"guidance takes at most {100 * most:.2f} % of a step")
     sys.stderr.write("\n".join(lines) + "\n")
 
 

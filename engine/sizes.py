@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -37,20 +40,49 @@ def measure(bank: Bank, subjects: Sequence[bool], k: int = 0, raw: bool = False,
     A layer is a module of the model: where a model fuses several projections, they are one. Biases do not count.
     """
     sizes: dict[str, dict[int, Size]] = {}
-    for done, site in enumerate(bank.sites.values(), start=1):
-        here = {adapter: site.all_ops(adapter) for adapter in range(bank.count)}
-        here = {adapter: ops for adapter, ops in here.items() if ops}
-        if len(here) == 1:
-            sizes[site.name] = dict.fromkeys(here, Size())
-        else:
-            count = k or _k({adapter: _rank(ops) for adapter, ops in here.items()}, subjects)
-            sizes[site.name] = {adapter: _size(_parts(bank, site, adapter, ops, raw, reader, report), count, top)
-                                for adapter, ops in here.items()}
-        if visit is not None:
-            visit(done, len(bank.sites))
+    with _pool() as pool:
+        def layers() -> Iterator[tuple[str, dict[int, Future | None]]]:
+            for site in bank.sites.values():
+                here = {adapter: site.all_ops(adapter) for adapter in range(bank.count)}
+                here = {adapter: ops for adapter, ops in here.items() if ops}
+                if len(here) == 1:
+                    yield site.name, dict.fromkeys(here)
+                    continue
+                count = k or _k({adapter: _rank(ops) for adapter, ops in here.items()}, subjects)
+                yield site.name, {adapter: pool.submit(_size, _parts(bank, site, adapter, ops, raw, reader, report),
+                                                       count, top) for adapter, ops in here.items()}
+
+        for done, (name, here) in enumerate(_ahead(layers(), torch.get_num_threads()), start=1):
+            sizes[name] = {adapter: Size() if size is None else size.result() for adapter, size in here.items()}
+            if visit is not None:
+                visit(done, len(bank.sites))
     return sizes
 
 
+@contextmanager
+def _pool() -> Iterator[ThreadPoolExecutor]:
+    """As many threads as torch computes with, each computing alone: the tensors of one layer are too small to be
+    shared (two threads on each took as long as one, for SDXL). Not at once with other work of torch's."""
+    threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
+
+
+def _ahead(items: Iterable, count: int) -> Iterator:
+    """The items, made up to `count` ahead of the one that is asked for; not all at once, dense deltas are large."""
+    made: deque = deque()
+    for item in items:
+        made.append(item)
+        if len(made) > count:
+            yield made.popleft()
+    yield from made
+
+
+@torch.inference_mode()
 def _size(parts: Sequence[Part], k: int, top: bool) -> Size:
     square = 0.0
     for part in parts:

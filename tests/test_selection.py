@@ -428,8 +428,21 @@ def test_a_visitor_sees_every_layer_and_may_stop_it():
     def stop(done: int, total: int) -> None:
         raise InterruptedError(done)
 
+    threads = torch.get_num_threads()
     with pytest.raises(InterruptedError):
         measure(bank(*PAIRS["alike"]()), PAIR, visit=stop)
+    assert torch.get_num_threads() == threads  # layers are measured side by side, each by a single thread
+
+
+def test_the_number_of_threads_does_not_change_sizes():
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            found.append(measure(bank(*PAIRS["alike"]()), PAIR))
+    finally:
+        torch.set_num_threads(threads)
+    assert found[0] == found[1] and len(found[0]) == len(LAYERS)
 
 
 # --- cost of a step ---
