@@ -84,6 +84,15 @@ def loras(raw, lora_folder: Path):
     return write
 
 
+@pytest.fixture
+def spied():
+    """The small SD1.5 model, counting what it evaluates."""
+    from lora_ensemble.tests.host.guidance_tools import Spy
+    from lora_ensemble.tests.host.models import base
+
+    return Spy(base("SD15"))
+
+
 @pytest.fixture(autouse=True)
 def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
     """After every test, no small model still carries a forward of its own or is loaded."""

@@ -19,8 +19,8 @@ from lora_ensemble.methods.guidance import AdaptiveGuidance
 from torch import Tensor
 
 from .builders import composite, guided, merge, schedule, three
+from .guidance_tools import SD15, Spy, ag, dual, same, sample
 from .models import base
-from .test_guidance import SD15, Spy, ag, dual, same, sample
 
 STEPS = 8
 

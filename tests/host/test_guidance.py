@@ -1,110 +1,18 @@
-"""Adaptive Guidance on real ComfyUI: what is evaluated, what comes out, under every guider."""
+"""Adaptive Guidance on real ComfyUI: what is evaluated, what comes out, and that nothing outlives its run."""
 
 from __future__ import annotations
 
 import json
-from collections import Counter
 
 import comfy.samplers
-import comfy_extras.nodes_custom_sampler as extras
-import comfy_extras.nodes_perpneg as nodes_perpneg
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
-from lora_ensemble.engine.guidance import AdaptiveState, ReadBack
-from lora_ensemble.host.composition import KEY as COMPOSITION
-from lora_ensemble.host.guidance import KEY, Guidance, apply_guidance, guidance_record_of
-from lora_ensemble.methods.guidance import AdaptiveGuidance
-from torch import Tensor
+from lora_ensemble.host.guidance import KEY, guidance_record_of
 
-from .builders import composite, guided, schedule, three
-from .builders import sample as sample_at
-from .models import FAMILIES, base
-
-SD15 = FAMILIES["SD15"]
-
-
-def sample(model, family: str = "SD15", cfg: float = 12.0, **options) -> Tensor:
-    """With a cfg at which the negative matters in these small models."""
-    return sample_at(model, family, cfg=cfg, **options)
-
-
-def same(ours: Tensor, wanted: Tensor, plain: Tensor, tolerance: float = 2e-3) -> None:
-    """Off by no more than a small part of what guidance changes at all."""
-    effect = (wanted - plain).abs().max()
-    assert effect > 1e-3 * plain.abs().max(), "nothing to compare"
-    assert (ours - wanted).abs().max() <= tolerance * effect
-
-
-def ag(model, threshold: float = 0.9, exact: bool = True, **options):
-    policy = AdaptiveGuidance(threshold, **options)
-    return apply_guidance(model, Guidance("test", lambda info: (AdaptiveState(policy, exact), None)))
-
-
-class Spy:
-    """Rows that the diffusion model evaluates, by the token that its cond carries."""
-
-    def __init__(self, model):
-        self.model = model.clone()
-        self.calls: list[Counter] = []
-        self.model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "spy", self.apply)
-
-    def apply(self, executor, x, t, c_concat=None, c_crossattn=None, *args, **kwargs):
-        self.calls.append(Counter(tokens.sum().item() for tokens in c_crossattn.float().cpu()))
-        return executor(x, t, c_concat, c_crossattn, *args, **kwargs)
-
-    def __deepcopy__(self, memo):
-        return self
-
-    def rows(self, cond: list) -> int:
-        """How many rows had this CONDITIONING's text."""
-        wanted = cond[0][0].sum().item()
-        return sum(count for call in self.calls for token, count in call.items() if abs(token - wanted) < 1e-3)
-
-
-@pytest.fixture
-def spied():
-    return Spy(base("SD15"))
-
-
-def reference(model, threshold: float, space: str = "noise", per_sample: bool = True, min_steps: int = 0,
-              sigmas: list[float] | None = None):
-    """Adaptive Guidance written down again, on the host's cfg function: both sides are always evaluated, in float64.
-    `sigmas`: the schedule, for samplers that call several times per step; decisions are taken when a new one begins."""
-    model, state = model.clone(), {"done": None, "step": -1}
-
-    def step_of(sigma: float) -> int:
-        return max((i for i, level in enumerate(sigmas) if level >= sigma * (1 - 1e-4)), default=0)
-
-    def cfg(args):
-        c, u, x = (args[name].double() for name in ("cond_denoised", "uncond_denoised", "input"))
-        a, b = (c, u) if space == "x0" else (x - c, x - u)
-        gamma = (a * b).flatten(1).sum(1) / (a.flatten(1).norm(dim=1) * b.flatten(1).norm(dim=1))
-        done = state["done"] if state["done"] is not None else torch.zeros(len(gamma), dtype=torch.bool)
-        step = state["step"] + 1 if sigmas is None else step_of(float(args["sigma"][0]))
-        if step != state["step"] and step >= min_steps:
-            done = done | ((gamma if per_sample else gamma.min().expand_as(gamma)) >= threshold)
-        state.update(done=done, step=step)
-        denoised = torch.where(done.view(-1, 1, 1, 1), c, u + args["cond_scale"] * (c - u))
-        return (x - denoised).to(args["input"])
-
-    model.set_model_sampler_cfg_function(cfg)
-    return model
-
-
-def gammas(model, **options) -> list[list[float]]:
-    """Similarities of each step under full guidance."""
-    watched = ag(model, 1.5)
-    sample(watched, **options)
-    return [step.gamma for step in guidance_record_of(watched).steps]
-
-
-def middle(curve: list[list[float]], share: float = 0.5) -> float:
-    """A threshold between two similarities that were seen."""
-    seen = sorted(g for step in curve for g in step)
-    k = int(share * len(seen))
-    return (seen[k - 1] + seen[k]) / 2
-
+from .builders import guided, schedule
+from .guidance_tools import SD15, ag, gammas, late, middle, reference, same, sample
+from .models import base
 
 # --- invariants ---
 
@@ -276,118 +184,20 @@ def test_the_base_is_left_alone():
 # --- late read-back ---
 
 
-class Event:
-    def synchronize(self):
-        pass
-
-
 def test_late_reading_changes_the_cost_alone(spied, monkeypatch):
     """As on an accelerator: the similarity is looked at two steps after it was sent."""
     threshold = middle(gammas(base("SD15"), steps=6, batch=2))
     exact = ag(base("SD15"), threshold)
     wanted = sample(exact, steps=6, batch=2)
-    monkeypatch.setattr(ReadBack, "send", lambda self, index, rows, values: self._sent.append(
-        (index, rows, values, Event())))
-    late = ag(spied.model, threshold, exact=False)
-    same(sample(late, steps=6, batch=2), wanted, sample(base("SD15"), steps=6, batch=2))
-    rows = [[step.negative for step in guidance_record_of(model).steps] for model in (exact, late)]
+    late(monkeypatch)
+    ours = ag(spied.model, threshold, exact=False)
+    same(sample(ours, steps=6, batch=2), wanted, sample(base("SD15"), steps=6, batch=2))
+    rows = [[step.negative for step in guidance_record_of(model).steps] for model in (exact, ours)]
     assert rows[1] == [2, *rows[0][:-1]]
     assert spied.rows(SD15.cond(12)) == sum(rows[1])
     again = ag(base("SD15"), threshold, exact=True)
     sample(again, steps=6, batch=2)
     assert [step.negative for step in guidance_record_of(again).steps] == rows[0]
-
-
-# --- guiders ---
-
-
-def basic(model):
-    guider = extras.Guider_Basic(model)
-    guider.set_conds(SD15.cond(11))
-    return guider
-
-
-def dual(model, nested=False):
-    guider = extras.Guider_DualCFG(model)
-    guider.set_conds(SD15.cond(11), SD15.cond(13), SD15.cond(12))
-    guider.set_cfg(12.0, 2.0, nested) if nested else guider.set_cfg(12.0, 2.0)
-    return guider
-
-
-def perp_neg(model):
-    guider = nodes_perpneg.Guider_PerpNeg(model)
-    guider.set_conds(SD15.cond(11), SD15.cond(12), SD15.cond(13))
-    guider.set_cfg(12.0, 1.0)
-    return guider
-
-
-def dual_model(model):
-    if not hasattr(extras, "Guider_DualModel"):
-        pytest.skip("this ComfyUI has no DualModelGuider")
-    guider = extras.Guider_DualModel(model, base("SD15"))
-    guider.set_conds(SD15.cond(11), SD15.cond(12))
-    guider.set_cfg(12.0)
-    return guider
-
-
-GUIDERS = pytest.mark.parametrize("make", [basic, dual, perp_neg, dual_model])
-
-
-@GUIDERS
-def test_guiders_above_one(make):
-    sigmas = schedule(base("SD15"), 3)
-    ours = guided(make(ag(base("SD15"), 1.5)), sigmas, batch=2)
-    assert torch.equal(ours, guided(make(base("SD15")), sigmas, batch=2))
-
-
-@GUIDERS
-@pytest.mark.parametrize("min_steps", [0, 1])
-def test_guiders_after_the_switch(make, min_steps, spied):
-    """Whatever a guider does with its negatives, without them it is conditional; PerpNeg's own formula is 0 / 0."""
-    sigmas = schedule(base("SD15"), 4)
-    out = guided(make(ag(spied.model, -1.0, min_steps=min_steps)), sigmas, batch=2)
-    assert out.isfinite().all()
-    plain = guided(make(base("SD15")), sigmas, batch=2)
-    negatives = 2 * (min_steps + 1)
-    if make is not basic:
-        assert spied.rows(SD15.cond(12)) in (negatives, 0 if make is dual_model else negatives)
-        if make in (dual, perp_neg):
-            assert spied.rows(SD15.cond(13)) == negatives
-    assert spied.rows(SD15.cond(11)) == 8
-    if make is basic:
-        assert torch.equal(out, plain)
-    elif not min_steps:
-        same(out, guided(basic(base("SD15")), sigmas, batch=2), plain)
-    else:
-        assert not torch.equal(out, plain)
-
-
-def test_per_picture_under_perp_neg(spied):
-    """Rows that are done get the conditional prediction, the others the guider's."""
-    sigmas = schedule(base("SD15"), 5)
-    watched = ag(base("SD15"), 1.5)
-    guided(perp_neg(watched), sigmas, batch=3)
-    threshold = middle([step.gamma for step in guidance_record_of(watched).steps])
-    out = guided(perp_neg(ag(spied.model, threshold)), sigmas, batch=3)
-    assert out.isfinite().all() and 0 < spied.rows(SD15.cond(12)) < 15
-
-
-# --- composition ---
-
-
-@pytest.mark.parametrize("first", ["composition", "guidance"])
-def test_decisions_are_taken_on_mixed_predictions(first, loras):
-    """With Composite, whatever the order of the nodes; a skipped negative skips all of its branches."""
-    model, options = base("SD15"), dict(steps=6, batch=2)
-    ensemble = three(model, loras)
-    plain = composite(model, ensemble)
-    threshold = middle(gammas(plain, **options))
-    ours = ag(plain, threshold) if first == "composition" else composite(ag(model, threshold), ensemble)
-    out = sample(ours, **options)
-    negative = [step.negative for step in guidance_record_of(ours).steps]
-    assert 2 < sum(negative) < 12
-    assert [step.rows for step in ours.get_attachment(COMPOSITION).record.steps] == [3 * (2 + n) for n in negative]
-    same(out, sample(reference(plain, threshold), **options), sample(plain, **options))
 
 
 # --- batches in part ---

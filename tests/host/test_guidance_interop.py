@@ -3,40 +3,15 @@ node of its kind gets wrong (asagi4's AdaptiveGuidance, six defects)."""
 
 from __future__ import annotations
 
-import importlib
-import inspect
-
 import comfy.samplers
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
+from lora_ensemble.host.guidance import guidance_record_of as record_of
 
 from .builders import guided, schedule
+from .guidance_tools import SD15, Spy, ag, gammas, middle, node, patched, reference, same, sample
 from .models import FAMILIES, base
-from .test_guidance import SD15, Spy, ag, gammas, middle, reference, same, sample
-from .test_guidance import guidance_record_of as record_of
-
-
-def node(module: str, name: str):
-    """A node class of the host, or a skip where this release has none."""
-    try:
-        found = importlib.import_module(f"comfy_extras.{module}")
-    except ImportError:
-        pytest.skip(f"this ComfyUI has no {module}")
-    if not hasattr(found, name):
-        pytest.skip(f"this ComfyUI has no {name}")
-    return getattr(found, name)
-
-
-def patched(module: str, name: str, model, **options):
-    """The model with that node on it, however the release defines nodes."""
-    cls = node(module, name)
-    if hasattr(cls, "define_schema"):
-        known = inspect.signature(cls.execute).parameters
-        return cls.execute(model, **{k: v for k, v in options.items() if k in known}).args[0]
-    function = getattr(cls(), cls.FUNCTION)
-    return function(model, **{k: v for k, v in options.items() if k in inspect.signature(function).parameters})[0]
-
 
 SHAPING = {
     "RescaleCFG": ("nodes_model_advanced", {"multiplier": 0.7}),
@@ -57,7 +32,7 @@ LASTING = {
 """Nodes that act on the conditional prediction alone as well: what remains is the same chain at cfg 1."""
 
 NAG = {"NAGuidance": ("nodes_nag", {"nag_scale": 5.0, "nag_alpha": 0.5, "nag_tau": 1.5})}
-"""Acts where both sides are in one batch: while guidance is on, and not at cfg 1."""
+"""Acts where both sides are in one batch: while guidance is on, and not without the negative."""
 
 both = pytest.mark.parametrize("ours_first", [False, True], ids=["after it", "before it"])
 

@@ -1,0 +1,166 @@
+"""What the tests of guidance share: the node's own policy on a small model, a reference, a spy, guiders, neighbours."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections import Counter
+
+import comfy_extras.nodes_custom_sampler as extras
+import comfy_extras.nodes_perpneg as nodes_perpneg
+import pytest
+import torch
+from comfy.patcher_extension import WrappersMP
+from lora_ensemble.engine.guidance import AdaptiveState, ReadBack
+from lora_ensemble.host.guidance import Guidance, apply_guidance, guidance_record_of
+from lora_ensemble.methods.guidance import AdaptiveGuidance
+from torch import Tensor
+
+from .builders import sample as sample_at
+from .models import FAMILIES, base
+
+SD15 = FAMILIES["SD15"]
+
+
+def sample(model, family: str = "SD15", cfg: float = 12.0, **options) -> Tensor:
+    """With a cfg at which the negative matters in these small models."""
+    return sample_at(model, family, cfg=cfg, **options)
+
+
+def same(ours: Tensor, wanted: Tensor, plain: Tensor, tolerance: float = 2e-3) -> None:
+    """Off by no more than a small part of what guidance changes at all."""
+    effect = (wanted - plain).abs().max()
+    assert effect > 1e-3 * plain.abs().max(), "nothing to compare"
+    assert (ours - wanted).abs().max() <= tolerance * effect
+
+
+def ag(model, threshold: float = 0.9, exact: bool = True, **options):
+    policy = AdaptiveGuidance(threshold, **options)
+    return apply_guidance(model, Guidance("test", lambda info: (AdaptiveState(policy, exact), None)))
+
+
+class Spy:
+    """Rows that the diffusion model evaluates, by the token that its cond carries."""
+
+    def __init__(self, model):
+        self.model = model.clone()
+        self.calls: list[Counter] = []
+        self.model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "spy", self.apply)
+
+    def apply(self, executor, x, t, c_concat=None, c_crossattn=None, *args, **kwargs):
+        self.calls.append(Counter(tokens.sum().item() for tokens in c_crossattn.float().cpu()))
+        return executor(x, t, c_concat, c_crossattn, *args, **kwargs)
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def rows(self, cond: list) -> int:
+        """How many rows had this CONDITIONING's text."""
+        wanted = cond[0][0].sum().item()
+        return sum(count for call in self.calls for token, count in call.items() if abs(token - wanted) < 1e-3)
+
+
+def reference(model, threshold: float, space: str = "noise", per_sample: bool = True, min_steps: int = 0,
+              sigmas: list[float] | None = None):
+    """Adaptive Guidance written down again, on the host's cfg function: both sides are always evaluated, in float64.
+    `sigmas`: the schedule, for samplers that call several times per step; decisions are taken when a new one begins."""
+    model, state = model.clone(), {"done": None, "step": -1}
+
+    def step_of(sigma: float) -> int:
+        return max((i for i, level in enumerate(sigmas) if level >= sigma * (1 - 1e-4)), default=0)
+
+    def cfg(args):
+        c, u, x = (args[name].double() for name in ("cond_denoised", "uncond_denoised", "input"))
+        a, b = (c, u) if space == "x0" else (x - c, x - u)
+        gamma = (a * b).flatten(1).sum(1) / (a.flatten(1).norm(dim=1) * b.flatten(1).norm(dim=1))
+        done = state["done"] if state["done"] is not None else torch.zeros(len(gamma), dtype=torch.bool)
+        step = state["step"] + 1 if sigmas is None else step_of(float(args["sigma"][0]))
+        if step != state["step"] and step >= min_steps:
+            done = done | ((gamma if per_sample else gamma.min().expand_as(gamma)) >= threshold)
+        state.update(done=done, step=step)
+        denoised = torch.where(done.view(-1, 1, 1, 1), c, u + args["cond_scale"] * (c - u))
+        return (x - denoised).to(args["input"])
+
+    model.set_model_sampler_cfg_function(cfg)
+    return model
+
+
+def gammas(model, **options) -> list[list[float]]:
+    """Similarities of each step under full guidance."""
+    watched = ag(model, 1.5)
+    sample(watched, **options)
+    return [step.gamma for step in guidance_record_of(watched).steps]
+
+
+def middle(curve: list[list[float]], share: float = 0.5) -> float:
+    """A threshold between two similarities that were seen."""
+    seen = sorted(g for step in curve for g in step)
+    k = int(share * len(seen))
+    return (seen[k - 1] + seen[k]) / 2
+
+
+class Event:
+    def synchronize(self):
+        pass
+
+
+def late(monkeypatch) -> None:
+    """As on an accelerator: where `exact` is off, a similarity is looked at two steps after it was sent."""
+    monkeypatch.setattr(ReadBack, "send", lambda self, index, rows, values: self._sent.append(
+        (index, rows, values, Event())))
+
+
+# --- guiders ---
+
+
+def basic(model):
+    guider = extras.Guider_Basic(model)
+    guider.set_conds(SD15.cond(11))
+    return guider
+
+
+def dual(model, nested=False):
+    guider = extras.Guider_DualCFG(model)
+    guider.set_conds(SD15.cond(11), SD15.cond(13), SD15.cond(12))
+    guider.set_cfg(12.0, 2.0, nested) if nested else guider.set_cfg(12.0, 2.0)
+    return guider
+
+
+def perp_neg(model):
+    guider = nodes_perpneg.Guider_PerpNeg(model)
+    guider.set_conds(SD15.cond(11), SD15.cond(12), SD15.cond(13))
+    guider.set_cfg(12.0, 1.0)
+    return guider
+
+
+def dual_model(model):
+    if not hasattr(extras, "Guider_DualModel"):
+        pytest.skip("this ComfyUI has no DualModelGuider")
+    guider = extras.Guider_DualModel(model, base("SD15"))
+    guider.set_conds(SD15.cond(11), SD15.cond(12))
+    guider.set_cfg(12.0)
+    return guider
+
+
+# --- neighbours ---
+
+
+def node(module: str, name: str):
+    """A node class of the host, or a skip where this release has none."""
+    try:
+        found = importlib.import_module(f"comfy_extras.{module}")
+    except ImportError:
+        pytest.skip(f"this ComfyUI has no {module}")
+    if not hasattr(found, name):
+        pytest.skip(f"this ComfyUI has no {name}")
+    return getattr(found, name)
+
+
+def patched(module: str, name: str, model, **options):
+    """The model with that node on it, however the release defines nodes."""
+    cls = node(module, name)
+    if hasattr(cls, "define_schema"):
+        known = inspect.signature(cls.execute).parameters
+        return cls.execute(model, **{k: v for k, v in options.items() if k in known}).args[0]
+    function = getattr(cls(), cls.FUNCTION)
+    return function(model, **{k: v for k, v in options.items() if k in inspect.signature(function).parameters})[0]

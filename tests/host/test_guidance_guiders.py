@@ -1,0 +1,73 @@
+"""Adaptive Guidance under every guider of the host, and with the pack's own methods."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lora_ensemble.host.composition import KEY as COMPOSITION
+from lora_ensemble.host.guidance import guidance_record_of
+
+from .builders import composite, guided, schedule, three
+from .guidance_tools import SD15, ag, basic, dual, dual_model, gammas, middle, perp_neg, reference, same, sample
+from .models import base
+
+GUIDERS = pytest.mark.parametrize("make", [basic, dual, perp_neg, dual_model])
+
+
+@GUIDERS
+def test_guiders_above_one(make):
+    sigmas = schedule(base("SD15"), 3)
+    ours = guided(make(ag(base("SD15"), 1.5)), sigmas, batch=2)
+    assert torch.equal(ours, guided(make(base("SD15")), sigmas, batch=2))
+
+
+@GUIDERS
+@pytest.mark.parametrize("min_steps", [0, 1])
+def test_guiders_after_the_switch(make, min_steps, spied):
+    """Whatever a guider does with its negatives, without them it is conditional; PerpNeg's own formula is 0 / 0."""
+    sigmas = schedule(base("SD15"), 4)
+    out = guided(make(ag(spied.model, -1.0, min_steps=min_steps)), sigmas, batch=2)
+    assert out.isfinite().all()
+    plain = guided(make(base("SD15")), sigmas, batch=2)
+    negatives = 2 * (min_steps + 1)
+    if make is not basic:
+        assert spied.rows(SD15.cond(12)) in (negatives, 0 if make is dual_model else negatives)
+        if make in (dual, perp_neg):
+            assert spied.rows(SD15.cond(13)) == negatives
+    assert spied.rows(SD15.cond(11)) == 8
+    if make is basic:
+        assert torch.equal(out, plain)
+    elif not min_steps:
+        same(out, guided(basic(base("SD15")), sigmas, batch=2), plain)
+    else:
+        assert not torch.equal(out, plain)
+
+
+def test_per_picture_under_perp_neg(spied):
+    """Rows that are done get the conditional prediction, the others the guider's."""
+    sigmas = schedule(base("SD15"), 5)
+    watched = ag(base("SD15"), 1.5)
+    guided(perp_neg(watched), sigmas, batch=3)
+    threshold = middle([step.gamma for step in guidance_record_of(watched).steps])
+    out = guided(perp_neg(ag(spied.model, threshold)), sigmas, batch=3)
+    assert out.isfinite().all() and 0 < spied.rows(SD15.cond(12)) < 15
+
+
+# --- composition ---
+
+
+@pytest.mark.parametrize("first", ["composition", "guidance"])
+def test_decisions_are_taken_on_mixed_predictions(first, loras):
+    """With Composite, whatever the order of the nodes; a skipped negative skips all of its branches."""
+    model, options = base("SD15"), dict(steps=6, batch=2)
+    ensemble = three(model, loras)
+    plain = composite(model, ensemble)
+    threshold = middle(gammas(plain, **options))
+    ours = ag(plain, threshold) if first == "composition" else composite(ag(model, threshold), ensemble)
+    out = sample(ours, **options)
+    negative = [step.negative for step in guidance_record_of(ours).steps]
+    assert 2 < sum(negative) < 12
+    assert [step.rows for step in ours.get_attachment(COMPOSITION).record.steps] == [3 * (2 + n) for n in negative]
+    same(out, sample(reference(plain, threshold), **options), sample(plain, **options))
+
+
