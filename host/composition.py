@@ -142,8 +142,11 @@ class Run:
 
     def sides(self, conds: Sequence[list | None]) -> tuple[str, ...]:
         """The side that each cond of a call is on. Conds that no guider knows (a node made them itself) go by their
-        place, as in the host's own guidance: positive first, then unconditional."""
+        place, as in the host's own guidance: positive first, then unconditional. One alone, where the guider has its
+        positive, is a side that the guider lacks: the empty prompt of the deprecated Perp-Neg node."""
         places = (POSITIVE, UNCONDITIONAL)
+        if len(conds) == 1 and POSITIVE in self._sides.values():
+            places = (UNCONDITIONAL,)
         return tuple(next((self._sides[entry["uuid"]] for entry in cond or () if entry.get("uuid") in self._sides),
                           places[i] if i < len(places) else OTHER) for i, cond in enumerate(conds))
 

@@ -10,7 +10,6 @@ equal predictions is none, and every node further down the line finds the valid 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
 
 import comfy.samplers
 import torch
@@ -23,30 +22,10 @@ from ..kernels.branch import Step
 from ..kernels.guidance import cosine
 from .clock import Clock
 from .composition import KEY as COMPOSITION
+from .guided_call import Call, guarded, unguided
 from .rows import narrowed, whole_only
 
 log = logging.getLogger("lora_ensemble")
-PRE_CFG, CFG = "sampler_pre_cfg_function", "sampler_cfg_function"
-
-
-@dataclass
-class Call:
-    """One model call of the sampler.
-
-    kind       what happens to the negatives: "guided" (rows of it, None for all), "predicted" or "conditional"
-    windowed   a context handler evaluates it in windows; the decision then counts from the next step on
-    c          the conditional prediction, once known
-    terms      similarity terms per negative, added up over windows
-    """
-
-    step: Step
-    kind: str
-    rows: Rows | None
-    batch: int
-    windowed: bool
-    c: Tensor | None = None
-    terms: dict[int, Tensor] = field(default_factory=dict)
-    has_negative: bool = False
 
 
 class GuidedRun:
@@ -81,17 +60,17 @@ class GuidedRun:
         step = self.clock.step(timestep)
         windowed = options.get("context_handler") is not None
         kind, rows = self._plan(step, windowed)
-        self.call = call = Call(step, kind, rows, x.shape[0], windowed)
+        self.call = call = Call(step, kind, rows, x, windowed)
         self._open_step(step)
         try:
             if kind == "conditional":
                 return self._conditional(executor, x, timestep, options, seed)
-            if options.get(PRE_CFG):
-                options = {**options, PRE_CFG: [*options[PRE_CFG], self.restore]}
+            if not self.own_math and isinstance(self.state, AdaptiveState):
+                options = guarded(options, call, self.state)
             out = executor(x, timestep, options, seed)
             if call.windowed and call.terms and isinstance(self.state, AdaptiveState):
                 self.state.decide(self._similarity(call))
-            if self.own_math and call.c is not None and isinstance(self.state, AdaptiveState):
+            if self.own_math and not windowed and call.c is not None and isinstance(self.state, AdaptiveState):
                 weight = self.state.weight(out)
                 # Where, since a guider's own formula need not be finite between equal predictions.
                 out = torch.where(weight > 0, torch.lerp(call.c.to(out), out, weight), call.c.to(out))
@@ -113,9 +92,8 @@ class GuidedRun:
         return ("conditional", ()) if begun == () else ("guided", begun)
 
     def _conditional(self, executor, x, timestep, options: dict, seed):
-        """What the same chain of nodes predicts at cfg 1. What shapes guidance is left out: some nodes take a missing
-        negative for one of zeros (core's APG then doubles the picture). What follows guidance stays."""
-        options = {key: value for key, value in options.items() if key not in (PRE_CFG, CFG)}
+        """What the same chain of nodes predicts at cfg 1, those that shape guidance left out."""
+        options = unguided(options)
         guider = self.guider
         if self.own_math:
             return comfy.samplers.sampling_function(guider.inner_model, x, timestep, guider.conds.get("negative"),
@@ -126,15 +104,6 @@ class GuidedRun:
         finally:
             guider.cfg = cfg
 
-    def restore(self, args: dict) -> list:
-        """The last pre-cfg function: gives pictures that are no longer guided their conditional prediction back, which
-        nodes with a memory (APG's momentum) would change."""
-        out, call = args["conds_out"], self.call
-        if call is None or call.c is None or self.own_math or not isinstance(self.state, AdaptiveState):
-            return out
-        done = self.state.weight(call.c) == 0
-        return [torch.where(done, call.c, each) if isinstance(each, Tensor) else each for each in out]
-
     # --- its predictions ---
 
     def calc_cond_batch(self, executor, model, conds, x, timestep, options):
@@ -144,37 +113,61 @@ class GuidedRun:
             return executor(model, conds, x, timestep, options)
         positive, negatives = self._indexes(conds)
         if not negatives:
+            if positive is None and self._is_own_negative(x):
+                return self._own_negative(executor, model, conds, x, timestep, options)
             return self._without_negatives(executor, model, conds, x, timestep, options, positive)
         extra = positive is None and (call.c is None or call.has_negative)
         if extra:  # a node's own pass with the negative alone
             return executor(model, conds, x, timestep, options)
         call.has_negative = True
-        rows = call.rows
-        if rows and (reason := whole_only(conds, options, self.composition)) is not None:
-            rows = None
+        if call.rows and (reason := whole_only(conds, options, self.composition)) is not None:
+            call.rows = None
             self.problem(f"Adaptive Guidance: {reason}; the negative is evaluated for the whole batch until every "
                           "picture is done with it")
         watched = call.kind == "predicted" and self.state.watch
-        together = watched or (call.kind == "guided" and rows is None)
+        together = watched or (call.kind == "guided" and call.rows is None)
         outs = executor(model, conds if together else [c if i == positive else None for i, c in enumerate(conds)],
                         x, timestep, options) if together or positive is not None else [None] * len(conds)
         c = call.c = outs[positive] if positive is not None else call.c
         asked, full = x.shape[0] * (positive is not None), x.shape[0] * len(negatives)
-        self._count(asked, full, full if together else len(rows) * len(negatives) if call.kind == "guided" else 0)
+        self._count(asked, full, full if together else len(call.rows or ()) * len(negatives))
         if call.kind != "guided":
             self._fill(x, timestep, outs, negatives)
         elif not together:
-            index = torch.tensor(rows, device=x.device)
-            some = [narrowed(cond, rows, x.shape[0]) if i in negatives else None for i, cond in enumerate(conds)]
-            parts = executor(model, some, x[index], timestep[:len(rows)], options)
-            for i in negatives:
-                outs[i] = c.index_copy(0, index, parts[i])
+            for i, out in self._in_part(executor, model, conds, negatives, x, timestep, options).items():
+                outs[i] = out
         if isinstance(self.state, AdaptiveState):
             if call.kind == "guided":
                 self._weigh(call, x, outs, negatives)
         elif call.kind == "guided" and not call.windowed:
             self.state.keep(x, c, outs[negatives[0]], timestep)
         return outs
+
+    def _in_part(self, executor, model, conds, wanted: list[int], x, timestep, options) -> dict[int, Tensor]:
+        """The wanted conds for the rows of this call alone; the conditional prediction for its other rows."""
+        call = self.call
+        index = torch.tensor(call.rows, device=x.device)
+        some = [narrowed(cond, call.rows, len(x)) if i in wanted else None for i, cond in enumerate(conds)]
+        parts = executor(model, some, x[index], timestep[:len(call.rows)], options)
+        return {i: call.c.index_copy(0, index, parts[i]) for i in wanted}
+
+    def _is_own_negative(self, x: Tensor) -> bool:
+        """Whether a pass with conds that the guider does not know is a side of guidance that a node has of its own: on
+        the latent of this call, once its conditional prediction is known."""
+        call, adaptive = self.call, isinstance(self.state, AdaptiveState) and not self.own_math
+        return adaptive and call.kind == "guided" and call.c is not None and x is call.x
+
+    def _own_negative(self, executor, model, conds, x, timestep, options) -> list:
+        """The empty prompt of the deprecated Perp-Neg node: evaluated for the pictures that are still guided, and
+        fading with their negative."""
+        call, weight = self.call, self.state.weight(self.call.c)
+        if call.rows:
+            wanted = [i for i, cond in enumerate(conds) if cond is not None]
+            found = self._in_part(executor, model, conds, wanted, x, timestep, options)
+            outs = [found.get(i, call.c) for i in range(len(conds))]
+        else:
+            outs = executor(model, conds, x, timestep, options)
+        return [torch.lerp(call.c, out, weight) for out in outs]
 
     def _without_negatives(self, executor, model, conds, x, timestep, options, positive: int | None):
         call = self.call
@@ -206,8 +199,8 @@ class GuidedRun:
         if state.fresh:
             for i in negatives:
                 terms = state.terms(x, c, outs[i])
-                if terms.shape[1] != call.batch:  # windows over the batch: frames decide together
-                    terms = terms.sum(1, keepdim=True).expand(-1, call.batch)
+                if terms.shape[1] != len(call.x):  # windows over the batch: frames decide together
+                    terms = terms.sum(1, keepdim=True).expand(-1, len(call.x))
                 call.terms[i] = call.terms[i] + terms if i in call.terms else terms
             if not call.windowed:
                 state.decide(self._similarity(call))

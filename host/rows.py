@@ -50,6 +50,8 @@ def whole_only(conds: list, options: dict, composition: Composition | None) -> s
     inner = options.get("transformer_options", {})
     if any(name.endswith("output_patch") for name in inner.get("patches", {})):
         return "a patch of attention outputs (NAG) looks at both sides of a batch"
+    if any(name.startswith("attn") and found for name, found in inner.get("patches_replace", {}).items()):
+        return "a patch in the place of attention (IP-Adapter, Self-Attention Guidance) may know the rows of its batch"
     if getattr(inner.get("easycache"), "name", None) == "EasyCache":  # LazyCache keeps whole steps, which is no matter
         return "EasyCache keeps outputs of whole batches"
     if options.get("context_handler") is not None:
