@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from comfy_api.latest import ComfyExtension, io
+from typing import Any
 
+from comfy_api.latest import ComfyExtension, io, ui
+
+from .families import FAMILIES, guidance_record, load_family
 from .vision import load_vision
 from .wrap import load_testbed, load_unet
 
@@ -103,10 +106,49 @@ class LoRAEnsembleTestbedVision(io.ComfyNode):
         return io.NodeOutput(load_vision())
 
 
+class LoRAEnsembleTestbedFamily(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LoRAEnsembleTestbedFamily",
+            display_name="Load Testbed Family",
+            category="LoRA Ensemble/testbed",
+            description="ComfyUI's own model of a family, tiny and with random weights, and three random prompts.",
+            inputs=[io.Combo.Input("family", options=FAMILIES, tooltip="The architecture.")],
+            outputs=[io.Model.Output(), *(io.Conditioning.Output(display_name=f"PROMPT {i}") for i in (1, 2, 3))],
+        )
+
+    @classmethod
+    def execute(cls, family: str) -> io.NodeOutput:
+        return io.NodeOutput(*load_family(family))
+
+
+class LoRAEnsembleTestbedRecord(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LoRAEnsembleTestbedRecord",
+            display_name="Testbed Guidance Record",
+            category="LoRA Ensemble/testbed",
+            description="What guidance did in the run that made a latent, as JSON.",
+            inputs=[
+                io.Model.Input("model", tooltip="A model with guidance on it that was sampled."),
+                io.Latent.Input("latent", tooltip="What it drew: makes this node wait for the run."),
+            ],
+            outputs=[],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, model: Any, latent: dict) -> io.NodeOutput:
+        return io.NodeOutput(ui=ui.PreviewText(guidance_record(model)))
+
+
 class TestbedExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [LoRAEnsembleTestbedLoader, LoRAEnsembleTestbedLatent, LoRAEnsembleTestbedStack,
-                LoRAEnsembleTestbedUNet, LoRAEnsembleTestbedVision]
+                LoRAEnsembleTestbedUNet, LoRAEnsembleTestbedVision, LoRAEnsembleTestbedFamily,
+                LoRAEnsembleTestbedRecord]
 
 
 async def comfy_entrypoint() -> TestbedExtension:

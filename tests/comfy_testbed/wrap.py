@@ -22,13 +22,18 @@ from torch import Tensor, nn
 ROOT = Path(os.environ.get("LORA_ENSEMBLE_ROOT") or Path(__file__).resolve().parents[2])
 
 
-def testbed(name: str) -> ModuleType:
-    """A module of the pack's testbed, by the name under which tests import it."""
+def load_pack() -> None:
+    """Make the pack importable by the name under which tests import it."""
     if "lora_ensemble" not in sys.modules:
         spec = importlib.util.spec_from_file_location("lora_ensemble_run", ROOT / "run.py")
         sys.modules[spec.name] = run = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(run)
         run.load_pack()
+
+
+def testbed(name: str) -> ModuleType:
+    """A module of the pack's testbed."""
+    load_pack()
     return importlib.import_module(f"lora_ensemble.testbed.{name}")
 
 

@@ -1,0 +1,23 @@
+"""The tests' small models of real families as a node's outputs, and what guidance did with a MODEL."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from typing import Any
+
+from .wrap import load_pack
+
+FAMILIES = ["SD15", "SD3", "Flux"]
+
+
+def load_family(name: str) -> tuple[Any, ...]:
+    """A MODEL with random weights, and three CONDITIONINGs for it."""
+    load_pack()
+    models = importlib.import_module("lora_ensemble.tests.host.models")
+    return models.base(name), *(models.FAMILIES[name].cond(seed) for seed in (11, 12, 13))
+
+
+def guidance_record(model: Any) -> str:
+    """What guidance did in the last run of a MODEL, as JSON."""
+    return json.dumps(model.get_attachment("lora_ensemble_guidance").record.as_dict())
