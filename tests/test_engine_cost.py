@@ -123,6 +123,16 @@ def test_merge_takes_two_products_per_layer_however_many_loras():
 
 
 @LAYERS
+def test_a_choice_per_layer_costs_what_one_lora_costs(layer):
+    """K-LoRA and EST-LoRA: a LoRA of its own for each layer, here the second of three, against a single LoRA."""
+    chosen = Branch((0.7, 0.0, 0.0), (("0", (0.0, 0.9, 0.0)),))
+    ours, single = cost(layer, EQUAL, [chosen] * 2), cost(layer, ("lora",), [Branch((0.7,))] * 2)
+    assert +ours.ops == +single.ops
+    assert (ours.multiplies, ours.written) == (single.multiplies, single.written)
+    assert single.multiplies > 0
+
+
+@LAYERS
 def test_low_rank_products_are_the_factors_and_no_more(layer):
     """A row's multiply-adds: rank x (inputs x kernel + outputs) per position, once."""
     module, size = layer_of(layer)
