@@ -249,6 +249,7 @@ class GuidedRun:
             for step in self.record.steps:
                 step.gamma = self.state.gamma.get(step.index, [])
             self._too_early()
+            self._never()
 
     def _too_early(self) -> None:
         policy, first = self.state.policy, self.state.gamma.get(self.state.policy.min_steps)
@@ -256,3 +257,19 @@ class GuidedRun:
             self.problem(f"Adaptive Guidance: the similarity is above the threshold {policy.threshold:g} from the "
                           f"first step on that may be left out ({min(first):.6f}): this model, in the space "
                           f"'{policy.space}', needs a higher threshold. Calibrate Guidance finds it.")
+
+    def _never(self) -> None:
+        """Nothing was saved: how near it came. The similarity need not rise to the end; along a flow that of velocities
+        may be highest in the middle."""
+        policy = self.state.policy
+        counts = max if policy.per_sample else min
+        seen = {step.index: counts(step.gamma) for step in self.record.steps
+                if step.index >= policy.min_steps and step.gamma and None not in step.gamma}
+        if not seen or policy.threshold > 1 or not self.record.finished:
+            return
+        peak = max(seen, key=seen.get)
+        if seen[peak] < policy.threshold:
+            self.problem(f"Adaptive Guidance: the similarity never reached the threshold {policy.threshold:g}, so "
+                          f"nothing was saved. It was highest in step {peak + 1} of {self.clock.total} "
+                          f"({seen[peak]:.6f}). Take a lower threshold or the other space; Calibrate Guidance "
+                          "finds it.")

@@ -223,6 +223,20 @@ def test_a_threshold_passed_at_once_is_named():
     assert "Calibrate Guidance" in problem and "above the threshold" in problem
 
 
+def test_a_threshold_never_reached_is_named():
+    """With where it came nearest: the similarity may fall again."""
+    curve = [step for (step,) in gammas(base("SD15"), steps=6)]
+    step = max(range(1, 6), key=curve.__getitem__)
+    model = ag(base("SD15"), (curve[step] + 1) / 2, min_steps=1)
+    sample(model, steps=6)
+    (problem,) = guidance_record_of(model).problems
+    assert "never reached" in problem and f"step {step + 1} of 6 ({curve[step]:.6f})" in problem
+    for threshold in (1.5, curve[step] - 1e-6):
+        model = ag(base("SD15"), threshold, min_steps=1)
+        sample(model, steps=6)
+        assert not any("never" in problem for problem in guidance_record_of(model).problems)
+
+
 def test_the_record_is_plain_data():
     model = ag(base("SD15"), 0.5)
     sample(model, steps=3, batch=2)
