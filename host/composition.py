@@ -16,6 +16,7 @@ from ..engine.bank import Bank
 from ..engine.forwards import RoutedForwards
 from ..engine.record import RunRecord, StepRecord
 from ..kernels.branch import Branch, Step
+from ..kernels.packed import Parts, unpack
 from ..methods import Method
 from ..methods.session import OTHER, POSITIVE, UNCONDITIONAL, Call, RunFacts, begin
 from .cache import BranchCache, CacheSpec
@@ -94,6 +95,7 @@ class Plan:
     """What one model call evaluates: every combination of the layers' branches.
 
     fresh   per combination: False where caches may stand in for its deep layers, as far as the methods go
+    parts   of a latent that holds several, such as picture and sound
     """
 
     step: Step
@@ -102,6 +104,7 @@ class Plan:
     branches: tuple[tuple[Branch, ...], ...]
     combos: tuple[Combo, ...]
     fresh: tuple[bool, ...]
+    parts: Parts = ()
 
 
 class Run:
@@ -123,21 +126,25 @@ class Run:
         self._tags: dict[tuple[UUID, Combo], UUID] = {}
         self._routed: dict[int, tuple[nn.Module, list[RoutedForwards]]] = {}
         self._since = time.perf_counter()
+        for layer, known in zip(layers, facts, strict=True):
+            for name, mask, placed in zip(layer.names, layer.masks, known.masks, strict=False):
+                if mask is not None and placed is None and getattr(layer.method, "uses_masks", False):
+                    self._tell(f"the mask of LoRA '{name}' is not used: this latent has no height and width")
 
-    def plan(self, x: Tensor, timestep: Tensor) -> Plan:
+    def plan(self, x: Tensor, timestep: Tensor, parts: Parts = ()) -> Plan:
         """The step this call belongs to, and what it evaluates."""
         step = self.clock.step(timestep)
         if not self.record.steps or self.record.steps[-1].index != step.index:
             self._close_step()
             self.record.steps.append(StepRecord(step.index, step.sigma))
         for session in self.sessions:
-            session.observe(step, x)
+            session.observe(step, unpack(x, parts)[0])
         branches = tuple(session.branches(step) for session in self.sessions)
         combos = tuple(product(*branches))
         fresh = tuple(any(flags) for flags in product(*(session.refresh(step) for session in self.sessions)))
         entry = self.record.steps[-1]
         entry.branches = entry.branches or [[list(branch.gains) for branch in combo] for combo in combos]
-        self.plan_of_call = Plan(step, x, timestep, branches, combos, fresh)
+        self.plan_of_call = Plan(step, x, timestep, branches, combos, fresh, parts)
         return self.plan_of_call
 
     def sides(self, conds: Sequence[list | None]) -> tuple[str, ...]:
@@ -163,7 +170,8 @@ class Run:
             parts = [self.mix(plan, [None if p is None else p[i] for p in split], sides, depth + 1)
                      for i in range(len(branches))]
             predictions = [None if one[0] is None else torch.stack(one) for one in zip(*parts, strict=True)]
-        return self.sessions[depth].mix(plan.step, Call(plan.x, plan.sigma, branches, predictions, sides))
+        return self.sessions[depth].mix(plan.step, Call(plan.x, plan.sigma, branches, predictions, sides,
+                                                            plan.parts))
 
     def note(self, key: str, value: object) -> None:
         """Record something about the current step: a JSON value, or a tensor, which is read when the run is over."""

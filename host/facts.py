@@ -9,6 +9,7 @@ import comfy.utils
 import torch
 from torch import Tensor
 
+from ..kernels.packed import Parts
 from ..methods.session import OTHER, POSITIVE, UNCONDITIONAL, RunFacts
 from .composition import Layer
 
@@ -17,7 +18,7 @@ SIDES = {"positive": POSITIVE, "negative": UNCONDITIONAL, "empty_negative_prompt
 
 
 def run_facts(model, layers: Sequence[Layer], sigmas: Tensor, shape: Sequence[int]) -> list[RunFacts]:
-    """The facts of one run, per layer: they differ in the masks."""
+    """The facts of one run, per layer: they differ in the masks. `shape` is the latent's, or its first part's."""
     schedule, sampling = tuple(sigmas.detach().float().cpu().tolist()), model.get_model_object("model_sampling")
     times, span = tuple(_times(sampling, sigmas)), _span(sampling, schedule)
     return [RunFacts(schedule, times, tuple(shape), tuple(on_latent(mask, shape) for mask in layer.masks), span)
@@ -30,8 +31,19 @@ def sides_of(conds: Mapping[str, list]) -> dict[UUID, str]:
             if "uuid" in entry}
 
 
+def parts_of(conds: Sequence[list[dict] | None]) -> Parts:
+    """The parts of a latent that the host has packed, as the conds of a call tell its model (in a context window they
+    are smaller than the run's)."""
+    for entry in (entry for cond in conds for entry in cond or ()):
+        shapes = entry.get("model_conds", {}).get("latent_shapes")
+        if shapes is not None and len(shapes.cond) > 1:
+            return tuple(tuple(shape[1:]) for shape in shapes.cond)
+    return ()
+
+
 def on_latent(mask: Tensor | None, shape: Sequence[int]) -> Tensor | None:
-    """A MASK [B, H, W] or [H, W] in pixels -> [pictures or 1, 1, h, w] in fp32 on the latent's grid."""
+    """A MASK [B, H, W] or [H, W] in pixels -> [pictures or 1, 1, h, w] in fp32 on the latent's grid; None for latents
+    without height and width."""
     if mask is None or len(shape) < 4:
         return None
     mask = mask.detach().float().reshape(-1, 1, *mask.shape[-2:])

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
 from typing import Protocol
 
 import torch
@@ -40,16 +41,18 @@ class Seam(Protocol):
 def seam_of(root: nn.Module, depth: int) -> Seam | str:
     """The seam of a diffusion model with `depth` blocks computed at either end, or why there is none."""
     if isinstance(root, UNetModel):
-        blocks = len(root.output_blocks)
-        return UNetSeam(root, depth) if depth < blocks else _shallow(blocks, depth)
-    order = [(kind, i) for name, kind in BLOCK_LISTS for i in range(len(_blocks(root, name)))]
-    if not order:
+        count = len(root.output_blocks)
+        return UNetSeam(root, depth) if depth < count else _shallow(count, depth)
+    blocks = [(kind, i, block) for name, kind in BLOCK_LISTS for i, block in enumerate(_blocks(root, name))]
+    if not blocks:
         return "this model family offers no place to cut it"
-    deep = order[depth:-depth]
+    if any(getattr(block, "to_local_embed", None) is not None for *_, block in blocks):
+        return "blocks of Stable Audio 3 lose a part of their input where they are replaced"
+    deep = blocks[depth:-depth]
     if not deep:
-        return _shallow(len(order) // 2, depth)
-    kinds = dict.fromkeys(kind for kind, _ in deep)
-    members = {kind: [i for other, i in deep if other == kind] for kind in kinds}
+        return _shallow(len(blocks) // 2, depth)
+    kinds = dict.fromkeys(kind for kind, *_ in deep)
+    members = {kind: [i for other, i, _ in deep if other == kind] for kind in kinds}
     return BlockSeam(tuple(Span(kind, ids[0], ids[-1] + 1) for kind, ids in members.items()))
 
 
@@ -58,7 +61,7 @@ def _shallow(blocks: int, depth: int) -> str:
 
 
 def _blocks(root: nn.Module, name: str) -> nn.ModuleList | tuple:
-    found = getattr(root, name, None)
+    found = reduce(lambda module, part: getattr(module, part, None), name.split("."), root)
     return found if isinstance(found, nn.ModuleList) else ()
 
 
@@ -163,10 +166,13 @@ BLOCK_LISTS = (
     ("joint_blocks", "double_block"),  # SD3
     ("transformer_blocks", "double_block"),  # Qwen-Image, LTX-Video, Lens
     ("blocks", "double_block"),  # Wan, Mochi, HunyuanDiT
+    ("transformer.layers", "double_block"),  # Stable Audio
 )
 """Names of block lists, in the order that models run them, and the kind by which ComfyUI lets nodes replace them. Some
-families have such a list and cannot be patched there; the first call tells (`complete`). Kandinsky 5 is missing: what
-ComfyUI 0.28.0 offers in place of its blocks cannot be called."""
+families have such a list and cannot be patched there; the first call tells (`complete`). Of ComfyUI 0.28.0's families
+that name a place for replaced blocks these are missing: Kandinsky 5 (what it offers cannot be called), HiDream-O1
+(replaced blocks switch off a cache of its own), Hunyuan3D 2.1 (skip connections run between its blocks) and SeedVR2
+(made for one step)."""
 
 STREAMS = ("img", "txt")
 """What flows from block to block, in the words of the block-replace patches; a pair where a model has picture and

@@ -9,6 +9,7 @@ import comfy.sample
 import torch
 from torch import Tensor
 
+from ..kernels.packed import unpack
 from ..kernels.spectrum import high_share, radial_amplitude, radial_bins
 from ..methods.cmlora import LOW_FREQUENCY, LOWERED
 from ..methods.merge import Merge
@@ -105,8 +106,10 @@ def _shares(model, how: Sampling) -> tuple[float, ...]:
     noise = comfy.sample.prepare_noise(latent, how.seed, None)
     found: list[Tensor] = []
     bins: dict[torch.device, Tensor] = {}
+    parts = tuple(tuple(part.shape[1:]) for part in latent.unbind()) if latent.is_nested else ()
 
     def measure(step, x0, x, total) -> None:
+        x = unpack(x, parts)[0]
         if x.device not in bins:
             bins[x.device] = radial_bins(*(1, *x.shape[2:])[-2:], x.device)
         found.append(high_share(radial_amplitude(x, bins[x.device])).mean())

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..engine.bank import Bank
 from .composition import KEY, Composition, Run
 from .control import ControlView
-from .facts import run_facts, sides_of
+from .facts import parts_of, run_facts, sides_of
 
 
 def install_wrappers(model) -> None:
@@ -31,8 +31,8 @@ def outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=No
     composition: Composition | None = executor.class_obj.model_patcher.get_attachment(KEY)
     if composition is None:
         return executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, *args, **kwargs)
-    guider = executor.class_obj
-    run = composition.begin(sigmas, run_facts(guider.model_patcher, composition.layers, sigmas, noise.shape),
+    guider, shape = executor.class_obj, (kwargs.get("latent_shapes") or [noise.shape])[0]
+    run = composition.begin(sigmas, run_facts(guider.model_patcher, composition.layers, sigmas, shape),
                             sides_of(guider.conds))
     told, finished = run.clock.listening(callback), False
 
@@ -49,7 +49,7 @@ def calc_cond_batch(executor, model, conds, x_in, timestep, model_options):
     run = _active(model)
     if run is None:
         return executor(model, conds, x_in, timestep, model_options)
-    plan, sides = run.plan(x_in, timestep), run.sides(conds)
+    plan, sides = run.plan(x_in, timestep, parts_of(conds)), run.sides(conds)
     combos = plan.combos
     parts = [combos] if run.cache is None else run.cache.parts(plan.step, combos, plan.fresh, timestep)
     if len(combos) == 1:

@@ -57,7 +57,8 @@ class CMLoRA:
                     first, a tenth of the run each. switch-a: only the leader acts, `steps_per_lora` steps at a time;
                     low ones join in after `boundary`
     boundary        share of the run, j / T
-    threshold       g, against H_0.2 of the latent one step earlier (read without waiting for the device)
+    threshold       g, against H_0.2 of the latent one step earlier (read without waiting for the device); of picture
+                    and sound that are sampled together, the picture's
     start           w at the first step; None: N - 0.5
     decay           of w, per refresh (`dominance`)
     c1, c2          steps between refreshes (`refresh_steps`)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.branch import Branch, Step, one_hot
+from ..kernels.packed import pack_weights, unpack
 from ..kernels.patches import confine, log_softmin, most_divergent, patch_cosine, upsample, weighted
 from .session import POSITIVE, UNCONDITIONAL, Call, RunFacts, Sent, Session
 
@@ -31,6 +32,9 @@ class LoRAtorio:
     scope               selection per picture, or for each patch
     recheck_every       with dynamic selection, steps between evaluations of the whole pool; between them only those
                         chosen last are evaluated. 1 is the paper: every member at every step
+
+    Where a latent has several parts (picture and sound), each has weights and a selection of its own; masks confine
+    LoRAs in the first part.
     """
 
     strengths: tuple[float, ...]
@@ -108,13 +112,15 @@ class LoRAtorioSession(Session):
                 for p, side in zip(call.predictions, call.sides, strict=True)]
 
     def notes(self) -> dict[str, object]:
-        """active: LoRAs evaluated; weights: mean weight of each of them; recentred: whether the base took part in an
-        unconditional prediction (not without one: cfg 1, guidance-distilled models)."""
+        """active: LoRAs evaluated; weights: mean weight of each of them, per part of the latent where it has several;
+        recentred: whether the base took part in an unconditional prediction (not without one: cfg 1,
+        guidance-distilled models)."""
         return self._notes
 
     def _weights_for(self, step: Step, call: Call) -> Tensor:
-        """Weights per pixel [N, B, 1, *size] of this call. Only a positive side defines them; a further pass on the
-        same latent (perturbed attention, skipped layers) and passes without a positive side use those found last."""
+        """Weights per pixel [N, B, 1, *size] of this call, packed as the latent is. Only a positive side defines them;
+        a further pass on the same latent (perturbed attention, skipped layers) and passes without a positive side use
+        those found last."""
         positive = next((p for p, side in zip(call.predictions, call.sides, strict=True)
                          if p is not None and side == POSITIVE), None)
         any_prediction = next(p for p in call.predictions if p is not None)
@@ -125,17 +131,26 @@ class LoRAtorioSession(Session):
         if positive is None:
             self._notes["uniform"] = "a pass without a positive side came first"
             return torch.full(shape, 1 / shape[0], device=call.x.device)
-        self._of, self._weights = (step.index, call.x, call.sigma), self._weigh(step, call.x, positive)
-        self._notes |= {"active": list(self._active), "weights": self._weights.flatten(1).mean(dim=1)}
+        found = self._weigh(step, call, positive)
+        self._of, self._weights = (step.index, call.x, call.sigma), pack_weights(found, call.parts)
+        means = [weights.flatten(1).mean(dim=1) for weights in found]
+        self._notes |= {"active": list(self._active), "weights": means if call.parts else means[0]}
         return self._weights
 
     def _is_further_pass(self, step: Step, call: Call) -> bool:
         index, x, sigma = self._of
         return index == step.index and x is call.x and sigma is call.sigma
 
-    def _weigh(self, step: Step, x: Tensor, positive: Tensor) -> Tensor:
+    def _weigh(self, step: Step, call: Call, positive: Tensor) -> list[Tensor]:
+        """Per part of the latent its weights per pixel [N, B, 1, *size]."""
+        vectors = call.x - positive if self.method.space == "noise" else positive
+        found = [self._weigh_part(step, part) for part in unpack(vectors, call.parts)]
+        if any(mask is not None for mask in self.facts.masks):
+            found[0] = confine(found[0], self._masks_like(found[0]))
+        return found
+
+    def _weigh_part(self, step: Step, vectors: Tensor) -> Tensor:
         method = self.method
-        vectors = x - positive if method.space == "noise" else positive
         similarity = patch_cosine(vectors[-1], vectors[:-1], method.patch)
         keep = None
         if self.dynamic:
@@ -143,10 +158,7 @@ class LoRAtorioSession(Session):
             if step.index % method.recheck_every == 0 and method.recheck_every > 1:
                 self._report(step, keep)
         weights = log_softmin(similarity, method.inverse_temperature(step, self.facts.times), keep).exp()
-        full = upsample(weights, tuple(positive.shape[3:]), method.patch, method.upsampling)
-        if any(mask is not None for mask in self.facts.masks):
-            full = confine(full, self._masks_like(full))
-        return full
+        return upsample(weights, tuple(vectors.shape[3:]), method.patch, method.upsampling)
 
     def _masks_like(self, weights: Tensor) -> Tensor:
         """Masks of the active LoRAs, [N, 1 or B, 1, (1,) h, w] on the weights' device."""
@@ -168,8 +180,8 @@ class LoRAtorioSession(Session):
         return self.pool if not self.dynamic or step.index % self.method.recheck_every == 0 else self._chosen
 
     def _report(self, step: Step, keep: Tensor) -> None:
-        """Send the outcome of a re-check to the host, of all its calls together. It is read two steps later, when it
-        has long arrived: reading it at once would make the host wait for the device."""
+        """Send the outcome of a re-check to the host, of all its calls and parts together. It is read two steps later,
+        when it has long arrived: reading it at once would make the host wait for the device."""
         kept = keep.flatten(1).any(dim=1)
         if self._newest is not None and self._newest.step == step.index:
             kept = kept | self._newest.value

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.branch import Branch, Step
+from ..kernels.packed import Parts
 
 POSITIVE, UNCONDITIONAL, OTHER = "positive", "unconditional", "other"
 
@@ -29,7 +30,7 @@ class RunFacts:
     times    per step: the model's own time, 1 at its highest noise level and 0 at its lowest
     span     how far a run over all noise levels would be at this run's first and at its last step, 0 to 1: other than
              that where a picture is only partly noised, or sampled in several runs
-    shape    of the latent, [pictures, channels, ..., height, width]
+    shape    of the latent, [pictures, channels, ..., height, width]; of the first part where it has several
     masks    per LoRA: where it may act, in [0, 1], [pictures or 1, 1, height, width] on the latent's grid; None:
              everywhere
     """
@@ -60,6 +61,7 @@ class Call:
     branches      those evaluated, in order
     predictions   per cond of the caller: denoised (x0) predictions [branches, B, C, ...]; None where it gave no cond
     sides         per cond: POSITIVE, UNCONDITIONAL (negative and empty prompts), or OTHER
+    parts         shapes of the parts of a packed latent (kernels/packed.py), such as picture and sound; () for one
 
     x - x0 is the predicted noise (or velocity) times a positive number.
     """
@@ -69,6 +71,7 @@ class Call:
     branches: tuple[Branch, ...]
     predictions: Sequence[Tensor | None]
     sides: Sequence[str]
+    parts: Parts = ()
 
 
 class Session(ABC):
@@ -80,7 +83,8 @@ class Session(ABC):
     """
 
     def observe(self, step: Step, x: Tensor) -> None:  # noqa: B027  (a default, no duty)
-        """Look at the noisy latent before the step's branches are named."""
+        """Look at the noisy latent before the step's branches are named; at its first part where it has several (the
+        picture, without the sound)."""
 
     @abstractmethod
     def branches(self, step: Step) -> tuple[Branch, ...]:

@@ -206,8 +206,6 @@ def test_switch_a_is_switch_with_backgrounds_late():
 @pytest.mark.parametrize("high", [HIGH, None], ids=["classes", "one class"])
 @pytest.mark.parametrize("total", [20, 200])
 def test_every_cache_is_made_at_first_and_of_bounded_age(order, dominant_full, high, total):
-    """Faults: with the released schedule no pass is ever cached; with an interval and a background LoRA nothing is
-    refreshed after step 120, since the reset is written to a copy of the list."""
     method = CMLoRA((1.0,) * 5, high, order=order, dominant_full=dominant_full)
     entries = run(method, total)
     assert entries[0]["refresh"] == (True,) * 5
@@ -218,6 +216,25 @@ def test_every_cache_is_made_at_first_and_of_bounded_age(order, dominant_full, h
             assert index - made[i] < 15, "never older than if all took turns: 5 LoRAs, 3 steps each"
     cached = sum(not whole for entry in entries for whole in entry["refresh"])
     assert cached > 0.5 * 5 * total, "most passes come from a cache"
+
+
+@pytest.mark.parametrize("dominant_full", ["every_step", "on_refresh"])
+def test_with_the_papers_schedule_passes_do_come_from_the_cache(dominant_full):
+    """Fault: released, its own schedule is `cache_interval = 0`, which switches the cache off: 1000 whole passes for
+    5 LoRAs and 200 steps. Here it is 4 whole ones at first, then the leader's, and what grew too old."""
+    entries = run(CMLoRA((1.0,) * 5, dominant_full=dominant_full), 200)
+    whole = sum(sum(entry["refresh"]) for entry in entries)
+    leads = 200 if dominant_full == "every_step" else 85
+    assert leads + 4 <= whole <= leads + 4 + 4 * 200 / 15
+
+
+def test_everybody_is_refreshed_after_the_boundary_as_well():
+    """Fault: released, with an interval and a background LoRA, the reset goes into a copy of the list, and after step
+    120 of 200 nothing is refreshed again."""
+    entries = run(CMLoRA((1.0,) * 5, HIGH, c1=2, c2=2, dominant_full="on_refresh"), 200)
+    for i in range(5):
+        late = [index for index, entry in enumerate(entries) if index > 120 and entry["refresh"][i]]
+        assert len(late) >= 79 // 10 and late[0] <= 120 + 10
 
 
 def test_a_leader_runs_whole_and_the_others_ride():

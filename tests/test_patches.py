@@ -121,6 +121,25 @@ def test_nearest_upsampling_repeats_each_patch():
             assert torch.equal(full[:, r, c], weights[:, 0, r // 2, c // 2])
 
 
+@pytest.mark.parametrize(("size", "patch"), [((8, 8), 2), ((9, 15), 2), ((7, 10), 3), ((16, 8), 8)], ids=str)
+def test_bilinear_upsampling_is_its_formula(size, patch):
+    """Between the centres of patches, beyond the outermost ones their own value."""
+    def matrix(side: int) -> np.ndarray:
+        count = -(-side // patch)
+        at = np.clip((np.arange(side) + 0.5) / patch - 0.5, 0, count - 1)
+        low = np.floor(at).astype(int)
+        out = np.zeros((side, count))
+        np.add.at(out, (np.arange(side), low), 1 - (at - low))
+        np.add.at(out, (np.arange(side), np.minimum(low + 1, count - 1)), at - low)
+        return out
+
+    tall, wide = matrix(size[0]), matrix(size[1])
+    weights = torch.rand(2, 1, tall.shape[1], wide.shape[1], generator=torch.Generator().manual_seed(0))
+    full = upsample(weights, size, patch, "bilinear")
+    for one, found in zip(weights[:, 0].double().numpy(), full[:, 0, 0].numpy(), strict=True):
+        np.testing.assert_allclose(found, tall @ one @ wide.T, atol=1e-6)
+
+
 def test_a_lora_equal_to_the_base_weighs_least_and_order_does_not_matter():
     base = random(1, 4, 16, 16, seed=1)
     loras = torch.stack([base + 0.5 * random(1, 4, 16, 16, seed=2), base, base + random(1, 4, 16, 16, seed=3)])

@@ -57,14 +57,32 @@ def test_on_squares_it_is_the_papers_radius():
     assert high_share(profile(x)).item() == pytest.approx((rings / rings.max())[9:].mean(), abs=TOLERANCE)
 
 
-@pytest.mark.parametrize("h", [*range(8, 41), 64, 91, 128, 160])
+@pytest.mark.parametrize("h", range(8, 161))
 def test_no_bin_is_empty_and_every_share_is_finite(h):
-    for w in {h, 8, h + 1, 2 * h, 160}:
+    """Every side from 8 to 160, square, tall and wide."""
+    for w in {h, 8, 168 - h}:
         bins = radial_bins(h, w)
         assert torch.isfinite(bins).all()
         torch.testing.assert_close(bins.sum(dim=0), torch.ones(bins.shape[1]), atol=1e-5, rtol=0)
-        found = high_share(radial_amplitude(torch.randn(1, 4, h, w), bins))
-        assert 0 <= found.item() <= 1
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            found = high_share(radial_amplitude(torch.randn(1, 4, h, w).to(dtype), bins))
+            assert found.dtype == torch.float32 and 0 < found.item() <= 1
+
+
+@pytest.mark.parametrize("size", [(64, 64), (64, 128), (128, 32)], ids=str)
+def test_equal_frequencies_fall_into_one_bin_on_any_latent(size):
+    """Fault of the released code: on latents that are not square, distances of raw indexes mix frequencies."""
+    h, w = size
+    for period in (4, 8, 16):
+        tall, wide = (torch.cos(2 * math.pi * torch.arange(side) / period) for side in size)
+        waves = tall[:, None].expand(1, 4, h, w), wide[None].expand(1, 4, h, w)
+        assert [profile(wave).argmax().item() for wave in waves] == [min(size) // period] * 2
+
+
+def test_the_transform_stays_on_its_device():
+    """Fault of the released code: in every step the latent goes to the CPU and is transformed there."""
+    x = torch.empty(1, 4, 64, 64, device="meta")
+    assert high_share(radial_amplitude(x, radial_bins(64, 64, x.device))).device.type == "meta"
 
 
 def test_a_constant_has_no_high_frequencies_and_noise_has_all():

@@ -7,14 +7,15 @@ from contextlib import contextmanager
 import comfy.context_windows
 import comfy.controlnet
 import comfy.model_patcher
+import comfy.samplers
 import pytest
 import torch
 from lora_ensemble.host import seams
-from lora_ensemble.host.composition import KEY
+from lora_ensemble.host.composition import KEY, record_of
 
-from .builders import composite, sample, three
+from .builders import composite, sample, schedule, three
+from .caches import Watch, cached, steps_of
 from .models import FAMILIES, base, build
-from .test_cache import Watch, cached, record, steps_of
 from .test_scenarios import CONDS, control_model  # noqa: F401  (a fixture)
 
 SD15 = FAMILIES["SD15"]
@@ -35,8 +36,8 @@ def test_areas_masks_ranges_and_lengths(conds, loras, monkeypatch):
     reusing = cached(ours)
     near(sample(reusing, "SD15", positive, negative, steps=6), plain)
     steps = steps_of(reusing)
-    assert watch.reused and [step["rows"] for step in steps] == [step.rows for step in record(ours).steps]
-    assert [step["reused"] > 0 for step in steps] == [False, True, True] * 2 and not record(reusing).problems
+    assert watch.reused and [step["rows"] for step in steps] == [step.rows for step in record_of(ours).steps]
+    assert [step["reused"] > 0 for step in steps] == [False, True, True] * 2 and not record_of(reusing).problems
 
 
 def test_a_controlnet_is_fresh_in_every_step(control_model, loras, monkeypatch, caplog):  # noqa: F811
@@ -92,6 +93,38 @@ def deep_wan():
         pytest.skip(f"this ComfyUI does not build Wan small: {error}")
     randomize(model)
     return patcher(model)
+
+
+def growing(model, x, sigmas, extra_args=None, callback=None, disable=None):
+    """A sampler whose latent is larger from its second step on."""
+    for i in range(len(sigmas) - 1):
+        if i == 1:
+            x = torch.nn.functional.interpolate(x, size=(12, 12))
+        denoised = model(x, sigmas[i].expand(x.shape[0]), **extra_args)
+        callback({"i": i, "denoised": denoised, "x": x, "sigma": sigmas[i], "sigma_hat": sigmas[i]})
+        x = denoised + (x - denoised) * sigmas[i + 1] / sigmas[i]
+    return x
+
+
+def test_a_latent_that_changes_its_size_within_a_run(loras):
+    """Features of the smaller one are of no use: the step after runs whole, and the next ones reuse what it left."""
+    def drawn(model) -> list:
+        seen = []
+        guider = comfy.samplers.CFGGuider(model)
+        guider.set_conds(SD15.cond(11), SD15.cond(12))
+        guider.set_cfg(3.0)
+        noise = SD15.noise(1)
+        with torch.inference_mode():
+            guider.sample(noise, torch.zeros_like(noise), comfy.samplers.KSAMPLER(growing), schedule(model, 6),
+                          callback=lambda step, x0, x, total: seen.append(x0.clone()), disable_pbar=True)
+        return seen
+
+    ours = composite(base("SD15"), three(base("SD15"), loras))
+    plain, reusing = drawn(ours), cached(ours)
+    found = drawn(reusing)
+    assert [step["reused"] for step in steps_of(reusing)] == [0, 0, 6, 0, 6, 6]
+    assert found[1].shape[-1] == 12 and all(torch.equal(found[i], plain[i]) for i in (0, 1))
+    near(found[2], plain[2])
 
 
 def test_perturbed_attention_has_features_of_its_own(loras, monkeypatch):
@@ -154,7 +187,7 @@ def uncached(model, family: str, word: str, **options) -> None:
     """Runs as without the cache and says so once."""
     ours = cached(model)
     assert torch.equal(sample(ours, family, **options), sample(model, family, **options))
-    problem, = record(ours).problems
+    problem, = record_of(ours).problems
     assert word in problem and "runs whole" in problem
     assert all(step["reused"] == step["bytes"] == 0 for step in steps_of(ours))
 

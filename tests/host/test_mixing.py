@@ -120,19 +120,7 @@ def test_all_of_the_pool_is_static(loras):
                        sample(loratorio(model, ensemble), steps=3))
 
 
-# --- evaluations ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("cfg", "sides"), [(3.0, 2), (1.0, 1)])
-@pytest.mark.parametrize(("make", "options", "branches"), [
-    (loratorio, {}, [4] * 6), (loratorio, {"top_k": 1}, [4] * 6),
-    (loratorio, {"top_k": 1, "recheck_every": 3}, [4, 4, 2, 4, 2, 2]),
-    (cmlora, {}, [3] * 6), (cmlora, {"order": "switch-a", "steps_per_lora": 2}, [1] * 6),
-], ids=["LoRAtorio", "top 1", "top 1, every 3", "CMLoRA", "Switch-A"])  # fmt: skip
-def test_evaluations_are_the_formulas(make, options, branches, cfg, sides, loras):
-    ours = make(base("SD15"), three(base("SD15"), loras), **options)
-    sample(ours, steps=6, cfg=cfg)
-    assert [step.rows for step in record_of(ours).steps] == [sides * count for count in branches]
+# --- the record -----------------------------------------------------------------------------------------------------
 
 
 def test_the_record_says_who_led_and_what_was_not_re_centred(loras):
