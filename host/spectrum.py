@@ -36,16 +36,27 @@ class Profile:
     """The high-frequency share H_0.2 of the noisy latent at every step, for one LoRA alone or for the base model.
 
     change   of the mean share over the second half of the run, relative to the base model's
+    error    of the change: its standard error over the pictures of the batch, 0 where there is one
     """
 
     name: str
     role: str
     shares: tuple[float, ...]
     change: float = 0.0
+    error: float = 0.0
 
     @property
     def low(self) -> bool:
-        return self.change < LOWERED
+        return self.change < -self._margin
+
+    @property
+    def unsure(self) -> bool:
+        """The change may be chance, or is too small to matter: the LoRA keeps the class of its role."""
+        return abs(self.change) <= self._margin
+
+    @property
+    def _margin(self) -> float:
+        return max(-LOWERED, 2 * self.error)
 
 
 def profiles(model, ensemble: Ensemble, how: Sampling) -> list[Profile]:
@@ -56,13 +67,12 @@ def profiles(model, ensemble: Ensemble, how: Sampling) -> list[Profile]:
     if not ensemble:
         raise ValueError("LoRA Spectrum: the ensemble is empty. Connect at least one 'LoRA (Ensemble)' node to it.")
     base = _shares(model, how)
-    found = [Profile("base model", "", base)]
+    found = [_profile("base model", "", base, base)]
     for spec in ensemble:
         if spec.strength_model != 0:
             alone, _ = apply_method(model, None, (replace(spec, mask=None),),
                                     lambda active: Merge(active.strengths), node="LoRA Spectrum")
-            shares = _shares(alone, how)
-            found.append(Profile(spec.name, spec.role, shares, _late(shares) / max(_late(base), 1e-12) - 1))
+            found.append(_profile(spec.name, spec.role, _shares(alone, how), base))
     return found
 
 
@@ -74,14 +84,18 @@ def with_measured_roles(ensemble: Ensemble, found: Sequence[Profile]) -> Ensembl
 
 
 def report(found: Sequence[Profile]) -> str:
-    """A table: the shares at five points of the run, the change against the base model, role and measured class."""
+    """A table: the shares at five points of the run, the change against the base model with its standard error, role
+    and measured class."""
     steps = len(found[0].shares)
     marks = sorted({round(share * (steps - 1)) for share in (0, 0.25, 0.5, 0.75, 1)})
     lines = ["High-frequency share of the latent (H_0.2) while each LoRA acts alone", "",
              "progress " + "".join(f"{mark / max(steps - 1, 1):8.2f}" for mark in marks) + "  change"]
     for profile in found:
         line = " " * 9 + "".join(f"{profile.shares[mark]:8.3f}" for mark in marks)
-        lines.append(f"{line}  {100 * profile.change:+5.0f} %  {profile.name}{_verdict(profile)}")
+        error = f" (error {100 * profile.error:.0f})" if profile.error else ""
+        lines.append(f"{line}  {100 * profile.change:+5.0f} %{error}  {profile.name}{_verdict(profile)}")
+    if not any(profile.error for profile in found):
+        lines += ["", "One picture only: pictures differ. With a batch of 4 or more the error of each change is known."]
     return "\n".join(lines)
 
 
@@ -89,19 +103,27 @@ def _verdict(profile: Profile) -> str:
     """What was measured beside what the user said."""
     if not profile.role:
         return ""
+    if profile.unsure:
+        return f" (role {profile.role}): unsure, goes by its role"
     measured = "low frequencies: leads late" if profile.low else "high frequencies: leads early"
     said = profile.role in LOW_FREQUENCY
     agrees = "" if profile.role == "auto" else (", agrees" if said == profile.low else ", does not agree")
     return f" (role {profile.role}{agrees}): {measured}"
 
 
-def _late(shares: Sequence[float]) -> float:
-    """Mean over the second half of the run, where the latent is more picture than noise."""
-    half = shares[len(shares) // 2:]
-    return sum(half) / max(len(half), 1)
+def _profile(name: str, role: str, own: Tensor, base: Tensor) -> Profile:
+    """From shares [steps, pictures]. The class goes by the second half of the run, where the latent is more picture
+    than noise."""
+    late, ground = (shares[len(shares) // 2:].mean(dim=0) for shares in (own, base))
+    level = ground.mean().clamp_min(1e-12)
+    ratio = late.mean() / level
+    # The usual error of a ratio of means: pictures with little detail of their own do not count for more.
+    error = ((late - ratio * ground).std() / level).item() / len(late) ** 0.5 if len(late) > 1 else 0.0
+    return Profile(name, role, tuple(own.mean(dim=1).tolist()), ratio.item() - 1, error)
 
 
-def _shares(model, how: Sampling) -> tuple[float, ...]:
+def _shares(model, how: Sampling) -> Tensor:
+    """[steps, pictures] in float64, on the CPU."""
     latent = comfy.sample.fix_empty_latent_channels(model, how.latent)
     noise = comfy.sample.prepare_noise(latent, how.seed, None)
     found: list[Tensor] = []
@@ -112,8 +134,8 @@ def _shares(model, how: Sampling) -> tuple[float, ...]:
         x = unpack(x, parts)[0]
         if x.device not in bins:
             bins[x.device] = radial_bins(*(1, *x.shape[2:])[-2:], x.device)
-        found.append(high_share(radial_amplitude(x, bins[x.device])).mean())
+        found.append(high_share(radial_amplitude(x, bins[x.device])))
 
     comfy.sample.sample(model, noise, how.steps, how.cfg, how.sampler, how.scheduler, how.positive, how.negative,
                         latent, seed=how.seed, callback=measure)
-    return tuple(torch.stack(found).tolist())
+    return torch.stack(found).double().cpu()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import comfy.sample
 import pytest
 import torch
@@ -67,7 +69,40 @@ def test_the_report_says_where_role_and_measurement_differ():
              for profile in FOUND}
     assert "-50 %" in lines["forest"] and "leads late" in lines["forest"] and "agree" not in lines["forest"]
     assert "leads early" in lines["robot"]
-    assert "does not agree" in lines["sea"] and "does not agree" in lines["town"]
+    assert "does not agree" in lines["sea"]
+    assert "unsure" in lines["town"] and "agree" not in lines["town"]
+
+
+def test_what_may_be_chance_is_no_class():
+    """A change counts where it is beyond the margin and beyond two standard errors; else the role stands."""
+    small, shaky, sure = (Profile("a", "auto", (0.8,), change, error)
+                          for change, error in ((-0.09, 0.01), (-0.3, 0.2), (-0.3, 0.1)))
+    assert [profile.low for profile in (small, shaky, sure)] == [False, False, True]
+    assert [profile.unsure for profile in (small, shaky, sure)] == [True, True, False]
+    assert Profile("a", "auto", (0.8,), 0.3, 0.1).unsure is False
+
+
+def test_a_batch_tells_the_error_of_the_change(loras):
+    model, ensemble = base("SD15"), three(base("SD15"), loras)[:1]
+    kind = FAMILIES["SD15"]
+    how = replace(sampling(), latent=torch.zeros_like(kind.noise(3)))
+    ground, found = profiles(model, ensemble, how)
+    noise, late = comfy.sample.prepare_noise(how.latent, how.seed, None), []
+    for one in (merge(model, ensemble), model):
+        seen = []
+        with torch.inference_mode():
+            comfy.sample.sample(one, noise, 3, 3.0, "euler", "normal", how.positive, how.negative, how.latent, seed=1,
+                                callback=lambda step, x0, x, total, seen=seen: seen.append(x.clone()))
+        shares = torch.stack([high_share(radial_amplitude(x, radial_bins(8, 8))) for x in seen]).double()
+        late.append(shares[1:].mean(dim=0))
+    own, other = (shares.tolist() for shares in late)
+    ratio = sum(own) / sum(other)
+    spread = sum((a - ratio * b) ** 2 for a, b in zip(own, other, strict=True)) / 2
+    assert found.error == pytest.approx((spread / 3) ** 0.5 / (sum(other) / 3), rel=1e-3) and found.error > 0
+    assert found.change == pytest.approx(ratio - 1, abs=1e-5)
+    assert ground.change == ground.error == 0
+    assert "(error " in report([ground, found]) and "One picture only" not in report([ground, found])
+    assert "One picture only" in report(FOUND)
 
 
 def test_an_empty_ensemble_is_refused():
