@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..kernels.packed import unpack
-from ..kernels.spectrum import high_share, radial_amplitude, radial_bins
-from ..methods.cmlora import LOW_FREQUENCY, LOWERED
+from ..kernels.spectrum import high_share, late_change, radial_amplitude, radial_bins
+from ..methods.cmlora import LOW_FREQUENCY, frequency_class
 from ..methods.merge import Merge
 from .apply import apply_method
 from .ensemble import Ensemble
@@ -47,16 +47,12 @@ class Profile:
 
     @property
     def low(self) -> bool:
-        return self.change < -self._margin
+        return frequency_class(self.change, self.error) == "low"
 
     @property
     def unsure(self) -> bool:
         """The change may be chance, or is too small to matter: the LoRA keeps the class of its role."""
-        return abs(self.change) <= self._margin
-
-    @property
-    def _margin(self) -> float:
-        return max(-LOWERED, 2 * self.error)
+        return frequency_class(self.change, self.error) == "unsure"
 
 
 def profiles(model, ensemble: Ensemble, how: Sampling) -> list[Profile]:
@@ -112,14 +108,8 @@ def _verdict(profile: Profile) -> str:
 
 
 def _profile(name: str, role: str, own: Tensor, base: Tensor) -> Profile:
-    """From shares [steps, pictures]. The class goes by the second half of the run, where the latent is more picture
-    than noise."""
-    late, ground = (shares[len(shares) // 2:].mean(dim=0) for shares in (own, base))
-    level = ground.mean().clamp_min(1e-12)
-    ratio = late.mean() / level
-    # The usual error of a ratio of means: pictures with little detail of their own do not count for more.
-    error = ((late - ratio * ground).std() / level).item() / len(late) ** 0.5 if len(late) > 1 else 0.0
-    return Profile(name, role, tuple(own.mean(dim=1).tolist()), ratio.item() - 1, error)
+    """From shares [steps, pictures]."""
+    return Profile(name, role, tuple(own.mean(dim=1).tolist()), *late_change(own, base))
 
 
 def _shares(model, how: Sampling) -> Tensor:

@@ -48,3 +48,15 @@ def high_share(amplitude: Tensor, h: float = 0.2) -> Tensor:
     """H_h: the mean of A^ [..., bins] over the radii from h R_max on -> [...]."""
     last = amplitude.shape[-1] - 1
     return amplitude[..., min(math.ceil(h * last), last):].mean(dim=-1)
+
+
+def late_change(own: Tensor, ground: Tensor) -> tuple[float, float]:
+    """How far shares lie from those of the same pictures without a change, both [steps, pictures]: of the means over
+    the second half of the run, where the latent is more picture than noise, (own / ground - 1, its standard error over
+    the pictures; 0 for one picture). Reads the result, so it belongs at the end of a run."""
+    own, ground = (shares[len(shares) // 2:].double().mean(dim=0) for shares in (own, ground))
+    level = ground.mean().clamp_min(1e-12)
+    ratio = own.mean() / level
+    # The usual error of a ratio of means: pictures with little detail of their own do not count for more.
+    error = ((own - ratio * ground).std() / level).item() / len(own) ** 0.5 if len(own) > 1 else 0.0
+    return ratio.item() - 1, error

@@ -19,13 +19,20 @@ from .session import Call, RunFacts, Sent, Session
 
 LOW_FREQUENCY = ("background",)
 """Roles whose LoRAs change low frequencies; all others count as high, as in the paper."""
-LOWERED = -0.1
+MARGIN = 0.1
 """A LoRA that alone changes the latent's high-frequency share by less than this, relative to the base model and over
-the second half of a run, is measured as a low-frequency one; a smaller change says nothing. Ours: on the testbed's
-clean LoRAs backgrounds lower it by a third or more, and so do styles, which the paper counts as high; all others raise
-it or leave it within this margin (benchmarks/spectrum.py)."""
+the second half of a run, says nothing about its class. Ours: on the testbed's clean LoRAs backgrounds lower it by a
+third or more, and so do styles, which the paper counts as high (benchmarks/spectrum.py)."""
 FIRST, SECOND = 0.375, 0.875
 """Progress at which the refresh interval goes from c1 to c2 and back."""
+
+
+def frequency_class(change: float, error: float = 0.0) -> str:
+    """"low", "high" or "unsure", from a LoRA's change of the high-frequency share and its standard error: beyond both
+    MARGIN and two errors it counts."""
+    if abs(change) <= max(MARGIN, 2 * error):
+        return "unsure"
+    return "low" if change < 0 else "high"
 
 
 def refresh_steps(total: int, c1: int = 2, c2: int = 3) -> frozenset[int]:

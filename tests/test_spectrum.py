@@ -7,7 +7,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from lora_ensemble.kernels.spectrum import high_share, radial_amplitude, radial_bins
+from lora_ensemble.kernels.spectrum import high_share, late_change, radial_amplitude, radial_bins
+from lora_ensemble.methods.cmlora import frequency_class
 
 TOLERANCE = 2e-5
 """The kernel computes in fp32; the reference reads the same, possibly rounded, input."""
@@ -107,3 +108,20 @@ def test_video_frames_are_averaged_and_sequences_have_a_spectrum():
     sequence = torch.randn(2, 8, 50, generator=torch.Generator().manual_seed(4))
     found = radial_amplitude(sequence, radial_bins(1, 50))
     assert found.shape == (2, 26) and torch.isfinite(found).all()
+
+
+def test_a_change_is_a_ratio_of_means_with_its_error():
+    """Against the textbook formula, over the second half of the run; one picture has no error."""
+    ground = torch.tensor([[9.0, 9.0, 9.0], [0.4, 0.2, 0.6], [0.6, 0.2, 0.4]])
+    own = torch.tensor([[1.0, 1.0, 1.0], [0.2, 0.1, 0.4], [0.3, 0.1, 0.2]])
+    a, b = own[1:].double().mean(0).numpy(), ground[1:].double().mean(0).numpy()
+    ratio = a.mean() / b.mean()
+    error = np.sqrt(((a - ratio * b) ** 2).sum() / 2 / 3) / b.mean()
+    assert late_change(own, ground) == pytest.approx((ratio - 1, error))
+    assert error > 0 and late_change(own[:, :1], ground[:, :1]) == pytest.approx((-0.5, 0.0))
+
+
+@pytest.mark.parametrize(("change", "error", "found"), [(-0.3, 0.1, "low"), (0.3, 0.1, "high"), (-0.3, 0.2, "unsure"),
+                                                        (0.09, 0.0, "unsure"), (-0.11, 0.0, "low")])
+def test_a_class_needs_more_than_the_margin_and_two_errors(change, error, found):
+    assert frequency_class(change, error) == found
