@@ -16,6 +16,7 @@ from ..engine.bank import Bank
 from .composition import KEY, Composition, Run
 from .control import ControlView
 from .facts import parts_of, run_facts, sides_of
+from .rows import branches_apart
 
 
 def install_wrappers(model) -> None:
@@ -52,6 +53,8 @@ def calc_cond_batch(executor, model, conds, x_in, timestep, model_options):
     plan, sides = run.plan(x_in, timestep, parts_of(conds)), run.sides(conds)
     combos = plan.combos
     parts = [combos] if run.cache is None else run.cache.parts(plan.step, combos, plan.fresh, timestep)
+    if branches_apart(_unwrapped(model.diffusion_model)):
+        parts = [(combo,) for part in parts for combo in part]
     if len(combos) == 1:
         run.single = combos[0]
         outs = executor(model, conds, x_in, timestep, model_options)
