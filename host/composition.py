@@ -126,6 +126,7 @@ class Run:
         self._tags: dict[tuple[UUID, Combo], UUID] = {}
         self._routed: dict[int, tuple[nn.Module, list[RoutedForwards]]] = {}
         self._since = time.perf_counter()
+        self._prompts: dict[int, tuple[nn.Module, list[Combo | None]]] = {}
         for layer, known in zip(layers, facts, strict=True):
             for name, mask, placed in zip(layer.names, layer.masks, known.masks, strict=False):
                 if mask is not None and placed is None and getattr(layer.method, "uses_masks", False):
@@ -197,6 +198,13 @@ class Run:
                 routed.install()
         return self._routed[id(root)][1]
 
+    def arrange(self, root: nn.Module, combos: list[Combo | None]) -> None:
+        """Rows of these combinations come next. A model that keeps keys and values of its prompt from call to call
+        (HiDream-O1) knows them by the prompt alone: it must forget them where the LoRAs of its rows change."""
+        if hasattr(root, "clear_kv_cache") and self._prompts.get(id(root), (root, None))[1] != combos:
+            root.clear_kv_cache()
+            self._prompts[id(root)] = (root, combos)
+
     def count(self, rows: int) -> None:
         if self.record.steps:
             self.record.steps[-1].calls += 1
@@ -211,6 +219,8 @@ class Run:
                 self._unseen(routed)
                 routed.remove()
         self._routed.clear()
+        for root, _ in self._prompts.values():
+            root.clear_kv_cache()
         if self.cache is not None:
             self.cache.close()
 

@@ -82,6 +82,7 @@ def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, t
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
     uuids = options.get("uuids") or [None]
     combos = [run.combos.get(uuid, run.single) for uuid in uuids]
+    run.arrange(_unwrapped(model.diffusion_model), combos)
     if None in combos:
         # A node called the model on its own while several branches are open: none of them is meant.
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
