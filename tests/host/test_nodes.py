@@ -99,7 +99,8 @@ def test_execute_takes_exactly_the_inputs_of_the_schema(node):
 def test_help_page_names_every_input(node):
     text = (ROOT / "web" / "docs" / f"{node.GET_SCHEMA().node_id}.md").read_text(encoding="utf-8")
     assert text.startswith(f"# {node.GET_SCHEMA().display_name}\n")
-    rows = re.findall(r"^\| (\w+) \|", text, flags=re.MULTILINE)
+    (inputs,) = re.findall(r"^## Inputs\n(.*?)^## ", text, flags=re.MULTILINE | re.DOTALL)
+    rows = re.findall(r"^\| (\w+) \|", inputs, flags=re.MULTILINE)
     assert set(rows) - {"input"} == {part.id for part in node.GET_SCHEMA().inputs}
     assert re.search(r"arxiv\.org/abs/\d{4}\.\d{5}", text) or node in (LoRAEnsembleLoRA, LoRAEnsembleFromStack)
 
