@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..engine.guidance import AdaptiveState, LinearState
 from ..methods.guidance import AdaptiveGuidance, LinearAG
-from .measure import Seconds, alternate, median, now, since, synchronize
+from .measure import Seconds, alternate, median
+from .sd15 import forward_of, sampled
 
 STEPS = 40
 LED = range(1, STEPS // 2)  # steps in which LinearAG keeps or foretells; the first one begins the run
@@ -47,19 +48,7 @@ class Run:
         self.steps: list[Seconds] = []
 
     def __call__(self) -> None:
-        import comfy.sample
-
-        times, start = [], now()
-
-        def told(*_) -> None:
-            nonlocal start
-            synchronize(self.model.load_device)
-            times.append(since(start))
-            start = now()
-
-        with torch.inference_mode():
-            comfy.sample.sample(self.model, self.noise, STEPS, 7.0, "euler", "normal", *self.conds,
-                                torch.zeros_like(self.noise), callback=told, disable_pbar=True, seed=1)
+        _, times = sampled(self.model, *self.conds, self.noise, STEPS)
         self.steps.append(Seconds(*(sum(each) / len(LED) for each in zip(*(times[i] for i in LED), strict=True))))
 
 
@@ -71,14 +60,7 @@ def bench_deciding(model, conds: list, noise: Tensor, repeats: int) -> dict[str,
 
     device = model.load_device
     comfy.model_management.load_models_gpu([model])
-    context = torch.cat([cond[0][0].to(device) for cond in conds])
-    wide, sigma = noise.to(device).expand(2, -1, -1, -1).contiguous(), torch.full((2,), 5.0, device=device)
-
-    def forward() -> None:
-        with torch.inference_mode():
-            model.model.apply_model(wide, sigma, c_crossattn=context)
-
-    whole = alternate({"forward": forward}, 3, device)["forward"]
+    whole = alternate({"forward": forward_of(model, conds, noise, 1)}, 3, device)["forward"]
     cheap = stand_in(model, noise)
     runs = {name: Run(guided(cheap, make), conds, noise) for name, make in policies().items()}
     plain = Run(cheap, conds, noise)

@@ -10,6 +10,7 @@ from ..methods.cmlora import CMLoRA
 from ..methods.loratorio import LoRAtorio
 from ..methods.session import POSITIVE, UNCONDITIONAL, Call, RunFacts, Session
 from .measure import alternate
+from .sd15 import forward_of
 
 STEPS = 1000
 
@@ -48,19 +49,11 @@ def bench_mixing(model, conds: list, count: int, noise: Tensor, repeats: int) ->
 
     device = model.load_device
     comfy.model_management.load_models_gpu([model])
-    context = torch.cat([cond[0][0].to(device) for cond in conds] * count)
-    wide = noise.to(device).expand(2 * count, -1, -1, -1).contiguous()
-    sigma = torch.full((2 * count,), 5.0, device=device)
-
-    def forward() -> None:
-        with torch.inference_mode():
-            model.model.apply_model(wide, sigma, c_crossattn=context)
-
     x = noise.to(device)
     facts = RunFacts(tuple(float(i) for i in range(STEPS, -1, -1)), tuple(1 - i / STEPS for i in range(STEPS)),
                      tuple(x.shape))
     arms = {name: Mixing(method.begin(facts), x) for name, method in methods(count).items()}
-    seconds = alternate({**arms, "forward": forward}, repeats, device, warmups=3)
+    seconds = alternate({**arms, "forward": forward_of(model, conds, noise, count)}, repeats, device, warmups=3)
     whole = seconds.pop("forward")
     return {name: {"seconds": one.wall, "forward_seconds": whole.wall, "share": one.wall / whole.wall,
                    "cpu_share": one.cpu / whole.cpu} for name, one in seconds.items()}

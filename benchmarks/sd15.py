@@ -6,11 +6,13 @@ Speed does not depend on what the weights are. Nothing is downloaded; `scale` ma
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from .measure import Seconds, now, since, synchronize
 
 UNET = {"image_size": 32, "in_channels": 4, "out_channels": 4, "num_res_blocks": [2, 2, 2, 2],
         "channel_mult": [1, 2, 4, 4], "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0], "transformer_depth_middle": 1,
@@ -80,3 +82,34 @@ def hooked(conds: list, files: list[Path], strength: float) -> list:
 
     hooks = [comfy.hooks.create_hook_lora(comfy.utils.load_torch_file(str(file)), strength, 0.0) for file in files]
     return [[[embedding, {**extra, "hooks": hook}] for hook in hooks for embedding, extra in cond] for cond in conds]
+
+
+def forward_of(model, conds: list, noise: Tensor, count: int) -> Callable[[], None]:
+    """One forward of the model on a batch of `count` times a positive and a negative row, at one noise level."""
+    device = model.load_device
+    context = torch.cat([cond[0][0].to(device) for cond in conds] * count)
+    x, sigma = noise.to(device).expand(2 * count, -1, -1, -1).contiguous(), torch.full((2 * count,), 5.0, device=device)
+
+    def forward() -> None:
+        with torch.inference_mode():
+            model.model.apply_model(x, sigma, c_crossattn=context)
+
+    return forward
+
+
+def sampled(model, positive: list, negative: list, noise: Tensor, steps: int) -> tuple[Tensor, list[Seconds]]:
+    """One run of ComfyUI's sampler: the latent, and what each step took."""
+    import comfy.sample
+
+    times, start = [], now()
+
+    def told(*_) -> None:
+        nonlocal start
+        synchronize(model.load_device)
+        times.append(since(start))
+        start = now()
+
+    with torch.inference_mode():
+        latent = comfy.sample.sample(model, noise, steps, 7.0, "euler", "normal", positive, negative,
+                                     torch.zeros_like(noise), callback=told, disable_pbar=True, seed=1)
+    return latent, times

@@ -48,7 +48,7 @@ from ..methods.klora import KLoRA
 from ..methods.merge import Merge
 from . import sd15
 from .deciding import bench_deciding
-from .measure import Peak, alternate, environment, median, now, since, synchronize
+from .measure import Peak, alternate, environment, median, now, since
 from .mixing import bench_mixing
 
 STRENGTH = 0.8
@@ -67,19 +67,8 @@ class Sampling:
     """One run of ComfyUI's sampler: latent, first (Seconds of the first step), later (Seconds of each later one)."""
 
     def __init__(self, model, positive: list, negative: list, noise: Tensor, steps: int):
-        import comfy.sample
-
-        times, start = [], now()
-
-        def told(*_) -> None:
-            nonlocal start
-            synchronize(model.load_device)
-            times.append(since(start))
-            start = now()
-
-        with torch.inference_mode(), Peak(model.load_device) as peak:
-            self.latent = comfy.sample.sample(model, noise, steps, 7.0, "euler", "normal", positive, negative,
-                                              torch.zeros_like(noise), callback=told, disable_pbar=True, seed=1)
+        with Peak(model.load_device) as peak:
+            self.latent, times = sd15.sampled(model, positive, negative, noise, steps)
         self.first, *self.later = times
         self.peak = peak.bytes
 
@@ -148,15 +137,13 @@ def bench_tax(model, composed, conds: list, count: int, noise: Tensor, options: 
 
     device, bank = model.load_device, bank_of(composed)
     comfy.model_management.load_models_gpu([model, bank])
-    positive, negative = (cond[0][0].to(device) for cond in conds)
-    context = torch.cat([positive, negative] * count)
-    x, sigma = noise.to(device).expand(2 * count, -1, -1, -1).contiguous(), torch.full((2 * count,), 5.0, device=device)
+    evaluate = sd15.forward_of(model, conds, noise, count)
     alone = [one_hot((STRENGTH,) * count, i) for i in range(count) for _ in range(2)]
     routed = RoutedForwards(model.model.diffusion_model, bank.model)
 
     def forward(branches: list[Branch]) -> None:
-        with torch.inference_mode(), routed.rows(branches):
-            model.model.apply_model(x, sigma, c_crossattn=context)
+        with routed.rows(branches):
+            evaluate()
 
     def installing() -> None:
         routed.install()

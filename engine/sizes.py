@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
@@ -41,22 +41,27 @@ def measure(bank: Bank, subjects: Sequence[bool], k: int = 0, raw: bool = False,
     """
     sizes: dict[str, dict[int, Size]] = {}
     with _pool() as pool:
-        def layers() -> Iterator[tuple[str, dict[int, Future | None]]]:
-            for site in bank.sites.values():
-                here = {adapter: site.all_ops(adapter) for adapter in range(bank.count)}
-                here = {adapter: ops for adapter, ops in here.items() if ops}
-                if len(here) == 1:
-                    yield site.name, dict.fromkeys(here)
-                    continue
-                count = k or _k({adapter: _rank(ops) for adapter, ops in here.items()}, subjects)
-                yield site.name, {adapter: pool.submit(_size, _parts(bank, site, adapter, ops, raw, reader, report),
-                                                       count, top) for adapter, ops in here.items()}
-
-        for done, (name, here) in enumerate(_ahead(layers(), torch.get_num_threads()), start=1):
-            sizes[name] = {adapter: Size() if size is None else size.result() for adapter, size in here.items()}
+        begun = ((name, {adapter: job and pool.submit(_size, *job, top) for adapter, job in jobs.items()})
+                 for name, jobs in _jobs(bank, subjects, k, raw, reader, report))
+        for done, (name, here) in enumerate(_ahead(begun, torch.get_num_threads()), start=1):
+            sizes[name] = {adapter: size.result() if size else Size() for adapter, size in here.items()}
             if visit is not None:
                 visit(done, len(bank.sites))
     return sizes
+
+
+def _jobs(bank: Bank, subjects: Sequence[bool], k: int, raw: bool, reader: Reader | None,
+          report: Report | None) -> Iterator[tuple[str, dict[int, tuple[list[Part], int] | None]]]:
+    """Per layer, for each adapter that acts there: the parts of its delta and K, or None where it acts alone."""
+    for site in bank.sites.values():
+        here = {adapter: site.all_ops(adapter) for adapter in range(bank.count)}
+        here = {adapter: ops for adapter, ops in here.items() if ops}
+        if len(here) == 1:
+            yield site.name, dict.fromkeys(here)
+            continue
+        count = k or _k({adapter: _rank(ops) for adapter, ops in here.items()}, subjects)
+        yield site.name, {adapter: (_parts(bank, site, adapter, ops, raw, reader, report), count)
+                          for adapter, ops in here.items()}
 
 
 @contextmanager

@@ -53,14 +53,14 @@ def calc_cond_batch(executor, model, conds, x_in, timestep, model_options):
     plan, sides = run.plan(x_in, timestep, parts_of(conds)), run.sides(conds)
     combos = plan.combos
     parts = [combos] if run.cache is None else run.cache.parts(plan.step, combos, plan.fresh, timestep)
-    if branches_apart(_unwrapped(model.diffusion_model)):
-        parts = [(combo,) for part in parts for combo in part]
     if len(combos) == 1:
         run.single = combos[0]
         outs = executor(model, conds, x_in, timestep, model_options)
         mixed = run.mix(plan, _present([out[None] for out in outs], conds), sides)
         return [out if one is None else one for out, one in zip(outs, mixed, strict=True)]
     run.single = None
+    if branches_apart(_unwrapped(model.diffusion_model)):
+        parts = [(combo,) for part in parts for combo in part]
     options, outs = _caller_options(model_options, len(conds)), {}
     for part in parts:
         # The host takes conds from the end of its list: reversed here, rows come out with branches in order and the
