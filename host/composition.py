@@ -120,7 +120,6 @@ class Run:
         self.cache = BranchCache(cache, self._tell) if cache is not None and cache.oldest > 1 else None
         self.combos: dict[UUID, Combo] = {}
         self.single: Combo | None = None
-        self.plan_of_call: Plan | None = None
         self.views: dict[int, object] = {}
         self._sides = sides
         self._tags: dict[tuple[UUID, Combo], UUID] = {}
@@ -145,8 +144,7 @@ class Run:
         fresh = tuple(any(flags) for flags in product(*(session.refresh(step) for session in self.sessions)))
         entry = self.record.steps[-1]
         entry.branches = entry.branches or [[list(branch.gains) for branch in combo] for combo in combos]
-        self.plan_of_call = Plan(step, x, timestep, branches, combos, fresh, parts)
-        return self.plan_of_call
+        return Plan(step, x, timestep, branches, combos, fresh, parts)
 
     def sides(self, conds: Sequence[list | None]) -> tuple[str, ...]:
         """The side that each cond of a call is on. Conds that no guider knows (a node made them itself) go by their

@@ -10,7 +10,7 @@ import comfy_extras.nodes_pag as nodes_pag
 import comfy_extras.nodes_perpneg as nodes_perpneg
 import pytest
 import torch
-from lora_ensemble.host.composition import KEY, record_of
+from lora_ensemble.host.composition import Run, record_of
 from lora_ensemble.host.facts import on_latent
 from lora_ensemble.kernels.branch import Branch, one_hot
 from lora_ensemble.methods.session import OTHER, POSITIVE, UNCONDITIONAL, Session
@@ -101,10 +101,16 @@ def test_notes_are_plain_numbers_when_the_run_is_over(ours):
     json.dumps(record_of(ours).as_dict())
 
 
-def test_what_may_come_from_a_cache_is_known_before_the_model_is_called(ours):
-    fresh = []
-    composition = ours.get_attachment(KEY)
-    sample(ours, callback=lambda *_: fresh.append(composition.run.plan_of_call.fresh))
+def test_what_may_come_from_a_cache_is_known_before_the_model_is_called(ours, monkeypatch):
+    fresh, plan = [], Run.plan
+
+    def planned(*args):
+        found = plan(*args)
+        fresh.append(found.fresh)
+        return found
+
+    monkeypatch.setattr(Run, "plan", planned)
+    sample(ours)
     assert fresh == [(True, False, False), (False, True, False)]
 
 
