@@ -41,7 +41,11 @@ def part(tensor: Tensor, span: Span, channel: int, dim: int) -> Tensor:
 
 
 class Op(nn.Module):
-    """Base of all ops; see the module's text."""
+    """Base of all ops; see the module's text.
+
+    An op that holds other ops has no parameters beside them: hosts that load a model module by module pass over those
+    of a module with children.
+    """
 
     additive = True
     span: Span = None
@@ -128,17 +132,17 @@ class GLoRA(Op):
     def __init__(self, m_up: Tensor, m_down: Tensor, d_up: Tensor, d_down: Tensor, scale: float = 1.0,
                  span: Span = None):
         super().__init__()
-        self.m_up, self.m_down, self.scale, self.span = frozen(m_up), frozen(m_down), float(scale), span
-        self.plus = LowRank(d_up, d_down, scale, span)
+        self.scale, self.span = float(scale), span
+        self.mix, self.plus = LowRank(m_up, m_down), LowRank(d_up, d_down, scale, span)
 
     def _changed(self, weight: Tensor, gain: float) -> Tensor:
-        mixed = torch.einsum("oi...,ij->oj...", weight, (self.m_up @ self.m_down).to(weight))
+        mixed = torch.einsum("oi...,ij->oj...", weight, (self.mix.up @ self.mix.down).to(weight))
         return weight + gain * (self.scale * mixed + self.plus.delta(weight).to(weight.dtype))
 
     def apply_(self, y: Tensor, x: Tensor, inner: Inner, gain: float, geometry: Geometry,
                scales: Scales = None) -> None:
         last = x.movedim(geometry.x_channel, -1)
-        mixed = (last @ self.m_down.to(x).T @ self.m_up.to(x).T).movedim(-1, geometry.x_channel)
+        mixed = (last @ self.mix.down.to(x).T @ self.mix.up.to(x).T).movedim(-1, geometry.x_channel)
         target = part(y, self.span, geometry.channel, 0)
         target.add_(part(inner(mixed), self.span, geometry.channel, 0), alpha=gain * self.scale)
         self.plus.apply_(y, x, inner, gain, geometry)
@@ -204,7 +208,12 @@ class Decomposed(Op):
 
     def __init__(self, direction: Op, magnitude: Tensor, span: Span = None):
         super().__init__()
-        self.direction, self.magnitude, self.span = direction, frozen(magnitude), span
+        self.direction, self.span = direction, span
+        self.held = nn.ParameterList([frozen(magnitude)])
+
+    @property
+    def magnitude(self) -> Tensor:
+        return self.held[0]
 
     def scales(self, weight: Tensor) -> tuple[Tensor, bool]:
         """(s, acts on outputs) for the weight as it stands before this op."""

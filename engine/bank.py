@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -114,6 +115,16 @@ class Bank(nn.Module):
         self.dtype = dtype
         if dtype is not None:
             self.hold_as(dtype)
+
+    def __deepcopy__(self, memo: dict) -> Bank:
+        """A bank with tensors of its own. What a host hangs on a model to manage its memory belongs to the original
+        alone: handles of buffers among it, which would be freed twice."""
+        other = Bank.__new__(Bank)
+        nn.Module.__init__(other)
+        other.count, other.names, other.dtype = self.count, self.names, self.dtype
+        other.site_list = copy.deepcopy(self.site_list, memo)
+        other.sites = {site.name: site for site in other.site_list}
+        return other
 
     def hold_as(self, dtype: torch.dtype) -> None:
         """Convert the low-rank factors once."""

@@ -125,7 +125,8 @@ def bank_patcher(bank: Bank, load_device, offload_device, disable_dynamic: bool 
     kind = comfy.model_patcher.ModelPatcher
     if not disable_dynamic:
         kind = getattr(comfy.model_patcher, "CoreModelPatcher", kind)
-    patcher = kind(bank, load_device=load_device, offload_device=offload_device)
+    # Never of size 0: the host's dynamic memory cannot reserve nothing, and a bank may hold no LoRA that acts.
+    patcher = kind(bank, load_device=load_device, offload_device=offload_device, size=max(bank.nbytes(), 1))
     patcher.cached_patcher_init = (_copied_bank_patcher, (bank, load_device, offload_device))
     return patcher
 

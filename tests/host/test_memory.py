@@ -1,0 +1,116 @@
+"""The bank under ComfyUI's memory management. The device `meta` stands in for an accelerator: what the host moves there
+and brings back are its own decisions, made by its own patchers."""
+
+from __future__ import annotations
+
+import comfy.model_patcher
+import pytest
+import torch
+from lora_ensemble.engine.bank import Bank
+from lora_ensemble.host.apply import bank_patcher
+from lora_ensemble.host.composition import KEY
+from lora_ensemble.tests.reference import KINDS, make_ops
+
+from .builders import composite, sample, three
+from .models import CPU, base
+
+DEVICE = torch.device("meta")
+
+
+def every_kind() -> Bank:
+    """Ops of every kind on a layer of their own, and a layer that two low-rank adapters share."""
+    return Bank([{kind: make_ops(kind, (16, 16), seed)[0] for seed, kind in enumerate(KINDS)},
+                 {"lora": make_ops("lora", (16, 16), 99)[0]}])
+
+
+def devices(bank: Bank) -> set[str]:
+    return {parameter.device.type for parameter in bank.parameters()}
+
+
+def test_a_bank_is_loaded_module_by_module():
+    """Guards: a host that loads a model in part skips parameters of modules that have children."""
+    bank = every_kind()
+    patcher = bank_patcher(bank, DEVICE, CPU, disable_dynamic=True)
+    patcher.load(DEVICE, lowvram_model_memory=10 * bank.nbytes())
+    assert devices(bank) == {"meta"}
+    assert patcher.loaded_size() == bank.nbytes() > 0
+
+
+# --- dynamic VRAM ---------------------------------------------------------------------------------------------------
+
+
+class Handle:
+    """A piece of memory that comfy_aimdo's library holds and frees with the object: without a driver it cannot be
+    had, and a copy of the object would free it once more."""
+
+    def __init__(self, size, *_):
+        self.size = size
+
+    def __deepcopy__(self, memo):
+        raise AssertionError("a handle of the host's memory was copied")
+
+
+class Reserved(Handle):
+    """Address space on the device."""
+
+    def __init__(self, size, *_):
+        super().__init__(size)
+        if size <= 0:
+            raise MemoryError("VBAR allocation failed")
+
+    def prioritize(self):
+        pass
+
+    def loaded_size(self):
+        return 0
+
+    def free_memory(self, size):
+        return 0
+
+
+@pytest.fixture
+def dynamic(monkeypatch):
+    """ComfyUI's dynamic VRAM, as `main.py` switches it on."""
+    if not hasattr(comfy.model_patcher, "ModelPatcherDynamic"):
+        pytest.skip("this ComfyUI has no dynamic VRAM")
+    monkeypatch.setattr("comfy_aimdo.host_buffer.HostBuffer", Handle)
+    monkeypatch.setattr("comfy_aimdo.model_vbar.ModelVBAR", Reserved)
+    monkeypatch.setattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcherDynamic)
+
+
+def test_dynamic_vram_loads_counts_and_gives_back(dynamic):
+    bank = every_kind()
+    before = {name: parameter.clone() for name, parameter in bank.named_parameters()}
+    patcher = bank_patcher(bank, DEVICE, CPU)
+    assert patcher.is_dynamic()
+    for _ in range(2):  # a second run loads anew and counts no more
+        patcher.partially_load(DEVICE)
+        assert devices(bank) == {"meta"} and patcher.loaded_size() == bank.nbytes()
+    assert patcher.partially_unload(CPU, bank.nbytes()) == bank.nbytes()
+    assert devices(bank) == {"cpu"} and patcher.loaded_size() == 0
+    assert all(torch.equal(before[name], parameter) for name, parameter in bank.named_parameters())
+
+
+def test_a_copy_for_a_further_device_shares_nothing(dynamic):
+    """What multi-GPU and Select Model Device do: the copy must not take the host's handles along."""
+    bank = every_kind()
+    patcher = bank_patcher(bank, DEVICE, CPU)
+    patcher.partially_load(DEVICE)
+    patcher.detach()
+    again = patcher.deepclone_multigpu(new_load_device=torch.device("meta", 1))
+    assert again.model is not bank and again.is_dynamic()
+    assert set(again.model.sites) == set(bank.sites) and again.model.names == bank.names
+    here = dict(bank.named_parameters())
+    for name, parameter in again.model.named_parameters():
+        assert torch.equal(parameter, here[name]) and parameter.data_ptr() != here[name].data_ptr()
+    again.partially_load(torch.device("meta", 1))
+    assert devices(bank) == {"cpu"} and again.loaded_size() == bank.nbytes()
+
+
+def test_a_bank_without_adapters(dynamic, loras):
+    """Guards: address space of size 0 cannot be reserved, so sampling failed where no LoRA acts on the model."""
+    model = base("SD15")
+    ours = composite(model, three(model, loras, (0.0, 0.0, 0.0)))
+    (patcher,) = ours.get_additional_models_with_key(KEY)
+    bank_patcher(patcher.model, DEVICE, CPU).partially_load(DEVICE)
+    assert torch.equal(sample(ours), sample(model))
