@@ -59,15 +59,15 @@ class NormalEquations:
         self.energy = torch.zeros(0, dtype=torch.float64)  # [calls]: <target, target>
 
     def add(self, features: list[Tensor], targets: list[Tensor]) -> None:
-        """Paths of one batch: 2E features and E targets of shape [B, ...] each.
+        """Paths of one batch: 2E features and E targets of shape [B, ...] each, on any device; summed on the CPU, as
+        not every accelerator has float64.
 
         Raises ValueError where the number of calls differs from that of earlier paths.
         """
-        f, t = torch.stack(features), torch.stack(targets)
-        one = torch.ones_like(f[:1])
-        gram = products(torch.cat([f, one]), torch.cat([f, one])).cpu()
-        cross = products(t, torch.cat([f, one])).cpu()
-        energy = torch.stack([products(each[None], each[None])[0, 0] for each in t]).cpu()
+        f, t = (torch.stack([each.cpu() for each in tensors]) for tensors in (features, targets))
+        f = torch.cat([f, torch.ones_like(f[:1])])
+        gram, cross = products(f, f), products(t, f)
+        energy = torch.stack([products(each[None], each[None])[0, 0] for each in t])
         if not len(self.gram):
             self.gram, self.cross, self.energy = gram, cross, energy
         elif self.gram.shape != gram.shape:

@@ -121,7 +121,7 @@ def _parts(bank: Bank, site: Site, adapter: int, ops: Sequence[Op], raw: bool, r
     if not all(op.additive for op in ops):
         weight = reader(f"{site.name}.weight") if reader is not None else None
         if weight is not None:
-            changed = weight
+            changed = weight = weight.cpu()  # where the factors are; some accelerators have no float64
             for op in ops:
                 changed = op.on_weight(changed, 1.0)
             return [changed - weight]

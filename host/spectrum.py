@@ -128,4 +128,4 @@ def _shares(model, how: Sampling) -> Tensor:
 
     comfy.sample.sample(model, noise, how.steps, how.cfg, how.sampler, how.scheduler, how.positive, how.negative,
                         latent, seed=how.seed, callback=measure)
-    return torch.stack(found).double().cpu()
+    return torch.stack(found).cpu().double()

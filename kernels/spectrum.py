@@ -39,9 +39,17 @@ def radial_amplitude(x: Tensor, bins: Tensor) -> Tensor:
     plane = x.float().mean(dim=1)
     plane = plane[:, None] if plane.ndim == 2 else plane
     plane = plane[:, None] if plane.ndim == 3 else plane
-    amplitude = torch.fft.rfft2(plane, norm="ortho").abs().flatten(-2) @ bins
+    amplitude = _transformed(plane).flatten(-2) @ bins
     amplitude = amplitude.mean(dim=1)
     return amplitude / amplitude.amax(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def _transformed(plane: Tensor) -> Tensor:
+    """|rfft2| of the last two dimensions; through the CPU where the device has no Fourier transform (DirectML)."""
+    try:
+        return torch.fft.rfft2(plane, norm="ortho").abs()
+    except (NotImplementedError, RuntimeError):
+        return torch.fft.rfft2(plane.cpu(), norm="ortho").abs().to(plane.device)
 
 
 def high_share(amplitude: Tensor, h: float = 0.2) -> Tensor:

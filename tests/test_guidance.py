@@ -20,6 +20,7 @@ from lora_ensemble.kernels.guidance import (
     threshold_for,
 )
 from lora_ensemble.methods.guidance import AdaptiveGuidance, LinearAG
+from lora_ensemble.tests.devices import Plain
 from torch import Tensor
 
 
@@ -233,6 +234,16 @@ def test_the_sums_do_not_depend_on_the_batches():
         one_by_one.add([f[row:row + 1] for f in features], [u[row:row + 1] for u in us])
     for name in ("gram", "cross", "energy"):
         assert torch.allclose(getattr(at_once, name), getattr(one_by_one, name), rtol=1e-12)
+
+
+def test_sums_over_paths_of_a_device_without_float64():
+    cs, us = paths(6, 2)
+    features = [t for pair in zip(cs, us, strict=True) for t in pair]
+    here, there = NormalEquations(), NormalEquations()
+    here.add(features, us)
+    there.add([Plain(f) for f in features], [Plain(u) for u in us])
+    for name in ("gram", "cross", "energy"):
+        assert torch.equal(getattr(there, name), getattr(here, name)) and getattr(there, name).dtype == torch.float64
 
 
 def test_least_squares_of_a_run_against_numpy():

@@ -11,6 +11,7 @@ from lora_ensemble.engine.sizes import measure
 from lora_ensemble.kernels.deltas import hadamard
 from lora_ensemble.kernels.orthogonal import cayley
 from lora_ensemble.methods.selection import Size
+from lora_ensemble.tests.devices import Plain
 from lora_ensemble.tests.selections import LAYERS, PAIR, PAIRS, bank, top
 
 
@@ -95,3 +96,9 @@ def test_the_number_of_threads_does_not_change_sizes():
     finally:
         torch.set_num_threads(threads)
     assert found[0] == found[1] and len(found[0]) == len(LAYERS)
+
+
+def test_a_base_weight_on_a_device_without_float64():
+    weight, op = rand(12, 10), OFT(cayley(rand(3, 4, 4)))
+    found = sized(op, reader=lambda name: Plain(weight))
+    assert_size(found, like(op.on_weight(weight, 1.0) - weight))

@@ -110,6 +110,20 @@ def test_video_frames_are_averaged_and_sequences_have_a_spectrum():
     assert found.shape == (2, 26) and torch.isfinite(found).all()
 
 
+def test_a_device_without_fourier_transforms(monkeypatch):
+    x, bins, transform, calls = torch.randn(2, 4, 16, 12), radial_bins(16, 12), torch.fft.rfft2, []
+
+    def lacking(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 1:
+            raise NotImplementedError("Could not run 'aten::_fft_r2c'")
+        return transform(*args, **kwargs)
+
+    want = radial_amplitude(x, bins)
+    monkeypatch.setattr(torch.fft, "rfft2", lacking)
+    assert torch.equal(radial_amplitude(x, bins), want) and len(calls) == 2
+
+
 def test_a_change_is_a_ratio_of_means_with_its_error():
     """Against the textbook formula, over the second half of the run; one picture has no error."""
     ground = torch.tensor([[9.0, 9.0, 9.0], [0.4, 0.2, 0.6], [0.6, 0.2, 0.4]])

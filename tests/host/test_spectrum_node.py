@@ -7,11 +7,13 @@ from dataclasses import replace
 import comfy.sample
 import pytest
 import torch
+from lora_ensemble.host import spectrum
 from lora_ensemble.host.ensemble import LoRASpec
 from lora_ensemble.host.line_plot import line_plot
 from lora_ensemble.host.spectrum import Profile, Sampling, profiles, report, with_measured_roles
 from lora_ensemble.kernels.spectrum import high_share, radial_amplitude, radial_bins
 from lora_ensemble.nodes.spectrum import LoRAEnsembleSpectrum
+from lora_ensemble.tests.devices import Plain
 
 from .builders import lora, merge, shapes, three
 from .models import FAMILIES, base
@@ -39,6 +41,13 @@ def test_the_latent_of_each_lora_alone_is_measured(loras):
         late = sum(profile.shares[1:]) / sum(found[0].shares[1:]) - 1
         assert profile.change == pytest.approx(late, abs=1e-6)
     assert len({profile.shares for profile in found}) == 4
+
+
+def test_on_a_device_without_float64(loras, monkeypatch):
+    model, ensemble = base("SD15"), three(base("SD15"), loras)[:1]
+    found = profiles(model, ensemble, sampling())
+    monkeypatch.setattr(spectrum, "high_share", lambda amplitude: Plain(high_share(amplitude)))
+    assert profiles(model, ensemble, sampling()) == found
 
 
 @pytest.mark.parametrize(("family", "size"), [("SD15", 12), ("Flux", 8), ("Wan", 8)])
