@@ -144,5 +144,5 @@ class Bank(nn.Module):
 
 def gain_vector(slots: Sequence[Slot], gains: Sequence[float], like: Tensor) -> Tensor:
     """One gain per rank, for adapters of unequal strength that share a product. Shape: [sum of ranks]."""
-    return torch.tensor([g for slot, g in zip(slots, gains, strict=True) for _ in range(slot.stop - slot.start)],
-                        dtype=like.dtype, device=like.device)
+    values = [g for slot, g in zip(slots, gains, strict=True) for _ in range(slot.stop - slot.start)]
+    return torch.tensor(values, dtype=like.dtype).to(like.device, non_blocking=True)

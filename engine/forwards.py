@@ -199,7 +199,7 @@ class RoutedForwards:
         down, up = self._factors(stack, like)
         gain = gains[0]
         if len(set(gains)) > 1:
-            gain = torch.tensor(gains, dtype=like.dtype, device=like.device).reshape(-1, 1, 1)
+            gain = torch.tensor(gains, dtype=like.dtype).to(like.device, non_blocking=True).reshape(-1, 1, 1)
         return _Batch(at, length * len(groups), down.unflatten(0, (-1, stack.width))[first:last],
                       up.unflatten(1, (-1, stack.width)).movedim(1, 0)[first:last], gain)
 

@@ -37,7 +37,7 @@ class ReadBack:
             host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             host.copy_(values, non_blocking=True)
             event = torch.cuda.Event()
-            event.record()
+            event.record(torch.cuda.current_stream(values.device))  # the device that copies need not be the current one
             values = host
         self._sent.append((index, rows, values, event))
 

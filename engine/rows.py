@@ -48,7 +48,7 @@ class Rows:
         """The rows of a scattered group as a tensor, copied to the device once."""
         key = (group, device)
         if key not in self._index:
-            self._index[key] = torch.tensor(group.rows, device=device)
+            self._index[key] = torch.tensor(group.rows).to(device, non_blocking=True)
         return self._index[key]
 
     def parts(self, y: Tensor, x: Tensor) -> Iterator[tuple[Branch, Tensor, Tensor, Group | None]]:

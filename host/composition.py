@@ -80,8 +80,8 @@ class Composition:
         return run
 
     def end(self, run: Run, finished: bool) -> None:
-        run.close(finished)
         self.runs.remove(run)
+        run.close(finished)
 
 
 def record_of(model) -> RunRecord | None:
@@ -209,18 +209,21 @@ class Run:
             self.record.steps[-1].rows += rows
 
     def close(self, finished: bool) -> None:
-        self._close_step()
-        self.record.settle()
-        self.record.finished = finished
-        for _, forwards in self._routed.values():
-            for routed in reversed(forwards):
-                self._unseen(routed)
-                routed.remove()
+        """Leave the models as they were, whatever becomes of the record: an accelerator that has failed raises where
+        its numbers are read."""
+        forwards = [routed for _, each in self._routed.values() for routed in reversed(each)]
+        for routed in forwards:
+            routed.remove()
         self._routed.clear()
         for root, _ in self._prompts.values():
             root.clear_kv_cache()
+        self._close_step()
         if self.cache is not None:
             self.cache.close()
+        self.record.settle()
+        self.record.finished = finished
+        for routed in forwards:
+            self._unseen(routed)
 
     def _unseen(self, routed: RoutedForwards) -> None:
         """Name layers that hold adapters but were never called: the model reads their weights in another way."""

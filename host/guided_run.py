@@ -146,7 +146,7 @@ class GuidedRun:
     def _in_part(self, executor, model, conds, wanted: list[int], x, timestep, options) -> dict[int, Tensor]:
         """The wanted conds for the rows of this call alone; the conditional prediction for its other rows."""
         call = self.call
-        index = torch.tensor(call.rows, device=x.device)
+        index = torch.tensor(call.rows).to(x.device, non_blocking=True)
         some = [narrowed(cond, call.rows, len(x)) if i in wanted else None for i, cond in enumerate(conds)]
         parts = executor(model, some, x[index], timestep[:len(call.rows)], options)
         return {i: call.c.index_copy(0, index, parts[i]) for i in wanted}

@@ -37,7 +37,7 @@ def _tensor(tensor: Tensor, rows: Sequence[int], batch: int) -> Tensor:
         return tensor
     # As the host would repeat or cut it for the whole batch.
     whole = comfy.utils.repeat_to_batch_size(tensor, batch)
-    return whole.index_select(0, torch.tensor(rows, device=tensor.device))
+    return whole.index_select(0, torch.tensor(rows).to(tensor.device, non_blocking=True))
 
 
 def whole_only(conds: list, options: dict, composition: Composition | None) -> str | None:

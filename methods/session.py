@@ -114,7 +114,8 @@ class Sent:
         self._arrived = None
         if value.is_cuda:
             self._arrived = torch.cuda.Event()
-            self._arrived.record()
+            # Of the device that copies: it need not be the current one.
+            self._arrived.record(torch.cuda.current_stream(value.device))
         elif value.device.type != "cpu":
             self._copy = None  # without events an early copy could be read before it is there
 

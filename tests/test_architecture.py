@@ -74,6 +74,15 @@ def test_nothing_prints_evaluates_or_unpickles(path):
 
 
 @by_file
+def test_numbers_go_to_a_device_without_waiting_for_it(path):
+    """`torch.tensor(numbers, device=...)` waits until the device has done all that was queued before."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.tensor", "torch.as_tensor"):
+            found = {keyword.arg for keyword in node.keywords}
+            assert "device" not in found, f"line {node.lineno}: use .to(device, non_blocking=True)"
+
+
+@by_file
 def test_files_stay_small(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -20,6 +22,7 @@ from lora_ensemble.kernels.guidance import (
     threshold_for,
 )
 from lora_ensemble.methods.guidance import AdaptiveGuidance, LinearAG
+from lora_ensemble.methods.session import Sent
 from lora_ensemble.tests.devices import Plain
 from torch import Tensor
 
@@ -180,6 +183,26 @@ def test_read_back(exact, wanted):
         back._sent.append((index, None, torch.tensor([0.0]), Event()))
     assert seen == wanted
     assert [sent for sent, _, _ in back.arrived(None)] == ([3] if exact else [2, 3])
+
+
+class OnDevice:
+    """A value on the second of two devices, of which the first is the current one."""
+
+    is_cuda, device, shape, dtype = True, torch.device("cuda", 1), (1,), torch.float32
+
+    def to(self, *args, **kwargs):
+        return torch.zeros(1)
+
+
+def test_a_value_is_awaited_on_its_own_device(monkeypatch):
+    streams, host = [], SimpleNamespace(copy_=lambda value, non_blocking: None)
+    event = SimpleNamespace(record=lambda stream=None: streams.append(stream))
+    monkeypatch.setattr(torch.cuda, "Event", lambda: event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: ("stream of", device))
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: host)
+    Sent(0, OnDevice())
+    ReadBack(exact=True).send(0, None, OnDevice())
+    assert streams == [("stream of", OnDevice.device)] * 2
 
 
 # --- LinearAG ---

@@ -11,6 +11,7 @@ import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
 from lora_ensemble.host.composition import KEY
+from lora_ensemble.methods.session import PlainSession
 from lora_ensemble.methods.switch import Switch
 
 from .builders import composite, merge, method, same, sample, stock, three
@@ -94,6 +95,17 @@ def test_a_failing_layer(ours):
         sample(ours)
     assert forwards(ours) == ["diffusion_model.middle_block.1.proj_in"] and layer.forward is fail
     del layer.forward
+    assert torch.equal(sample(ours), whole)
+
+
+def test_numbers_that_cannot_be_read(ours, monkeypatch):
+    """An accelerator that has failed raises wherever a value is read, the record's included: a meta tensor, too."""
+    whole = sample(ours)
+    with monkeypatch.context() as patched:
+        patched.setattr(PlainSession, "notes", lambda session: {"lost": torch.empty(1, device="meta")})
+        with pytest.raises(NotImplementedError):
+            sample(ours)
+    assert clean(ours)
     assert torch.equal(sample(ours), whole)
 
 
