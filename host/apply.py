@@ -20,6 +20,7 @@ from .files import LoRAFileError, read
 from .parse import ParsedLoRA, parse
 from .wrappers import install_wrappers
 
+TEXT_ENCODER = ("lora_te", "text_encoder", "clip_")  # how keys of text encoders begin
 log = logging.getLogger("lora_ensemble")
 
 
@@ -147,12 +148,10 @@ def _parse_all(model, clip, ensemble: Ensemble, node: str) -> tuple[list[LoRASpe
         tensors = read(spec.name)
         lora = parse(tensors, key_map, model.model)
         lora.unused = _unplaced(lora, clip_keys, clip is not None)
-        if not lora.patches and not (clip_keys and comfy.lora.load_lora(tensors, clip_keys, log_missing=False)):
-            family = type(model.model).__name__
-            raise LoRAFileError(f"{node}: LoRA '{spec.name}' matches no layer of this model ({family}): none of its "
-                                f"{len(tensors)} keys, '{next(iter(tensors), 'none')}' for one. It was made for "
-                                "another architecture; use it with a checkpoint of that kind, or remove it from the "
-                                "ensemble.")
+        wrong = _wrong_kind(lora, tensors, clip_keys, clip is not None)
+        if wrong:
+            raise LoRAFileError(f"{node}: LoRA '{spec.name}' {wrong}, or remove it from the ensemble. The model is of "
+                                f"the kind {type(model.model).__name__}.")
         if spec.strength_model != 0:
             active.append(spec)
             parsed.append(lora)
@@ -161,8 +160,30 @@ def _parse_all(model, clip, ensemble: Ensemble, node: str) -> tuple[list[LoRASpe
 
 def _unplaced(lora: ParsedLoRA, clip_keys: dict, has_clip: bool) -> list[str]:
     """File keys that neither the diffusion model nor the text encoder has a place for."""
-    text_encoder = tuple(clip_keys) if has_clip else ("lora_te", "text_encoder", "clip_")
+    text_encoder = tuple(clip_keys) if has_clip else TEXT_ENCODER
     return [key for key in lora.unused if not key.startswith(text_encoder)]
+
+
+def _wrong_kind(lora: ParsedLoRA, tensors: dict, clip_keys: dict, has_clip: bool) -> str | None:
+    """Why a file cannot be meant for this model, and what to do; None for all that acts at all.
+
+    Stable Diffusion 1.5 and SDXL share the names of many layers: there a file for the other one is known by layers of
+    another shape, with less than half of it in its place.
+    """
+    other = "It was made for another architecture; use it with a checkpoint of that kind"
+    if lora.patches:
+        in_place = (1 - len(lora.misfits) / len(lora.patches)) * (1 - len(lora.unused) / len(tensors))
+        if not lora.misfits or in_place >= 0.5:
+            return None
+        key, reason = lora.misfits[0]
+        return (f"does not fit this model: {len(lora.misfits)} of its layers have another shape here, such as {key}: "
+                f"{reason}; {len(lora.unused)} of its {len(tensors)} keys have no place. {other}")
+    if clip_keys and comfy.lora.load_lora(tensors, clip_keys, log_missing=False):
+        return None
+    if not has_clip and all(key.startswith(TEXT_ENCODER) for key in tensors):
+        return "changes the text encoder alone, and none is connected. Connect a CLIP to this node"
+    return (f"matches no layer of this model: none of its {len(tensors)} keys, '{next(iter(tensors))}' for one. "
+            f"{other}")
 
 
 def _problems(spec: LoRASpec, lora: ParsedLoRA, on_weights: list) -> list[str]:
@@ -175,6 +196,8 @@ def _problems(spec: LoRASpec, lora: ParsedLoRA, on_weights: list) -> list[str]:
         if key in on_weights:
             done = "merged into the weight instead"
         by_reason.setdefault(f"{reason}; {done}", []).append(key)
+    for key, reason in lora.misfits:
+        by_reason.setdefault(f"{reason}; left out", []).append(key)
     for reason, keys in by_reason.items():
         out.append(f"LoRA '{spec.name}': {len(keys)} keys such as {keys[0]}: {reason}")
     if lora.unused:

@@ -59,7 +59,10 @@ def check_file(name: str) -> None:
             ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise LoRAFileError(f"LoRA '{name}' has a damaged header ({error}). Download it again.") from None
-    expected = 8 + length + max(ends, default=0)
+    if not ends:
+        raise LoRAFileError(f"LoRA '{name}' is empty: a header without a single tensor. Download it again, or use "
+                            "another version.")
+    expected = 8 + length + max(ends)
     if size < expected:
         raise LoRAFileError(_truncated(name, size, expected))
 

@@ -27,17 +27,23 @@ class ParsedLoRA:
     layers     layer name (below the diffusion model) -> ops
     patches    the loader's own patches for the diffusion model, for the weight path
     left_out   (loader key, reason) for each patch that no forward can express
+    misfits    the same for those that no weight can take either: they were made for a layer of another shape
     unused     keys of the file that the loader found no place for
     """
 
     layers: dict[str, list[Op]] = field(default_factory=dict)
     patches: dict = field(default_factory=dict)
     left_out: list[tuple[object, str]] = field(default_factory=list)
+    misfits: list[tuple[object, str]] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
 
 
 class _Inexpressible(Exception):
     """Why a patch cannot be a forward; the message is the reason."""
+
+
+class _Misfit(_Inexpressible):
+    """It was made for a layer of another shape."""
 
 
 def parse(lora: dict[str, Tensor], key_map: dict, model: nn.Module) -> ParsedLoRA:
@@ -49,6 +55,8 @@ def parse(lora: dict[str, Tensor], key_map: dict, model: nn.Module) -> ParsedLoR
         try:
             layer, op = _op(name, span, rows, patch, model)
             parsed.layers.setdefault(layer, []).append(op)
+        except _Misfit as reason:
+            parsed.misfits.append((key, str(reason)))
         except _Inexpressible as reason:
             parsed.left_out.append((key, str(reason)))
     return parsed
@@ -67,7 +75,7 @@ def _op(key: str, span: Span, rows: Callable | None, patch, model: nn.Module) ->
     if span is not None:
         span = tuple(span)
         if span[1] + span[2] > shape[span[0]]:
-            raise _Inexpressible(f"a slice that ends at {span[1] + span[2]} of a weight of {'x'.join(map(str, shape))}")
+            raise _Misfit(f"a slice that ends at {span[1] + span[2]} of a weight of {'x'.join(map(str, shape))}")
         shape = (*shape[:span[0]], span[2], *shape[span[0] + 1:])
     kind = patch[0] if isinstance(patch, tuple) else patch.name
     make = _MAKERS.get(kind)
@@ -113,7 +121,7 @@ def _bias(patch, module: nn.Module) -> Op:
     if getattr(module, "bias", None) is None:
         raise _Inexpressible("the layer has no bias")
     if patch[1][0].numel() != weight_shape(module)[0]:
-        raise _Inexpressible(f"bias of {patch[1][0].numel()} entries for a layer of {weight_shape(module)[0]}")
+        raise _Misfit(f"bias of {patch[1][0].numel()} entries for a layer of {weight_shape(module)[0]}")
     return Bias(patch[1][0].flatten())
 
 
@@ -122,7 +130,7 @@ def _fits(numel: int, shape: tuple[int, ...]) -> None:
     for size in shape:
         expected *= size
     if numel != expected:
-        raise _Inexpressible(f"the file's delta has {numel} entries, the layer's weight {'x'.join(map(str, shape))}")
+        raise _Misfit(f"the file's delta has {numel} entries, the layer's weight {'x'.join(map(str, shape))}")
 
 
 def _scale(alpha: float | None, rank: int) -> float:
@@ -152,6 +160,8 @@ def _lora(values, shape, geometry: Geometry, span: Span, rows: Callable | None) 
     if mid is not None:
         down = tucker_down(down.float(), mid.float()).to(down.dtype)
     up = up.flatten(1)
+    if up.shape[0] != shape[0]:
+        raise _Misfit(f"the file's delta has {up.shape[0]} rows, the layer's weight {'x'.join(map(str, shape))}")
     _fits(up.shape[0] * down[0].numel(), shape)
     if geometry.groups > 1 or geometry.is_norm:
         op = _additive(lambda u, d: u @ d.flatten(1), [up, down], shape, scale, span, rows)
@@ -229,7 +239,7 @@ def _boft(values, shape, geometry: Geometry, span: Span, rows: Callable | None) 
 
 def _diff(values, shape, geometry: Geometry, span: Span, rows: Callable | None) -> Op:
     if tuple(values[0].shape) != tuple(shape):
-        raise _Inexpressible(f"a difference of shape {tuple(values[0].shape)} for a weight of shape {shape}")
+        raise _Misfit(f"a difference of shape {tuple(values[0].shape)} for a weight of shape {shape}")
     return _additive(given, [values[0]], shape, 1.0, span, rows)
 
 

@@ -12,9 +12,15 @@ def similarity(clip_vision, first: Tensor, second: Tensor) -> float:
     """Cosine of the class tokens of the last layer, in [-1, 1]; of batches, the mean over all pairs.
 
     Shape: pictures [B, height, width, 3] in [0, 1]. A model without a class token (SigLIP) gives the mean of its tokens
-    instead.
+    instead. Raises ValueError for a picture of which the model makes no numbers.
     """
-    one, two = (torch.nn.functional.normalize(_embedding(clip_vision, images), dim=1) for images in (first, second))
+    found = {"subject_image": _embedding(clip_vision, first), "style_image": _embedding(clip_vision, second)}
+    for name, embedding in found.items():
+        if not torch.isfinite(embedding).all():
+            raise ValueError(f"Style Discrepancy: the vision model makes no number (NaN or infinite) of {name}. If "
+                             "that picture is black, its VAE failed: start ComfyUI with --fp32-vae or use another VAE. "
+                             "Else use another vision model.")
+    one, two = (torch.nn.functional.normalize(embedding, dim=1) for embedding in found.values())
     return (one @ two.T).mean().clamp(-1, 1).item()
 
 

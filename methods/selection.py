@@ -82,8 +82,10 @@ def released_gamma(sizes: Sizes, subjects: Sequence[bool]) -> tuple[float, ...]:
     """The balance of the released code: the mean over layers of L1_c / L1_s, without ratios of 3 times the mean of all
     or more. Raises ValueError for anything but one subject and one style, between which alone it is defined."""
     if sorted(subjects) != [False, True]:
-        raise ValueError("the balance of the released code is defined for one subject and one style alone. Choose "
-                         "another one, or take LoRAs out of the ensemble.")
+        have = sum(subjects)
+        raise ValueError("the balance of the released code is defined for one subject and one style alone, and these "
+                         f"LoRAs are subjects: {have}, styles: {len(subjects) - have}. Change their roles, or choose "
+                         "the balance of the paper (gamma 'paper' of K-LoRA, balance 'energy' of EST-LoRA).")
     c, s = subjects.index(True), subjects.index(False)
     ratios = [layer[c].total / layer[s].total for layer in contested(sizes) if layer[s].total]
     mean = sum(ratios) / len(ratios) if ratios else 1.0

@@ -12,7 +12,7 @@ from ..methods.composite import Composite
 from ..methods.merge import Merge
 from ..methods.switch import Switch
 from .order import OrderError, numbers_of, turns_of
-from .sockets import chosen, method_schema
+from .sockets import check_numbers, chosen, method_schema
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -105,6 +105,7 @@ class LoRAEnsembleSwitch(io.ComfyNode):
         turns: str,
         clip: CLIP | None = None,
     ) -> io.NodeOutput:
+        check_numbers(cls, steps_per_lora=steps_per_lora)
         late = chosen(turns, TURNS, "Switch LoRAs: turns") == "released code"
 
         def switch(active: Active) -> Switch:

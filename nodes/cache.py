@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from ..host.apply import with_cache
 from ..host.cache import CacheSpec
 from ..methods.schedule import NonUniform, Uniform
-from .sockets import chosen, model_input, model_output, schema
+from .sockets import check_numbers, chosen, model_input, model_output, schema
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -59,6 +59,7 @@ class LoRAEnsembleBranchCache(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: ModelPatcher, schedule: str, interval: int, depth: int) -> io.NodeOutput:
+        check_numbers(cls, interval=interval, depth=depth)
         uniform = chosen(schedule, SCHEDULES, "Branch Cache: schedule") == "uniform"
         spec = CacheSpec(Uniform(interval) if uniform else NonUniform(), depth=depth)
         return io.NodeOutput(with_cache(model, spec))

@@ -10,7 +10,7 @@ from ..host.apply import Active, apply_method, with_cache
 from ..host.cache import CacheSpec
 from ..host.ensemble import Ensemble
 from ..methods.cmlora import LOW_FREQUENCY, CMLoRA, oldest
-from .sockets import chosen, method_schema
+from .sockets import check_numbers, chosen, method_schema
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -130,6 +130,8 @@ class LoRAEnsembleCMLoRA(io.ComfyNode):
         cache_depth: int,
         clip: CLIP | None = None,
     ) -> io.NodeOutput:
+        check_numbers(cls, boundary=boundary, threshold=threshold, dominance=dominance, c1=c1, c2=c2,
+                      steps_per_lora=steps_per_lora, cache_depth=cache_depth)
         order = chosen(order, ORDERS, "CMLoRA: order").lower()
         decay = chosen(decay, DECAYS, "CMLoRA: decay")
         full = chosen(dominant_full, FULL, "CMLoRA: dominant_full")

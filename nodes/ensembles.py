@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from math import isfinite
 
 import folder_paths
 import torch
@@ -11,7 +12,7 @@ from comfy_api.latest import io
 
 from ..host.ensemble import ROLES, Ensemble, LoRASpec, Mask
 from ..host.files import FOLDER, LoRAFileError, check_file, fingerprint
-from .sockets import LoRAStack, chosen, earlier_ensemble_input, ensemble_output, schema, strength_input
+from .sockets import LoRAStack, check_numbers, chosen, earlier_ensemble_input, ensemble_output, schema, strength_input
 
 
 class LoRAEnsembleLoRA(io.ComfyNode):
@@ -83,6 +84,7 @@ class LoRAEnsembleLoRA(io.ComfyNode):
         mask: torch.Tensor | None = None,
     ) -> io.NodeOutput:
         check_file(lora_name)
+        check_numbers(cls, strength_model=strength_model, strength_clip=strength_clip)
         role = chosen(role, ROLES, "LoRA (Ensemble): role")
         region = Mask(mask) if mask is not None else None
         return io.NodeOutput((*(ensemble or ()), LoRASpec(lora_name, strength_model, strength_clip, role, region)))
@@ -125,7 +127,10 @@ def from_stack(stack: Sequence[tuple[str, float, float]]) -> Ensemble:
         try:
             name, strength_model, strength_clip = entry
             if name not in (None, "", "None"):
-                loras.append(LoRASpec(relative_name(name), float(strength_model), float(strength_clip)))
+                strengths = float(strength_model), float(strength_clip)
+                if not all(map(isfinite, strengths)):
+                    raise ValueError
+                loras.append(LoRASpec(relative_name(name), *strengths))
         except (TypeError, ValueError, AttributeError):
             raise ValueError(
                 f"LoRA Stack to Ensemble: {entry!r} is not (file, model strength, clip strength). "

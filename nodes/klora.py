@@ -11,7 +11,7 @@ from ..host.ensemble import Ensemble
 from ..host.measure import sizes_of, subjects_of
 from ..methods.est import BALANCES, ESTLoRA
 from ..methods.klora import KLoRA
-from .sockets import chosen, method_schema
+from .sockets import check_numbers, chosen, method_schema
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -92,6 +92,7 @@ class LoRAEnsembleKLoRA(io.ComfyNode):
         deltas: str,
         clip: CLIP | None = None,
     ) -> io.NodeOutput:
+        check_numbers(cls, alpha=alpha, beta=beta, k=k)
         star = chosen(pattern, PATTERNS, "K-LoRA: pattern") == "s*"
         released = chosen(gamma, GAMMAS, "K-LoRA: gamma") == "released code"
         raw = chosen(deltas, DELTAS, "K-LoRA: deltas") == "raw factors"
@@ -146,6 +147,7 @@ class LoRAEnsembleESTLoRA(io.ComfyNode):
         balance: str,
         clip: CLIP | None = None,
     ) -> io.NodeOutput:
+        check_numbers(cls, alpha=alpha, style_discrepancy=style_discrepancy)
         chosen(balance, BALANCES, "EST-LoRA: balance")
 
         def est(active: Active) -> ESTLoRA:

@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from ..host.apply import Active, apply_method
 from ..host.ensemble import Ensemble
 from ..methods.loratorio import LoRAtorio
-from .sockets import chosen, method_schema
+from .sockets import check_numbers, chosen, method_schema
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -119,6 +119,8 @@ class LoRAEnsembleLoRAtorio(io.ComfyNode):
         recheck_every: int,
         clip: CLIP | None = None,
     ) -> io.NodeOutput:
+        check_numbers(cls, patch_size=patch_size, temperature=temperature, recenter_lambda=recenter_lambda,
+                      top_k=top_k, recheck_every=recheck_every)
         unit = chosen(temperature_unit, UNITS, "LoRAtorio: temperature_unit")
         mode = chosen(upsampling, UPSAMPLING, "LoRAtorio: upsampling")
         space = chosen(similarity, SPACES, "LoRAtorio: similarity")

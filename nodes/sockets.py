@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import Any
 
 from comfy_api.latest import io
@@ -66,6 +67,21 @@ def chosen(value: str, options: Sequence[str], what: str) -> str:
     if value not in options:
         raise ValueError(f"{what} is '{value}'. Choose one of: {', '.join(options)}.")
     return value
+
+
+def check_numbers(node: type[io.ComfyNode], **values: object) -> None:
+    """Refuse what is outside the range of the node's own widget. The host does not check numbers that are linked, and
+    takes a NaN for any number.
+
+    Raises ValueError.
+    """
+    schema = node.define_schema()
+    for part in schema.inputs:
+        if part.id in values:
+            whole, value = isinstance(part, io.Int.Input), values[part.id]
+            if not isinstance(value, Integral if whole else Real) or not part.min <= value <= part.max:
+                raise ValueError(f"{schema.display_name}: {part.id} is {value!r}. It must be a "
+                                 f"{'whole ' if whole else ''}number from {part.min} to {part.max}.")
 
 
 def strength_input(name: str, tooltip: str) -> io.Input:

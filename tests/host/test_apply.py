@@ -81,7 +81,7 @@ def test_without_a_clip(clip, loras):
     ours, nothing = apply_method(model, None, (spec,), plain(Composite), "Composite LoRAs")
     assert nothing is None and ours.get_attachment(KEY).layers[0].problems == ()
     text_only = LoRASpec(loras(with_text(clip, {}, 1)), 0.8, 1.0)
-    with pytest.raises(ValueError, match="matches no layer"):
+    with pytest.raises(ValueError, match="changes the text encoder alone, .*Connect a CLIP"):
         apply_method(model, None, (text_only,), plain(Composite), "Composite LoRAs")
     assert apply_method(model, clip, (text_only,), plain(Composite), "Composite LoRAs")[1] is not clip
 

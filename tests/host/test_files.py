@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import struct
+from functools import partial
 
 import comfy.utils
 import pytest
 import torch
 from lora_ensemble.host import files
 from lora_ensemble.host.apply import apply_method, bake
+from lora_ensemble.host.composition import KEY
 from lora_ensemble.host.ensemble import LoRASpec
 from lora_ensemble.host.files import LoRAFileError, check_file, fingerprint, read
 from lora_ensemble.methods.merge import Merge
@@ -85,7 +87,40 @@ def test_another_architecture(loras):
     refused(name, "matches no layer of this model", "another architecture", "remove it from the ensemble")
 
 
+def test_another_architecture_of_the_same_names(loras):
+    """SD1.5 and SDXL share names of layers: a file for the other one is known by the shapes, and refused too."""
+    layers = shapes(base("SD15"))
+    odd = {name: torch.Size((2 * shape[0], *shape[1:])) for name, shape in list(layers.items())[::2]}
+    strange = {f"strange_{i}": torch.Size((8, 8)) for i in range(len(layers) // 2)}
+    refused(loras(lora(odd, 1)), "does not fit this model", f"{len(odd)} of its layers have another shape here",
+            "another architecture", "remove it from the ensemble")
+    refused(loras(lora({**layers, **odd, **strange}, 1)), "does not fit this model", "keys have no place")
+    composite(base("SD15"), [LoRASpec(loras(lora({**layers, **strange}, 1)), 1.0, 1.0)])  # nothing has another shape
+    few = dict(list(odd.items())[:3])
+    composite(base("SD15"), [LoRASpec(loras(lora({**layers, **few}, 1)), 1.0, 1.0)])  # most of it is in its place
+
+
+@pytest.mark.parametrize("make", [partial(merge, rest_on_weights=True), composite], ids=["merge", "composite"])
+def test_a_delta_on_its_side_is_left_out(make, loras):
+    """Guard: as many entries as the weight in another shape are no delta of this layer, and not merged instead."""
+    layers = shapes(base("SD15"))
+    name = next(name for name, shape in layers.items() if len(shape) == 2 and shape[0] != shape[1])
+    fits = lora({key: shape for key, shape in layers.items() if key != name}, 1)
+    model, good = base("SD15"), LoRASpec(loras(fits), 0.8, 0)
+    sideways = LoRASpec(loras({**fits, **lora({name: torch.Size(reversed(layers[name]))}, 2)}), 0.8, 0)
+    ours = make(model, [sideways])
+    (problem,) = ours.get_attachment(KEY).layers[0].problems
+    assert name in problem and problem.endswith("left out")
+    assert torch.equal(sample(ours), sample(make(model, [good])))
+
+
+def test_a_text_encoder_file_without_a_text_encoder(loras):
+    text = {"lora_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": torch.ones(4, 4)}
+    refused(loras(text), "changes the text encoder alone", "Connect a CLIP")
+
+
 def test_no_lora_at_all(loras):
+    refused_by_header(loras({}), "empty", "Download it again")
     refused(loras({"some.weight": torch.ones(3)}), "matches no layer of this model", "some.weight")
 
 
@@ -113,8 +148,6 @@ def test_some_layers_do_not_fit(loras, caplog):
     good = LoRASpec(loras({key: value for key, value in file_of(ensemble[0]).items()
                            if not key.startswith(f"{kohya(odd)}.")}), 0.8, 0)
     same(sample(ours), sample(stock(base("SD15"), [good])), sample(base("SD15")))
-    from lora_ensemble.host.composition import KEY
-
     problems = ours.get_attachment(KEY).record.problems
     assert len(problems) == 1 and ensemble[0].name in problems[0]
 

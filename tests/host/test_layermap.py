@@ -155,6 +155,15 @@ def test_similarity_of_any_vision_model(config):
     assert similarity(vision, b, a) == pytest.approx(found, abs=1e-6) and found < 1 - 1e-4
 
 
+@pytest.mark.parametrize(("broken", "name"), [(0, "subject_image"), (1, "style_image")])
+def test_a_picture_of_no_numbers_is_named(broken, name):
+    """A VAE that fails in half precision gives NaN; EST-LoRA would take it for a choice."""
+    images = [pictures(1), pictures(2)]
+    images[broken] = images[broken] * float("nan")
+    with pytest.raises(ValueError, match=f"of {name}. If that picture is black, its VAE failed"):
+        LoRAEnsembleStyleDiscrepancy.execute(load_vision(), *images)
+
+
 def test_similarity_of_batches_is_the_mean_over_pairs():
     vision = load_vision()
     a, b = pictures(1, 2), pictures(2, 3)
