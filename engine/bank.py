@@ -25,15 +25,16 @@ class Slot:
 class Stack(nn.Module):
     """Low-rank factors of all adapters for one slice of one layer, side by side along the rank.
 
-    down [R, in, *k], up [out, R] with R the sum of the ranks; alpha/rank is folded into up. One adapter is a view,
-    all of them together are one product, and equal ranks make a batched product of any run of adapters.
+    down [R, in, *k], up [out, R] with R the sum of the ranks; alpha/rank is folded into up, in fp32 and rounded once,
+    to `dtype`. One adapter is a view, all of them together are one product, and equal ranks make a batched product of
+    any run of adapters.
     """
 
-    def __init__(self, entries: Mapping[int, LowRank], span: Span):
+    def __init__(self, entries: Mapping[int, LowRank], span: Span, dtype: torch.dtype | None = None):
         super().__init__()
         self.span = span
-        self.down = frozen(torch.cat([op.down for op in entries.values()]).contiguous())
-        ups = [(op.up.float() * op.scale).to(op.up.dtype) for op in entries.values()]
+        self.down = frozen(torch.cat([op.down.to(dtype or op.down.dtype) for op in entries.values()]).contiguous())
+        ups = [(op.up.float() * op.scale).to(dtype or op.up.dtype) for op in entries.values()]
         self.up = frozen(torch.cat(ups, dim=1).contiguous())
         self.slots: dict[int, Slot] = {}
         start = 0
@@ -66,7 +67,7 @@ class StackOp(Op):
 class Site(nn.Module):
     """Everything the bank holds for one layer: its stacks, and the ops that are not low-rank, by adapter."""
 
-    def __init__(self, name: str, ops: Mapping[int, Sequence[Op]]):
+    def __init__(self, name: str, ops: Mapping[int, Sequence[Op]], dtype: torch.dtype | None = None):
         super().__init__()
         self.name = name
         by_span: dict[Span, dict[int, LowRank]] = {}
@@ -78,7 +79,7 @@ class Site(nn.Module):
                     entries[adapter] = op
                 else:
                     others.setdefault(adapter, []).append(op)
-        self.stacks = nn.ModuleList([Stack(entries, span) for span, entries in by_span.items() if entries])
+        self.stacks = nn.ModuleList([Stack(entries, span, dtype) for span, entries in by_span.items() if entries])
         self.others = nn.ModuleDict({str(adapter): nn.ModuleList(kept) for adapter, kept in others.items()})
 
     def ops(self, adapter: int) -> list[Op]:
@@ -96,8 +97,8 @@ class Bank(nn.Module):
 
     adapters   per adapter: layer name -> its ops there, in the order they act
     names      what to call each adapter in messages
-    dtype      low-rank factors and dense deltas are held in this dtype, the model's compute dtype, so that a forward
-               converts nothing; magnitudes and rotations stay as they are. None keeps the files' dtypes.
+    dtype      stacked low-rank factors are held in this dtype, the model's compute dtype, so that a forward converts
+               nothing; all others stay as they are. None keeps the files' dtypes.
     """
 
     def __init__(self, adapters: Sequence[Mapping[str, Sequence[Op]]], names: Sequence[str] | None = None,
@@ -110,11 +111,9 @@ class Bank(nn.Module):
             for name, ops in adapter.items():
                 by_layer.setdefault(name, {})[i] = ops
         # Layer names hold dots, which module names must not: sites are kept by position.
-        self.site_list = nn.ModuleList([Site(name, ops) for name, ops in by_layer.items()])
+        self.site_list = nn.ModuleList([Site(name, ops, dtype) for name, ops in by_layer.items()])
         self.sites: dict[str, Site] = {site.name: site for site in self.site_list}
         self.dtype = dtype
-        if dtype is not None:
-            self.hold_as(dtype)
 
     def __deepcopy__(self, memo: dict) -> Bank:
         """A bank with tensors of its own. What a host hangs on a model to manage its memory belongs to the original
@@ -125,12 +124,6 @@ class Bank(nn.Module):
         other.site_list = copy.deepcopy(self.site_list, memo)
         other.sites = {site.name: site for site in other.site_list}
         return other
-
-    def hold_as(self, dtype: torch.dtype) -> None:
-        """Convert the low-rank factors once."""
-        for module in self.modules():
-            if isinstance(module, Stack):
-                module.down.data, module.up.data = module.down.data.to(dtype), module.up.data.to(dtype)
 
     @property
     def additive(self) -> bool:

@@ -87,6 +87,17 @@ def test_composite_in_half_precision(dtype, loras):
     assert (ours - right).norm() / effect < 1.5 * (theirs - right).norm() / effect
 
 
+@pytest.mark.parametrize("other", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.bfloat16], ids=str)
+def test_files_in_fp8(other, loras):
+    """Alone and beside files of other dtypes, with an alpha/rank that fp8 would round: what the host makes of them."""
+    model = base("SD15")
+    files = [{key: value.to(dtype) if value.ndim else value for key, value in lora(shapes(model), seed, 4, 2.6).items()}
+             for seed, dtype in ((1, torch.float8_e4m3fn), (2, other))]
+    ensemble = tuple(LoRASpec(loras(file), strength, 0.0) for file, strength in zip(files, (0.8, -0.5), strict=True))
+    for some in (ensemble[:1], ensemble):
+        same(sample(merge(model, some)), sample(stock(model, some)), sample(model))
+
+
 def test_with_and_without_inference_mode(loras):
     """Tensors made in one mode must not reach the other: the server samples in inference mode, scripts may not."""
     ours, kind = merge(base("SD3"), three(base("SD3"), loras)), FAMILIES["SD3"]
