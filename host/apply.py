@@ -26,7 +26,8 @@ log = logging.getLogger("lora_ensemble")
 
 @dataclass(frozen=True)
 class Active:
-    """The LoRAs that take part in a composition, those with a model strength: what a method is made from.
+    """The LoRAs that take part in a composition, those with a model strength and a change of the model: what a method
+    is made from.
 
     specs      as the user listed them
     bank       what each of them does to each layer, in the same order
@@ -152,7 +153,10 @@ def _parse_all(model, clip, ensemble: Ensemble, node: str) -> tuple[list[LoRASpe
         if wrong:
             raise LoRAFileError(f"{node}: LoRA '{spec.name}' {wrong}, or remove it from the ensemble. The model is of "
                                 f"the kind {type(model.model).__name__}.")
-        if spec.strength_model != 0:
+        if spec.strength_model != 0 and not lora.patches:
+            log.info("%s: LoRA '%s' changes the text encoder alone, so it takes no part in the composition", node,
+                     spec.name)
+        elif spec.strength_model != 0:
             active.append(spec)
             parsed.append(lora)
     return active, parsed

@@ -11,6 +11,7 @@ import torch
 from lora_ensemble.host.apply import apply_method, bake
 from lora_ensemble.host.composition import KEY
 from lora_ensemble.host.ensemble import LoRASpec
+from lora_ensemble.host.measure import subjects_of
 from lora_ensemble.methods.composite import Composite
 
 from .builders import Rand, file_of, kohya, lora, merge, method, plain, same, sample, shapes, stock, three
@@ -84,6 +85,23 @@ def test_without_a_clip(clip, loras):
     with pytest.raises(ValueError, match="changes the text encoder alone, .*Connect a CLIP"):
         apply_method(model, None, (text_only,), plain(Composite), "Composite LoRAs")
     assert apply_method(model, clip, (text_only,), plain(Composite), "Composite LoRAs")[1] is not clip
+
+
+def test_a_lora_of_the_text_encoder_alone_takes_no_part_in_the_composition(clip, loras, caplog):
+    """It would be a branch without any LoRA, or the subject that the others are styles to."""
+    model = base("SD15")
+    text, a, b = (LoRASpec(loras(file), 0.8, 1.0) for file in (
+        with_text(clip, {}, 1), lora(shapes(model), 2), lora(shapes(model), 3)))
+    for make in (plain(Composite), lambda active: subjects_of(active, "K-LoRA") and Composite(active.strengths)):
+        with caplog.at_level("INFO", logger="lora_ensemble"):
+            ours, our_clip = apply_method(model, clip, (text, a, b), make, "LoRAs")
+        assert ours.get_attachment(KEY).layers[0].names == (a.name, b.name)
+        assert f"LoRA '{text.name}' changes the text encoder alone" in caplog.text
+        assert torch.equal(sample(ours), sample(method(model, (a, b), Composite)))
+        assert any(not torch.equal(value, patched(clip)[key]) for key, value in patched(our_clip).items())
+    assert f"subject: {a.name}; style: {b.name}" in caplog.text
+    alone, _ = apply_method(model, clip, (text,), plain(Composite), "LoRAs")
+    assert torch.equal(sample(alone), sample(model))
 
 
 def test_baked_is_the_chain_of_loaders_bit_for_bit(loras):
