@@ -6,23 +6,28 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from math import isfinite
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from ..kernels.energy import energy
-from ..kernels.topk import Part, top_and_total
+from ..kernels.topk import LARGEST_TILE, Part, top_and_total
 from ..methods.selection import Size
-from .adapters import Bias, Decomposed, GLoRA, Op
+from .adapters import Bias, Decomposed, GLoRA, Op, Span
 from .bank import Bank, Site, StackOp
 
 Reader = Callable[[str], "Tensor | None"]
 Report = Callable[[str, str, str], None]
+Made = TypeVar("Made")
+
+AT_ONCE = 2**27  # entries of dense deltas, half a gigabyte, that wait or are measured at a time
 
 
 def measure(bank: Bank, subjects: Sequence[bool], k: int = 0, raw: bool = False, top: bool = True,
             reader: Reader | None = None, visit: Callable[[int, int], None] | None = None,
-            report: Report | None = None) -> dict[str, dict[int, Size]]:
+            report: Report | None = None, strengths: Sequence[float] | None = None) -> dict[str, dict[int, Size]]:
     """Layer -> adapter -> the size of its delta there at strength 1, for layers on which several adapters act; a layer
     of one adapter has a size of NaN, as there is nothing to compare.
 
@@ -32,26 +37,35 @@ def measure(bank: Bank, subjects: Sequence[bool], k: int = 0, raw: bool = False,
     raw        leave alpha/rank out where it is a factor of the delta, which the released code of K-LoRA does
     top        False: neither the largest entries nor the sums, only energies, which cost next to nothing
     reader     (parameter name) -> base weight in fp32, for adapters whose change depends on the weight (DoRA, OFT,
-               BOFT, GLoRA, replaced weights): the size is that of W' - W at strength 1. Where there is none, only the
-               part that does not depend on the weight counts
+               BOFT, GLoRA, replaced weights): the size is that of W' - W. Where there is none, only the part that
+               does not depend on the weight counts
     visit      called as visit(layers done, layers) after each layer; may raise to stop
     report     called as report(adapter name, layer, reason) where a size is not the whole truth
+    strengths  per adapter, the strength at which W' - W is taken, to be divided by it: not all such changes are
+               proportional to it. None: 1
 
     A layer is a module of the model: where a model fuses several projections, they are one. Biases do not count.
+    Raises ValueError for a delta that holds values which are not finite.
     """
     sizes: dict[str, dict[int, Size]] = {}
     with _pool() as pool:
-        begun = ((name, {adapter: job and pool.submit(_size, *job, top) for adapter, job in jobs.items()})
-                 for name, jobs in _jobs(bank, subjects, k, raw, reader, report))
+        begun = (((name, {adapter: job and pool.submit(_size, *job, top) for adapter, job in jobs.items()}),
+                  _dense_entries(jobs))
+                 for name, jobs in _jobs(bank, subjects, k, raw, reader, report, strengths))
         for done, (name, here) in enumerate(_ahead(begun, torch.get_num_threads()), start=1):
             sizes[name] = {adapter: size.result() if size else Size() for adapter, size in here.items()}
+            _check(bank, name, sizes[name], here)
             if visit is not None:
                 visit(done, len(bank.sites))
     return sizes
 
 
-def _jobs(bank: Bank, subjects: Sequence[bool], k: int, raw: bool, reader: Reader | None,
-          report: Report | None) -> Iterator[tuple[str, dict[int, tuple[list[Part], int] | None]]]:
+Job = tuple[list[Part], int]
+"""The parts of a delta, and K."""
+
+
+def _jobs(bank: Bank, subjects: Sequence[bool], k: int, raw: bool, reader: Reader | None, report: Report | None,
+          strengths: Sequence[float] | None) -> Iterator[tuple[str, dict[int, Job | None]]]:
     """Per layer, for each adapter that acts there: the parts of its delta and K, or None where it acts alone."""
     for site in bank.sites.values():
         here = {adapter: site.all_ops(adapter) for adapter in range(bank.count)}
@@ -60,8 +74,21 @@ def _jobs(bank: Bank, subjects: Sequence[bool], k: int, raw: bool, reader: Reade
             yield site.name, dict.fromkeys(here)
             continue
         count = k or _k({adapter: _rank(ops) for adapter, ops in here.items()}, subjects)
-        yield site.name, {adapter: (_parts(bank, site, adapter, ops, raw, reader, report), count)
+        yield site.name, {adapter: (_parts(bank, site, adapter, ops, raw, reader, report,
+                                           1.0 if strengths is None else strengths[adapter]), count)
                           for adapter, ops in here.items()}
+
+
+def _dense_entries(jobs: dict[int, Job | None]) -> int:
+    return sum(part.numel() for job in jobs.values() if job for part in job[0] if isinstance(part, Tensor))
+
+
+def _check(bank: Bank, layer: str, sizes: dict[int, Size], measured: dict[int, object]) -> None:
+    for adapter, size in sizes.items():
+        if measured[adapter] and not isfinite(size.energy):
+            raise ValueError(f"LoRA '{bank.names[adapter]}': its change of the layer '{layer}' holds values that are "
+                             f"not finite in {bank.dtype or 'the dtype of its file'}. Use the model in a wider dtype "
+                             "(bf16, fp32), or take the LoRA out of the ensemble.")
 
 
 @contextmanager
@@ -77,22 +104,29 @@ def _pool() -> Iterator[ThreadPoolExecutor]:
         torch.set_num_threads(threads)
 
 
-def _ahead(items: Iterable, count: int) -> Iterator:
-    """The items, made up to `count` ahead of the one that is asked for; not all at once, dense deltas are large."""
-    made: deque = deque()
-    for item in items:
-        made.append(item)
-        if len(made) > count:
-            yield made.popleft()
-    yield from made
+def _ahead(items: Iterable[tuple[Made, int]], count: int) -> Iterator[Made]:
+    """The items, each given with the dense entries that it holds, made up to `count` ahead of the one that is asked
+    for; fewer where these are more than AT_ONCE, as dense deltas of a large model are."""
+    made: deque[tuple[Made, int]] = deque()
+    held = 0
+    for item, entries in items:
+        made.append((item, entries))
+        held += entries
+        while len(made) > count or held > AT_ONCE:
+            first, entries = made.popleft()
+            held -= entries
+            yield first
+    yield from (item for item, _ in made)
 
 
 @torch.inference_mode()
 def _size(parts: Sequence[Part], k: int, top: bool) -> Size:
     square = 0.0
     for part in parts:
-        dense = isinstance(part, Tensor)
-        square += (part.double().square().sum() if dense else energy(part[0].flatten(1), part[1])).item()
+        if isinstance(part, Tensor):
+            square += sum(tile.double().square().sum().item() for tile in part.flatten().split(LARGEST_TILE))
+        else:
+            square += energy(part[0].flatten(1), part[1]).item()
     return Size(*top_and_total(parts, k), square) if top else Size(energy=square)
 
 
@@ -111,11 +145,13 @@ def _rank(ops: Sequence[Op]) -> int:
 def _rank_of(op: Op) -> int:
     if isinstance(op, StackOp):
         return op.slot.stop - op.slot.start
+    if isinstance(op, Decomposed):
+        return _rank_of(op.direction)  # its magnitude has a dimension of 1, which is no rank
     return min((min(p.shape[:2]) for p in op.parameters() if p.ndim > 1), default=0)
 
 
 def _parts(bank: Bank, site: Site, adapter: int, ops: Sequence[Op], raw: bool, reader: Reader | None,
-           report: Report | None) -> list[Part]:
+           report: Report | None, strength: float) -> list[Part]:
     """The delta of one adapter at one layer, in disjoint parts: one per slice of the weight."""
     ops = [op for op in ops if not isinstance(op, Bias)]
     if not all(op.additive for op in ops):
@@ -123,16 +159,21 @@ def _parts(bank: Bank, site: Site, adapter: int, ops: Sequence[Op], raw: bool, r
         if weight is not None:
             changed = weight = weight.cpu()  # where the factors are; some accelerators have no float64
             for op in ops:
-                changed = op.on_weight(changed, 1.0)
-            return [changed - weight]
+                changed = op.on_weight(changed, strength)
+            return [(changed - weight).div_(strength)]
         if report is not None:
             report(bank.names[adapter], site.name, "the base weight is unreadable, so only the part of its change that "
                                                    "does not depend on the weight is compared")
-        ops = [op.direction if isinstance(op, Decomposed) else op.plus if isinstance(op, GLoRA) else op for op in ops]
-        ops = [op for op in ops if op.additive]
-    slices: dict[object, list[Op]] = {}
+    slices: dict[Span, list[Op]] = {}
     for op in ops:
-        slices.setdefault(op.span, []).append(op)
+        plain = op.direction if isinstance(op, Decomposed) else op.plus if isinstance(op, GLoRA) else op
+        if plain.additive:
+            slices.setdefault(op.span, []).append(plain)
+    if None in slices and len(slices) > 1:
+        whole = _dense(slices.pop(None), raw)
+        for span, each in slices.items():
+            whole.narrow(*span).add_(_dense(each, raw))
+        return [whole]
     return [_part(each, raw) for each in slices.values()]
 
 
@@ -141,6 +182,10 @@ def _part(ops: Sequence[Op], raw: bool) -> Part:
     if len(ops) == 1 and isinstance(ops[0], StackOp):
         down, up = ops[0].factors()
         return down, up.float() / _scale(ops[0], raw)
+    return _dense(ops, raw)
+
+
+def _dense(ops: Sequence[Op], raw: bool) -> Tensor:
     like = torch.empty(0)
     return sum(op.delta(like) / _scale(op, raw) for op in ops)
 

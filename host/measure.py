@@ -37,8 +37,8 @@ def sizes_of(active: Active, subjects: Sequence[bool], k: int = 0, raw: bool = F
     What was measured is kept, by the files and the layers they act on; not where it depends on the model's weights.
     """
     bank = active.bank
-    key = (tuple(fingerprint(spec.name) for spec in active.specs), tuple(bank.sites), bank.dtype, tuple(subjects), k,
-           raw, top)
+    layers = tuple((site.name, *(i for i in range(bank.count) if site.all_ops(i))) for site in bank.sites.values())
+    key = (tuple(fingerprint(spec.name) for spec in active.specs), layers, bank.dtype, tuple(subjects), k, raw, top)
     if key in _kept:
         _kept.move_to_end(key)
         return _kept[key]
@@ -50,7 +50,8 @@ def sizes_of(active: Active, subjects: Sequence[bool], k: int = 0, raw: bool = F
 
     told: dict[tuple[str, str], list[str]] = {}
     sizes = measure(bank, subjects, k, raw, top, partial(read_weight, active.model), visit,
-                    lambda name, layer, reason: told.setdefault((name, reason), []).append(layer))
+                    lambda name, layer, reason: told.setdefault((name, reason), []).append(layer),
+                    None if raw else active.strengths)
     for (name, reason), layers in told.items():
         active.problems.append(f"LoRA '{name}': {len(layers)} layers such as {layers[0]}: {reason}")
     if bank.additive:

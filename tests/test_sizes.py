@@ -5,25 +5,26 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from lora_ensemble.engine.adapters import OFT, Bias, Decomposed, Dense, LowRank, Replace, given
+from lora_ensemble.engine import sizes
+from lora_ensemble.engine.adapters import OFT, Bias, Decomposed, Dense, GLoRA, LowRank, Replace, given
 from lora_ensemble.engine.bank import Bank
 from lora_ensemble.engine.sizes import measure
-from lora_ensemble.kernels.deltas import hadamard
+from lora_ensemble.kernels.deltas import hadamard, kronecker
 from lora_ensemble.kernels.orthogonal import cayley
 from lora_ensemble.methods.selection import Size
 from lora_ensemble.tests.devices import Plain
 from lora_ensemble.tests.selections import LAYERS, PAIR, PAIRS, bank, top
 
 
-def sized(*ops, other=None, reader=None, report=None) -> Size:
-    """The size of one adapter's ops on a layer of 12x10, next to another adapter."""
-    other = other or [LowRank(torch.ones(12, 1), torch.ones(1, 10))]
-    return measure(Bank([{"x": list(ops)}, {"x": other}]), PAIR, 7, reader=reader, report=report)["x"][0]
+def sized(*ops, k: int = 7, **options) -> Size:
+    """The size of one adapter's ops on a layer of 12x10, next to another adapter of rank 1."""
+    other = [LowRank(torch.ones(12, 1), torch.ones(1, 10))]
+    return measure(Bank([{"x": list(ops)}, {"x": other}]), PAIR, k, **options)["x"][0]
 
 
-def like(delta: torch.Tensor) -> Size:
+def like(delta: torch.Tensor, k: int = 7) -> Size:
     x = delta.double().numpy()
-    return Size(top(x, 7), float(np.abs(x).sum()), float((x**2).sum()))
+    return Size(top(x, k), float(np.abs(x).sum()), float((x**2).sum()))
 
 
 def assert_size(found: Size, want: Size) -> None:
@@ -49,6 +50,14 @@ def test_ops_on_one_slice_add_up_and_slices_lie_side_by_side():
     assert_size(fused, like(torch.cat([u @ down for u in ups])))
 
 
+def test_an_op_on_the_whole_weight_and_one_on_a_slice_of_it_add_up():
+    up, down, part = rand(12, 2), rand(2, 10), rand(4, 3)
+    both = sized(LowRank(part, rand(3, 10), span=(0, 8, 4)), LowRank(up, down, 0.5))
+    want = 0.5 * up @ down
+    want[8:] += part @ rand(3, 10)
+    assert_size(both, like(want))
+
+
 def test_biases_do_not_count():
     up, down = rand(12, 2), rand(2, 10)
     assert_size(sized(LowRank(up, down), Bias(torch.ones(12))), like(up @ down))
@@ -65,12 +74,61 @@ def test_a_change_that_depends_on_the_weight_is_taken_from_it(make):
     assert_size(found, like(op.on_weight(weight, 1.0) - weight))
 
 
+@pytest.mark.parametrize("strength", [0.5, -1.5])
+@pytest.mark.parametrize("make", [lambda: OFT(cayley(rand(3, 4, 4))), lambda: Replace(rand(12, 10, seed=5))])
+def test_a_change_that_is_not_proportional_to_the_strength_is_taken_at_it(make, strength):
+    weight, op = rand(12, 10, seed=9), make()
+    found = sized(op, reader=lambda name: weight, strengths=(strength, 1.0)).at(strength)
+    assert_size(found, like(op.on_weight(weight, strength) - weight))
+
+
+@pytest.mark.parametrize("magnitude", [(12, 1), (1, 10)], ids=["outputs", "inputs"])
+def test_the_rank_of_a_dora_is_that_of_its_factors(magnitude):
+    weight, op = rand(12, 10, seed=9), Decomposed(LowRank(rand(12, 4), rand(4, 10)), rand(*magnitude).abs())
+    assert_size(sized(op, k=0, reader=lambda name: weight), like(op.on_weight(weight, 1.0) - weight, 4))
+
+
+@pytest.mark.parametrize(("ops", "rank"), [
+    ([Dense(hadamard, [rand(12, 3), rand(3, 10), rand(12, 3), rand(3, 10)], (12, 10))], 3),
+    ([Dense(given, [rand(12, 10)], (12, 10))], 10),
+    ([Dense(kronecker, [rand(3, 2), rand(4, 5)], (12, 10))], 2),
+    ([LowRank(rand(4, 2), rand(2, 10), span=(0, at, 4)) for at in (0, 4, 8)], 6),
+    ([LowRank(rand(12, 2), rand(2, 10)), LowRank(rand(12, 3), rand(3, 10))], 5),
+], ids=["LoHa", "difference", "LoKr", "slices", "two on one layer"])
+def test_k_counts_the_rank_of_every_kind(ops, rank):
+    """Next to a LoRA of rank 1: K is the rank."""
+    assert sized(*ops, k=0) == sized(*ops, k=rank) != sized(*ops, k=rank + 1)
+
+
+def test_differences_of_vectors_and_biases_have_rank_one():
+    scale = Dense(given, [torch.arange(1.0, 13.0)], (12,))
+    found = measure(Bank([{"x": [scale, Bias(torch.ones(12))]}, {"x": [Bias(torch.ones(12))]}]), PAIR)
+    assert found["x"] == {0: Size(12.0, 78.0, 650.0), 1: Size(0.0, 0.0, 0.0)}
+
+
 def test_an_unreadable_weight_is_said_and_the_rest_counts():
     told, up, down = [], rand(12, 2), rand(2, 10)
     found = sized(Decomposed(LowRank(up, down), rand(12, 1).abs()), report=lambda *what: told.append(what))
     assert_size(found, like(up @ down))
     assert [what[:2] for what in told] == [("0", "x")] and "unreadable" in told[0][2]
     assert sized(Replace(rand(12, 10))) == Size(0.0, 0.0, 0.0)
+    assert_size(sized(GLoRA(rand(10, 2), rand(2, 10), up, down, 0.5)), like(0.5 * up @ down))
+
+
+def test_unreadable_slices_lie_side_by_side():
+    spans = [(0, 0, 2), (0, 2, 4), (0, 6, 6)]
+    ups, down = [rand(span[2], 2) for span in spans], rand(2, 10)
+    fused = [Decomposed(LowRank(up, down), torch.ones(len(up), 1), span) for up, span in zip(ups, spans, strict=True)]
+    assert_size(sized(*fused), like(torch.cat([up @ down for up in ups])))
+
+
+def test_values_that_are_not_finite_are_refused():
+    """A scale that a narrow dtype cannot hold: nothing could be compared with that, and pictures would be black."""
+    pair = [{"x": [LowRank(torch.full((12, 1), 6e4), torch.ones(1, 10), scale)]} for scale in (1.0, 2.0)]
+    with pytest.raises(ValueError, match="LoRA 'b': its change of the layer 'x' holds values that are not finite in "
+                                         "torch.float16"):
+        measure(Bank(pair, ("a", "b"), torch.float16), PAIR)
+    assert measure(Bank(pair, ("a", "b"), torch.bfloat16), PAIR)["x"][1].top == pytest.approx(1.2e5, rel=1e-2)
 
 
 def test_a_visitor_sees_every_layer_and_may_stop_it():
@@ -85,6 +143,33 @@ def test_a_visitor_sees_every_layer_and_may_stop_it():
     with pytest.raises(InterruptedError):
         measure(bank(*PAIRS["alike"]()), PAIR, visit=stop)
     assert torch.get_num_threads() == threads  # layers are measured side by side, each by a single thread
+
+
+def test_what_nobody_asks_for_is_not_measured():
+    """Sums where energies are enough, and the sizes of a layer that one LoRA has to itself."""
+    op = [LowRank(rand(12, 2), rand(2, 10))]
+    both = Bank([{"x": op, "y": op}, {"x": op}])
+    found = measure(both, PAIR, top=False)
+    assert np.isnan([found["x"][0].top, found["x"][0].total]).all()
+    assert found["x"][0].energy == measure(both, PAIR)["x"][0].energy > 0
+    assert list(found["y"]) == [0] and np.isnan(found["y"][0].energy)
+
+
+def test_dense_deltas_do_not_pile_up(monkeypatch):
+    """Made ahead of the one that is measured as far as they are small."""
+    def lead(entries: int) -> list[int]:
+        made = []
+
+        def items():
+            for n in range(9):
+                made.append(n)
+                yield n, entries
+        return [len(made) - n for n in sizes._ahead(items(), 4)]
+
+    monkeypatch.setattr(sizes, "AT_ONCE", 100)
+    assert max(lead(0)) == 5 and max(lead(40)) == 3 and lead(101) == [1] * 9
+    held = sizes._dense_entries({0: ([torch.ones(3, 4), (torch.ones(1, 9), torch.ones(9, 1))], 7), 1: None})
+    assert held == 12
 
 
 def test_the_number_of_threads_does_not_change_sizes():

@@ -3,6 +3,8 @@ the same progress however it is sampled, measuring with progress and cancelling.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import comfy.lora
 import comfy.model_management
 import comfy.sample
@@ -22,7 +24,7 @@ from lora_ensemble.methods.session import RunFacts
 from lora_ensemble.nodes.klora import LoRAEnsembleESTLoRA, LoRAEnsembleKLoRA
 
 from .builders import Rand, lora, merge, sample, schedule, shapes, stock
-from .models import FAMILIES, base
+from .models import FAMILIES, base, build, patcher
 
 each_family = pytest.mark.parametrize("family", ["SD15", "SDXL", "Flux"])
 
@@ -236,6 +238,19 @@ def test_sizes_are_kept_for_other_settings_and_forgotten_with_the_file(loras, mo
     loras(lora(shapes(model), 99, 4), ensemble[0].name)
     assert method_of(klora(model, ensemble)).contest.ratios != method_of(first).contest.ratios
     assert len(measured) == 3
+
+
+def test_sizes_are_kept_by_the_layers_of_each_lora(loras):
+    """One LoRA more than the other fits each of two models, on the same layer: as names of layers both are the same."""
+    wide = replace(FAMILIES["SD15"], config={**FAMILIES["SD15"].config, "context_dim": 48})
+    models = base("SD15"), patcher(build(wide))
+    layers = [name for name in shapes(models[0]) if name.startswith("middle_block") and name.endswith(
+        ("attn1.to_q", "attn2.to_k"))]
+    files = [lora({name: shapes(model)[name] for name in layers}, seed, 2) for seed, model in enumerate(models)]
+    ensemble = tuple(LoRASpec(loras(file), 1.0, 0.0) for file in files)
+    for number, model in enumerate(models):
+        contest = method_of(klora(model, ensemble)).contest
+        assert contest.layers == tuple(layers) and contest.acting(1.0)[1] == number
 
 
 def test_measuring_shows_its_progress_and_can_be_cancelled(loras, monkeypatch):
