@@ -29,7 +29,8 @@ class RunFacts:
     sigmas   the schedule in the model's own units, noisiest first, with the final 0
     times    per step: the model's own time, 1 at its highest noise level and 0 at its lowest
     span     how far a run over all noise levels would be at this run's first and at its last step, 0 to 1: other than
-             that where a picture is only partly noised, or sampled in several runs
+             that where a picture is only partly noised, or sampled in several runs. By the noise level, since the
+             schedule of that whole run is not known: exact where its steps are equal parts of the model's time
     shape    of the latent, [pictures, channels, ..., height, width]; of the first part where it has several
     masks    per LoRA: where it may act, in [0, 1], [pictures or 1, 1, height, width] on the latent's grid; None:
              everywhere

@@ -28,10 +28,11 @@ class Lora:
     rank: int
 
     @classmethod
-    def random(cls, seed: int, rank: int, layers=LAYERS, size: float = 1.0, alpha: float | None = None) -> Lora:
+    def random(cls, seed: int, rank: int, layers=LAYERS, size: float = 1.0, alpha: float | None = None,
+               louder=None) -> Lora:
         g, ops = torch.Generator().manual_seed(seed), {}
         for name, (out, *rest) in layers.items():
-            spread = torch.exp(0.6 * torch.randn(1, generator=g))
+            spread = torch.exp(0.6 * torch.randn(1, generator=g)) * (louder or {}).get(name, 1.0)
             up, down = torch.randn(out, rank, generator=g), torch.randn(rank, *rest, generator=g)
             ops[name] = [LowRank(size * spread * up, down, 1.0 if alpha is None else alpha / rank)]
         return cls(ops, rank)
@@ -78,7 +79,7 @@ def est(loras, strengths=(1.0, 1.0), subjects=PAIR, **options) -> ESTLoRA:
 PAIRS = {
     "alike": lambda: (Lora.random(1, 4), Lora.random(2, 8)),
     "unequal strength and alpha": lambda: (Lora.random(3, 4, size=0.2, alpha=1.0), Lora.random(4, 2, alpha=16.0)),
-    "an outlier": lambda: (Lora.random(5, 8), Lora.random(6, 4, size=3.0)),
+    "an outlier": lambda: (Lora.random(5, 8, louder={"k": 30.0}), Lora.random(6, 4, size=3.0)),
 }
 each_pair = pytest.mark.parametrize("make", PAIRS.values(), ids=PAIRS)
 

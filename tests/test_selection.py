@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from lora_ensemble.engine.adapters import LowRank
 from lora_ensemble.engine.sizes import measure
+from lora_ensemble.methods.selection import Size, released_gamma
 from lora_ensemble.tests.selections import (
     LAYERS,
     PAIR,
@@ -73,6 +74,15 @@ def test_klora_is_the_released_code(make, star):
     assert varies(want)
     method = klora(pair, (0.7, 1.3), raw=True, released=True, star=star, beta=0.85 * 1.5 if star else 0.5)
     np.testing.assert_array_equal(schedule(method), want)
+
+
+def test_the_released_balance_leaves_out_ratios_of_three_times_the_mean_or_more():
+    def gamma(*ratios: float) -> float:
+        return released_gamma({str(i): {0: Size(total=r), 1: Size(total=1.0)} for i, r in enumerate(ratios)}, PAIR)[0]
+
+    assert gamma(1.0, 1.0, 1.0, 1.0, 1.0, 20.0) == 1.0
+    assert gamma(1.0, 1.0, 1.0, 1.0, 1.0, 4.9) == pytest.approx(9.9 / 6)
+    assert gamma(1.0, 1.0, 1.0, 1.0, 1.0, 5.0) == 1.0  # exactly 3 times
 
 
 def test_the_two_rules_differ():

@@ -7,8 +7,9 @@ import pytest
 import torch
 from lora_ensemble.engine.adapters import LowRank
 from lora_ensemble.kernels.branch import Branch, Step
+from lora_ensemble.methods.est import ESTLoRA
 from lora_ensemble.methods.klora import KLoRA
-from lora_ensemble.methods.selection import Size
+from lora_ensemble.methods.selection import Contest, Size
 from lora_ensemble.methods.session import POSITIVE, UNCONDITIONAL, Call, RunFacts
 from lora_ensemble.tests.selections import (
     LAYERS,
@@ -47,6 +48,7 @@ def test_identical_loras_at_scale_one_are_the_subject():
     one = Lora.random(1, 4)
     assert (schedule(klora((one, one), alpha=0.0, beta=1.0)) == 0).all()
     assert (schedule(klora((one, one), alpha=0.0, beta=1.0, raw=True, released=True)) == 1).all()
+    assert (schedule(est((one, one), alpha=0.0, style_discrepancy=0.0)) == 1).all()  # E_c > E_s, strictly
 
 
 def test_identical_loras_are_that_lora_at_any_setting():
@@ -64,12 +66,46 @@ def test_layers_go_to_the_style_once_and_stay(make):
         for column, ratio in zip(found.T, method.contest.ratios, strict=True):
             u = np.arange(STEPS) / (STEPS - 1)
             np.testing.assert_array_equal(column, (u > method.flip(ratio)).astype(int))
+    still = klora(make(), alpha=0.0, beta=1.0)
+    assert [still.flip(ratio) for ratio in (0.9, 1.0, 1.1)] == [-np.inf, np.inf, np.inf]
 
 
 def test_star_starts_with_style_and_wraps_at_the_papers_progress():
     method = klora(PAIRS["alike"](), star=True)
     assert method.scale(0.0) == pytest.approx(1.3) and method.scale(0.2 / 1.5 - 1e-6) == pytest.approx(1.5, abs=1e-5)
     assert method.scale(0.2 / 1.5 + 1e-6) == pytest.approx(0.0, abs=1e-5) and method.scale(1.0) == pytest.approx(1.3)
+    assert klora(PAIRS["alike"](), star=True, alpha=2.0).scale(0.6) == pytest.approx(0.5)  # 2.5 mod 2
+
+
+def test_settings_left_alone_are_the_published_ones():
+    pair = PAIRS["alike"]()
+    assert [(m.alpha, m.beta) for m in (klora(pair), klora(pair, star=True), est(pair))] == [(1.5, 0.5), (1.5, 1.3),
+                                                                                             (1.5, 0.5)]
+    assert klora(pair, beta=0.0).beta == 0.0
+    assert est(pair).contest == est(pair, balance="energy").contest
+
+
+@pytest.mark.parametrize("ties", [True, False])
+def test_a_branch_is_that_of_its_scale_in_whatever_order_they_are_asked_for(ties):
+    """At the ratios themselves, too, where a step below and one above have two different branches."""
+    layers = ("a", "b", "c")
+    contest = Contest((1.0, 1.0), layers, (0, 0, 0), (1, 1, 1), (0.5, 1.0, 2.0), PAIR, ties)
+    for scale in (0.4, 1.5, 0.5, 1.0, 0.7, 2.0, 1.0, 2.1, 0.5):
+        want = [0 if ratio > scale or (ties and ratio == scale) else 1 for ratio in (0.5, 1.0, 2.0)]
+        branch = contest.branch(scale)
+        assert [branch.at(layer).index(1.0) for layer in layers] == want, scale
+
+
+@pytest.mark.parametrize("method", [KLoRA.of, ESTLoRA.of])
+def test_where_a_lora_changes_nothing_the_other_one_acts(method):
+    """No ratio of two numbers, but a choice: of both that change nothing, any."""
+    nothing, some = Size(0.0, 0.0, 0.0), Size(1.0, 4.0, 2.0)
+    sizes = {"c": {0: some, 1: nothing}, "s": {0: nothing, 1: some}, "none": {0: nothing, 1: nothing},
+             "both": {0: some, 1: some}}
+    found = schedule(method(sizes, (1.0, 1.0), PAIR), sizes)
+    assert (found[:, 0] == 0).all() and (found[:, 1] == 1).all()
+    empty = {layer: {0: nothing, 1: some} for layer in sizes}
+    assert (schedule(method(empty, (1.0, 1.0), PAIR), empty) == 1).all()
 
 
 @pytest.mark.parametrize("steps", [2, 5, 20, 101])
@@ -135,6 +171,9 @@ def test_a_session_hands_predictions_on_and_notes_who_acted():
     assert mixed[0] is not None and torch.equal(mixed[0], positive[0]) and mixed[1] is None
     acting = [branches[0].at(layer) for layer in LAYERS]
     assert session.notes() == {"layers": [acting.count((1.0, 0.0)), acting.count((0.0, 1.0))]}
+    later = session.branches(Step(1, 2, 0.5))[0]
+    assert session.notes()["layers"][0] == sum(later.at(layer) == (1.0, 0.0) for layer in LAYERS) != acting.count(
+        (1.0, 0.0))
 
 
 def test_a_run_makes_few_branches_and_finds_them_again():

@@ -45,6 +45,17 @@ def test_one_side_alone_is_decided_by_the_score():
     assert (found == found[0]).all() and varies(found)
 
 
+def test_a_lora_of_fewer_layers_has_no_advantage():
+    """Two subjects of equal deltas, one of them on half the layers only: on these they stay equal."""
+    subject, style = Lora.random(1, 4).ops["q"], Lora.random(2, 4).ops["q"]
+    whole, half, other = (Lora(dict.fromkeys(layers, ops), 4) for layers, ops in
+                          (("abcd", subject), ("ab", subject), ("abcd", style)))
+    for method in (klora([whole, half, other], (1.0,) * 3, (True, True, False)),
+                   est([whole, half, other], (1.0,) * 3, (True, True, False))):
+        assert method.contest.ratios == pytest.approx((method.contest.ratios[0],) * 4, rel=1e-6)
+        assert method.contest.subjects == (0,) * 4  # of equals the first
+
+
 def test_k_of_several_is_the_product_of_the_sides_largest_ranks():
     loras = [Lora.random(0, 2), Lora.random(1, 8), Lora.random(2, 4)]
     sizes = measure(bank(*loras), (True, True, False))

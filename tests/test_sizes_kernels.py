@@ -148,6 +148,12 @@ def test_dense_matrices(shape, dtype):
     assert top_and_total([x], 25) == pytest.approx(want, rel=TOLERANCE)
 
 
+def test_float64_is_summed_in_float64():
+    down, up = (factor.double() for factor in factors((64, 48), 4))
+    down = down * torch.linspace(1, 1 + 1e-9, 48, dtype=torch.float64)
+    assert top_and_total([(down, up)], 16) == pytest.approx(reference(dense(down, up), 16), rel=1e-13)
+
+
 def test_parts_are_one_matrix():
     """Three projections that a model has fused into one layer, and a dense rest; the largest entries may lie anywhere.
     """
