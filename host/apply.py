@@ -66,7 +66,7 @@ def apply_method(model, clip, ensemble: Ensemble, make: Callable[[Active], Metho
         rest = {key: lora.patches[key] for key, _ in lora.left_out} if rest_on_weights else {}
         problems += _problems(spec, lora, new_model.add_patches(rest, spec.strength_model) if rest else [])
     names = tuple(spec.name for spec in active)
-    bank = Bank([lora.layers for lora in parsed], names, compute_dtype(model.model))
+    bank = Bank([lora.layers for lora in parsed], names, compute_dtype(model))
     method = make(Active(tuple(active), bank, model, problems))
     masked = [spec.name for spec in active if spec.mask is not None]
     if masked and not getattr(method, "uses_masks", False):
@@ -115,8 +115,8 @@ def merge_clip(clip, ensemble: Ensemble):
 
 
 def compute_dtype(model) -> torch.dtype:
-    """The dtype that the base model's layers compute in."""
-    return model.manual_cast_dtype or model.get_dtype()
+    """The dtype that a MODEL's layers compute in, as nodes before have set it."""
+    return model.get_model_object("manual_cast_dtype") or model.model.get_dtype()
 
 
 def bank_patcher(bank: Bank, load_device, offload_device, disable_dynamic: bool = False):

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from uuid import UUID
 
-import comfy.model_management
 import torch
 from torch import Tensor, nn
 
@@ -52,10 +51,11 @@ class BranchCache:
     their own), a shape, and the how-manieth evaluation of all that at this noise level (SAG evaluates twice).
 
     report   called with a sentence for what cannot be cached; once per case
+    free     bytes that a device has left, as the host's batching counts them
     """
 
-    def __init__(self, spec: CacheSpec, report: Callable[[str], None]):
-        self.spec = spec
+    def __init__(self, spec: CacheSpec, report: Callable[[str], None], free: Callable[[torch.device], float]):
+        self.spec, self._free = spec, free
         self.store = FeatureCache(spec.oldest)
         self.reused = 0  # rows of this step that were evaluated on cached features
         self.ages: dict[Combo, int] = {}  # of what they were evaluated on
@@ -131,7 +131,7 @@ class BranchCache:
 
     def _keep(self, keys: list, combos: Sequence[Combo], caught: dict[Hashable, tuple], device: torch.device) -> None:
         if device not in self._limits:
-            self._limits[device] = room(device)
+            self._limits[device] = int(self._free(device)) // 2
         for k, (key, combo) in enumerate(zip(keys, combos, strict=True)):
             # Copies: a view would hold the whole batch for as long as its oldest row is kept.
             features = {name: chunks[k].clone() for name, chunks in caught.items()}
@@ -159,11 +159,6 @@ class BranchCache:
         if reason not in self._reported:
             self._reported.add(reason)
             self._report(f"Branch Cache: {reason}. What is not cached runs whole, as without the cache.")
-
-
-def room(device: torch.device) -> int:
-    """Bytes that features may take on a device: half of what is free when the first are kept."""
-    return int(comfy.model_management.get_free_memory(device)) // 2
 
 
 def _window(options: dict) -> Hashable:

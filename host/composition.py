@@ -28,6 +28,9 @@ log = logging.getLogger("lora_ensemble")
 Combo = tuple[Branch, ...]
 """One branch per applied method: what one row of a batch is evaluated with."""
 
+Free = Callable[[torch.device], float]
+"""Bytes that a device has left."""
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -72,9 +75,10 @@ class Composition:
                         "a dual-model guider, say): its LoRAs have no effect there. Bake them in with Merge instead.")
         return self.runs[-1] if self.runs else None
 
-    def begin(self, sigmas: Tensor, facts: Sequence[RunFacts], sides: Mapping[UUID, str]) -> Run:
-        """Start a run; `facts` per layer, and the side of guidance that each of the sampler's conds is on."""
-        run = Run(self.layers, sigmas, facts, sides, self.cache)
+    def begin(self, sigmas: Tensor, facts: Sequence[RunFacts], sides: Mapping[UUID, str], free: Free) -> Run:
+        """Start a run; `facts` per layer, the side of guidance that each of the sampler's conds is on, and what tells
+        how much memory is left."""
+        run = Run(self.layers, sigmas, facts, sides, self.cache, free)
         self.runs.append(run)
         self.record = run.record
         return run
@@ -111,13 +115,13 @@ class Run:
     """State of one sampling run: fresh at its start, gone at its end."""
 
     def __init__(self, layers: Sequence[Layer], sigmas: Tensor, facts: Sequence[RunFacts], sides: Mapping[UUID, str],
-                 cache: CacheSpec | None = None):
+                 cache: CacheSpec | None, free: Free):
         self.sessions = [begin(layer.method, known) for layer, known in zip(layers, facts, strict=True)]
         self.clock = Clock(sigmas.detach().float().cpu().tolist())
         self.record = RunRecord([type(layer.method).__name__ for layer in layers],
                                 [list(layer.names) for layer in layers],
                                 problems=[problem for layer in layers for problem in layer.problems])
-        self.cache = BranchCache(cache, self._tell) if cache is not None and cache.oldest > 1 else None
+        self.cache = BranchCache(cache, self._tell, free) if cache is not None and cache.oldest > 1 else None
         self.combos: dict[UUID, Combo] = {}
         self.single: Combo | None = None
         self.views: dict[int, object] = {}

@@ -7,13 +7,14 @@ from contextlib import ExitStack
 from functools import partial
 
 import comfy.lora
+import comfy.model_management
 import comfy.model_patcher
 import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ..engine.bank import Bank
-from .composition import KEY, Composition, Run
+from .composition import KEY, Composition, Free, Run
 from .control import ControlView
 from .facts import parts_of, run_facts, sides_of
 from .rows import branches_apart
@@ -34,7 +35,7 @@ def outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=No
         return executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, *args, **kwargs)
     guider, shape = executor.class_obj, (kwargs.get("latent_shapes") or [noise.shape])[0]
     run = composition.begin(sigmas, run_facts(guider.model_patcher, composition.layers, sigmas, shape),
-                            sides_of(guider.conds))
+                            sides_of(guider.conds), _free(guider.model_patcher))
     told, finished = run.clock.listening(callback), False
 
     try:
@@ -113,6 +114,11 @@ def _active(model) -> Run | None:
 def _banks(model) -> list[Bank]:
     """The banks on this model's device: a multi-GPU clone carries copies of its own."""
     return [patcher.model for patcher in model.current_patcher.get_additional_models_with_key(KEY)]
+
+
+def _free(patcher) -> Free:
+    """What the host's own batching goes by: under dynamic VRAM it counts weights that make way for activations."""
+    return getattr(patcher, "get_free_memory", comfy.model_management.get_free_memory)
 
 
 def _unwrapped(module):

@@ -45,5 +45,9 @@ def add_pointwise_(y: Tensor, hidden: Tensor, up: Tensor, gain: float | Tensor) 
         flat = y.view(y.shape[0], y.shape[1], -1)
         flat.baddbmm_(up.expand(y.shape[0], -1, -1), hidden.view(hidden.shape[0], hidden.shape[1], -1), alpha=gain)
         return y
+    last = y.movedim(1, -1)
+    if last.is_contiguous():  # channels last
+        last.view(-1, y.shape[1]).addmm_(hidden.movedim(1, -1).reshape(-1, hidden.shape[1]), up.T, alpha=gain)
+        return y
     delta = torch.einsum("or,br...->bo...", up, hidden)
     return y.add_(delta, alpha=gain)

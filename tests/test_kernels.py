@@ -10,6 +10,7 @@ from lora_ensemble.kernels.deltas import hadamard, kronecker, tucker, tucker_dow
 from lora_ensemble.kernels.lowrank import add_linear_, add_linear_batched_, add_pointwise_
 from lora_ensemble.kernels.orthogonal import block_rotate, butterfly_rotate, cayley
 from lora_ensemble.tests.reference import TOLERANCE, butterfly_matrix, close
+from lora_ensemble.tests.test_engine_cost import Spy
 from torch import Tensor
 
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype).removeprefix("torch."))
@@ -87,6 +88,16 @@ def test_add_pointwise(size, layout, gain, dtype):
     strides = y.stride()
     assert add_pointwise_(y, hidden, up, g) is y and y.stride() == strides
     assert close(y, want)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+def test_add_pointwise_holds_no_delta_of_its_own(layout):
+    """Guards: memory of a whole output more, and two passes over it, with --force-channels-last."""
+    y, hidden = (LAYOUTS[layout](rand(2, c, 5, 6)) for c in (64, 4))
+    up = rand(64, 4)
+    with Spy() as spy:
+        add_pointwise_(y, hidden, up, 0.5)
+    assert spy.written == y.numel()
 
 
 def test_add_pointwise_into_some_channels_of_one_row():

@@ -6,7 +6,7 @@ import comfy.model_management
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
-from lora_ensemble.host import cache
+from lora_ensemble.host import wrappers
 from lora_ensemble.host.cache import CacheSpec
 from lora_ensemble.host.composition import KEY, record_of
 from lora_ensemble.methods.schedule import Uniform
@@ -113,7 +113,7 @@ def test_features_beyond_half_of_the_free_memory_are_not_kept(ours, monkeypatch)
     """Two of six rows fit: those are cached, the others run whole, and the pictures stay sound."""
     sample(reusing := cached(ours), steps=2)
     one = steps_of(reusing)[0]["bytes"] // 6
-    monkeypatch.setattr(cache, "room", lambda device: 2 * one)
+    monkeypatch.setattr(wrappers, "_free", lambda patcher: lambda device: 4 * one)
     tight = cached(ours)
     sample(tight, steps=4)
     assert [step["reused"] for step in steps_of(tight)] == [0, 2, 2, 0]

@@ -3,6 +3,7 @@ and brings back are its own decisions, made by its own patchers."""
 
 from __future__ import annotations
 
+import comfy.model_management
 import comfy.model_patcher
 import pytest
 import torch
@@ -12,6 +13,7 @@ from lora_ensemble.host.composition import KEY
 from lora_ensemble.tests.reference import KINDS, make_ops
 
 from .builders import composite, sample, three
+from .caches import cached, steps_of
 from .models import CPU, base
 
 DEVICE = torch.device("meta")
@@ -34,6 +36,14 @@ def test_a_bank_is_loaded_module_by_module():
     patcher.load(DEVICE, lowvram_model_memory=10 * bank.nbytes())
     assert devices(bank) == {"meta"}
     assert patcher.loaded_size() == bank.nbytes() > 0
+
+
+def test_adapters_are_held_in_the_dtype_that_the_model_computes_in(loras):
+    """Guards: where a node has set another compute dtype, every run held a converted copy beside the bank."""
+    model = base("SD15").clone()
+    model.set_model_compute_dtype(torch.bfloat16)
+    (patcher,) = composite(model, three(model, loras)).get_additional_models_with_key(KEY)
+    assert {parameter.dtype for parameter in patcher.model.parameters()} == {torch.bfloat16}
 
 
 # --- dynamic VRAM ---------------------------------------------------------------------------------------------------
@@ -114,3 +124,13 @@ def test_a_bank_without_adapters(dynamic, loras):
     (patcher,) = ours.get_additional_models_with_key(KEY)
     bank_patcher(patcher.model, DEVICE, CPU).partially_load(DEVICE)
     assert torch.equal(sample(ours), sample(model))
+
+
+def test_cached_features_may_take_what_dynamic_vram_would_free(dynamic, loras, monkeypatch):
+    """Weights fill the device to the brim and make way for activations; the host's own batches count on that."""
+    ours = cached(composite(base("SD15"), three(base("SD15"), loras)))
+    monkeypatch.setattr(comfy.memory_management, "aimdo_enabled", True)
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda device, both=False: (1, 1) if both else 1)
+    monkeypatch.setattr("comfy_aimdo.model_vbar.vbars_analyze", lambda device: 2**40)
+    sample(ours, steps=3)
+    assert any(step["reused"] for step in steps_of(ours))
