@@ -17,6 +17,7 @@ WARM = ("#E69F00", "#D55E00", "#CC79A7", "#8C564B")  # subjects; told apart from
 COOL = ("#0072B2", "#56B4E9", "#009E73", "#6A5ACD")  # styles
 INK, PAPER, FAINT = "#222222", "#FFFFFF", "#BBBBBB"
 MARGIN, LABELS, MAP, GAP, RATIOS, SHARES, LINE = 24, 190, 720, 56, 300, 90, 24
+WIDTH = MARGIN + LABELS + MAP + GAP + RATIOS + MARGIN
 OCTAVES = 3  # the ratio's axis ends at 1/8 and 8
 
 
@@ -30,6 +31,7 @@ class LayerMap:
     layers   their names
     ratios   per layer, score of its subject / score of its style; infinite where only one side acts
     acting   [layers, points]: the number of the LoRA that acts, at equal distances of progress from 0 to 1
+    rivals   per layer, the numbers of that subject and that style, None where a side has none
     """
 
     title: str
@@ -38,18 +40,20 @@ class LayerMap:
     layers: tuple[str, ...]
     ratios: tuple[float, ...]
     acting: np.ndarray
+    rivals: tuple[tuple[int | None, int | None], ...]
 
     def as_json(self) -> str:
-        """The same as text. `acts`: [from, to, number of the LoRA] along the progress; a ratio of null: only one side
-        has this layer."""
+        """The same as text. `acts`: [from, to, number of the LoRA] along the progress; `ratio`: of the LoRAs with the
+        numbers `subject` and `style`, null where only one side has this layer."""
         def number(i: int) -> float:
             return round(i / self.acting.shape[1], 3)
 
         layers = []
-        for name, ratio, row in zip(self.layers, self.ratios, self.acting, strict=True):
+        for name, ratio, (subject, style), row in zip(self.layers, self.ratios, self.rivals, self.acting, strict=True):
             ends = [0, *(np.flatnonzero(np.diff(row)) + 1).tolist(), len(row)]
             acts = [[number(a), number(b), int(row[a])] for a, b in zip(ends, ends[1:], strict=False)]
-            layers.append({"layer": name, "ratio": round(ratio, 4) if isfinite(ratio) else None, "acts": acts})
+            layers.append({"layer": name, "ratio": round(ratio, 4) if isfinite(ratio) else None, "subject": subject,
+                           "style": style, "acts": acts})
         shares = [round(float((self.acting == i).mean()), 4) if layers else 0.0 for i in range(len(self.names))]
         loras = [{"name": name, "side": "subject" if side else "style", "share": share}
                  for name, side, share in zip(self.names, self.sides, shares, strict=True)]
@@ -84,9 +88,11 @@ def layer_map(model, points: int = MAP) -> LayerMap:
     columns = [contest.acting(method.scale(u)) for u in np.linspace(0, 1, points)]
     acting = np.array(columns, dtype=np.int64).reshape(points, len(order)).T[order]
     label = {"KLoRA": "K-LoRA", "ESTLoRA": "EST-LoRA"}.get(type(method).__name__, type(method).__name__)
-    title = f"{label}: the subject acts while its ratio is at least {method.rule}"
+    least = "at least" if contest.subject_ties else "more than"
+    title = f"{label}: the subject acts while its ratio is {least} {method.rule}"
     return LayerMap(title, names, contest.sides, tuple(contest.layers[i] for i in order),
-                    tuple(contest.ratios[i] for i in order), acting)
+                    tuple(contest.ratios[i] for i in order), acting,
+                    tuple((contest.subjects[i], contest.styles[i]) for i in order))
 
 
 def draw(of: LayerMap) -> Image.Image:
@@ -94,7 +100,7 @@ def draw(of: LayerMap) -> Image.Image:
     row = max(2, min(24, 900 // max(len(of.layers), 1)))
     height = row * len(of.layers)
     left, top = MARGIN + LABELS, MARGIN + LINE * (3 + len(of.names)) + SHARES
-    sheet = Image.new("RGB", (left + MAP + GAP + RATIOS + MARGIN, top + height + 3 * LINE), PAPER)
+    sheet = Image.new("RGB", (WIDTH, top + height + 3 * LINE), PAPER)
     pen, colours = ImageDraw.Draw(sheet), of.colours()
     pen.text((MARGIN, MARGIN), of.title, INK, _font(18))
     _legend(pen, of, colours)
@@ -114,12 +120,23 @@ def draw(of: LayerMap) -> Image.Image:
 
 
 def _legend(pen: ImageDraw.ImageDraw, of: LayerMap, colours: list[str]) -> None:
+    """A line per LoRA: its number as in the text, which tells names apart that the font has no letters for."""
     for i, (name, side, colour) in enumerate(zip(of.names, of.sides, colours, strict=True)):
         y = MARGIN + LINE * (i + 1) + 8
         share = 100 * float((of.acting == i).mean()) if of.layers else 0
         pen.rectangle((MARGIN, y + 2, MARGIN + 28, y + 16), colour)
-        kind = "subject" if side else "style"
-        pen.text((MARGIN + 38, y), f"{name}   ({kind}, {share:.0f} % of layers and time)", INK, _font(15))
+        rest = f"   ({'subject' if side else 'style'}, {share:.0f} % of layers and time)"
+        room = WIDTH - 2 * MARGIN - 38 - pen.textlength(f"{i}   {rest}", _font(15))
+        pen.text((MARGIN + 38, y), f"{i}   {_fitted(pen, name, room)}{rest}", INK, _font(15))
+
+
+def _fitted(pen: ImageDraw.ImageDraw, name: str, room: float) -> str:
+    """A name with as much of its middle left out as it takes to fit."""
+    kept, text = len(name), name
+    while pen.textlength(text, _font(15)) > room and kept > 2:
+        kept -= 1
+        text = f"{name[:(kept + 1) // 2]} ... {name[-(kept // 2):]}"
+    return text
 
 
 def _shares(sheet: Image.Image, of: LayerMap, colours: list[str], at: tuple[int, int]) -> None:
@@ -140,23 +157,23 @@ def _shares(sheet: Image.Image, of: LayerMap, colours: list[str], at: tuple[int,
 
 
 def _blocks(pen: ImageDraw.ImageDraw, of: LayerMap, at: tuple[int, int], row: int) -> None:
-    """Names of the model's sections, and the numbers of their blocks where there is room."""
+    """Names of the model's sections and numbers of their blocks, each where there is room for it."""
     (left, top), start, below = at, 0, -99
     for section, members in groupby(of.layers, key=lambda name: name.split(".")[0]):
         members = list(members)
         y = top + row * start
-        pen.line((MARGIN, y, left - 1, y), FAINT)
-        pen.line((left + MAP, y, left + MAP + GAP + RATIOS, y), FAINT)
         if y - below >= 15:
+            pen.line((MARGIN, y, left - 1, y), FAINT)
+            pen.line((left + MAP, y, left + MAP + GAP + RATIOS, y), FAINT)
             pen.text((MARGIN, y + 2), section.replace("_", " "), INK, _font(14))
             below = y
-        last, line = -99, start
+        last, line, end = -99, start, y + row * len(members)
         for block, inner in groupby(members, key=_block):
             count = len(list(inner))
             y = top + row * line
             if block is not None:
                 pen.line((left - 8, y, left - 1, y), FAINT)
-                if y - last >= 14 and count * row >= 10 or y - last >= 28:
+                if y + 14 <= end and (y - last >= 14 and count * row >= 10 or y - last >= 28):
                     pen.text((left - 12, y), block, INK, _font(12), anchor="ra")
                     last = y
             line += count
@@ -169,8 +186,8 @@ def _block(layer: str) -> str | None:
 
 
 def _ratios(pen: ImageDraw.ImageDraw, of: LayerMap, colours: list[str], at: tuple[int, int], row: int) -> None:
-    """A bar per layer from ratio 1: to the right in the subject's colour where the subject is larger, else to the
-    left in the style's. No bar where only one side has the layer."""
+    """A bar per layer from ratio 1: to the right in the colour of its subject where that is larger, else to the left
+    in that of its style. No bar where only one side has the layer."""
     top, middle = at[1], at[0] + RATIOS / 2
     unit, bottom = RATIOS / 2 / OCTAVES, top + row * len(of.layers)
     for octave in range(-OCTAVES, OCTAVES + 1):
@@ -179,15 +196,13 @@ def _ratios(pen: ImageDraw.ImageDraw, of: LayerMap, colours: list[str], at: tupl
         label = f"1/{2**-octave}" if octave < 0 else str(2**octave)
         pen.text((x, bottom + 7), label, INK, _font(13), anchor="ma")
     pen.text((middle, bottom + LINE + 4), "ratio, subject / style", INK, _font(14), anchor="ma")
-    warm = next((c for c, side in zip(colours, of.sides, strict=True) if side), INK)
-    cool = next((c for c, side in zip(colours, of.sides, strict=True) if not side), INK)
-    for i, ratio in enumerate(of.ratios):
-        if not isfinite(ratio):
+    for i, (ratio, (subject, style)) in enumerate(zip(of.ratios, of.rivals, strict=True)):
+        if not isfinite(ratio) or subject is None or style is None:
             continue
         length = unit * max(-OCTAVES, min(OCTAVES, log2(ratio) if ratio > 0 else -OCTAVES))
         y, thick = top + row * i, max(row - 1, 1)
         pen.rectangle((min(middle, middle + length), y, max(middle, middle + length), y + thick - 1),
-                      warm if length > 0 else cool)
+                      colours[subject if length > 0 else style])
 
 
 def _rgb(colour: str) -> tuple[int, ...]:

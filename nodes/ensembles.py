@@ -44,7 +44,8 @@ class LoRAEnsembleLoRA(io.ComfyNode):
                     "role",
                     options=list(ROLES),
                     default="auto",
-                    tooltip="What the LoRA depicts, for methods that treat characters, styles and so on differently. "
+                    tooltip="What the LoRA depicts. For K-LoRA and EST-LoRA, characters, clothing and objects are "
+                    "subjects, styles and backgrounds styles; auto goes by order. For CMLoRA, backgrounds lead late. "
                     "Merge, Switch, Composite and LoRAtorio do not ask.",
                 ),
                 earlier_ensemble_input(),

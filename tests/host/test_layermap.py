@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from lora_ensemble.host.composition import KEY, Composition, Layer
-from lora_ensemble.host.layermap import LABELS, MAP, MARGIN, LayerMap, draw, layer_map
+from lora_ensemble.host.layermap import FAINT, GAP, LABELS, MAP, MARGIN, RATIOS, LayerMap, draw, layer_map
 from lora_ensemble.host.vision import similarity
 from lora_ensemble.methods.merge import Merge
 from lora_ensemble.methods.selection import Contest, Selection
@@ -28,7 +29,8 @@ def made(count: int, sides=(True, False)) -> LayerMap:
     ratios = (float("inf"), *np.geomspace(0.1, 10, count - 1).tolist()) if count else ()
     acting = np.array([[0 if r >= 1.5 * u + 0.5 else 1 for u in np.linspace(0, 1, MAP)] for r in ratios])
     return LayerMap("K-LoRA", ("a.safetensors", "b.safetensors"), sides, layers, ratios,
-                    acting.reshape(count, MAP).astype(np.int64))
+                    acting.reshape(count, MAP).astype(np.int64),
+                    tuple((0, None if np.isinf(ratio) else 1) for ratio in ratios))
 
 
 def rgb(colour: str) -> tuple[int, ...]:
@@ -47,6 +49,7 @@ def test_the_map_says_what_the_method_does(family, loras):
     assert {entry["layer"] for entry in found["layers"]} == set(ratios)
     for entry in found["layers"]:
         assert entry["ratio"] == pytest.approx(ratios[entry["layer"]], abs=1e-4)
+        assert (entry["subject"], entry["style"]) == (0, 1)
         assert len(entry["acts"]) <= 2 and entry["acts"][0][0] == 0 and entry["acts"][-1][1] == 1
         flip = method.flip(ratios[entry["layer"]])
         assert entry["acts"][-1][2] == (0 if flip >= 1 else 1)
@@ -68,7 +71,8 @@ def test_the_node_takes_a_composed_model_or_an_ensemble(loras):
     direct_image, direct = LoRAEnsembleLayerMap.execute(model, ensemble).args
     assert direct == text and torch.equal(direct_image, image)
     est = LoRAEnsembleESTLoRA.execute(model, ensemble, 1.5, 0.25, "energy").args[0]
-    assert json.loads(LoRAEnsembleLayerMap.execute(est).args[1])["method"].endswith("1.5 u + 0.75")
+    rule = json.loads(LoRAEnsembleLayerMap.execute(est).args[1])["method"]
+    assert rule.endswith("more than 1.5 u + 0.75") and "at least 1.5 u + 0.5" in text  # who acts where both are equal
 
 
 def test_the_map_finds_the_choice_under_another_method(loras):
@@ -89,8 +93,8 @@ def test_one_sided_layers_have_no_ratio_and_the_text_is_json():
                       (True, False))
     model.set_attachments(KEY, Composition((Layer(Selection(contest, 1.5, 0.5), ("a", "b")), Layer(Merge(()), ()))))
     found = json.loads(layer_map(model).as_json())
-    assert [(entry["ratio"], entry["acts"]) for entry in found["layers"]] == [
-        (None, [[0.0, 1.0, 0]]), (None, [[0.0, 1.0, 1]])]
+    assert [(entry["ratio"], entry["subject"], entry["style"], entry["acts"]) for entry in found["layers"]] == [
+        (None, 0, None, [[0.0, 1.0, 0]]), (None, None, 1, [[0.0, 1.0, 1]])]
     assert [lora["share"] for lora in found["loras"]] == [0.5, 0.5]
 
 
@@ -134,6 +138,35 @@ def test_the_strip_shows_the_share_of_layers():
     end = next(y for y in range(first, len(pixels)) if pixels[y] not in colours)
     strip = Counter(pixels[first:end])
     assert strip[colours[0]] / (end - first) == pytest.approx((of.acting[:, MAP // 4] == 0).mean(), abs=0.03)
+
+
+def test_bars_have_the_colour_of_the_lora_that_is_larger():
+    """Of several subjects or styles, the one that competes at this layer."""
+    rivals = ((0, 1), (2, 3), (2, 1), (0, 3))
+    of = LayerMap("EST-LoRA", tuple("abcd"), (True, False, True, False), tuple(f"b.{i}.q" for i in range(4)),
+                  (4.0, 4.0, 0.25, 0.25), np.zeros((4, MAP), dtype=np.int64), rivals)
+    picture, colours = np.asarray(draw(of)), [rgb(colour) for colour in of.colours()]
+    middle = MARGIN + LABELS + MAP + GAP + RATIOS // 2
+    rows = [y for y in range(len(picture)) if tuple(picture[y, MARGIN + LABELS + MAP - 1]) == colours[0]][-4 * 24:]
+    for i, (side, lora) in enumerate(((1, 0), (1, 2), (-1, 1), (-1, 3))):
+        assert tuple(picture[rows[24 * i + 8], middle + side * 20]) == colours[lora]
+
+
+def test_a_long_name_leaves_its_middle_out():
+    of = made(12)
+    picture = np.asarray(draw(replace(of, names=("a" * 300 + ".safetensors", "b.safetensors"))))
+    legend = picture[MARGIN + 24:MARGIN + 48] < 200
+    assert not legend[:, -MARGIN:].any(), "cut off at the edge"
+    assert legend[:, -MARGIN - 120:].any(), "side and share come after the name"
+
+
+def test_a_section_without_room_has_no_line_through_another_ones_name():
+    of = made(60)
+    names = ("img_in", "time_in.in_layer", "txt_in", *of.layers[3:])
+    picture = np.asarray(draw(replace(of, layers=names)))
+    first = next(y for y, pixel in enumerate(picture[:, MARGIN + 100]) if tuple(pixel) == rgb(FAINT))
+    lines = [y for y in range(first, first + 15) if tuple(picture[y, MARGIN + 100]) == rgb(FAINT)]
+    assert lines == [first]
 
 
 # --- vision ---
