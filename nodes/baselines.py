@@ -109,7 +109,7 @@ class LoRAEnsembleSwitch(io.ComfyNode):
         late = chosen(turns, TURNS, "Switch LoRAs: turns") == "released code"
 
         def switch(active: Active) -> Switch:
-            return Switch(active.strengths, steps_per_lora, turns_of(order, ensemble), late)
+            return Switch(active.strengths, steps_per_lora, turns_of(order, ensemble, active.specs), late)
 
         return io.NodeOutput(*apply_method(model, clip, ensemble, switch, node="Switch LoRAs"))
 

@@ -23,16 +23,17 @@ def numbers_of(text: str) -> tuple[int, ...]:
     return numbers
 
 
-def turns_of(text: str, ensemble: Ensemble) -> tuple[int, ...] | None:
-    """The order of turns as indexes among the LoRAs that take part, those with a model strength; None: as listed.
+def turns_of(text: str, ensemble: Ensemble, taking_part: Ensemble) -> tuple[int, ...] | None:
+    """The order of turns as indexes among the LoRAs that take part; None: as listed.
 
-    Numbers count all LoRAs of the chain, so that muting one does not renumber the others; a muted one may be named.
+    Numbers count all LoRAs of the chain, so that muting one does not renumber the others; one that takes no part may
+    be named.
     Raises OrderError for a number beyond the chain and for a LoRA that would never get a turn.
     """
     numbers = numbers_of(text)
     if not numbers:
         return None
-    active = [number for number, lora in enumerate(ensemble, start=1) if lora.strength_model != 0]
+    active = [number for number, lora in enumerate(ensemble, start=1) if lora in taking_part]
     beyond = [number for number in numbers if number > len(ensemble)]
     if beyond:
         raise OrderError(

@@ -13,6 +13,7 @@ from lora_ensemble.host.composition import KEY
 from lora_ensemble.host.ensemble import LoRASpec
 from lora_ensemble.host.measure import subjects_of
 from lora_ensemble.methods.composite import Composite
+from lora_ensemble.nodes.baselines import LoRAEnsembleSwitch
 
 from .builders import Rand, file_of, kohya, lora, merge, method, plain, same, sample, shapes, stock, three
 from .kinds import glora
@@ -100,6 +101,8 @@ def test_a_lora_of_the_text_encoder_alone_takes_no_part_in_the_composition(clip,
         assert torch.equal(sample(ours), sample(method(model, (a, b), Composite)))
         assert any(not torch.equal(value, patched(clip)[key]) for key, value in patched(our_clip).items())
     assert f"subject: {a.name}; style: {b.name}" in caplog.text
+    turns = LoRAEnsembleSwitch.execute(model, (text, a, b), 1, "3,1,2", "paper", clip).args[0]
+    assert turns.get_attachment(KEY).layers[0].method.order == (1, 0), "numbers count all LoRAs of the chain"
     alone, _ = apply_method(model, clip, (text,), plain(Composite), "LoRAs")
     assert torch.equal(sample(alone), sample(model))
 
