@@ -140,9 +140,13 @@ def test_a_visitor_sees_every_layer_and_may_stop_it():
         raise InterruptedError(done)
 
     threads = torch.get_num_threads()
-    with pytest.raises(InterruptedError):
-        measure(bank(*PAIRS["alike"]()), PAIR, visit=stop)
-    assert torch.get_num_threads() == threads  # layers are measured side by side, each by a single thread
+    try:
+        torch.set_num_threads(3)
+        with pytest.raises(InterruptedError):
+            measure(bank(*PAIRS["alike"]()), PAIR, visit=stop)
+        assert torch.get_num_threads() == 3  # layers are measured side by side, each by a single thread
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_what_nobody_asks_for_is_not_measured():
