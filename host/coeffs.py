@@ -95,10 +95,13 @@ class GuidanceCoeffs:
 
 
 def check_name(name: str) -> str:
-    """The name with its ending. Raises CoeffsError for one that leaves the folder."""
+    """The name with its ending. Raises CoeffsError for one that leaves the folder or that no file can have."""
     name = name.strip()
     name = name if name.endswith(".safetensors") else f"{name}.safetensors"
-    if name == ".safetensors" or os.path.isabs(name) or ".." in name.replace("\\", "/").split("/"):
+    parts = name.replace("\\", "/").split("/")
+    # A file system takes 255 bytes, of which a number may need some.
+    fits = name.isprintable() and all(len(part.encode()) <= 200 for part in parts)
+    if name == ".safetensors" or os.path.isabs(name) or ".." in parts or not fits:
         raise CoeffsError(f"Guidance coefficients: '{name}' is not a name for a file in models/{FOLDER}. Use letters, "
                           "digits and folders below it, such as sd15/dpmpp_2m_20.")
     return name

@@ -188,6 +188,11 @@ class Selection:
     beta: float
 
     @property
+    def strengths(self) -> tuple[float, ...]:
+        """One per LoRA."""
+        return self.contest.strengths
+
+    @property
     def rule(self) -> str:
         """S(u) in figures."""
         return f"{self.alpha:g} u + {self.beta:g}"

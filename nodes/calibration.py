@@ -14,7 +14,7 @@ from ..host import coeffs as files
 from ..host.calibrate import Paths, calibrate
 from ..host.plot import plot, summary
 from .guidance import GuidanceCoeffs, latent_input, negative_input, schedule_inputs
-from .sockets import model_input, schema
+from .sockets import check_numbers, model_input, schema
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -66,6 +66,7 @@ class LoRAEnsembleCalibrateGuidance(io.ComfyNode):
     def execute(cls, model: ModelPatcher, positive: Any, negative: Any, latent_image: dict, seed: int, seeds: int,
                 batch_size: int, steps: int, cfg: float, sampler_name: str, scheduler: str, denoise: float,
                 second_round: bool, intercept: bool) -> io.NodeOutput:
+        check_numbers(cls, seeds=seeds, batch_size=batch_size)
         latent = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"])[:1]
         paths = Paths(positive, negative, latent, steps, cfg, sampler_name, scheduler, denoise, seed, seeds, batch_size)
         rounds = len(positive) * math.ceil(seeds / batch_size) * (1 + second_round)

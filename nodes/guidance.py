@@ -12,7 +12,7 @@ import nodes as host_nodes
 from ..host.guidance import apply_guidance, guidance_record_of
 from ..host.policies import MODES, Choice, guidance_of
 from ..methods.guidance import SPACES, AdaptiveGuidance
-from .sockets import chosen, model_input, schema
+from .sockets import check_numbers, chosen, model_input, schema
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -67,8 +67,11 @@ def guidance_inputs() -> list[io.Input]:
 
 
 def choice(mode: str, threshold: float, saving: float, space: str, decision: str, min_guided_steps: int,
-           ramp_steps: int, read_back: str, coeffs: Coeffs | None, if_different: str, node: str) -> Choice:
-    """The options as host/ takes them. Raises ValueError for a word that is no option."""
+           ramp_steps: int, read_back: str, coeffs: Coeffs | None, if_different: str, of: type[io.ComfyNode]) -> Choice:
+    """The options of a node as host/ takes them. Raises ValueError for a word that is no option, and for a number that
+    is none."""
+    check_numbers(of, threshold=threshold, saving=saving, min_guided_steps=min_guided_steps, ramp_steps=ramp_steps)
+    node = of.define_schema().display_name
     policy = AdaptiveGuidance(threshold, chosen(space, SPACES, f"{node}: space"),
                               chosen(decision, DECISIONS, f"{node}: decision") == "per picture", min_guided_steps,
                               ramp_steps)
@@ -111,7 +114,7 @@ class LoRAEnsembleAdaptiveGuidance(io.ComfyNode):
                 if_different: str = "refuse") -> io.NodeOutput:
         return io.NodeOutput(apply_guidance(model, guidance_of(choice(
             mode, threshold, saving, space, decision, min_guided_steps, ramp_steps, read_back, coeffs, if_different,
-            "Adaptive Guidance"))))
+            cls))))
 
 
 class LoRAEnsembleAdaptiveGuider(io.ComfyNode):
@@ -132,7 +135,7 @@ class LoRAEnsembleAdaptiveGuider(io.ComfyNode):
                 coeffs: Coeffs | None = None, if_different: str = "refuse") -> io.NodeOutput:
         guider = comfy.samplers.CFGGuider(apply_guidance(model, guidance_of(choice(
             mode, threshold, saving, space, decision, min_guided_steps, ramp_steps, read_back, coeffs, if_different,
-            "Adaptive Guider"))))
+            cls))))
         guider.set_conds(positive, negative)
         guider.set_cfg(cfg)
         return io.NodeOutput(guider)
@@ -172,7 +175,7 @@ class LoRAEnsembleKSampler(io.ComfyNode):
                 coeffs: Coeffs | None = None, if_different: str = "refuse") -> io.NodeOutput:
         guided = apply_guidance(model, guidance_of(choice(
             mode, threshold, saving, space, decision, min_guided_steps, ramp_steps, read_back, coeffs, if_different,
-            "KSampler (Adaptive Guidance)")))
+            cls)))
         (latent,) = host_nodes.common_ksampler(guided, seed, steps, cfg, sampler_name, scheduler, positive, negative,
                                                latent_image, denoise=denoise)
         record = guidance_record_of(guided)

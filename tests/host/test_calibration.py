@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import comfy.samplers
 import folder_paths
 import pytest
@@ -16,6 +18,7 @@ from lora_ensemble.host.plot import plot, summary
 from lora_ensemble.host.policies import Choice, guidance_of, saving_threshold
 from lora_ensemble.kernels.guidance import guided_steps
 from lora_ensemble.methods.guidance import AdaptiveGuidance
+from lora_ensemble.nodes.klora import LoRAEnsembleESTLoRA, LoRAEnsembleKLoRA
 from torch import Tensor
 
 from .builders import composite, guided, merge, schedule, three
@@ -249,6 +252,16 @@ def test_stock_loras_are_noticed(loras):
     assert len(names) == 4
 
 
+@pytest.mark.parametrize("node", [LoRAEnsembleKLoRA, LoRAEnsembleESTLoRA])
+def test_the_loras_of_a_choice_are_noticed(node, loras):
+    """Guard: K-LoRA and EST-LoRA hold their strengths in the contest, and were taken for models without a LoRA."""
+    a, b, c = three(base("SD15"), loras)
+    options = {part.id: part.default for part in node.GET_SCHEMA().inputs if hasattr(part, "default")}
+    names = [describe_model(node.execute(base("SD15"), ensemble, **options).args[0])
+             for ensemble in ((a, b), (a, c), (a, replace(b, strength_model=0.3)))]
+    assert len(set(names)) == 3 and all(a.name in name for name in names)
+
+
 def test_a_guider_with_two_negatives(found):
     with pytest.raises(CoeffsError, match="this guider has 2"):
         guided(dual(guide(base("SD15"), found)), schedule(base("SD15"), STEPS))
@@ -301,7 +314,8 @@ def test_what_is_saved_is_loaded(found, folder):
     assert files.save(found, "sd15/mine.safetensors") == "sd15/mine_2.safetensors"
 
 
-@pytest.mark.parametrize("name", ["", "../outside", "/etc/passwd", "a/../../b", "..\\b"])
+@pytest.mark.parametrize("name", ["", "../outside", "/etc/passwd", "a/../../b", "..\\b", "a" * 300, "sd15/" + "ä" * 120,
+                                  "a\nb", "a\0b"])
 def test_names_stay_in_the_folder(found, folder, name):
     with pytest.raises(CoeffsError, match="not a name for a file"):
         files.save(found, name)
