@@ -154,9 +154,8 @@ class LinearState:
         """The negative's denoised prediction from this call's conditional one and all earlier ones."""
         now = noise_of(x, c, sigma)
         row = self.policy.coefficients[len(self.steps) - 1]
-        features = torch.stack([*self.features, now])
-        weights = torch.tensor(row[:len(features)], dtype=features.dtype).to(features.device, non_blocking=True)
-        u = combine(features, weights, row[-1])
+        features = [*self.features, now]
+        u = combine(features, row[:len(features)], row[-1])
         return (x.float() - u * sigma.float().view(-1, *[1] * (x.ndim - 1))).to(c.dtype)
 
     def keep(self, x: Tensor, c: Tensor, u: Tensor, sigma: Tensor, true_u: Tensor | None = None) -> None:

@@ -5,6 +5,8 @@ c and u stand for the prediction with the prompt and with the negative one, in n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -54,12 +56,16 @@ def least_squares(gram: Tensor, cross: Tensor, ridge: float = 1e-6) -> Tensor:
     return torch.linalg.solve(gram + ridge * gram.diagonal().mean() * identity, cross)
 
 
-def combine(features: Tensor, coefficients: Tensor, intercept: float = 0.0) -> Tensor:
-    """Semantics: sum_a b[a] f[a] + intercept.  features: [n, ...], coefficients: [n].  Returns [...], features' dtype.
+def combine(features: Sequence[Tensor], coefficients: Sequence[float], intercept: float = 0.0) -> Tensor:
+    """Semantics: sum_a b[a] f[a] + intercept.  features: n of one shape, coefficients: n.  Returns features' shape and
+    dtype; holds no copy of the features, which for a video are gigabytes.
 
     Source: LinearAG, e^_u(x_t) = sum_i b^c_i e(x_i, c) + sum_{i < t} b^0_i e(x_i, 0).
     """
-    return torch.tensordot(coefficients.to(features), features, dims=1) + intercept
+    out = torch.full_like(features[0], intercept)
+    for feature, coefficient in zip(features, coefficients, strict=True):
+        out.add_(feature, alpha=coefficient)
+    return out
 
 
 def guided_steps(gamma: Tensor, threshold: float, min_steps: int = 0, ramp_steps: int = 0) -> Tensor:

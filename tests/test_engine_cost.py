@@ -21,11 +21,12 @@ ALONE = [one_hot((0.7, 0.9, 1.1), i) for i in range(3)]
 
 
 class Spy(TorchDispatchMode):
-    """Counts operations that do work, the numbers they write, and the multiply-adds of products."""
+    """Counts operations that do work, the numbers they write (and the most by one), and the multiply-adds of products.
+    """
 
     def __init__(self):
         super().__init__()
-        self.ops, self.written, self.multiplies = Counter(), 0, 0
+        self.ops, self.written, self.multiplies, self.largest = Counter(), 0, 0, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -39,6 +40,7 @@ class Spy(TorchDispatchMode):
             self.multiplies += left.numel() * right.shape[-1]
         elif name == "convolution":
             self.multiplies += out.numel() * args[1][0].numel()
+        self.largest = max(self.largest, out.numel())
         self.written += tensors[-1].numel() if name == "index_copy" else out.numel()
         return out
 

@@ -24,6 +24,7 @@ from lora_ensemble.kernels.guidance import (
 from lora_ensemble.methods.guidance import AdaptiveGuidance, LinearAG
 from lora_ensemble.methods.session import Sent
 from lora_ensemble.tests.devices import Plain
+from lora_ensemble.tests.test_engine_cost import Spy
 from torch import Tensor
 
 
@@ -83,8 +84,12 @@ def test_least_squares_against_numpy():
 
 def test_combine():
     f = rand(3, 2, 4, 4)
+    before = f.clone()
     want = 0.5 * f[0] - 2 * f[1] + 0.25 * f[2] + 0.1
-    assert torch.allclose(combine(f, torch.tensor([0.5, -2, 0.25]), 0.1), want, atol=1e-6)
+    with Spy() as spy:
+        found = combine(list(f), (0.5, -2.0, 0.25), 0.1)
+    assert torch.allclose(found, want, atol=1e-6) and torch.equal(f, before)
+    assert spy.largest <= f[0].numel(), "of a video all features together are gigabytes"
 
 
 GAMMA = torch.tensor([[0.5, 0.9, 0.8, 0.95, 0.99], [0.6, 0.7, 0.85, 0.9, 0.97]])
