@@ -30,9 +30,11 @@ class FeatureCache:
         self._entries: dict[Hashable, _Entry] = {}
 
     def put(self, key: Hashable, step: int, features: Features, limit: float = float("inf")) -> bool:
-        """Keep features in place of earlier ones under the key. False: `limit` bytes do not hold them, and neither
-        they nor the earlier ones are kept."""
-        self._drop(key)
+        """Keep features in place of earlier ones under the key, and of those under any key that are too old by now
+        (some keys are of one step alone: context windows that wander). False: `limit` bytes do not hold them, and
+        neither they nor the earlier ones are kept."""
+        for other in [other for other in self._entries if other == key or self.age(other, step) >= self.max_age]:
+            self._drop(other)
         size = sum(tensor.nbytes for tensor in features.values())
         if self.bytes + size > limit:
             return False

@@ -61,7 +61,9 @@ def test_the_store_counts_its_bytes():
     assert store.bytes == store.peak == 80
     assert store.put("a", 1, {"h": torch.ones(1)}) and (store.bytes, store.peak) == (44, 80)
     assert not store.put("c", 1, {"h": torch.ones(10)}, limit=80) and store.bytes == 44
+    assert store.get("b", 1) is not None
     assert store.put("b", 1, {"h": torch.ones(19)}, limit=80) and store.bytes == 80, "a replaced entry makes room"
     assert not store.put("b", 2, {"h": torch.ones(20)}, limit=80) and store.get("b", 2) is None
+    assert store.put("d", 3, {"h": torch.ones(2)}) and store.bytes == 8, "what is too old for any use makes room"
     store.clear()
     assert store.bytes == 0 and store.get("a", 1) is None

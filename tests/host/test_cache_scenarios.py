@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import replace
 
 import comfy.context_windows
 import comfy.controlnet
@@ -79,6 +80,22 @@ def test_context_windows(loras, monkeypatch):
     near(sample(reusing, "Wan", steps=4), plain)
     assert [step["reused"] for step in steps_of(reusing)] == [0, 12, 12, 0], "3 branches, 2 conds, 2 windows"
     assert len(watch.caught) == 12 and len({window for _, window, _ in watch.caught}) == 2
+
+
+def test_windows_that_wander_do_not_fill_the_memory(loras, monkeypatch):
+    """Guards: such windows are others at every step, and the features of old ones were held to the end of the run."""
+    monkeypatch.setitem(FAMILIES, "Wan", replace(FAMILIES["Wan"], frames=9))
+    windows, model = comfy.context_windows, deep_wan()
+    model.model_options["context_handler"] = windows.IndexListContextHandler(
+        windows.get_matching_context_schedule("standard_uniform"), windows.get_matching_fuse_method("pyramid"),
+        context_length=3, context_overlap=1, dim=2)
+    ours = cached(composite(model, three(model, loras)[:2]), interval=2)
+    sample(ours, "Wan", steps=8)
+    steps = steps_of(ours)
+    assert len({step["rows"] for step in steps}) > 1, "the windows are not the same at every step"
+    row = 1.1 * steps[0]["bytes"] / steps[0]["rows"]  # windows may be a frame shorter
+    made = [step["rows"] - step["reused"] for step in steps]
+    assert all(step["bytes"] <= row * sum(made[max(0, i - 1):i + 1]) for i, step in enumerate(steps))
 
 
 def deep_wan():
