@@ -94,8 +94,7 @@ def test_windows_that_wander_do_not_fill_the_memory(loras, monkeypatch):
     steps = steps_of(ours)
     assert len({step["rows"] for step in steps}) > 1, "the windows are not the same at every step"
     row = 1.1 * steps[0]["bytes"] / steps[0]["rows"]  # windows may be a frame shorter
-    made = [step["rows"] - step["reused"] for step in steps]
-    assert all(step["bytes"] <= row * sum(made[max(0, i - 1):i + 1]) for i, step in enumerate(steps))
+    assert max(step["bytes"] for step in steps) <= row * max(step["rows"] for step in steps)
 
 
 def deep_wan():
