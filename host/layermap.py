@@ -57,9 +57,10 @@ class LayerMap:
         shares = [round(float((self.acting == i).mean()), 4) if layers else 0.0 for i in range(len(self.names))]
         loras = [{"name": name, "side": "subject" if side else "style", "share": share}
                  for name, side, share in zip(self.names, self.sides, shares, strict=True)]
-        # One layer per line: the text is for people as well.
+        # One layer per line, and names in their own letters: the text is for people as well.
         rows = ",\n  ".join(json.dumps(layer) for layer in layers)
-        return f'{{"method": {json.dumps(self.title)},\n "loras": {json.dumps(loras)},\n "layers": [\n  {rows}\n]}}'
+        return (f'{{"method": {json.dumps(self.title)},\n "loras": {json.dumps(loras, ensure_ascii=False)},\n '
+                f'"layers": [\n  {rows}\n]}}')
 
     def colours(self) -> list[str]:
         """One per LoRA: warm for subjects, cool for styles."""

@@ -98,6 +98,12 @@ def test_one_sided_layers_have_no_ratio_and_the_text_is_json():
     assert [lora["share"] for lora in found["loras"]] == [0.5, 0.5]
 
 
+def test_names_keep_their_letters_in_the_text():
+    """The picture's font may lack them."""
+    text = replace(made(4), names=("角色/水墨.safetensors", "b.safetensors")).as_json()
+    assert "角色/水墨.safetensors" in text and json.loads(text)["loras"][0]["name"] == "角色/水墨.safetensors"
+
+
 # --- picture ---
 
 
