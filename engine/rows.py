@@ -70,4 +70,4 @@ class Rows:
     def write_back(self, y: Tensor, group: Group, part: Tensor) -> None:
         """Put the changed copies of a scattered group back into y."""
         folded = y.unflatten(0, (self.count, y.shape[0] // self.count))
-        folded.index_copy_(0, self.index(group, y.device), part.unflatten(0, (len(group.rows), -1)))
+        folded[self.index(group, y.device)] = part.unflatten(0, (len(group.rows), -1))

@@ -149,7 +149,7 @@ class GuidedRun:
         index = torch.tensor(call.rows).to(x.device, non_blocking=True)
         some = [narrowed(cond, call.rows, len(x)) if i in wanted else None for i, cond in enumerate(conds)]
         parts = executor(model, some, x[index], timestep[:len(call.rows)], options)
-        return {i: call.c.index_copy(0, index, parts[i]) for i in wanted}
+        return {i: call.c.index_put((index,), parts[i]) for i in wanted}
 
     def _is_own_negative(self, x: Tensor) -> bool:
         """Whether a pass with conds that the guider does not know is a side of guidance that a node has of its own: on
