@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
+from threading import Lock
 
 from torch import Tensor
 
@@ -18,7 +19,8 @@ class _Entry:
 
 
 class FeatureCache:
-    """Features by key, each with the step that it was made in. One run's: `clear` it when the run ends.
+    """Features by key, each with the step that it was made in. One run's: `clear` it when the run ends. Threads may
+    share it, as those of several devices do.
 
     max_age   an entry of step s serves steps from s - max_age + 1 to s + max_age - 1 (samplers may step back)
     bytes     held now; peak: the most that was ever held
@@ -28,25 +30,27 @@ class FeatureCache:
         self.max_age = max_age
         self.bytes = self.peak = 0
         self._entries: dict[Hashable, _Entry] = {}
+        self._lock = Lock()
 
     def put(self, key: Hashable, step: int, features: Features, limit: float = float("inf")) -> bool:
         """Keep features in place of earlier ones under the key, and of those under any key that are too old by now
         (some keys are of one step alone: context windows that wander). False: `limit` bytes do not hold them, and
         neither they nor the earlier ones are kept."""
-        for other in [other for other in self._entries if other == key or self.age(other, step) >= self.max_age]:
-            self._drop(other)
         size = sum(tensor.nbytes for tensor in features.values())
-        if self.bytes + size > limit:
-            return False
-        self._entries[key] = _Entry(step, dict(features))
-        self.bytes += size
-        self.peak = max(self.peak, self.bytes)
-        return True
+        with self._lock:
+            for other in [other for other in self._entries if other == key or self.age(other, step) >= self.max_age]:
+                self._drop(other)
+            if self.bytes + size > limit:
+                return False
+            self._entries[key] = _Entry(step, dict(features))
+            self.bytes += size
+            self.peak = max(self.peak, self.bytes)
+            return True
 
     def get(self, key: Hashable, step: int) -> Features | None:
         """The features, unless there are none or they are too old."""
-        age = self.age(key, step)
-        return None if age is None or age >= self.max_age else self._entries[key].features
+        entry = self._entries.get(key)
+        return None if entry is None or abs(step - entry.step) >= self.max_age else entry.features
 
     def age(self, key: Hashable, step: int) -> int | None:
         """Steps between the making of an entry and `step`; None where there is none."""

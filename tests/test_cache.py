@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
 import pytest
@@ -67,3 +69,17 @@ def test_the_store_counts_its_bytes():
     assert store.put("d", 3, {"h": torch.ones(2)}) and store.bytes == 8, "what is too old for any use makes room"
     store.clear()
     assert store.bytes == 0 and store.get("a", 1) is None
+
+
+def test_threads_share_the_store():
+    """Guards: one device's thread ages features while another's keeps some."""
+    store, value = FeatureCache(max_age=2), {"h": torch.ones(3)}
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            done = [pool.submit(lambda n: [store.put((n, i % 7), i, value) for i in range(400)], n) for n in range(4)]
+            assert all(all(each.result()) for each in done)
+    finally:
+        sys.setswitchinterval(before)
+    assert store.bytes == 12 * len(store._entries)
