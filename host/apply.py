@@ -185,7 +185,7 @@ def _wrong_kind(lora: ParsedLoRA, tensors: dict, clip_keys: dict, has_clip: bool
     if clip_keys and comfy.lora.load_lora(tensors, clip_keys, log_missing=False):
         return None
     if not has_clip and all(key.startswith(TEXT_ENCODER) for key in tensors):
-        return "changes the text encoder alone, and none is connected. Connect a CLIP to this node"
+        return "changes the text encoder alone, and none is connected. Connect a CLIP if the node takes one"
     return (f"matches no layer of this model: none of its {len(tensors)} keys, '{next(iter(tensors))}' for one. "
             f"{other}")
 

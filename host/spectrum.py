@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import comfy.sample
@@ -55,21 +55,22 @@ class Profile:
         return frequency_class(self.change, self.error) == "unsure"
 
 
-def profiles(model, ensemble: Ensemble, how: Sampling) -> list[Profile]:
+def profiles(model, ensemble: Ensemble, how: Sampling, progress: Callable[[], None] = lambda: None) -> list[Profile]:
     """The base model first, then every LoRA with a model strength, each in a run of its own on the same noise.
 
-    Raises ValueError for an empty ensemble, and LoRAFileError for files that cannot be used with this model.
+    progress   called after every sampling step
+    Raises ValueError for an empty ensemble, and LoRAFileError for files that cannot be used with this model, before
+    anything is sampled.
     """
     if not ensemble:
         raise ValueError("LoRA Spectrum: the ensemble is empty. Connect at least one 'LoRA (Ensemble)' node to it.")
-    base = _shares(model, how)
-    found = [_profile("base model", "", base, base)]
-    for spec in ensemble:
-        if spec.strength_model != 0:
-            alone, _ = apply_method(model, None, (replace(spec, mask=None),),
-                                    lambda active: Merge(active.strengths), node="LoRA Spectrum")
-            found.append(_profile(spec.name, spec.role, _shares(alone, how), base))
-    return found
+    active = [spec for spec in ensemble if spec.strength_model != 0]
+    models = [apply_method(model, None, (replace(spec, mask=None),), lambda one: Merge(one.strengths),
+                           node="LoRA Spectrum")[0] for spec in active]
+    base = _shares(model, how, progress)
+    return [_profile("base model", "", base, base),
+            *(_profile(spec.name, spec.role, _shares(alone, how, progress), base)
+              for spec, alone in zip(active, models, strict=True))]
 
 
 def with_measured_roles(ensemble: Ensemble, found: Sequence[Profile]) -> Ensemble:
@@ -112,7 +113,7 @@ def _profile(name: str, role: str, own: Tensor, base: Tensor) -> Profile:
     return Profile(name, role, tuple(own.mean(dim=1).tolist()), *late_change(own, base))
 
 
-def _shares(model, how: Sampling) -> Tensor:
+def _shares(model, how: Sampling, progress: Callable[[], None]) -> Tensor:
     """[steps, pictures] in float64, on the CPU."""
     latent = comfy.sample.fix_empty_latent_channels(model, how.latent)
     noise = comfy.sample.prepare_noise(latent, how.seed, None)
@@ -125,6 +126,7 @@ def _shares(model, how: Sampling) -> Tensor:
         if x.device not in bins:
             bins[x.device] = radial_bins(*(1, *x.shape[2:])[-2:], x.device)
         found.append(high_share(radial_amplitude(x, bins[x.device])))
+        progress()
 
     comfy.sample.sample(model, noise, how.steps, how.cfg, how.sampler, how.scheduler, how.positive, how.negative,
                         latent, seed=how.seed, callback=measure)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import comfy.samplers
+import comfy.utils
 from comfy_api.latest import io
 
 from ..host.ensemble import Ensemble
@@ -66,7 +67,9 @@ class LoRAEnsembleSpectrum(io.ComfyNode):
         scheduler: str,
     ) -> io.NodeOutput:
         how = Sampling(positive, negative, latent_image["samples"], seed, steps, cfg, sampler_name, scheduler)
-        found = profiles(model, ensemble, how)
+        pictures = 1 + sum(spec.strength_model != 0 for spec in ensemble)
+        bar = comfy.utils.ProgressBar(steps * pictures)
+        found = profiles(model, ensemble, how, lambda: bar.update(1))
         plot = line_plot([(profile.name, profile.shares) for profile in found],
                          "High-frequency share of the latent (H_0.2), each LoRA alone", "progress")
         return io.NodeOutput(plot, report(found), with_measured_roles(ensemble, found))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import comfy.sample
+import comfy.utils
 import pytest
 import torch
 from lora_ensemble.host import spectrum
@@ -41,6 +42,21 @@ def test_the_latent_of_each_lora_alone_is_measured(loras):
         late = sum(profile.shares[1:]) / sum(found[0].shares[1:]) - 1
         assert profile.change == pytest.approx(late, abs=1e-6)
     assert len({profile.shares for profile in found}) == 4
+
+
+def test_progress_counts_the_steps_of_all_pictures(loras, monkeypatch):
+    model, ensemble, how, seen = base("SD15"), three(base("SD15"), loras), sampling(), []
+    monkeypatch.setattr(comfy.utils.ProgressBar, "update", lambda bar, value: seen.append((value, bar.total)))
+    LoRAEnsembleSpectrum.execute(model, (*ensemble, LoRASpec("muted", 0.0, 1.0)), how.positive, how.negative,
+                                 {"samples": how.latent}, 1, 3, 3.0, "euler", "normal")
+    assert seen == [(1, 3 * 4)] * 3 * 4
+
+
+def test_a_file_of_no_use_is_refused_before_anything_is_sampled(loras, monkeypatch):
+    wrong = LoRASpec(loras(lora(shapes(base("Flux")), 1)), 1.0, 0.0)
+    monkeypatch.setattr(comfy.sample, "sample", lambda *_, **__: pytest.fail("sampled"))
+    with pytest.raises(ValueError, match=wrong.name):
+        profiles(base("SD15"), (*three(base("SD15"), loras), wrong), sampling())
 
 
 def test_on_a_device_without_float64(loras, monkeypatch):
