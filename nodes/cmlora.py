@@ -8,6 +8,7 @@ from comfy_api.latest import io
 
 from ..host.apply import Active, apply_method, with_cache
 from ..host.cache import CacheSpec
+from ..host.composition import KEY
 from ..host.ensemble import Ensemble
 from ..methods.cmlora import LOW_FREQUENCY, CMLoRA, oldest
 from .sockets import check_numbers, chosen, method_schema
@@ -143,7 +144,7 @@ class LoRAEnsembleCMLoRA(io.ComfyNode):
 
         composed, merged = apply_method(model, clip, ensemble, cmlora, node="CMLoRA")
         if cache_depth > 0 and order != "switch-a":
-            count = sum(spec.strength_model != 0 for spec in ensemble)
+            count = len(composed.get_attachment(KEY).layers[-1].names)
             composed = with_cache(composed, CacheSpec(max_age=oldest(count, c1, c2), depth=cache_depth))
         return io.NodeOutput(composed, merged)
 

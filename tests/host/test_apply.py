@@ -14,6 +14,7 @@ from lora_ensemble.host.ensemble import LoRASpec
 from lora_ensemble.host.measure import subjects_of
 from lora_ensemble.methods.composite import Composite
 from lora_ensemble.nodes.baselines import LoRAEnsembleSwitch
+from lora_ensemble.nodes.cmlora import LoRAEnsembleCMLoRA
 
 from .builders import Rand, file_of, kohya, lora, merge, method, plain, same, sample, shapes, stock, three
 from .kinds import glora
@@ -103,6 +104,9 @@ def test_a_lora_of_the_text_encoder_alone_takes_no_part_in_the_composition(clip,
     assert f"subject: {a.name}; style: {b.name}" in caplog.text
     turns = LoRAEnsembleSwitch.execute(model, (text, a, b), 1, "3,1,2", "paper", clip).args[0]
     assert turns.get_attachment(KEY).layers[0].method.order == (1, 0), "numbers count all LoRAs of the chain"
+    options = ("offline", 0.6, 0.4, 0.0, "none", 2, 3, "every_step", 5, 3)
+    led = LoRAEnsembleCMLoRA.execute(model, (text, a, b), *options, clip).args[0]
+    assert led.get_attachment(KEY).cache.max_age == 2 * 3, "two LoRAs of three steps each"
     alone, _ = apply_method(model, clip, (text,), plain(Composite), "LoRAs")
     assert torch.equal(sample(alone), sample(model))
 
