@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -39,6 +41,12 @@ def test_dense_kinds_count_with_their_delta():
     w = [rand(12, 3), rand(3, 10), rand(12, 3, seed=1), rand(3, 10, seed=1)]
     assert_size(sized(Dense(hadamard, w, (12, 10), 0.5)), like(0.5 * (w[0] @ w[1]) * (w[2] @ w[3])))
     assert_size(sized(Dense(given, [rand(12, 10)], (12, 10))), like(rand(12, 10)))
+
+
+def test_a_dense_delta_of_several_tiles():
+    x = rand(1100, 500)
+    pair = [{"x": [Dense(given, [x * c], (1100, 500))]} for c in (1.0, 2.0)]
+    assert_size(measure(Bank(pair), PAIR, 7)["x"][0], like(x))
 
 
 def test_ops_on_one_slice_add_up_and_slices_lie_side_by_side():
@@ -144,7 +152,8 @@ def test_a_visitor_sees_every_layer_and_may_stop_it():
         torch.set_num_threads(3)
         with pytest.raises(InterruptedError):
             measure(bank(*PAIRS["alike"]()), PAIR, visit=stop)
-        assert torch.get_num_threads() == 3  # layers are measured side by side, each by a single thread
+        with ThreadPoolExecutor(1) as later:  # layers are measured side by side, each by a single thread
+            assert later.submit(torch.get_num_threads).result() == torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(threads)
 
@@ -172,8 +181,11 @@ def test_dense_deltas_do_not_pile_up(monkeypatch):
 
     monkeypatch.setattr(sizes, "AT_ONCE", 100)
     assert max(lead(0)) == 5 and max(lead(40)) == 3 and lead(101) == [1] * 9
-    held = sizes._dense_entries({0: ([torch.ones(3, 4), (torch.ones(1, 9), torch.ones(9, 1))], 7), 1: None})
-    assert held == 12
+    held, low_rank, dense = [], LowRank(rand(12, 2), rand(2, 10)), Dense(given, [rand(12, 10)], (12, 10))
+    monkeypatch.setattr(sizes, "_ahead", lambda items, count: (held.append(entries) or item for item, entries in items))
+    measure(Bank([{"x": [low_rank], "y": [dense], "z": [dense]}, {"x": [low_rank], "y": [low_rank], "z": [dense]}]),
+            PAIR)
+    assert held == [0, 120, 240]
 
 
 def test_the_number_of_threads_does_not_change_sizes():
