@@ -46,6 +46,10 @@ class _Misfit(_Inexpressible):
     """It was made for a layer of another shape."""
 
 
+class _Nothing(Exception):
+    """It changes nothing: a layer that a tool has cut down to rank 0."""
+
+
 def parse(lora: dict[str, Tensor], key_map: dict, model: nn.Module) -> ParsedLoRA:
     """Map a LoRA's tensors on `model` (the host's base model) through the host's key map."""
     patches = comfy.lora.load_lora(lora, key_map, log_missing=False)
@@ -55,6 +59,8 @@ def parse(lora: dict[str, Tensor], key_map: dict, model: nn.Module) -> ParsedLoR
         try:
             layer, op = _op(name, span, rows, patch, model)
             parsed.layers.setdefault(layer, []).append(op)
+        except _Nothing:
+            continue
         except _Misfit as reason:
             parsed.misfits.append((key, str(reason)))
         except _Inexpressible as reason:
@@ -156,6 +162,8 @@ def _lora(values, shape, geometry: Geometry, span: Span, rows: Callable | None) 
     up, down, alpha, mid, magnitude, reshape = (*values, None)[:6]
     if reshape is not None and tuple(reshape) != shape:
         raise _Inexpressible("it enlarges the layer")
+    if not down.numel():
+        raise _Nothing if magnitude is None else _Inexpressible("DoRA of rank 0")
     scale = _scale(alpha, down.shape[0])
     if mid is not None:
         down = tucker_down(down.float(), mid.float()).to(down.dtype)

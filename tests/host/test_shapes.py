@@ -14,7 +14,7 @@ from lora_ensemble.host.parse import parse
 from lora_ensemble.kernels.branch import Branch
 from torch import nn
 
-from .builders import Rand, composite, lora, merge, same, sample, shapes, stock
+from .builders import Rand, composite, kohya, lora, merge, same, sample, shapes, stock
 from .kinds import EVERYWHERE
 from .models import base
 
@@ -29,6 +29,23 @@ def flux_lora(reshape: tuple[int, int] | None, layers=None) -> dict:
     if reshape is not None:
         tensors["diffusion_model.img_in.reshape_weight"] = torch.tensor(reshape)
     return tensors
+
+
+@pytest.mark.parametrize("alpha", [None, 3.0])
+@pytest.mark.parametrize("make", [merge, composite])
+def test_layers_of_rank_zero_change_nothing(make, alpha, loras):
+    """What resizing a LoRA may leave of a layer; the other layers, and other LoRAs there, act as ever."""
+    model, cut = base("SD15"), lora(shapes(base("SD15")), 1, alpha=alpha)
+    whole = dict(cut)
+    for layer in list(shapes(model))[::2]:
+        key = kohya(layer)
+        cut[f"{key}.lora_up.weight"] = cut[f"{key}.lora_up.weight"][:, :0].clone()
+        cut[f"{key}.lora_down.weight"] = cut[f"{key}.lora_down.weight"][:0].clone()
+        for end in ("lora_up.weight", "lora_down.weight", "alpha"):
+            whole.pop(f"{key}.{end}", None)
+    other = LoRASpec(loras(lora(shapes(model), 2)), -0.5, 0.0)
+    ours, reference = (make(model, (LoRASpec(loras(file), 0.8, 0.0), other)) for file in (cut, whole))
+    assert torch.equal(sample(ours), sample(reference)) and ours.get_attachment(KEY).layers[0].problems == ()
 
 
 def test_reshape_to_the_shape_that_is_there(loras):
