@@ -131,10 +131,12 @@ def test_a_second_run_is_the_same(make, loras):
 @pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m", "dpmpp_sde", "uni_pc"])
 @pytest.mark.parametrize("steps", [3, 5, 9])
 def test_the_choice_depends_on_the_progress_alone(sampler, steps, loras):
-    """Samplers that call the model once a step, twice, or at levels between."""
+    """Samplers that call the model once a step, twice, or at levels between; a step is known by its noise level."""
     composed = klora(base("SD15"), pair(base("SD15"), loras))
     sample(composed, steps=steps, sampler=sampler)
     method, record = method_of(composed), record_of(composed)
+    sigmas = comfy.samplers.KSampler(composed, steps, composed.load_device, sampler, "normal").sigmas.tolist()
+    assert all(sigmas[step.index] * (1 + 1e-4) >= step.sigma > sigmas[step.index + 1] for step in record.steps)
     assert [step.index for step in record.steps] == sorted({step.index for step in record.steps})
     for step, counts in zip(record.steps, acting(composed), strict=True):
         assert counts == expected(method, step.index / (steps - 1)), step.index
