@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import LowRank, Op, Span, frozen
+from .transfer import on_device
 
 
 @dataclass(frozen=True)
@@ -138,4 +139,4 @@ class Bank(nn.Module):
 def gain_vector(slots: Sequence[Slot], gains: Sequence[float], like: Tensor) -> Tensor:
     """One gain per rank, for adapters of unequal strength that share a product. Shape: [sum of ranks]."""
     values = [g for slot, g in zip(slots, gains, strict=True) for _ in range(slot.stop - slot.start)]
-    return torch.tensor(values, dtype=like.dtype).to(like.device, non_blocking=True)
+    return on_device(values, like.device, like.dtype)

@@ -16,6 +16,7 @@ from .bank import Bank, Site, Slot, Stack, gain_vector
 from .geometry import Geometry, geometry_of, no_bias, plain
 from .opaque import connect, disconnect, handle_of, route_
 from .rows import Rows
+from .transfer import on_device
 
 Reader = Callable[[str], "Tensor | None"]
 """(parameter name) -> the base model's tensor in fp32, or None where it cannot be read."""
@@ -199,7 +200,7 @@ class RoutedForwards:
         down, up = self._factors(stack, like)
         gain = gains[0]
         if len(set(gains)) > 1:
-            gain = torch.tensor(gains, dtype=like.dtype).to(like.device, non_blocking=True).reshape(-1, 1, 1)
+            gain = on_device(gains, like.device, like.dtype).reshape(-1, 1, 1)
         return _Batch(at, length * len(groups), down.unflatten(0, (-1, stack.width))[first:last],
                       up.unflatten(1, (-1, stack.width)).movedim(1, 0)[first:last], gain)
 

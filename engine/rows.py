@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.branch import Branch
+from .transfer import on_device
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Rows:
         """The rows of a scattered group as a tensor, copied to the device once."""
         key = (group, device)
         if key not in self._index:
-            self._index[key] = torch.tensor(group.rows).to(device, non_blocking=True)
+            self._index[key] = on_device(group.rows, device)
         return self._index[key]
 
     def parts(self, y: Tensor, x: Tensor) -> Iterator[tuple[Branch, Tensor, Tensor, Group | None]]:

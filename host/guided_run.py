@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..engine.guidance import AdaptiveState, LinearState, Rows
 from ..engine.guidance_record import GuidanceRecord, GuidanceStep
+from ..engine.transfer import on_device
 from ..kernels.branch import Step
 from ..kernels.guidance import cosine
 from .clock import Clock
@@ -146,7 +147,7 @@ class GuidedRun:
     def _in_part(self, executor, model, conds, wanted: list[int], x, timestep, options) -> dict[int, Tensor]:
         """The wanted conds for the rows of this call alone; the conditional prediction for its other rows."""
         call = self.call
-        index = torch.tensor(call.rows).to(x.device, non_blocking=True)
+        index = on_device(call.rows, x.device)
         some = [narrowed(cond, call.rows, len(x)) if i in wanted else None for i, cond in enumerate(conds)]
         parts = executor(model, some, x[index], timestep[:len(call.rows)], options)
         return {i: call.c.index_put((index,), parts[i]) for i in wanted}

@@ -8,6 +8,7 @@ import comfy.utils
 import torch
 from torch import Tensor
 
+from ..engine.transfer import on_device
 from .composition import Composition
 
 
@@ -37,7 +38,7 @@ def _tensor(tensor: Tensor, rows: Sequence[int], batch: int) -> Tensor:
         return tensor
     # As the host would repeat or cut it for the whole batch.
     whole = comfy.utils.repeat_to_batch_size(tensor, batch)
-    return whole.index_select(0, torch.tensor(rows).to(tensor.device, non_blocking=True))
+    return whole.index_select(0, on_device(rows, tensor.device))
 
 
 def whole_only(conds: list, options: dict, composition: Composition | None) -> str | None:

@@ -79,7 +79,7 @@ def test_numbers_go_to_a_device_without_waiting_for_it(path):
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.tensor", "torch.as_tensor"):
             found = {keyword.arg for keyword in node.keywords}
-            assert "device" not in found, f"line {node.lineno}: use .to(device, non_blocking=True)"
+            assert "device" not in found, f"line {node.lineno}: use engine.transfer.on_device"
 
 
 @by_file

@@ -10,6 +10,7 @@ import torch
 from lora_ensemble.engine import forwards as forwards_module
 from lora_ensemble.engine.bank import Bank
 from lora_ensemble.engine.forwards import RoutedForwards
+from lora_ensemble.engine.transfer import on_device
 from lora_ensemble.kernels.branch import Branch, one_hot
 from lora_ensemble.tests.reference import Change, close, expected, make_ops
 from torch import Tensor, nn
@@ -353,3 +354,13 @@ def test_bank_counts_its_bytes_and_moves_as_a_module(model):
     per_adapter = 3 * (8 + 4 * 9) + 3 * (16 + 8)
     assert bank.nbytes() == 3 * per_adapter * 4
     assert bank.to(torch.bfloat16).nbytes() == 3 * per_adapter * 2
+
+
+@pytest.mark.parametrize(("device", "waits"), [("cuda", False), ("mps", True), ("xpu", True), ("cpu", True)])
+def test_numbers_are_sent_without_waiting_where_that_is_safe(device, waits, monkeypatch):
+    """Guards: on devices that are not CUDA's, the host itself holds such copies for unsafe."""
+    sent = []
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, where, **how: sent.append((where.type, how)) or tensor)
+    found = on_device((1.0, 2.0), torch.device(device), torch.float16)
+    assert sent == [(device, {"non_blocking": not waits})]
+    assert found.tolist() == [1.0, 2.0] and found.dtype == torch.float16
