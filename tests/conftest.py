@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from lora_ensemble.tests.accelerator import Accelerator
     from lora_ensemble.tests.server import Server
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,6 +22,15 @@ if "lora_ensemble" not in sys.modules:
     sys.modules[spec.name] = run = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(run)
     run.load_pack()
+
+
+@pytest.fixture
+def accelerator(monkeypatch: pytest.MonkeyPatch) -> Iterator[Accelerator]:
+    """A device called cuda:0 that computes on the CPU and writes down waits and copies; open during one test."""
+    from lora_ensemble.tests.accelerator import pretended
+
+    with pretended(monkeypatch) as opened:
+        yield opened
 
 
 @pytest.fixture(scope="session")

@@ -101,9 +101,9 @@ def randomize(model: torch.nn.Module, seed: int = 0) -> None:
                 p.copy_(0.1 * torch.randn(p.shape, generator=g))
 
 
-def patcher(model: torch.nn.Module) -> comfy.model_patcher.ModelPatcher:
+def patcher(model: torch.nn.Module, device: torch.device = CPU) -> comfy.model_patcher.ModelPatcher:
     _made.add(model)
-    return comfy.model_patcher.ModelPatcher(model.eval(), load_device=CPU, offload_device=CPU)
+    return comfy.model_patcher.ModelPatcher(model.eval(), load_device=device, offload_device=CPU)
 
 
 _cache: dict[tuple, comfy.model_patcher.ModelPatcher] = {}

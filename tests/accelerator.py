@@ -1,0 +1,210 @@
+"""An accelerator that a machine without one can pretend to have.
+
+Its tensors say that they are on `cuda:0` and compute on the CPU. What a real one punishes is found here as well:
+operations across devices fail, and whatever makes the host wait for the device, or moves data between them, is written
+down with the line that asked for it. It proves nothing about speed, memory or a real device's kernels.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+DEVICE, CPU = torch.device("cuda", 0), torch.device("cpu")
+ROOT = Path(__file__).parents[1]
+READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "unique_dim",
+         "unique_consecutive", "repeat_interleave"}
+"""Operations whose result, or its shape, the host must know before it can go on."""
+INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
+
+
+class Transfer(NamedTuple):
+    """What happened between host and device.
+
+    kind    wait: the host waits for all that is queued; settle: for an event in the queue; send: a copy to the host
+            that nobody waits for; upload: a copy to the device; double: float64 on the device, which not all have
+    by      the operation
+    line    the innermost line outside torch, below the pack's folder where it is the pack's
+    """
+
+    kind: str
+    by: str
+    line: str
+
+    @property
+    def ours(self) -> bool:
+        return not self.line.startswith(("/", "tests/"))
+
+
+class OnDevice(Tensor):
+    """A tensor on the pretended device; `value` holds its numbers."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, value: Tensor):
+        out = Tensor._make_wrapper_subclass(cls, value.shape, strides=value.stride(), dtype=value.dtype, device=DEVICE,
+                                            storage_offset=value.storage_offset())
+        out.value = value
+        return out
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return _call(func, args, kwargs or {})
+
+    def __repr__(self) -> str:
+        return f"OnDevice({self.value!r})"
+
+    def tolist(self) -> list:
+        _note("wait", "tolist")
+        return self.value.tolist()
+
+    def numpy(self, *args, **kwargs):
+        raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+    def data_ptr(self) -> int:
+        return self.value.data_ptr()
+
+
+class Accelerator(TorchDispatchMode):
+    """While open, the pretended device exists, for this thread."""
+
+    current: Accelerator | None = None
+
+    def __init__(self):
+        super().__init__()
+        self.transfers: list[Transfer] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return _call(func, args, kwargs or {}, self)
+
+    @contextmanager
+    def reopened(self) -> Iterator[None]:
+        """For operations that call others: inside its own handler a mode is off."""
+        TorchDispatchMode.__enter__(self)
+        try:
+            yield
+        finally:
+            TorchDispatchMode.__exit__(self, None, None, None)
+
+
+class Event:
+    """torch.cuda.Event."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def record(self, *args) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        _note("settle", "event")
+
+
+@contextmanager
+def pretended(monkeypatch) -> Iterator[Accelerator]:
+    """The pretended device; the fixture `accelerator` opens it for one test."""
+    if not torch.backends.cuda.is_built():
+        pytest.skip("this torch knows no CUDA device, not even a pretended one")
+    torch._C._ensureCUDADeviceGuardSet()
+    for name, stand_in in (("_lazy_init", lambda: None), ("synchronize", lambda device=None: None), ("Event", Event)):
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    lifted = torch._C._only_lift_cpu_tensors()
+    torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device=...) is made on the CPU and copied
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    opened = Accelerator()
+    monkeypatch.setattr(Accelerator, "current", opened)
+    try:
+        with opened:
+            yield opened
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
+        torch._C._set_only_lift_cpu_tensors(lifted)
+
+
+def _note(kind: str, by: str) -> None:
+    if Accelerator.current is None:
+        return
+    frame = sys._getframe(1)
+    while frame.f_code.co_filename == __file__ or "/torch/" in frame.f_code.co_filename:
+        frame = frame.f_back
+    path = Path(frame.f_code.co_filename)
+    name = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+    Accelerator.current.transfers.append(Transfer(kind, by, f"{name}:{frame.f_lineno}"))
+
+
+def _is_on(device) -> bool:
+    return torch.device(device).type == DEVICE.type
+
+
+def _call(func, args, kwargs, mode: Accelerator | None = None):
+    """One operation: on the CPU, and back to where it belongs."""
+    if func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd):
+        # In inference mode such operations arrive whole; their parts are what tells about devices.
+        if mode is None:
+            return func.decompose(*args, **kwargs)
+        with mode.reopened():
+            return func.decompose(*args, **kwargs)
+    name = func._schema.name.removeprefix("aten::")
+    on_device = _judge(name, args, kwargs)
+    if kwargs.get("device") is not None and _is_on(kwargs["device"]):
+        kwargs = {**kwargs, "device": CPU}
+    if kwargs.get("pin_memory"):
+        kwargs = {**kwargs, "pin_memory": False}
+    known: dict[int, OnDevice] = {}
+
+    def inside(value):
+        if not isinstance(value, OnDevice):
+            return value
+        known[id(value.value)] = value
+        return value.value
+
+    def outside(value):
+        if not isinstance(value, Tensor) or not on_device:
+            return value
+        if id(value) in known:  # an operation in place gives back what it was given
+            return known[id(value)]
+        if value.dtype == torch.float64:
+            _note("double", name)
+        return OnDevice(value)
+
+    return tree_map(outside, func(*tree_map(inside, args), **tree_map(inside, kwargs)))
+
+
+def _judge(name: str, args, kwargs) -> bool:
+    """Whether the result is on the device. Notes waits and copies; raises RuntimeError for a mixture of devices."""
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    there = [tensor for tensor in tensors if isinstance(tensor, OnDevice)]
+    here = [tensor for tensor in tensors if not isinstance(tensor, OnDevice) and tensor.ndim]
+    device, later = kwargs.get("device"), kwargs.get("non_blocking", False)
+    if name == "_to_copy":
+        wanted = bool(there) if device is None else _is_on(device)
+        if wanted != bool(there):
+            _note("upload" if wanted else "send" if later else "wait", name)
+        return wanted
+    if name == "copy_":
+        target, source, *later = args[0], args[1], *(args[2:] or [later])
+        if isinstance(target, OnDevice) != isinstance(source, OnDevice):
+            _note("upload" if isinstance(target, OnDevice) else "send" if later[0] else "wait", name)
+        return isinstance(target, OnDevice)
+    if not there:
+        return device is not None and _is_on(device)
+    if here:
+        if name not in INDEXING:
+            shapes = [[tuple(tensor.shape) for tensor in some] for some in (there, here)]
+            raise RuntimeError(f"{name}: expected all tensors to be on the same device, but {shapes[0]} are on "
+                               f"{DEVICE} and {shapes[1]} on the CPU")
+        _note("upload", name)
+    masks = name in INDEXING and any(isinstance(i, Tensor) and i.dtype == torch.bool for i in args[1])
+    if name in READS or masks:
+        _note("wait", name)
+    return device is None or _is_on(device)

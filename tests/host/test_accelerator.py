@@ -1,0 +1,173 @@
+"""Whole runs on an accelerator, a pretended one where there is none: every method draws what it draws on the CPU, no
+operation mixes devices, and once a run is under way no step of ours waits for the device, sends anything to it or asks
+it for float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import comfy.model_management
+import pytest
+import torch
+from comfy.patcher_extension import WrappersMP
+from lora_ensemble.host.calibrate import calibrate
+from lora_ensemble.host.ensemble import LoRASpec, Mask
+from lora_ensemble.methods.cmlora import CMLoRA
+from lora_ensemble.methods.loratorio import LoRAtorio
+from lora_ensemble.methods.switch import Switch
+from lora_ensemble.tests.accelerator import DEVICE
+
+from .builders import composite, merge, method, sample, three
+from .caches import cached, cmlora
+from .guidance_tools import ag
+from .kinds import CONVOLUTIONS, EVERYWHERE
+from .models import FAMILIES, base, build, patcher
+from .test_calibration import STEPS as CALIBRATED
+from .test_calibration import guide, paths
+from .test_kinds import KERNEL, LINEAR, POINTWISE, file_of, weights
+from .test_selection import est, klora, pair
+
+STEPS, KNOWN = 6, 4
+"""From step KNOWN on the clock knows the sampler, and every layout of a batch was met."""
+PLENTY = 1 << 36
+
+
+@pytest.fixture
+def transfers(accelerator, monkeypatch):
+    """The host believes in the device; what it cannot pretend is turned off."""
+    management = comfy.model_management
+    answers = {"get_torch_device": lambda: DEVICE, "soft_empty_cache": lambda force=False: None,
+               "get_free_memory": lambda dev=None, torch_free_too=False: (PLENTY,) * 2 if torch_free_too else PLENTY,
+               "get_total_memory": lambda dev=None, torch_total_too=False: (PLENTY,) * 2 if torch_total_too else PLENTY,
+               "synchronize": lambda: None, "cuda_device_context": lambda device: nullcontext()}
+    for name, answer in answers.items():
+        monkeypatch.setattr(management, name, answer, raising=False)
+    with torch.inference_mode():  # as the host runs its nodes
+        yield accelerator.transfers
+        management.unload_all_models()
+
+
+def on_device(family: str):
+    """The small model of a family, to be loaded on the device."""
+    model = build(FAMILIES[family])
+    model.load_state_dict(base(family).model.state_dict())
+    return patcher(model, DEVICE)
+
+
+def masked(ensemble) -> list[LoRASpec]:
+    left = torch.zeros(1, 64, 64)
+    left[..., :32] = 1
+    return [LoRASpec(spec.name, spec.strength_model, 0, mask=Mask(mask))
+            for spec, mask in zip(ensemble, (left, 1 - left, None), strict=True)]
+
+
+def loratorio(**options) -> Callable:
+    return lambda model, ensemble: method(model, ensemble, lambda strengths: LoRAtorio(strengths, **options))
+
+
+METHODS: dict[str, Callable] = {
+    "Merge": merge,
+    "Switch": lambda model, ensemble: method(model, ensemble, lambda strengths: Switch(strengths, 2)),
+    "Composite": composite,
+    "LoRAtorio": loratorio(upsampling="bilinear"),
+    "LoRAtorio, a pool": loratorio(top_k=2, recheck_every=2),
+    "LoRAtorio, masks": lambda model, ensemble: loratorio()(model, masked(ensemble)),
+    "CMLoRA": lambda model, ensemble: cmlora(model, ensemble, 1),
+    "CMLoRA, online": lambda model, ensemble: method(model, ensemble, lambda s: CMLoRA(s, order="online")),
+    "CMLoRA, async": lambda model, ensemble: method(model, ensemble, lambda s: CMLoRA(s, order="async")),
+    "Composite, cached": lambda model, ensemble: cached(composite(model, ensemble)),
+    "Merge, Composite": lambda model, ensemble: composite(merge(model, ensemble[:1]), ensemble[1:]),
+}
+
+
+def run(model, family: str, transfers: list | None = None, **options) -> tuple[torch.Tensor, list]:
+    """(the latent, what our code did between host and device from step KNOWN on)."""
+    marks = []
+    out = sample(model, family, steps=STEPS, callback=lambda step, *rest: marks.append(len(transfers or ())), **options)
+    assert type(out) is torch.Tensor, "the host gives a run's result back on the CPU"
+    late = [] if transfers is None else [t for t in transfers[marks[KNOWN - 1]:marks[-1]] if t.ours]
+    return out, late
+
+
+def harmless(transfers: list) -> list:
+    """Without what is part of the plan: a value sent ahead and read steps later, when it has long arrived."""
+    return [t for t in transfers if t.kind not in ("send", "settle")]
+
+
+@pytest.mark.parametrize("family", ["SD15", "Flux"])
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method(name, family, loras, transfers):
+    make, ensemble = METHODS[name], three(base(family), loras)
+    want, _ = run(make(base(family), ensemble), family)
+    model = make(on_device(family), ensemble)
+    transfers.clear()
+    got, late = run(model, family, transfers)
+    assert torch.equal(got, want)
+    assert harmless(late) == []
+    assert "double" not in {t.kind for t in transfers if t.ours}
+
+
+@pytest.mark.parametrize("make", [klora, est])
+def test_a_choice_per_layer(make, loras, transfers):
+    ensemble = pair(base("SD15"), loras)
+    want, _ = run(make(base("SD15"), ensemble), "SD15")
+    got, late = run(make(on_device("SD15"), ensemble), "SD15", transfers)
+    assert torch.equal(got, want) and late == []
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("space", ["noise", "x0"])
+def test_adaptive_guidance(space, exact, loras, transfers):
+    """What is decided on the device is the picture, whenever the host learns of it: equal but for sizes of batches."""
+    ensemble = three(base("SD15"), loras)
+    want, _ = run(ag(composite(base("SD15"), ensemble), 0.9, space=space), "SD15", cfg=12.0)
+    got, late = run(ag(composite(on_device("SD15"), ensemble), 0.9, exact, space=space), "SD15", transfers, cfg=12.0)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
+    assert harmless(late) == []
+
+
+def test_calibration_and_linear_ag(loras, transfers):
+    ensemble = three(base("SD15"), loras)
+    want = calibrate(merge(base("SD15"), ensemble), paths(seeds=1))
+    transfers.clear()
+    model = merge(on_device("SD15"), ensemble)
+    found = calibrate(model, paths(seeds=1))
+    torch.testing.assert_close(found.found.coefficients, want.found.coefficients, rtol=1e-3, atol=1e-4)
+    assert "double" not in {t.kind for t in transfers if t.ours}
+    transfers.clear()
+    out = sample(guide(model, found), steps=CALIBRATED, cfg=12.0)
+    again = sample(guide(merge(base("SD15"), ensemble), found, nearest=True), steps=CALIBRATED, cfg=12.0)
+    torch.testing.assert_close(out, again, rtol=1e-4, atol=1e-4 * again.abs().max().item())
+
+
+@pytest.mark.parametrize("make", [merge, composite])
+@pytest.mark.parametrize("where", [LINEAR[2:4], POINTWISE[:1], KERNEL[:1]], ids=["linear", "1x1", "3x3"])
+def test_every_kind_of_adapter(where, make, loras, transfers):
+    kinds = EVERYWHERE if where[0] not in KERNEL else {**EVERYWHERE, **CONVOLUTIONS}
+    ensemble = [LoRASpec(loras(file_of(weights(where), kind)), 0.3, 0) for kind in kinds.values()]
+    want = sample(make(base("SD15"), ensemble), steps=2)
+    got = sample(make(on_device("SD15"), ensemble), steps=2)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("make", [composite, klora, METHODS["CMLoRA"]], ids=["Composite", "K-LoRA", "CMLoRA"])
+def test_weights_that_are_streamed(make, loras, transfers, monkeypatch):
+    """With little memory the host keeps weights on the CPU and sends each when its layer is called."""
+    management, free = comfy.model_management, [1]
+
+    def loaded(executor, *args, **kwargs):
+        free[0] = PLENTY  # models are loaded: from here on nothing but them is short of memory
+        return executor(*args, **kwargs)
+
+    ensemble = pair(base("SD15"), loras)
+    want, _ = run(make(base("SD15"), ensemble), "SD15")
+    monkeypatch.setattr(management, "vram_state", management.VRAMState.LOW_VRAM)
+    monkeypatch.setattr(management, "get_free_memory",
+                        lambda dev=None, torch_free_too=False: (free[0],) * 2 if torch_free_too else free[0])
+    model = on_device("SD15")
+    model.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, "free", loaded)
+    got, late = run(make(model, ensemble), "SD15", transfers)
+    weight = model.model.diffusion_model.middle_block[1].proj_in.weight
+    assert weight.device.type == "cpu", "nothing is streamed"
+    assert torch.equal(got, want) and harmless(late) == []
