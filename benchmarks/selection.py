@@ -126,10 +126,11 @@ def sdxl_layers(feed_forward: bool) -> dict[str, tuple[int, int, int]]:
     return layers
 
 
-def pair(layers: dict[str, tuple[int, int, int]], rank: int, device: torch.device) -> Bank:
-    """Two random LoRAs on all layers."""
+def pair(layers: dict[str, tuple[int, int, int]], rank: int, device: torch.device,
+         dtype: torch.dtype | None = None) -> Bank:
+    """Two random LoRAs on all layers, in float32 as files hold them or in another dtype."""
     return Bank([{name: [LowRank(*factors(out, inputs, rank, 2 * n + seed, 0.3, device)[::-1])]
-                  for n, (name, (out, inputs, _)) in enumerate(layers.items())} for seed in (0, 1)])
+                  for n, (name, (out, inputs, _)) in enumerate(layers.items())} for seed in (0, 1)], dtype=dtype)
 
 
 def bench_setup(options: argparse.Namespace, device: torch.device) -> str:
@@ -149,14 +150,17 @@ def bench_setup(options: argparse.Namespace, device: torch.device) -> str:
 def released(layer: nn.Linear, x: Tensor, loras: list[tuple[Tensor, Tensor]], size: Callable[[Tensor], Tensor],
              gamma: float, scale: float) -> Tensor:
     """The released algorithms at one layer call, from their formulas alone: both products, their sizes, a decision on
-    the host, and the winner's dense delta."""
+    the host, and the winner's dense delta, all in the dtype of the LoRA files, to which the input is converted."""
     content, style = (up @ down for down, up in loras)
     winner = content if (size(content) / (gamma * size(style) * scale)).item() > 1 else style
-    return layer(x) + F.linear(x, winner)
+    return layer(x) + F.linear(x.to(winner.dtype), winner).to(x.dtype)
 
 
 def bench_layers(options: argparse.Namespace, device: torch.device) -> str:
-    """Every layer gets the tokens that it has in SDXL, one picture with guidance (2 rows), times --tokens."""
+    """Every layer gets the tokens that it has in SDXL, one picture with guidance (2 rows), times --tokens. The model is
+    in --dtype, the files in float32, as the released code keeps them: its factors are no parameters that follow the
+    model to another dtype. Ours are converted once."""
+    dtype = getattr(torch, options.dtype or ("float16" if device.type == "cuda" else "float32"))
     layers = dict(list(sdxl_layers(feed_forward=False).items())[::options.every])
     bank = pair(layers, options.rank, device)
     sizes, k = measure(bank, PAIR), options.rank**2
@@ -168,12 +172,13 @@ def bench_layers(options: argparse.Namespace, device: torch.device) -> str:
             if not hasattr(parent, part):
                 parent.add_module(part, nn.Module())
             parent = getattr(parent, part)
-        parent.add_module(name.split(".")[-1], nn.Linear(width, out, bias=False).to(device).requires_grad_(False))
+        layer = nn.Linear(width, out, bias=False, device=device, dtype=dtype).requires_grad_(False)
+        parent.add_module(name.split(".")[-1], layer)
         inputs[name] = (width, max(round(tokens * options.tokens), 1))
-    noise = {shape: torch.randn(2, shape[1], shape[0]).to(device) for shape in set(inputs.values())}
+    noise = {shape: torch.randn(2, shape[1], shape[0]).to(device, dtype) for shape in set(inputs.values())}
     modules = {name: root.get_submodule(name) for name in layers}
     factor_pairs = {name: [op.factors() for i in range(2) for op in bank.sites[name].all_ops(i)] for name in layers}
-    routed, progress = RoutedForwards(root, bank), 0.4
+    routed, progress = RoutedForwards(root, pair(layers, options.rank, device, dtype)), 0.4
 
     def routed_pass(branch: Branch, keep: dict | None = None) -> None:
         with torch.inference_mode(), routed.rows([branch] * 2):
@@ -203,7 +208,8 @@ def bench_layers(options: argparse.Namespace, device: torch.device) -> str:
         try:
             routed_pass(method.at(progress), ours)
             for name in layers:
-                agree(ours[name].norm().item(), theirs[name].norm().item(), 1e-3, f"{kind} at {name}")
+                agree(ours[name].float().norm().item(), theirs[name].float().norm().item(),
+                      1e-3 if dtype == torch.float32 else 1e-2, f"{kind} at {name}")
             # The branch is asked for anew in every pass, as a run does.
             arms = {"choice": lambda method=method: routed_pass(method.at(progress)),
                     "single": lambda: routed_pass(Branch((1.0, 0.0)))}
@@ -214,6 +220,7 @@ def bench_layers(options: argparse.Namespace, device: torch.device) -> str:
         synchronize(device)
         choice, single, slow = seconds["choice"], seconds["single"], plain["released"]
         emit(bench="layers", method=kind, layers=len(layers), rank=options.rank, tokens=options.tokens,
+             dtype=str(dtype).removeprefix("torch."),
              over_single=choice.wall / single.wall - 1, cpu_over_single=choice.cpu / single.cpu - 1,
              ratio=slow.wall / choice.wall, cpu_ratio=slow.cpu / choice.cpu, seconds=choice.wall,
              single_seconds=single.wall, released_seconds=slow.wall)
@@ -231,6 +238,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--repeats", type=int, default=5, help="of each way, in turns")
     parser.add_argument("--every", type=int, default=1, help="take every n-th of SDXL's layers")
     parser.add_argument("--tokens", type=float, default=1.0, help="share of the tokens of a 1024 x 1024 picture")
+    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"],
+                        help="of the model in `layers`; default: float16 on a GPU, float32 on the CPU")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     emit(bench="environment", **environment(device))
