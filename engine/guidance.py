@@ -10,6 +10,7 @@ from torch import Tensor
 from ..kernels.branch import Step
 from ..kernels.guidance import combine, cosine, similarity_terms
 from ..methods.guidance import AdaptiveGuidance, LinearAG
+from ..methods.session import Sent
 
 Rows = tuple[int, ...]
 
@@ -22,36 +23,25 @@ def noise_of(x: Tensor, x0: Tensor, sigma: Tensor) -> Tensor:
 class ReadBack:
     """Small tensors on their way from the device to the host.
 
-    On an accelerator a value is copied through pinned memory and looked at two steps after it was sent, so that the
-    host never waits for work that it has just queued; `exact` looks at it before the next step. On the CPU there is
-    nothing to wait for.
+    On an accelerator a value is looked at two steps after it was sent, so that the host never waits for work that it
+    has just queued; `exact` looks at it before the next step. On the CPU there is nothing to wait for.
     """
 
     def __init__(self, exact: bool):
         self.exact = exact
-        self._sent: list[tuple[int, Rows | None, Tensor, torch.cuda.Event | None]] = []
+        self._sent: list[tuple[Rows | None, Sent]] = []
 
     def send(self, index: int, rows: Rows | None, values: Tensor) -> None:
-        event = None
-        if values.device.type == "cuda":
-            host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-            host.copy_(values, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record(torch.cuda.current_stream(values.device))  # the device that copies need not be the current one
-            values = host
-        self._sent.append((index, rows, values, event))
+        self._sent.append((rows, Sent(index, values)))
 
     def arrived(self, index: int | None) -> Iterator[tuple[int, Rows | None, list]]:
         """What may be looked at in step `index`; None: everything."""
         while self._sent:
-            sent, rows, values, event = self._sent[0]
-            late = event is not None and not self.exact
-            if index is not None and late and sent > index - 2:
+            rows, sent = self._sent[0]
+            if index is not None and sent.far and not self.exact and sent.step > index - 2:
                 return
-            if event is not None:
-                event.synchronize()
             del self._sent[0]
-            yield sent, rows, values.tolist()
+            yield sent.step, rows, sent.read()
 
 
 class AdaptiveState:

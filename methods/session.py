@@ -107,17 +107,21 @@ class Session(ABC):
 
 class Sent:
     """A small tensor on its way to the host, since step `step`. Sending does not wait for the device; `read` does, but
-    a step or two later the value has long arrived."""
+    a step or two later the value has long arrived.
+
+    far   whether it comes from an accelerator at all
+    """
 
     def __init__(self, step: int, value: Tensor):
-        self.step, self.value = step, value
+        self.step, self.value, self.far = step, value, value.device.type != "cpu"
+        # Into pinned memory, as torch does for copies that nobody waits for.
         self._copy = value.to("cpu", non_blocking=True)
         self._arrived = None
         if value.is_cuda:
             self._arrived = torch.cuda.Event()
             # Of the device that copies: it need not be the current one.
             self._arrived.record(torch.cuda.current_stream(value.device))
-        elif value.device.type != "cpu":
+        elif self.far:
             self._copy = None  # without events an early copy could be read before it is there
 
     def read(self) -> list:

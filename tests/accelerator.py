@@ -116,7 +116,9 @@ def pretended(monkeypatch) -> Iterator[Accelerator]:
     if not torch.backends.cuda.is_built():
         pytest.skip("this torch knows no CUDA device, not even a pretended one")
     torch._C._ensureCUDADeviceGuardSet()
-    for name, stand_in in (("_lazy_init", lambda: None), ("synchronize", lambda device=None: None), ("Event", Event)):
+    stand_ins = {"_lazy_init": lambda: None, "synchronize": lambda device=None: None, "Event": Event,
+                 "current_stream": lambda device=None: None}
+    for name, stand_in in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
     lifted = torch._C._only_lift_cpu_tensors()
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device=...) is made on the CPU and copied

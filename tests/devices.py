@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from lora_ensemble.methods.session import Sent
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
@@ -30,3 +31,11 @@ class Plain(Tensor):
         if torch.float64 in dtypes:
             raise TypeError(f"{func}: this device has no float64")
         return tree_map(lambda v: cls(v) if isinstance(v, Tensor) else v, out)
+
+
+class Far(Sent):
+    """A value on its way from an accelerator, whatever it comes from."""
+
+    def __init__(self, step: int, value: Tensor):
+        super().__init__(step, value)
+        self.far = True

@@ -11,9 +11,11 @@ import comfy_extras.nodes_perpneg as nodes_perpneg
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
-from lora_ensemble.engine.guidance import AdaptiveState, ReadBack
+from lora_ensemble.engine import guidance
+from lora_ensemble.engine.guidance import AdaptiveState
 from lora_ensemble.host.guidance import Guidance, apply_guidance, guidance_record_of
 from lora_ensemble.methods.guidance import AdaptiveGuidance
+from lora_ensemble.tests.devices import Far
 from torch import Tensor
 
 from .builders import sample as sample_at
@@ -99,15 +101,9 @@ def middle(curve: list[list[float]], share: float = 0.5) -> float:
     return (seen[k - 1] + seen[k]) / 2
 
 
-class Event:
-    def synchronize(self):
-        pass
-
-
 def late(monkeypatch) -> None:
     """As on an accelerator: where `exact` is off, a similarity is looked at two steps after it was sent."""
-    monkeypatch.setattr(ReadBack, "send", lambda self, index, rows, values: self._sent.append(
-        (index, rows, values, Event())))
+    monkeypatch.setattr(guidance, "Sent", Far)
 
 
 # --- guiders ---
