@@ -114,20 +114,18 @@ class Sent:
 
     def __init__(self, step: int, value: Tensor):
         self.step, self.value, self.far = step, value, value.device.type != "cpu"
-        # Into pinned memory, as torch does for copies that nobody waits for.
-        self._copy = value.to("cpu", non_blocking=True)
-        self._arrived = None
-        if value.is_cuda:
+        self._copy, self._arrived = value, None
+        if value.is_cuda:  # copies of others that nobody waits for are not safe
+            # Into pinned memory, as torch does for such copies.
+            self._copy = value.to("cpu", non_blocking=True)
             self._arrived = torch.cuda.Event()
             # Of the device that copies: it need not be the current one.
             self._arrived.record(torch.cuda.current_stream(value.device))
-        elif self.far:
-            self._copy = None  # without events an early copy could be read before it is there
 
     def read(self) -> list:
         if self._arrived is not None:
             self._arrived.synchronize()
-        return (self.value if self._copy is None else self._copy).tolist()
+        return self._copy.tolist()
 
 
 class PlainSession(Session):

@@ -202,6 +202,12 @@ def test_a_value_is_awaited_on_its_own_device(monkeypatch):
     assert streams == [("stream of", OnDevice.device)]
 
 
+def test_no_copy_is_on_its_way_from_a_device_without_events():
+    """Guards: Apple's would write into memory that was given back; the host holds such copies for unsafe."""
+    value = SimpleNamespace(is_cuda=False, device=torch.device("mps"), tolist=lambda: [3.0])
+    assert Sent(0, value).read() == [3.0], "and `to` is never called"
+
+
 # --- LinearAG ---
 
 
