@@ -77,7 +77,8 @@ def test_the_node_takes_a_composed_model_or_an_ensemble(loras):
 
 def test_the_map_finds_the_choice_under_another_method(loras):
     model, ensemble = base("SD15"), pair(base("SD15"), loras)
-    composed = klora(model, ensemble)
+    composed = klora(klora(model, ensemble, alpha=0.3), ensemble)  # the last one of two
+    assert "1.5 u + 0.5" in layer_map(composed).title
     assert layer_map(composite(composed, ensemble)).ratios == layer_map(composed).ratios
 
 

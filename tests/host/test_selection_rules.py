@@ -3,9 +3,12 @@ the files, for every setting."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from lora_ensemble.host import measure as host_measure
 from lora_ensemble.host.ensemble import LoRASpec
 
 from .builders import Rand, file_of, kohya, lora, shapes
@@ -85,3 +88,21 @@ def test_a_nodes_choice_is_its_formula_on_the_file(make, rule, options, loras):
     alone = [(STRENGTHS[0], 0.0), (0.0, STRENGTHS[1])]
     assert [[alone.index(method.at(u).at(layer)) for layer in layers] for u in TIMES] == want
     assert 0 < np.mean(want) < 1, "both must act for this to show anything"
+
+
+def test_what_is_kept_of_one_setting_does_not_serve_another(loras):
+    """Sizes of other roles, of raw factors, or without sums are other sizes."""
+    model = base("SD15")
+    a, b = uneven(model, loras)
+    third = LoRASpec(loras(lora(shapes(model), 3, 16)), 1.0, 0.0, "object")
+    styles = (a, b, replace(third, role="style"))
+    settings = [lambda: est(model, (a, b)), lambda: klora(model, (a, b)),
+                lambda: klora(model, (a, b), deltas="raw factors"), lambda: klora(model, (a, b), k=5),
+                lambda: klora(model, (a, b, third)), lambda: klora(model, styles)]
+    fresh = []
+    for setting in settings:
+        host_measure._kept.clear()
+        fresh.append(method_of(setting()).contest)
+    host_measure._kept.clear()
+    assert [method_of(setting()).contest for setting in settings] == fresh
+    assert len(host_measure._kept) == len(settings)
