@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +18,6 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 DEVICE, CPU = torch.device("cuda", 0), torch.device("cpu")
 ROOT = Path(__file__).parents[1]
@@ -150,7 +150,11 @@ def _is_on(device) -> bool:
 
 def _call(func, args, kwargs, mode: Accelerator | None = None):
     """One operation: on the CPU, and back to where it belongs."""
-    if func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd):
+    device = kwargs.get("device")
+    named = device is not None or kwargs.get("pin_memory") or any(isinstance(arg, torch.device) for arg in args)
+    if not named and not any(isinstance(tensor, OnDevice) for tensor in _tensors(args, kwargs)):
+        return func(*args, **kwargs)
+    if _is_compound(func):
         # In inference mode such operations arrive whole; their parts are what tells about devices.
         if mode is None:
             return func.decompose(*args, **kwargs)
@@ -158,20 +162,20 @@ def _call(func, args, kwargs, mode: Accelerator | None = None):
             return func.decompose(*args, **kwargs)
     name = func._schema.name.removeprefix("aten::")
     on_device = _judge(name, args, kwargs)
-    if kwargs.get("device") is not None and _is_on(kwargs["device"]):
+    if device is not None and _is_on(device):
         kwargs = {**kwargs, "device": CPU}
     if kwargs.get("pin_memory"):
         kwargs = {**kwargs, "pin_memory": False}
     known: dict[int, OnDevice] = {}
 
-    def inside(value):
+    def inside(value: Tensor) -> Tensor:
         if not isinstance(value, OnDevice):
             return value
         known[id(value.value)] = value
         return value.value
 
-    def outside(value):
-        if not isinstance(value, Tensor) or not on_device:
+    def outside(value: Tensor) -> Tensor:
+        if not on_device:
             return value
         if id(value) in known:  # an operation in place gives back what it was given
             return known[id(value)]
@@ -179,12 +183,33 @@ def _call(func, args, kwargs, mode: Accelerator | None = None):
             _note("double", name)
         return OnDevice(value)
 
-    return tree_map(outside, func(*tree_map(inside, args), **tree_map(inside, kwargs)))
+    args, kwargs = _mapped(inside, args), {key: _mapped(inside, value) for key, value in kwargs.items()}
+    return _mapped(outside, func(*args, **kwargs))
+
+
+@cache
+def _is_compound(func) -> bool:
+    return func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
+
+
+def _mapped(function, value):
+    """The function on every tensor; an operation takes and gives tensors and sequences of them."""
+    if isinstance(value, Tensor):
+        return function(value)
+    return type(value)(_mapped(function, entry) for entry in value) if isinstance(value, list | tuple) else value
+
+
+def _tensors(args, kwargs) -> Iterator[Tensor]:
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value, {})
 
 
 def _judge(name: str, args, kwargs) -> bool:
     """Whether the result is on the device. Notes waits and copies; raises RuntimeError for a mixture of devices."""
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    tensors = list(_tensors(args, kwargs))
     there = [tensor for tensor in tensors if isinstance(tensor, OnDevice)]
     here = [tensor for tensor in tensors if not isinstance(tensor, OnDevice) and tensor.ndim]
     device, later = kwargs.get("device"), kwargs.get("non_blocking", False)
