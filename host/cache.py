@@ -125,9 +125,12 @@ class BranchCache:
                 "bytes": self.store.bytes}
 
     def close(self) -> None:
+        """Let go of all features, and of what reports and measures: they lead to the run and to its MODEL, and a circle
+        keeps a MODEL that nobody uses until Python happens to look for circles. The host takes that for a leak."""
         self.store.clear()
         self._seams.clear()
         self._last.clear()
+        del self._report, self._free
 
     def _keep(self, keys: list, combos: Sequence[Combo], caught: dict[Hashable, tuple], device: torch.device) -> None:
         if device not in self._limits:

@@ -75,6 +75,9 @@ def calibrate(model, paths: Paths, on_policy: bool = False, intercept: bool = Fa
     if abs(paths.cfg - 1) < 1e-6:
         raise CoeffsError("Calibrate Guidance: at cfg 1 no negative is evaluated, so there is nothing to calibrate. "
                           "Set cfg to the value that you sample with.")
+    if paths.denoise <= 0:
+        raise CoeffsError("Calibrate Guidance: at denoise 0 nothing is sampled, so there is nothing to calibrate. Set "
+                          "denoise to the value that you sample with.")
     first = _round(model, paths, None, progress)
     coefficients, r2 = first.equations.solve(intercept)
     found = Calibration(coefficients, first.steps, r2,

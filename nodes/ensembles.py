@@ -87,8 +87,20 @@ class LoRAEnsembleLoRA(io.ComfyNode):
         check_file(lora_name)
         check_numbers(cls, strength_model=strength_model, strength_clip=strength_clip)
         role = chosen(role, ROLES, "LoRA (Ensemble): role")
-        region = Mask(mask) if mask is not None else None
+        region = Mask(checked(mask, lora_name)) if mask is not None else None
         return io.NodeOutput((*(ensemble or ()), LoRASpec(lora_name, strength_model, strength_clip, role, region)))
+
+
+def checked(mask: torch.Tensor, name: str) -> torch.Tensor:
+    """The mask, if it can confine a LoRA. Raises ValueError for one without pixels or with numbers that are none."""
+    if mask.numel() == 0:
+        raise ValueError(f"LoRA (Ensemble): the mask for '{name}' has no pixels, its size is {tuple(mask.shape)}. A "
+                         "node that found nothing makes such masks. Connect another one, or none to let the LoRA act "
+                         "everywhere.")
+    if not mask.isfinite().all():
+        raise ValueError(f"LoRA (Ensemble): the mask for '{name}' holds values that are no numbers (NaN or infinite). "
+                         "Make it anew: its values go from 0 to 1.")
+    return mask
 
 
 class LoRAEnsembleFromStack(io.ComfyNode):

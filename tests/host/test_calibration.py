@@ -187,6 +187,8 @@ def test_stopping(found):
 def test_nothing_to_calibrate():
     with pytest.raises(CoeffsError, match="at cfg 1"):
         calibrate(base("SD15"), paths(cfg=1.0))
+    with pytest.raises(CoeffsError, match="at denoise 0 nothing is sampled"):
+        calibrate(base("SD15"), paths(denoise=0.0))
 
 
 def test_a_sampler_that_decides_itself_how_often_it_calls():

@@ -10,11 +10,19 @@ import comfy.model_management
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
+from lora_ensemble.host.apply import with_cache
+from lora_ensemble.host.cache import CacheSpec
 from lora_ensemble.host.composition import KEY
+from lora_ensemble.methods.cmlora import CMLoRA
+from lora_ensemble.methods.composite import Composite
+from lora_ensemble.methods.loratorio import LoRAtorio
+from lora_ensemble.methods.merge import Merge
+from lora_ensemble.methods.schedule import Uniform
 from lora_ensemble.methods.session import PlainSession
 from lora_ensemble.methods.switch import Switch
 
 from .builders import composite, merge, method, same, sample, stock, three
+from .guidance_tools import ag
 from .models import FAMILIES, base
 
 
@@ -43,6 +51,30 @@ def test_two_runs_in_a_row_are_identical(ours):
     assert torch.equal(sample(ours), first)
     assert ours.get_attachment(KEY).record is not record, "each run has a record of its own"
     assert len(ours.get_attachment(KEY).record.steps) == len(record.steps) == 2
+
+
+@pytest.mark.parametrize("kind", ["merge", "composite", "cached", "loratorio", "cmlora", "guided",
+                                  "guided and cached"])
+def test_a_model_goes_with_its_last_user(kind, loras):
+    """Not only once Python looks for circles: then the host finds weights without the MODEL that it loaded them for,
+    and warns of a leak in every later run."""
+    plain = base("SD15")
+    gc.collect()
+    gc.disable()
+    try:
+        makes = {"merge": Merge, "loratorio": LoRAtorio, "cmlora": CMLoRA}
+        model = method(plain, three(plain, loras), makes.get(kind, Composite))
+        if "cached" in kind or kind == "cmlora":
+            model = with_cache(model, CacheSpec(Uniform(2), depth=1))
+        if "guided" in kind:
+            model = ag(model, 0.9)
+        sample(model, steps=3)
+        left = weakref.ref(model)
+        del model
+        assert left() is None
+        assert all(loaded.model is not None for loaded in comfy.model_management.current_loaded_models)
+    finally:
+        gc.enable()
 
 
 class Trouble(Exception):

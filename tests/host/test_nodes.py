@@ -119,6 +119,13 @@ def test_loras_chain_in_order(two):
     assert first == both[:1]
 
 
+@pytest.mark.parametrize("mask, word", [(torch.zeros(0, 8, 8), "no pixels"), (torch.ones(1, 0, 0), "no pixels"),
+                                        (torch.tensor([[[1.0, float("nan")]]]), "no numbers")])
+def test_a_mask_that_confines_nothing_is_refused_by_the_name_of_its_lora(two, mask, word):
+    with pytest.raises(ValueError, match=rf"LoRA \(Ensemble\): the mask for '{two[0]}' .*{word}"):
+        LoRAEnsembleLoRA.execute(two[0], 1.0, 1.0, "auto", mask=mask)
+
+
 def test_a_new_ensemble_offers_every_role_and_the_range_of_the_stock_loader():
     inputs = {part.id: part for part in LoRAEnsembleLoRA.GET_SCHEMA().inputs}
     assert tuple(inputs["role"].options) == ROLES and inputs["role"].default == "auto"
