@@ -123,20 +123,23 @@ class LoRAEnsembleFromStack(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, lora_stack: Sequence[tuple[str, float, float]], ensemble: Ensemble | None = None) -> io.NodeOutput:
+    def execute(cls, lora_stack: Sequence[tuple[str, float, float] | None] | None,
+                ensemble: Ensemble | None = None) -> io.NodeOutput:
         loras = from_stack(lora_stack)
         for lora in loras:
             check_file(lora.name)
         return io.NodeOutput((*(ensemble or ()), *loras))
 
 
-def from_stack(stack: Sequence[tuple[str, float, float]]) -> Ensemble:
-    """The LoRAs of a LORA_STACK, without its empty entries.
+def from_stack(stack: Sequence[tuple[str, float, float] | None] | None) -> Ensemble:
+    """The LoRAs of a LORA_STACK, without its empty entries; none of a stacker that is switched off and hands on None.
 
     Raises ValueError where an entry is not (file, model strength, clip strength).
     """
     loras = []
-    for entry in stack:
+    for entry in stack or ():
+        if entry is None:
+            continue
         try:
             name, strength_model, strength_clip = entry
             if name not in (None, "", "None"):

@@ -206,6 +206,11 @@ def test_an_empty_stack_adds_nothing():
     assert LoRAEnsembleFromStack.execute([]).args[0] == ()
 
 
+def test_a_stacker_that_is_off_and_rows_that_are_none_add_nothing(two):
+    assert LoRAEnsembleFromStack.execute(None).args[0] == ()
+    assert from_stack([None, (two[0], 1.0, 1.0), None]) == (LoRASpec(two[0], 1.0, 1.0),)
+
+
 @pytest.mark.parametrize("entry", [("a.safetensors", 1.0), ("a.safetensors", "strong", 1.0), 3, {"name": "a"},
                                    ("a.safetensors", float("nan"), 1.0)])
 def test_what_is_no_stack_entry_is_refused(entry):
