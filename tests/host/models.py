@@ -109,6 +109,7 @@ def patcher(model: torch.nn.Module, device: torch.device = CPU) -> comfy.model_p
 _cache: dict[tuple, comfy.model_patcher.ModelPatcher] = {}
 
 
+@torch.inference_mode(False)  # of ordinary tensors, wherever it is first asked for
 def base(name: str, dtype: torch.dtype = torch.float32) -> comfy.model_patcher.ModelPatcher:
     """The small model of a family, made once; tests share it, which is what users do to theirs."""
     if (name, dtype) not in _cache:
