@@ -1,0 +1,162 @@
+"""Example workflows: what the front end would send for each is its API file, and both agree with the schemas."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import functools
+import json
+from typing import Any
+
+import pytest
+
+from .test_nodes import IDS, NODES, ROOT
+
+PLACEHOLDERS = {"ckpt_name", "clip_name", "lora_name", "coeffs_name"}  # files that a user chooses
+WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
+VIRTUAL = {"MarkdownNote", "Note"}  # known to the front end alone
+BYPASSED = 4
+ANY = "*"
+WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
+
+each_workflow = pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+
+
+def host_inputs(class_type: str) -> dict[str, tuple[Any, dict]]:
+    """Input name -> (type, options) of a node of this pack or of the host, in the schema's order."""
+    types = node_classes()[class_type].INPUT_TYPES()
+    specs = {**types.get("required", {}), **types.get("optional", {})}
+    return {name: (spec[0], spec[1] if len(spec) > 1 else {}) for name, spec in specs.items()}
+
+
+@functools.cache
+def node_classes() -> dict[str, Any]:
+    from comfy_extras import nodes_custom_sampler, nodes_flux, nodes_images, nodes_mask, nodes_preview_any, nodes_sd3
+
+    import nodes as host_nodes
+
+    known = dict(host_nodes.NODE_CLASS_MAPPINGS)
+    v3 = list(NODES)
+    for module in (nodes_custom_sampler, nodes_flux, nodes_images, nodes_mask, nodes_preview_any, nodes_sd3):
+        known.update(getattr(module, "NODE_CLASS_MAPPINGS", {}))
+        if hasattr(module, "comfy_entrypoint"):
+            v3 += asyncio.run(asyncio.run(module.comfy_entrypoint()).get_node_list())
+    return {**known, **{node.GET_SCHEMA().node_id: node for node in v3}}
+
+
+def is_widget(kind: Any) -> bool:
+    return isinstance(kind, (list, tuple)) or str(kind) in WIDGETS
+
+
+def problem_of(name: str, value: Any, kind: Any, options: dict) -> str | None:
+    """Why a widget value would not pass the host's validation, or None."""
+    if name in PLACEHOLDERS:
+        return None if str(value).endswith(".safetensors") else "no file name"
+    choices = kind if isinstance(kind, (list, tuple)) else options.get("options")
+    if choices is not None:
+        return None if value in choices else f"{value!r} is not one of {choices}"
+    wanted = {"INT": int, "FLOAT": (int, float), "STRING": str, "BOOLEAN": bool}[str(kind)]
+    if not isinstance(value, wanted):
+        return f"{value!r} is no {kind}"
+    if str(kind) in ("INT", "FLOAT") and not options.get("min", value) <= value <= options.get("max", value):
+        return f"{value!r} is out of range"
+    return None
+
+
+def as_api(graph: dict) -> dict:
+    """What the front end sends for a graph: widget values by name, links past bypassed nodes, no notes."""
+    by_id = {node["id"]: node for node in graph["nodes"]}
+    links = {link[0]: link for link in graph["links"]}
+
+    def source(link: int) -> list:
+        _, origin, slot, *_ = links[link]
+        node = by_id[origin]
+        if node["mode"] != BYPASSED:
+            return [str(origin), slot]
+        kind = node["outputs"][slot]["type"]
+        return source(next(entry["link"] for entry in node["inputs"] if entry["type"] == kind))
+
+    prompt = {}
+    for node in graph["nodes"]:
+        if node["type"] in VIRTUAL or node["mode"] == BYPASSED:
+            continue
+        values, inputs = iter(node["widgets_values"]), {}
+        for name, (kind, _) in host_inputs(node["type"]).items():
+            if is_widget(kind):
+                inputs[name] = next(values)
+                if name in ("seed", "noise_seed"):
+                    assert next(values) in ("fixed", "increment", "decrement", "randomize")
+        assert not list(values), f"{node['type']} has more widget values than widgets"
+        inputs |= {entry["name"]: source(entry["link"]) for entry in node["inputs"] if entry["link"] is not None}
+        prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
+    return prompt
+
+
+def check_graph(graph: dict) -> None:
+    """Links agree with both ends, types with the schemas."""
+    by_id = {node["id"]: node for node in graph["nodes"]}
+    assert graph["last_node_id"] == max(by_id) and graph["last_link_id"] == len(graph["links"])
+    for number, origin, out, target, slot, kind in graph["links"]:
+        sender, receiver = by_id[origin], by_id[target]
+        assert number in sender["outputs"][out]["links"] and receiver["inputs"][slot]["link"] == number
+        assert str(node_classes()[sender["type"]].RETURN_TYPES[out]) == kind
+        assert str(host_inputs(receiver["type"])[receiver["inputs"][slot]["name"]][0]) in (kind, ANY)
+
+
+def check_prompt(prompt: dict) -> None:
+    """What the host's validation would say, except for the files that a user chooses."""
+    for key, node in prompt.items():
+        required = node_classes()[node["class_type"]].INPUT_TYPES()["required"]
+        assert set(required) <= set(node["inputs"]), f"{key}: inputs missing"
+        for name, value in node["inputs"].items():
+            kind, options = host_inputs(node["class_type"])[name]
+            if isinstance(value, list):
+                sender = node_classes()[prompt[value[0]]["class_type"]]
+                assert str(kind) in (str(sender.RETURN_TYPES[value[1]]), ANY), f"{key}: {name}"
+            else:
+                assert problem_of(name, value, kind, options) is None, f"{key}: {name}"
+
+
+def overlaps(graph: dict) -> list[tuple[str, str]]:
+    title = 30  # height of the title bar, which lies above a node's position
+    boxes = [(node["type"], *node["pos"], *node["size"]) for node in graph["nodes"]]
+    return [
+        (a, b)
+        for i, (a, ax, ay, aw, ah) in enumerate(boxes)
+        for b, bx, by, bw, bh in boxes[:i]
+        if ax < bx + bw and bx < ax + aw and ay - title < by + bh and by - title < ay + ah
+    ]
+
+
+@each_workflow
+def test_example_workflows_agree_with_the_schemas(path):
+    graph = json.loads(path.read_text(encoding="utf-8"))
+    prompt = json.loads((path.parent / "api" / path.name).read_text(encoding="utf-8"))
+    check_graph(graph)
+    check_prompt(prompt)
+    assert {key: {k: v for k, v in node.items() if k != "_meta"} for key, node in prompt.items()} == as_api(graph)
+    assert not overlaps(graph)
+
+
+def test_the_checks_notice_what_is_wrong():
+    graph = json.loads((ROOT / "example_workflows" / "flux_merge.json").read_text(encoding="utf-8"))
+    prompt = as_api(graph)
+    method = next(key for key, node in prompt.items() if node["class_type"] == "LoRAEnsembleMerge")
+    for name, value in (("mode", "sideways"), ("model", prompt[method]["inputs"]["clip"])):
+        broken = copy.deepcopy(prompt)
+        broken[method]["inputs"][name] = value
+        with pytest.raises(AssertionError, match=name):
+            check_prompt(broken)
+    graph["links"][0][5] = "LATENT"
+    with pytest.raises(AssertionError):
+        check_graph(graph)
+
+
+def test_every_node_and_every_model_family_has_an_example():
+    graphs = [json.loads(path.read_text(encoding="utf-8"))["nodes"] for path in WORKFLOWS]
+    assert {node["type"] for nodes in graphs for node in nodes} >= set(IDS)
+    checkpoints = {node["widgets_values"][0] for nodes in graphs for node in nodes if "Checkpoint" in node["type"]}
+    assert checkpoints == {
+        "v1-5-pruned-emaonly-fp16.safetensors", "sd_xl_base_1.0.safetensors", "flux1-dev-fp8.safetensors",
+    }  # fmt: skip
+    assert {path.name for path in (ROOT / "example_workflows" / "api").iterdir()} == {path.name for path in WORKFLOWS}
