@@ -55,7 +55,7 @@ class Transformer:
         if device == "cpu":
             randomize(model)
             for name, buffer in model.named_buffers():
-                if name == "pos_embed":  # SD3's, which a checkpoint fills
+                if name == "pos_embed" or name.endswith("inv_freq"):  # SD3's, Stable Audio's: a checkpoint fills them
                     buffer.copy_(noise(*buffer.shape))
         return model
 
