@@ -48,7 +48,7 @@ def _transformed(plane: Tensor) -> Tensor:
     """|rfft2| of the last two dimensions; through the CPU where the device has no Fourier transform (DirectML)."""
     try:
         return torch.fft.rfft2(plane, norm="ortho").abs()
-    except (NotImplementedError, RuntimeError):
+    except RuntimeError:
         return torch.fft.rfft2(plane.cpu(), norm="ortho").abs().to(plane.device)
 
 

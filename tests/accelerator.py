@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 DEVICE, CPU = torch.device("cuda", 0), torch.device("cpu")
 ROOT = Path(__file__).parents[1]
-READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "unique_dim",
+READS = {"_local_scalar_dense", "item", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "unique_dim",
          "unique_consecutive", "repeat_interleave"}
 """Operations whose result, or its shape, the host must know before it can go on."""
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
