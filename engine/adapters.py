@@ -2,11 +2,14 @@
 
 An op changes the weight of a layer, W -> W'. Each op knows that change in two forms, which must agree:
 
-    on_weight(w, gain)                  the weight form: slow, obvious, needs W; the reference, and DoRA's norms
-    apply_(y, x, inner, gain, ...)      the forward form: y holds W x (no bias) and becomes W' x; W is never read
+    on_weight(w, gain)     the weight form: slow, obvious, needs W; the reference, and DoRA's norms
+    the forward form       W is never read. By what it needs, an op is of one of three sorts:
 
-`inner(x)` evaluates the layer with the weight as it was before this op, for the kinds that act on the input side.
-Ops whose forward form is y += gain * D x are additive: their order does not matter and the bias may be in y.
+    additive    W' = W + gain D:        add_(y, x, gain, geometry)            y += gain D x
+    output      W' x by W x and x:      change_(y, x, gain, geometry, ...)    y holds W x (no bias), becomes W' x
+    input       W' x = W (x + u) + ..:  shift(x, gain, geometry, ...) -> u, and add_ for the rest
+
+The order of additive ops does not matter, and the bias may be in y.
 
 `span` is the slice (dim, start, length) of the weight that an op belongs to, where a model fuses several layers
 into one (q, k and v of Flux); None means all of it. Floating-point factors are stored as given and cast where they
@@ -25,7 +28,6 @@ from ..kernels.orthogonal import block_rotate, butterfly_rotate
 from .geometry import Geometry
 
 Span = tuple[int, int, int] | None
-Inner = Callable[[Tensor], Tensor]
 Scales = tuple[Tensor, bool] | None
 """DoRA's magnitude factors, and whether they act on outputs (`Decomposed.scales`)."""
 
@@ -49,6 +51,12 @@ class Op(nn.Module):
 
     additive = True
     span: Span = None
+    rank = 0
+    """The rank that the adapter was trained with; 0 where its factors do not say."""
+
+    def on_inputs(self, scales: Scales = None) -> bool:
+        """Whether an op that is not additive is of the sort `input`; else it is of the sort `output`."""
+        return False
 
     def on_weight(self, weight: Tensor, gain: float) -> Tensor:
         """The changed weight as a new tensor, in the dtype of `weight`."""
@@ -64,24 +72,43 @@ class Op(nn.Module):
         """The dense delta of an additive op, on the device of `like`."""
         raise TypeError(f"{type(self).__name__} has no delta of its own")
 
-    def apply_(self, y: Tensor, x: Tensor, inner: Inner, gain: float, geometry: Geometry,
-               scales: Scales = None) -> None:
-        """Forward form, in place on y. `scales` is for `Decomposed` alone."""
+    def product(self, x: Tensor, geometry: Geometry) -> Tensor:
+        """D x of an additive op, x the inputs of its span."""
+        return geometry.apply(x, self.delta(x).to(x.dtype))
+
+    def add_(self, y: Tensor, x: Tensor, gain: float, geometry: Geometry, scales: Scales = None) -> None:
+        """y += gain D x; of an input op, what it adds beside the shift of x. `scales` is for `Decomposed` alone."""
         x = part(x, self.span, geometry.x_channel, 1)
-        part(y, self.span, geometry.channel, 0).add_(geometry.apply(x, self.delta(x).to(x.dtype)), alpha=gain)
+        part(y, self.span, geometry.channel, 0).add_(self.product(x, geometry), alpha=gain)
+
+    def change_(self, y: Tensor, x: Tensor, gain: float, geometry: Geometry, scales: Scales = None) -> None:
+        """y, W x without a bias, becomes W' x. For output ops, and for additive ones among them."""
+        self.add_(y, x, gain, geometry, scales)
+
+    def shift(self, x: Tensor, gain: float, geometry: Geometry, scales: Scales = None) -> Tensor:
+        """u of an input op: what x has to be moved by before the weight as it was acts on it."""
+        raise TypeError(f"{type(self).__name__} does not act on inputs")
 
 
 class LowRank(Op):
-    """W += gain * scale * up @ down. Shape: up [out, r], down [r, in, *k]; the bank stacks these of all adapters."""
+    """W += gain * scale * up @ down. Shape: up [out, r], down [r, in, *k]; the bank stacks these of all adapters.
 
-    def __init__(self, up: Tensor, down: Tensor, scale: float = 1.0, span: Span = None):
+    rank   the rank that the adapter was trained with, where it is not r (a product of two low-rank matrices)
+    """
+
+    def __init__(self, up: Tensor, down: Tensor, scale: float = 1.0, span: Span = None, rank: int | None = None):
         super().__init__()
         self.up, self.down, self.scale, self.span = frozen(up), frozen(down), float(scale), span
+        self.rank = down.shape[0] if rank is None else rank
 
     def delta(self, like: Tensor) -> Tensor:
         dtype = torch.promote_types(like.dtype, torch.float32)
         up, down = self.up.to(like.device, dtype), self.down.to(like.device, dtype)
         return (up @ down.flatten(1) * self.scale).unflatten(1, down.shape[1:])
+
+    def product(self, x: Tensor, geometry: Geometry) -> Tensor:
+        hidden = geometry.apply(x, self.down.to(x)).movedim(geometry.channel, -1)
+        return (hidden @ (self.up.to(x).T * self.scale)).movedim(-1, geometry.channel)
 
 
 class Dense(Op):
@@ -109,6 +136,30 @@ def given(tensor: Tensor) -> Tensor:
     return tensor
 
 
+class Kron(Op):
+    """LoKr: W += gain * scale * (left kron right), as two small products: what is never formed is the product.
+
+    Shape: left [p, q], right [s, t, *k] -> weight [p s, q t, *k].
+    """
+
+    def __init__(self, left: Tensor, right: Tensor, scale: float = 1.0, span: Span = None, rank: int = 0):
+        super().__init__()
+        self.left, self.right, self.scale, self.span, self.rank = frozen(left), frozen(right), float(scale), span, rank
+
+    def delta(self, like: Tensor) -> Tensor:
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        left, right = self.left.to(like.device, dtype), self.right.to(like.device, dtype)
+        return torch.kron(left.reshape(*left.shape, *[1] * (right.ndim - 2)), right.contiguous()) * self.scale
+
+    def product(self, x: Tensor, geometry: Geometry) -> Tensor:
+        left, right = self.left.to(x) * self.scale, self.right.to(x)
+        x = x.unflatten(geometry.x_channel, (left.shape[1], -1))
+        if not geometry.spatial:
+            return torch.matmul(left, geometry.apply(x, right)).flatten(-2)
+        hidden = geometry.apply(x.flatten(0, 1), right).unflatten(0, (-1, left.shape[1]))
+        return torch.matmul(left, hidden.flatten(2)).view(x.shape[0], -1, *hidden.shape[3:])
+
+
 class Bias(Op):
     """b += gain * v, one entry per output channel. Not a change of the weight: it is added after all of them."""
 
@@ -116,8 +167,7 @@ class Bias(Op):
         super().__init__()
         self.vector = frozen(vector)
 
-    def apply_(self, y: Tensor, x: Tensor, inner: Inner, gain: float, geometry: Geometry,
-               scales: Scales = None) -> None:
+    def add_(self, y: Tensor, x: Tensor, gain: float, geometry: Geometry, scales: Scales = None) -> None:
         y.add_(geometry.per_channel(self.vector.to(y.device), y), alpha=gain)
 
 
@@ -139,13 +189,16 @@ class GLoRA(Op):
         mixed = torch.einsum("oi...,ij->oj...", weight, (self.mix.up @ self.mix.down).to(weight))
         return weight + gain * (self.scale * mixed + self.plus.delta(weight).to(weight.dtype))
 
-    def apply_(self, y: Tensor, x: Tensor, inner: Inner, gain: float, geometry: Geometry,
-               scales: Scales = None) -> None:
+    def on_inputs(self, scales: Scales = None) -> bool:
+        return True
+
+    def shift(self, x: Tensor, gain: float, geometry: Geometry, scales: Scales = None) -> Tensor:
         last = x.movedim(geometry.x_channel, -1)
         mixed = (last @ self.mix.down.to(x).T @ self.mix.up.to(x).T).movedim(-1, geometry.x_channel)
-        target = part(y, self.span, geometry.channel, 0)
-        target.add_(part(inner(mixed), self.span, geometry.channel, 0), alpha=gain * self.scale)
-        self.plus.apply_(y, x, inner, gain, geometry)
+        return mixed * (gain * self.scale)
+
+    def add_(self, y: Tensor, x: Tensor, gain: float, geometry: Geometry, scales: Scales = None) -> None:
+        self.plus.add_(y, x, gain, geometry)
 
 
 class OFT(Op):
@@ -161,8 +214,7 @@ class OFT(Op):
     def _changed(self, weight: Tensor, gain: float) -> Tensor:
         return weight + gain**2 * block_rotate(self.turn.to(weight), weight)
 
-    def apply_(self, y: Tensor, x: Tensor, inner: Inner, gain: float, geometry: Geometry,
-               scales: Scales = None) -> None:
+    def change_(self, y: Tensor, x: Tensor, gain: float, geometry: Geometry, scales: Scales = None) -> None:
         target = part(y, self.span, geometry.channel, 0)
         turned = block_rotate(self.turn.to(target), target.movedim(geometry.channel, 0))
         target.add_(turned.movedim(0, geometry.channel), alpha=gain**2)
@@ -191,8 +243,7 @@ class BOFT(Op):
     def _changed(self, weight: Tensor, gain: float) -> Tensor:
         return weight + gain * self._difference(weight, gain)
 
-    def apply_(self, y: Tensor, x: Tensor, inner: Inner, gain: float, geometry: Geometry,
-               scales: Scales = None) -> None:
+    def change_(self, y: Tensor, x: Tensor, gain: float, geometry: Geometry, scales: Scales = None) -> None:
         target = part(y, self.span, geometry.channel, 0)
         turned = self._difference(target.movedim(geometry.channel, 0), gain)
         target.add_(turned.movedim(0, geometry.channel), alpha=gain)
@@ -201,7 +252,8 @@ class BOFT(Op):
 class Decomposed(Op):
     """DoRA: W += gain (s * (W + D) - W), s the factor that gives W + D the learned magnitude (kernels/decompose.py).
 
-    s depends on the weight as the ops before this one leave it; whoever evaluates the op supplies it.
+    s depends on the weight as the ops before this one leave it; whoever evaluates the op supplies it. It acts on
+    outputs or on inputs, and so does the op.
     """
 
     additive = False
@@ -226,19 +278,23 @@ class Decomposed(Op):
         s = s.reshape(-1, *[1] * (weight.ndim - 1)) if on_output else s.reshape(1, -1, *[1] * (weight.ndim - 2))
         return weight + gain * (s.to(weight.dtype) * (weight + delta) - weight)
 
-    def apply_(self, y: Tensor, x: Tensor, inner: Inner, gain: float, geometry: Geometry,
-               scales: Scales = None) -> None:
-        s, on_output = scales
+    def on_inputs(self, scales: Scales = None) -> bool:
+        return not scales[1]
+
+    # s - 1 is formed in fp32 and is small: a product with it keeps the base output's own precision.
+
+    def change_(self, y: Tensor, x: Tensor, gain: float, geometry: Geometry, scales: Scales = None) -> None:
+        s, _ = scales
         target = part(y, self.span, geometry.channel, 0)
-        delta = self.direction.delta(x).to(x.dtype)
-        # s - 1 is formed in fp32 and is small: a product with it keeps the base output's own precision.
-        if on_output:
-            target.addcmul_(target, geometry.per_channel(gain * (s - 1), target))
-            target.addcmul_(geometry.apply(x, delta), geometry.per_channel(gain * s, target))
-        else:
-            less = x * geometry.per_channel(s - 1, x, geometry.x_channel)
-            target.add_(part(inner(less), self.span, geometry.channel, 0), alpha=gain)
-            target.add_(geometry.apply(x + less, delta), alpha=gain)
+        target.addcmul_(target, geometry.per_channel(gain * (s - 1), target))
+        target.addcmul_(self.direction.product(x, geometry), geometry.per_channel(gain * s, target))
+
+    def shift(self, x: Tensor, gain: float, geometry: Geometry, scales: Scales = None) -> Tensor:
+        return x * geometry.per_channel(gain * (scales[0] - 1), x, geometry.x_channel)
+
+    def add_(self, y: Tensor, x: Tensor, gain: float, geometry: Geometry, scales: Scales = None) -> None:
+        scaled = x * geometry.per_channel(scales[0], x, geometry.x_channel)
+        part(y, self.span, geometry.channel, 0).add_(self.direction.product(scaled, geometry), alpha=gain)
 
 
 class Replace(Op):
@@ -253,7 +309,6 @@ class Replace(Op):
     def _changed(self, weight: Tensor, gain: float) -> Tensor:
         return self.value.to(weight).reshape(weight.shape)
 
-    def apply_(self, y: Tensor, x: Tensor, inner: Inner, gain: float, geometry: Geometry,
-               scales: Scales = None) -> None:
+    def change_(self, y: Tensor, x: Tensor, gain: float, geometry: Geometry, scales: Scales = None) -> None:
         x = part(x, self.span, geometry.x_channel, 1)
         part(y, self.span, geometry.channel, 0).copy_(geometry.apply(x, self.value.to(x)))

@@ -10,25 +10,30 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import LowRank, Op, Span, frozen
-from .transfer import on_device
+from .geometry import Geometry
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Where one adapter's ranks lie in a stack, and the alpha/rank that was folded into them."""
+    """Where one adapter's ranks lie in a stack, the alpha/rank that was folded into them, and the rank that it was
+    trained with."""
 
     adapter: int
     start: int
     stop: int
     scale: float = 1.0
+    rank: int = 0
+
+    @property
+    def width(self) -> int:
+        return self.stop - self.start
 
 
 class Stack(nn.Module):
     """Low-rank factors of all adapters for one slice of one layer, side by side along the rank.
 
     down [R, in, *k], up [out, R] with R the sum of the ranks; alpha/rank is folded into up, in fp32 and rounded once,
-    to `dtype`. One adapter is a view, all of them together are one product, and equal ranks make a batched product of
-    any run of adapters.
+    to `dtype`. One adapter is a view, and all of them together are one product.
     """
 
     def __init__(self, entries: Mapping[int, LowRank], span: Span, dtype: torch.dtype | None = None):
@@ -40,10 +45,8 @@ class Stack(nn.Module):
         self.slots: dict[int, Slot] = {}
         start = 0
         for adapter, op in entries.items():
-            self.slots[adapter] = Slot(adapter, start, start + op.down.shape[0], op.scale)
+            self.slots[adapter] = Slot(adapter, start, start + op.down.shape[0], op.scale, op.rank)
             start += op.down.shape[0]
-        widths = {slot.stop - slot.start for slot in self.slots.values()}
-        self.width = widths.pop() if len(widths) == 1 else None
 
 
 class StackOp(Op):
@@ -52,7 +55,7 @@ class StackOp(Op):
     def __init__(self, stack: Stack, slot: Slot):
         super().__init__()
         # In a list, so that the stack is not registered once more as a module of this op.
-        self._stack, self.slot, self.span, self.scale = [stack], slot, stack.span, slot.scale
+        self._stack, self.slot, self.span, self.scale, self.rank = [stack], slot, stack.span, slot.scale, slot.rank
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """(down [r, in, *k], up [out, r]), alpha/rank folded into up: views of the stack."""
@@ -63,6 +66,11 @@ class StackOp(Op):
         dtype = torch.promote_types(like.dtype, torch.float32)
         down, up = (factor.to(like.device, dtype) for factor in self.factors())
         return (up @ down.flatten(1)).unflatten(1, down.shape[1:])
+
+    def product(self, x: Tensor, geometry: Geometry) -> Tensor:
+        down, up = self.factors()
+        hidden = geometry.apply(x, down.to(x)).movedim(geometry.channel, -1)
+        return (hidden @ up.to(x).T).movedim(-1, geometry.channel)
 
 
 class Site(nn.Module):
@@ -82,6 +90,14 @@ class Site(nn.Module):
                     others.setdefault(adapter, []).append(op)
         self.stacks = nn.ModuleList([Stack(entries, span, dtype) for span, entries in by_span.items() if entries])
         self.others = nn.ModuleDict({str(adapter): nn.ModuleList(kept) for adapter, kept in others.items()})
+        # In a tuple, so that the module is not registered once more under this one.
+        self._first = next((module, leaf) for module in self.modules() for leaf in module._parameters)
+
+    @property
+    def address(self) -> int:
+        """Where the first tensor lies in memory: another once the host has moved the layer's."""
+        module, leaf = self._first
+        return module._parameters[leaf].data_ptr()
 
     def ops(self, adapter: int) -> list[Op]:
         """The ops of one adapter that are not in a stack."""
@@ -134,9 +150,3 @@ class Bank(nn.Module):
     def nbytes(self) -> int:
         """Bytes of all tensors held."""
         return sum(p.numel() * p.element_size() for p in self.parameters())
-
-
-def gain_vector(slots: Sequence[Slot], gains: Sequence[float], like: Tensor) -> Tensor:
-    """One gain per rank, for adapters of unequal strength that share a product. Shape: [sum of ranks]."""
-    values = [g for slot, g in zip(slots, gains, strict=True) for _ in range(slot.stop - slot.start)]
-    return on_device(values, like.device, like.dtype)

@@ -143,8 +143,8 @@ def _rank(ops: Sequence[Op]) -> int:
 
 
 def _rank_of(op: Op) -> int:
-    if isinstance(op, StackOp):
-        return op.slot.stop - op.slot.start
+    if op.rank:
+        return op.rank
     if isinstance(op, Decomposed):
         return _rank_of(op.direction)  # its magnitude has a dimension of 1, which is no rank
     return min((min(p.shape[:2]) for p in op.parameters() if p.ndim > 1), default=0)

@@ -1,53 +1,63 @@
-"""Low-rank branches: y += gain * B (A x), in place, without ever forming B A.
+"""Low-rank branches: y += alpha * up^T (gain * (down x)), in place, without ever forming the product of the factors.
 
-Shapes use r for the rank (of one adapter or of several laid side by side) and n for rows x tokens. Factors and
-activations share one dtype; products accumulate as the backend's matrix multiply does (fp32 for bf16 and fp16).
-`gain` is a number, or a tensor of length r that gives each rank its own gain (adapters of unequal strength).
+R is the rank of one adapter, or of several laid side by side. `gain` multiplies the hidden values, one number for each
+row, place and rank, and broadcasts: [R] for adapters of unequal strength, [n, 1, R] for rows of different branches,
+[n, T, R] for adapters that act in some places only; None for all ones. `alpha` is a number that all ranks share.
+Factors and activations have one dtype; products accumulate as the backend's matrix multiply does (fp32 for bf16 and
+fp16).
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
-def add_linear_(y: Tensor, x: Tensor, down: Tensor, up: Tensor, gain: float | Tensor) -> Tensor:
-    """Semantics: y[n] += up @ (gain * (down @ x[n])).
+def add_rows_(y: Tensor, x: Tensor, down: Tensor, up: Tensor, gain: Tensor | None = None,
+              alpha: float = 1.0) -> Tensor:
+    """Vectors. Shape: y [n, out], x [n, in], down [R, in], up [R, out], gain like [n, R].
 
-    Shape: y [n, out], x [n, in], down [r, in], up [out, r]. y may be a column slice of a wider tensor.
+    y may be a column slice of a wider tensor.
     """
-    hidden = x @ down.T
-    if isinstance(gain, Tensor):
-        return y.addmm_(hidden * gain, up.T)
-    return y.addmm_(hidden, up.T, alpha=gain)
+    hidden = F.linear(x, down)
+    return y.addmm_(hidden if gain is None else hidden.mul_(gain), up, alpha=alpha)
 
 
-def add_linear_batched_(y: Tensor, x: Tensor, down: Tensor, up: Tensor, gain: float | Tensor) -> Tensor:
-    """`add_linear_` for g groups of rows at once, each with its own factors: two launches however many groups.
+def add_tokens_(y: Tensor, x: Tensor, down: Tensor, up: Tensor, gain: Tensor | None = None,
+                alpha: float = 1.0) -> Tensor:
+    """Tokens. Shape: y [n, T, out], x [n, T, in], down [R, in], up [n, R, out], gain like [n, T, R].
 
-    Shape: y [g, n, out], x [g, n, in], down [g, r, in], up [g, out, r], gain a number or [g, 1, 1].
+    `up` is one matrix expanded over the rows, a view: so neither y nor the hidden values need a view of their own.
     """
-    hidden = torch.bmm(x, down.mT)
-    if isinstance(gain, Tensor):
-        return y.baddbmm_(hidden * gain, up.mT)
-    return y.baddbmm_(hidden, up.mT, alpha=gain)
+    hidden = F.linear(x, down)
+    return y.baddbmm_(hidden if gain is None else hidden.mul_(gain), up, alpha=alpha)
 
 
-def add_pointwise_(y: Tensor, hidden: Tensor, up: Tensor, gain: float | Tensor) -> Tensor:
-    """Second half of a convolution's low-rank branch: y[b, :, p] += up @ (gain * hidden[b, :, p]) at each position p.
+def add_batched_(y: Tensor, x: Tensor, down: Tensor, up: Tensor, gain: Tensor | None = None,
+                 alpha: float = 1.0) -> Tensor:
+    """One adapter per group of rows: two launches however many groups.
 
-    Shape: y [b, out, *size], hidden [b, r, *size], up [out, r]; any number of size dimensions and any memory format.
+    Shape: y [g, n, out], x [g, n, in], down [g, in, r], up [g, r, out], gain like [g, n, r].
     """
-    if isinstance(gain, Tensor):
-        hidden = hidden * gain.reshape(-1, *[1] * (hidden.ndim - 2))
-        gain = 1.0
+    hidden = torch.bmm(x, down)
+    return y.baddbmm_(hidden if gain is None else hidden.mul_(gain), up, alpha=alpha)
+
+
+def add_pointwise_(y: Tensor, hidden: Tensor, up: Tensor, gain: Tensor | None = None, alpha: float = 1.0) -> Tensor:
+    """Second half of a convolution's branch: y[b, :, p] += alpha * up^T (gain * hidden[b, :, p]) at each position p.
+
+    Shape: y [b, out, *size], hidden [b, R, *size] (overwritten), up [R, out], gain like hidden; any number of size
+    dimensions and any memory format.
+    """
+    if gain is not None:
+        hidden = hidden.mul_(gain)
     if y.is_contiguous() and hidden.is_contiguous():
         flat = y.view(y.shape[0], y.shape[1], -1)
-        flat.baddbmm_(up.expand(y.shape[0], -1, -1), hidden.view(hidden.shape[0], hidden.shape[1], -1), alpha=gain)
+        flat.baddbmm_(up.mT.expand(y.shape[0], -1, -1), hidden.view(hidden.shape[0], hidden.shape[1], -1), alpha=alpha)
         return y
     last = y.movedim(1, -1)
     if last.is_contiguous():  # channels last
-        last.view(-1, y.shape[1]).addmm_(hidden.movedim(1, -1).reshape(-1, hidden.shape[1]), up.T, alpha=gain)
+        last.view(-1, y.shape[1]).addmm_(hidden.movedim(1, -1).reshape(-1, hidden.shape[1]), up, alpha=alpha)
         return y
-    delta = torch.einsum("or,br...->bo...", up, hidden)
-    return y.add_(delta, alpha=gain)
+    return y.add_(torch.einsum("ro,br...->bo...", up, hidden), alpha=alpha)

@@ -6,8 +6,10 @@ from collections import Counter
 
 import pytest
 import torch
+from lora_ensemble.engine import products
 from lora_ensemble.engine.bank import Bank
 from lora_ensemble.engine.forwards import RoutedForwards
+from lora_ensemble.engine.products import Rates
 from lora_ensemble.kernels.branch import Branch, one_hot
 from lora_ensemble.tests.accelerator import READS
 from lora_ensemble.tests.reference import make_ops
@@ -56,7 +58,8 @@ def cost(layer: str, kinds, branches, warm: int = 1) -> Spy:
     """What routing adds to one call of the layer after `warm` calls."""
     module, size = layer_of(layer)
     root = nn.Sequential(module)
-    bank = Bank([{"0": make_ops(kind, module.weight.shape, seed)[0]} for seed, kind in enumerate(kinds)])
+    bank = Bank([{"0": make_ops(kind, module.weight.shape, seed)[0]} if kind != "none" else {}
+                 for seed, kind in enumerate(kinds)])
     routed = RoutedForwards(root, bank)
     x = torch.randn(len(branches), *size)
     with torch.no_grad():
@@ -101,11 +104,17 @@ def test_only_base_rows_cost_nothing_at_all(layer, kinds):
     assert not +spy.ops and spy.multiplies == 0
 
 
+FREE, DEAR = Rates(0.0, 1.0, 1.0), Rates(1e9, 1.0, 1.0)
+"""Devices on which starting an operation costs nothing, and everything."""
+
+
 @LAYERS
 @KINDS
 @pytest.mark.parametrize("scattered", [False, True])
-def test_no_operation_per_row(layer, kinds, scattered):
+@pytest.mark.parametrize("rates", [FREE, DEAR], ids=["free starts", "dear starts"])
+def test_no_operation_per_row(layer, kinds, scattered, rates, monkeypatch):
     """Four times the rows: the same operations."""
+    monkeypatch.setitem(products.RATES, "cpu", rates)
     few = [ALONE[0]] * 2 + [ALONE[1]] * 2 + [ALONE[2]] * 2
     many = [branch for branch in few for _ in range(4)]
     if scattered:
@@ -123,7 +132,20 @@ def test_composite_takes_two_products_per_layer_however_many_loras():
 def test_merge_takes_two_products_per_layer_however_many_loras():
     for count in (1, 2, 5):
         spy = cost("linear", ("lora",) * count, [Branch((1.0,) * count)] * 2)
-        assert +spy.ops == Counter({"mm": 1, "addmm": 1})
+        assert +spy.ops == Counter({"mm": 1, "baddbmm": 1})
+
+
+@LAYERS
+@pytest.mark.parametrize("layout", ["runs", "scattered", "two branches on several", "with base rows"])
+@pytest.mark.parametrize("kinds", [("lora", "lora wide", "lora"), ("lora wide", "none", "lora")], ids="-".join)
+def test_any_mixture_takes_three_operations(layer, kinds, layout, monkeypatch):
+    """Where starting an operation is dear: unequal ranks, LoRAs that lack the layer, base rows, rows in any order."""
+    monkeypatch.setitem(products.RATES, "cpu", DEAR)
+    branches = {"runs": ALONE, "scattered": [ALONE[2], ALONE[0], ALONE[2], ALONE[1], ALONE[0]],
+                "two branches on several": [Branch((0.7, 0.9, 0.0)), Branch((0.0, 0.4, 1.1)), Branch((1.0, 1.0, 1.0))],
+                "with base rows": [BASE, ALONE[0], BASE, ALONE[2], ALONE[1], BASE]}[layout]
+    product = {"convolution": 1} if layer == "conv" else {"mm": 1}
+    assert +cost(layer, kinds, branches).ops == Counter({**product, "mul": 1, "baddbmm": 1})
 
 
 @LAYERS
@@ -137,8 +159,10 @@ def test_a_choice_per_layer_costs_what_one_lora_costs(layer):
 
 
 @LAYERS
-def test_low_rank_products_are_the_factors_and_no_more(layer):
-    """A row's multiply-adds: rank x (inputs x kernel + outputs) per position, once."""
+def test_low_rank_products_are_the_factors_and_no_more(layer, monkeypatch):
+    """A row's multiply-adds: rank x (inputs x kernel + outputs) per position, once. Where starting an operation costs
+    nothing there are no others."""
+    monkeypatch.setitem(products.RATES, "cpu", FREE)
     module, size = layer_of(layer)
     spy = cost(layer, EQUAL, [ALONE[0], ALONE[0], ALONE[1], ALONE[1], ALONE[2], ALONE[2]])
     positions = size[0] if layer == "linear" else size[1] * size[2]

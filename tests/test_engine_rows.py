@@ -7,9 +7,12 @@ import weakref
 
 import pytest
 import torch
-from lora_ensemble.engine import forwards as forwards_module
+from lora_ensemble.engine import products as products_module
+from lora_ensemble.engine import program as program_module
 from lora_ensemble.engine.bank import Bank
 from lora_ensemble.engine.forwards import RoutedForwards
+from lora_ensemble.engine.layout import NotRows, folded
+from lora_ensemble.engine.products import Rates
 from lora_ensemble.engine.transfer import on_device
 from lora_ensemble.kernels.branch import Branch, one_hot
 from lora_ensemble.tests.reference import Change, close, expected, make_ops
@@ -48,8 +51,8 @@ def adapters(model: nn.Module, kinds=("lora", "lora", "lora"), seed: int = 0) ->
     return Bank(ops), changes
 
 
-def evaluate(model: nn.Module, bank: Bank, branches, x: Tensor) -> Tensor:
-    routed = RoutedForwards(model, bank)
+def evaluate(model: nn.Module, bank: Bank, branches, x: Tensor, order=folded) -> Tensor:
+    routed = RoutedForwards(model, bank, order=order)
     routed.install()
     try:
         with torch.no_grad(), routed.rows(branches):
@@ -115,19 +118,33 @@ def test_frames_folded_into_the_batch_follow_their_row(model, layout, fold):
     assert close(evaluate(model, bank, LAYOUTS[layout], x), expected(model, changes, LAYOUTS[layout], x))
 
 
-def test_a_batch_that_does_not_divide_is_named_and_left_plain(model):
-    bank, _ = adapters(model)
-    told: list = []
-    routed = RoutedForwards(model, bank, report=lambda *problem: told.append(problem))
+@pytest.mark.parametrize("layout", ["composite", "scattered", "merged beside single"])
+def test_rows_that_are_repeated_as_a_block_follow_an_order_that_names_it(model, layout):
+    """Models that double their batch [t, t * 0] hand all rows to a layer twice: entry e belongs to row e % rows."""
+    bank, changes = adapters(model)
+    branches, order = LAYOUTS[layout], lambda layer, entries, rows: "tile"
+    x = torch.randn(2 * len(branches), 4, 5, 6)
+    assert close(evaluate(model, bank, branches, x, order), expected(model, changes, branches * 2, x))
+    assert not close(evaluate(model, bank, branches, x), expected(model, changes, branches * 2, x))
+
+
+def test_entries_that_cannot_be_told_apart_stop_what_needs_to_know(model):
+    """Guard: a LoRA on the wrong rows without a word. One branch for all needs no order at all."""
+    bank, changes = adapters(model)
     x = torch.randn(5, 4, 5, 6)
+    routed = RoutedForwards(model, bank)
     routed.install()
-    with torch.no_grad(), routed.rows([ALONE[0], ALONE[1]]):
-        y = model(x)
+    with torch.no_grad(), pytest.raises(NotRows, match="'conv' has 5 entries"), routed.rows([ALONE[0], ALONE[1]]):
         model(x)
     routed.remove()
-    with torch.no_grad():
-        assert torch.equal(y, model(x))
-    assert [layer for _, layer, _ in told] == ["conv", "linear"] and "5 does not divide into 2 rows" in told[0][2]
+    x = torch.randn(6, 4, 5, 6)
+    for branches in ([ALONE[0], ALONE[1]], [ALONE[0], BASE]):
+        with pytest.raises(NotRows, match="'conv' has 6 entries"):
+            evaluate(model, bank, branches, x, lambda layer, entries, rows: None)
+    for branches in ([ALL, ALL], [ALONE[1]] * 4):
+        y = evaluate(model, bank, branches, x, lambda layer, entries, rows: None)
+        assert close(y, expected(model, changes, branches[:1], x))
+    assert clean(model)
 
 
 @pytest.mark.parametrize("layout", ["composite", "scattered", "merged"])
@@ -142,18 +159,66 @@ def test_memory_formats_and_strided_inputs(model, layout):
     assert close(evaluate(model, bank, LAYOUTS[layout], x.to(memory_format=torch.channels_last)), want)
 
 
-def test_equal_ranks_take_the_batched_products_and_agree_with_the_loop(model, monkeypatch):
-    calls = []
-    real = forwards_module.add_linear_batched_
-    monkeypatch.setattr(forwards_module, "add_linear_batched_", lambda *a: calls.append(1) or real(*a))
+def test_the_ways_to_serve_several_branches_agree(model, monkeypatch):
+    """Batched, masked and group by group are one sum, whichever is expected to be the fastest."""
     bank, changes = adapters(model)
     layout = LAYOUTS["composite"]
     x = torch.randn(len(layout), 4, 5, 6)
-    batched = evaluate(model, bank, layout, x)
-    assert calls == [1]
-    monkeypatch.setattr(RoutedForwards, "_add_batched", lambda *a: False)
-    assert close(evaluate(model, bank, layout, x), batched.double())
-    assert calls == [1]
+    want = expected(model, changes, layout, x)
+    ways = {"batched": Rates(1.0, 1.0, 1.0), "masked": Rates(1e9, 1.0, 1.0), "groups": Rates(1e-9, 1.0, 1e9)}
+    taken = {}
+    for way, rates in ways.items():
+        monkeypatch.setitem(products_module.RATES, "cpu", rates)
+        if way != "batched":
+            monkeypatch.setattr(products_module, "_batched", lambda *call: None)
+        routed = RoutedForwards(model, bank)
+        routed.install()
+        with torch.no_grad(), routed.rows(layout):
+            assert close(model(x), want)
+        taken[way] = [line for line in routed.explain() if "linear" in line]
+        routed.remove()
+    assert ["3 groups of 2 entries" in line for line in taken["batched"]] == [True]
+    assert ["6 of 6 entries, rank 9, gains 6x1x9" in line for line in taken["masked"]] == [True]
+    assert ["2 of 6 entries, rank 3" in line for line in taken["groups"]] == [True] * 3
+
+
+def test_programs_are_chosen_once(model, monkeypatch):
+    """Guards: Python's work at every call of a layer that could have been done once."""
+    made = []
+    real = program_module.stack_choice
+    monkeypatch.setattr(program_module, "stack_choice", lambda *call: made.append(1) or real(*call))
+    bank, _ = adapters(model)
+    routed = RoutedForwards(model, bank)
+    routed.install()
+    x = torch.randn(6, 4, 5, 6)
+    with torch.no_grad():
+        for _ in range(3):
+            for layout in ("composite", "scattered", "composite"):
+                with routed.rows(LAYOUTS[layout][:6]):
+                    model(x)
+                    model(x)
+    routed.remove()
+    assert len(made) == 4
+
+
+def test_factors_that_the_host_moves_are_found_again(model):
+    """Guard: a program that holds on to memory which the host has given to somebody else."""
+    bank, changes = adapters(model)
+    x = torch.randn(3, 4, 5, 6)
+    routed = RoutedForwards(model, bank)
+    routed.install()
+    with torch.no_grad():
+        with routed.rows(ALONE):
+            assert close(model(x), expected(model_without(model, []), changes, ALONE, x))
+        for parameter in bank.parameters():
+            moved = parameter.data * 2
+            parameter.data.fill_(float("nan"))
+            parameter.data = moved
+        with routed.rows(ALONE):
+            doubled = [{name: (lambda w, b, g, change=change: change(w, b, 4 * g)) for name, change in layers.items()}
+                       for layers in changes]
+            assert close(model(x), expected(model_without(model, []), doubled, ALONE, x))
+    routed.remove()
 
 
 def test_equal_strengths_share_one_number(model):

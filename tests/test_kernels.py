@@ -7,7 +7,7 @@ import torch
 from lora_ensemble.kernels.branch import Branch, Step, one_hot
 from lora_ensemble.kernels.decompose import magnitude_scale
 from lora_ensemble.kernels.deltas import hadamard, kronecker, tucker, tucker_down
-from lora_ensemble.kernels.lowrank import add_linear_, add_linear_batched_, add_pointwise_
+from lora_ensemble.kernels.lowrank import add_batched_, add_pointwise_, add_rows_, add_tokens_
 from lora_ensemble.kernels.orthogonal import block_rotate, butterfly_rotate, cayley
 from lora_ensemble.tests.reference import TOLERANCE, butterfly_matrix, close
 from lora_ensemble.tests.test_engine_cost import Spy
@@ -20,51 +20,66 @@ def rand(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tens
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape))).to(dtype)
 
 
-def gain_of(kind: str, rank: int, dtype: torch.dtype) -> tuple[float | Tensor, Tensor]:
-    """A gain as the kernel takes it, and as one float64 number per rank."""
+def gain_of(kind: str, *shape: int, dtype: torch.dtype) -> tuple[dict, Tensor]:
+    """A gain as the kernels take it, and in float64."""
     if kind == "number":
-        return 0.7, torch.full((rank,), 0.7, dtype=torch.float64)
-    vector = rand(rank, dtype=dtype, seed=5)
-    return vector, vector.double()
+        return {"alpha": 0.7}, torch.full(shape, 0.7, dtype=torch.float64)
+    tensor = rand(*shape, dtype=dtype, seed=5)
+    return {"gain": tensor, "alpha": 0.5}, 0.5 * tensor.double()
 
 
 @DTYPES
-@pytest.mark.parametrize("gain", ["number", "vector"])
+@pytest.mark.parametrize("gain", ["number", "ranks", "rows and ranks"])
 @pytest.mark.parametrize(("n", "inputs", "out", "rank"), [
     (1, 1, 1, 1), (1, 16, 8, 4), (33, 24, 40, 1), (64, 40, 24, 16), (5, 8, 8, 32), (0, 8, 6, 2)])
-def test_add_linear(n, inputs, out, rank, gain, dtype):
+def test_add_rows(n, inputs, out, rank, gain, dtype):
     x, y = rand(n, inputs, dtype=dtype), rand(n, out, dtype=dtype, seed=1)
-    down, up = rand(rank, inputs, dtype=dtype, seed=2), rand(out, rank, dtype=dtype, seed=3)
-    g, wide = gain_of(gain, rank, dtype)
-    want = y.double() + (x.double() @ down.double().T * wide) @ up.double().T
-    assert add_linear_(y, x, down, up, g) is y
+    down, up = rand(rank, inputs, dtype=dtype, seed=2), rand(rank, out, dtype=dtype, seed=3)
+    how, wide = gain_of(gain, *((n, rank) if gain.startswith("rows") else (rank,)), dtype=dtype)
+    want = y.double() + (x.double() @ down.double().T * wide) @ up.double()
+    assert add_rows_(y, x, down, up, **how) is y
     assert close(y, want)
 
 
 @DTYPES
-def test_add_linear_into_columns_from_strided_input(dtype):
+def test_add_rows_into_columns_from_strided_input(dtype):
     """y a slice of a fused layer's columns, x every second column of a wider tensor: the rest of y stays as it is."""
     whole, x = rand(9, 30, dtype=dtype), rand(9, 16, dtype=dtype, seed=1)[:, ::2]
     down, up, before = rand(4, 8, dtype=dtype, seed=2), rand(10, 4, dtype=dtype, seed=3), whole.clone()
-    add_linear_(whole[:, 10:20], x, down, up, 0.5)
+    add_rows_(whole[:, 10:20], x, down, up.T, alpha=0.5)
     assert close(whole[:, 10:20], before[:, 10:20].double() + 0.5 * x.double() @ (up.double() @ down.double()).T)
     assert torch.equal(whole[:, :10], before[:, :10]) and torch.equal(whole[:, 20:], before[:, 20:])
+
+
+@DTYPES
+@pytest.mark.parametrize("gain", ["number", "per row", "per token"])
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize(("n", "tokens", "inputs", "out", "rank"), [(1, 1, 1, 1, 1), (2, 7, 24, 40, 4),
+                                                                   (5, 1, 16, 8, 1), (3, 0, 4, 4, 2)])
+def test_add_tokens(n, tokens, inputs, out, rank, strided, gain, dtype):
+    x, y = rand(n, tokens, inputs, dtype=dtype), rand(n, tokens, out, dtype=dtype, seed=1)
+    if strided:  # some channels of a fused layer, tokens before rows
+        whole = rand(tokens, n, out + 3, dtype=dtype, seed=1)
+        y = whole[..., 2:2 + out].transpose(0, 1)
+    down, up = rand(rank, inputs, dtype=dtype, seed=2), rand(rank, out, dtype=dtype, seed=3)
+    how, wide = gain_of(gain, n, 1 if gain == "per row" else tokens, rank, dtype=dtype)
+    want = y.double() + (x.double() @ down.double().T * wide) @ up.double()
+    assert add_tokens_(y, x, down, up.expand(n, -1, -1), **how) is y
+    assert close(y, want)
 
 
 @DTYPES
 @pytest.mark.parametrize("gain", ["number", "per group"])
 @pytest.mark.parametrize(("g", "n", "inputs", "out", "rank"), [(1, 1, 1, 1, 1), (2, 7, 24, 40, 4), (5, 1, 16, 8, 1),
                                                                (3, 0, 4, 4, 2)])
-def test_add_linear_batched(g, n, inputs, out, rank, gain, dtype):
+def test_add_batched(g, n, inputs, out, rank, gain, dtype):
     x, y = rand(g, n, inputs, dtype=dtype), rand(g, n, out, dtype=dtype, seed=1)
     # The engine's factors are views of one stack: strided, not contiguous.
-    down = rand(g * rank, inputs, dtype=dtype, seed=2).view(g, rank, inputs)
-    up = rand(out, g * rank, dtype=dtype, seed=3).unflatten(1, (g, rank)).movedim(1, 0)
-    value = 0.7 if gain == "number" else rand(g, 1, 1, dtype=dtype, seed=4)
-    gains = [0.7] * g if gain == "number" else value.double().flatten().tolist()
-    want = torch.stack([y[k].double() + gains[k] * x[k].double() @ (up[k].double() @ down[k].double()).T
-                        for k in range(g)])
-    assert add_linear_batched_(y, x, down, up, value) is y
+    down = rand(g * rank, inputs, dtype=dtype, seed=2).view(g, rank, inputs).mT
+    up = rand(out, g * rank, dtype=dtype, seed=3).T.unflatten(0, (g, rank))
+    how, wide = gain_of(gain, g, 1, 1, dtype=dtype)
+    want = torch.stack([y[k].double() + x[k].double() @ down[k].double() * wide[k] @ up[k].double() for k in range(g)])
+    assert add_batched_(y, x, down, up, **how) is y
     assert close(y, want)
 
 
@@ -76,17 +91,17 @@ LAYOUTS = {
 
 
 @DTYPES
-@pytest.mark.parametrize("gain", ["number", "vector"])
+@pytest.mark.parametrize("gain", ["number", "ranks", "places"])
 @pytest.mark.parametrize(("size", "layout"), [(size, layout) for size in [(7,), (1, 1), (5, 6), (2, 3, 4)]
                                               for layout in LAYOUTS if len(size) > 1 or layout != "channels last"])
 def test_add_pointwise(size, layout, gain, dtype):
     b, out, rank = 3, 8, 4
     y, hidden = (LAYOUTS[layout](rand(b, c, *size, dtype=dtype, seed=c)) for c in (out, rank))
-    up = rand(out, rank, dtype=dtype, seed=9)
-    g, wide = gain_of(gain, rank, dtype)
-    want = y.double() + torch.einsum("or,br...->bo...", up.double() * wide, hidden.double())
+    up = rand(rank, out, dtype=dtype, seed=9)
+    how, wide = gain_of(gain, *((b, rank, *size) if gain == "places" else (1, rank, *[1] * len(size))), dtype=dtype)
+    want = y.double() + torch.einsum("ro,br...->bo...", up.double(), hidden.double() * wide)
     strides = y.stride()
-    assert add_pointwise_(y, hidden, up, g) is y and y.stride() == strides
+    assert add_pointwise_(y, hidden, up, **how) is y and y.stride() == strides
     assert close(y, want)
 
 
@@ -94,17 +109,17 @@ def test_add_pointwise(size, layout, gain, dtype):
 def test_add_pointwise_holds_no_delta_of_its_own(layout):
     """Guards: memory of a whole output more, and two passes over it, with --force-channels-last."""
     y, hidden = (LAYOUTS[layout](rand(2, c, 5, 6)) for c in (64, 4))
-    up = rand(64, 4)
+    up = rand(4, 64)
     with Spy() as spy:
-        add_pointwise_(y, hidden, up, 0.5)
+        add_pointwise_(y, hidden, up, alpha=0.5)
     assert spy.written == y.numel()
 
 
 def test_add_pointwise_into_some_channels_of_one_row():
-    whole, hidden, up = rand(1, 12, 4, 4), rand(1, 1, 4, 4, seed=1), rand(5, 1, seed=2)
+    whole, hidden, up = rand(1, 12, 4, 4), rand(1, 1, 4, 4, seed=1), rand(1, 5, seed=2)
     before = whole.clone()
-    add_pointwise_(whole[:, 3:8], hidden, up, 2.0)
-    delta = (up.double() @ hidden.double().flatten(2)).view(1, 5, 4, 4)
+    delta = (up.double().T @ hidden.double().flatten(2)).view(1, 5, 4, 4)
+    add_pointwise_(whole[:, 3:8], hidden, up, alpha=2.0)
     assert close(whole[:, 3:8], before[:, 3:8].double() + 2 * delta)
     assert torch.equal(whole[:, :3], before[:, :3]) and torch.equal(whole[:, 8:], before[:, 8:])
 

@@ -1,0 +1,84 @@
+"""Adapters whose order matters, evaluated one after the other as the host's loader would change the weight, without
+reading the weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .adapters import Op, Scales, part
+from .geometry import Geometry, no_bias
+from .products import Run
+
+
+class Link(NamedTuple):
+    """One op of a chain at a gain, with the magnitude factors of a DoRA, and the places that it acts in: on outputs and
+    on inputs, as tensors that broadcast over them; None: everywhere."""
+
+    gain: float
+    op: Op
+    scales: Scales = None
+    places: Tensor | None = None
+    input_places: Tensor | None = None
+
+
+def chain(links: Sequence[Link], biases: Sequence[Link], base: Callable[[Tensor], Tensor], bias: Tensor | None,
+          geometry: Geometry) -> Run:
+    """A run that changes y, the layer's output with its bias, into that of the weight with all ops.
+
+    base   the layer as it was; called once more where an op acts on inputs, however many do
+    bias   the layer's own, None where it has none or it cannot be read
+    """
+
+    def value(k: int, x: Tensor, u: Tensor | None, y: Tensor | None) -> Tensor:
+        """W_k (x + u), without the bias, W_k the weight after k ops; y: the layer's output at x, to be written over, or
+        None where it is not known. u moves the input by little, so the base's own precision is kept."""
+        if k == 0:
+            out = no_bias(base(x) if y is None else y, bias, geometry)
+            return out if u is None else out.add_(no_bias(base(u), bias, geometry))
+        gain, op, scales, places, input_places = links[k - 1]
+        here = x if u is None else x + u
+        if op.additive or not op.on_inputs(scales):
+            out = value(k - 1, x, u, y)
+            before = None if places is None else out.clone()
+            op.change_(out, here, gain, geometry, scales)
+            return out if places is None else torch.lerp(before, out, places)
+        shift = op.shift(here, gain, geometry, scales)
+        if input_places is not None:
+            shift = shift * input_places
+        if op.span is None:
+            out = value(k - 1, x, shift if u is None else u + shift, y)
+        else:  # the other rows of the weight must not see the shift
+            moved = value(k - 1, shift, None, None)
+            out = value(k - 1, x, u, y)
+            part(out, op.span, geometry.channel, 0).add_(part(moved, op.span, geometry.channel, 0))
+        before = None if places is None else out.clone()
+        op.add_(out, here, gain, geometry, scales)
+        return out if places is None else torch.lerp(before, out, places)
+
+    def run(y: Tensor, x: Tensor) -> Tensor:
+        out = value(len(links), x, None, y)
+        y.copy_(out if bias is None else out + geometry.per_channel(bias, out))
+        return add(y, x)
+
+    add = additions(biases, geometry)
+    return run
+
+
+def additions(links: Sequence[Link], geometry: Geometry) -> Run:
+    """A run of additive ops that are in no stack."""
+
+    def run(y: Tensor, x: Tensor) -> Tensor:
+        for gain, op, _, places, _ in links:
+            if places is None:
+                op.add_(y, x, gain, geometry)
+            else:
+                delta = torch.zeros_like(y)
+                op.add_(delta, x, gain, geometry)
+                y.addcmul_(delta, places)
+        return y
+
+    return run

@@ -1,0 +1,115 @@
+"""Where adapters act inside a row: places of the picture and tokens of the text, as gains for the layers of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of tokens of one kind along a layer's token axis.
+
+    kind    text, picture, or other (registers, padding, reference pictures, sound)
+    count   tokens
+    grid    of a picture: (frames, height, width), frames first and rows of the picture before its columns
+    """
+
+    kind: str
+    count: int
+    grid: tuple[int, ...] = ()
+
+
+Segments = tuple[Segment, ...]
+Locate = Callable[[str, int], "Segments | None"]
+"""(layer, tokens) -> what these tokens are, in order; None where that is not known."""
+
+
+class Places:
+    """Where the adapters of a bank act in one batch. Gains are made once per size and kept; `update` changes what they
+    hold and not where they lie, so that whatever was recorded or compiled with them stays right.
+
+    maps      [pictures, adapters, height, width] or [pictures, adapters, frames, height, width], in [0, 1] on any grid:
+              how much of an adapter's delta a place gets
+    pictures  per row of the batch, its index into maps
+    words     [texts, adapters, tokens] or None: the same for each token of the text
+    texts     per row, its index into words. A text whose tokens were repeated to the length of another is repeated here
+    locate    what the tokens of a layer are
+
+    Tokens that are neither picture nor text, and rows of layers that have no tokens, get all of the delta.
+    """
+
+    def __init__(self, maps: Tensor, pictures: Sequence[int], words: Tensor | None = None, texts: Sequence[int] = (),
+                 locate: Locate = lambda layer, tokens: None):
+        self.maps, self.pictures, self.words, self.texts = maps, tuple(pictures), words, tuple(texts)
+        self.locate = locate
+        self._kept: dict[Hashable, tuple[Tensor, Callable[[], Tensor]]] = {}
+
+    def update(self, maps: Tensor, words: Tensor | None = None) -> None:
+        """Other maps and words of the same shapes: everything made of the earlier ones is brought up to date in place,
+        in the order in which it was made."""
+        self.maps.copy_(maps)
+        if words is not None:
+            self.words.copy_(words)
+        for tensor, make in self._kept.values():
+            tensor.copy_(make())
+
+    def keep(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        """`make()`, made once per key and again, into the same tensor, at each update."""
+        if key not in self._kept:
+            self._kept[key] = (make().contiguous(), make)
+        return self._kept[key][0]
+
+    def on_grid(self, grid: tuple[int, ...], rows: tuple[int, ...]) -> Tensor:
+        """Gains of the places of a picture: [entries, adapters, *grid] for entries that belong to `rows`.
+
+        Several entries of one row in succession are its frames, where the grid has none of its own.
+        """
+        return self.keep(("grid", grid, rows), lambda: self._on_grid(grid, rows))
+
+    def on_tokens(self, segments: Segments, rows: tuple[int, ...]) -> Tensor:
+        """Gains of the tokens of a layer: [entries, tokens, adapters]."""
+        return self.keep(("tokens", segments, rows), lambda: self._on_tokens(segments, rows))
+
+    def _on_grid(self, grid: tuple[int, ...], rows: tuple[int, ...]) -> Tensor:
+        pictures = [self.pictures[row] for row in rows]
+        frames = len(rows) // len(set(rows)) if len(grid) == 2 and self.maps.ndim == 5 else 0
+        maps = self._resized((frames, *grid) if frames else grid)
+        if not frames:
+            return maps[pictures]
+        return maps[pictures, :, [sum(r == row for r in rows[:e]) for e, row in enumerate(rows)]]
+
+    def _on_tokens(self, segments: Segments, rows: tuple[int, ...]) -> Tensor:
+        parts = []
+        for segment in segments:
+            if segment.kind == "picture":
+                grid = segment.grid if segment.grid[0] > 1 else segment.grid[1:]
+                part = self.on_grid(grid, rows).flatten(2).mT
+            elif segment.kind == "text" and self.words is not None:
+                words = self.words[[self.texts[row] for row in rows]]
+                part = words.repeat(1, 1, max(segment.count // words.shape[2], 1)).mT
+                if part.shape[1] < segment.count:  # padding behind the text
+                    part = F.pad(part, (0, 0, 0, segment.count - part.shape[1]), value=1.0)
+                part = part[:, :segment.count]
+            else:
+                part = self.maps.new_ones(len(rows), segment.count, self.maps.shape[1])
+            parts.append(part)
+        return torch.cat(parts, dim=1)
+
+    def _resized(self, grid: tuple[int, ...]) -> Tensor:
+        """The maps on another grid: averages over areas where it is coarser, linear between places where it is finer.
+        """
+        maps = self.maps
+        if len(grid) == 3 and maps.ndim == 4:
+            return self.keep(("size", grid[1:]), lambda: self._resized(grid[1:])).unsqueeze(2).expand(
+                -1, -1, grid[0], -1, -1)
+        if tuple(maps.shape[2:]) == grid:
+            return maps
+        if prod(grid) <= prod(maps.shape[2:]):
+            return (F.adaptive_avg_pool2d if maps.ndim == 4 else F.adaptive_avg_pool3d)(maps, grid)
+        return F.interpolate(maps, size=grid, mode="bilinear" if maps.ndim == 4 else "trilinear")

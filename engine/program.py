@@ -1,0 +1,240 @@
+"""What a routed layer does for one batch layout: a list of tensor operations, chosen once and then only run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .adapters import Bias, Decomposed, Op
+from .bank import Bank, Site, Slot, Stack
+from .chain import Link, additions, chain
+from .geometry import Geometry, plain
+from .layout import Layout, NotRows
+from .positions import Places
+from .products import Call, Entries, Numbers, Run, Where, gain_tensor, in_turn, on_entries, stack_choice
+
+Reader = Callable[[str], "Tensor | None"]
+"""(parameter name) -> the base model's tensor in fp32, or None where it cannot be read."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """A layer's operations for inputs of one shape and dtype.
+
+    text   what it does, a line per product
+    """
+
+    shape: torch.Size
+    dtype: torch.dtype
+    run: Run
+    text: tuple[str, ...] = ()
+
+
+class Layer(NamedTuple):
+    """A layer that a bank acts on; `base` is its forward as it was."""
+
+    site: Site
+    geometry: Geometry
+    base: Callable
+    module: nn.Module
+
+
+class Programs:
+    """Makes the programs of one bank's layers, and keeps them and what they are made of, for one run.
+
+    tell   called as tell(adapter name, layer, reason) for what cannot be expressed
+    """
+
+    def __init__(self, bank: Bank, reader: Reader, tell: Callable[[str, str, str], None]):
+        self.bank, self.seen = bank, set()
+        self._reader, self._tell = reader, tell
+        self._programs: dict[Hashable, Program] = {}
+        self._made: dict[Hashable, object] = {}
+
+    def forget(self) -> None:
+        """Let go of everything: the host has moved the bank's factors, or the run is over."""
+        self._programs.clear()
+        self._made.clear()
+
+    def program(self, layer: Layer, layout: Layout, y: Tensor, x: Tensor) -> Program:
+        """The program of a layer for calls like this one, y its own output at x.
+
+        Raises NotRows where rows of several branches cannot be told apart in the layer.
+        """
+        name = layer.site.name
+        self.seen.add(name)
+        owners = self._owners(layout, name, y, x)
+        places = None if owners is None else layout.places
+        if owners is None:
+            gains = (layout.rows[0].at(name),)
+        else:
+            gains = [branch.at(name) for branch in layout.rows]
+            gains = tuple(gains[row] for row in owners)
+        key = name, gains, x.shape, x.dtype, x.device, places, owners if places is not None else None
+        if key not in self._programs:
+            self._programs[key] = self._program(layer, gains, y, x, places, owners)
+        return self._programs[key]
+
+    def _owners(self, layout: Layout, name: str, y: Tensor, x: Tensor) -> Entries | None:
+        """The row of each entry of a layer; None where all are alike, or where it is not known and need not be.
+
+        Raises NotRows where it must be known.
+        """
+        if layout.uniform and layout.places is None:
+            return None
+        owners = layout.owners(name, y.shape[0]) if x.shape[0] == y.shape[0] else None
+        if owners is None and not layout.uniform:
+            raise NotRows(name, x.shape[0], len(layout.rows))
+        if owners is None and layout.places is not None:
+            self._tell("all", name, "its rows cannot be told apart, so LoRAs act there everywhere")
+        return owners
+
+    def _program(self, layer: Layer, gains: tuple, y: Tensor, x: Tensor, places: Places | None,
+                 owners: Entries | None) -> Program:
+        site, shape, dtype = layer.site, x.shape, x.dtype
+        quantized = plain(x) is not x
+        x = plain(x)
+        if owners is None:
+            gains *= y.shape[0]
+        call = Call(y, x, layer.geometry, lambda stack: self._factors(stack, x),
+                    self._where(layer, y, places, owners) if places is not None else None)
+        groups: dict[tuple, list[int]] = {}
+        for entry, row in enumerate(gains):
+            groups.setdefault(row, []).append(entry)
+        others = {row: [(a, row[a], op) for a in map(int, site.others) if row[a] for op in site.ops(a)]
+                  for row in groups}
+        if all(op.additive for ops in others.values() for _, _, op in ops):
+            runs, text = self._added(call, site, gains, groups, others)
+        else:
+            runs, text = self._chained(call, layer, groups, others)
+        run = in_turn(runs) if runs else nothing
+        return Program(shape, dtype, _plainly(run) if quantized else run, text)
+
+    def _added(self, call: Call, site: Site, gains: tuple, groups: dict, others: dict) -> tuple[list[Run], tuple]:
+        """The products of a layer on which nothing depends on the order."""
+        runs, text = [], ()
+        for stack in site.stacks:
+            choice = stack_choice(call, stack, tuple(tuple(row[a] for a in stack.slots) for row in gains))
+            if choice is not None:
+                runs += choice.runs
+                text += choice.text
+        for row, entries in groups.items():
+            if others[row]:
+                run = additions([self._link(call, tuple(entries), *each) for each in others[row]], call.geometry)
+                runs.append(on_entries(run, tuple(entries), call))
+                text += tuple(f"{len(entries)} of {len(gains)} entries, {type(op).__name__}" for *_, op in others[row])
+        return runs, text
+
+    def _chained(self, call: Call, layer: Layer, groups: dict, others: dict) -> tuple[list[Run], tuple]:
+        """Groups of entries one by one: some have ops whose order matters."""
+        runs, text = [], ()
+        for row, entries in groups.items():
+            if all(op.additive for *_, op in others[row]):
+                inner = call.narrowed(tuple(entries))
+                added, lines = self._added(inner, layer.site, (row,) * len(entries), {row: range(len(entries))}, others)
+                if added:
+                    runs.append(on_entries(in_turn(added), tuple(entries), call))
+                    text += lines
+                continue
+            ops, biases = self._in_order(layer.site, row, call.x.device)
+            links = [self._link(call, tuple(entries), *each) for each in ops]
+            run = chain(links, [self._link(call, tuple(entries), *each) for each in biases], layer.base,
+                        self._bias(layer, call.x), call.geometry)
+            runs.append(on_entries(run, tuple(entries), call))
+            text += (f"{len(entries)} of {sum(map(len, groups.values()))} entries, in order: "
+                     + ", ".join(type(op).__name__ for _, _, op, *_ in ops),)
+        return runs, text
+
+    def _link(self, call: Call, entries: Entries, adapter: int, gain: float, op: Op, scales=None) -> Link:
+        if call.where is None:
+            return Link(gain, op, scales)
+        one = entries, (Slot(adapter, 0, 1),), ((1.0,),)
+        return Link(gain, op, scales, call.where(*one), call.where(*one, tuple(call.x.shape[2:])))
+
+    def _where(self, layer: Layer, y: Tensor, places: Places, owners: Entries) -> Where | None:
+        """On the layer's own grid for convolutions, by the tokens of others; None where neither is known."""
+        name, spatial = layer.site.name, layer.geometry.spatial
+        if spatial not in (0, 2, 3) or (not spatial and y.ndim < 3):
+            return None
+        segments = None if spatial else places.locate(name, y[0].numel() // y.shape[-1])
+        if segments is None and not spatial:
+            self._tell("all", name, "where its tokens lie in the picture is not known, so LoRAs act there everywhere")
+            return None
+
+        def where(entries: Entries, slots: Sequence[Slot], numbers: Numbers, grid: tuple[int, ...] = ()) -> Tensor:
+            rows = tuple(owners[entry] for entry in entries)
+            columns = tuple(slot.adapter for slot in slots for _ in range(slot.width))
+            grid = (grid or tuple(y.shape[2:])) if spatial else tuple(y.shape[1:-1])
+
+            def make() -> Tensor:
+                gain = gain_tensor(slots, numbers, spatial, len(grid), y)
+                if spatial:
+                    return places.on_grid(grid, rows)[:, columns].to(gain) * gain
+                return places.on_tokens(segments, rows)[..., columns].to(gain).unflatten(1, grid) * gain
+
+            return places.keep((segments, grid, rows, columns, numbers, y.dtype), make)
+
+        return where
+
+    # --- what programs are made of: once per run ---
+
+    def _factors(self, stack: Stack, like: Tensor) -> tuple[Tensor, Tensor]:
+        """The stack's factors as the layer needs them: themselves, or one converted copy per run."""
+        if stack.down.dtype == like.dtype and stack.down.device == like.device:
+            return stack.down, stack.up
+        return self._once(("factors", id(stack), like.dtype, like.device),
+                          lambda: (stack.down.to(like), stack.up.to(like)))
+
+    def _in_order(self, site: Site, gains: tuple[float, ...], device: torch.device) -> tuple[list, list]:
+        """The active ops of a site in the order of the adapters, (adapter, gain, op, magnitude factors of a DoRA), and
+        apart from them the biases, (adapter, gain, op). The weight is read here and nowhere else."""
+        active = [(a, op) for a, gain in enumerate(gains) if gain for op in site.all_ops(a)]
+        weight = None
+        if any(isinstance(op, Decomposed) for _, op in active):
+            weight = self._reader(f"{site.name}.weight")
+            weight = None if weight is None else weight.to(device)
+        ops, biases = [], []
+        for a, op in active:
+            scales = None
+            if isinstance(op, Bias):
+                biases.append((a, gains[a], op))
+                continue
+            if isinstance(op, Decomposed):
+                if weight is None:
+                    self._tell(self.bank.names[a], site.name, "DoRA needs the base weight, which is unreadable; left "
+                                                              "out")
+                    continue
+                scales = op.scales(weight)
+            ops.append((a, gains[a], op, scales))
+            weight = None if weight is None else op.on_weight(weight, gains[a])
+        return ops, biases
+
+    def _bias(self, layer: Layer, like: Tensor) -> Tensor | None:
+        """The layer's own bias."""
+        def read() -> Tensor | None:
+            value = self._reader(f"{layer.site.name}.bias")
+            if value is None and getattr(layer.module, "bias", None) is not None:
+                self._tell("all", layer.site.name, "the layer's bias is unreadable and was treated as part of its "
+                                                   "weight")
+            return None if value is None else value.to(like.device, like.dtype)
+
+        return self._once(("bias", layer.site.name, like.dtype, like.device), read)
+
+    def _once(self, key: Hashable, make: Callable[[], object]):
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+
+def nothing(y: Tensor, x: Tensor) -> Tensor:
+    """The run of a layer on which no adapter acts."""
+    return y
+
+
+def _plainly(run: Run) -> Run:
+    """For inputs that the host has quantized on the way into the layer."""
+    return lambda y, x: run(y, plain(x))
