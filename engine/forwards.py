@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from ..kernels.branch import Branch
 from .bank import Bank
+from .compiled import Traced, TracedGains, connect, disconnect, handle_of
 from .geometry import geometry_of
 from .layout import Layout, Order, folded
-from .opaque import connect, disconnect, handle_of, route_
 from .positions import Places
 from .program import Layer, Program, Programs, Reader, nothing
 
@@ -35,7 +35,7 @@ class _Installed(NamedTuple):
     module: nn.Module
     before: Callable | None
     forward: Callable
-    handle: int
+    traced: Traced
     route: Callable
 
 
@@ -49,11 +49,14 @@ class RoutedForwards:
     report     called as report(adapter name, layer, reason) for what cannot be expressed; once per case
     position   tells banks on the same model apart, outermost last
     order      how the rows of a batch lie in the entries of a layer (layout.py)
+    compiled   whether torch.compile sees the model: gains are then tensors that stay where they are (compiled.py).
+               Where it does although this is False, all that adapters add is an opaque operator
     """
 
     def __init__(self, root: nn.Module, bank: Bank, reader: Reader | None = None,
-                 report: Callable[[str, str, str], None] | None = None, position: int = 0, order: Order = folded):
-        self.root, self.bank, self.position, self.order = root, bank, position, order
+                 report: Callable[[str, str, str], None] | None = None, position: int = 0, order: Order = folded,
+                 compiled: bool = False):
+        self.root, self.bank, self.position, self.order, self.compiled = root, bank, position, order, compiled
         self._report = report or (lambda adapter, layer, reason: None)
         self._reported: set[tuple[str, str]] = set()
         self._state = _State()
@@ -62,11 +65,13 @@ class RoutedForwards:
         self._layouts: dict[Hashable, Layout] = {}
         self._programs = Programs(bank, reader or (lambda name: _read(root, name)), self._tell)
         self._addresses: list[int] = []
+        self._traced: dict[int, TracedGains] = {}
 
     @property
     def seen(self) -> set[str]:
-        """Names of the layers that were met by a batch on which an adapter acts."""
-        return self._programs.seen
+        """Names of the layers that were met by a batch on which an adapter acts. All where the model is compiled: a
+        graph does not say which it calls."""
+        return set(self.bank.sites) if self.compiled else self._programs.seen
 
     @property
     def current(self) -> Layout | None:
@@ -90,8 +95,9 @@ class RoutedForwards:
 
     def remove(self) -> None:
         self._state.current, self._state = None, _State()
-        for module, before, forward, handle, route in self._installed:
-            disconnect(handle, route)
+        for module, before, forward, traced, route in self._installed:
+            disconnect(traced.handle, route)
+            traced.gains = None
             if module.__dict__.get("forward") is not forward:
                 continue
             if before is None:
@@ -115,24 +121,49 @@ class RoutedForwards:
             layout.programs = [_UNMET] * len(self._layers)
         state = self._state
         before, state.current = state.current, None if layout.base else layout
+        self._trace(state.current)
         try:
             yield
         finally:
             state.current = before
+            self._trace(before)
 
     def explain(self) -> list[str]:
         """What each layer does for each layout that was met: a line per product."""
         return [f"{len(layout.rows)} rows: {layer.site.name}: {line}" for layout in self._layouts.values()
                 for layer, program in zip(self._layers, layout.programs, strict=True) for line in program.text]
 
+    def _trace(self, layout: Layout | None) -> None:
+        """Hand the compiled layers what they need for a layout."""
+        if not self.compiled:
+            return
+        gains = None
+        if layout is not None and layout.places is not None:
+            gains = [()] * len(self._layers)
+        elif layout is not None:
+            rows = len(layout.rows)
+            if rows not in self._traced:
+                like = next(self.bank.parameters())
+                self._traced[rows] = TracedGains([layer[:2] for layer in self._layers], rows, like.device,
+                                                 self.bank.dtype or like.dtype)
+            self._traced[rows].hold(layout.rows)
+            gains = self._traced[rows].tensors
+        for k, installed in enumerate(self._installed):
+            installed.traced.gains = None if gains is None else gains[k]
+            installed.traced.uniform = layout is not None and layout.uniform
+
     def _forget(self) -> None:
         self._layouts.clear()
+        self._traced.clear()
         self._programs.forget()
+        for installed in self._installed if self.compiled else ():
+            installed.traced.refresh()
 
-    def _routed(self, k: int) -> tuple[Callable, int, Callable]:
-        """The new forward of the k-th layer, its handle, and what the handle does."""
+    def _routed(self, k: int) -> tuple[Callable, Traced, Callable]:
+        """The new forward of the k-th layer, what the compiler sees of it, and what its handle does."""
         layer, state, programs = self._layers[k], self._state, self._programs
-        base, handle = layer.base, handle_of(layer.module, self.position)
+        base = layer.base
+        traced = Traced(layer.site, layer.geometry, handle_of(layer.module, self.position))
 
         def add(y: Tensor, x: Tensor) -> Tensor:
             layout = state.current
@@ -150,13 +181,10 @@ class RoutedForwards:
 
         def forward(x: Tensor, *args, **kwargs) -> Tensor:
             y = base(x, *args, **kwargs)
-            if torch.compiler.is_compiling():
-                route_(y, x, handle)
-                return y
-            return add(y, x)
+            return traced.add_(y, x) if torch.compiler.is_compiling() else add(y, x)
 
-        connect(handle, route)
-        return forward, handle, route
+        connect(traced.handle, route)
+        return forward, traced, route
 
     def _tell(self, adapter: str, layer: str, reason: str) -> None:
         if (adapter, layer) not in self._reported:
