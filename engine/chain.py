@@ -15,14 +15,13 @@ from .products import Run
 
 
 class Link(NamedTuple):
-    """One op of a chain at a gain, with the magnitude factors of a DoRA, and the places that it acts in: on outputs and
-    on inputs, as tensors that broadcast over them; None: everywhere."""
+    """One op of a chain at a gain, with the magnitude factors of a DoRA, and the places that it acts in, as a tensor
+    that broadcasts over outputs; None: everywhere."""
 
     gain: float
     op: Op
     scales: Scales = None
     places: Tensor | None = None
-    input_places: Tensor | None = None
 
 
 def chain(links: Sequence[Link], biases: Sequence[Link], base: Callable[[Tensor], Tensor], bias: Tensor | None,
@@ -34,28 +33,31 @@ def chain(links: Sequence[Link], biases: Sequence[Link], base: Callable[[Tensor]
     """
 
     def value(k: int, x: Tensor, u: Tensor | None, y: Tensor | None) -> Tensor:
-        """W_k (x + u), without the bias, W_k the weight after k ops; y: the layer's output at x, to be written over, or
-        None where it is not known. u moves the input by little, so the base's own precision is kept."""
+        """W_k (x + u) as a new tensor, without the bias, W_k the weight after k ops; y: the layer's output at x, or None
+        where it is not known. u moves the input by little, so the base's own precision is kept."""
         if k == 0:
             out = no_bias(base(x) if y is None else y, bias, geometry)
             return out if u is None else out.add_(no_bias(base(u), bias, geometry))
-        gain, op, scales, places, input_places = links[k - 1]
+        gain, op, scales, places = links[k - 1]
         here = x if u is None else x + u
         if op.additive or not op.on_inputs(scales):
             out = value(k - 1, x, u, y)
             before = None if places is None else out.clone()
             op.change_(out, here, gain, geometry, scales)
             return out if places is None else torch.lerp(before, out, places)
-        shift = op.shift(here, gain, geometry, scales)
-        if input_places is not None:
-            shift = shift * input_places
+        shift, before = op.shift(here, gain, geometry, scales), None
+        if places is not None and not geometry.spatial:
+            shift = shift * places  # a token of the output comes from the same token of the input
+        elif places is not None:
+            before = value(k - 1, x, u, y)
         if op.span is None:
             out = value(k - 1, x, shift if u is None else u + shift, y)
         else:  # the other rows of the weight must not see the shift
             moved = value(k - 1, shift, None, None)
             out = value(k - 1, x, u, y)
             part(out, op.span, geometry.channel, 0).add_(part(moved, op.span, geometry.channel, 0))
-        before = None if places is None else out.clone()
+        if places is not None and before is None:
+            before = out.clone()
         op.add_(out, here, gain, geometry, scales)
         return out if places is None else torch.lerp(before, out, places)
 
@@ -72,7 +74,7 @@ def additions(links: Sequence[Link], geometry: Geometry) -> Run:
     """A run of additive ops that are in no stack."""
 
     def run(y: Tensor, x: Tensor) -> Tensor:
-        for gain, op, _, places, _ in links:
+        for gain, op, _, places in links:
             if places is None:
                 op.add_(y, x, gain, geometry)
             else:

@@ -152,8 +152,7 @@ class Programs:
     def _link(self, call: Call, entries: Entries, adapter: int, gain: float, op: Op, scales=None) -> Link:
         if call.where is None:
             return Link(gain, op, scales)
-        one = entries, (Slot(adapter, 0, 1),), ((1.0,),)
-        return Link(gain, op, scales, call.where(*one), call.where(*one, tuple(call.x.shape[2:])))
+        return Link(gain, op, scales, call.where(entries, (Slot(adapter, 0, 1),), ((1.0,),)))
 
     def _where(self, layer: Layer, y: Tensor, places: Places, owners: Entries) -> Where | None:
         """On the layer's own grid for convolutions, by the tokens of others; None where neither is known."""
@@ -165,10 +164,11 @@ class Programs:
             self._tell("all", name, "where its tokens lie in the picture is not known, so LoRAs act there everywhere")
             return None
 
-        def where(entries: Entries, slots: Sequence[Slot], numbers: Numbers, grid: tuple[int, ...] = ()) -> Tensor:
+        grid = tuple(y.shape[2:]) if spatial else tuple(y.shape[1:-1])
+
+        def where(entries: Entries, slots: Sequence[Slot], numbers: Numbers) -> Tensor:
             rows = tuple(owners[entry] for entry in entries)
             columns = tuple(slot.adapter for slot in slots for _ in range(slot.width))
-            grid = (grid or tuple(y.shape[2:])) if spatial else tuple(y.shape[1:-1])
 
             def make() -> Tensor:
                 gain = gain_tensor(slots, numbers, spatial, len(grid), y)

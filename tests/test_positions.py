@@ -1,0 +1,217 @@
+"""Gain maps: where in the picture and in the text an adapter acts, against one evaluation per place."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lora_ensemble.engine.bank import Bank
+from lora_ensemble.engine.forwards import RoutedForwards
+from lora_ensemble.engine.layout import folded
+from lora_ensemble.engine.positions import Places, Segment
+from lora_ensemble.kernels.branch import Branch, one_hot
+from lora_ensemble.tests.reference import TOLERANCE, close, make_ops
+from torch import Tensor, nn
+
+STRENGTHS = (0.7, 0.9, 1.1)
+ALONE = [one_hot(STRENGTHS, i) for i in range(3)]
+BASE, ALL, EQUAL = Branch((0.0,) * 3), Branch(STRENGTHS), Branch((0.8,) * 3)
+LAYOUTS = {"merged": [ALL, ALL], "equal strengths": [EQUAL, EQUAL], "alone": [ALONE[1]] * 2,
+           "composite": [ALONE[0], ALONE[1], ALONE[2]], "scattered": [ALL, BASE, ALONE[2], ALL]}
+LORAS, KINDS = ("lora", "lora wide", "lora"), ["lora", "lora+bias", "dense", "glora", "oft", "boft", "dora out",
+                                              "dora in", "set"]
+
+
+def maps(pictures: int = 1, grid=(4, 4), seed: int = 0) -> Tensor:
+    return torch.rand(pictures, 3, *grid, generator=torch.Generator().manual_seed(seed))
+
+
+def routed_output(layer: nn.Module, kinds, branches, x: Tensor, places: Places | None, order=folded,
+                  told: list | None = None) -> Tensor:
+    root = nn.Sequential(layer)
+    bank = Bank([{"0": make_ops(kind, layer.weight.shape, seed)[0]} for seed, kind in enumerate(kinds)])
+    routed = RoutedForwards(root, bank, report=lambda *problem: (told if told is not None else []).append(problem),
+                            order=order)
+    routed.install()
+    with torch.no_grad(), routed.rows(branches, places):
+        y = root(x)
+    routed.remove()
+    return y
+
+
+def at_gains(layer: nn.Module, kinds, gains: list[float], x: Tensor) -> Tensor:
+    """The layer's output with its weight really changed, float64; x is one entry."""
+    weight = layer.weight.detach().double()
+    bias = torch.zeros(weight.shape[0], dtype=torch.float64) if layer.bias is None else layer.bias.detach().double()
+    for seed, (kind, gain) in enumerate(zip(kinds, gains, strict=True)):
+        if gain:
+            weight, bias = make_ops(kind, layer.weight.shape, seed)[1](weight, bias, gain)
+    if isinstance(layer, nn.Linear):
+        return nn.functional.linear(x.double(), weight, bias)
+    convolve = nn.functional.conv2d if weight.ndim == 4 else nn.functional.conv3d
+    return convolve(x.double()[None], weight, bias, layer.stride, layer.padding)[0]
+
+
+def token_reference(layer: nn.Module, branches, x: Tensor, gain: Tensor, kinds=LORAS) -> Tensor:
+    """Token by token; gain [rows, tokens, adapters]."""
+    return torch.stack([torch.stack([
+        at_gains(layer, kinds, [s * float(g) for s, g in zip(branch.gains, gain[row, t], strict=True)], x[row, t])
+        for t in range(x.shape[1])]) for row, branch in enumerate(branches)])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tokens_of_a_picture(layout):
+    torch.manual_seed(0)
+    layer, branches = nn.Linear(6, 8), LAYOUTS[layout]
+    x, m = torch.randn(len(branches), 16, 6), maps()
+    places = Places(m, (0,) * len(branches), locate=lambda name, tokens: (Segment("picture", 16, (1, 4, 4)),))
+    want = token_reference(layer, branches, x, m.flatten(2).mT.expand(len(branches), -1, -1))
+    assert close(routed_output(layer, LORAS, branches, x, places), want)
+
+
+@pytest.mark.parametrize("first", ["text", "picture"])
+def test_text_and_picture_in_one_stream(first):
+    """Each row has a picture and a text of its own; tokens that are neither get all."""
+    torch.manual_seed(0)
+    layer, branches = nn.Linear(6, 8), LAYOUTS["composite"]
+    m, words = maps(2), torch.rand(2, 3, 5)
+    segments = [Segment("text", 5), Segment("picture", 16, (1, 4, 4)), Segment("other", 2)]
+    if first == "picture":
+        segments = [segments[1], segments[0], segments[2]]
+    places = Places(m, (1, 0, 1), words, (0, 1, 1), lambda name, tokens: tuple(segments))
+    x = torch.randn(3, 23, 6)
+    parts = {"text": words.mT[[0, 1, 1]], "picture": m.flatten(2).mT[[1, 0, 1]], "other": torch.ones(3, 2, 3)}
+    gain = torch.cat([parts[segment.kind] for segment in segments], dim=1)
+    assert close(routed_output(layer, LORAS, branches, x, places), token_reference(layer, branches, x, gain))
+
+
+@pytest.mark.parametrize(("count", "tokens", "want"), [(6, 3, [0, 1, 2, 0, 1, 2]), (5, 3, [0, 1, 2, None, None])],
+                         ids=["repeated", "padded"])
+def test_texts_that_were_made_longer(count, tokens, want):
+    """The host repeats texts of unequal length to their common multiple; models pad them."""
+    words = torch.rand(1, 3, tokens)
+    places = Places(maps(), (0,), words, (0,))
+    found = places.on_tokens((Segment("text", count),), (0,))
+    assert torch.equal(found[0], torch.stack([torch.ones(3) if t is None else words[0, :, t] for t in want]))
+
+
+@pytest.mark.parametrize(("grid", "size"), [((4, 4), (4, 4)), ((8, 4), (4, 2)), ((4, 4), (3, 3)), ((2, 2), (6, 6))],
+                         ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_convolutions(layout, grid, size):
+    """One map per size of a layer's output: at each place the convolution with that place's weight."""
+    torch.manual_seed(0)
+    layer, branches = nn.Conv2d(4, 8, 3, padding=1), LAYOUTS[layout]
+    x, m = torch.randn(len(branches), 4, *size), maps(grid=grid)
+    resized = nn.functional.adaptive_avg_pool2d(m, size) if grid[0] >= size[0] else nn.functional.interpolate(
+        m, size=size, mode="bilinear")
+    want = torch.stack([at_gains(layer, LORAS, [0.0] * 3, entry) for entry in x])
+    for row, branch in enumerate(branches):
+        for i in range(size[0]):
+            for j in range(size[1]):
+                gains = [s * float(g) for s, g in zip(branch.gains, resized[0, :, i, j], strict=True)]
+                want[row, :, i, j] = at_gains(layer, LORAS, gains, x[row])[:, i, j]
+    assert close(routed_output(layer, LORAS, branches, x, Places(m, (0,) * len(branches))), want)
+
+
+def test_frames_with_maps_of_their_own():
+    """In one token axis, frames first; in a 3-D convolution; folded into the batch."""
+    torch.manual_seed(0)
+    m, branches = maps(grid=(3, 2, 2)), LAYOUTS["merged"]
+    layer, x = nn.Linear(6, 8), torch.randn(2, 12, 6)
+    places = Places(m, (0, 0), locate=lambda name, tokens: (Segment("picture", tokens, (tokens // 4, 2, 2)),))
+    want = token_reference(layer, branches, x, m.flatten(2).mT.expand(2, -1, -1))
+    assert close(routed_output(layer, LORAS, branches, x, places), want)
+    folded_x = x.unflatten(1, (3, 4)).flatten(0, 1)
+    assert close(routed_output(layer, LORAS, branches, folded_x, places), want.unflatten(1, (3, 4)).flatten(0, 1))
+    tiled = x.unflatten(1, (3, 4)).transpose(0, 1).flatten(0, 1)
+    found = routed_output(layer, LORAS, branches, tiled, places, lambda name, entries, rows: "tile")
+    assert close(found, want.unflatten(1, (3, 4)).transpose(0, 1).flatten(0, 1))
+    conv, x = nn.Conv3d(4, 8, (1, 1, 1)), torch.randn(2, 4, 3, 2, 2)
+    as_tokens = nn.Linear(4, 8)
+    as_tokens.load_state_dict({"weight": conv.weight.flatten(1), "bias": conv.bias})
+    want = torch.stack([at_gains(conv, LORAS, [0.0] * 3, entry) for entry in x])
+    for i in range(12):
+        gains = [s * float(g) for s, g in zip(ALL.gains, m.flatten(2)[0, :, i], strict=True)]
+        for row in range(2):
+            want.flatten(2)[row, :, i] = at_gains(conv, LORAS, gains, x[row]).flatten(1)[:, i]
+    assert close(routed_output(conv, LORAS, branches, x, Places(m, (0, 0))), want)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layer", ["linear", "conv"])
+def test_a_map_of_zeros_in_a_region_leaves_the_base_there(kind, layer):
+    """And ones elsewhere leave what is there without a map: for every kind, beside another."""
+    torch.manual_seed(0)
+    kinds = (kind, "lora", "lora")
+    m = torch.ones(1, 3, 4, 4)
+    m[..., :2] = 0
+    if layer == "linear":
+        module, x = nn.Linear(8, 8), torch.randn(2, 16, 8)
+        grid = lambda y: y.unflatten(1, (4, 4)).movedim(-1, 1)  # noqa: E731
+    else:
+        module, x = nn.Conv2d(8, 8, 3, padding=1), torch.randn(2, 8, 4, 4)
+        grid = lambda y: y  # noqa: E731
+    places = Places(m, (0, 0), locate=lambda name, tokens: (Segment("picture", 16, (1, 4, 4)),))
+    plain = grid(module(x).detach())
+    without = grid(routed_output(module, kinds, [ALL, ALL], x, None))
+    found = grid(routed_output(module, kinds, [ALL, ALL], x, places))
+    tolerance = 1e-6 if kind in ("lora", "lora+bias", "dense") else 1e-5
+    assert torch.allclose(found[..., :2], plain[..., :2], atol=tolerance)
+    assert torch.allclose(found[..., 2:], without[..., 2:], atol=tolerance)
+    assert not torch.allclose(found[..., 2:], plain[..., 2:], atol=0.05)
+    if kind == "lora":
+        assert torch.equal(found[..., :2], plain[..., :2])
+
+
+@pytest.mark.parametrize("branches", [[ALL, ALL], [EQUAL, EQUAL], [ALONE[1]] * 2], ids=["merged", "equal", "alone"])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("layer", ["linear", "conv"])
+def test_a_map_of_ones_is_no_map_bit_for_bit(layer, dtype, branches):
+    torch.manual_seed(0)
+    module, x = (nn.Linear(8, 8), torch.randn(2, 16, 8)) if layer == "linear" else (
+        nn.Conv2d(8, 8, 3, padding=1), torch.randn(2, 8, 4, 4))
+    module, x = module.to(dtype), x.to(dtype)
+    places = Places(torch.ones(1, 3, 4, 4), (0, 0), locate=lambda name, tokens: (Segment("picture", 16, (1, 4, 4)),))
+    assert torch.equal(routed_output(module, LORAS, branches, x, places),
+                       routed_output(module, LORAS, branches, x, None))
+
+
+def test_other_maps_come_into_the_same_tensors():
+    """What was recorded or compiled reads where it read before; sizes are made once, not at every call."""
+    torch.manual_seed(0)
+    layer, conv = nn.Linear(6, 8), nn.Conv2d(4, 8, 3, padding=1)
+    root = nn.ModuleDict({"tokens": layer, "conv": conv})
+    bank = Bank([{name: make_ops("lora", root[name].weight.shape, i)[0] for name in root} for i in range(3)])
+    routed = RoutedForwards(root, bank)
+    routed.install()
+    words = torch.rand(1, 3, 5)
+    places = Places(maps(seed=1), (0, 0), words.clone(), (0, 0),
+                    lambda name, tokens: (Segment("text", 5), Segment("picture", 4, (1, 2, 2))))
+    x, pixels = torch.randn(2, 9, 6), torch.randn(2, 4, 4, 4)
+
+    def call(places: Places) -> tuple[Tensor, Tensor]:
+        with torch.no_grad(), routed.rows([ALL, ALL], places):
+            return root["tokens"](x), root["conv"](pixels)
+
+    first = call(places)
+    kept = {key: tensor.data_ptr() for key, (tensor, _) in places._kept.items()}
+    places.update(maps(seed=2), words * 0.5)
+    second = call(places)
+    assert {key: tensor.data_ptr() for key, (tensor, _) in places._kept.items()} == kept
+    other = Places(maps(seed=2), (0, 0), words * 0.5, (0, 0), places.locate)
+    for y, z, before in zip(second, call(other), first, strict=True):
+        assert torch.equal(y, z) and not torch.allclose(y, before)
+    routed.remove()
+
+
+def test_layers_without_places_act_everywhere_and_unknown_ones_say_so():
+    torch.manual_seed(0)
+    layer, told = nn.Linear(6, 8), []
+    vectors, tokens = torch.randn(2, 6), torch.randn(2, 7, 6)
+    places = Places(torch.zeros(1, 3, 4, 4), (0, 0), locate=lambda name, tokens: None)
+    for x, problems in ((vectors, 0), (tokens, 1)):
+        told.clear()
+        found = routed_output(layer, LORAS, [ALL, ALL], x, places, told=told)
+        assert torch.equal(found, routed_output(layer, LORAS, [ALL, ALL], x, None))
+        assert len(told) == problems
+    assert "not known" in told[0][2]
