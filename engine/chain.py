@@ -33,7 +33,7 @@ def chain(links: Sequence[Link], biases: Sequence[Link], base: Callable[[Tensor]
     """
 
     def value(k: int, x: Tensor, u: Tensor | None, y: Tensor | None) -> Tensor:
-        """W_k (x + u) as a new tensor, without the bias, W_k the weight after k ops; y: the layer's output at x, or None
+        """W_k (x + u) as a new tensor, without the bias, W_k the weight after k ops; y: the output at x, or None
         where it is not known. u moves the input by little, so the base's own precision is kept."""
         if k == 0:
             out = no_bias(base(x) if y is None else y, bias, geometry)
