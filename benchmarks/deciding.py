@@ -1,4 +1,5 @@
-"""What Adaptive Guidance and LinearAG cost a sampler step, as a share of the model evaluation that the step makes."""
+"""What Adaptive Guidance and LinearAG cost a sampler step, as a share of the model evaluation that the step makes, and
+what they save."""
 
 from __future__ import annotations
 
@@ -9,20 +10,31 @@ from torch import Tensor
 
 from ..engine.guidance import AdaptiveState, LinearState
 from ..methods.guidance import AdaptiveGuidance, LinearAG
-from .measure import Seconds, alternate, median
-from .sd15 import forward_of, sampled
+from .measure import Seconds, alternate, median, total
+from .models import forward_of, sampled
 
 STEPS = 40
 LED = range(1, STEPS // 2)  # steps in which LinearAG keeps or foretells; the first one begins the run
 NEVER = 2.0  # a threshold that no similarity reaches: every step decides, none is saved
 
 
+def half_saved(steps: int) -> Callable[[], AdaptiveState]:
+    """Adaptive Guidance as it is meant to be used: the second half of the steps without a negative, a quarter of all
+    evaluations. The threshold is reached whatever the predictions are, since these are those of random weights."""
+    return lambda: AdaptiveState(AdaptiveGuidance(-NEVER, min_steps=steps // 2), exact=False)
+
+
+def linear(steps: int) -> Callable[[], LinearState]:
+    """LinearAG with coefficients that may be anything: to use them takes the same time."""
+    rows = tuple((0.0,) * (2 * call) + (1.0, 0.0) for call in range(steps))
+    return lambda: LinearState(LinearAG(rows, tuple(range(steps))))
+
+
 def policies() -> dict[str, Callable[[], AdaptiveState | LinearState]]:
-    """The state of a run that decides in every step. Coefficients may be anything: to use them takes the same time."""
-    rows = tuple((0.0,) * (2 * call) + (1.0, 0.0) for call in range(STEPS))
+    """The state of a run that decides in every step."""
     return {"AdaptiveGuidance": lambda: AdaptiveState(AdaptiveGuidance(NEVER), exact=False),
             "AdaptiveGuidance, x0": lambda: AdaptiveState(AdaptiveGuidance(NEVER, "x0"), exact=False),
-            "LinearAG": lambda: LinearState(LinearAG(rows, tuple(range(STEPS))))}
+            "LinearAG": linear(STEPS)}
 
 
 def guided(model, make: Callable[[], AdaptiveState | LinearState]):
@@ -30,6 +42,21 @@ def guided(model, make: Callable[[], AdaptiveState | LinearState]):
     from ..host.guidance import Guidance, apply_guidance
 
     return apply_guidance(model, Guidance("benchmark", lambda info: (make(), None)))
+
+
+def bench_saving(model, conds: list, noise: Tensor, steps: int, rounds: int) -> dict[str, dict[str, float]]:
+    """Per policy: seconds of all steps of a run but the first, those of the same run with guidance throughout, and the
+    quotient, medians of `rounds` runs."""
+    arms = {"CFG": model, "AdaptiveGuidance": guided(model, half_saved(steps)),
+            "LinearAG": guided(model, linear(steps))}
+    runs: dict[str, list[Seconds]] = {name: [] for name in arms}
+    for _ in range(rounds):
+        for name, arm in arms.items():
+            runs[name].append(total(sampled(arm, *conds, noise, steps)[1][1:]))
+    seconds = {name: median(each) for name, each in runs.items()}
+    whole = seconds.pop("CFG")
+    return {name: {"ratio": whole.wall / one.wall, "cpu_ratio": whole.cpu / one.cpu, "seconds": one.wall,
+                   "whole_seconds": whole.wall, "steps": steps} for name, one in seconds.items()}
 
 
 def stand_in(model, x: Tensor):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import statistics
 import subprocess
+import sys
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from time import perf_counter, process_time, sleep
+from time import perf_counter, process_time, sleep, thread_time
 from typing import NamedTuple
 
 import torch
@@ -26,29 +28,34 @@ def synchronize(device: torch.device) -> None:
 
 class Seconds(NamedTuple):
     """wall: what a person waits. cpu: processor time of all threads of the process, which other programs on a busy
-    machine hardly change; it says nothing about work on a GPU."""
+    machine hardly change; it says nothing about work on a GPU. thread: processor time of this thread alone, which is
+    what the host's side of a step takes where torch computes in one thread or on a GPU."""
 
     wall: float
     cpu: float
+    thread: float
 
 
 def now() -> Seconds:
-    return Seconds(perf_counter(), process_time())
+    return Seconds(perf_counter(), process_time(), thread_time())
 
 
 def since(start: Seconds) -> Seconds:
-    end = now()
-    return Seconds(end.wall - start.wall, end.cpu - start.cpu)
+    return Seconds(*(end - begun for end, begun in zip(now(), start, strict=True)))
 
 
 def median(times: Iterable[Seconds]) -> Seconds:
     return Seconds(*(statistics.median(each) for each in zip(*times, strict=True)))
 
 
-def alternate(arms: Mapping[str, Callable[[], object]], repeats: int, device: torch.device,
-              warmups: int = 1) -> dict[str, Seconds]:
-    """Median seconds of each arm. Arms take turns, every second round in reverse, so that a machine that slows down or
-    is busy for a while weighs on all alike."""
+def total(times: Iterable[Seconds]) -> Seconds:
+    return Seconds(*(sum(each) for each in zip(*times, strict=True)))
+
+
+def in_turns(arms: Mapping[str, Callable[[], object]], repeats: int, device: torch.device,
+             warmups: int = 1) -> dict[str, list[Seconds]]:
+    """Seconds of every call of each arm. Arms take turns, every second round in reverse, so that a machine that slows
+    down or is busy for a while weighs on all alike; the n-th times of all arms belong to one round."""
     times: dict[str, list[Seconds]] = {name: [] for name in arms}
     for round_ in range(-warmups, repeats):
         for name in list(arms)[::1 if round_ % 2 else -1]:
@@ -58,7 +65,32 @@ def alternate(arms: Mapping[str, Callable[[], object]], repeats: int, device: to
             synchronize(device)
             if round_ >= 0:
                 times[name].append(since(start))
-    return {name: median(each) for name, each in times.items()}
+    return times
+
+
+def alternate(arms: Mapping[str, Callable[[], object]], repeats: int, device: torch.device,
+              warmups: int = 1) -> dict[str, Seconds]:
+    """Median seconds of each arm, taken in turns."""
+    return {name: median(each) for name, each in in_turns(arms, repeats, device, warmups).items()}
+
+
+class Spread(NamedTuple):
+    """The median of some numbers between their quartiles."""
+
+    low: float
+    middle: float
+    high: float
+
+
+def spread(values: Sequence[float]) -> Spread:
+    if len(values) < 2:
+        return Spread(*values * 3)
+    return Spread(*statistics.quantiles(values, n=4, method="inclusive"))
+
+
+def one_thread() -> None:
+    """From now on torch computes in the calling thread, so that its processor time holds all that a step takes."""
+    torch.set_num_threads(1)
 
 
 class Peak:
@@ -113,11 +145,36 @@ def commit() -> str | None:
         return None
 
 
+def driver() -> str | None:
+    """The version of NVIDIA's driver; None where there is none."""
+    try:
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return None
+
+
 def environment(device: torch.device) -> dict:
     """What a number was measured on."""
-    return {
+    found = {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"), "commit": commit(), "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "cpu": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
     }
+    return found | {"driver": driver()} if device.type == "cuda" else found
+
+
+class Results:
+    """Prints each result as a line of JSON that also says when, where and of what it was measured; floats with four
+    significant digits. more: what else holds for all results, as the release of ComfyUI."""
+
+    def __init__(self, device: torch.device, **more):
+        self.stamp = environment(device) | more
+
+    def __call__(self, bench: str, **record) -> dict:
+        record = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in record.items()}
+        record = {"bench": bench, **record, **{k: v for k, v in self.stamp.items() if k not in record}}
+        sys.stdout.write(json.dumps(record) + "\n")
+        sys.stdout.flush()
+        return record

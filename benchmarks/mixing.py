@@ -10,7 +10,7 @@ from ..methods.cmlora import CMLoRA
 from ..methods.loratorio import LoRAtorio
 from ..methods.session import POSITIVE, UNCONDITIONAL, Call, RunFacts, Session
 from .measure import alternate
-from .sd15 import forward_of
+from .models import forward_of
 
 STEPS = 1000
 

@@ -28,7 +28,6 @@ if not __package__:  # started as a file: run it as a module of the pack
     sys.exit(run["main"](["_module", "benchmarks.selection", *sys.argv[1:]]))
 
 import argparse
-import json
 from collections.abc import Callable
 
 import torch
@@ -44,19 +43,11 @@ from ..kernels.energy import energy
 from ..kernels.topk import top_and_total
 from ..methods.est import ESTLoRA
 from ..methods.klora import KLoRA
-from .measure import alternate, environment, now, since, synchronize
+from .measure import Results, alternate, now, since, synchronize
 
 SHAPES = {"SD1.5": (320, 320), "SDXL": (1280, 1280), "SDXL feed-forward": (10240, 1280), "Flux": (3072, 3072)}
 PARTS = ("topk", "energy", "setup", "layers")
 PAIR = (True, False)
-
-
-def emit(**record) -> dict:
-    """Print one result as a line of JSON; floats with four significant digits."""
-    record = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in record.items()}
-    sys.stdout.write(json.dumps(record) + "\n")
-    sys.stdout.flush()
-    return record
 
 
 def factors(out: int, inputs: int, rank: int, seed: int, spread: float, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -72,7 +63,7 @@ def agree(ours: float, reference: float, tolerance: float, what: str) -> None:
         raise SystemExit(f"{what}: {ours:.9g} and {reference:.9g} differ, nothing is timed")
 
 
-def bench_topk(options: argparse.Namespace, device: torch.device) -> str:
+def bench_topk(options: argparse.Namespace, device: torch.device, tell: Results) -> str:
     for name, shape in SHAPES.items():
         for spread in (0.0, 1.0):
             down, up = factors(*shape, options.rank, 0, spread, device)
@@ -89,14 +80,14 @@ def bench_topk(options: argparse.Namespace, device: torch.device) -> str:
             agree(ours()[0], exact.topk(k).values.sum().item(), 1e-6, f"top-K at {name}")
             agree(ours()[1], exact.sum().item(), 1e-6, f"sum at {name}")
             seconds = alternate({"ours": ours, "dense": dense}, options.repeats, device)
-            last = emit(bench="topk", shape=list(shape), model=name, rank=options.rank, k=k, spread=spread,
+            last = tell("topk", shape=list(shape), model=name, rank=options.rank, k=k, spread=spread,
                         ratio=seconds["dense"].wall / seconds["ours"].wall,
                         cpu_ratio=seconds["dense"].cpu / seconds["ours"].cpu,
                         ours_seconds=seconds["ours"].wall, dense_seconds=seconds["dense"].wall)
     return f"top-K at 3072x3072, rank {options.rank}: {last['ratio']:.1f} times as fast (goal 5)"
 
 
-def bench_energy(options: argparse.Namespace, device: torch.device) -> str:
+def bench_energy(options: argparse.Namespace, device: torch.device, tell: Results) -> str:
     for name, shape in SHAPES.items():
         down, up = factors(*shape, options.rank, 0, 0.0, device)
         # The dense norm sums in float32 and is off by up to 1e-3 on the large layers: that is not what is compared.
@@ -105,7 +96,7 @@ def bench_energy(options: argparse.Namespace, device: torch.device) -> str:
         exact = (up.double() @ down.double()).square().sum().item()
         agree(arms["ours"](), exact, 1e-9, f"energy at {name}")
         seconds = alternate(arms, options.repeats, device)
-        last = emit(bench="energy", shape=list(shape), model=name, rank=options.rank,
+        last = tell("energy", shape=list(shape), model=name, rank=options.rank,
                     ratio=seconds["dense"].wall / seconds["ours"].wall,
                     cpu_ratio=seconds["dense"].cpu / seconds["ours"].cpu,
                     ours_seconds=seconds["ours"].wall, dense_seconds=seconds["dense"].wall)
@@ -133,7 +124,7 @@ def pair(layers: dict[str, tuple[int, int, int]], rank: int, device: torch.devic
                   for n, (name, (out, inputs, _)) in enumerate(layers.items())} for seed in (0, 1)], dtype=dtype)
 
 
-def bench_setup(options: argparse.Namespace, device: torch.device) -> str:
+def bench_setup(options: argparse.Namespace, device: torch.device, tell: Results) -> str:
     layers = sdxl_layers(feed_forward=True)
     layers = dict(list(layers.items())[::options.every])
     bank = pair(layers, options.rank, torch.device("cpu"))
@@ -142,7 +133,7 @@ def bench_setup(options: argparse.Namespace, device: torch.device) -> str:
         start = now()
         measure(bank, PAIR, top=top)
         found[method] = since(start)
-    emit(bench="setup", layers=len(layers), rank=options.rank, klora_seconds=found["klora"].wall,
+    tell("setup", layers=len(layers), rank=options.rank, klora_seconds=found["klora"].wall,
          est_seconds=found["est"].wall, klora_cpu_seconds=found["klora"].cpu, est_cpu_seconds=found["est"].cpu)
     return f"sizes of a pair on {len(layers)} SDXL layers: {found['klora'].wall:.1f} s (goal 10 for all 700)"
 
@@ -156,7 +147,7 @@ def released(layer: nn.Linear, x: Tensor, loras: list[tuple[Tensor, Tensor]], si
     return layer(x) + F.linear(x.to(winner.dtype), winner).to(x.dtype)
 
 
-def bench_layers(options: argparse.Namespace, device: torch.device) -> str:
+def bench_layers(options: argparse.Namespace, device: torch.device, tell: Results) -> str:
     """Every layer gets the tokens that it has in SDXL, one picture with guidance (2 rows), times --tokens. The model is
     in --dtype, the files in float32, as the released code keeps them: its factors are no parameters that follow the
     model to another dtype. Ours are converted once."""
@@ -219,7 +210,7 @@ def bench_layers(options: argparse.Namespace, device: torch.device) -> str:
         plain = alternate({"released": lambda kind=kind: released_pass(kind)}, max(options.repeats // 3, 1), device)
         synchronize(device)
         choice, single, slow = seconds["choice"], seconds["single"], plain["released"]
-        emit(bench="layers", method=kind, layers=len(layers), rank=options.rank, tokens=options.tokens,
+        tell("layers", method=kind, layers=len(layers), rank=options.rank, tokens=options.tokens,
              dtype=str(dtype).removeprefix("torch."),
              over_single=choice.wall / single.wall - 1, cpu_over_single=choice.cpu / single.cpu - 1,
              ratio=slow.wall / choice.wall, cpu_ratio=slow.cpu / choice.cpu, seconds=choice.wall,
@@ -242,9 +233,9 @@ def main(arguments: list[str]) -> None:
                         help="of the model in `layers`; default: float16 on a GPU, float32 on the CPU")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
-    emit(bench="environment", **environment(device))
+    tell = Results(device)
     benches = {"topk": bench_topk, "energy": bench_energy, "setup": bench_setup, "layers": bench_layers}
-    sys.stderr.write("\n".join([benches[name](options, device) for name in options.only]) + "\n")
+    sys.stderr.write("\n".join([benches[name](options, device, tell) for name in options.only]) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,23 +1,31 @@
 #!/usr/bin/env python3
 """What composing N LoRAs costs in a real ComfyUI, against its own way of doing it.
 
-    python3 run.py bench                                          this and quality.py, environments made as needed
-    python3 benchmarks/speed.py --comfyui PATH [--device cuda]    only this, in an environment that ComfyUI runs in
+    python3 benchmarks/speed.py --comfyui PATH [--device cuda] [--model SDXL --size 1024]
 
-Prints one JSON object per result, and a summary to stderr. The model is SD1.5's architecture with random weights. What
-is compared runs in alternation in one process; ratios are ratios of medians. On a CPU, `cpu_` figures count processor
-time of all threads instead of time on the clock: use them where other programs are busy.
+Start it with the interpreter that ComfyUI runs in. Prints one JSON object per result, and a summary to stderr. The
+model has the architecture of SD1.5, SDXL or Flux and random weights. What is compared runs in alternation in one
+process; ratios are ratios of medians. On a CPU, `cpu_` figures count processor time of all threads instead of time on
+the clock: use them where other programs are busy.
 
     composite   seconds per sampling step: ComfyUI's hook LoRAs (each LoRA patches the weights for its own forward) over
                 Composite (one batch, no weight touched). Nothing is timed before both give the same picture.
     start       seconds that the first step takes beyond a later one: patching of the weights against installing
-    tax         one forward of the same batch: rows of N LoRAs over rows of the base model
-    selection   a step with the LoRA that K-LoRA or EST-LoRA chooses at each layer over a step with one LoRA (Merge)
     memory      peak of a run above the level before it, and the bytes of the bank
-    cache       (--only cache) steps of Composite over the same steps with the branch cache, interval 3 and depth 2; the
-                relative error of the final latent, and the bytes held
+    tax         one forward of the same batch: rows of N LoRAs over rows of the base model; and the forwards of one LoRA
+                after another over that of all
+    selection   a step with the LoRA that K-LoRA or EST-LoRA chooses at each layer over a step with one LoRA (Merge)
     mixing      LoRAtorio's weights and CMLoRA's spectrum: their seconds per step over those of the step's forward
     guidance    what Adaptive Guidance and LinearAG add to a step, over the step's forward of one picture
+    cache       steps of Composite over the same steps with the branch cache, interval 3 and depth 2; the relative error
+                of the final latent, and the bytes held
+    saving      a run with guidance over the same run with Adaptive Guidance that saves a quarter, and with LinearAG
+    stack       a run of the stock hook composite over one of Composite with the branch cache and Adaptive Guidance
+    floor       what a step's products would take at the device's matrix rate, as a share of a step of Composite;
+                with --compile also compiled
+
+The first six run unless --only names others. LoRAs of unequal rank (--ranks 4 8 16 32) are measured beside as many of
+one rank.
 """
 
 from __future__ import annotations
@@ -32,43 +40,48 @@ if not __package__:  # started as a file: run it as a module of the pack
     sys.exit(run["main"](["_module", "benchmarks.speed", *sys.argv[1:]]))
 
 import argparse
-import json
 import os
 import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..engine.bank import Bank
 from ..engine.forwards import RoutedForwards
 from ..engine.sizes import measure
-from ..kernels.branch import Branch, one_hot
+from ..kernels.branch import Branch, Step, one_hot
 from ..methods.composite import Composite
 from ..methods.est import ESTLoRA
 from ..methods.klora import KLoRA
 from ..methods.merge import Merge
-from . import sd15
-from .deciding import bench_deciding
-from .measure import Peak, alternate, environment, median, now, since
+from . import models
+from .deciding import bench_deciding, bench_saving
+from .measure import Peak, Results, Seconds, alternate, median
 from .mixing import bench_mixing
+from .models import STRENGTH, bank_of, compose
+from .whole import bench_floor, bench_stack
 
-STRENGTH = 0.8
 PARITY = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 2e-2}
+USUAL = ("composite", "tax", "selection", "mixing", "guidance")
+PARTS = (*USUAL, "cache", "saving", "stack", "floor")
 
 
-def emit(**record) -> dict:
-    """Print one result as a line of JSON; floats with four significant digits."""
-    record = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in record.items()}
-    sys.stdout.write(json.dumps(record) + "\n")
-    sys.stdout.flush()
-    return record
+@dataclass(frozen=True)
+class WithBase(Composite):
+    """Composite in which the model without LoRAs is one more of those averaged."""
+
+    def branches(self, step: Step) -> tuple[Branch, ...]:
+        return (*super().branches(step), Branch((0.0,) * len(self.strengths)))
 
 
 class Sampling:
     """One run of ComfyUI's sampler: latent, first (Seconds of the first step), later (Seconds of each later one)."""
 
-    def __init__(self, model, positive: list, negative: list, noise: Tensor, steps: int):
+    def __init__(self, model, positive: list, negative: list, noise: Tensor, steps: int, cfg: float):
         with Peak(model.load_device) as peak:
-            self.latent, times = sd15.sampled(model, positive, negative, noise, steps)
+            self.latent, times = models.sampled(model, positive, negative, noise, steps, cfg)
         self.first, *self.later = times
         self.peak = peak.bytes
 
@@ -77,213 +90,253 @@ def difference(value: Tensor, reference: Tensor) -> float:
     return ((value - reference).double().norm() / reference.double().norm()).item()
 
 
-def bench_composite(model, composed, conds: list, files: list[Path], noise: Tensor,
-                    options: argparse.Namespace) -> float:
-    """Composite against the stock hook composite: whole sampler steps, start of a run, memory. The ratio of steps."""
-    # Composite first: memory that a run of hooks leaves with the allocator would hide what Composite needs.
-    arms = {"composite": (composed, *conds), "hooks": (model, *sd15.hooked(conds, files, STRENGTH))}
-    runs: dict[str, list[Sampling]] = {name: [] for name in arms}
-    base = Sampling(model, *conds, noise, options.steps)
-    for _ in range(options.rounds):
-        for name, arm in arms.items():
-            runs[name].append(Sampling(*arm, noise, options.steps))
-        apart = difference(runs["composite"][0].latent, runs["hooks"][0].latent)
-        if not apart <= PARITY[options.dtype]:
-            raise SystemExit(f"N={len(files)}: the two results differ by {apart:.1e} of their norm, nothing is timed")
-    ours, hooks = (median(seconds for run in runs[name] for seconds in run.later) for name in arms)
-    first = {name: median(run.first for run in runs[name]) for name in arms}
-    emit(bench="composite", n=len(files), ratio=hooks.wall / ours.wall, cpu_ratio=hooks.cpu / ours.cpu,
-         hooks_seconds=hooks.wall, composite_seconds=ours.wall, base_seconds=median(base.later).wall,
-         hooks_cpu_seconds=hooks.cpu, composite_cpu_seconds=ours.cpu, base_cpu_seconds=median(base.later).cpu,
-         steps=options.rounds * (options.steps - 1), difference=apart,
-         effect=difference(base.latent, runs["hooks"][0].latent))
-    emit(bench="start", n=len(files), hooks_seconds=first["hooks"].wall - hooks.wall,
-         composite_seconds=first["composite"].wall - ours.wall, hooks_cpu_seconds=first["hooks"].cpu - hooks.cpu,
-         composite_cpu_seconds=first["composite"].cpu - ours.cpu)
-    emit(bench="memory", n=len(files), base_bytes=base.peak, bank_bytes=bank_of(composed).model.nbytes(),
-         **{f"{name}_bytes": max(run.peak for run in runs[name]) for name in arms})
-    return hooks.wall / ours.wall
+class Bench:
+    """The parts of this benchmark on one model: noise, conds, and LoRA files of the ranks asked for and of one rank."""
 
+    def __init__(self, model, folder: Path, tell: Results, options: argparse.Namespace):
+        self.model, self.tell, self.options = model, tell, options
+        self.cfg = models.ARCHITECTURES[options.model].cfg
+        self.noise, self.conds = models.inputs(options.model, model, options.size)
+        most = max(*options.n, 2)
+        ranks = [options.ranks[i % len(options.ranks)] for i in range(most)]
+        self.files = models.write_loras(folder, options.model, model, ranks, options.scope)
+        same = round(sum(options.ranks) / len(options.ranks))
+        self.equal = None
+        if len(set(options.ranks)) > 1:
+            self.equal = models.write_loras(folder, options.model, model, [same] * most, options.scope)
 
-def bench_cache(composed, count: int, conds: list, noise: Tensor, options: argparse.Namespace) -> float:
-    """Composite with every branch whole over Composite with the branch cache (interval 3, depth 2): seconds of the
-    same steps, of which one in three refreshes. The ratio."""
-    from ..host.apply import with_cache
-    from ..host.cache import CacheSpec
-    from ..host.composition import record_of
-    from ..methods.schedule import Uniform
+    def sampling(self, model, conds: Sequence[list] | None = None, steps: int | None = None) -> Sampling:
+        return Sampling(model, *(conds or self.conds), self.noise, steps or self.options.steps, self.cfg)
 
-    arms = {"whole": composed, "cached": with_cache(composed, CacheSpec(Uniform(3), depth=2))}
-    runs: dict[str, list[Sampling]] = {name: [] for name in arms}
-    for _ in range(options.rounds):
-        for name, model in arms.items():
-            runs[name].append(Sampling(model, *conds, noise, options.cache_steps))
-    counted = 3 * ((options.cache_steps - 1) // 3)
-    wall = {name: sum(s.wall for run in found for s in run.later[:counted]) for name, found in runs.items()}
-    cpu = {name: sum(s.cpu for run in found for s in run.later[:counted]) for name, found in runs.items()}
-    notes = [step.notes["cache"] for step in record_of(arms["cached"]).steps]
-    emit(bench="cache", n=count, ratio=wall["whole"] / wall["cached"], cpu_ratio=cpu["whole"] / cpu["cached"],
-         whole_seconds=wall["whole"], cached_seconds=wall["cached"], steps=counted * options.rounds,
-         difference=difference(runs["cached"][0].latent, runs["whole"][0].latent),
-         cache_bytes=max(note["bytes"] for note in notes), reused_rows=sum(note["reused"] for note in notes),
-         whole_bytes=max(run.peak for run in runs["whole"]), cached_bytes=max(run.peak for run in runs["cached"]))
-    return wall["whole"] / wall["cached"]
+    def sets(self, count: int) -> dict[str, list[Path]]:
+        """The files of N LoRAs, and as many of equal rank where these are not."""
+        equal = {} if self.equal is None else {"equal": self.equal[:count]}
+        return {"composite": self.files[:count], **equal}
 
+    def composite(self, count: int) -> str:
+        """Composite against the stock hook composite: whole sampler steps, start of a run, memory."""
+        options, base = self.options, self.options.base
+        kind = WithBase if base else Composite
+        hooks = models.hooked(self.conds, self.files[:count], base)
+        # Composite first: memory that a run of hooks leaves with the allocator would hide what Composite needs.
+        arms, node = {}, {}
+        for name, files in self.sets(count).items():
+            composed, node[name] = compose(self.model, files, lambda active: kind(active.strengths))
+            arms[name] = (composed, self.conds)
+        bank = bank_of(arms["composite"][0]).model.nbytes()
+        arms["hooks"] = (self.model, hooks)
+        runs: dict[str, list[Sampling]] = {name: [] for name in arms}
+        plain = self.sampling(self.model)
+        for _ in range(options.rounds):
+            for name, arm in arms.items():
+                runs[name].append(self.sampling(*arm))
+            apart = difference(runs["composite"][0].latent, runs["hooks"][0].latent)
+            if not apart <= PARITY[options.dtype]:
+                raise SystemExit(f"N={count}: the two results differ by {apart:.1e} of their norm, nothing is timed")
+        later = {name: median(seconds for run in runs[name] for seconds in run.later) for name in arms}
+        first = {name: median(run.first for run in runs[name]) for name in arms}
+        ours, theirs, alone = later["composite"], later["hooks"], median(plain.later)
+        self.tell("composite", n=count, base=base, ratio=theirs.wall / ours.wall, cpu_ratio=theirs.cpu / ours.cpu,
+                  base_seconds=alone.wall, base_cpu_seconds=alone.cpu, node_seconds=node["composite"],
+                  **{f"{name}_seconds": each.wall for name, each in later.items()},
+                  **{f"{name}_cpu_seconds": each.cpu for name, each in later.items()},
+                  steps=options.rounds * (options.steps - 1), difference=apart,
+                  effect=difference(plain.latent, runs["hooks"][0].latent))
+        begun = {name: first[name].wall - later[name].wall for name in arms}
+        self.tell("start", n=count, ratio=begun["hooks"] / begun["composite"],
+                  **{f"{name}_seconds": each for name, each in begun.items()},
+                  **{f"{name}_cpu_seconds": first[name].cpu - later[name].cpu for name in arms})
+        peaks = {name: max(run.peak for run in runs[name]) for name in arms}
+        self.tell("memory", n=count, base_bytes=plain.peak, bank_bytes=bank, ratio=peaks["hooks"] / peaks["composite"],
+                  extra_ratio=(peaks["hooks"] - plain.peak) / max(bank, 1),
+                  **{f"{name}_bytes": each for name, each in peaks.items()})
+        return f"Composite {theirs.wall / ours.wall:.2f} times as fast as the stock hook composite"
 
-def bench_tax(model, composed, conds: list, count: int, noise: Tensor, options: argparse.Namespace) -> float:
-    """One forward of Composite's batch with every row of some LoRA over the same batch with base rows, and what
-    installing takes. The tax as a fraction."""
-    import comfy.model_management
+    def tax(self, count: int) -> str:
+        """One forward of Composite's batch with every row of some LoRA over the same batch with base rows, and the
+        forwards of one LoRA after another over it; and what installing takes."""
+        import comfy.model_management
 
-    device, bank = model.load_device, bank_of(composed)
-    comfy.model_management.load_models_gpu([model, bank])
-    evaluate = sd15.forward_of(model, conds, noise, count)
-    alone = [one_hot((STRENGTH,) * count, i) for i in range(count) for _ in range(2)]
-    routed = RoutedForwards(model.model.diffusion_model, bank.model)
+        for name, files in self.sets(count).items():
+            bank = bank_of(compose(self.model, files)[0])
+            comfy.model_management.load_models_gpu([self.model, bank])
+            found = self._taxed(count, bank.model)
+            lora, base, apart = found["lora"], found["base"], found["apart"]
+            self.tell("tax", n=count, ranks=sorted({int(file.stem.rpartition("rank")[2]) for file in files}),
+                      tax=lora.wall / base.wall - 1, cpu_tax=lora.cpu / base.cpu - 1,
+                      apart_ratio=apart.wall / lora.wall, lora_seconds=lora.wall, base_seconds=base.wall,
+                      apart_seconds=apart.wall, install_seconds=found["install"].wall, layers=len(bank.model.sites),
+                      repeats=self.options.repeats)
+            if name == "composite":
+                tax = lora.wall / base.wall - 1
+        return f"tax of the LoRAs on their batch {100 * tax:.1f} %"
 
-    def forward(branches: list[Branch]) -> None:
-        with routed.rows(branches):
-            evaluate()
+    def _taxed(self, count: int, bank: Bank) -> dict[str, Seconds]:
+        device, per_row = self.model.load_device, 1 if self.cfg == 1 else 2
+        one, all_rows = (models.forward_of(self.model, self.conds, self.noise, n, self.cfg) for n in (1, count))
+        routed = RoutedForwards(self.model.model.diffusion_model, bank)
+        alone = [one_hot((STRENGTH,) * count, i) for i in range(count)]
 
-    def installing() -> None:
+        def forward(branches: list[Branch], evaluate: Callable[[], Tensor]) -> None:
+            with routed.rows(branches):
+                evaluate()
+
+        def installing() -> None:
+            routed.install()
+            routed.remove()
+
+        install = alternate({"install": installing}, 5, device)
+        arms = {"lora": lambda: forward([branch for branch in alone for _ in range(per_row)], all_rows),
+                "base": lambda: forward([Branch((0.0,) * count)] * count * per_row, all_rows),
+                "apart": lambda: [forward([branch] * per_row, one) for branch in alone]}
         routed.install()
-        routed.remove()
+        try:
+            return install | alternate(arms, self.options.repeats, device)
+        finally:
+            routed.remove()
 
-    install = alternate({"install": installing}, 5, device)["install"].wall
-    arms = {"lora": lambda: forward(alone), "base": lambda: forward([Branch((0.0,) * count)] * (2 * count))}
-    routed.install()
-    try:
-        seconds = alternate(arms, options.repeats, device)
-    finally:
-        routed.remove()
-    lora, base = seconds["lora"], seconds["base"]
-    emit(bench="tax", n=count, tax=lora.wall / base.wall - 1, cpu_tax=lora.cpu / base.cpu - 1, lora_seconds=lora.wall,
-         base_seconds=base.wall, install_seconds=install, layers=len(bank.model.sites), repeats=options.repeats)
-    return lora.wall / base.wall - 1
+    def selection(self) -> str:
+        """Whole sampler steps of K-LoRA and EST-LoRA with two LoRAs against Merge with one, of the same engine."""
+        options, pair = self.options, self.files[:2]
+        arms = {"single": compose(self.model, pair[:1], lambda active: Merge(active.strengths))[0]}
+        seconds = {}
+        for name, kind in (("klora", KLoRA), ("est", ESTLoRA)):
+            arms[name], seconds[name] = compose(self.model, pair, lambda active, kind=kind: kind.of(
+                measure(active.bank, (True, False)), active.strengths, (True, False)))
+        runs: dict[str, list[Sampling]] = {name: [] for name in arms}
+        for round_ in range(options.rounds):
+            for name in list(arms)[::1 if round_ % 2 else -1]:
+                runs[name].append(self.sampling(arms[name]))
+        later = {name: median(seconds for run in runs[name] for seconds in run.later) for name in arms}
+        lines = []
+        for name in ("klora", "est"):
+            over = later[name].wall / later["single"].wall - 1
+            self.tell("selection", method=name, over_single=over,
+                      cpu_over_single=later[name].cpu / later["single"].cpu - 1, seconds=later[name].wall,
+                      single_seconds=later["single"].wall, cpu_seconds=later[name].cpu,
+                      single_cpu_seconds=later["single"].cpu, node_seconds=seconds[name],
+                      layers=len(bank_of(arms[name]).model.sites), steps=options.rounds * (options.steps - 1))
+            lines.append(f"{name} step {100 * over:+.1f} % over a step with one LoRA")
+        return ", ".join(lines)
 
+    def mixing(self, count: int) -> str:
+        shares = bench_mixing(self.model, self.conds, count, self.noise, max(self.options.repeats, 10))
+        for name, found in shares.items():
+            self.tell("mixing", n=count, method=name, **found)
+        return f"mixing at most {100 * max(found['share'] for found in shares.values()):.2f} % of a step"
 
-def bench_selection(model, conds: list, files: list[Path], noise: Tensor, options: argparse.Namespace) -> str:
-    """Whole sampler steps of K-LoRA and EST-LoRA with two LoRAs against Merge with one, of the same engine."""
-    pair = files[:2]
-    arms = {"single": compose(model, files[:1], lambda active: Merge(active.strengths))[0]}
-    seconds = {}
-    for name, kind in (("klora", KLoRA), ("est", ESTLoRA)):
-        arms[name], seconds[name] = compose(model, pair, lambda active, kind=kind: kind.of(
-            measure(active.bank, (True, False)), active.strengths, (True, False)))
-    runs: dict[str, list[Sampling]] = {name: [] for name in arms}
-    for round_ in range(options.rounds):
-        for name in list(arms)[::1 if round_ % 2 else -1]:
-            runs[name].append(Sampling(arms[name], *conds, noise, options.steps))
-    later = {name: median(seconds for run in runs[name] for seconds in run.later) for name in arms}
-    lines = []
-    for name in ("klora", "est"):
-        over = later[name].wall / later["single"].wall - 1
-        emit(bench="selection", method=name, over_single=over,
-             cpu_over_single=later[name].cpu / later["single"].cpu - 1, seconds=later[name].wall,
-             single_seconds=later["single"].wall, cpu_seconds=later[name].cpu,
-             single_cpu_seconds=later["single"].cpu, node_seconds=seconds[name],
-             layers=len(bank_of(arms[name]).model.sites), steps=options.rounds * (options.steps - 1))
-        lines.append(f"{name} step {100 * over:+.1f} % over a step with one LoRA")
-    return ", ".join(lines)
+    def guidance(self) -> str:
+        shares = bench_deciding(self.model, self.conds, self.noise, max(self.options.repeats, 10))
+        for name, found in shares.items():
+            self.tell("guidance", policy=name, **found)
+        return f"guidance takes at most {100 * max(found['share'] for found in shares.values()):.2f} % of a step"
 
+    def cache(self, count: int) -> str:
+        """Composite with every branch whole over Composite with the branch cache (interval 3, depth 2): seconds of the
+        same steps, of which one in three refreshes."""
+        from ..host.apply import with_cache
+        from ..host.cache import CacheSpec
+        from ..host.composition import record_of
+        from ..methods.schedule import Uniform
 
-def bank_of(composed):
-    """The patcher that holds the bank of a composed MODEL."""
-    from ..host.composition import KEY
+        options, composed = self.options, compose(self.model, self.files[:count])[0]
+        arms = {"whole": composed, "cached": with_cache(composed, CacheSpec(Uniform(3), depth=2))}
+        runs: dict[str, list[Sampling]] = {name: [] for name in arms}
+        for _ in range(options.rounds):
+            for name, model in arms.items():
+                runs[name].append(self.sampling(model, steps=options.run_steps))
+        counted = 3 * ((options.run_steps - 1) // 3)
+        wall = {name: sum(s.wall for run in found for s in run.later[:counted]) for name, found in runs.items()}
+        cpu = {name: sum(s.cpu for run in found for s in run.later[:counted]) for name, found in runs.items()}
+        notes = [step.notes["cache"] for step in record_of(arms["cached"]).steps]
+        self.tell("cache", n=count, ratio=wall["whole"] / wall["cached"], cpu_ratio=cpu["whole"] / cpu["cached"],
+                  whole_seconds=wall["whole"], cached_seconds=wall["cached"], steps=counted * options.rounds,
+                  difference=difference(runs["cached"][0].latent, runs["whole"][0].latent),
+                  cache_bytes=max(note["bytes"] for note in notes), reused_rows=sum(note["reused"] for note in notes),
+                  whole_bytes=max(run.peak for run in runs["whole"]),
+                  cached_bytes=max(run.peak for run in runs["cached"]))
+        return f"with the branch cache {wall['whole'] / wall['cached']:.2f} times as fast"
 
-    return composed.get_additional_models_with_key(KEY)[0]
+    def saving(self, count: int) -> str:
+        composed, options = compose(self.model, self.files[:count])[0], self.options
+        found = bench_saving(composed, self.conds, self.noise, options.run_steps, options.rounds)
+        for name, each in found.items():
+            self.tell("saving", n=count, policy=name, **each)
+        return ", ".join(f"with {name} {each['ratio']:.2f} times as fast" for name, each in found.items())
 
+    def stack(self, count: int) -> str:
+        composed, options = compose(self.model, self.files[:count])[0], self.options
+        found = bench_stack(self.model, models.hooked(self.conds, self.files[:count]), composed, self.conds, self.noise,
+                            options.run_steps, options.rounds, self.cfg)
+        self.tell("stack", n=count, **found)
+        return f"with cache and Adaptive Guidance {found['ratio']:.2f} times as fast as the stock hook composite"
 
-def compose(model, files: list[Path], make=lambda active: Composite(active.strengths)):
-    """The MODEL that a method's node would give, and the seconds that takes with the files read already."""
-    from ..host.apply import apply_method
-    from ..host.ensemble import LoRASpec
-    from ..host.files import read
-
-    ensemble = tuple(LoRASpec(file.name, STRENGTH, 0.0) for file in files)
-    for spec in ensemble:
-        read(spec.name)
-    start = now()
-    composed, _ = apply_method(model, None, ensemble, make, "Composite")
-    return composed, since(start).wall
+    def floor(self, count: int) -> str:
+        composed, options = compose(self.model, self.files[:count])[0], self.options
+        found = bench_floor(composed, self.conds, self.noise, options.steps, self.cfg, options.dtype, options.compile)
+        self.tell("floor", n=count, **found)
+        return f"products are {100 * found['share']:.0f} % of a step"
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="speed", description=__doc__.split("\n\n")[0])
     parser.add_argument("--comfyui", type=Path, default=os.environ.get("COMFYUI_UNDER_TEST"), metavar="PATH")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--dtype", choices=["fp32", "fp16", "bf16"], help="default: fp32 on a CPU, fp16 elsewhere")
+    parser.add_argument("--model", choices=list(models.ARCHITECTURES), default="SD1.5")
+    parser.add_argument("--dtype", choices=["fp32", "fp16", "bf16"], help="default: fp32 on a CPU, fp16 elsewhere, for "
+                                                                          "Flux bf16")
     parser.add_argument("--n", type=int, nargs="+", default=[2, 4], help="numbers of LoRAs")
     parser.add_argument("--size", type=int, default=256, help="picture size in pixels")
-    parser.add_argument("--scale", type=float, default=1.0, help="width of the model as a share of SD1.5's")
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--scope", choices=["linear", "conv"], default="linear",
-                        help="what the LoRAs act on: linears of attention and feed-forward; conv: also convolutions")
+    parser.add_argument("--scale", type=float, default=1.0, help="width of the model as a share of the true one")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[16], help="of the LoRAs, in turn")
+    parser.add_argument("--base", action="store_true", help="composite: the base model is one more of those averaged")
+    parser.add_argument("--scope", choices=["attention", "linear", "conv"], default="linear",
+                        help="what the LoRAs act on: linears of attention; also those of feed-forward and projections; "
+                             "of a U-Net also convolutions")
     parser.add_argument("--steps", type=int, default=3, help="sampler steps per run, the first not timed as a step")
+    parser.add_argument("--run-steps", type=int, default=13, help="the same for cache, saving and stack")
     parser.add_argument("--rounds", type=int, default=1, help="runs of each way, in turns")
     parser.add_argument("--repeats", type=int, default=2, help="forwards of each kind for the tax, in turns")
-    parser.add_argument("--only", choices=["composite", "tax", "selection", "mixing", "guidance", "cache"],
-                        help="leave the other parts out; cache runs only when it is named")
-    parser.add_argument("--cache-steps", type=int, default=13, help="sampler steps per run for the cache")
+    parser.add_argument("--memory", type=float, metavar="GB", help="leave so much of a GPU's memory, the rest is taken")
+    parser.add_argument("--compile", action="store_true", help="floor: also with torch.compile")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(USUAL))
     options = parser.parse_args(arguments)
     if not options.comfyui:
         parser.error("name a ComfyUI with --comfyui PATH or in COMFYUI_UNDER_TEST")
     if options.steps < 2:
         parser.error("--steps must be at least 2: the first step is the start of the run")
-    if options.cache_steps < 4:
-        parser.error("--cache-steps must be at least 4: the first one is not timed, and one in three refreshes")
+    if options.run_steps < 4:
+        parser.error("--run-steps must be at least 4: the first one is not timed, and one in three refreshes")
     names = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    options.dtype = names[options.dtype or ("fp32" if options.device == "cpu" else "fp16")]
+    usual = "fp32" if options.device == "cpu" else "bf16" if options.model == "Flux" else "fp16"
+    options.dtype = names[options.dtype or usual]
     return options
+
+
+def ballast(gigabytes: float | None, device: torch.device) -> Tensor | None:
+    """Memory of the GPU that is held so that `gigabytes` are left for all else."""
+    if gigabytes is None or device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return torch.empty(max(int(free - gigabytes * 2**30), 0), dtype=torch.uint8, device=device)
 
 
 def main(arguments: list[str]) -> None:
     options = parse(arguments)
-    version = sd15.start_comfyui(options.comfyui, options.device)
-    import folder_paths
-
+    version = models.start_comfyui(options.comfyui, options.device)
     device = torch.device(options.device)
-    model = sd15.build(options.scale, options.dtype, device)
-    channels = model.model.model_config.unet_config["model_channels"]
-    emit(bench="environment", comfyui=version, dtype=str(options.dtype).removeprefix("torch."), size=options.size,
-         channels=channels, rank=options.rank, scope=options.scope, **environment(device))
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(1, 4, options.size // 8, options.size // 8, generator=generator)
-    conds = [[[torch.randn(1, 77, 768, generator=generator), {}]] for _ in range(2)]
+    held = ballast(options.memory, device)
+    model = models.build(options.model, options.scale, options.dtype, device)
+    tell = Results(device, comfyui=version, model=options.model, dtype=str(options.dtype).removeprefix("torch."),
+                   size=options.size, scale=options.scale, ranks=options.ranks, scope=options.scope,
+                   **({} if held is None else {"memory": options.memory}))
     lines = []
     with tempfile.TemporaryDirectory() as folder:
-        folder_paths.add_model_folder_path("loras", folder, is_default=True)
-        files = [Path(folder) / f"speed-{i}.safetensors" for i in range(max(options.n))]
-        for seed, file in enumerate(files):
-            sd15.write_lora(file, model, seed, options.rank, options.scope)
+        bench = Bench(model, Path(folder), tell, options)
         for count in options.n:
-            composed, seconds = compose(model, files[:count])
-            emit(bench="node", n=count, seconds=seconds)
-            line = f"N={count}:"
-            if options.only == "cache":
-                ratio = bench_cache(composed, count, conds, noise, options)
-                line += f"  with the branch cache {ratio:.2f} times as fast"
-            if options.only in (None, "composite"):
-                ratio = bench_composite(model, composed, conds, files[:count], noise, options)
-                line += f"  Composite {ratio:.2f} times as fast as the stock hook composite"
-            if options.only in (None, "tax"):
-                tax = bench_tax(model, composed, conds, count, noise, options)
-                line += f"  tax of the LoRAs on their batch {100 * tax:.1f} %"
-            if options.only in (None, "mixing"):
-                shares = bench_mixing(model, conds, count, noise, max(options.repeats, 10))
-                for name, found in shares.items():
-                    emit(bench="mixing", n=count, method=name, **found)
-                line += f"  mixing at most {100 * max(found['share'] for found in shares.values()):.2f} % of a step"
-            lines.append(line)
-            del composed
-        if options.only in (None, "selection") and len(files) > 1:
-            lines.append(bench_selection(model, conds, files, noise, options))
-        if options.only in (None, "guidance"):
-            shares = bench_deciding(model, conds, noise, max(options.repeats, 10))
-            for name, found in shares.items():
-                emit(bench="guidance", policy=name, **found)
-            most = max(found["share"] for found in shares.values())
-            lines.append(f"guidance takes at most {100 * most:.2f} % of a step")
+            found = [getattr(bench, part)(count) for part in options.only if part not in ("selection", "guidance")]
+            lines.append(f"N={count}:  " + "  ".join(found))
+        lines += [getattr(bench, part)() for part in options.only if part in ("selection", "guidance")]
     sys.stderr.write("\n".join(lines) + "\n")
 
 

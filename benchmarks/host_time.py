@@ -1,0 +1,245 @@
+#!/usr/bin/env python3
+"""What the pack's own code costs beside the arithmetic: the host's time, which a fast GPU waits for.
+
+    python3 benchmarks/host_time.py                        one layer call; needs torch alone
+    python3 benchmarks/host_time.py --comfyui PATH         and whole steps in ComfyUI, with the interpreter it runs in
+    python3 benchmarks/host_time.py --quick                some seconds, to see that it works
+
+Everything is tiny, so that what remains is the host, and is measured in processor time of one thread, with torch in
+that thread alone: on a busy machine these are the steadier figures. What is compared runs in turns; a difference is the
+median of the differences within each round, between its quartiles. Prints one JSON object per result, then a table.
+
+    layer   per call of an adapted linear layer: microseconds beyond the plain layer, of every case in CASES. Beside it
+            the plain layer and the floor: the two bare products of one LoRA for all rows, without any wrapping.
+    step    per step of ComfyUI's sampler, of SD1.5 and SDXL with all their layers but narrow: milliseconds beyond the
+            model without LoRAs, of five merged LoRAs and of one, beside ComfyUI's own chain of loaders (weights are
+            patched before the run) and its bypass loader, which takes one; Composite of five beside as large a batch
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if not __package__:  # started as a file: run it as a module of the pack
+    import runpy
+
+    run = runpy.run_path(str(Path(__file__).resolve().parents[1] / "run.py"))
+    sys.exit(run["main"](["_module", "benchmarks.host_time", *sys.argv[1:]]))
+
+import argparse
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..engine.adapters import LowRank
+from ..engine.bank import Bank
+from ..engine.forwards import RoutedForwards
+from ..kernels.branch import Branch, one_hot
+from ..methods.merge import Merge
+from . import models
+from .measure import Results, Spread, in_turns, one_thread, spread
+from .table import host_table
+
+CPU = torch.device("cpu")
+TOKENS, LAYERS = 8, 64
+SIZES = {"32x32": (32, 32), "64x64": (64, 64)}
+STRENGTHS = (0.8, 0.7, 0.9, 0.6, 0.75)
+EQUAL, UNEQUAL = (8,) * 5, (4, 8, 16, 32, 8)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to use an adapted layer.
+
+    ranks     of the LoRAs that lie on every layer
+    layouts   the branches of the batch's rows for one step after another, given the names of the layers
+    """
+
+    ranks: Sequence[int]
+    layouts: Callable[[Sequence[str]], Iterator[list[Branch]]]
+
+
+def always(rows: list[Branch]) -> Callable[[Sequence[str]], Iterator[list[Branch]]]:
+    """The same rows in every step."""
+    def layouts(names: Sequence[str]) -> Iterator[list[Branch]]:
+        while True:
+            yield rows
+
+    return layouts
+
+
+def alone(count: int) -> list[Branch]:
+    """A branch per LoRA."""
+    return [one_hot(STRENGTHS[:count], i) for i in range(count)]
+
+
+def merged(count: int) -> Case:
+    return Case(EQUAL[:count], always([Branch(STRENGTHS[:count])] * 2))
+
+
+def composite(ranks: Sequence[int]) -> Case:
+    """Both conds of each LoRA side by side, as the host puts them."""
+    return Case(ranks, always([branch for branch in alone(len(ranks)) for _ in range(2)]))
+
+
+def scattered() -> Case:
+    """The same rows in an order that makes no runs: all of one cond, then all of the other."""
+    return Case(EQUAL, always(alone(5) * 2))
+
+
+def loratorio() -> Case:
+    base = Branch((0.0,) * 5)
+    return Case(EQUAL, always([branch for branch in (*alone(5), base) for _ in range(2)]))
+
+
+def chosen() -> Case:
+    """K-LoRA: a LoRA of two for each layer, by a choice that no step shares with the last."""
+    def layouts(names: Sequence[str]) -> Iterator[list[Branch]]:
+        step = 0
+        while True:
+            step += 1
+            exceptions = tuple((name, (0.0, 0.9)) for i, name in enumerate(names) if (i * 7 + step) % len(names) < step)
+            yield [Branch((0.8, 0.0), exceptions)] * 2
+
+    return Case(EQUAL[:2], layouts)
+
+
+CASES: dict[str, Case] = {
+    "Merge of 1": merged(1),
+    "Merge of 5": merged(5),
+    "Composite of 5, equal ranks": composite(EQUAL),
+    "Composite of 5, unequal ranks": composite(UNEQUAL),
+    "Composite of 5, scattered rows": scattered(),
+    "LoRAtorio, 5 and the base": loratorio(),
+    "K-LoRA, a choice per layer and step": chosen(),
+}
+"""What is measured of a layer; a new way to act on one is a new line."""
+
+
+def adapters(ranks: Sequence[int], names: Sequence[str], out: int, wide: int) -> list[dict[str, list[LowRank]]]:
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+
+    return [{name: [LowRank(random(out, rank), random(rank, wide))] for name in names} for rank in ranks]
+
+
+def linears(out: int, wide: int) -> nn.Sequential:
+    return nn.Sequential(*(nn.Linear(wide, out) for _ in range(LAYERS))).requires_grad_(False)
+
+
+def bench_layer(tell: Results, name: str, case: Case, size: str, rounds: int) -> dict:
+    """Host time of one layer call, from passes over LAYERS layers in which a step's rows are given once."""
+    out, wide = SIZES[size]
+    plain, adapted, names = linears(out, wide), linears(out, wide), [str(i) for i in range(LAYERS)]
+    routed = RoutedForwards(adapted, Bank(adapters(case.ranks, names, out, wide), dtype=torch.float32))
+    layouts = case.layouts(names)
+    rows = len(next(layouts))
+    x, down, up = torch.randn(rows, TOKENS, wide), torch.randn(8, wide), torch.randn(out, 8)
+
+    def without() -> None:
+        for layer in plain:
+            layer(x)
+
+    def bare() -> None:
+        for layer in plain:
+            layer(x).view(-1, out).addmm_(x.view(-1, wide) @ down.T, up.T)
+
+    def ours() -> None:
+        with routed.rows(next(layouts)):
+            for layer in adapted:
+                layer(x)
+
+    routed.install()
+    try:
+        with torch.inference_mode():
+            found = in_turns({"plain": without, "floor": bare, "ours": ours}, rounds, CPU, warmups=3)
+    finally:
+        routed.remove()
+    each = {arm: [1e6 * seconds.thread / LAYERS for seconds in times] for arm, times in found.items()}
+    added, floor = (beyond(each[arm], each["plain"]) for arm in ("ours", "floor"))
+    return tell("layer", case=name, layer=size, rows=rows, ranks=list(case.ranks), unit="us",
+                plain=spread(each["plain"]).middle, floor=floor.middle, added=added.middle,
+                quartiles=[added.low, added.high], rounds=rounds)
+
+
+def beyond(times: Sequence[float], reference: Sequence[float]) -> Spread:
+    """How much more each took than the other of the same round."""
+    return spread([time - other for time, other in zip(times, reference, strict=True)])
+
+
+def step_arms(model, files: list[Path]) -> dict[str, tuple[str, object]]:
+    """Name -> (what it is compared with, MODEL); a MODEL of None is one that this ComfyUI cannot make."""
+    def merge(count: int):
+        return models.compose(model, files[:count], lambda active: Merge(active.strengths))[0]
+
+    return {
+        "no LoRA, 2 rows": ("", model), "no LoRA, 10 rows": ("", model),
+        "ComfyUI's loaders, 5 LoRAs in the weights": ("no LoRA, 2 rows", models.stock(model, files)),
+        "ComfyUI's bypass loader, 1 LoRA": ("no LoRA, 2 rows", models.stock(model, files[:1], bypass=True)),
+        "Merge of 1": ("no LoRA, 2 rows", merge(1)), "Merge of 5": ("no LoRA, 2 rows", merge(5)),
+        "Composite of 5": ("no LoRA, 10 rows", models.compose(model, files)[0]),
+    }  # fmt: skip
+
+
+def bench_step(tell: Results, name: str, rounds: int, steps: int, scale: float) -> list[dict]:
+    """Host time of a sampler step (cfg 7, so two rows per picture): the median of the steps of each run but its first,
+    in which weights are patched and banks installed."""
+    model = models.build(name, scale, torch.float32, CPU)
+    one, conds = models.inputs(name, model, 64, tokens=8)
+    five = one.repeat(5, 1, 1, 1)
+    with tempfile.TemporaryDirectory() as folder:
+        files = models.write_loras(Path(folder), name, model, UNEQUAL)
+        arms = {arm: made for arm, made in step_arms(model, files).items() if made[1] is not None}
+        times: dict[str, list[float]] = {arm: [] for arm in arms}
+        for round_ in range(-1, rounds):
+            for arm in list(arms)[::1 if round_ % 2 else -1]:
+                noise = five if arm == "no LoRA, 10 rows" else one
+                _, found = models.sampled(arms[arm][1], *conds, noise, steps)
+                if round_ >= 0:
+                    times[arm].append(1e3 * spread([seconds.thread for seconds in found[1:]]).middle)
+    layers = sum(1 for _ in models.targets(name, model, "linear"))
+    lines = []
+    for arm, (reference, _) in arms.items():
+        if reference:
+            added, plain = beyond(times[arm], times[reference]), spread(times[reference]).middle
+            lines.append(tell("step", case=arm, model=name, layers=layers, unit="ms", plain=plain, added=added.middle,
+                              quartiles=[added.low, added.high], share=added.middle / plain, rounds=rounds,
+                              steps=steps - 1))
+    return lines
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="host_time", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--comfyui", type=Path, default=os.environ.get("COMFYUI_UNDER_TEST"), metavar="PATH",
+                        help="without one only layers are measured")
+    parser.add_argument("--only", nargs="+", choices=("layer", "step"), default=["layer", "step"])
+    parser.add_argument("--models", nargs="+", choices=("SD1.5", "SDXL"), default=["SD1.5", "SDXL"])
+    parser.add_argument("--rounds", type=int, help="of layers (default 200) and runs (default 10)")
+    parser.add_argument("--steps", type=int, default=8, help="sampler steps of a run, the first not timed")
+    parser.add_argument("--scale", type=float, default=0.1, help="width of the models as a share of the true one")
+    parser.add_argument("--quick", action="store_true", help="few rounds: shows that it works and measures nothing")
+    options = parser.parse_args(arguments)
+    one_thread()
+    if options.quick:
+        options.rounds, options.steps = options.rounds or 2, 3
+    version = models.start_comfyui(options.comfyui, "cpu") if options.comfyui else None
+    tell = Results(CPU, comfyui=version)
+    found = []
+    if "layer" in options.only:
+        found += [bench_layer(tell, name, case, size, options.rounds or 200)
+                  for size in SIZES for name, case in CASES.items()]
+    if "step" in options.only and version:
+        for name in options.models:
+            found += bench_step(tell, name, options.rounds or 10, options.steps, options.scale)
+    sys.stdout.write("\n" + host_table(found) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,126 @@
+#!/usr/bin/env python3
+"""Tables of results: `python3 benchmarks/table.py RESULTS.jsonl ... [--write]`.
+
+Reads the lines of JSON that the benchmarks print (other lines are passed over) and prints Markdown: the goals, the
+host's time, the price of adapter kinds, each under the machine, the date and the commit that it was measured on.
+--write puts that between the markers in benchmarks/README.md instead. Of a result that is there several times for one
+machine the last one counts. Needs the standard library alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from math import floor, log10
+from pathlib import Path
+
+README = Path(__file__).with_name("README.md")
+BEGIN, END = "<!-- measured: written by table.py -->", "<!-- end of measured -->"
+
+
+def number(value: float) -> str:
+    """Three significant digits, without an exponent; whole numbers from a hundred on."""
+    if value == 0:
+        return "0"
+    return f"{value:.{max(0, 2 - floor(log10(abs(value))))}f}"
+
+
+def signed(value: float) -> str:
+    return number(value) if value < 0 else f"+{number(value)}"
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def goal_table(records: Iterable[dict]) -> str:
+    """What goals.py made of the results: one line per goal."""
+    return markdown(["goal", "what", "target", "measured", "verdict"],
+                    [[r["goal"], r["what"], r["target"], r["measured"], r["verdict"]] for r in records])
+
+
+def host_table(records: Iterable[dict]) -> str:
+    """Host time of layers and steps: what is added to the plain one, the quartiles in brackets."""
+    rows = []
+    for r in records:
+        low, high = r["quartiles"]
+        beside = signed(r["floor"]) if "floor" in r else f"{100 * r['share']:+.0f} %"
+        rows.append([f"{r.get('model', 'layer')}, {r['layer'] if 'layer' in r else r['layers']}", r["case"],
+                     f"{number(r['plain'])} {r['unit']}", beside, f"{signed(r['added'])} {r['unit']}",
+                     f"{number(low)} to {number(high)}"])
+    return markdown(["of", "case", "plain", "two bare products, or share of a step", "added", "quartiles"], rows)
+
+
+def kind_table(records: Iterable[dict]) -> str:
+    """What a layer with one adapter takes, in times of the layer alone."""
+    return markdown(["kind", "layer", "layer with it, over the layer", "quartiles"],
+                    [[r["kind"], f"{r['layer']}, {r['tokens']} tokens", f"x {r['ratio']:.2f}",
+                      f"{r['quartiles'][0]:.2f} to {r['quartiles'][1]:.2f}"] for r in records])
+
+
+TABLES: dict[str, tuple[tuple[str, ...], tuple[str, ...], Callable[[Iterable[dict]], str]]] = {
+    "Goals": (("goal",), ("goal",), goal_table),
+    "Host time": (("layer", "step"), ("bench", "case", "layer", "model"), host_table),
+    "Adapter kinds": (("kind",), ("kind", "layer", "tokens"), kind_table),
+}
+"""Title -> (benchmarks it shows, what tells their results apart, how it is made)."""
+
+
+def place(record: dict) -> str:
+    """Machine, date and commit of a result, in words."""
+    machine = record["cpu"] if record["device"] == "cpu" else f"{record['device']}, driver {record['driver']}"
+    host = f", ComfyUI {record['comfyui']}" if record.get("comfyui") else ""
+    return f"{record['date']}, {machine}, torch {record['torch']}{host}, commit {record['commit']}"
+
+
+def tables(records: Iterable[dict]) -> str:
+    """All tables that the results give, by place."""
+    parts, records = [], list(records)
+    for title, (benches, keys, make) in TABLES.items():
+        found: dict[str, dict[tuple, dict]] = {}
+        for record in records:
+            if record["bench"] in benches:
+                found.setdefault(place(record), {})[tuple(record.get(key) for key in keys)] = record
+        for where, here in found.items():
+            parts.append(f"### {title}\n\n{where}\n\n{make(here.values())}")
+    return "\n\n".join(parts)
+
+
+def read(paths: Iterable[Path]) -> list[dict]:
+    """The results in some files, in their order; lines that are not JSON objects of a benchmark are passed over."""
+    records = []
+    for path in paths:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if line.startswith('{"bench": '):
+                records.append(json.loads(line))
+    return records
+
+
+def written(readme: str, text: str) -> str:
+    """`readme` with `text` between its markers. Raises ValueError where they are missing."""
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"benchmarks/README.md lacks the lines '{BEGIN}' and '{END}' that the tables go between")
+    return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="table", description=__doc__.split("\n\n")[0])
+    parser.add_argument("results", nargs="+", type=Path, help="what the benchmarks have printed")
+    parser.add_argument("--write", action="store_true", help="into benchmarks/README.md")
+    options = parser.parse_args(arguments)
+    text = tables(read(options.results))
+    if not text:
+        raise SystemExit("no result in " + ", ".join(map(str, options.results)))
+    if options.write:
+        README.write_text(written(README.read_text(encoding="utf-8"), text), encoding="utf-8")
+    else:
+        sys.stdout.write(text + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,82 @@
+"""Whole runs: all that this pack can do at once against the stock hook composite, and how near a step comes to the time
+that its products alone would take."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from time import perf_counter
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from .deciding import guided, half_saved
+from .measure import Seconds, median, synchronize, total
+from .models import sampled
+
+
+def bench_stack(model, hooks: list, composed, conds: list, noise: Tensor, steps: int, rounds: int,
+                cfg: float) -> dict[str, float]:
+    """Seconds of whole runs, the first step included, of the stock hook composite and of Composite with the branch
+    cache (interval 3, depth 2) and, where the model has a negative, Adaptive Guidance that saves a quarter. The
+    pictures are not the same: cache and guidance are approximations."""
+    from ..host.apply import with_cache
+    from ..host.cache import CacheSpec
+    from ..methods.schedule import Uniform
+
+    ours = with_cache(composed, CacheSpec(Uniform(3), depth=2))
+    if cfg != 1:
+        ours = guided(ours, half_saved(steps))
+    arms = {"hooks": (model, *hooks), "stack": (ours, *conds)}
+    runs: dict[str, list[Seconds]] = {name: [] for name in arms}
+    for _ in range(rounds):
+        for name, arm in arms.items():
+            runs[name].append(total(sampled(*arm, noise, steps, cfg)[1]))
+    theirs, mine = median(runs["hooks"]), median(runs["stack"])
+    return {"ratio": theirs.wall / mine.wall, "cpu_ratio": theirs.cpu / mine.cpu, "hooks_seconds": theirs.wall,
+            "stack_seconds": mine.wall, "steps": steps}
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> float:
+    """Operations per second of a large product on this device, two for each multiply-add."""
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    for _ in range(3):
+        a @ b
+    best, until = float("inf"), perf_counter() + seconds
+    while perf_counter() < until:
+        synchronize(device)
+        start = perf_counter()
+        a @ b
+        synchronize(device)
+        best = min(best, perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def bench_floor(composed, conds: list, noise: Tensor, steps: int, cfg: float, dtype: torch.dtype,
+                compiled: bool) -> dict[str, float]:
+    """What the products of a step (of layers, convolutions, attention and LoRAs) would take at the matrix rate of the
+    device, as a share of a step; compiled: also of a step of the model under torch.compile."""
+    def step(model, watch=None) -> float:
+        with watch or nullcontext():
+            times = sampled(model, *conds, noise, steps, cfg)[1]
+        return median(times[1:]).wall
+
+    counter = FlopCounterMode(display=False)
+    step(composed)
+    step(composed, counter)
+    operations = counter.get_total_flops() / steps
+    rate = matrix_rate(composed.load_device, dtype)
+    found = {"operations": float(operations), "rate": rate, "seconds": step(composed)}
+    found["share"] = operations / rate / found["seconds"]
+    if compiled:
+        from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+        faster = composed.clone()
+        set_torch_compile_wrapper(faster, backend="inductor")
+        start = perf_counter()
+        step(faster)
+        found["compile_seconds"] = perf_counter() - start
+        found["compiled_seconds"] = step(faster)
+        found["compiled_share"] = operations / rate / found["compiled_seconds"]
+    return found
