@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..kernels.lowrank import Run
 from .adapters import Op, Scales, part
 from .geometry import Geometry, no_bias
-from .products import Run
 
 
 class Link(NamedTuple):

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.branch import Branch
-from ..kernels.lowrank import add_pointwise_, add_rows_, add_tokens_
+from ..kernels.lowrank import add_pointwise_, rows, tokens
 from .adapters import part
 from .bank import Site
 from .geometry import Geometry
@@ -72,10 +72,10 @@ class Traced:
             if geometry.spatial:
                 add_pointwise_(into, geometry.apply(of, down), up, gain)
             elif x.ndim == 2:
-                add_rows_(into, of, down, up, gain[:, 0])
+                rows(down, up, gain[:, 0])(into, of)
             else:
                 into, of = (t if t.ndim == 3 else t.flatten(1, -2) for t in (into, of))
-                add_tokens_(into, of, down, up.expand(into.shape[0], -1, -1), gain)
+                tokens(down, up.expand(into.shape[0], -1, -1), gain)(into, of)
         return y
 
     def _fits(self, x: Tensor, gain: Tensor) -> bool:

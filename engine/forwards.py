@@ -162,7 +162,7 @@ class RoutedForwards:
     def _routed(self, k: int) -> tuple[Callable, Traced, Callable]:
         """The new forward of the k-th layer, what the compiler sees of it, and what its handle does."""
         layer, state, programs = self._layers[k], self._state, self._programs
-        base = layer.base
+        base, compiling = layer.base, torch.compiler.is_compiling
         traced = Traced(layer.site, layer.geometry, handle_of(layer.module, self.position))
 
         def add(y: Tensor, x: Tensor) -> Tensor:
@@ -180,8 +180,15 @@ class RoutedForwards:
                 y.copy_(out)
 
         def forward(x: Tensor, *args, **kwargs) -> Tensor:
+            # This runs at every layer of every step: no more than is needed, and no call of `add`.
             y = base(x, *args, **kwargs)
-            return traced.add_(y, x) if torch.compiler.is_compiling() else add(y, x)
+            if compiling():
+                return traced.add_(y, x)
+            layout = state.current
+            if layout is None:
+                return y
+            program = layout.programs[k]
+            return program.run(y, x) if program.shape == x.shape and program.dtype is x.dtype else add(y, x)
 
         connect(traced.handle, route)
         return forward, traced, route

@@ -13,18 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 from torch import Tensor
 
-from ..kernels.lowrank import add_batched_, add_pointwise_, add_rows_, add_tokens_
+from ..kernels.lowrank import Run, add_batched_, add_pointwise_, rows, tokens
 from .adapters import part
 from .bank import Slot, Stack
 from .geometry import Geometry
 from .transfer import on_device
 
-Run = Callable[[Tensor, Tensor], Tensor]
-"""(y, x) -> y with what the adapters add; in place where y can be written in place."""
 Numbers = tuple[tuple[float, ...], ...]
 """Per entry of a layer, one number per adapter of a stack."""
 Entries = tuple[int, ...]
@@ -194,15 +191,15 @@ def _product(call: Call, stack: Stack, slots: Sequence[Slot], entries: Entries, 
     alpha, gain = _gain(call, slots, entries, numbers)
     span, n = stack.span, len(entries)
     if geometry.spatial:
-        def add(y: Tensor, x: Tensor) -> None:
+        def add(y: Tensor, x: Tensor) -> Tensor:
             hidden = geometry.apply(part(x, span, 1, 1), down)
             add_pointwise_(part(y, span, 1, 0), hidden, up, gain, alpha)
+            return y
     elif call.x.ndim == 2:
-        add = _in_span(partial(add_rows_, down=down, up=up, gain=gain, alpha=alpha), span)
-    elif call.x.ndim == 3:
-        add = _in_span(partial(add_tokens_, down=down, up=up.expand(n, -1, -1), gain=gain, alpha=alpha), span)
+        add = _in_span(rows(down, up, gain, alpha), span)
     else:
-        add = _in_span(partial(_flat, down=down, up=up.expand(n, -1, -1), gain=gain, alpha=alpha), span)
+        add = _in_span(tokens(down, up.expand(n, -1, -1), gain, alpha), span)
+        add = add if call.x.ndim == 3 else _flat(add)
     scattered = entries[-1] - entries[0] + 1 != n
     rates, width = call.rates, ranks.stop - ranks.start
     seconds = (2 + (gain is not None)) * rates.launch + call.work(stack, n, width)
@@ -212,29 +209,33 @@ def _product(call: Call, stack: Stack, slots: Sequence[Slot], entries: Entries, 
     return Choice((on_entries(add, entries, call),), (text + (f", slice {span}" if span else ""),), seconds)
 
 
-def _flat(y: Tensor, x: Tensor, down: Tensor, up: Tensor, gain: Tensor | None, alpha: float) -> None:
-    """`add_tokens_` for layers with several token dimensions."""
-    flat = y.flatten(1, -2)
-    add_tokens_(flat, x.flatten(1, -2), down, up, gain, alpha)
-    if flat.data_ptr() != y.data_ptr():
-        y.copy_(flat.view(y.shape))
+def _flat(add: Run) -> Run:
+    """For layers with several token dimensions."""
+    def run(y: Tensor, x: Tensor) -> Tensor:
+        flat = add(y.flatten(1, -2), x.flatten(1, -2))
+        return y if flat.data_ptr() == y.data_ptr() else y.copy_(flat.view(y.shape))
+
+    return run
 
 
-def _in_span(add: Callable[..., object], span) -> Callable[[Tensor, Tensor], object]:
+def _in_span(add: Run, span) -> Run:
     if span is None:
         return add
-    return lambda y, x: add(part(y, span, -1, 0), part(x, span, -1, 1))
+
+    def run(y: Tensor, x: Tensor) -> Tensor:
+        add(part(y, span, -1, 0), part(x, span, -1, 1))
+        return y
+
+    return run
 
 
-def on_entries(add: Callable[[Tensor, Tensor], object], entries: Entries, call: Call) -> Run:
+def on_entries(add: Run, entries: Entries, call: Call) -> Run:
     """What changes y in place, as a run on some entries: all, a stretch of them, or copies of scattered ones that are
     written back."""
     first, n = entries[0], len(entries)
     if n == call.y.shape[0]:
-        def run(y: Tensor, x: Tensor) -> Tensor:
-            add(y, x)
-            return y
-    elif entries[-1] - first + 1 == n:
+        return add
+    if entries[-1] - first + 1 == n:
         def run(y: Tensor, x: Tensor) -> Tensor:
             add(y.narrow(0, first, n), x.narrow(0, first, n))
             return y
@@ -250,19 +251,18 @@ def on_entries(add: Callable[[Tensor, Tensor], object], entries: Entries, call: 
 
 
 def _gain(call: Call, slots: Sequence[Slot], entries: Entries, numbers: Numbers) -> tuple[float, Tensor | None]:
-    """(alpha, gain) of a product. Where all numbers but zeros are equal they are alpha, exactly, and the tensor holds
-    ones, zeros and places, so that a map of ones changes no bit."""
-    distinct = {number for row in numbers for number in row if number}
-    alpha = distinct.pop() if len(distinct) == 1 else 1.0
-    rows = {tuple(number / alpha for number in row) for row in numbers}
-    if len(rows) > 1:
-        rows = [tuple(number / alpha for number in row) for row in numbers]
-    elif call.where is None and set(*rows) == {1.0}:
-        return alpha, None
-    rows = tuple(rows)
+    """(alpha, gain) of a product. Where all entries have the same numbers, and all but zeros are equal, they are alpha,
+    exactly, and the tensor holds ones, zeros and places: a map of ones changes no bit."""
+    alpha = 1.0
+    if len(set(numbers)) == 1:
+        distinct = {number for number in numbers[0] if number}
+        alpha = distinct.pop() if len(distinct) == 1 else 1.0
+        numbers = (tuple(number / alpha for number in numbers[0]),)
+        if call.where is None and set(numbers[0]) == {1.0}:
+            return alpha, None
     if call.where is not None:
-        return alpha, call.where(entries, slots, rows)
-    return alpha, gain_tensor(slots, rows, call.geometry.spatial, max(call.x.ndim - 2, 0), call.x)
+        return alpha, call.where(entries, slots, numbers)
+    return alpha, gain_tensor(slots, numbers, call.geometry.spatial, min(call.x.ndim - 2, 1), call.x)
 
 
 def gain_tensor(slots: Sequence[Slot], numbers: Numbers, spatial: int, dimensions: int, like: Tensor) -> Tensor:

@@ -9,13 +9,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..kernels.lowrank import Run
 from .adapters import Bias, Decomposed, Op
 from .bank import Bank, Site, Slot, Stack
 from .chain import Link, additions, chain
 from .geometry import Geometry, plain
 from .layout import Layout, NotRows
 from .positions import Places
-from .products import Call, Entries, Numbers, Run, Where, gain_tensor, in_turn, on_entries, stack_choice
+from .products import Call, Entries, Numbers, Where, gain_tensor, in_turn, on_entries, stack_choice
 
 Reader = Callable[[str], "Tensor | None"]
 """(parameter name) -> the base model's tensor in fp32, or None where it cannot be read."""

@@ -5,33 +5,47 @@ row, place and rank, and broadcasts: [R] for adapters of unequal strength, [n, 1
 [n, T, R] for adapters that act in some places only; None for all ones. `alpha` is a number that all ranks share.
 Factors and activations have one dtype; products accumulate as the backend's matrix multiply does (fp32 for bf16 and
 fp16).
+
+A branch is called at every layer of a model, where the host's time counts: `rows` and `tokens` return functions
+(y, x) -> y that look at nothing but the two tensors.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Run = Callable[[Tensor, Tensor], Tensor]
 
-def add_rows_(y: Tensor, x: Tensor, down: Tensor, up: Tensor, gain: Tensor | None = None,
-              alpha: float = 1.0) -> Tensor:
-    """Vectors. Shape: y [n, out], x [n, in], down [R, in], up [R, out], gain like [n, R].
+
+def rows(down: Tensor, up: Tensor, gain: Tensor | None = None, alpha: float = 1.0) -> Run:
+    """For vectors. Shape: y [n, out], x [n, in], down [R, in], up [R, out], gain like [n, R].
 
     y may be a column slice of a wider tensor.
     """
-    hidden = F.linear(x, down)
-    return y.addmm_(hidden if gain is None else hidden.mul_(gain), up, alpha=alpha)
+    def run(y: Tensor, x: Tensor) -> Tensor:
+        hidden = F.linear(x, down)
+        return y.addmm_(hidden if gain is None else hidden.mul_(gain), up, alpha=alpha)
+
+    return run
 
 
-def add_tokens_(y: Tensor, x: Tensor, down: Tensor, up: Tensor, gain: Tensor | None = None,
-                alpha: float = 1.0) -> Tensor:
-    """Tokens. Shape: y [n, T, out], x [n, T, in], down [R, in], up [n, R, out], gain like [n, T, R].
+def tokens(down: Tensor, up: Tensor, gain: Tensor | None = None, alpha: float = 1.0) -> Run:
+    """For tokens. Shape: y [n, T, out], x [n, T, in], down [R, in], up [n, R, out], gain like [n, T, R].
 
     `up` is one matrix expanded over the rows, a view: so neither y nor the hidden values need a view of their own.
     """
-    hidden = F.linear(x, down)
-    return y.baddbmm_(hidden if gain is None else hidden.mul_(gain), up, alpha=alpha)
+    linear = F.linear
+    if gain is None and alpha == 1:
+        return lambda y, x: y.baddbmm_(linear(x, down), up)
+    if gain is None:
+        return lambda y, x: y.baddbmm_(linear(x, down), up, alpha=alpha)
+    if alpha == 1:
+        return lambda y, x: y.baddbmm_(linear(x, down).mul_(gain), up)
+    return lambda y, x: y.baddbmm_(linear(x, down).mul_(gain), up, alpha=alpha)
 
 
 def add_batched_(y: Tensor, x: Tensor, down: Tensor, up: Tensor, gain: Tensor | None = None,
