@@ -39,6 +39,17 @@ def hadamard(w1_a: Tensor, w1_b: Tensor, w2_a: Tensor, w2_b: Tensor,
     return (w1_a @ w1_b) * (w2_a @ w2_b)
 
 
+def hadamard_factors(w1_a: Tensor, w1_b: Tensor, w2_a: Tensor, w2_b: Tensor) -> tuple[Tensor, Tensor]:
+    """LoHa as an ordinary product: (up, down) with up @ down = (w1_a w1_b) * (w2_a w2_b), of rank r1 r2.
+
+    Semantics: up[o, p r2 + q] = w1_a[o, p] w2_a[o, q], down[p r2 + q, i] = w1_b[p, i] w2_b[q, i].
+    Shape: w1_a [out, r1], w1_b [r1, in], w2_a [out, r2], w2_b [r2, in] -> [out, r1 r2], [r1 r2, in].
+    """
+    up = w1_a.unsqueeze(2) * w2_a.unsqueeze(1)
+    down = w1_b.unsqueeze(1) * w2_b.unsqueeze(0)
+    return up.flatten(1), down.flatten(0, 1)
+
+
 def kronecker(w1: Tensor, w2: Tensor) -> Tensor:
     """LoKr: the Kronecker product of a small matrix w1 [p, q] with w2 [s, t, *k] -> [p s, q t, *k]."""
     return torch.kron(w1.reshape(*w1.shape, *[1] * (w2.ndim - 2)), w2.contiguous())

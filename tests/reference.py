@@ -7,7 +7,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from lora_ensemble.engine.adapters import BOFT, OFT, Bias, Decomposed, Dense, GLoRA, LowRank, Op, Replace, given
+from lora_ensemble.engine.adapters import BOFT, OFT, Bias, Decomposed, Dense, GLoRA, Kron, LowRank, Op, Replace, given
 from lora_ensemble.kernels.branch import Branch
 from lora_ensemble.kernels.orthogonal import cayley
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4}
 Change = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
 """(weight, bias, gain) -> the changed weight and bias, float64."""
 
-KINDS = ("lora", "lora wide", "lora+bias", "dense", "glora", "oft", "boft", "dora out", "dora in", "set")
+KINDS = ("lora", "lora wide", "lora+bias", "dense", "kron", "glora", "oft", "boft", "dora out", "dora in", "set")
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:
@@ -81,6 +81,14 @@ def make_ops(kind: str, shape: Sequence[int], seed: int, dtype: torch.dtype = to
     if kind == "dense":
         delta = random(*shape)
         return [Dense(given, [delta], tuple(shape), 0.7)], lambda w, b, g: (w + g * 0.7 * delta.double(), b)
+    if kind == "kron":
+        left, right = random(4, 2), random(out // 4, *([inputs // 2, *shape[2:]] if len(shape) > 1 else []))
+        delta = torch.zeros(shape, dtype=torch.float64)
+        for p in range(4):
+            for q in range(2):
+                rows, columns = p * (out // 4), q * (inputs // 2)
+                delta[rows:rows + out // 4, columns:columns + inputs // 2] = left[p, q].double() * right.double()
+        return [Kron(left, right, 0.7)], lambda w, b, g: (w + g * 0.7 * delta, b)
     if kind == "glora":
         m_up, m_down, d_up, d_down = random(inputs, 3), random(3, inputs), random(out, 3), random(3, *shape[1:])
         mix = m_up.double() @ m_down.double()

@@ -220,3 +220,38 @@ def test_no_step_waits_for_the_device_or_asks_what_it_may_lack(layer, kinds):
 def test_the_guard_against_waiting_works():
     with pytest.raises(AssertionError, match="waits for the device"), NoSync():
         torch.ones(1).item()
+
+
+@LAYERS
+@pytest.mark.parametrize("kinds", [("glora",) * 8, ("dora in",) * 3 + ("glora",) * 3, ("boft", "glora", "glora")],
+                         ids=["8 GLoRAs", "mixed", "after a rotation"])
+def test_ops_on_inputs_call_the_layer_once_more_however_many(layer, kinds):
+    """Guard: 2^N calls of the layer for N GLoRAs."""
+    module, size = layer_of(layer)
+    calls, plain = [], module.forward
+    module.forward = lambda x: calls.append(1) or plain(x)
+    root = nn.Sequential(module)
+    routed = RoutedForwards(root, Bank([{"0": make_ops(k, module.weight.shape, s)[0]} for s, k in enumerate(kinds)]))
+    routed.install()
+    with torch.no_grad(), routed.rows([Branch((0.5,) * len(kinds))] * 2):
+        root(torch.randn(2, *size))
+    routed.remove()
+    assert len(calls) == 2
+
+
+@LAYERS
+@pytest.mark.parametrize("kind", ["dora out", "dora in", "kron"])
+def test_what_is_a_product_of_small_factors_is_never_dense(layer, kind):
+    """LoKr and DoRA: no tensor as large as the weight is written, once the magnitudes are known."""
+    module, _ = layer_of(layer)
+    root = nn.Sequential(module)
+    routed = RoutedForwards(root, Bank([{"0": make_ops(kind, module.weight.shape, 0)[0]}]))
+    x = torch.randn(1, 24) if layer == "linear" else torch.randn(1, 8, 1, 1)
+    routed.install()
+    with torch.no_grad(), routed.rows([Branch((0.7,))]):
+        root(x)
+        with Spy() as spy:
+            root(x)
+    routed.remove()
+    # Factors are scaled at each call, which is as little as they are.
+    assert spy.largest < module.weight.numel() / 2

@@ -6,7 +6,7 @@ import pytest
 import torch
 from lora_ensemble.kernels.branch import Branch, Step, one_hot
 from lora_ensemble.kernels.decompose import magnitude_scale
-from lora_ensemble.kernels.deltas import hadamard, kronecker, tucker, tucker_down
+from lora_ensemble.kernels.deltas import hadamard, hadamard_factors, kronecker, tucker, tucker_down
 from lora_ensemble.kernels.lowrank import add_batched_, add_pointwise_, rows, tokens
 from lora_ensemble.kernels.orthogonal import block_rotate, butterfly_rotate, cayley
 from lora_ensemble.tests.reference import TOLERANCE, butterfly_matrix, close
@@ -135,6 +135,15 @@ def test_tucker_is_its_sum(kernel):
                 for q in range(3):
                     want[o, i] += core[p, q].double() * a[p, o].double() * b[q, i].double()
     assert close(tucker(core, a, b), want)
+
+
+@pytest.mark.parametrize("ranks", [(1, 1), (2, 3), (4, 4)], ids=str)
+def test_hadamard_factors_multiply_to_the_hadamard_product(ranks):
+    first, second = ranks
+    factors = (rand(6, first), rand(first, 5, seed=1), rand(6, second, seed=2), rand(second, 5, seed=3))
+    up, down = hadamard_factors(*(f.double() for f in factors))
+    assert up.shape == (6, first * second) and down.shape == (first * second, 5)
+    assert close((up @ down).float(), hadamard(*(f.double() for f in factors)))
 
 
 @pytest.mark.parametrize("kernel", [(1,), (3, 3), (3, 1, 2)], ids=str)
