@@ -41,6 +41,12 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> 
     return None if COMFYUI else _WithoutComfyUI.from_parent(parent, path=module_path)
 
 
+def pytest_collection_finish() -> None:
+    """What was imported is there to stay: without it, a collection after a test looks at that test's objects alone."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def lora_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that ComfyUI lists as `loras`."""
