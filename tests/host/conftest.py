@@ -15,6 +15,13 @@ from pathlib import Path
 import pytest
 
 COMFYUI = os.environ.get("COMFYUI_UNDER_TEST")
+HOST_API = {"test_apply", "test_clock", "test_compile", "test_example_workflows", "test_files", "test_guidance",
+            "test_guidance_guiders", "test_hazards", "test_inner_code", "test_keymaps", "test_kinds", "test_lifecycle",
+            "test_memory", "test_multigpu", "test_nodes", "test_packed", "test_parity", "test_quantized",
+            "test_samplers", "test_scenarios", "test_seams", "test_server", "test_sessions", "test_spectrum_node"}
+"""Files whose tests ask ComfyUI for what changes from release to release, marked `host_api`: loading and parsing, the
+life of a run and of a model, samplers, guiders and schemas, the models' own code. `run.py test` runs them on older
+releases; the others ask what our own mathematics does, which one release shows."""
 
 if COMFYUI:
     sys.path.insert(0, str(Path(COMFYUI).expanduser()))
@@ -41,8 +48,18 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> 
     return None if COMFYUI else _WithoutComfyUI.from_parent(parent, path=module_path)
 
 
-def pytest_collection_finish() -> None:
-    """What was imported is there to stay: without it, a collection after a test looks at that test's objects alone."""
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    if gone := [name for name in sorted(HOST_API) if not (here / f"{name}.py").is_file()]:
+        raise pytest.UsageError(f"HOST_API names files that do not exist: {', '.join(gone)}")
+    for item in items:
+        if item.path.parent == here and item.path.stem in HOST_API:
+            item.add_marker("host_api")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def settled() -> None:
+    """What was imported and kept so far is there to stay; the collection after a test looks at that test's objects."""
     gc.collect()
     gc.freeze()
 
