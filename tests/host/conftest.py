@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -110,23 +110,29 @@ def loras(raw, lora_folder: Path):
 @pytest.fixture
 def spied():
     """The small SD1.5 model, counting what it evaluates."""
-    from lora_ensemble.tests.host.guidance_tools import Spy
-    from lora_ensemble.tests.host.models import base
+    from .guidance_tools import Spy
+    from .models import base
 
     return Spy(base("SD15"))
 
 
+def forwards_left() -> list[str]:
+    """The modules of small models that carry a forward of their own."""
+    from .models import alive
+
+    return [f"{type(model).__name__}.{name}" for model in alive() for name, module in model.named_modules()
+            if "forward" in module.__dict__]
+
+
 @pytest.fixture(autouse=True)
-def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
+def nothing_left(request: pytest.FixtureRequest) -> Iterator[Callable[[], list[str]]]:
     """After every test, no small model still carries a forward of its own or is loaded."""
-    yield
+    yield forwards_left
     if not COMFYUI or "comfy.model_management" not in sys.modules or "server" in request.fixturenames:
         return
     import comfy.model_management
-    from lora_ensemble.tests.host.models import alive
 
-    left = [f"{type(model).__name__}.{name}" for model in alive() for name, module in model.named_modules()
-            if "forward" in module.__dict__]
+    left = forwards_left()
     assert not left, f"forwards left on {left[:5]}"
     comfy.model_management.unload_all_models()
     gc.collect()
