@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -55,21 +55,28 @@ def with_pack(python: Path, *arguments: str | Path, tools: Path | None = None) -
     return [str(part) for part in (python, ROOT / "run.py", "_with", tools or "-", *arguments)]
 
 
+def pytest_runs(base: Path, hosts: Sequence[Host], everything: bool,
+                more: Sequence[str]) -> Iterator[tuple[str, list[str], dict[str, str]]]:
+    """(title, command, environment) of every run of pytest: the newest ComfyUI first, with all tests; on older ones
+    those of its API, or all as well. `more` goes to pytest."""
+    # The tests of one file share models and references, and stay in one process.
+    pytest = ["pytest", "-n", str(WORKERS), "--dist", "loadfile"]
+    yield ("tests without ComfyUI", with_pack(base, *pytest, "tests", "--ignore", "tests/host", *more),
+           child_env(**ONE_THREAD))
+    newest = max((host.number for host in hosts), default=())
+    for host in sorted(hosts, key=lambda host: host.number, reverse=True):
+        whole = everything or host.number == newest
+        marked = [] if whole else ["-m", "host_api"]
+        yield (f"{'tests' if whole else 'tests of the API'} on {host}",
+               with_pack(host.python, *pytest, "tests/host", *marked, *more, tools=host.tools), host.env(**ONE_THREAD))
+
+
 def run_test(options: argparse.Namespace) -> int:
     base, hosts = prepare(options)
     summary = Summary()
     summary.run("ruff", [base, "-m", "ruff", "check", "."])
-    # The tests of one file share models and references, and stay in one process.
-    pytest = ["pytest", "-n", str(WORKERS), "--dist", "loadfile"]
-    command = with_pack(base, *pytest, "tests", "--ignore", "tests/host", *options.rest)
-    summary.run("tests without ComfyUI", command, child_env(**ONE_THREAD))
-    newest = max((host.number for host in hosts), default=())
-    for host in sorted(hosts, key=lambda host: host.number, reverse=True):
-        title, marked = f"tests on {host}", []
-        if host.number != newest and not options.all:
-            title, marked = f"tests of the host's API on {host}", ["-m", "host_api"]
-        command = with_pack(host.python, *pytest, "tests/host", *marked, *options.rest, tools=host.tools)
-        summary.run(title, command, host.env(**ONE_THREAD))
+    for title, command, env in pytest_runs(base, hosts, options.all, options.rest):
+        summary.run(title, command, env)
     return summary.close(base, hosts)
 
 
