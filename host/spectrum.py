@@ -122,7 +122,7 @@ def _shares(model, how: Sampling, progress: Callable[[], None]) -> Tensor:
     parts = tuple(tuple(part.shape[1:]) for part in latent.unbind()) if latent.is_nested else ()
 
     def measure(step, x0, x, total) -> None:
-        x = unpack(x, parts)[0]
+        x = x.unbind()[0] if x.is_nested else unpack(x, parts)[0]  # newer releases unpack it
         if x.device not in bins:
             bins[x.device] = radial_bins(*(1, *x.shape[2:])[-2:], x.device)
         found.append(high_share(radial_amplitude(x, bins[x.device])))

@@ -99,14 +99,21 @@ def main(out_dir: str | Path) -> None:
     out, start = Path(out_dir), time.time()
     out.mkdir(parents=True, exist_ok=True)
     base, judge = load_base(), load_judge()
+
+    def done(what: str) -> None:
+        sys.stdout.write(f"{time.time() - start:5.0f} s  {what}\n")
+        sys.stdout.flush()
+
     pictures(base, judge).save(out / "grid.png")
-    loras, sets = load_loras(REGIME), some_sets(TABLE_SETS)
-    table = [row for name, make in {"Alone": None, **METHODS}.items()
-             for row in evaluate(REGIME, name, make, sets, base, judge, loras, 1.0)]
+    done("grid.png")
+    loras, sets, table = load_loras(REGIME), some_sets(TABLE_SETS), []
+    for name, make in {"Alone": None, **METHODS}.items():
+        table += evaluate(REGIME, name, make, sets, base, judge, loras, 1.0)
+        done(f"table: {name}")
     text = f"{len(sets)} of the protocol's 480 sets; benchmarks/quality.py runs all of them.\n\n{summary(table)}\n"
     (out / "table.md").write_text(text, encoding="utf-8")
     (out / "table.json").write_text(json.dumps([asdict(row) for row in table], indent=1), encoding="utf-8")
-    sys.stdout.write(text + f"\ngrid.png, table.md, table.json in {out} after {time.time() - start:.0f} s\n")
+    sys.stdout.write(f"\n{text}\ngrid.png, table.md, table.json in {out} after {time.time() - start:.0f} s\n")
 
 
 if __name__ == "__main__":

@@ -32,6 +32,11 @@ from .workflows import EXAMPLES, Prompt, compose, find, load, on_testbed, widget
 ALLOWED = 3  # of 255 grey levels, in any pixel
 
 
+def say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
 def fetch(server: Server, prompt: Prompt) -> list[np.ndarray]:
     """The pictures of a prompt, uint8 [h, w, 3] each, in the order of its SaveImage nodes."""
     entry = server.run(prompt)
@@ -48,7 +53,9 @@ def fetch(server: Server, prompt: Prompt) -> list[np.ndarray]:
 def draw(server: Server, pictures: list[Picture], files: list[str]) -> Tensor:
     """The standalone sampler's pictures, drawn by the server: float32 [n, 3, 32, 32] in [0, 1]."""
     info, drawn = server.json("/object_info"), []
-    for picture in pictures:
+    for number, picture in enumerate(pictures):
+        if number % 10 == 0:
+            say(f"picture {number + 1} of {len(pictures)}")
         node = f"LoRAEnsemble{type(picture.method).__name__}"
         names = [files[lora] for lora in picture.loras]
         roles = [CONCEPTS[lora].category for lora in picture.loras]
@@ -61,6 +68,7 @@ def examples(server: Server, files: list[str], out: Path, version: str) -> int:
     """Every example workflow with the testbed's model and LoRAs in place of its checkpoint; returns their number."""
     task = next(task for task in demo.chosen_sets() if len(task.loras) == 3)
     for path in EXAMPLES:
+        say(f"example workflow {path.stem}")
         prompt = on_testbed(load(path), [files[lora] for lora in task.loras], text=task.prompt())
         for k, pixels in enumerate(fetch(server, prompt)):
             picture, scale = Image.fromarray(pixels), max(256 // pixels.shape[0], 1)
@@ -90,11 +98,11 @@ def main(out: Path, comfyui: Path) -> None:
     with sampler:
         expected = (sampler.draw(pictures) * 255).round() / 255
     worst = float((images - expected).abs().max() * 255)
-    sys.stdout.write(
+    say(
         f"ComfyUI {version}: server ready after {ready - started:.0f} s, {len(pictures)} pictures in "
         f"{drawn - ready:.0f} s, {count} example workflows ran\n"
         f"largest difference from the standalone sampler: {worst:.0f} of 255 grey levels (allowed: {ALLOWED})\n"
-        f"comfyui-{version}.png in {out}\n"
+        f"comfyui-{version}.png in {out}"
     )
     if worst > ALLOWED:
         raise SystemExit("ComfyUI's pictures are not those of the standalone sampler")

@@ -9,12 +9,19 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 COMFYUI = os.environ.get("COMFYUI_UNDER_TEST")
+HOST_API = {"test_apply", "test_clock", "test_compile", "test_example_workflows", "test_files", "test_guidance",
+            "test_guidance_guiders", "test_hazards", "test_inner_code", "test_keymaps", "test_kinds", "test_lifecycle",
+            "test_memory", "test_multigpu", "test_nodes", "test_packed", "test_parity", "test_quantized",
+            "test_samplers", "test_scenarios", "test_seams", "test_server", "test_sessions", "test_spectrum_node"}
+"""Files whose tests ask ComfyUI for what changes from release to release, marked `host_api`: loading and parsing, the
+life of a run and of a model, samplers, guiders and schemas, the models' own code. `run.py test` runs them on older
+releases; the others ask what our own mathematics does, which one release shows."""
 
 if COMFYUI:
     sys.path.insert(0, str(Path(COMFYUI).expanduser()))
@@ -39,6 +46,22 @@ class _WithoutComfyUI(pytest.Module):
 
 def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
     return None if COMFYUI else _WithoutComfyUI.from_parent(parent, path=module_path)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    if gone := [name for name in sorted(HOST_API) if not (here / f"{name}.py").is_file()]:
+        raise pytest.UsageError(f"HOST_API names files that do not exist: {', '.join(gone)}")
+    for item in items:
+        if item.path.parent == here and item.path.stem in HOST_API:
+            item.add_marker("host_api")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def settled() -> None:
+    """What was imported and kept so far is there to stay; the collection after a test looks at that test's objects."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -87,23 +110,29 @@ def loras(raw, lora_folder: Path):
 @pytest.fixture
 def spied():
     """The small SD1.5 model, counting what it evaluates."""
-    from lora_ensemble.tests.host.guidance_tools import Spy
-    from lora_ensemble.tests.host.models import base
+    from .guidance_tools import Spy
+    from .models import base
 
     return Spy(base("SD15"))
 
 
+def forwards_left() -> list[str]:
+    """The modules of small models that carry a forward of their own."""
+    from .models import alive
+
+    return [f"{type(model).__name__}.{name}" for model in alive() for name, module in model.named_modules()
+            if "forward" in module.__dict__]
+
+
 @pytest.fixture(autouse=True)
-def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
+def nothing_left(request: pytest.FixtureRequest) -> Iterator[Callable[[], list[str]]]:
     """After every test, no small model still carries a forward of its own or is loaded."""
-    yield
+    yield forwards_left
     if not COMFYUI or "comfy.model_management" not in sys.modules or "server" in request.fixturenames:
         return
     import comfy.model_management
-    from lora_ensemble.tests.host.models import alive
 
-    left = [f"{type(model).__name__}.{name}" for model in alive() for name, module in model.named_modules()
-            if "forward" in module.__dict__]
+    left = forwards_left()
     assert not left, f"forwards left on {left[:5]}"
     comfy.model_management.unload_all_models()
     gc.collect()

@@ -7,21 +7,14 @@ import pytest
 import torch
 
 from .builders import composite, merge, same, sample, stock, three
+from .compiled import compiled
 from .models import base
-
-compiling = pytest.importorskip("comfy_api.torch_helpers", reason="this ComfyUI has no torch.compile wrapper")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def forget():
     yield
     torch.compiler.reset()
-
-
-def compiled(model):
-    model = model.clone()
-    compiling.set_torch_compile_wrapper(model, backend="eager")
-    return model
 
 
 @pytest.mark.parametrize("place", ["before", "after"])

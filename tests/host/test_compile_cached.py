@@ -8,9 +8,8 @@ from lora_ensemble.host.composition import record_of
 
 from .builders import composite, sample, three
 from .caches import cached, cmlora, steps_of
+from .compiled import compiled
 from .models import base
-
-compiling = pytest.importorskip("comfy_api.torch_helpers", reason="this ComfyUI has no torch.compile wrapper")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -18,12 +17,6 @@ def forget():
     torch.compiler.reset()
     yield
     torch.compiler.reset()
-
-
-def compiled(model, backend: str = "eager"):
-    model = model.clone()
-    compiling.set_torch_compile_wrapper(model, backend=backend)
-    return model
 
 
 CASES = {

@@ -217,3 +217,14 @@ def test_weights_are_never_read_in_a_forward(kind, loras):
     outer.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "lock", lock)
     ensemble = [LoRASpec(loras(tensors), 0.7, 0), LoRASpec(loras(lora(shapes(model), 5)), 0.5, 0)]
     same(sample(merge(outer, ensemble), steps=1), sample(stock(model, ensemble), steps=1), sample(model, steps=1))
+
+
+def test_a_forward_that_stays_behind_is_seen(nothing_left):
+    """What every test here is asked afterwards, asked while there is something to see."""
+    model = base("SD15").model
+    layer = model.diffusion_model.out[2]
+    layer.forward = layer.forward
+    try:
+        assert nothing_left() == [f"{type(model).__name__}.diffusion_model.out.2"]
+    finally:
+        del layer.forward

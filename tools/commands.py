@@ -1,0 +1,133 @@
+"""The commands of run.py: demo, test and bench."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .comfyui import COMFYUI_TAG, Host, prepare
+from .environments import ROOT, Stop, child_env, say
+
+PYTHONS = ((3, 10), (3, 14))  # oldest and newest version that the pinned torch has wheels for
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+"""For models so small that more threads wait for each other longer than they compute."""
+WORKERS = min(os.cpu_count() or 1, 8)
+"""Test processes at once. Each takes 1 to 2 GB, and from eight on the longest file of tests sets the time."""
+
+
+@dataclass
+class Summary:
+    """What was run, what was not and why; `close` prints it and gives the exit code."""
+
+    lines: list[str] = field(default_factory=list)
+    failed: bool = False
+
+    def run(self, title: str, command: Sequence[str | Path], env: dict[str, str] | None = None) -> bool:
+        say(f"\n=== {title}")
+        started = time.monotonic()
+        code = subprocess.run([str(part) for part in command], cwd=ROOT, env=env or child_env()).returncode
+        state = "ok    " if code == 0 else f"FAILED (exit {code})"
+        self.lines.append(f"  {state} {title}, {time.monotonic() - started:.0f} s")
+        self.failed |= code != 0
+        return code == 0
+
+    def close(self, base: Path, hosts: Sequence[Host]) -> int:
+        say("\nSummary")
+        for line in self.lines:
+            say(line)
+        say(f"  base   {base}")
+        for host in hosts:
+            say(f"  host   {host}: {host.note}, {host.python}")
+        if not hosts:
+            say("  NOT RUN: everything that needs ComfyUI, for none was used. Name one with --comfyui PATH or")
+            say("           COMFYUI_PATH, or let --clone-comfyui fetch the official release.")
+        return int(self.failed)
+
+
+def with_pack(python: Path, *arguments: str | Path, tools: Path | None = None) -> list[str]:
+    """The command that runs a module in another interpreter, with the pack importable."""
+    return [str(part) for part in (python, ROOT / "run.py", "_with", tools or "-", *arguments)]
+
+
+def pytest_runs(base: Path, hosts: Sequence[Host], everything: bool,
+                more: Sequence[str]) -> Iterator[tuple[str, list[str], dict[str, str]]]:
+    """(title, command, environment) of every run of pytest: the newest ComfyUI first, with all tests; on older ones
+    those of its API, or all as well. `more` goes to pytest."""
+    # The tests of one file share models and references, and stay in one process.
+    pytest = ["pytest", "-n", str(WORKERS), "--dist", "loadfile"]
+    yield ("tests without ComfyUI", with_pack(base, *pytest, "tests", "--ignore", "tests/host", *more),
+           child_env(**ONE_THREAD))
+    newest = max((host.number for host in hosts), default=())
+    for host in sorted(hosts, key=lambda host: host.number, reverse=True):
+        whole = everything or host.number == newest
+        marked = [] if whole else ["-m", "host_api"]
+        yield (f"{'tests' if whole else 'tests of the API'} on {host}",
+               with_pack(host.python, *pytest, "tests/host", *marked, *more, tools=host.tools), host.env(**ONE_THREAD))
+
+
+def run_test(options: argparse.Namespace) -> int:
+    base, hosts = prepare(options)
+    summary = Summary()
+    summary.run("ruff", [base, "-m", "ruff", "check", "."])
+    for title, command, env in pytest_runs(base, hosts, options.all, options.rest):
+        summary.run(title, command, env)
+    return summary.close(base, hosts)
+
+
+def run_demo(options: argparse.Namespace) -> int:
+    base, hosts = prepare(options)
+    out = ROOT / "demo" / "out"
+    out.mkdir(parents=True, exist_ok=True)
+    summary = Summary()
+    command = with_pack(base, "lora_ensemble.testbed.demo", out)
+    summary.run("demo, standalone sampler", command, child_env(**ONE_THREAD))
+    for host in hosts:
+        command = with_pack(host.python, "lora_ensemble.tests.host_demo", out, tools=host.tools)
+        summary.run(f"demo on {host}", command, host.env(**ONE_THREAD))
+    code = summary.close(base, hosts)
+    say(f"  files  {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
+    return code
+
+
+def run_bench(options: argparse.Namespace) -> int:
+    base, hosts = prepare(options)
+    summary = Summary()
+    sets = ["--sets", options.sets] if options.sets else []
+    summary.run("quality", with_pack(base, "lora_ensemble.benchmarks.quality", *sets, "--device", options.device))
+    for host in hosts:
+        command = with_pack(host.python, "lora_ensemble.benchmarks.speed", "--device", options.device, *options.rest)
+        summary.run(f"speed on {host}", command, host.env())
+    return summary.close(base, hosts)
+
+
+COMMANDS = {"demo": run_demo, "test": run_test, "bench": run_bench}
+
+
+def main(arguments: Sequence[str], description: str) -> int:
+    """Run one command; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="run.py", description=description,
+                                     formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("command", choices=COMMANDS)
+    parser.add_argument("--comfyui", metavar="PATH", nargs="+", action="extend", default=[], help="the ComfyUI to use")
+    parser.add_argument("--clone-comfyui", action="store_true", help=f"fetch ComfyUI {COMFYUI_TAG} and use it")
+    parser.add_argument("--without-comfyui", action="store_true", help="use none, even if there is one")
+    parser.add_argument("--all", action="store_true", help="test: every test on every ComfyUI")
+    parser.add_argument("--sets", help="bench: number of LoRA sets, for a fast sample")
+    parser.add_argument("--device", default="cpu", help="bench: cpu (default) or cuda")
+    options, options.rest = parser.parse_known_args(arguments)
+    if options.rest and options.command == "demo":
+        parser.error(f"unknown: {' '.join(options.rest)}")
+    try:
+        if not PYTHONS[0] <= sys.version_info[:2] <= PYTHONS[1]:
+            raise Stop("Python %d.%d has no wheels of the pinned torch; use 3.10, 3.11 or 3.12." % sys.version_info[:2])
+        return COMMANDS[options.command](options)
+    except Stop as stop:
+        sys.exit(f"\n{stop}")
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted")
