@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..kernels.branch import Branch, Step, one_hot
 from ..kernels.spectrum import high_share, radial_amplitude, radial_bins
-from .session import Call, RunFacts, Sent, Session
+from .session import Call, RunContext, Sent, Session
 
 LOW_FREQUENCY = ("background",)
 """Roles whose LoRAs change low frequencies; all others count as high, as in the paper."""
@@ -95,8 +95,8 @@ class CMLoRA:
         if self.high is not None and len(self.high) != len(self.strengths):
             raise ValueError(f"CMLoRA: {len(self.strengths)} LoRAs need as many classes, got {len(self.high)}")
 
-    def begin(self, facts: RunFacts) -> CMLoRASession:
-        return CMLoRASession(self, facts)
+    def begin(self, context: RunContext) -> CMLoRASession:
+        return CMLoRASession(self, context)
 
     @property
     def classes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -130,10 +130,10 @@ class CMLoRA:
 class CMLoRASession(Session):
     """One run: who leads, how old each LoRA's cached features are, and the share measured last."""
 
-    def __init__(self, method: CMLoRA, facts: RunFacts):
+    def __init__(self, method: CMLoRA, context: RunContext):
         self.method = method
         self.count = len(method.strengths)
-        self.refreshes = sorted(refresh_steps(facts.total, method.c1, method.c2))
+        self.refreshes = sorted(refresh_steps(context.total, method.c1, method.c2))
         self.oldest = oldest(self.count, method.c1, method.c2)
         self.lead: int | None = None
         self.weight = method.first_weight

@@ -1,4 +1,4 @@
-"""The clock: which step a model call belongs to, and that it does not make the host wait for a device."""
+"""The tracker: which step a model call belongs to, and that it does not make the host wait for a device."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import comfy.samplers
 import pytest
 import torch
-from lora_ensemble.host.clock import Clock
+from lora_ensemble.host.steps import StepTracker
 
 from .builders import composite, sample, three
 from .models import base
@@ -29,27 +29,27 @@ class OnDevice:
 
 
 def test_cpu_values_are_read_and_matched():
-    clock = Clock(SIGMAS)
+    tracker = StepTracker(SIGMAS)
     for index, sigma in enumerate(SIGMAS[:-1]):
-        step = clock.step(torch.tensor([sigma]))
+        step = tracker.step(torch.tensor([sigma]))
         assert (step.index, step.total, step.sigma) == (index, 5, pytest.approx(sigma))
-        clock.tell()
+        tracker.tell()
 
 
 @pytest.mark.parametrize(("sigma", "index"), [(10.0, 0), (11.0, 0), (9.0, 0), (6.0, 1), (6.0003, 1), (5.99, 1),
                                               (3.5, 1), (0.31, 3), (0.3, 4), (0.01, 4), (0.0, 4)])
 def test_noise_levels_between_steps(sigma, index):
     """An entry of the schedule, however rounded, is that step; a level between two belongs to the step it is in."""
-    assert Clock(SIGMAS).index_of(sigma) == index
+    assert StepTracker(SIGMAS).index_of(sigma) == index
 
 
 def test_no_device_read_once_the_sampler_is_known():
-    """Guard: Clock's trust. Without it every step would wait for the device."""
-    clock, stamps = Clock(SIGMAS), [OnDevice(sigma) for sigma in SIGMAS[:-1]]
+    """Guard: StepTracker's trust. Without it every step would wait for the device."""
+    tracker, stamps = StepTracker(SIGMAS), [OnDevice(sigma) for sigma in SIGMAS[:-1]]
     steps = []
     for stamp in stamps:
-        steps.append(clock.step(stamp))
-        clock.tell()
+        steps.append(tracker.step(stamp))
+        tracker.tell()
     assert [step.index for step in steps] == [0, 1, 2, 3, 4]
     assert [step.sigma for step in steps] == pytest.approx(SIGMAS[:-1])
     assert [stamp.reads for stamp in stamps] == [1, 1, 1, 0, 0]
@@ -57,54 +57,54 @@ def test_no_device_read_once_the_sampler_is_known():
 
 def test_more_passes_at_one_timestep_are_one_step():
     """Context windows and perturbed attention come back with the very same tensor."""
-    clock, stamps = Clock(SIGMAS), [OnDevice(sigma) for sigma in SIGMAS[:-1]]
+    tracker, stamps = StepTracker(SIGMAS), [OnDevice(sigma) for sigma in SIGMAS[:-1]]
     for index, stamp in enumerate(stamps):
-        assert {clock.step(stamp).index for _ in range(3)} == {index}
-        clock.tell()
+        assert {tracker.step(stamp).index for _ in range(3)} == {index}
+        tracker.tell()
     assert sum(stamp.reads for stamp in stamps) == 3
 
 
 def test_a_sampler_that_calls_twice_is_read():
     """Heun evaluates at the next level before it tells of the step: an index counted blindly would run ahead."""
-    clock = Clock(SIGMAS)
+    tracker = StepTracker(SIGMAS)
     for i in range(len(SIGMAS) - 2):
-        assert clock.step(OnDevice(SIGMAS[i])).index == i
-        assert clock.step(OnDevice((SIGMAS[i] + SIGMAS[i + 1]) / 2)).index == i
-        clock.tell()
+        assert tracker.step(OnDevice(SIGMAS[i])).index == i
+        assert tracker.step(OnDevice((SIGMAS[i] + SIGMAS[i + 1]) / 2)).index == i
+        tracker.tell()
 
 
 def test_a_second_call_after_trust_is_read():
-    clock = Clock(SIGMAS)
+    tracker = StepTracker(SIGMAS)
     for sigma in SIGMAS[:3]:
-        clock.step(OnDevice(sigma))
-        clock.tell()
+        tracker.step(OnDevice(sigma))
+        tracker.tell()
     trusted, second = OnDevice(SIGMAS[3]), OnDevice(0.6)
-    assert clock.step(trusted).index == 3 and trusted.reads == 0
-    assert clock.step(second).index == 3 and second.reads == 1
+    assert tracker.step(trusted).index == 3 and trusted.reads == 0
+    assert tracker.step(second).index == 3 and second.reads == 1
 
 
 def test_progress():
-    clock = Clock([3.0, 1.0, 0.0])
-    assert [clock.step(torch.tensor([sigma])).progress for sigma in (3.0, 1.0)] == [0.0, 1.0]
-    assert Clock([3.0, 0.0]).step(torch.tensor([3.0])).progress == 0.0
+    tracker = StepTracker([3.0, 1.0, 0.0])
+    assert [tracker.step(torch.tensor([sigma])).progress for sigma in (3.0, 1.0)] == [0.0, 1.0]
+    assert StepTracker([3.0, 0.0]).step(torch.tensor([3.0])).progress == 0.0
 
 
 @pytest.mark.parametrize("name", [n for n in comfy.samplers.KSampler.SAMPLERS if n != "dpm_adaptive"])
 def test_every_sampler_of_the_host(name, loras, monkeypatch):
-    """What the clock infers without reading is what it would have read, for every sampler that ComfyUI offers (but one
-    that chooses its own steps and takes hundreds of them on random weights)."""
+    """What the tracker infers without reading is what it would have read, for every sampler that ComfyUI offers (but
+    one that chooses its own steps and takes hundreds of them on random weights)."""
     model = base("SD3")
     ours, seen = composite(model, three(model, loras)[:2]), []
-    told = Clock.step
+    told = StepTracker.step
 
-    def step(clock: Clock, timestep: torch.Tensor):
+    def step(tracker: StepTracker, timestep: torch.Tensor):
         sigma = float(timestep.flatten()[0])
         if not hasattr(timestep, "stand_in"):
             timestep.stand_in = OnDevice(sigma)
-        found = told(clock, timestep.stand_in)
-        seen.append((found.index, clock.index_of(sigma)))
+        found = told(tracker, timestep.stand_in)
+        seen.append((found.index, tracker.index_of(sigma)))
         return found
 
-    monkeypatch.setattr(Clock, "step", step)
+    monkeypatch.setattr(StepTracker, "step", step)
     sample(ours, "SD3", sampler=name, steps=6, cfg=1.0)
     assert len(seen) >= 6 and [inferred for inferred, _ in seen] == [read for _, read in seen]
