@@ -158,6 +158,7 @@ def summary(rows: Sequence[Row]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Measure and print; see the head of this file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sets", type=int, default=96, help="sets that are drawn; half as many calibrate")
     parser.add_argument("--regime", choices=REGIMES, default="narrow")

@@ -58,6 +58,7 @@ class LoRAtorio:
             raise ValueError(f"LoRAtorio: recenter_lambda must be in [0, 1], got {self.recenter_lambda}")
 
     def begin(self, context: RunContext) -> LoRAtorioSession:
+        """A run begins, with all LoRAs."""
         return LoRAtorioSession(self, context)
 
     def inverse_temperature(self, step: Step, times: tuple[float, ...] = ()) -> float:
@@ -86,6 +87,7 @@ class LoRAtorioSession(Session):
 
     @property
     def dynamic(self) -> bool:
+        """Whether fewer LoRAs than there are take part in a step."""
         return 0 < self.method.top_k < len(self.pool)
 
     def branches(self, step: Step) -> tuple[Branch, ...]:
@@ -100,6 +102,8 @@ class LoRAtorioSession(Session):
         return (*(one_hot(self.method.strengths, i) for i in self._active), base)
 
     def mix(self, step: Step, call: Call) -> list[Tensor | None]:
+        """Each cond's predictions by the weights per place of the positive side; an unconditional one re-centred on
+        the base."""
         if not self.pool:
             return [None if p is None else p[0] for p in call.predictions]
         weights = self._weights_for(step, call)

@@ -195,6 +195,7 @@ class Selection:
         return self.contest.branch(self.scale(progress))
 
     def begin(self, context: RunContext) -> SelectionSession:
+        """A run begins, at the progress that its context tells."""
         return SelectionSession(self, context)
 
 
@@ -205,10 +206,12 @@ class SelectionSession(Session):
         self.method, self.context, self._scale = method, context, 0.0
 
     def branches(self, step: Step) -> tuple[Branch, ...]:
+        """The one branch of this progress."""
         self._scale = self.method.scale(self.context.progress(step))
         return (self.method.contest.branch(self._scale),)
 
     def mix(self, step: Step, call: Call) -> list[Tensor | None]:
+        """There is one prediction per cond, and that is it."""
         return [None if p is None else p[0] for p in call.predictions]
 
     def notes(self) -> dict[str, object]:

@@ -82,14 +82,17 @@ def guidance_options(mode: str, threshold: float, saving: float, space: str, dec
 
 
 def positive_input() -> io.Input:
+    """The CONDITIONING that stays on."""
     return io.Conditioning.Input("positive", tooltip="What the picture should show.")
 
 
 def negative_input() -> io.Input:
+    """The CONDITIONING that guidance does without where it can."""
     return io.Conditioning.Input("negative", tooltip="What it should not show. Evaluated only while it matters.")
 
 
 def cfg_input() -> io.Input:
+    """The scale of guidance."""
     return io.Float.Input("cfg", default=8.0, min=0.0, max=100.0, step=0.1, round=0.01,
                           tooltip="How strongly the prompt guides while guidance is on. At 1 there is no guidance and "
                           "nothing to save.")
@@ -197,6 +200,7 @@ def schedule_inputs() -> list[io.Input]:
 
 
 def latent_input() -> io.Input:
+    """The LATENT to start from."""
     return io.Latent.Input("latent_image", tooltip="The latent to denoise: an empty one, or a picture's.")
 
 

@@ -7,9 +7,12 @@ from types import SimpleNamespace
 import comfy.samplers
 import pytest
 import torch
-from lora_ensemble.host.steps import StepTracker
+from lora_ensemble.host.composition import record_of
+from lora_ensemble.host.guidance.apply import guidance_record_of
+from lora_ensemble.host.steps import StepTracker, tracked
 
 from .builders import composite, sample, three
+from .guidance_tools import ag
 from .models import base
 
 SIGMAS = [10.0, 6.0, 3.0, 1.0, 0.3, 0.0]
@@ -108,3 +111,42 @@ def test_every_sampler_of_the_host(name, loras, monkeypatch):
     monkeypatch.setattr(StepTracker, "step", step)
     sample(ours, "SD3", sampler=name, steps=6, cfg=1.0)
     assert len(seen) >= 6 and [inferred for inferred, _ in seen] == [read for _, read in seen]
+
+
+# --- one tracker for composition and guidance ---
+
+
+def test_a_run_has_one_tracker():
+    """Guard: two that both listened would each read every step, or be told of every step twice."""
+    done = []
+    tracker, callback = tracked(SIGMAS, lambda *step: done.append(step))
+    again, same = tracked(SIGMAS, callback)
+    assert again is tracker and same is callback
+    other, _ = tracked(SIGMAS[1:], callback)  # a node between the two has changed the schedule
+    assert other is not tracker and other.total == tracker.total - 1
+    for sigma in SIGMAS[:3]:
+        tracker.step(OnDevice(sigma))
+        callback(1, 2)
+    assert done == [(1, 2)] * 3, "the sampler's own callback is called as ever"
+    trusted = OnDevice(SIGMAS[3])
+    assert tracker.step(trusted).index == 3 and trusted.reads == 0
+
+
+@pytest.mark.parametrize("order", ["composition first", "guidance first"])
+def test_guidance_and_composition_read_a_step_once(order, loras, monkeypatch):
+    model, trackers, stamps, told = base("SD15"), set(), [], StepTracker.step
+    pair = three(model, loras)[:2]
+    ours = ag(composite(model, pair), 2.0) if order == "composition first" else composite(ag(model, 2.0), pair)
+
+    def step(tracker: StepTracker, timestep: torch.Tensor):
+        trackers.add(tracker)
+        if not hasattr(timestep, "stand_in"):
+            timestep.stand_in = OnDevice(float(timestep.flatten()[0]))
+            stamps.append(timestep.stand_in)
+        return told(tracker, timestep.stand_in)
+
+    monkeypatch.setattr(StepTracker, "step", step)
+    sample(ours, steps=6, cfg=7.0)
+    assert len(trackers) == 1 and [stamp.reads for stamp in stamps] == [1, 1, 1, 0, 0, 0]
+    assert [each.index for each in record_of(ours).steps] == list(range(6))
+    assert [each.index for each in guidance_record_of(ours).steps] == list(range(6))
