@@ -18,13 +18,10 @@ SIDES = {"positive": POSITIVE, "negative": UNCONDITIONAL, "empty_negative_prompt
 """Names that ComfyUI's guiders give their conds; `middle` of DualCFG and unknown ones are OTHER."""
 
 
-def run_context(guider, sampler, sigmas: Tensor, noise: Tensor, shapes: Sequence[Sequence[int]] | None) -> RunContext:
-    """The context of a run of a guider, as far as nothing but the guider is asked. `shapes` are those of the parts
-    that the host has packed into one noise."""
-    cfg = getattr(guider, "cfg", None)
-    return RunContext(tuple(sigmas.detach().float().cpu().tolist()), shape=tuple((shapes or [noise.shape])[0]),
-                      sampler=sampler_name(sampler), cfg=None if cfg is None else float(cfg),
-                      negatives=len(guider.conds) - 1)
+def run_context(sigmas: Tensor, noise: Tensor, shapes: Sequence[Sequence[int]] | None) -> RunContext:
+    """What any run tells: its schedule and the shape of its latent. `shapes` are those of the parts that the host has
+    packed into one noise."""
+    return RunContext(tuple(sigmas.detach().float().cpu().tolist()), shape=tuple((shapes or [noise.shape])[0]))
 
 
 def method_contexts(context: RunContext, model, applied: Sequence[Applied]) -> list[RunContext]:
@@ -32,6 +29,13 @@ def method_contexts(context: RunContext, model, applied: Sequence[Applied]) -> l
     sampling = model.get_model_object("model_sampling")
     timed = replace(context, times=tuple(_times(sampling, context.sigmas)), span=_span(sampling, context.sigmas))
     return [replace(timed, masks=tuple(on_latent(mask, context.shape) for mask in each.masks)) for each in applied]
+
+
+def guidance_context(context: RunContext, guider, sampler) -> RunContext:
+    """The context for guidance: with how the guider samples."""
+    cfg = getattr(guider, "cfg", None)
+    return replace(context, sampler=sampler_name(sampler), cfg=None if cfg is None else float(cfg),
+                   negatives=len(guider.conds) - 1)
 
 
 def sampler_name(sampler) -> str:

@@ -35,7 +35,7 @@ def outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=No
     if composition is None:
         return executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, *args, **kwargs)
     guider = executor.class_obj
-    context = run_context(guider, sampler, sigmas, noise, kwargs.get("latent_shapes"))
+    context = run_context(sigmas, noise, kwargs.get("latent_shapes"))
     tracker, callback = tracked(context.sigmas, callback)
     run = composition.begin(tracker, method_contexts(context, guider.model_patcher, composition.applied),
                             sides_of(guider.conds), _free(guider.model_patcher))

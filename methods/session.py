@@ -35,7 +35,7 @@ class RunContext:
     masks    per LoRA: where it may act, in [0, 1], [pictures or 1, 1, height, width] on the latent's grid; None:
              everywhere
 
-    `times`, `span` and `masks` are told to composition methods alone; to guidance:
+    `times`, `span` and `masks` are known to composition methods alone; to guidance alone:
 
     sampler      name of the sampler's function, with its options where it has any
     cfg          scale of guidance; None where a guider has no single one

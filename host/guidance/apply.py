@@ -12,7 +12,7 @@ from ...engine.tell import into
 from ...methods.guidance.record import GuidanceRecord
 from ...methods.guidance.session import GuidanceSession, Tell
 from ...methods.session import RunContext
-from ..context import run_context
+from ..context import guidance_context, run_context
 from ..steps import tracked
 from .run import GuidedRun
 
@@ -65,7 +65,7 @@ def sample_guided(executor, noise, latent_image, sampler, sigmas, denoise_mask=N
         return executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, *args, **kwargs)
     record = GuidanceRecord(guidance.policy)
     tell = into(record.problems)
-    context = run_context(guider, sampler, sigmas, noise, kwargs.get("latent_shapes"))
+    context = guidance_context(run_context(sigmas, noise, kwargs.get("latent_shapes")), guider, sampler)
     session = guidance.begin(guider.model_patcher, context, tell)
     tracker, callback = tracked(context.sigmas, callback)
     run = GuidedRun(guider, session, tracker, record, tell)
