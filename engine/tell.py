@@ -9,17 +9,18 @@ log = logging.getLogger("lora_ensemble")
 
 
 class Once:
-    """A callable that passes on what it is told the first time and is silent from then on."""
+    """A callable that passes on what it is told the first time and is silent from then on, for several threads at
+    once: the devices of one run tell from threads of their own."""
 
     def __init__(self, say: Callable[..., None]):
         self._say = say
-        self._said: set[Hashable] = set()
+        self._said: dict[Hashable, object] = {}
 
     def __call__(self, *words: Hashable, about: Hashable = None) -> None:
         """Call `say(*words)`, unless these words were said before; with `about`, unless anything was said about it."""
         key = words if about is None else about
-        if key not in self._said:
-            self._said.add(key)
+        mine = object()
+        if self._said.setdefault(key, mine) is mine:  # looked up and put in by one operation of the interpreter
             self._say(*words)
 
 

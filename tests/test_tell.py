@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 from lora_ensemble.engine.tell import Once, into
 
@@ -23,6 +25,21 @@ def test_what_is_about_the_same_is_said_once():
         tell(f"{count} rows", about=("layer", 1))
     tell("2 rows", about=("layer", 2))
     assert said == ["0 rows", "2 rows"]
+
+
+class Slow(str):
+    """Words that leave another thread the time to tell them as well."""
+
+    def __hash__(self) -> int:
+        time.sleep(0.02)
+        return super().__hash__()
+
+
+def test_two_devices_meet_the_same_at_once():
+    said, words = [], Slow("no room")
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(Once(said.append), [words] * 4))
+    assert said == ["no room"]
 
 
 def test_problems_of_a_run(caplog):
