@@ -8,8 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..engine.guidance import AdaptiveState, LinearState
-from ..methods.guidance import AdaptiveGuidance, LinearAG
+from ..methods.guidance.adaptive import AdaptiveGuidance, AdaptiveSession
+from ..methods.guidance.linear import LinearAG, LinearSession
+from ..methods.guidance.session import GuidanceSession
 from .measure import Seconds, alternate, median, total
 from .models import forward_of, sampled
 
@@ -18,30 +19,30 @@ LED = range(1, STEPS // 2)  # steps in which LinearAG keeps or foretells; the fi
 NEVER = 2.0  # a threshold that no similarity reaches: every step decides, none is saved
 
 
-def half_saved(steps: int) -> Callable[[], AdaptiveState]:
+def half_saved(steps: int) -> Callable[[], AdaptiveSession]:
     """Adaptive Guidance as it is meant to be used: the second half of the steps without a negative, a quarter of all
     evaluations. The threshold is reached whatever the predictions are, since these are those of random weights."""
-    return lambda: AdaptiveState(AdaptiveGuidance(-NEVER, min_steps=steps // 2), exact=False)
+    return lambda: AdaptiveSession(AdaptiveGuidance(-NEVER, min_steps=steps // 2), exact=False)
 
 
-def linear(steps: int) -> Callable[[], LinearState]:
+def linear(steps: int) -> Callable[[], LinearSession]:
     """LinearAG with coefficients that may be anything: to use them takes the same time."""
     rows = tuple((0.0,) * (2 * call) + (1.0, 0.0) for call in range(steps))
-    return lambda: LinearState(LinearAG(rows, tuple(range(steps))))
+    return lambda: LinearSession(LinearAG(rows, tuple(range(steps))))
 
 
-def policies() -> dict[str, Callable[[], AdaptiveState | LinearState]]:
-    """The state of a run that decides in every step."""
-    return {"AdaptiveGuidance": lambda: AdaptiveState(AdaptiveGuidance(NEVER), exact=False),
-            "AdaptiveGuidance, x0": lambda: AdaptiveState(AdaptiveGuidance(NEVER, "x0"), exact=False),
+def sessions() -> dict[str, Callable[[], GuidanceSession]]:
+    """Sessions that decide in every step."""
+    return {"AdaptiveGuidance": lambda: AdaptiveSession(AdaptiveGuidance(NEVER), exact=False),
+            "AdaptiveGuidance, x0": lambda: AdaptiveSession(AdaptiveGuidance(NEVER, "x0"), exact=False),
             "LinearAG": linear(STEPS)}
 
 
-def guided(model, make: Callable[[], AdaptiveState | LinearState]):
+def guided(model, make: Callable[[], GuidanceSession]):
     """The MODEL as the node would give it."""
-    from ..host.guidance import Guidance, apply_guidance
+    from ..host.guidance.apply import Guidance, apply_guidance
 
-    return apply_guidance(model, Guidance("benchmark", lambda info: (make(), None)))
+    return apply_guidance(model, Guidance("benchmark", lambda model, context, tell: make()))
 
 
 def bench_saving(model, conds: list, noise: Tensor, steps: int, rounds: int) -> dict[str, dict[str, float]]:
@@ -89,7 +90,7 @@ def bench_deciding(model, conds: list, noise: Tensor, repeats: int) -> dict[str,
     comfy.model_management.load_models_gpu([model])
     whole = alternate({"forward": forward_of(model, conds, noise, 1)}, 3, device)["forward"]
     cheap = stand_in(model, noise)
-    runs = {name: Run(guided(cheap, make), conds, noise) for name, make in policies().items()}
+    runs = {name: Run(guided(cheap, make), conds, noise) for name, make in sessions().items()}
     plain = Run(cheap, conds, noise)
     alternate({**runs, "plain": plain}, repeats, device)
     without = median(plain.steps)

@@ -28,11 +28,12 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor
 
-from ..engine.calibration import Calibration, NormalEquations
-from ..engine.guidance import AdaptiveState, LinearState
 from ..kernels.branch import Step
-from ..kernels.guidance import cosine, threshold_for
-from ..methods.guidance import AdaptiveGuidance
+from ..kernels.guidance import threshold_for
+from ..methods.guidance.adaptive import SPACES, AdaptiveGuidance, AdaptiveSession
+from ..methods.guidance.calibration import Calibration, CalibrationSession, NormalEquations
+from ..methods.guidance.linear import LinearSession
+from ..methods.guidance.session import GuidanceSession
 from ..testbed.evaluate import METHODS, Factory, lineup, score
 from ..testbed.protocol import LoraSet, some_sets
 from ..testbed.sampler import STEPS, Guide, Picture, Sampler
@@ -68,37 +69,23 @@ class Full:
         return u
 
 
-class Adaptive(Full):
-    """Adaptive Guidance."""
+class Ruled(Full):
+    """A rule of guidance, by its session."""
 
-    def __init__(self, threshold: float):
+    def __init__(self, session: GuidanceSession):
         super().__init__()
-        self.state = AdaptiveState(AdaptiveGuidance(threshold, SPACE))
+        self.session = session
 
     def __call__(self, step: Step, x: Tensor, c: Tensor, u: Tensor) -> Tensor:
-        if self.state.begin(step) == ():
-            self.evaluations += 1
+        need, sigma = self.session.begin(step), torch.full((1,), step.sigma, device=x.device)
+        self.evaluations += 1 if need.rows == () else 2
+        if not need.guided:
             return c
-        self.evaluations += 2
-        self.state.decide(cosine(self.state.terms(x, c, u)))
-        return torch.lerp(c, u, self.state.weight(c))
-
-
-class Linear(Full):
-    """LinearAG; `found` None: calibration along full guidance."""
-
-    def __init__(self, found: Calibration | None):
-        super().__init__()
-        self.state = LinearState(found.policy() if found is not None else None, watch=found is None)
-
-    def __call__(self, step: Step, x: Tensor, c: Tensor, u: Tensor) -> Tensor:
-        kind, sigma = self.state.begin(step), torch.full((1,), step.sigma, device=x.device)
-        self.evaluations += 2 if kind == "guided" else 1
-        if kind == "conditional":
-            return c
-        u = self.state.foretell(x, c, sigma) if kind == "predicted" else u
-        self.state.keep(x, c, u, sigma)
-        return u
+        if need.rows is None or need.watch:
+            self.session.keep(x, c, {"negative": u}, sigma)
+        if need.rows == ():
+            u = self.session.replace("negative", x, c, sigma)
+        return torch.lerp(c, u, self.session.weigh(c)) if self.session.fades else u
 
 
 def ssim(a: Tensor, b: Tensor, size: int = 7) -> Tensor:
@@ -122,13 +109,14 @@ def drawn(sampler: Sampler, factory: Factory, sets: Sequence[LoraSet], guides: S
 
 def calibrated(sampler: Sampler, factory: Factory, sets: Sequence[LoraSet]) -> Calibration:
     """Curves and coefficients from other seeds of the given sets."""
-    guides = [Linear(None) for _ in sets]
-    drawn(sampler, factory, [replace(task, seed=task.seed + 10**6) for task in sets], guides, STEPS)
+    sessions = [CalibrationSession() for _ in sets]
+    drawn(sampler, factory, [replace(task, seed=task.seed + 10**6) for task in sets],
+          [Ruled(session) for session in sessions], STEPS)
     equations = NormalEquations()
-    for guide in guides:
-        equations.add(guide.state.features, guide.state.targets)
+    for session in sessions:
+        equations.add(session.features, session.targets)
     coefficients, r2 = equations.solve()
-    gamma = {space: torch.stack([torch.cat(guide.state.gamma[space]) for guide in guides]) for space in ("noise", "x0")}
+    gamma = {space: torch.stack([torch.cat(session.gamma[space]) for session in sessions]) for space in SPACES}
     return Calibration(coefficients, tuple(range(STEPS)), r2, gamma)
 
 
@@ -138,7 +126,8 @@ def rows_of(name: str, sampler: Sampler, judge, sets: Sequence[LoraSet], calibra
     found = calibrated(sampler, METHODS[name], calibration)
     threshold = threshold_for(found.gamma[SPACE], SAVING)
     arms: list[tuple[str, Callable[[], Full], int]] = [
-        ("CFG", Full, STEPS), ("AG", lambda: Adaptive(threshold), STEPS), ("LinearAG", lambda: Linear(found), STEPS),
+        ("CFG", Full, STEPS), ("AG", lambda: Ruled(AdaptiveSession(AdaptiveGuidance(threshold, SPACE))), STEPS),
+        ("LinearAG", lambda: Ruled(LinearSession(found.policy())), STEPS),
         ("CFG, fewer steps, as AG", Full, round(STEPS * (1 - SAVING))),
         ("CFG, fewer steps, as LinearAG", Full, -(-STEPS * 25 // 40)),
     ]  # fmt: skip
@@ -169,6 +158,7 @@ def summary(rows: Sequence[Row]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Measure and print; see the head of this file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sets", type=int, default=96, help="sets that are drawn; half as many calibrate")
     parser.add_argument("--regime", choices=REGIMES, default="narrow")

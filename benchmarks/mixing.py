@@ -8,7 +8,7 @@ from torch import Tensor
 from ..kernels.branch import Step
 from ..methods.cmlora import CMLoRA
 from ..methods.loratorio import LoRAtorio
-from ..methods.session import POSITIVE, UNCONDITIONAL, Call, RunFacts, Session
+from ..methods.session import POSITIVE, UNCONDITIONAL, Call, RunContext, Session
 from .measure import alternate
 from .models import forward_of
 
@@ -50,9 +50,9 @@ def bench_mixing(model, conds: list, count: int, noise: Tensor, repeats: int) ->
     device = model.load_device
     comfy.model_management.load_models_gpu([model])
     x = noise.to(device)
-    facts = RunFacts(tuple(float(i) for i in range(STEPS, -1, -1)), tuple(1 - i / STEPS for i in range(STEPS)),
-                     tuple(x.shape))
-    arms = {name: Mixing(method.begin(facts), x) for name, method in methods(count).items()}
+    context = RunContext(tuple(float(i) for i in range(STEPS, -1, -1)), tuple(1 - i / STEPS for i in range(STEPS)),
+                         tuple(x.shape))
+    arms = {name: Mixing(method.begin(context), x) for name, method in methods(count).items()}
     seconds = alternate({**arms, "forward": forward_of(model, conds, noise, count)}, repeats, device, warmups=3)
     whole = seconds.pop("forward")
     return {name: {"seconds": one.wall, "forward_seconds": whole.wall, "share": one.wall / whole.wall,

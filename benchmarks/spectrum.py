@@ -43,7 +43,7 @@ class Watched:
         self.strength = strength
         self.shares: list[torch.Tensor] = []
 
-    def begin(self, facts) -> Session:
+    def begin(self, context) -> Session:
         return Watching(self)
 
 

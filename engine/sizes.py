@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..kernels.energy import energy
+from ..kernels.size import Size
 from ..kernels.topk import LARGEST_TILE, Part, top_and_total
-from ..methods.selection import Size
 from .adapters import Bias, Decomposed, GLoRA, Op, Span
 from .bank import Bank, Site, StackOp
 

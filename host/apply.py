@@ -14,7 +14,7 @@ import torch
 from ..engine.bank import Bank
 from ..methods import Method
 from .cache import CacheSpec
-from .composition import KEY, Composition, Layer
+from .composition import KEY, Applied, Composition
 from .ensemble import Ensemble, LoRASpec
 from .files import LoRAFileError, read
 from .parse import ParsedLoRA, parse
@@ -75,8 +75,8 @@ def apply_method(model, clip, ensemble: Ensemble, make: Callable[[Active], Metho
         log.warning("%s: %s", node, problem)
     before = model.get_attachment(KEY)
     masks = tuple(spec.mask.tensor if spec.mask is not None else None for spec in active)
-    layers = (*(before.layers if before is not None else ()), Layer(method, names, tuple(problems), masks))
-    new_model.set_attachments(KEY, Composition(layers, before.cache if before is not None else None))
+    applied = (*(before.applied if before is not None else ()), Applied(method, names, tuple(problems), masks))
+    new_model.set_attachments(KEY, Composition(applied, before.cache if before is not None else None))
     banks = new_model.get_additional_models_with_key(KEY)
     new_model.set_additional_models(KEY, [*banks, bank_patcher(bank, model.load_device, model.offload_device)])
     install_wrappers(new_model)
@@ -97,7 +97,7 @@ def with_cache(model, spec: CacheSpec):
     methods on it."""
     before = model.get_attachment(KEY)
     new_model = model.clone()
-    new_model.set_attachments(KEY, Composition(before.layers if before is not None else (), spec))
+    new_model.set_attachments(KEY, Composition(before.applied if before is not None else (), spec))
     install_wrappers(new_model)
     return new_model
 

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.cache import FeatureCache
+from ..engine.tell import Once
 from ..kernels.branch import Branch, Step
 from ..methods.schedule import Schedule
 from .seams import Seam, seam_of
 
 Combo = tuple[Branch, ...]
+"""One branch per applied method: what one row of a batch is evaluated with."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,7 @@ class BranchCache:
         self.store = FeatureCache(spec.oldest)
         self.reused = 0  # rows of this step that were evaluated on cached features
         self.ages: dict[Combo, int] = {}  # of what they were evaluated on
-        self._report = report
-        self._reported: set[str] = set()
+        self._report = Once(report)
         self._step: Step | None = None
         self._timestep: Tensor | None = None
         self._whole: dict[Combo, bool] = {}
@@ -159,9 +160,7 @@ class BranchCache:
         return self._seams[id(root)][1]
 
     def _say(self, reason: str) -> None:
-        if reason not in self._reported:
-            self._reported.add(reason)
-            self._report(f"Branch Cache: {reason}. What is not cached runs whole, as without the cache.")
+        self._report(f"Branch Cache: {reason}. What is not cached runs whole, as without the cache.")
 
 
 def _window(options: dict) -> Hashable:

@@ -15,27 +15,25 @@ from torch import Tensor, nn
 from ..engine.bank import Bank
 from ..engine.forwards import RoutedForwards
 from ..engine.record import RunRecord, StepRecord
+from ..engine.tell import Once, into
 from ..kernels.branch import Branch, Step
 from ..kernels.packed import Parts, unpack
 from ..methods import Method
-from ..methods.session import OTHER, POSITIVE, UNCONDITIONAL, Call, RunFacts, begin
-from .cache import BranchCache, CacheSpec
-from .clock import Clock
+from ..methods.session import OTHER, POSITIVE, UNCONDITIONAL, Call, RunContext, begin
+from .cache import BranchCache, CacheSpec, Combo
+from .steps import StepTracker
 
 KEY = "lora_ensemble"
 log = logging.getLogger("lora_ensemble")
-
-Combo = tuple[Branch, ...]
-"""One branch per applied method: what one row of a batch is evaluated with."""
 
 Free = Callable[[torch.device], float]
 """Bytes that a device has left."""
 
 
 @dataclass(frozen=True)
-class Layer:
-    """One method node's share: its method, the names of its LoRAs, what it could not express at load, and where each
-    LoRA may act (masks as users give them, [B, height, width] in pixels)."""
+class Applied:
+    """One method node's share of a MODEL: its method, the names of its LoRAs, what it could not express at load, and
+    where each LoRA may act (masks as users give them, [B, height, width] in pixels)."""
 
     method: Method
     names: tuple[str, ...]
@@ -45,18 +43,18 @@ class Layer:
 
 @dataclass
 class Composition:
-    """The attachment of a patched MODEL. Method nodes in a row make several layers: the branches multiply, and the
-    predictions of the last one are mixed first.
+    """The attachment of a patched MODEL. Method nodes in a row are several applied methods, outermost first: the
+    branches multiply, and the predictions of the last one are mixed first.
 
     Clones of a MODEL share this object, so the record of the last run can be read from any of them; everything that
     belongs to one run is in `Run`, which exists only while it samples.
     """
 
-    layers: tuple[Layer, ...]
+    applied: tuple[Applied, ...]
     cache: CacheSpec | None = None
     record: RunRecord | None = None
     runs: list[Run] = field(default_factory=list)
-    warned: bool = False
+    warn: Once = field(default_factory=lambda: Once(log.warning))
 
     def on_model_patcher_clone(self) -> Composition:
         """Called by the host: attachments without this method would be shared too, but not by contract."""
@@ -69,21 +67,21 @@ class Composition:
         None where the model is evaluated although no run of it began, as the second model of a guider with two is:
         said once, since its LoRAs do nothing then.
         """
-        if not self.runs and not self.warned:
-            self.warned = True
-            log.warning("This sampler evaluates a model without starting it as the sampled one (the negative model of "
-                        "a dual-model guider, say): its LoRAs have no effect there. Bake them in with Merge instead.")
+        if not self.runs:
+            self.warn("This sampler evaluates a model without starting it as the sampled one (the negative model of a "
+                      "dual-model guider, say): its LoRAs have no effect there. Bake them in with Merge instead.")
         return self.runs[-1] if self.runs else None
 
-    def begin(self, sigmas: Tensor, facts: Sequence[RunFacts], sides: Mapping[UUID, str], free: Free) -> Run:
-        """Start a run; `facts` per layer, the side of guidance that each of the sampler's conds is on, and what tells
-        how much memory is left."""
-        run = Run(self.layers, sigmas, facts, sides, self.cache, free)
+    def begin(self, tracker: StepTracker, contexts: Sequence[RunContext], sides: Mapping[UUID, str], free: Free) -> Run:
+        """Start a run; its context per applied method, the side of guidance that each of the sampler's conds is on, and
+        what tells how much memory is left."""
+        run = Run(self.applied, tracker, contexts, sides, self.cache, free)
         self.runs.append(run)
         self.record = run.record
         return run
 
     def end(self, run: Run, finished: bool) -> None:
+        """The run is over, however it ended."""
         self.runs.remove(run)
         run.close(finished)
 
@@ -96,7 +94,7 @@ def record_of(model) -> RunRecord | None:
 
 @dataclass(frozen=True)
 class Plan:
-    """What one model call evaluates: every combination of the layers' branches.
+    """What one model call evaluates: every combination of the applied methods' branches.
 
     fresh   per combination: False where caches may stand in for its deep layers, as far as the methods go
     parts   of a latent that holds several, such as picture and sound
@@ -114,13 +112,14 @@ class Plan:
 class Run:
     """State of one sampling run: fresh at its start, gone at its end."""
 
-    def __init__(self, layers: Sequence[Layer], sigmas: Tensor, facts: Sequence[RunFacts], sides: Mapping[UUID, str],
-                 cache: CacheSpec | None, free: Free):
-        self.sessions = [begin(layer.method, known) for layer, known in zip(layers, facts, strict=True)]
-        self.clock = Clock(sigmas.detach().float().cpu().tolist())
-        self.record = RunRecord([type(layer.method).__name__ for layer in layers],
-                                [list(layer.names) for layer in layers],
-                                problems=[problem for layer in layers for problem in layer.problems])
+    def __init__(self, applied: Sequence[Applied], tracker: StepTracker, contexts: Sequence[RunContext],
+                 sides: Mapping[UUID, str], cache: CacheSpec | None, free: Free):
+        self.sessions = [begin(each.method, context) for each, context in zip(applied, contexts, strict=True)]
+        self.tracker = tracker
+        self.record = RunRecord([type(each.method).__name__ for each in applied],
+                                [list(each.names) for each in applied],
+                                problems=[problem for each in applied for problem in each.problems])
+        self._tell = into(self.record.problems)
         self.cache = BranchCache(cache, self._tell, free) if cache is not None and cache.oldest > 1 else None
         self.combos: dict[UUID, Combo] = {}
         self.single: Combo | None = None
@@ -130,14 +129,14 @@ class Run:
         self._routed: dict[int, tuple[nn.Module, list[RoutedForwards]]] = {}
         self._since = time.perf_counter()
         self._prompts: dict[int, tuple[nn.Module, list[Combo | None]]] = {}
-        for layer, known in zip(layers, facts, strict=True):
-            for name, mask, placed in zip(layer.names, layer.masks, known.masks, strict=False):
-                if mask is not None and placed is None and getattr(layer.method, "uses_masks", False):
+        for each, context in zip(applied, contexts, strict=True):
+            for name, mask, placed in zip(each.names, each.masks, context.masks, strict=False):
+                if mask is not None and placed is None and getattr(each.method, "uses_masks", False):
                     self._tell(f"the mask of LoRA '{name}' is not used: this latent has no height and width")
 
     def plan(self, x: Tensor, timestep: Tensor, parts: Parts = ()) -> Plan:
         """The step this call belongs to, and what it evaluates."""
-        step = self.clock.step(timestep)
+        step = self.tracker.step(timestep)
         if not self.record.steps or self.record.steps[-1].index != step.index:
             self._close_step()
             self.record.steps.append(StepRecord(step.index, step.sigma))
@@ -162,8 +161,8 @@ class Run:
 
     def mix(self, plan: Plan, predictions: Sequence[Tensor | None], sides: Sequence[str],
             depth: int = 0) -> list[Tensor | None]:
-        """Mix predictions, per cond [combos, ...], of all layers from `depth` on, the last layer's first. Without
-        layers there is one combination, the model as it is."""
+        """Mix predictions, per cond [combos, ...], of all applied methods from `depth` on, the last one's first.
+        Without methods there is one combination, the model as it is."""
         if not self.sessions:
             return [None if p is None else p[0] for p in predictions]
         branches = plan.branches[depth]
@@ -208,6 +207,7 @@ class Run:
             self._prompts[id(root)] = (root, combos)
 
     def count(self, rows: int) -> None:
+        """A forward of the diffusion model with so many rows."""
         if self.record.steps:
             self.record.steps[-1].calls += 1
             self.record.steps[-1].rows += rows
@@ -238,10 +238,6 @@ class Run:
 
     def _problem(self, adapter: str, layer: str, reason: str) -> None:
         self._tell(f"{adapter}: {layer}: {reason}")
-
-    def _tell(self, problem: str) -> None:
-        log.warning(problem)
-        self.record.problems.append(problem)
 
     def _close_step(self) -> None:
         """The sessions' notes go in under their method's name; the second of a kind has its place as well."""

@@ -78,7 +78,7 @@ def layer_map(model, points: int = MAP) -> LayerMap:
     Raises ValueError for a MODEL without one.
     """
     composition = model.get_attachment(KEY)
-    found = [layer for layer in composition.layers if isinstance(layer.method, Selection)] if composition else []
+    found = [each for each in composition.applied if isinstance(each.method, Selection)] if composition else []
     if not found:
         raise ValueError("LoRA Layer Map: neither K-LoRA nor EST-LoRA is on this model. Connect the MODEL output of "
                          "one of these nodes, or an ensemble, to see what K-LoRA would do with it.")

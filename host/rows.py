@@ -43,10 +43,10 @@ def _tensor(tensor: Tensor, rows: Sequence[int], batch: int) -> Tensor:
 
 def whole_only(conds: list, options: dict, composition: Composition | None) -> str | None:
     """Why a batch cannot be evaluated in part, or None."""
-    for layer in composition.layers if composition is not None else ():
-        if hasattr(layer.method, "begin"):
-            return f"{type(layer.method).__name__} follows the whole batch from step to step"
-        if any(mask is not None and mask.ndim > 2 and mask.shape[0] > 1 for mask in layer.masks):
+    for applied in composition.applied if composition is not None else ():
+        if hasattr(applied.method, "begin"):
+            return f"{type(applied.method).__name__} follows the whole batch from step to step"
+        if any(mask is not None and mask.ndim > 2 and mask.shape[0] > 1 for mask in applied.masks):
             return "a LoRA has a mask for each picture"
     inner = options.get("transformer_options", {})
     if any(name.endswith("output_patch") for name in inner.get("patches", {})):

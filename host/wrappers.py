@@ -15,9 +15,10 @@ from torch import Tensor
 
 from ..engine.bank import Bank
 from .composition import KEY, Composition, Free, Run
+from .context import method_contexts, parts_of, run_context, sides_of
 from .control import ControlView
-from .facts import parts_of, run_facts, sides_of
 from .rows import branches_apart
+from .steps import tracked
 
 
 def install_wrappers(model) -> None:
@@ -33,13 +34,14 @@ def outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=No
     composition: Composition | None = executor.class_obj.model_patcher.get_attachment(KEY)
     if composition is None:
         return executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, *args, **kwargs)
-    guider, shape = executor.class_obj, (kwargs.get("latent_shapes") or [noise.shape])[0]
-    run = composition.begin(sigmas, run_facts(guider.model_patcher, composition.layers, sigmas, shape),
+    guider = executor.class_obj
+    context = run_context(sigmas, noise, kwargs.get("latent_shapes"))
+    tracker, callback = tracked(context.sigmas, callback)
+    run = composition.begin(tracker, method_contexts(context, guider.model_patcher, composition.applied),
                             sides_of(guider.conds), _free(guider.model_patcher))
-    told, finished = run.clock.listening(callback), False
-
+    finished = False
     try:
-        out = executor(noise, latent_image, sampler, sigmas, denoise_mask, told, *args, **kwargs)
+        out = executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, *args, **kwargs)
         finished = True
         return out
     finally:

@@ -5,8 +5,9 @@ A method is a frozen dataclass. A plain one has
     branches(step) -> tuple[Branch, ...]      the branches to evaluate at this step, at least one
     mix(step, predictions) -> Tensor          predictions [branches, ...] in that order -> [...]
 
-and one that needs more has `begin(facts) -> Session` (session.py). Mixing weights sum to 1, so they may be applied to
-denoised predictions as well as to noise or velocity.
+and one that needs more has `begin(context) -> Session` (session.py). Mixing weights sum to 1, so they may be applied to
+denoised predictions as well as to noise or velocity. The rules of guidance, which see what was mixed, have a room of
+their own: guidance/.
 """
 
 from __future__ import annotations
@@ -16,21 +17,24 @@ from typing import Protocol
 from torch import Tensor
 
 from ..kernels.branch import Branch, Step
-from .session import RunFacts, Session
+from .session import RunContext, Session
 
 
 class PlainMethod(Protocol):
     """A method whose steps do not depend on each other."""
 
-    def branches(self, step: Step) -> tuple[Branch, ...]: ...
+    def branches(self, step: Step) -> tuple[Branch, ...]:
+        """The branches to evaluate at this step, at least one."""
 
-    def mix(self, step: Step, predictions: Tensor) -> Tensor: ...
+    def mix(self, step: Step, predictions: Tensor) -> Tensor:
+        """Predictions [branches, ...] in that order -> [...]."""
 
 
 class StatefulMethod(Protocol):
     """A method that starts a session with every run."""
 
-    def begin(self, facts: RunFacts) -> Session: ...
+    def begin(self, context: RunContext) -> Session:
+        """A run begins: what the method keeps and learns while it lasts."""
 
 
 Method = PlainMethod | StatefulMethod

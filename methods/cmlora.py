@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..kernels.branch import Branch, Step, one_hot
 from ..kernels.spectrum import high_share, radial_amplitude, radial_bins
-from .session import Call, RunFacts, Sent, Session
+from .session import Call, RunContext, Sent, Session
 
 LOW_FREQUENCY = ("background",)
 """Roles whose LoRAs change low frequencies; all others count as high, as in the paper."""
@@ -95,8 +95,9 @@ class CMLoRA:
         if self.high is not None and len(self.high) != len(self.strengths):
             raise ValueError(f"CMLoRA: {len(self.strengths)} LoRAs need as many classes, got {len(self.high)}")
 
-    def begin(self, facts: RunFacts) -> CMLoRASession:
-        return CMLoRASession(self, facts)
+    def begin(self, context: RunContext) -> CMLoRASession:
+        """A run begins, with its first turn."""
+        return CMLoRASession(self, context)
 
     @property
     def classes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -130,10 +131,10 @@ class CMLoRA:
 class CMLoRASession(Session):
     """One run: who leads, how old each LoRA's cached features are, and the share measured last."""
 
-    def __init__(self, method: CMLoRA, facts: RunFacts):
+    def __init__(self, method: CMLoRA, context: RunContext):
         self.method = method
         self.count = len(method.strengths)
-        self.refreshes = sorted(refresh_steps(facts.total, method.c1, method.c2))
+        self.refreshes = sorted(refresh_steps(context.total, method.c1, method.c2))
         self.oldest = oldest(self.count, method.c1, method.c2)
         self.lead: int | None = None
         self.weight = method.first_weight
@@ -146,6 +147,7 @@ class CMLoRASession(Session):
         self._notes: dict[str, object] = {}
 
     def observe(self, step: Step, x: Tensor) -> None:
+        """Take the step's turn; with the online order, measure the latent for the next one."""
         if step.index == self._step or not self.count:
             return
         self._step = step.index
@@ -155,6 +157,7 @@ class CMLoRASession(Session):
         self._take_turn(step)
 
     def branches(self, step: Step) -> tuple[Branch, ...]:
+        """Every LoRA alone; with order "switch-a" the leader alone."""
         if not self.count:
             return (Branch(()),)
         if self.method.order == "switch-a":
@@ -162,9 +165,11 @@ class CMLoRASession(Session):
         return tuple(one_hot(self.method.strengths, i) for i in range(self.count))
 
     def refresh(self, step: Step) -> tuple[bool, ...]:
+        """The leader runs whole as `dominant_full` says, another LoRA where what is cached of it is too old."""
         return self._fresh if self.count and self.method.order != "switch-a" else (True,)
 
     def mix(self, step: Step, call: Call) -> list[Tensor | None]:
+        """The weighted mean of each cond's predictions, in which the leader weighs most."""
         return [None if p is None else self._mixed(p) for p in call.predictions]
 
     def notes(self) -> dict[str, object]:

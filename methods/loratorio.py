@@ -12,7 +12,7 @@ from torch import Tensor
 from ..kernels.branch import Branch, Step, one_hot
 from ..kernels.packed import pack_weights, unpack
 from ..kernels.patches import confine, log_softmin, most_divergent, patch_cosine, upsample, weighted
-from .session import POSITIVE, UNCONDITIONAL, Call, RunFacts, Sent, Session
+from .session import POSITIVE, UNCONDITIONAL, Call, RunContext, Sent, Session
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,12 @@ class LoRAtorio:
         if not 0 <= self.recenter_lambda <= 1:
             raise ValueError(f"LoRAtorio: recenter_lambda must be in [0, 1], got {self.recenter_lambda}")
 
-    def begin(self, facts: RunFacts) -> LoRAtorioSession:
-        return LoRAtorioSession(self, facts)
+    def begin(self, context: RunContext) -> LoRAtorioSession:
+        """A run begins, with all LoRAs."""
+        return LoRAtorioSession(self, context)
 
     def inverse_temperature(self, step: Step, times: tuple[float, ...] = ()) -> float:
-        """1 / tau; `times` are the model's own, per step (RunFacts.times), for the unit "timesteps"."""
+        """1 / tau; `times` are the model's own, per step (RunContext.times), for the unit "timesteps"."""
         if self.unit == "steps":
             return self.kappa * step.index
         if self.unit == "progress":
@@ -72,8 +73,8 @@ class LoRAtorio:
 class LoRAtorioSession(Session):
     """One run: the weights last found, for passes that have no positive side, and the members last chosen."""
 
-    def __init__(self, method: LoRAtorio, facts: RunFacts):
-        self.method, self.facts = method, facts
+    def __init__(self, method: LoRAtorio, context: RunContext):
+        self.method, self.context = method, context
         self.pool = tuple(range(len(method.strengths)))
         self._chosen = self.pool
         self._newest: Sent | None = None
@@ -86,6 +87,7 @@ class LoRAtorioSession(Session):
 
     @property
     def dynamic(self) -> bool:
+        """Whether fewer LoRAs than there are take part in a step."""
         return 0 < self.method.top_k < len(self.pool)
 
     def branches(self, step: Step) -> tuple[Branch, ...]:
@@ -100,6 +102,8 @@ class LoRAtorioSession(Session):
         return (*(one_hot(self.method.strengths, i) for i in self._active), base)
 
     def mix(self, step: Step, call: Call) -> list[Tensor | None]:
+        """Each cond's predictions by the weights per place of the positive side; an unconditional one re-centred on
+        the base."""
         if not self.pool:
             return [None if p is None else p[0] for p in call.predictions]
         weights = self._weights_for(step, call)
@@ -145,7 +149,7 @@ class LoRAtorioSession(Session):
         """Per part of the latent its weights per pixel [N, B, 1, *size]."""
         vectors = call.x - positive if self.method.space == "noise" else positive
         found = [self._weigh_part(step, part) for part in unpack(vectors, call.parts)]
-        if any(mask is not None for mask in self.facts.masks):
+        if any(mask is not None for mask in self.context.masks):
             found[0] = confine(found[0], self._masks_like(found[0]))
         return found
 
@@ -157,13 +161,13 @@ class LoRAtorioSession(Session):
             keep = most_divergent(similarity, method.top_k, method.scope)
             if step.index % method.recheck_every == 0 and method.recheck_every > 1:
                 self._report(step, keep)
-        weights = log_softmin(similarity, method.inverse_temperature(step, self.facts.times), keep).exp()
+        weights = log_softmin(similarity, method.inverse_temperature(step, self.context.times), keep).exp()
         return upsample(weights, tuple(vectors.shape[3:]), method.patch, method.upsampling)
 
     def _masks_like(self, weights: Tensor) -> Tensor:
         """Masks of the active LoRAs, [N, 1 or B, 1, (1,) h, w] on the weights' device."""
         if self._masks is None or self._masks.device != weights.device:
-            given = [torch.ones(1, 1, 1, 1) if mask is None else mask for mask in self.facts.masks]
+            given = [torch.ones(1, 1, 1, 1) if mask is None else mask for mask in self.context.masks]
             size = [max(mask.shape[axis] for mask in given) for axis in range(4)]
             self._masks = torch.stack([mask.expand(*size) for mask in given]).to(weights.device)
         masks = self._masks

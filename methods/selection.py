@@ -12,33 +12,15 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from math import inf, nan
+from math import inf
 
 from torch import Tensor
 
 from ..kernels.branch import Branch, Step
-from .session import Call, RunFacts, Session
+from ..kernels.size import Size
+from .session import Call, RunContext, Session
 
 STYLES = ("style", "background")
-
-
-@dataclass(frozen=True)
-class Size:
-    """How large one LoRA's delta of one layer is, at strength 1. Not a number where it acts alone: nobody asks then.
-
-    top      sum of its K largest absolute entries
-    total    sum of all absolute entries
-    energy   squared Frobenius norm
-    """
-
-    top: float = nan
-    total: float = nan
-    energy: float = nan
-
-    def at(self, strength: float) -> Size:
-        """The size at a strength."""
-        return Size(abs(strength) * self.top, abs(strength) * self.total, strength**2 * self.energy)
-
 
 Sizes = Mapping[str, Mapping[int, Size]]
 """Layer -> the LoRAs that act on it, by number -> their sizes there."""
@@ -212,21 +194,24 @@ class Selection:
         """The one branch that a step at this progress evaluates."""
         return self.contest.branch(self.scale(progress))
 
-    def begin(self, facts: RunFacts) -> SelectionSession:
-        return SelectionSession(self, facts)
+    def begin(self, context: RunContext) -> SelectionSession:
+        """A run begins, at the progress that its context tells."""
+        return SelectionSession(self, context)
 
 
 class SelectionSession(Session):
     """One run. Nothing is kept but where it stands: the choice depends on the progress alone."""
 
-    def __init__(self, method: Selection, facts: RunFacts):
-        self.method, self.facts, self._scale = method, facts, 0.0
+    def __init__(self, method: Selection, context: RunContext):
+        self.method, self.context, self._scale = method, context, 0.0
 
     def branches(self, step: Step) -> tuple[Branch, ...]:
-        self._scale = self.method.scale(self.facts.progress(step))
+        """The one branch of this progress."""
+        self._scale = self.method.scale(self.context.progress(step))
         return (self.method.contest.branch(self._scale),)
 
     def mix(self, step: Step, call: Call) -> list[Tensor | None]:
+        """There is one prediction per cond, and that is it."""
         return [None if p is None else p[0] for p in call.predictions]
 
     def notes(self) -> dict[str, object]:

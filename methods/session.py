@@ -1,10 +1,10 @@
-"""What a method keeps and learns while it samples: the facts of a run, one model call, and the session.
+"""What a method keeps and learns while it samples: the context of a run, one model call, and the session.
 
 A plain method (methods/__init__.py) sees one prediction at a time and keeps nothing. A method that must see the
 conditional and the unconditional side together, measure the latent, or keep something from one step to the next has
 instead
 
-    begin(facts) -> Session        called when a run starts; the session is forgotten when it ends
+    begin(context) -> Session        called when a run starts; the session is forgotten when it ends
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ POSITIVE, UNCONDITIONAL, OTHER = "positive", "unconditional", "other"
 
 
 @dataclass(frozen=True)
-class RunFacts:
-    """What is known of a run before its first step.
+class RunContext:
+    """What is known of a run before its first step: one object for composition methods and for guidance.
 
     sigmas   the schedule in the model's own units, noisiest first, with the final 0
     times    per step: the model's own time, 1 at its highest noise level and 0 at its lowest
@@ -34,6 +34,12 @@ class RunFacts:
     shape    of the latent, [pictures, channels, ..., height, width]; of the first part where it has several
     masks    per LoRA: where it may act, in [0, 1], [pictures or 1, 1, height, width] on the latent's grid; None:
              everywhere
+
+    `times`, `span` and `masks` are known to composition methods alone; to guidance alone:
+
+    sampler      name of the sampler's function, with its options where it has any
+    cfg          scale of guidance; None where a guider has no single one
+    negatives    conds besides the positive
     """
 
     sigmas: tuple[float, ...]
@@ -41,6 +47,9 @@ class RunFacts:
     shape: tuple[int, ...] = ()
     masks: tuple[Tensor | None, ...] = ()
     span: tuple[float, float] = (0.0, 1.0)
+    sampler: str = ""
+    cfg: float | None = None
+    negatives: int = 1
 
     @property
     def total(self) -> int:
@@ -123,6 +132,7 @@ class Sent:
             self._arrived.record(torch.cuda.current_stream(value.device))
 
     def read(self) -> list:
+        """The values as numbers; waits until they have arrived."""
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._copy.tolist()
@@ -135,12 +145,14 @@ class PlainSession(Session):
         self.method = method
 
     def branches(self, step: Step) -> tuple[Branch, ...]:
+        """Those of the method."""
         return self.method.branches(step)
 
     def mix(self, step: Step, call: Call) -> list[Tensor | None]:
+        """The method's mix of each cond by itself."""
         return [None if p is None else self.method.mix(step, p) for p in call.predictions]
 
 
-def begin(method, facts: RunFacts) -> Session:
+def begin(method, context: RunContext) -> Session:
     """The session of a run: the method's own, or a plain one."""
-    return method.begin(facts) if hasattr(method, "begin") else PlainSession(method)
+    return method.begin(context) if hasattr(method, "begin") else PlainSession(method)

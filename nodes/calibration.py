@@ -10,8 +10,8 @@ import comfy.utils
 import folder_paths
 from comfy_api.latest import io, ui
 
-from ..host import coeffs as files
-from ..host.calibrate import Paths, calibrate
+from ..host.guidance import coeffs as files
+from ..host.guidance.calibrate import Paths, calibrate
 from ..host.plot import plot, summary
 from .guidance import GuidanceCoeffs, latent_input, negative_input, schedule_inputs
 from .sockets import check_numbers, model_input, schema

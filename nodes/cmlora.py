@@ -144,7 +144,7 @@ class LoRAEnsembleCMLoRA(io.ComfyNode):
 
         composed, merged = apply_method(model, clip, ensemble, cmlora, node="CMLoRA")
         if cache_depth > 0 and order != "switch-a":
-            count = len(composed.get_attachment(KEY).layers[-1].names)
+            count = len(composed.get_attachment(KEY).applied[-1].names)
             composed = with_cache(composed, CacheSpec(max_age=oldest(count, c1, c2), depth=cache_depth))
         return io.NodeOutput(composed, merged)
 

@@ -9,15 +9,15 @@ from comfy_api.latest import io
 
 import nodes as host_nodes
 
-from ..host.guidance import apply_guidance, guidance_record_of
-from ..host.policies import MODES, Choice, guidance_of
-from ..methods.guidance import SPACES, AdaptiveGuidance
+from ..host.guidance.apply import apply_guidance, guidance_record_of
+from ..host.guidance.options import MODES, GuidanceOptions, guidance_of
+from ..methods.guidance.adaptive import SPACES, AdaptiveGuidance
 from .sockets import check_numbers, chosen, model_input, schema
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
-    from ..host.coeffs import GuidanceCoeffs as Coeffs
+    from ..host.guidance.coeffs import GuidanceCoeffs as Coeffs
 
 GuidanceCoeffs = io.Custom("GUIDANCE_COEFFS")
 DECISIONS = ["per picture", "whole batch"]
@@ -66,8 +66,9 @@ def guidance_inputs() -> list[io.Input]:
     ]  # fmt: skip
 
 
-def choice(mode: str, threshold: float, saving: float, space: str, decision: str, min_guided_steps: int,
-           ramp_steps: int, read_back: str, coeffs: Coeffs | None, if_different: str, of: type[io.ComfyNode]) -> Choice:
+def guidance_options(mode: str, threshold: float, saving: float, space: str, decision: str, min_guided_steps: int,
+                     ramp_steps: int, read_back: str, coeffs: Coeffs | None, if_different: str,
+                     of: type[io.ComfyNode]) -> GuidanceOptions:
     """The options of a node as host/ takes them. Raises ValueError for a word that is no option, and for a number that
     is none."""
     check_numbers(of, threshold=threshold, saving=saving, min_guided_steps=min_guided_steps, ramp_steps=ramp_steps)
@@ -75,20 +76,23 @@ def choice(mode: str, threshold: float, saving: float, space: str, decision: str
     policy = AdaptiveGuidance(threshold, chosen(space, SPACES, f"{node}: space"),
                               chosen(decision, DECISIONS, f"{node}: decision") == "per picture", min_guided_steps,
                               ramp_steps)
-    return Choice(chosen(mode, MODES, f"{node}: mode"), policy, saving,
-                  chosen(read_back, READ_BACK, f"{node}: read_back") == "exact", coeffs,
-                  chosen(if_different, IF_DIFFERENT, f"{node}: if_different") == "nearest")
+    return GuidanceOptions(chosen(mode, MODES, f"{node}: mode"), policy, saving,
+                           chosen(read_back, READ_BACK, f"{node}: read_back") == "exact", coeffs,
+                           chosen(if_different, IF_DIFFERENT, f"{node}: if_different") == "nearest")
 
 
 def positive_input() -> io.Input:
+    """The CONDITIONING that stays on."""
     return io.Conditioning.Input("positive", tooltip="What the picture should show.")
 
 
 def negative_input() -> io.Input:
+    """The CONDITIONING that guidance does without where it can."""
     return io.Conditioning.Input("negative", tooltip="What it should not show. Evaluated only while it matters.")
 
 
 def cfg_input() -> io.Input:
+    """The scale of guidance."""
     return io.Float.Input("cfg", default=8.0, min=0.0, max=100.0, step=0.1, round=0.01,
                           tooltip="How strongly the prompt guides while guidance is on. At 1 there is no guidance and "
                           "nothing to save.")
@@ -112,7 +116,7 @@ class LoRAEnsembleAdaptiveGuidance(io.ComfyNode):
     def execute(cls, model: ModelPatcher, mode: str, threshold: float, saving: float, space: str, decision: str,
                 min_guided_steps: int, ramp_steps: int, read_back: str, coeffs: Coeffs | None = None,
                 if_different: str = "refuse") -> io.NodeOutput:
-        return io.NodeOutput(apply_guidance(model, guidance_of(choice(
+        return io.NodeOutput(apply_guidance(model, guidance_of(guidance_options(
             mode, threshold, saving, space, decision, min_guided_steps, ramp_steps, read_back, coeffs, if_different,
             cls))))
 
@@ -133,7 +137,7 @@ class LoRAEnsembleAdaptiveGuider(io.ComfyNode):
     def execute(cls, model: ModelPatcher, positive: Any, negative: Any, cfg: float, mode: str, threshold: float,
                 saving: float, space: str, decision: str, min_guided_steps: int, ramp_steps: int, read_back: str,
                 coeffs: Coeffs | None = None, if_different: str = "refuse") -> io.NodeOutput:
-        guider = comfy.samplers.CFGGuider(apply_guidance(model, guidance_of(choice(
+        guider = comfy.samplers.CFGGuider(apply_guidance(model, guidance_of(guidance_options(
             mode, threshold, saving, space, decision, min_guided_steps, ramp_steps, read_back, coeffs, if_different,
             cls))))
         guider.set_conds(positive, negative)
@@ -173,7 +177,7 @@ class LoRAEnsembleKSampler(io.ComfyNode):
                 positive: Any, negative: Any, latent_image: dict, denoise: float, mode: str, threshold: float,
                 saving: float, space: str, decision: str, min_guided_steps: int, ramp_steps: int, read_back: str,
                 coeffs: Coeffs | None = None, if_different: str = "refuse") -> io.NodeOutput:
-        guided = apply_guidance(model, guidance_of(choice(
+        guided = apply_guidance(model, guidance_of(guidance_options(
             mode, threshold, saving, space, decision, min_guided_steps, ramp_steps, read_back, coeffs, if_different,
             cls)))
         (latent,) = host_nodes.common_ksampler(guided, seed, steps, cfg, sampler_name, scheduler, positive, negative,
@@ -196,6 +200,7 @@ def schedule_inputs() -> list[io.Input]:
 
 
 def latent_input() -> io.Input:
+    """The LATENT to start from."""
     return io.Latent.Input("latent_image", tooltip="The latent to denoise: an empty one, or a picture's.")
 
 

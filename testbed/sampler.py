@@ -19,7 +19,7 @@ from ..engine.forwards import RoutedForwards
 from ..kernels.branch import Branch, Step
 from ..methods import Method
 from ..methods.merge import Merge
-from ..methods.session import POSITIVE, UNCONDITIONAL, Call, RunFacts, begin
+from ..methods.session import POSITIVE, UNCONDITIONAL, Call, RunContext, begin
 from .base import Base
 from .loras import PREFIX
 from .model import LATENT, decode
@@ -105,8 +105,8 @@ class Sampler:
         x = torch.stack(noise).to(self.device)
         context = self.base.text(tokenize(["", *(p.prompt for p in pictures)]).to(self.device))
         sigmas = torch.linspace(1, 0, steps + 1).tolist()
-        facts = RunFacts(tuple(sigmas), tuple(sigmas[:-1]), (1, *LATENT))
-        sessions = [begin(picture.method or Merge((0.0,) * len(picture.loras)), facts) for picture in pictures]
+        run = RunContext(tuple(sigmas), tuple(sigmas[:-1]), (1, *LATENT))
+        sessions = [begin(picture.method or Merge((0.0,) * len(picture.loras)), run) for picture in pictures]
         for index in range(steps):
             step = Step(index, steps, sigmas[index])
             owner, branches, spans = [], [], []

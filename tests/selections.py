@@ -13,7 +13,7 @@ from lora_ensemble.engine.sizes import measure
 from lora_ensemble.kernels.branch import Branch, Step
 from lora_ensemble.methods.est import ESTLoRA
 from lora_ensemble.methods.klora import KLoRA
-from lora_ensemble.methods.session import RunFacts
+from lora_ensemble.methods.session import RunContext
 
 LAYERS = {"q": (24, 32), "k": (48, 40), "v": (64, 16), "ff": (96, 64), "conv": (16, 12, 3, 3), "out": (40, 24)}
 PAIR = (True, False)
@@ -48,7 +48,7 @@ def bank(*loras: Lora) -> Bank:
 
 
 def branch_of(method, step: Step) -> Branch:
-    (branch,) = method.begin(RunFacts(sigmas=tuple(range(step.total, -1, -1)))).branches(step)
+    (branch,) = method.begin(RunContext(sigmas=tuple(range(step.total, -1, -1)))).branches(step)
     return branch
 
 

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {
     "kernels": set(),
     "methods": {"kernels"},
-    "engine": {"kernels", "methods"},
+    "engine": {"kernels"},
     "host": {"kernels", "methods", "engine"},
     "nodes": {"kernels", "methods", "engine", "host"},
     "testbed": {"kernels", "methods", "engine"},
@@ -61,6 +61,15 @@ def test_only_host_and_nodes_import_comfyui():
         for path in (ROOT / floor).rglob("*.py"):
             found = {name for kind, name in imports(path) if kind == "other"} & HOST_PACKAGES
             assert not found, f"{path.relative_to(ROOT)} imports {found}"
+
+
+def test_the_run_of_guidance_knows_no_rule():
+    """It imports what every rule's session answers to, and no rule of its own."""
+    for name in ("apply.py", "run.py", "call.py"):
+        tree = ast.parse((ROOT / "host" / "guidance" / name).read_text(encoding="utf-8"))
+        found = {node.module.rpartition("methods.guidance.")[2] for node in ast.walk(tree)
+                 if isinstance(node, ast.ImportFrom) and "methods.guidance" in (node.module or "")}
+        assert found and found <= {"session", "record"}, name
 
 
 @by_file

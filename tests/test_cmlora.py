@@ -10,7 +10,7 @@ from lora_ensemble.kernels.branch import Branch, Step
 from lora_ensemble.kernels.spectrum import high_share, radial_amplitude, radial_bins
 from lora_ensemble.methods.cmlora import CMLoRA, dominance, refresh_steps
 from lora_ensemble.methods.composite import Composite
-from lora_ensemble.methods.session import POSITIVE, UNCONDITIONAL, Call, RunFacts
+from lora_ensemble.methods.session import POSITIVE, UNCONDITIONAL, Call, RunContext
 
 ORDERS = ("offline", "online", "async", "switch-a")
 each_order = pytest.mark.parametrize("order", ORDERS)
@@ -19,7 +19,7 @@ each_order = pytest.mark.parametrize("order", ORDERS)
 def run(method: CMLoRA, total: int, latents=None) -> list[dict]:
     """The notes of every step, with what had to run whole; `latents` per step, white noise by default."""
     g = torch.Generator().manual_seed(0)
-    session = method.begin(RunFacts(tuple(float(total - i) for i in range(total + 1)), shape=(1, 4, 64, 64)))
+    session = method.begin(RunContext(tuple(float(total - i) for i in range(total + 1)), shape=(1, 4, 64, 64)))
     found = []
     for index in range(total):
         step = Step(index, total, float(total - index))
@@ -38,7 +38,7 @@ def leaders(method: CMLoRA, total: int, latents=None) -> list[int]:
 
 
 def mix(method: CMLoRA, predictions: torch.Tensor, total: int = 20, index: int = 0) -> torch.Tensor:
-    session = method.begin(RunFacts(tuple(float(i) for i in range(total, -1, -1))))
+    session = method.begin(RunContext(tuple(float(i) for i in range(total, -1, -1))))
     for i in range(index + 1):
         step = Step(i, total, float(total - i))
         session.observe(step, predictions[0])

@@ -7,10 +7,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from lora_ensemble.engine import guidance
-from lora_ensemble.engine.calibration import Calibration, NormalEquations
-from lora_ensemble.engine.guidance import AdaptiveState, LinearState, ReadBack, noise_of
-from lora_ensemble.engine.guidance_record import GuidanceRecord, GuidanceStep
 from lora_ensemble.kernels import guidance as kernels
 from lora_ensemble.kernels.branch import Step
 from lora_ensemble.kernels.guidance import (
@@ -22,7 +18,12 @@ from lora_ensemble.kernels.guidance import (
     similarity_terms,
     threshold_for,
 )
-from lora_ensemble.methods.guidance import AdaptiveGuidance, LinearAG
+from lora_ensemble.methods.guidance import adaptive
+from lora_ensemble.methods.guidance.adaptive import AdaptiveGuidance, AdaptiveSession, ReadBack
+from lora_ensemble.methods.guidance.calibration import Calibration, CalibrationSession, NormalEquations
+from lora_ensemble.methods.guidance.linear import LinearAG, LinearSession
+from lora_ensemble.methods.guidance.record import GuidanceRecord, GuidanceStep
+from lora_ensemble.methods.guidance.session import CONDITIONAL, FULL, REPLACED, noise_of
 from lora_ensemble.methods.session import Sent
 from lora_ensemble.tests.devices import Far, Plain
 from lora_ensemble.tests.test_engine_cost import Spy
@@ -134,48 +135,48 @@ def test_options_that_make_no_sense():
             AdaptiveGuidance(**options)
 
 
-# --- state of a run ---
+# --- sessions ---
 
 
-def feed(state: AdaptiveState, rows: list[list[float]]) -> list:
+def feed(session: AdaptiveSession, rows: list[list[float]]) -> list:
     """What each step evaluates, and its weights, for given similarities."""
     out = []
     for index, gamma in enumerate(rows):
-        needed = state.begin(Step(index, len(rows), 1.0))
-        state.decide(torch.tensor(gamma))
-        out.append((needed, state.weight(torch.zeros(len(gamma), 2)).flatten().tolist()))
+        needed = session.begin(Step(index, len(rows), 1.0), len(gamma)).rows
+        session.decide(torch.tensor(gamma))
+        out.append((needed, session.weigh(torch.zeros(len(gamma), 2)).flatten().tolist()))
     return out
 
 
 def test_a_decision_is_sticky_and_its_own():
-    state = AdaptiveState(AdaptiveGuidance(0.9))
-    found = feed(state, [[0.5, 0.5], [0.95, 0.6], [0.1, 0.7], [0.2, 0.95], [0, 0]])
+    session = AdaptiveSession(AdaptiveGuidance(0.9))
+    found = feed(session, [[0.5, 0.5], [0.95, 0.6], [0.1, 0.7], [0.2, 0.95], [0, 0]])
     assert [needed for needed, _ in found] == [None, None, (1,), (1,), ()]
     assert [weight for _, weight in found] == [[1, 1], [0, 1], [0, 1], [0, 0], [0, 0]]
-    assert state.gamma[1] == pytest.approx([0.95, 0.6]) and state.gamma[2] == [None, pytest.approx(0.7)]
+    assert session.gamma[1] == pytest.approx([0.95, 0.6]) and session.gamma[2] == [None, pytest.approx(0.7)]
 
 
 def test_the_whole_batch_waits_for_its_last():
-    state = AdaptiveState(AdaptiveGuidance(0.9, per_sample=False))
-    found = feed(state, [[0.95, 0.5], [0.95, 0.92], [0, 0]])
+    session = AdaptiveSession(AdaptiveGuidance(0.9, per_sample=False))
+    found = feed(session, [[0.95, 0.5], [0.95, 0.92], [0, 0]])
     assert [needed for needed, _ in found] == [None, None, ()]
 
 
 def test_one_decision_per_step():
-    state = AdaptiveState(AdaptiveGuidance(0.9))
+    session = AdaptiveSession(AdaptiveGuidance(0.9))
     step = Step(0, 2, 1.0)
-    assert state.begin(step) is None
-    state.decide(torch.tensor([0.5]))
-    assert state.begin(step) is None
-    state.decide(torch.tensor([0.99]))  # a second call of the same step
-    assert state.weight(torch.zeros(1, 2)).item() == 1
-    assert state.begin(Step(1, 2, 0.5)) is None
+    assert session.begin(step) == FULL
+    session.decide(torch.tensor([0.5]))
+    assert session.begin(step) == FULL
+    session.decide(torch.tensor([0.99]))  # a second call of the same step
+    assert session.weigh(torch.zeros(1, 2)).item() == 1
+    assert session.begin(Step(1, 2, 0.5)) == FULL
 
 
 @pytest.mark.parametrize(("exact", "wanted"), [(True, [[], [0], [1], [2]]), (False, [[], [], [0], [1]])])
 def test_read_back(exact, wanted, monkeypatch):
     """On an accelerator: before the next step, or one step later."""
-    monkeypatch.setattr(guidance, "Sent", Far)
+    monkeypatch.setattr(adaptive, "Sent", Far)
     back, seen = ReadBack(exact), []
     for index in range(4):
         seen.append([sent for sent, _, _ in back.arrived(index)])
@@ -238,17 +239,18 @@ def test_an_exact_relation_is_recovered(constant, intercept):
     found = fit(calls, constant, intercept)
     assert (found.r2 > 1 - 1e-4).all()
     cs, us = paths(calls, 2, 999, constant=constant)
-    state, sigma = LinearState(found.policy()), torch.full((2,), 2.0)
+    told, sigma = [], torch.full((2,), 2.0)
+    session = LinearSession(found.policy(), told.append)
     x = rand(2, 4, 8, 8, seed=5)
     for n in range(calls // 2):
         c, u = (x - 2.0 * noise for noise in (cs[n], us[n]))
-        if state.begin(Step(n, calls, 2.0)) == "predicted":
-            guess = state.foretell(x, c, sigma)
+        if session.begin(Step(n, calls, 2.0)) == REPLACED:
+            guess = session.replace("negative", x, c, sigma)
             error = (noise_of(x, guess, sigma) - us[n]).norm() / us[n].norm()
             assert n % 2 == 1 and error < 1e-4
-            u = guess
-        state.keep(x, c, u, sigma)
-    assert not state.off_course
+        else:
+            session.keep(x, c, {"negative": u}, sigma)
+    assert session.begin(Step(calls // 2, calls, 2.0)) == CONDITIONAL and not told
 
 
 def test_the_sums_do_not_depend_on_the_batches():
@@ -299,9 +301,41 @@ def test_paths_of_another_length_are_refused():
 
 def test_a_call_that_another_node_left_out():
     """The coefficients of a step fit one history; with another, the negative is evaluated."""
-    state = LinearState(fit(6).policy())
-    assert state.begin(Step(0, 6, 1.0)) == "guided"
-    assert state.begin(Step(1, 6, 0.8)) == "guided" and state.off_course  # nothing was kept of step 0
+    told = []
+    session = LinearSession(fit(6).policy(), told.append)
+    assert session.begin(Step(0, 6, 1.0)) == FULL and not told
+    assert session.begin(Step(1, 6, 0.8)) == FULL  # nothing was kept of step 0
+    assert len(told) == 1 and "left out or added model calls" in told[0]
+
+
+def test_context_windows_leave_nothing_to_foretell_from():
+    """Guard: they were taken for another node's calls."""
+    told, parts = [], rand(1, 4, 8, 8)
+    session = LinearSession(fit(6).policy(), told.append)
+    for index in range(2):
+        assert session.begin(Step(index, 6, 1.0), windowed=True) == FULL
+        session.keep(parts, parts, {"negative": parts}, torch.ones(1))
+    assert len(told) == 1 and "context windows" in told[0] and not session.features
+
+
+def test_a_calibrated_path_is_the_one_that_linear_ag_leads():
+    """The same features; every negative of the first half is seen as well, as a target."""
+    calls, sigma = 6, torch.full((2,), 2.0)
+    policy, (cs, us), x = fit(calls).policy(), paths(calls, 2, 999), rand(2, 4, 8, 8, seed=5)
+    led, watched = LinearSession(policy), CalibrationSession(policy)
+    for n in range(calls):
+        step, (c, u) = Step(n, calls, 2.0), (x - 2.0 * noise for noise in (cs[n], us[n]))
+        need, seen = led.begin(step), watched.begin(step)
+        assert (seen.rows, seen.guided, seen.watch) == (need.rows, need.guided, need.guided)
+        if need.rows is None:
+            led.keep(x, c, {"negative": u}, sigma)
+        if seen.watch:
+            watched.keep(x, c, {"negative": u}, sigma)
+        if need == REPLACED:
+            assert torch.equal(*(each.replace("negative", x, c, sigma) for each in (led, watched)))
+    assert len(led.features) == calls and all(map(torch.equal, led.features, watched.features))
+    for target, u in zip(watched.targets, us[:calls // 2], strict=True):
+        assert torch.allclose(target, u, atol=1e-5)
 
 
 # --- the record ---

@@ -8,7 +8,7 @@ import torch
 from lora_ensemble.kernels.branch import Branch, Step
 from lora_ensemble.methods.cmlora import CMLoRA
 from lora_ensemble.methods.loratorio import LoRAtorio
-from lora_ensemble.methods.session import OTHER, POSITIVE, UNCONDITIONAL, Call, RunFacts, Sent
+from lora_ensemble.methods.session import OTHER, POSITIVE, UNCONDITIONAL, Call, RunContext, Sent
 from lora_ensemble.tests.test_patches import reference_cosine, reference_softmin
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 TOTAL = 10
 SHAPE = (2, 4, 9, 8)
 SIGMA = torch.tensor([1.0, 1.0])
-FACTS = RunFacts(tuple(float(TOTAL - i) for i in range(TOTAL + 1)), tuple(1 - i / TOTAL for i in range(TOTAL)), SHAPE)
+FACTS = RunContext(tuple(float(TOTAL - i) for i in range(TOTAL + 1)), tuple(1 - i / TOTAL for i in range(TOTAL)), SHAPE)
 
 
 def step(index: int) -> Step:
@@ -259,7 +259,7 @@ def test_masks_confine_loras_and_leave_the_base_where_none_may_act():
     left, right = torch.zeros(1, 1, 9, 8), torch.zeros(1, 1, 9, 8)
     left[..., :4], right[..., 4:7] = 1, 1
     world, x = World(2), random(*SHAPE, seed=99)
-    facts = RunFacts(FACTS.sigmas, FACTS.times, SHAPE, (left, right))
+    facts = RunContext(FACTS.sigmas, FACTS.times, SHAPE, (left, right))
     positive, _ = world.call(LoRAtorio((1.0, 1.0)).begin(facts), step(3), x, POSITIVE, UNCONDITIONAL)
     first, second = (world.base[POSITIVE] + world.turns[i, POSITIVE] for i in range(2))
     torch.testing.assert_close(positive[..., :4], first[..., :4])
@@ -269,13 +269,13 @@ def test_masks_confine_loras_and_leave_the_base_where_none_may_act():
 
 def test_masks_of_white_and_masks_on_video():
     world, x = World(2), random(*SHAPE, seed=99)
-    white = RunFacts(FACTS.sigmas, FACTS.times, SHAPE, (torch.ones(1, 1, 9, 8), None))
+    white = RunContext(FACTS.sigmas, FACTS.times, SHAPE, (torch.ones(1, 1, 9, 8), None))
     a, b = (world.call(LoRAtorio((1.0, 1.0)).begin(f), step(3), x, POSITIVE)[0] for f in (FACTS, white))
     torch.testing.assert_close(a, b)
     shape = (1, 4, 3, 8, 8)
     film, mask = World(2, shape), torch.zeros(1, 1, 8, 8)
     mask[..., :4, :] = 1
-    facts = RunFacts(FACTS.sigmas, FACTS.times, shape, (mask, 1 - mask))
+    facts = RunContext(FACTS.sigmas, FACTS.times, shape, (mask, 1 - mask))
     (got,) = film.call(LoRAtorio((1.0, 1.0)).begin(facts), step(3), random(*shape, seed=99), POSITIVE)
     for rows, i in ((slice(0, 4), 0), (slice(4, 8), 1)):
         want = film.base[POSITIVE] + film.turns[i, POSITIVE]
@@ -315,7 +315,7 @@ def test_no_step_makes_the_host_wait_for_the_device(name, monkeypatch):
 
     monkeypatch.setattr(Sent, "read", read)
     masks = (torch.ones(1, 1, 9, 8), None, None)
-    session = MIXING[name].begin(RunFacts(FACTS.sigmas, FACTS.times, SHAPE, masks))
+    session = MIXING[name].begin(RunContext(FACTS.sigmas, FACTS.times, SHAPE, masks))
     world, x = World(3), random(*SHAPE, seed=99)
     with Reads() as reads:
         for index in range(TOTAL):

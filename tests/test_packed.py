@@ -10,7 +10,7 @@ from lora_ensemble.kernels.branch import Branch
 from lora_ensemble.kernels.packed import pack_weights, unpack
 from lora_ensemble.kernels.patches import log_softmin, patch_cosine, upsample
 from lora_ensemble.methods.loratorio import LoRAtorio
-from lora_ensemble.methods.session import POSITIVE, UNCONDITIONAL, Call, RunFacts
+from lora_ensemble.methods.session import POSITIVE, UNCONDITIONAL, Call, RunContext
 from lora_ensemble.tests.test_loratorio import FACTS, SIGMA, TOTAL, random, step
 from torch import Tensor
 
@@ -47,7 +47,7 @@ def predictions(seed: int = 0, strength: float = 1.0) -> dict[str, Tensor]:
 def mix(method: LoRAtorio, index: int, x: Tensor, given: dict[str, Tensor], parts=PARTS,
         masks=()) -> tuple[Tensor, Tensor, dict]:
     """(positive, negative, notes) of one call; branches that are not evaluated have no prediction."""
-    session = method.begin(RunFacts(FACTS.sigmas, FACTS.times, tuple(x.shape), masks))
+    session = method.begin(RunContext(FACTS.sigmas, FACTS.times, tuple(x.shape), masks))
     branches = session.branches(step(index))
     call = Call(x, SIGMA, branches, list(given.values()), list(given), parts)
     return (*session.mix(step(index), call), session.notes())

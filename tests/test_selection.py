@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from lora_ensemble.engine.adapters import LowRank
 from lora_ensemble.engine.sizes import measure
-from lora_ensemble.methods.selection import Size, released_gamma
+from lora_ensemble.kernels.size import Size
+from lora_ensemble.methods.selection import released_gamma
 from lora_ensemble.tests.selections import (
     LAYERS,
     PAIR,

@@ -7,10 +7,11 @@ import pytest
 import torch
 from lora_ensemble.engine.adapters import LowRank
 from lora_ensemble.kernels.branch import Branch, Step
+from lora_ensemble.kernels.size import Size
 from lora_ensemble.methods.est import ESTLoRA
 from lora_ensemble.methods.klora import KLoRA
-from lora_ensemble.methods.selection import Contest, Size
-from lora_ensemble.methods.session import POSITIVE, UNCONDITIONAL, Call, RunFacts
+from lora_ensemble.methods.selection import Contest
+from lora_ensemble.methods.session import POSITIVE, UNCONDITIONAL, Call, RunContext
 from lora_ensemble.tests.selections import (
     LAYERS,
     PAIR,
@@ -157,13 +158,13 @@ def test_one_lora_acts_everywhere_and_none_is_the_base():
 def test_a_run_over_part_of_the_noise_has_the_choices_of_that_part():
     """denoise 0.5, or the second of two samplers: 10 of the 21 steps of a full run, from its 11th on."""
     method = klora(PAIRS["alike"]())
-    second = method.begin(RunFacts(tuple(range(11, -1, -1)), span=(0.5, 1.0)))
+    second = method.begin(RunContext(tuple(range(11, -1, -1)), span=(0.5, 1.0)))
     for j in range(11):
         assert second.branches(Step(j, 11, 0.0)) == (branch_of(method, Step(10 + j, 21, 0.0)),)
 
 
 def test_a_session_hands_predictions_on_and_notes_who_acted():
-    session = klora(PAIRS["alike"]()).begin(RunFacts((1.0, 0.5, 0.0)))
+    session = klora(PAIRS["alike"]()).begin(RunContext((1.0, 0.5, 0.0)))
     branches = session.branches(Step(0, 2, 1.0))
     positive = torch.ones(1, 2, 3)
     call = Call(torch.zeros(2, 3), torch.ones(2), branches, [positive, None], (POSITIVE, UNCONDITIONAL))

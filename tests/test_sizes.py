@@ -13,7 +13,7 @@ from lora_ensemble.engine.bank import Bank
 from lora_ensemble.engine.sizes import measure
 from lora_ensemble.kernels.deltas import hadamard, kronecker
 from lora_ensemble.kernels.orthogonal import cayley
-from lora_ensemble.methods.selection import Size
+from lora_ensemble.kernels.size import Size
 from lora_ensemble.tests.devices import Plain
 from lora_ensemble.tests.selections import LAYERS, PAIR, PAIRS, bank, top
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import inspect
 from collections import Counter
@@ -11,10 +12,10 @@ import comfy_extras.nodes_perpneg as nodes_perpneg
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
-from lora_ensemble.engine import guidance
-from lora_ensemble.engine.guidance import AdaptiveState
-from lora_ensemble.host.guidance import Guidance, apply_guidance, guidance_record_of
-from lora_ensemble.methods.guidance import AdaptiveGuidance
+from lora_ensemble.host.guidance.apply import Guidance, apply_guidance, guidance_record_of
+from lora_ensemble.host.guidance.run import GuidedRun
+from lora_ensemble.methods.guidance import adaptive
+from lora_ensemble.methods.guidance.adaptive import AdaptiveGuidance, AdaptiveSession
 from lora_ensemble.tests.devices import Far
 from torch import Tensor
 
@@ -38,7 +39,12 @@ def same(ours: Tensor, wanted: Tensor, plain: Tensor, tolerance: float = 2e-3) -
 
 def ag(model, threshold: float = 0.9, exact: bool = True, **options):
     policy = AdaptiveGuidance(threshold, **options)
-    return apply_guidance(model, Guidance("test", lambda info: (AdaptiveState(policy, exact), None)))
+    return apply_guidance(model, Guidance("test", lambda model, context, tell: AdaptiveSession(policy, exact, tell)))
+
+
+def runs() -> list[GuidedRun]:
+    """The runs that are still alive."""
+    return [each for each in gc.get_objects() if type(each) is GuidedRun]
 
 
 class Spy:
@@ -103,7 +109,7 @@ def middle(curve: list[list[float]], share: float = 0.5) -> float:
 
 def late(monkeypatch) -> None:
     """As on an accelerator: where `exact` is off, a similarity is looked at two steps after it was sent."""
-    monkeypatch.setattr(guidance, "Sent", Far)
+    monkeypatch.setattr(adaptive, "Sent", Far)
 
 
 # --- guiders ---

@@ -69,12 +69,12 @@ def test_text_encoder_deltas_are_merged_as_the_loader_does(how, clip, loras):
         assert torch.equal(sample(ours), sample(stock_model))
     else:
         ours, our_clip = apply_method(model, clip, ensemble, plain(Composite), "Composite LoRAs")
-        assert ours.get_attachment(KEY).layers[0].names == (files[0], files[2])
+        assert ours.get_attachment(KEY).applied[0].names == (files[0], files[2])
     reference, before, got = patched(stock_clip), patched(clip), patched(our_clip)
     assert any(not torch.equal(reference[key], before[key]) for key in reference)
     assert all(torch.equal(got[key], reference[key]) for key in reference)
     assert not clip.patcher.patches, "the CLIP that came in stays as it was"
-    assert not ours.get_attachment(KEY) or not ours.get_attachment(KEY).layers[0].problems
+    assert not ours.get_attachment(KEY) or not ours.get_attachment(KEY).applied[0].problems
 
 
 def test_without_a_clip(clip, loras):
@@ -82,7 +82,7 @@ def test_without_a_clip(clip, loras):
     model = base("SD15")
     spec = LoRASpec(loras(with_text(clip, shapes(model), 1)), 0.8, 1.0)
     ours, nothing = apply_method(model, None, (spec,), plain(Composite), "Composite LoRAs")
-    assert nothing is None and ours.get_attachment(KEY).layers[0].problems == ()
+    assert nothing is None and ours.get_attachment(KEY).applied[0].problems == ()
     text_only = LoRASpec(loras(with_text(clip, {}, 1)), 0.8, 1.0)
     with pytest.raises(ValueError, match="changes the text encoder alone, .*Connect a CLIP"):
         apply_method(model, None, (text_only,), plain(Composite), "Composite LoRAs")
@@ -97,13 +97,13 @@ def test_a_lora_of_the_text_encoder_alone_takes_no_part_in_the_composition(clip,
     for make in (plain(Composite), lambda active: subjects_of(active, "K-LoRA") and Composite(active.strengths)):
         with caplog.at_level("INFO", logger="lora_ensemble"):
             ours, our_clip = apply_method(model, clip, (text, a, b), make, "LoRAs")
-        assert ours.get_attachment(KEY).layers[0].names == (a.name, b.name)
+        assert ours.get_attachment(KEY).applied[0].names == (a.name, b.name)
         assert f"LoRA '{text.name}' changes the text encoder alone" in caplog.text
         assert torch.equal(sample(ours), sample(method(model, (a, b), Composite)))
         assert any(not torch.equal(value, patched(clip)[key]) for key, value in patched(our_clip).items())
     assert f"subject: {a.name}; style: {b.name}" in caplog.text
     turns = LoRAEnsembleSwitch.execute(model, (text, a, b), 1, "3,1,2", "paper", clip).args[0]
-    assert turns.get_attachment(KEY).layers[0].method.order == (1, 0), "numbers count all LoRAs of the chain"
+    assert turns.get_attachment(KEY).applied[0].method.order == (1, 0), "numbers count all LoRAs of the chain"
     options = ("offline", 0.6, 0.4, 0.0, "none", 2, 3, "every_step", 5, 3)
     led = LoRAEnsembleCMLoRA.execute(model, (text, a, b), *options, clip).args[0]
     assert led.get_attachment(KEY).cache.max_age == 2 * 3, "two LoRAs of three steps each"

@@ -9,15 +9,15 @@ import folder_paths
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
-from lora_ensemble.host import coeffs as files
-from lora_ensemble.host.calibrate import Paths, calibrate
-from lora_ensemble.host.coeffs import CoeffsError
-from lora_ensemble.host.guidance import apply_guidance, guidance_record_of
-from lora_ensemble.host.identity import describe_model
+from lora_ensemble.host.guidance import coeffs as files
+from lora_ensemble.host.guidance.apply import apply_guidance, guidance_record_of
+from lora_ensemble.host.guidance.calibrate import Paths, calibrate
+from lora_ensemble.host.guidance.coeffs import CoeffsError
+from lora_ensemble.host.guidance.identity import describe_model
+from lora_ensemble.host.guidance.options import GuidanceOptions, guidance_of, saving_threshold
 from lora_ensemble.host.plot import plot, summary
-from lora_ensemble.host.policies import Choice, guidance_of, saving_threshold
 from lora_ensemble.kernels.guidance import guided_steps
-from lora_ensemble.methods.guidance import AdaptiveGuidance
+from lora_ensemble.methods.guidance.adaptive import AdaptiveGuidance
 from lora_ensemble.nodes.klora import LoRAEnsembleESTLoRA, LoRAEnsembleKLoRA
 from torch import Tensor
 
@@ -36,12 +36,13 @@ def paths(**options) -> Paths:
     return Paths(**{**settings, **options})
 
 
-def choice(coeffs, mode: str = "LinearAG", nearest: bool = False, saving: float = 0.25, **policy) -> Choice:
-    return Choice(mode, AdaptiveGuidance(**policy), saving, True, coeffs, nearest)
+def options_of(coeffs, mode: str = "LinearAG", nearest: bool = False, saving: float = 0.25,
+               **policy) -> GuidanceOptions:
+    return GuidanceOptions(mode, AdaptiveGuidance(**policy), saving, True, coeffs, nearest)
 
 
 def guide(model, coeffs, mode: str = "LinearAG", nearest: bool = False, **options):
-    return apply_guidance(model, guidance_of(choice(coeffs, mode, nearest, **options)))
+    return apply_guidance(model, guidance_of(options_of(coeffs, mode, nearest, **options)))
 
 
 _found: dict[str, object] = {}
@@ -272,7 +273,7 @@ def test_a_guider_with_two_negatives(found):
 @pytest.mark.parametrize("mode", ["LinearAG", "saving"])
 def test_modes_that_need_coefficients(mode):
     with pytest.raises(CoeffsError, match="Connect Load Guidance Coefficients"):
-        guidance_of(choice(None, mode))
+        guidance_of(options_of(None, mode))
 
 
 # --- a saving instead of a threshold ---
@@ -281,7 +282,7 @@ def test_modes_that_need_coefficients(mode):
 @pytest.mark.parametrize("space", ["noise", "x0"])
 @pytest.mark.parametrize("saving", [0.1, 0.25, 0.4])
 def test_saving(found, saving, space):
-    wanted = saving_threshold(choice(found, "saving", saving=saving, space=space))
+    wanted = saving_threshold(options_of(found, "saving", saving=saving, space=space))
     unguided = STEPS - guided_steps(found.found.gamma[space].double(), wanted).double().mean()
     assert abs(unguided / (2 * STEPS) - saving) <= 0.08
     model = guide(base("SD15"), found, "saving", saving=saving, space=space)

@@ -109,7 +109,7 @@ def test_a_delta_on_its_side_is_left_out(make, loras):
     model, good = base("SD15"), LoRASpec(loras(fits), 0.8, 0)
     sideways = LoRASpec(loras({**fits, **lora({name: torch.Size(reversed(layers[name]))}, 2)}), 0.8, 0)
     ours = make(model, [sideways])
-    (problem,) = ours.get_attachment(KEY).layers[0].problems
+    (problem,) = ours.get_attachment(KEY).applied[0].problems
     assert name in problem and problem.endswith("left out")
     assert torch.equal(sample(ours), sample(make(model, [good])))
 

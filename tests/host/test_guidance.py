@@ -8,10 +8,10 @@ import comfy.samplers
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
-from lora_ensemble.host.guidance import KEY, guidance_record_of
+from lora_ensemble.host.guidance.apply import KEY, guidance_record_of
 
 from .builders import guided, schedule
-from .guidance_tools import SD15, ag, gammas, late, middle, reference, same, sample
+from .guidance_tools import SD15, ag, gammas, late, middle, reference, runs, same, sample
 from .models import base
 
 # --- invariants ---
@@ -154,7 +154,7 @@ def test_runs_start_fresh():
     assert torch.equal(second, guided(fresh, calls[3:], latent=latent))
     assert guidance_record_of(ours).steps[0].negative == 1
     assert torch.equal(guided(guider, calls), whole)
-    assert not ours.get_attachment(KEY).runs
+    assert not runs()
 
 
 def test_an_interrupted_run_leaves_nothing():
@@ -166,7 +166,7 @@ def test_an_interrupted_run_leaves_nothing():
 
     with pytest.raises(KeyboardInterrupt):
         sample(model, steps=3, callback=stop)
-    assert not model.get_attachment(KEY).runs and not guidance_record_of(model).finished
+    assert not runs() and not guidance_record_of(model).finished
     assert torch.equal(sample(model, steps=3), whole)
 
 

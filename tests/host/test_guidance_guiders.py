@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from lora_ensemble.host.composition import KEY as COMPOSITION
-from lora_ensemble.host.guidance import guidance_record_of
+from lora_ensemble.host.guidance.apply import guidance_record_of
 
 from .builders import composite, guided, schedule, three
 from .guidance_tools import SD15, ag, basic, dual, dual_model, gammas, middle, perp_neg, reference, same, sample

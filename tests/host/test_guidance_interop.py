@@ -7,7 +7,7 @@ import comfy.samplers
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
-from lora_ensemble.host.guidance import guidance_record_of as record_of
+from lora_ensemble.host.guidance.apply import guidance_record_of as record_of
 
 from .builders import guided, schedule
 from .guidance_tools import SD15, Spy, ag, gammas, middle, node, patched, reference, same, sample

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from lora_ensemble.host.composition import KEY, Composition, Layer
+from lora_ensemble.host.composition import KEY, Applied, Composition
 from lora_ensemble.host.layermap import FAINT, GAP, LABELS, MAP, MARGIN, RATIOS, LayerMap, draw, layer_map
 from lora_ensemble.host.vision import similarity
 from lora_ensemble.methods.merge import Merge
@@ -92,7 +92,7 @@ def test_one_sided_layers_have_no_ratio_and_the_text_is_json():
     model = base("SD15").clone()
     contest = Contest((1.0, 1.0), ("input_blocks.0.0", "out.2"), (0, None), (None, 1), (float("inf"), float("-inf")),
                       (True, False))
-    model.set_attachments(KEY, Composition((Layer(Selection(contest, 1.5, 0.5), ("a", "b")), Layer(Merge(()), ()))))
+    model.set_attachments(KEY, Composition((Applied(Selection(contest, 1.5, 0.5), ("a", "b")), Applied(Merge(()), ()))))
     found = json.loads(layer_map(model).as_json())
     assert [(entry["ratio"], entry["subject"], entry["style"], entry["acts"]) for entry in found["layers"]] == [
         (None, 0, None, [[0.0, 1.0, 0]]), (None, None, 1, [[0.0, 1.0, 1]])]

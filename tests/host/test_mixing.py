@@ -271,11 +271,11 @@ def test_the_nodes_hand_their_widgets_over(loras):
     ensemble = three(model, loras)
     ensemble = (ensemble[0], LoRASpec(ensemble[1].name, 0.5, 0, "background"), ensemble[2])
     out = LoRAEnsembleLoRAtorio.execute(model, ensemble, 3, 5.0, "progress", 0.25, "bilinear", "x0", 2, "patch", 4)
-    assert out.args[0].get_attachment("lora_ensemble").layers[0].method == LoRAtorio(
+    assert out.args[0].get_attachment("lora_ensemble").applied[0].method == LoRAtorio(
         (0.8, 0.5, -0.6), 3, 5.0, "progress", 0.25, "bilinear", "x0", 2, "patch", 4)
     options = (0.5, 0.3, 0.0, "halving", 4, 5, "on_refresh", 7, 2)
     out = LoRAEnsembleCMLoRA.execute(model, ensemble, "Switch-A", *options)
-    assert out.args[0].get_attachment("lora_ensemble").layers[0].method == CMLoRA(
+    assert out.args[0].get_attachment("lora_ensemble").applied[0].method == CMLoRA(
         (0.8, 0.5, -0.6), (True, False, True), "switch-a", 0.5, 0.3, None, "halving", 4, 5,
         dominant_full="on_refresh", steps_per_lora=7)
     assert out.args[0].get_attachment("lora_ensemble").cache is None, "one LoRA at a time has nothing to cache"

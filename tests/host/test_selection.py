@@ -15,12 +15,12 @@ import torch
 from lora_ensemble.engine.sizes import measure
 from lora_ensemble.host import measure as host_measure
 from lora_ensemble.host.composition import record_of
+from lora_ensemble.host.context import _span
 from lora_ensemble.host.ensemble import LoRASpec
-from lora_ensemble.host.facts import _span
 from lora_ensemble.host.files import read
 from lora_ensemble.kernels.branch import Step
 from lora_ensemble.methods.selection import Selection
-from lora_ensemble.methods.session import RunFacts
+from lora_ensemble.methods.session import RunContext
 from lora_ensemble.nodes.klora import LoRAEnsembleESTLoRA, LoRAEnsembleKLoRA
 
 from .builders import Rand, lora, merge, sample, schedule, shapes, stock
@@ -59,7 +59,7 @@ def est(model, ensemble, **options):
 
 
 def method_of(model) -> Selection:
-    return model.get_attachment("lora_ensemble").layers[-1].method
+    return model.get_attachment("lora_ensemble").applied[-1].method
 
 
 def acting(model) -> list[list[int]]:
@@ -297,5 +297,5 @@ def test_three_loras_and_steps_of_a_composed_model_stay_facts_of_the_run(loras):
     sample(composed, steps=4)
     counts = acting(composed)
     assert all(sum(each) == len(shapes(model)) for each in counts) and all(any(c[i] for c in counts) for i in range(3))
-    session = method_of(composed).begin(RunFacts((1.0, 0.0)))
+    session = method_of(composed).begin(RunContext((1.0, 0.0)))
     assert session.branches(Step(0, 1, 1.0))[0] is method_of(composed).at(0.0)

@@ -45,7 +45,7 @@ def test_layers_of_rank_zero_change_nothing(make, alpha, loras):
             whole.pop(f"{key}.{end}", None)
     other = LoRASpec(loras(lora(shapes(model), 2)), -0.5, 0.0)
     ours, reference = (make(model, (LoRASpec(loras(file), 0.8, 0.0), other)) for file in (cut, whole))
-    assert torch.equal(sample(ours), sample(reference)) and ours.get_attachment(KEY).layers[0].problems == ()
+    assert torch.equal(sample(ours), sample(reference)) and ours.get_attachment(KEY).applied[0].problems == ()
 
 
 def test_reshape_to_the_shape_that_is_there(loras):
@@ -53,7 +53,7 @@ def test_reshape_to_the_shape_that_is_there(loras):
     spec = LoRASpec(loras(flux_lora(tuple(shapes(model)["img_in"]))), 0.8, 0)
     for ours in (merge(model, [spec]), composite(model, [spec])):
         same(sample(ours, "Flux"), sample(stock(model, [spec]), "Flux"), sample(model, "Flux"))
-        assert ours.get_attachment(KEY).layers[0].problems == ()
+        assert ours.get_attachment(KEY).applied[0].problems == ()
 
 
 def test_an_enlarged_layer_is_named_and_left_out(loras):
@@ -64,7 +64,7 @@ def test_an_enlarged_layer_is_named_and_left_out(loras):
     rest = {key: value for key, value in enlarged.items() if "img_in" not in key}
     ours = composite(model, [LoRASpec(loras(enlarged), 0.8, 0)])
     reference = composite(model, [LoRASpec(loras(rest), 0.8, 0)])
-    (problem,) = ours.get_attachment(KEY).layers[0].problems
+    (problem,) = ours.get_attachment(KEY).applied[0].problems
     assert "1 keys such as diffusion_model.img_in.weight: it enlarges the layer; left out" in problem
     assert torch.equal(sample(ours, "Flux"), sample(reference, "Flux"))
     assert not torch.equal(sample(ours, "Flux"), sample(model, "Flux"))

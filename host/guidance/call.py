@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..engine.guidance import AdaptiveState, Rows
-from ..kernels.branch import Step
+from ...methods.guidance.session import GuidanceSession, Need, Rows
 
 PRE_CFG, CFG = "sampler_pre_cfg_function", "sampler_cfg_function"
 
 
 @dataclass
-class Call:
+class GuidedCall:
     """One model call of the sampler.
 
-    kind       what happens to the negatives: "guided" (rows of it, None for all), "predicted" or "conditional"
-    x          the noisy latent, [B, C, ...]
-    windowed   a context handler evaluates it in windows; the decision then counts from the next step on
-    c          the conditional prediction, once known
-    terms      similarity terms per negative, added up over windows
+    need           what the session asked for
+    rows           the rows whose negatives are evaluated, None for all: as asked, or all where a part cannot be
+    x              the noisy latent, [B, C, ...]
+    c              the conditional prediction, once known
+    has_negative   whether its negatives were answered for
     """
 
-    step: Step
-    kind: str
+    need: Need
     rows: Rows | None
     x: Tensor
-    windowed: bool
     c: Tensor | None = None
-    terms: dict[int, Tensor] = field(default_factory=dict)
     has_negative: bool = False
 
 
@@ -40,7 +36,7 @@ def unguided(options: dict) -> dict:
     return {key: value for key, value in options.items() if key not in (PRE_CFG, CFG)}
 
 
-def guarded(options: dict, call: Call, state: AdaptiveState) -> dict:
+def guarded(options: dict, call: GuidedCall, session: GuidanceSession) -> dict:
     """Model options under which pictures that are no longer guided come out conditional, whatever nodes make of two
     equal predictions: some have a memory (APG's momentum), some divide by the difference (the Perp-Neg node)."""
     if not options.get(PRE_CFG) and CFG not in options:
@@ -53,13 +49,13 @@ def guarded(options: dict, call: Call, state: AdaptiveState) -> dict:
 
     def restore(args: dict) -> list:
         """Last before guidance: gives finished pictures their conditional prediction back."""
-        done = state.weight(call.c) == 0
+        done = session.weigh(call.c) == 0
         return [torch.where(done, call.c, out) if isinstance(out, Tensor) else out for out in args["conds_out"]]
 
     def shape(args: dict) -> Tensor:
         """A node's own formula. The slot is given and returns what is to be taken from the noisy latent."""
         out = formula(args)
-        return torch.where(state.weight(call.c) == 0, (args["input"] - call.c).to(out), out)
+        return torch.where(session.weigh(call.c) == 0, (args["input"] - call.c).to(out), out)
 
     changed = {**options, PRE_CFG: [note, *options.get(PRE_CFG, ()), restore]}
     formula = options.get(CFG)

@@ -8,14 +8,16 @@ from dataclasses import dataclass
 import comfy.model_management
 import comfy.sample
 import torch
+from comfy.model_patcher import ModelPatcher
 
-from ..engine.calibration import Calibration, NormalEquations
-from ..engine.guidance import LinearState
-from ..methods.guidance import LinearAG
+from ...methods.guidance.adaptive import SPACES
+from ...methods.guidance.calibration import Calibration, CalibrationSession, NormalEquations
+from ...methods.guidance.linear import LinearAG
+from ...methods.guidance.session import Tell
+from ...methods.session import RunContext
+from .apply import Guidance, apply_guidance
 from .coeffs import CoeffsError, GuidanceCoeffs
-from .guidance import Guidance, apply_guidance
 from .identity import describe_model
-from .run_info import RunInfo
 
 
 @dataclass(frozen=True)
@@ -47,20 +49,23 @@ class _Collector:
     def __init__(self, policy: LinearAG | None):
         self.policy = policy
         self.equations = NormalEquations()
-        self.gamma: dict[str, list[torch.Tensor]] = {"noise": [], "x0": []}
-        self.info: RunInfo | None = None
+        self.gamma: dict[str, list[torch.Tensor]] = {space: [] for space in SPACES}
+        self.context: RunContext | None = None
+        self.session: CalibrationSession | None = None
         self.steps: tuple[int, ...] = ()
 
-    def begin(self, info: RunInfo) -> tuple[LinearState, None]:
-        self.info, self.state = info, LinearState(self.policy, watch=True)
-        return self.state, None
+    def begin(self, model: ModelPatcher, context: RunContext, tell: Tell) -> CalibrationSession:
+        """The next batch of paths."""
+        self.context, self.session = context, CalibrationSession(self.policy, tell)
+        return self.session
 
     def collect(self) -> None:
-        state = self.state
-        calls = len(state.targets)
-        self.equations.add(state.features[:2 * calls], state.targets)
-        self.steps = tuple(state.steps[:calls])
-        for space, curve in state.gamma.items():
+        """The batch has been sampled: add what was seen. Raises ValueError where it made another number of calls."""
+        session = self.session
+        calls = len(session.targets)
+        self.equations.add(session.features[:2 * calls], session.targets)
+        self.steps = tuple(session.steps[:calls])
+        for space, curve in session.gamma.items():
             self.gamma[space].append(torch.stack(curve, dim=1).cpu())
 
 
@@ -84,9 +89,9 @@ def calibrate(model, paths: Paths, on_policy: bool = False, intercept: bool = Fa
                         {space: torch.cat(curves) for space, curves in first.gamma.items()})
     if on_policy:
         second = _round(model, paths, found.policy(), progress)
-        found = found.refitted(second.equations, len(first.info.sigmas) - 1, intercept)
-    info = first.info
-    return GuidanceCoeffs(describe_model(model), info.sampler, info.sigmas, info.cfg, found)
+        found = found.refitted(second.equations, first.context.total, intercept)
+    run = first.context
+    return GuidanceCoeffs(describe_model(model), run.sampler, run.sigmas, run.cfg, found)
 
 
 def _round(model, paths: Paths, policy: LinearAG | None, progress: Callable[[], None]) -> _Collector:
@@ -102,7 +107,7 @@ def _round(model, paths: Paths, policy: LinearAG | None, progress: Callable[[], 
                                 paths.negative, paths.latent.repeat(len(seeds), *[1] * (paths.latent.ndim - 1)),
                                 denoise=paths.denoise, seed=seeds[0], disable_pbar=True,
                                 callback=lambda *_: progress())
-            if not collector.state.targets:
+            if not collector.session.targets:
                 raise CoeffsError("Calibrate Guidance: this model was sampled without evaluating a negative; there is "
                                   "nothing to calibrate.")
             try:

@@ -1,14 +1,53 @@
-"""Calibration of guidance: sums over sampled paths, and the coefficients they give."""
+"""Calibration of guidance: paths on which every negative is seen, sums over them, and the coefficients they give."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ..kernels.guidance import least_squares, products
-from ..methods.guidance import LinearAG
+from ...kernels.branch import Step
+from ...kernels.guidance import cosine, least_squares, products, similarity_terms
+from .adaptive import SPACES
+from .linear import LinearAG, LinearSession
+from .session import FULL, Need, Tell, noise_of
+
+
+class CalibrationSession(LinearSession):
+    """One sampled path: both sides of every call up to the last one that has a negative.
+
+    policy   the path is the one that LinearAG leads along, with what it foretells; None: that of full guidance
+    """
+
+    def __init__(self, policy: LinearAG | None = None, tell: Tell | None = None):
+        super().__init__(policy, tell)
+        self.targets: list[Tensor] = []  # u_0, u_1, ... in noise space, as the model says it
+        self.gamma: dict[str, list[Tensor]] = {space: [] for space in SPACES}  # similarity per call, [B] each
+        self._need = FULL
+
+    def begin(self, step: Step, pictures: int = 1, windowed: bool = False) -> Need:
+        """As LinearAG, but every negative that it foretells is evaluated as well."""
+        if self.policy is None:
+            self.steps.append(step.index)
+            self._windowed = windowed
+            return FULL
+        need = super().begin(step, pictures, windowed)
+        self._need = replace(need, watch=need.guided)
+        return self._need
+
+    def keep(self, x: Tensor, c: Tensor, negatives: Mapping[str, Tensor], sigma: Tensor) -> None:
+        """Remember the negative as a target, and how like the conditional prediction it is."""
+        if self._windowed:
+            return
+        (u,) = negatives.values()
+        sides = noise_of(x, c, sigma), noise_of(x, u, sigma)
+        self.targets.append(sides[1])
+        self.gamma["noise"].append(cosine(similarity_terms(*sides)))
+        self.gamma["x0"].append(cosine(similarity_terms(c, u)))
+        if self._need.rows is None:
+            self.features += sides
 
 
 @dataclass(frozen=True)
@@ -28,6 +67,7 @@ class Calibration:
     gamma: dict[str, Tensor]
 
     def policy(self) -> LinearAG:
+        """LinearAG with these coefficients."""
         return LinearAG(tuple(map(tuple, self.coefficients.tolist())), self.steps)
 
     def by_step(self, space: str) -> Tensor:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
 from ..kernels.branch import Step
 
+Callback = Callable[..., object]
 
-class Clock:
+
+class StepTracker:
     """Turns noise levels into steps without making the host wait for the device in every step.
 
     Reading a noise level on an accelerator empties its queue. So it is read only until the sampler has shown three
@@ -21,7 +23,7 @@ class Clock:
     sigmas   the run's schedule, noisiest first, with the final 0
     """
 
-    def __init__(self, sigmas: list[float]):
+    def __init__(self, sigmas: Sequence[float]):
         self.sigmas = sigmas
         self.total = max(len(sigmas) - 1, 1)
         self._last: Tensor | None = None
@@ -35,14 +37,6 @@ class Clock:
         self._told = True
         self._single_calls = self._single_calls + 1 if self._calls == 1 else 0
         self._calls = 0
-
-    def listening(self, callback: Callable | None) -> Callable:
-        """A sampler's callback that also tells this clock."""
-        def told(*step):
-            self.tell()
-            return callback(*step) if callback is not None else None
-
-        return told
 
     def step(self, timestep: Tensor) -> Step:
         """The step of a model call at `timestep` (noise levels, one per picture, all equal). Extra passes within one
@@ -71,6 +65,28 @@ class Clock:
         if abs(self.sigmas[nearest] - sigma) <= 1e-4 * abs(self.sigmas[nearest]):
             return nearest
         return max((i for i in steps if self.sigmas[i] >= sigma), default=0)
+
+
+class Listening:
+    """A sampler's callback that also tells a tracker when a step is finished."""
+
+    def __init__(self, tracker: StepTracker, callback: Callback | None):
+        self.tracker, self._callback = tracker, callback
+
+    def __call__(self, *step) -> object:
+        self.tracker.tell()
+        return self._callback(*step) if self._callback is not None else None
+
+
+def tracked(sigmas: Sequence[float], callback: Callback | None) -> tuple[StepTracker, Callback]:
+    """The tracker of the run that is about to begin, and the callback to begin it with. Whatever else of this pack
+    wraps the same run comes by its callback, and takes the tracker from there: it sees every call and is told of every
+    step once. Where another node has put its own callback around ours, or has changed the schedule, each has its own.
+    """
+    if isinstance(callback, Listening) and tuple(callback.tracker.sigmas) == tuple(sigmas):
+        return callback.tracker, callback
+    tracker = StepTracker(sigmas)
+    return tracker, Listening(tracker, callback)
 
 
 def _same(timestep: Tensor, last: Tensor) -> bool:

@@ -7,7 +7,7 @@ import hashlib
 import torch
 from torch import Tensor
 
-from .composition import KEY
+from ..composition import KEY
 
 SAMPLED = 16  # tensors whose values are looked at
 
@@ -21,10 +21,10 @@ def describe_model(model) -> str:
     if model.patches:
         parts.append(f"patches {_digest(_patches(model))}")
     composition = model.get_attachment(KEY)
-    for layer in composition.layers if composition is not None else ():
-        strengths = getattr(layer.method, "strengths", ())
-        loras = ", ".join(f"{name} {s:g}" for name, s in zip(layer.names, strengths, strict=False)) or "no LoRA"
-        parts.append(f"{type(layer.method).__name__} ({loras})")
+    for applied in composition.applied if composition is not None else ():
+        strengths = getattr(applied.method, "strengths", ())
+        loras = ", ".join(f"{name} {s:g}" for name, s in zip(applied.names, strengths, strict=False)) or "no LoRA"
+        parts.append(f"{type(applied.method).__name__} ({loras})")
     return " + ".join(parts)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from uuid import UUID
 
 import comfy.utils
@@ -10,19 +11,38 @@ import torch
 from torch import Tensor
 
 from ..kernels.packed import Parts
-from ..methods.session import OTHER, POSITIVE, UNCONDITIONAL, RunFacts
-from .composition import Layer
+from ..methods.session import OTHER, POSITIVE, UNCONDITIONAL, RunContext
+from .composition import Applied
 
 SIDES = {"positive": POSITIVE, "negative": UNCONDITIONAL, "empty_negative_prompt": UNCONDITIONAL}
 """Names that ComfyUI's guiders give their conds; `middle` of DualCFG and unknown ones are OTHER."""
 
 
-def run_facts(model, layers: Sequence[Layer], sigmas: Tensor, shape: Sequence[int]) -> list[RunFacts]:
-    """The facts of one run, per layer: they differ in the masks. `shape` is the latent's, or its first part's."""
-    schedule, sampling = tuple(sigmas.detach().float().cpu().tolist()), model.get_model_object("model_sampling")
-    times, span = tuple(_times(sampling, sigmas)), _span(sampling, schedule)
-    return [RunFacts(schedule, times, tuple(shape), tuple(on_latent(mask, shape) for mask in layer.masks), span)
-            for layer in layers]
+def run_context(sigmas: Tensor, noise: Tensor, shapes: Sequence[Sequence[int]] | None) -> RunContext:
+    """What any run tells: its schedule and the shape of its latent. `shapes` are those of the parts that the host has
+    packed into one noise."""
+    return RunContext(tuple(sigmas.detach().float().cpu().tolist()), shape=tuple((shapes or [noise.shape])[0]))
+
+
+def method_contexts(context: RunContext, model, applied: Sequence[Applied]) -> list[RunContext]:
+    """The context per method applied to a MODEL: with the model's times, and with the masks of that method's LoRAs."""
+    sampling = model.get_model_object("model_sampling")
+    timed = replace(context, times=tuple(_times(sampling, context.sigmas)), span=_span(sampling, context.sigmas))
+    return [replace(timed, masks=tuple(on_latent(mask, context.shape) for mask in each.masks)) for each in applied]
+
+
+def guidance_context(context: RunContext, guider, sampler) -> RunContext:
+    """The context for guidance: with how the guider samples."""
+    cfg = getattr(guider, "cfg", None)
+    return replace(context, sampler=sampler_name(sampler), cfg=None if cfg is None else float(cfg),
+                   negatives=len(guider.conds) - 1)
+
+
+def sampler_name(sampler) -> str:
+    """The sampler's function by name, with its options where it has any."""
+    name = getattr(getattr(sampler, "sampler_function", None), "__name__", type(sampler).__name__)
+    options = getattr(sampler, "extra_options", None) or {}
+    return name + "".join(f" {key}={options[key]}" for key in sorted(options))
 
 
 def sides_of(conds: Mapping[str, list]) -> dict[UUID, str]:
@@ -51,18 +71,18 @@ def on_latent(mask: Tensor | None, shape: Sequence[int]) -> Tensor | None:
     return mask if len(mask) == 1 else comfy.utils.repeat_to_batch_size(mask, shape[0])
 
 
-def _times(sampling, sigmas: Tensor) -> list[float]:
+def _times(sampling, sigmas: Sequence[float]) -> list[float]:
     """The model's time of every step, 1 at its highest noise level and 0 at its lowest."""
     levels = torch.stack([torch.as_tensor(float(level)) for level in (sampling.sigma_max, sampling.sigma_min)])
-    levels = torch.cat([levels, sigmas[:-1].detach().float().cpu()])
+    levels = torch.cat([levels, torch.tensor(sigmas[:-1], dtype=torch.float32)])
     device = getattr(sampling, "sigmas", levels).device
     top, bottom, *steps = sampling.timestep(levels.to(device)).float().tolist()
     return [(t - bottom) / (top - bottom) for t in steps]
 
 
 def _span(sampling, sigmas: Sequence[float]) -> tuple[float, float]:
-    """`RunFacts.span` by the scale on which users give start and end of a ControlNet. A run that ends without noise is
-    at its end with its last step, one that is handed on with noise left goes on after it."""
+    """`RunContext.span` by the scale on which users give start and end of a ControlNet. A run that ends without noise
+    is at its end with its last step, one that is handed on with noise left goes on after it."""
     last = 1.0 if sigmas[-1] == 0 or len(sigmas) < 3 else _percent(sampling, sigmas[-2])
     return _percent(sampling, sigmas[0]), last
 

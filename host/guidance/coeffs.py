@@ -8,13 +8,16 @@ from dataclasses import dataclass
 
 import folder_paths
 import torch
+from comfy.model_patcher import ModelPatcher
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..engine.calibration import Calibration
-from ..methods.guidance import SPACES, LinearAG
+from ...methods.guidance.adaptive import SPACES
+from ...methods.guidance.calibration import Calibration
+from ...methods.guidance.linear import LinearAG
+from ...methods.guidance.session import Tell
+from ...methods.session import RunContext
 from .identity import describe_model
-from .run_info import RunInfo
 
 FOLDER, FORMAT = "guidance_coeffs", "lora-ensemble-guidance-1"
 folder_paths.folder_names_and_paths.setdefault(
@@ -40,10 +43,10 @@ class GuidanceCoeffs:
     cfg: float
     found: Calibration
 
-    def differences(self, run: RunInfo) -> list[str]:
-        """How a run differs from what this was calibrated on, in words; empty where it does not."""
+    def differences(self, model: ModelPatcher, run: RunContext) -> list[str]:
+        """How a run of a MODEL differs from what this was calibrated on, in words; empty where it does not."""
         out = []
-        if (here := describe_model(run.model)) != self.model:
+        if (here := describe_model(model)) != self.model:
             out.append(f"model '{self.model}', here '{here}'")
         if run.sampler != self.sampler:
             out.append(f"sampler {self.sampler}, here {run.sampler}")
@@ -56,16 +59,16 @@ class GuidanceCoeffs:
             out.append(f"cfg {self.cfg:g}, here {'none' if run.cfg is None else format(run.cfg, 'g')}")
         return out
 
-    def check(self, run: RunInfo, nearest: bool) -> str | None:
-        """None where it fits; what differs, where `nearest` lets it pass. Raises CoeffsError otherwise."""
-        differences = self.differences(run)
+    def check(self, model: ModelPatcher, run: RunContext, nearest: bool, tell: Tell) -> None:
+        """Raises CoeffsError where it does not fit a run of a MODEL; `nearest`: tells what differs and lets it pass."""
+        differences = self.differences(model, run)
         if not differences:
-            return None
+            return
         text = "the guidance coefficients were calibrated for " + "; ".join(differences)
         if not nearest:
             raise CoeffsError(f"Adaptive Guidance: {text}. Calibrate with these settings (Calibrate Guidance), or set "
                               "if_different to 'nearest' to use them all the same.")
-        return text
+        tell(text)
 
     def linear(self, sigmas: tuple[float, ...]) -> LinearAG:
         """LinearAG's policy for a schedule: as calibrated where the number of steps agrees, else every call stands for

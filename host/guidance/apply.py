@@ -1,0 +1,81 @@
+"""What a MODEL carries once guidance was applied to it, and how a run of it begins and ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from comfy.model_patcher import ModelPatcher, create_model_options_clone
+from comfy.patcher_extension import WrappersMP
+
+from ...engine.tell import into
+from ...methods.guidance.record import GuidanceRecord
+from ...methods.guidance.session import GuidanceSession, Tell
+from ...methods.session import RunContext
+from ..context import guidance_context, run_context
+from ..steps import tracked
+from .run import GuidedRun
+
+KEY = "lora_ensemble_guidance"
+
+
+@dataclass
+class Guidance:
+    """The attachment of a MODEL with guidance on it. A later node replaces an earlier one's.
+
+    policy   the decision in words, for the record
+    begin    the rule's session for a run of a MODEL, and what tells problems; raises ValueError where the run is not
+             what coefficients were calibrated on
+    record   what guidance did in the last run
+    """
+
+    policy: str
+    begin: Callable[[ModelPatcher, RunContext, Tell], GuidanceSession]
+    record: GuidanceRecord | None = None
+
+    def on_model_patcher_clone(self) -> Guidance:
+        """Called by the host: clones share the attachment, so that the record can be read from any of them."""
+        return self
+
+
+def apply_guidance(model: ModelPatcher, guidance: Guidance) -> ModelPatcher:
+    """A MODEL that samples with this guidance, under any sampler and guider.
+
+    The wrappers that do it are put in place when a run begins, around or inside those of all other nodes, whatever the
+    order of the nodes: see run.py.
+    """
+    new_model = model.clone()
+    new_model.set_attachments(KEY, guidance)
+    if not new_model.get_wrappers(WrappersMP.OUTER_SAMPLE, KEY):
+        new_model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, sample_guided)
+    return new_model
+
+
+def guidance_record_of(model: ModelPatcher) -> GuidanceRecord | None:
+    """What guidance did in the last run of a MODEL; None before the first run and for other models."""
+    guidance = model.get_attachment(KEY)
+    return guidance.record if guidance is not None else None
+
+
+def sample_guided(executor, noise, latent_image, sampler, sigmas, denoise_mask=None, callback=None, *args, **kwargs):
+    """One run, wrapped: its state begins here and ends here, however it ends."""
+    guider = executor.class_obj
+    guidance: Guidance | None = guider.model_patcher.get_attachment(KEY)
+    if guidance is None:
+        return executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, *args, **kwargs)
+    record = GuidanceRecord(guidance.policy)
+    tell = into(record.problems)
+    context = guidance_context(run_context(sigmas, noise, kwargs.get("latent_shapes")), guider, sampler)
+    session = guidance.begin(guider.model_patcher, context, tell)
+    tracker, callback = tracked(context.sigmas, callback)
+    run = GuidedRun(guider, session, tracker, record, tell)
+    guidance.record = record
+    options = guider.model_options
+    guider.model_options = run.installed(create_model_options_clone(options), KEY)
+    try:
+        out = executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, *args, **kwargs)
+        record.finished = True
+        return out
+    finally:
+        guider.model_options = options
+        session.summary(record)

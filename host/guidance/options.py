@@ -1,0 +1,79 @@
+"""From what a user chose on a node to the guidance of a MODEL."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from comfy.model_patcher import ModelPatcher
+
+from ...kernels.guidance import threshold_for
+from ...methods.guidance.adaptive import AdaptiveGuidance, AdaptiveSession
+from ...methods.guidance.linear import LinearSession
+from ...methods.guidance.session import Tell
+from ...methods.session import RunContext
+from .apply import Guidance
+from .coeffs import CoeffsError, GuidanceCoeffs
+
+MODES = ("threshold", "saving", "LinearAG")
+
+
+@dataclass(frozen=True)
+class GuidanceOptions:
+    """The options of a guidance node.
+
+    mode      "threshold": as `policy` says; "saving": its threshold is the one that saves `saving` on the calibrated
+              paths; "LinearAG": as calibrated
+    saving    share of all evaluations, at most 0.5
+    exact     the host waits for each step's similarity, on accelerators
+    nearest   coefficients that were calibrated for something else are used all the same
+    """
+
+    mode: str
+    policy: AdaptiveGuidance
+    saving: float = 0.25
+    exact: bool = False
+    coeffs: GuidanceCoeffs | None = None
+    nearest: bool = False
+
+
+def guidance_of(options: GuidanceOptions) -> Guidance:
+    """The attachment for a node's options. Raises CoeffsError where they need coefficients and have none."""
+    if options.mode == "threshold":
+        return Guidance(_words(options.policy),
+                        lambda model, context, tell: AdaptiveSession(options.policy, options.exact, tell))
+    if options.coeffs is None:
+        raise CoeffsError(f"Adaptive Guidance: mode '{options.mode}' needs guidance coefficients. Connect Load "
+                          "Guidance Coefficients or Calibrate Guidance to 'coeffs', or choose mode 'threshold'.")
+    return _saving(options) if options.mode == "saving" else _linear(options)
+
+
+def saving_threshold(options: GuidanceOptions) -> float:
+    """The threshold whose mean saving on the calibrated paths is nearest to the one wanted."""
+    found, policy = options.coeffs.found, options.policy
+    return threshold_for(found.by_step(policy.space), options.saving, policy.min_steps, policy.ramp_steps)
+
+
+def _saving(options: GuidanceOptions) -> Guidance:
+    policy = replace(options.policy, threshold=saving_threshold(options))
+
+    def begin(model: ModelPatcher, context: RunContext, tell: Tell) -> AdaptiveSession:
+        options.coeffs.check(model, context, options.nearest, tell)
+        return AdaptiveSession(policy, options.exact, tell)
+
+    return Guidance(f"{_words(policy)}, which saves {100 * options.saving:g} % on the calibrated paths", begin)
+
+
+def _linear(options: GuidanceOptions) -> Guidance:
+    def begin(model: ModelPatcher, context: RunContext, tell: Tell) -> LinearSession:
+        if context.negatives != 1:
+            raise CoeffsError(f"LinearAG predicts one negative, and this guider has {context.negatives}. Use CFGGuider "
+                              "or KSampler, or another mode of Adaptive Guidance.")
+        options.coeffs.check(model, context, options.nearest, tell)
+        return LinearSession(options.coeffs.linear(context.sigmas), tell)
+
+    return Guidance("LinearAG", begin)
+
+
+def _words(policy: AdaptiveGuidance) -> str:
+    who = "each picture for itself" if policy.per_sample else "the whole batch together"
+    return f"Adaptive Guidance, threshold {policy.threshold:.6g} on {policy.space}, {who}"

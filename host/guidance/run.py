@@ -1,0 +1,203 @@
+"""One run with guidance: what happens at each model call.
+
+Two wrappers, put in place for the run alone. The PREDICT_NOISE one is the innermost, so that it sees the cfg that other
+nodes have set, and decides whether the guider runs at all or only its conditional side. The CALC_COND_BATCH one is the
+outermost, around the composition's: it sees mixed predictions, and a negative that it leaves out leaves out all of its
+branches. Where a negative was not evaluated, its place is taken by what the rule has for it, the conditional prediction
+say: guidance between two equal predictions is none, and every node further down the line finds the valid pair that it
+expects. What a call needs, and what stands in, is the affair of the rule's session; this file asks it and evaluates.
+"""
+
+from __future__ import annotations
+
+import comfy.samplers
+import torch
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor
+
+from ...engine.transfer import on_device
+from ...kernels.branch import Step
+from ...methods.guidance.record import GuidanceRecord, GuidanceStep
+from ...methods.guidance.session import GuidanceSession, Tell
+from ..composition import KEY as COMPOSITION
+from ..rows import narrowed, whole_only
+from ..steps import StepTracker
+from .call import GuidedCall, guarded, unguided
+
+
+class GuidedRun:
+    """Guidance in one sampling run: fresh at its start, gone at its end."""
+
+    def __init__(self, guider, session: GuidanceSession, tracker: StepTracker, record: GuidanceRecord, tell: Tell):
+        self.guider, self.session, self.tracker, self.record, self.tell = guider, session, tracker, record, tell
+        self.own_math = type(guider).predict_noise is not comfy.samplers.CFGGuider.predict_noise
+        self.composition = guider.model_patcher.get_attachment(COMPOSITION)
+        self.roles: dict | None = None
+        self.call: GuidedCall | None = None
+
+    def installed(self, options: dict, key: str) -> dict:
+        """Model options of the run with both wrappers in place."""
+        wrappers = options.setdefault("transformer_options", {}).setdefault("wrappers", {})
+        calc, predict = WrappersMP.CALC_COND_BATCH, WrappersMP.PREDICT_NOISE
+        wrappers[calc] = {key: [self.calc_cond_batch], **wrappers.get(calc, {})}
+        wrappers[predict] = {**wrappers.get(predict, {}), key: [self.predict_noise]}
+        return options
+
+    def __deepcopy__(self, memo) -> GuidedRun:
+        """Nodes that copy model options during a run must not copy the run."""
+        return self
+
+    # --- one model call ---
+
+    def predict_noise(self, executor, x, timestep, model_options=None, seed=None):
+        """The guider's prediction at x: guided, or its conditional side alone."""
+        options = model_options if model_options is not None else {}
+        step, session = self.tracker.step(timestep), self.session
+        windowed = options.get("context_handler") is not None
+        need = session.begin(step, len(x), windowed)
+        self.call = call = GuidedCall(need, need.rows, x)
+        self._open_step(step)
+        try:
+            if not need.guided:
+                return self._conditional(executor, x, timestep, options, seed)
+            if session.fades and not self.own_math:
+                options = guarded(options, call, session)
+            out = executor(x, timestep, options, seed)
+            session.end()
+            if session.fades and self.own_math and not windowed and call.c is not None:
+                weight = session.weigh(out)
+                # Where, since a guider's own formula need not be finite between equal predictions.
+                out = torch.where(weight > 0, torch.lerp(call.c.to(out), out, weight), call.c.to(out))
+            return out
+        finally:
+            self.call = None
+
+    def _conditional(self, executor, x, timestep, options: dict, seed):
+        """What the same chain of nodes predicts at cfg 1, those that shape guidance left out."""
+        options = unguided(options)
+        guider = self.guider
+        if self.own_math:
+            return comfy.samplers.sampling_function(guider.inner_model, x, timestep, guider.conds.get("negative"),
+                                                    guider.conds["positive"], 1.0, options, seed)
+        cfg, guider.cfg = guider.cfg, 1.0
+        try:
+            return executor(x, timestep, options, seed)
+        finally:
+            guider.cfg = cfg
+
+    # --- its predictions ---
+
+    def calc_cond_batch(self, executor, model, conds, x, timestep, options):
+        """Evaluate the conds that are needed, and fill in the others."""
+        call = self.call
+        if call is None:
+            return executor(model, conds, x, timestep, options)
+        positive, negatives = self._places(conds)
+        if not negatives:
+            if positive is None and self._is_own_negative(x):
+                return self._own_negative(executor, model, conds, x, timestep, options)
+            return self._without_negatives(executor, model, conds, x, timestep, options, positive)
+        extra = positive is None and (call.c is None or call.has_negative)
+        if extra:  # a node's own pass with the negative alone
+            return executor(model, conds, x, timestep, options)
+        call.has_negative = True
+        if call.rows and (reason := whole_only(conds, options, self.composition)) is not None:
+            call.rows = None
+            self.tell(f"Adaptive Guidance: {reason}; the negative is evaluated for the whole batch until every picture "
+                      "is done with it")
+        whole = call.need.watch or call.rows is None
+        outs = executor(model, conds if whole else [c if i == positive else None for i, c in enumerate(conds)],
+                        x, timestep, options) if whole or positive is not None else [None] * len(conds)
+        call.c = outs[positive] if positive is not None else call.c
+        asked, full = x.shape[0] * (positive is not None), x.shape[0] * len(negatives)
+        self._count(asked, full, full if whole else len(call.rows) * len(negatives))
+        if call.need.guided:
+            self._guide(outs, negatives, executor, model, conds, x, timestep, options)
+        else:
+            for i in negatives:
+                outs[i] = call.c.clone()
+        return outs
+
+    def _guide(self, outs: list, negatives: dict[int, str], executor, model, conds, x, timestep, options) -> None:
+        """Complete `outs`, of which the negatives are there if the whole batch of them was evaluated: let the session
+        see those that it asked for, put in what it has for the others, and let guidance fade as it says."""
+        call, session = self.call, self.session
+        c = call.c
+        if call.rows:
+            places = {i: session.replace(name, x, c, timestep) for i, name in negatives.items()}
+            for i, out in self._in_part(executor, model, conds, places, x, timestep, options).items():
+                outs[i] = out
+        if call.rows != () or call.need.watch:
+            session.keep(x, c, {name: outs[i] for i, name in negatives.items()}, timestep)
+        if call.rows == ():
+            for i, name in negatives.items():
+                outs[i] = session.replace(name, x, c, timestep)
+        if session.fades and not self.own_math:
+            weight = session.weigh(c)
+            for i in negatives:
+                outs[i] = torch.lerp(c, outs[i], weight)
+        if call.rows is not None and not session.fades:
+            self.record.steps[-1].predicted += (x.shape[0] - len(call.rows)) * len(negatives)
+
+    def _in_part(self, executor, model, conds, places: dict[int, Tensor], x, timestep, options) -> dict[int, Tensor]:
+        """The conds at some places for the rows of this call alone; for its other rows what is given."""
+        call = self.call
+        index = on_device(call.rows, x.device)
+        some = [narrowed(cond, call.rows, len(x)) if i in places else None for i, cond in enumerate(conds)]
+        parts = executor(model, some, x[index], timestep[:len(call.rows)], options)
+        return {i: given.index_put((index,), parts[i]) for i, given in places.items()}
+
+    def _is_own_negative(self, x: Tensor) -> bool:
+        """Whether a pass with conds that the guider does not know is a side of guidance that a node has of its own: on
+        the latent of this call, once its conditional prediction is known."""
+        call = self.call
+        return self.session.fades and not self.own_math and call.need.guided and call.c is not None and x is call.x
+
+    def _own_negative(self, executor, model, conds, x, timestep, options) -> list:
+        """The empty prompt of the deprecated Perp-Neg node: evaluated for the pictures that are still guided, and
+        fading with their negative."""
+        call, weight = self.call, self.session.weigh(self.call.c)
+        if call.rows:
+            places = {i: call.c for i, cond in enumerate(conds) if cond is not None}
+            found = self._in_part(executor, model, conds, places, x, timestep, options)
+            outs = [found.get(i, call.c) for i in range(len(conds))]
+        else:
+            outs = executor(model, conds, x, timestep, options)
+        return [torch.lerp(call.c, out, weight) for out in outs]
+
+    def _without_negatives(self, executor, model, conds, x, timestep, options, positive: int | None) -> list:
+        """A pass without any negative of the guider's; in a call that is not guided, its missing negatives count as
+        saved and come out conditional."""
+        call = self.call
+        outs = executor(model, conds, x, timestep, options)
+        if positive is not None and call.c is None:
+            call.c = outs[positive]
+            left_out = 0 if call.need.guided else len(self.guider.conds) - 1
+            self._count(x.shape[0], x.shape[0] * left_out, 0)
+            if not call.need.guided:
+                outs = [out if cond is not None else call.c.clone() for cond, out in zip(conds, outs, strict=True)]
+        return outs
+
+    def _places(self, conds: list) -> tuple[int | None, dict[int, str]]:
+        """Where the caller has its positive, and where which negatives. Identities survive what else is done to conds.
+        """
+        if self.roles is None:
+            self.roles = {entry.get("uuid"): name for name, cond in self.guider.conds.items() for entry in cond}
+            if "positive" not in self.guider.conds:
+                self.tell(f"Adaptive Guidance: {type(self.guider).__name__} has no 'positive'; it is left alone")
+        names = [self.roles.get(cond[0].get("uuid")) if cond else None for cond in conds]
+        positive = names.index("positive") if "positive" in names else None
+        return positive, {i: name for i, name in enumerate(names) if name not in (None, "positive")}
+
+    # --- the record ---
+
+    def _open_step(self, step: Step) -> None:
+        if not self.record.steps or self.record.steps[-1].index != step.index:
+            self.record.steps.append(GuidanceStep(step.index, step.sigma))
+        self.record.steps[-1].calls += 1
+
+    def _count(self, rows: int, negatives: int, evaluated: int) -> None:
+        """Rows of the conditional side, those of the negatives at full guidance, and those of them evaluated."""
+        self.record.steps[-1].rows += rows
+        self.record.steps[-1].negative += evaluated
+        self.record.full += rows + negatives

@@ -1,0 +1,182 @@
+"""Adaptive Guidance (Castillo et al. 2023, arXiv 2312.12487, AAAI 2025): the negative is evaluated until it is like the
+conditional prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ...kernels.branch import Step
+from ...kernels.guidance import cosine, similarity_terms
+from ..session import Sent
+from .record import GuidanceRecord
+from .session import CONDITIONAL, GuidanceSession, Need, Rows, Tell
+
+Space = Literal["noise", "x0"]
+SPACES: tuple[Space, ...] = ("noise", "x0")
+
+
+@dataclass(frozen=True)
+class AdaptiveGuidance:
+    """e = e_cfg while gamma_t < threshold; from the first step where it is reached on, e = e_c.
+
+    threshold    gamma-bar; above 1 it is never reached
+    space        where gamma_t is the cosine: "noise" (the paper; velocity for flow models) or "x0" (denoised
+                 predictions, as asagi4's node has it). Thresholds of one space mean nothing in the other.
+    per_sample   every picture of a batch decides for itself; otherwise all stop when the last one has reached it
+    min_steps    steps that are guided whatever gamma is
+    ramp_steps   steps over which guidance fades once the threshold is reached; 0: at once, as in the paper. The
+                 negative is evaluated until it has faded.
+    """
+
+    threshold: float = 0.991
+    space: Space = "noise"
+    per_sample: bool = True
+    min_steps: int = 0
+    ramp_steps: int = 0
+
+    def __post_init__(self) -> None:
+        if self.space not in SPACES:
+            raise ValueError(f"Adaptive Guidance: space is '{self.space}'. Choose one of: {', '.join(SPACES)}.")
+        if self.min_steps < 0 or self.ramp_steps < 0:
+            raise ValueError("Adaptive Guidance: min_steps and ramp_steps must not be negative.")
+
+
+class ReadBack:
+    """Small tensors on their way from the device to the host.
+
+    On an accelerator a value is looked at two steps after it was sent, so that the host never waits for work that it
+    has just queued; `exact` looks at it before the next step. On the CPU there is nothing to wait for.
+    """
+
+    def __init__(self, exact: bool):
+        self.exact = exact
+        self._sent: list[tuple[Rows | None, Sent]] = []
+
+    def send(self, index: int, rows: Rows | None, values: Tensor) -> None:
+        """Values of step `index`, measured for `rows`."""
+        self._sent.append((rows, Sent(index, values)))
+
+    def arrived(self, index: int | None) -> Iterator[tuple[int, Rows | None, list]]:
+        """What may be looked at in step `index`; None: everything."""
+        while self._sent:
+            rows, sent = self._sent[0]
+            if index is not None and sent.far and not self.exact and sent.step > index - 2:
+                return
+            del self._sent[0]
+            yield sent.step, rows, sent.read()
+
+
+class AdaptiveSession(GuidanceSession):
+    """Adaptive Guidance in one run.
+
+    The decision is taken once per step, at its first model call, and holds for the whole step. It is applied on the
+    device at once, through `weigh`; the host learns of it later and then stops evaluating the negative. So the picture
+    does not depend on how late the host learns of it.
+    """
+
+    fades = True
+
+    def __init__(self, policy: AdaptiveGuidance, exact: bool = True, tell: Tell | None = None):
+        super().__init__(tell)
+        self.policy = policy
+        self.gamma: dict[int, list[float | None]] = {}  # step -> similarity per sample, None where it was not measured
+        self._back = ReadBack(exact)
+        self._open: Rows | None = None  # rows whose negative is evaluated; None: all of them
+        self._step: Step | None = None
+        self._pictures, self._windowed = 1, False
+        self._fresh = False  # until this step's decision was taken
+        self._terms: dict[str, Tensor] = {}  # of this call, per negative, added up over windows: [3, B]
+        self._fade: Tensor | None = None  # [B]: ramp_steps + 1 while guided, then one less each step, down to 0
+        self._crossed: Tensor | None = None
+
+    def begin(self, step: Step, pictures: int = 1, windowed: bool = False) -> Need:
+        """The negatives of all rows that are still guided, as far as the host knows."""
+        if self._step is None or step.index != self._step.index:
+            self._fresh = True
+        self._step, self._pictures, self._windowed, self._terms = step, pictures, windowed, {}
+        self._read(step.index)
+        return CONDITIONAL if self._open == () else Need(self._open)
+
+    def keep(self, x: Tensor, c: Tensor, negatives: Mapping[str, Tensor], sigma: Tensor) -> None:
+        """Measure this step's similarities, and decide by them; in context windows when all have been seen."""
+        if not self._fresh:
+            return
+        for name, u in negatives.items():
+            terms = similarity_terms(c, u) if self.policy.space == "x0" else similarity_terms(x - c, x - u)
+            if terms.shape[1] != self._pictures:  # windows over the batch: frames decide together
+                terms = terms.sum(1, keepdim=True).expand(-1, self._pictures)
+            self._terms[name] = self._terms[name] + terms if name in self._terms else terms
+        if not self._windowed:
+            self._measured()
+
+    def end(self) -> None:
+        """Windows: the decision counts from the next step on."""
+        if self._windowed and self._terms:
+            self._measured()
+
+    def _measured(self) -> None:
+        """With several negatives (DualCFG, PerpNeg) all must agree with the conditional prediction."""
+        self.decide(torch.stack([cosine(terms) for terms in self._terms.values()]).amin(0))
+
+    def decide(self, gamma: Tensor) -> None:
+        """Take this step's decision from similarities [B]; rows whose negative was not evaluated are ignored."""
+        if not self._fresh:
+            return
+        self._fresh = False
+        if self._fade is None or self._fade.shape != gamma.shape:
+            self._fade = torch.full_like(gamma, self.policy.ramp_steps + 1)
+            self._crossed = torch.zeros_like(gamma, dtype=torch.bool)
+        if self._step.index >= self.policy.min_steps:
+            lowest = gamma if self.policy.per_sample else gamma.min().expand_as(gamma)
+            self._crossed = self._crossed | (lowest >= self.policy.threshold)
+        self._fade = torch.where(self._crossed, (self._fade - 1).clamp_min(0), self._fade)
+        self._back.send(self._step.index, self._open, torch.stack([gamma, self._fade]))
+
+    def weigh(self, c: Tensor) -> Tensor:
+        """1 while guided, then falling over the ramp to 0."""
+        if self._fade is None:
+            return super().weigh(c)
+        fade = self._fade if self._fade.shape[0] == c.shape[0] else self._fade.min().expand(c.shape[0])
+        return (fade / (self.policy.ramp_steps + 1)).to(c).view(c.shape[0], *[1] * (c.ndim - 1))
+
+    def summary(self, record: GuidanceRecord) -> None:
+        """The similarities of every step, and whether the threshold was one to be used with this model."""
+        self._read(None)
+        for step in record.steps:
+            step.gamma = self.gamma.get(step.index, [])
+        self._too_early()
+        if record.finished:
+            self._never()
+
+    def _read(self, index: int | None) -> None:
+        for sent, measured, (gamma, fade) in self._back.arrived(index):
+            self.gamma[sent] = [g if measured is None or row in measured else None for row, g in enumerate(gamma)]
+            rows = tuple(row for row, left in enumerate(fade) if left > 0)
+            self._open = None if len(rows) == len(fade) else rows
+
+    def _too_early(self) -> None:
+        policy, first = self.policy, self.gamma.get(self.policy.min_steps)
+        if first and all(g is not None and g >= policy.threshold for g in first):
+            self.tell(f"Adaptive Guidance: the similarity is above the threshold {policy.threshold:g} from the first "
+                      f"step on that may be left out ({min(first):.6f}): this model, in the space '{policy.space}', "
+                      "needs a higher threshold. Calibrate Guidance finds it.")
+
+    def _never(self) -> None:
+        """Nothing was saved: how near it came. The similarity need not rise to the end; along a flow that of velocities
+        may be highest in the middle."""
+        policy = self.policy
+        counts = max if policy.per_sample else min
+        seen = {index: counts(gamma) for index, gamma in self.gamma.items()
+                if index >= policy.min_steps and gamma and None not in gamma}
+        if not seen or policy.threshold > 1:
+            return
+        peak = max(seen, key=seen.get)
+        if seen[peak] < policy.threshold:
+            self.tell(f"Adaptive Guidance: the similarity never reached the threshold {policy.threshold:g}, so nothing "
+                      f"was saved. It was highest in step {peak + 1} of {self._step.total} ({seen[peak]:.6f}). Take a "
+                      "lower threshold or the other space; Calibrate Guidance finds it.")

@@ -1,0 +1,85 @@
+"""LinearAG (Castillo et al. 2023, arXiv 2312.12487, AAAI 2025): the negative is foretold from all predictions before.
+
+It needs coefficients that were calibrated on this model, sampler and schedule: see calibration.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from ...kernels.branch import Step
+from ...kernels.guidance import combine
+from .session import CONDITIONAL, FULL, REPLACED, GuidanceSession, Need, Tell, noise_of
+
+
+@dataclass(frozen=True)
+class LinearAG:
+    """The paper's policy: in the first half, true CFG and CFG with a predicted negative take turns; in the second half
+    the conditional prediction alone. 20 steps cost 25 evaluations.
+
+    coefficients   one row per model call: what each feature so far weighs in that call's negative. Column 2i is the
+                   conditional prediction of call i, 2i + 1 its negative one, the last column the intercept.
+    steps          the step that each call belongs to; samplers may call the model several times in one
+    """
+
+    coefficients: tuple[tuple[float, ...], ...]
+    steps: tuple[int, ...]
+
+    def kind(self, step: Step) -> Literal["guided", "predicted", "conditional"]:
+        """What a step does with its negative."""
+        return self.kind_at(step.index, step.total)
+
+    @staticmethod
+    def kind_at(index: int, total: int) -> Literal["guided", "predicted", "conditional"]:
+        """The same, for a step by number."""
+        if 2 * index >= total:
+            return "conditional"
+        return "predicted" if index % 2 else "guided"
+
+
+class LinearSession(GuidanceSession):
+    """LinearAG in one run: the predictions so far, and the negative that they foretell. For one negative."""
+
+    def __init__(self, policy: LinearAG, tell: Tell | None = None):
+        super().__init__(tell)
+        self.policy = policy
+        self.steps: list[int] = []  # the step of each call
+        self.features: list[Tensor] = []  # c_0, u_0, c_1, u_1, ... in noise space, u as guidance used it
+        self._windowed = False
+
+    def begin(self, step: Step, pictures: int = 1, windowed: bool = False) -> Need:
+        """As the policy says, and in full where its coefficients do not fit the calls of this run."""
+        call = len(self.steps)
+        self.steps.append(step.index)
+        self._windowed = windowed
+        kind = self.policy.kind(step)
+        if kind != "predicted":
+            return CONDITIONAL if kind == "conditional" else FULL
+        if windowed:
+            self.tell("LinearAG: context windows leave no whole predictions to foretell the negative from; those steps "
+                      "were guided in full")
+            return FULL
+        if self.policy.steps[call:call + 1] != (step.index,) or len(self.features) != 2 * call:
+            self.tell("LinearAG: another node left out or added model calls, the coefficients do not fit them; those "
+                      "steps were guided in full")
+            return FULL
+        return REPLACED
+
+    def replace(self, name: str, x: Tensor, c: Tensor, sigma: Tensor) -> Tensor:
+        """The negative that this call's conditional prediction and all earlier ones foretell."""
+        row = self.policy.coefficients[len(self.steps) - 1]
+        features = [*self.features, noise_of(x, c, sigma)]
+        noise = combine(features, row[:len(features)], row[-1])
+        u = (x.float() - noise * sigma.float().view(-1, *[1] * (x.ndim - 1))).to(c.dtype)
+        self.features = [*features, noise_of(x, u, sigma)]
+        return u
+
+    def keep(self, x: Tensor, c: Tensor, negatives: Mapping[str, Tensor], sigma: Tensor) -> None:
+        """Remember both sides; parts of them, as context windows show them, are of no use."""
+        if not self._windowed:
+            (u,) = negatives.values()
+            self.features += [noise_of(x, c, sigma), noise_of(x, u, sigma)]

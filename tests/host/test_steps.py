@@ -1,0 +1,152 @@
+"""The tracker: which step a model call belongs to, and that it does not make the host wait for a device."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import comfy.samplers
+import pytest
+import torch
+from lora_ensemble.host.composition import record_of
+from lora_ensemble.host.guidance.apply import guidance_record_of
+from lora_ensemble.host.steps import StepTracker, tracked
+
+from .builders import composite, sample, three
+from .guidance_tools import ag
+from .models import base
+
+SIGMAS = [10.0, 6.0, 3.0, 1.0, 0.3, 0.0]
+
+
+class OnDevice:
+    """A timestep that claims to be on an accelerator and counts how often its value is asked for."""
+
+    device = SimpleNamespace(type="cuda")
+
+    def __init__(self, sigma: float):
+        self.sigma, self.reads = sigma, 0
+
+    def flatten(self) -> list[float]:
+        self.reads += 1
+        return [self.sigma]
+
+
+def test_cpu_values_are_read_and_matched():
+    tracker = StepTracker(SIGMAS)
+    for index, sigma in enumerate(SIGMAS[:-1]):
+        step = tracker.step(torch.tensor([sigma]))
+        assert (step.index, step.total, step.sigma) == (index, 5, pytest.approx(sigma))
+        tracker.tell()
+
+
+@pytest.mark.parametrize(("sigma", "index"), [(10.0, 0), (11.0, 0), (9.0, 0), (6.0, 1), (6.0003, 1), (5.99, 1),
+                                              (3.5, 1), (0.31, 3), (0.3, 4), (0.01, 4), (0.0, 4)])
+def test_noise_levels_between_steps(sigma, index):
+    """An entry of the schedule, however rounded, is that step; a level between two belongs to the step it is in."""
+    assert StepTracker(SIGMAS).index_of(sigma) == index
+
+
+def test_no_device_read_once_the_sampler_is_known():
+    """Guard: StepTracker's trust. Without it every step would wait for the device."""
+    tracker, stamps = StepTracker(SIGMAS), [OnDevice(sigma) for sigma in SIGMAS[:-1]]
+    steps = []
+    for stamp in stamps:
+        steps.append(tracker.step(stamp))
+        tracker.tell()
+    assert [step.index for step in steps] == [0, 1, 2, 3, 4]
+    assert [step.sigma for step in steps] == pytest.approx(SIGMAS[:-1])
+    assert [stamp.reads for stamp in stamps] == [1, 1, 1, 0, 0]
+
+
+def test_more_passes_at_one_timestep_are_one_step():
+    """Context windows and perturbed attention come back with the very same tensor."""
+    tracker, stamps = StepTracker(SIGMAS), [OnDevice(sigma) for sigma in SIGMAS[:-1]]
+    for index, stamp in enumerate(stamps):
+        assert {tracker.step(stamp).index for _ in range(3)} == {index}
+        tracker.tell()
+    assert sum(stamp.reads for stamp in stamps) == 3
+
+
+def test_a_sampler_that_calls_twice_is_read():
+    """Heun evaluates at the next level before it tells of the step: an index counted blindly would run ahead."""
+    tracker = StepTracker(SIGMAS)
+    for i in range(len(SIGMAS) - 2):
+        assert tracker.step(OnDevice(SIGMAS[i])).index == i
+        assert tracker.step(OnDevice((SIGMAS[i] + SIGMAS[i + 1]) / 2)).index == i
+        tracker.tell()
+
+
+def test_a_second_call_after_trust_is_read():
+    tracker = StepTracker(SIGMAS)
+    for sigma in SIGMAS[:3]:
+        tracker.step(OnDevice(sigma))
+        tracker.tell()
+    trusted, second = OnDevice(SIGMAS[3]), OnDevice(0.6)
+    assert tracker.step(trusted).index == 3 and trusted.reads == 0
+    assert tracker.step(second).index == 3 and second.reads == 1
+
+
+def test_progress():
+    tracker = StepTracker([3.0, 1.0, 0.0])
+    assert [tracker.step(torch.tensor([sigma])).progress for sigma in (3.0, 1.0)] == [0.0, 1.0]
+    assert StepTracker([3.0, 0.0]).step(torch.tensor([3.0])).progress == 0.0
+
+
+@pytest.mark.parametrize("name", [n for n in comfy.samplers.KSampler.SAMPLERS if n != "dpm_adaptive"])
+def test_every_sampler_of_the_host(name, loras, monkeypatch):
+    """What the tracker infers without reading is what it would have read, for every sampler that ComfyUI offers (but
+    one that chooses its own steps and takes hundreds of them on random weights)."""
+    model = base("SD3")
+    ours, seen = composite(model, three(model, loras)[:2]), []
+    told = StepTracker.step
+
+    def step(tracker: StepTracker, timestep: torch.Tensor):
+        sigma = float(timestep.flatten()[0])
+        if not hasattr(timestep, "stand_in"):
+            timestep.stand_in = OnDevice(sigma)
+        found = told(tracker, timestep.stand_in)
+        seen.append((found.index, tracker.index_of(sigma)))
+        return found
+
+    monkeypatch.setattr(StepTracker, "step", step)
+    sample(ours, "SD3", sampler=name, steps=6, cfg=1.0)
+    assert len(seen) >= 6 and [inferred for inferred, _ in seen] == [read for _, read in seen]
+
+
+# --- one tracker for composition and guidance ---
+
+
+def test_a_run_has_one_tracker():
+    """Guard: two that both listened would each read every step, or be told of every step twice."""
+    done = []
+    tracker, callback = tracked(SIGMAS, lambda *step: done.append(step))
+    again, same = tracked(SIGMAS, callback)
+    assert again is tracker and same is callback
+    other, _ = tracked(SIGMAS[1:], callback)  # a node between the two has changed the schedule
+    assert other is not tracker and other.total == tracker.total - 1
+    for sigma in SIGMAS[:3]:
+        tracker.step(OnDevice(sigma))
+        callback(1, 2)
+    assert done == [(1, 2)] * 3, "the sampler's own callback is called as ever"
+    trusted = OnDevice(SIGMAS[3])
+    assert tracker.step(trusted).index == 3 and trusted.reads == 0
+
+
+@pytest.mark.parametrize("order", ["composition first", "guidance first"])
+def test_guidance_and_composition_read_a_step_once(order, loras, monkeypatch):
+    model, trackers, stamps, told = base("SD15"), set(), [], StepTracker.step
+    pair = three(model, loras)[:2]
+    ours = ag(composite(model, pair), 2.0) if order == "composition first" else composite(ag(model, 2.0), pair)
+
+    def step(tracker: StepTracker, timestep: torch.Tensor):
+        trackers.add(tracker)
+        if not hasattr(timestep, "stand_in"):
+            timestep.stand_in = OnDevice(float(timestep.flatten()[0]))
+            stamps.append(timestep.stand_in)
+        return told(tracker, timestep.stand_in)
+
+    monkeypatch.setattr(StepTracker, "step", step)
+    sample(ours, steps=6, cfg=7.0)
+    assert len(trackers) == 1 and [stamp.reads for stamp in stamps] == [1, 1, 1, 0, 0, 0]
+    assert [each.index for each in record_of(ours).steps] == list(range(6))
+    assert [each.index for each in guidance_record_of(ours).steps] == list(range(6))
