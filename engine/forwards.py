@@ -16,6 +16,7 @@ from .geometry import geometry_of
 from .layout import Layout, Order, folded
 from .positions import Places
 from .program import Layer, Program, Programs, Reader, nothing
+from .tell import Once
 
 _UNMET = Program(torch.Size((-1,)), torch.bool, nothing)
 """The program of a layer that no batch of the layout has come to yet."""
@@ -57,8 +58,7 @@ class RoutedForwards:
                  report: Callable[[str, str, str], None] | None = None, position: int = 0, order: Order = folded,
                  compiled: bool = False):
         self.root, self.bank, self.position, self.order, self.compiled = root, bank, position, order, compiled
-        self._report = report or (lambda adapter, layer, reason: None)
-        self._reported: set[tuple[str, str]] = set()
+        self._report = Once(report or (lambda adapter, layer, reason: None))
         self._state = _State()
         self._installed: list[_Installed] = []
         self._layers: list[Layer] = []
@@ -194,9 +194,7 @@ class RoutedForwards:
         return forward, traced, route
 
     def _tell(self, adapter: str, layer: str, reason: str) -> None:
-        if (adapter, layer) not in self._reported:
-            self._reported.add((adapter, layer))
-            self._report(adapter, layer, reason)
+        self._report(adapter, layer, reason, about=(adapter, layer))
 
 
 def _find(root: nn.Module, name: str) -> nn.Module | None:
