@@ -133,12 +133,10 @@ def of_class(cls: type, table: Mapping[str, Entry]) -> Entry | None:
 def one_row_only(diffusion_model: nn.Module, conds: Mapping[str, object]) -> bool:
     """Whether a call with these conds (values by the names that the diffusion model takes them under) is one that the
     host's own forward makes for a single row: with more it raises, or adds one row's guidance to another's tokens."""
-    params = getattr(diffusion_model, "params", None)
-    guided = getattr(params, "guidance_embed", False) and conds.get("guidance") is not None
     kind = of_class(type(diffusion_model), {"flux.model.Flux": "flux", "hunyuan_video.model.HunyuanVideo": "hunyuan"})
     if kind == "flux":
+        params = diffusion_model.params
         method = conds.get("ref_latents_method", getattr(params, "default_ref_method", None))
-        return guided and bool(conds.get("ref_latents")) and method == "index_timestep_zero"
-    if kind == "hunyuan":
-        return conds.get("ref_latent") is not None or guided and conds.get("guiding_frame_index") is not None
-    return False
+        zero = bool(conds.get("ref_latents")) and method == "index_timestep_zero"
+        return zero and params.guidance_embed and conds.get("guidance") is not None
+    return kind == "hunyuan" and any(conds.get(name) is not None for name in ("ref_latent", "guiding_frame_index"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from lora_ensemble.host.row_order import FAMILIES, one_row_only, row_order
@@ -17,7 +19,37 @@ pytestmark = pytest.mark.usefixtures("forgotten")
 APART = {"SVD", "Cosmos", "MiniMax H3", "Wan Animate 2", "ACE-Step 1.5", "Hunyuan3D 2.1"}
 """Families that are built small and are not in the table."""
 
-in_the_table = pytest.mark.parametrize("name", [name for name in SMALL if name not in APART])
+in_the_table = pytest.mark.parametrize("name", [name for name in SMALL if name not in {*APART, "HunyuanVideo I2V"}])
+
+
+def exists(name: str) -> bool:
+    module, cls = name.rsplit(".", 1)
+    try:
+        return hasattr(importlib.import_module(f"comfy.ldm.{module}"), cls)
+    except ImportError:
+        return False
+
+
+def predicted(kind: Transformer, model: nn.Module, rows: int) -> Tensor:
+    """The prediction for so many rows. An older release may not make such a call, or mix rows on its own in it; the
+    newest that the tests know does neither."""
+    try:
+        plain = kind.call(model, {}, rows=rows)
+        with model.register_forward_pre_hook(lambda _, args: (changed(args[0]), *args[1:])):
+            moved = kind.call(model, {}, rows=rows)
+        assert plain.shape[0] == rows and torch.equal(plain[1:], moved[1:]) and not torch.equal(plain[0], moved[0])
+    except (RuntimeError, AssertionError) as error:
+        if exists("minimax.model.MiniMaxH3Model"):
+            raise
+        pytest.skip(f"this ComfyUI makes no such call of {kind.name}: {str(error).splitlines()[0]}")
+    return plain
+
+
+def changed(x: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+    """A latent whose first row is another."""
+    if isinstance(x, list):
+        return [changed(part) for part in x]
+    return torch.cat([x[:1] + noise(*x[:1].shape, seed=9), x[1:]])
 
 
 def calls(kind: Transformer, model: nn.Module, rows: int) -> dict[tuple[str, int], None]:
@@ -56,8 +88,8 @@ def reached(kind: Transformer, model: nn.Module, plain: Tensor, row: int, order,
 def test_rows_keep_apart(name, rows):
     """Disturbing all that the table gives to one row, in every layer at once, changes that row and no other."""
     kind, model = SMALL[name], built(name)
-    plain = kind.call(model, {}, rows=rows)
-    assert plain.shape[0] == rows
+    plain = predicted(kind, model, rows)
+    assert not one_row_only(model, kind.more(rows))
     for row in range(rows):
         assert reached(kind, model, plain, row, row_order(model)) == {row}
 
@@ -66,7 +98,7 @@ def test_rows_keep_apart(name, rows):
 def test_no_other_order_is_right(name):
     """What the table calls "repeat" is not "tile" and the other way round; what it leaves open is neither."""
     kind, model, orders, uneven = SMALL[name], built(name), {}, set()
-    plain = [kind.call(model, {}, rows=rows) for rows in (2, 3)]
+    plain = [predicted(kind, model, rows) for rows in (2, 3)]
     for rows in (2, 3):
         for layer, entries in calls(kind, model, rows):
             found = row_order(model)(layer, entries, rows)
@@ -102,14 +134,6 @@ def test_the_table_is_tried():
     assert {name for name in FAMILIES if exists(name)} <= tried
 
 
-def exists(name: str) -> bool:
-    module, cls = name.rsplit(".", 1)
-    try:
-        return hasattr(__import__(f"comfy.ldm.{module}", fromlist=[cls]), cls)
-    except ImportError:
-        return False
-
-
 def test_derived_classes():
     """A class that changes nothing of the forward counts as its parent; one that does, or a namesake, does not."""
     model = built("SD15")
@@ -123,22 +147,22 @@ def test_derived_classes():
     assert row_order(type("UNetModel", (nn.Module,), {})()) is None
 
 
-def test_calls_of_one_row():
-    """The host's own forward fails with several rows there, or mixes them; with one it does not."""
-    zero = references((16, 4, 4), method="index_timestep_zero")
-    edit = like(FLUX_2, "guided", lambda rows: {**zero(rows), "guidance": torch.ones(rows)}, guidance_embed=True)
-    first = like(HUNYUAN, "first frame", lambda rows: {"guiding_frame_index": torch.zeros(rows)})
-    frame = like(HUNYUAN, "reference", lambda rows: {"ref_latent": noise(rows, 16, 1, 8, 8)})
-    for kind in (edit, first, frame):
-        model = kind.build()
-        assert one_row_only(model, kind.more(1))
-        kind.call(model, {}, rows=1)
-        try:
-            mixed = reached(kind, model, kind.call(model, {}, rows=2), 0, row_order(model)) != {0}
-        except RuntimeError:
-            mixed = True
-        assert mixed, kind.name
-    for name, kind in SMALL.items():
-        if name not in APART:
-            assert not one_row_only(built(name), kind.more(1)), name
+ZERO = references((16, 4, 4), method="index_timestep_zero")
+
+
+@pytest.mark.parametrize("kind", [
+    like(FLUX_2, "guided", lambda rows: {**ZERO(rows), "guidance": torch.ones(rows)}, guidance_embed=True),
+    like(HUNYUAN, "first frame", lambda rows: {"guiding_frame_index": torch.zeros(rows)}),
+    like(HUNYUAN, "reference", lambda rows: {"ref_latent": noise(rows, 16, 1, 8, 8)}),
+], ids=lambda kind: kind.name)
+def test_calls_of_one_row(kind):
+    """With several rows the host's own forward fails there, or mixes them; with one it does not."""
+    model = kind.build()
+    assert one_row_only(model, kind.more(1))
+    kind.call(model, {}, rows=1)
+    try:
+        mixed = reached(kind, model, kind.call(model, {}, rows=2), 0, row_order(model)) != {0}
+    except RuntimeError:
+        mixed = True
+    assert mixed
     assert not one_row_only(UNET.build(), {"ref_latent": noise(1, 4)})
