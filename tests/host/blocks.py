@@ -29,6 +29,7 @@ class Transformer:
     context  shape of its text, without the batch
     more     further arguments of a call, for a batch of so many rows
     control  residuals of a ControlNet, for a batch of so many rows and a seed, if it takes any
+    times    shape of a row's time: () for one, (n,) for one for each frame or token
     fields   dataclass of the class's parameters, from which a release takes what it knows; others fall away
     """
 
@@ -40,6 +41,7 @@ class Transformer:
     more: Callable[[int], dict] = field(default=lambda rows: {})
     fields: str | None = None
     control: Callable[[int, int], dict] | None = None
+    times: tuple[int, ...] = ()
 
     def build(self, device: str = "cpu") -> nn.Module:
         try:
@@ -68,7 +70,7 @@ class Transformer:
         if control is not None:
             more["control"] = control
         with torch.inference_mode():
-            out = model(x if len(x) > 1 else x[0], torch.full((rows,), 0.6, device=device),
+            out = model(x if len(x) > 1 else x[0], torch.full((rows, *self.times), 0.6, device=device),
                         context=noise(rows, *self.context, seed=5).to(device), transformer_options=options, **more)
         return out if isinstance(out, Tensor) else torch.cat([part.flatten(1) for part in out], dim=1)
 
