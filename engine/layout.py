@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 
 from ..kernels.branch import Branch
 from .positions import Places
@@ -48,14 +48,12 @@ class Layout:
         self.programs: list = []
 
     def owners(self, layer: str, entries: int) -> tuple[int, ...] | None:
-        """The row of each entry; None where that is not known. A layer with as many entries as there are rows and one
-        branch for all need not be asked."""
+        """The row of each entry; None where that is not known."""
         count = len(self.rows)
+        if count == 1:
+            return (0,) * entries
         order = self._order(layer, entries, count)
         if order is None:
             return None
         fold = entries // count
         return tuple(e % count if order == "tile" else e // fold for e in range(entries))
-
-    def key(self) -> Hashable:
-        return self.rows, self.places

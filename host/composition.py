@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..engine.bank import Bank
 from ..engine.forwards import RoutedForwards
+from ..engine.layout import NotRows
 from ..engine.record import RunRecord, StepRecord
 from ..engine.tell import Once, into
 from ..kernels.branch import Branch, Step
@@ -21,6 +22,7 @@ from ..kernels.packed import Parts, unpack
 from ..methods import Method
 from ..methods.session import OTHER, POSITIVE, UNCONDITIONAL, Call, RunContext, begin
 from .cache import BranchCache, CacheSpec, Combo
+from .row_order import one_row_only, row_order
 from .steps import StepTracker
 
 KEY = "lora_ensemble"
@@ -86,6 +88,9 @@ class Composition:
         run.close(finished)
 
 
+APART = "every branch is evaluated in a batch of its own, which takes longer and changes nothing else"
+
+
 def record_of(model) -> RunRecord | None:
     """What the last run of a MODEL with a method on it did; None before the first run and for other models."""
     composition = model.get_attachment(KEY)
@@ -127,6 +132,7 @@ class Run:
         self._sides = sides
         self._tags: dict[tuple[UUID, Combo], UUID] = {}
         self._routed: dict[int, tuple[nn.Module, list[RoutedForwards]]] = {}
+        self._apart: dict[int, tuple[nn.Module, bool]] = {}
         self._since = time.perf_counter()
         self._prompts: dict[int, tuple[nn.Module, list[Combo | None]]] = {}
         for each, context in zip(applied, contexts, strict=True):
@@ -188,16 +194,34 @@ class Run:
             self.combos[self._tags[key]] = combo
         return self._tags[key]
 
-    def routed(self, root: nn.Module, banks: Callable[[], list[Bank]],
-               reader: Callable[[str], Tensor | None]) -> list[RoutedForwards]:
+    def routed(self, root: nn.Module, banks: Callable[[], list[Bank]], reader: Callable[[str], Tensor | None],
+               compiled: Callable[[], bool]) -> list[RoutedForwards]:
         """The routed forwards on one live diffusion model, installed on first sight (delegates and multi-GPU clones
         have modules of their own)."""
         if id(root) not in self._routed:
-            forwards = [RoutedForwards(root, bank, reader, self._problem, k) for k, bank in enumerate(banks())]
+            order, seen = row_order(root) or _unknown, compiled()
+            forwards = [RoutedForwards(root, bank, reader, self._problem, k, order, seen)
+                        for k, bank in enumerate(banks())]
             self._routed[id(root)] = (root, forwards)
             for routed in forwards:
                 routed.install()
         return self._routed[id(root)][1]
+
+    def apart(self, root: nn.Module, conds: Sequence[list[dict] | None]) -> bool:
+        """Whether every branch needs a batch of its own on a diffusion model: where it is not known which entries of
+        its layers are which row's, and where the host evaluates such conds for one row at a time."""
+        if id(root) not in self._apart:
+            known = row_order(root) is not None
+            self._apart[id(root)] = (root, not known)
+            if not known:
+                self._tell(f"{type(root).__name__}: in which order this kind of model keeps the rows of a batch is not "
+                           f"known; {APART}")
+        return self._apart[id(root)][1] or one_row_only(root, _values(conds))
+
+    def keep_apart(self, root: nn.Module, reason: NotRows) -> None:
+        """From now on branches have batches of their own."""
+        self._apart[id(root)] = (root, True)
+        self._tell(f"{type(root).__name__}: {reason}; {APART}")
 
     def arrange(self, root: nn.Module, combos: list[Combo | None]) -> None:
         """Rows of these combinations come next. A model that keeps keys and values of its prompt from call to call
@@ -251,3 +275,13 @@ class Run:
                 if found:
                     self.note(f"{name} {k + 1}" if name in self.record.methods[:k] else name, found)
         self._since = now
+
+
+def _unknown(layer: str, entries: int, rows: int) -> None:
+    return None
+
+
+def _values(conds: Sequence[list[dict] | None]) -> dict[str, object]:
+    """What the conds of a call hand to the diffusion model, by name."""
+    return {name: getattr(value, "cond", value) for cond in conds for entry in cond or ()
+            for name, value in entry.get("model_conds", {}).items()}

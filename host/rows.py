@@ -1,11 +1,10 @@
-"""Rows of a batch: the caller's conds for some of them, and models that need theirs in an order of their own."""
+"""Rows of a batch: the caller's conds for some of them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import comfy.utils
-import torch
 from torch import Tensor
 
 from ..engine.transfer import on_device
@@ -65,13 +64,3 @@ def whole_only(conds: list, options: dict, composition: Composition | None) -> s
                 return "a ControlNet has a hint for each picture"
             control = getattr(control, "previous_controlnet", None)
     return None
-
-
-HALVES = {"HunYuanDiTPlain", "NaDiT"}
-"""Classes of diffusion models (Hunyuan3D 2.1, SeedVR2) that take a batch for two halves, one per prompt, and swap them
-inside: rows come out as they went in, but between lie in places of their own."""
-
-
-def branches_apart(diffusion_model: torch.nn.Module) -> bool:
-    """Whether every branch needs a batch of its own, in which all rows have the same LoRAs."""
-    return type(diffusion_model).__name__ in HALVES

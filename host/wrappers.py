@@ -14,10 +14,10 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ..engine.bank import Bank
+from ..engine.layout import NotRows
 from .composition import KEY, Composition, Free, Run
 from .context import method_contexts, parts_of, run_context, sides_of
 from .control import ControlView
-from .rows import branches_apart
 from .steps import tracked
 
 
@@ -62,15 +62,24 @@ def calc_cond_batch(executor, model, conds, x_in, timestep, model_options):
         mixed = run.mix(plan, _present([out[None] for out in outs], conds), sides)
         return [out if one is None else one for out, one in zip(outs, mixed, strict=True)]
     run.single = None
-    if branches_apart(_unwrapped(model.diffusion_model)):
-        parts = [(combo,) for part in parts for combo in part]
-    options, outs = _caller_options(model_options, len(conds)), {}
-    for part in parts:
-        # The host takes conds from the end of its list: reversed here, rows come out with branches in order and the
-        # conds of one branch side by side, which is the layout that the engine computes in the fewest products.
-        wide = [_branch_cond(run, cond, combo) for combo in reversed(part) for cond in conds]
-        found = executor(model, wide, x_in, timestep, options)
-        outs.update({combo: found[k * len(conds):(k + 1) * len(conds)] for k, combo in enumerate(reversed(part))})
+    root, options = _unwrapped(model.diffusion_model), _caller_options(model_options, len(conds))
+
+    def evaluated(parts) -> dict:
+        outs = {}
+        for part in parts:
+            # The host takes conds from the end of its list: reversed here, rows come out with branches in order and the
+            # conds of one branch side by side, which is the layout that the engine computes in the fewest products.
+            wide = [_branch_cond(run, cond, combo) for combo in reversed(part) for cond in conds]
+            found = executor(model, wide, x_in, timestep, options)
+            outs.update({combo: found[k * len(conds):(k + 1) * len(conds)] for k, combo in enumerate(reversed(part))})
+        return outs
+
+    singles = [(combo,) for part in parts for combo in part]
+    try:
+        outs = evaluated(singles if run.apart(root, conds) else parts)
+    except NotRows as reason:
+        run.keep_apart(root, reason)
+        outs = evaluated(singles)
     stacked = [torch.stack([outs[combo][i] for combo in combos]) for i in range(len(conds))]
     mixed = run.mix(plan, _present(stacked, conds), sides)
     return [out[0] if one is None else one for out, one in zip(stacked, mixed, strict=True)]
@@ -94,7 +103,8 @@ def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, t
     run.count(x.shape[0])
     with ExitStack() as stack:
         for k, routed in enumerate(run.routed(_unwrapped(model.diffusion_model), partial(_banks, model),
-                                              partial(read_weight, model.current_patcher))):
+                                              partial(read_weight, model.current_patcher),
+                                              partial(_compiled, model.diffusion_model, options))):
             stack.enter_context(routed.rows([combo[k] for combo in combos for _ in range(per_cond)]))
         if run.cache is not None:
             control, options = stack.enter_context(run.cache.evaluate(
@@ -121,6 +131,15 @@ def _banks(model) -> list[Bank]:
 def _free(patcher) -> Free:
     """What the host's own batching goes by: under dynamic VRAM it counts weights that make way for activations."""
     return getattr(patcher, "get_free_memory", comfy.model_management.get_free_memory)
+
+
+def _compiled(module: torch.nn.Module, options: dict) -> bool:
+    """Whether torch.compile sees the model or some of its blocks: by the host's own wrapper, which may be further in,
+    or by what stands in their places."""
+    if "torch.compile" in options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {}):
+        return True
+    return any(type(each).__name__ == "OptimizedModule" or getattr(each, "_compiled_call_impl", None) is not None
+               for each in module.modules())
 
 
 def _unwrapped(module):
