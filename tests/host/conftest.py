@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 COMFYUI = os.environ.get("COMFYUI_UNDER_TEST")
-HOST_API = {"test_apply", "test_clock", "test_compile", "test_example_workflows", "test_files", "test_guidance",
+HOST_API = {"test_apply", "test_steps", "test_compile", "test_example_workflows", "test_files", "test_guidance",
             "test_guidance_guiders", "test_hazards", "test_inner_code", "test_keymaps", "test_kinds", "test_lifecycle",
             "test_memory", "test_multigpu", "test_nodes", "test_packed", "test_parity", "test_quantized",
             "test_samplers", "test_scenarios", "test_seams", "test_server", "test_sessions", "test_spectrum_node"}
