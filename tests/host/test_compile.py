@@ -3,12 +3,17 @@ the compiler sees our forwards, and whether it bakes one run's LoRAs into a grap
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from lora_ensemble.methods.composite import Composite
+from lora_ensemble.methods.merge import Merge
+from lora_ensemble.methods.switch import Switch
 
-from .builders import composite, merge, same, sample, stock, three
+from .builders import composite, merge, method, same, sample, stock, three
 from .compiled import compiled
-from .models import base
+from .models import FAMILIES, base
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -34,3 +39,37 @@ def test_compiled_model(place, loras):
     for name in ("merge", "one", "composite", "merge"):
         same(sample(made[name], "SD3"), reference[name], plain)
     same(sample(compiled(model), "SD3"), plain, reference["merge"], 1e-4)
+
+
+DEEP = replace(FAMILIES["Flux"], name="deep Flux", config=dict(FAMILIES["Flux"].config, depth=3, depth_single_blocks=4))
+BLOCKS = [f"diffusion_model.{kind}.{i}" for kind, count in (("double_blocks", 3), ("single_blocks", 4))
+          for i in range(count)]
+
+
+@pytest.mark.parametrize("keys", [["diffusion_model"], BLOCKS], ids=["whole", "block by block"])
+def test_no_more_graphs_than_the_plain_model_has(keys, loras, monkeypatch):
+    """Guard: every block compiled anew, up to the compiler's limit, as with a number of its own in each. Other LoRAs,
+    strengths and turns bring no graph either."""
+    monkeypatch.setitem(FAMILIES, DEEP.name, DEEP)
+    model, graphs = base(DEEP.name), []
+
+    def counted(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    first = compiled(model, counted, keys)
+    ensemble = three(model, loras)
+    plain = sample(first, DEEP.name)
+    alone = len(graphs)
+    for make in (Switch, Merge, Composite):
+        ours = method(first, ensemble, lambda strengths, make=make: make(strengths))
+        same(sample(ours, DEEP.name, steps=3), sample(method(model, ensemble, make), DEEP.name, steps=3),
+             sample(model, DEEP.name, steps=3))
+        again = len(graphs)
+        sample(method(first, [replace(spec, strength_model=0.3) for spec in ensemble], make), DEEP.name)
+        assert len(graphs) == again
+        # One set for batches of two rows, and one for Composite's wider ones; with LoRAs each is another graph.
+        assert len(graphs) - alone <= alone * (2 if make is Composite else 1)
+    same(plain, sample(model, DEEP.name), sample(stock(model, ensemble), DEEP.name), 1e-4)
+    assert not [node for graph in graphs for node in graph.graph.nodes if "route_" in str(node.target)]
