@@ -176,11 +176,6 @@ class Run:
         return self.sessions[depth].mix(plan.step, Call(plan.x, plan.sigma, branches, predictions, sides,
                                                             plan.parts))
 
-    def note(self, key: str, value: object) -> None:
-        """Record something about the current step: a JSON value, or a tensor, which is read when the run is over."""
-        if self.record.steps:
-            self.record.steps[-1].notes[key] = value
-
     def tag(self, cond: UUID, combo: Combo) -> UUID:
         """An identity for a cond under one combination of branches: what caches keyed by cond must tell apart."""
         key = (cond, combo)
@@ -206,11 +201,6 @@ class Run:
         if hasattr(root, "clear_kv_cache") and self._prompts.get(id(root), (root, None))[1] != combos:
             root.clear_kv_cache()
             self._prompts[id(root)] = (root, combos)
-
-    def count(self, rows: int) -> None:
-        if self.record.steps:
-            self.record.steps[-1].calls += 1
-            self.record.steps[-1].rows += rows
 
     def close(self, finished: bool) -> None:
         """Leave the models as they were, whatever becomes of the record: an accelerator that has failed raises where
@@ -240,8 +230,8 @@ class Run:
         self._tell(f"{adapter}: {layer}: {reason}")
 
     def _tell(self, problem: str) -> None:
-        log.warning(problem)
-        self.record.problems.append(problem)
+        if self.record.tell(problem):
+            log.warning(problem)
 
     def _close_step(self) -> None:
         """The sessions' notes go in under their method's name; the second of a kind has its place as well."""
@@ -249,9 +239,9 @@ class Run:
         if self.record.steps:
             self.record.steps[-1].seconds = now - self._since
             if self.cache is not None:
-                self.note("cache", self.cache.notes())
+                self.record.note("cache", self.cache.notes())
             for k, (name, session) in enumerate(zip(self.record.methods, self.sessions, strict=True)):
                 found = session.notes()
                 if found:
-                    self.note(f"{name} {k + 1}" if name in self.record.methods[:k] else name, found)
+                    self.record.note(f"{name} {k + 1}" if name in self.record.methods[:k] else name, found)
         self._since = now

@@ -89,7 +89,7 @@ def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, t
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
     options = _caller_indexes(options)
     per_cond = x.shape[0] // len(combos)
-    run.count(x.shape[0])
+    run.record.count(x.shape[0])
     with ExitStack() as stack:
         for k, routed in enumerate(run.routed(_unwrapped(model.diffusion_model), partial(_banks, model),
                                               partial(read_weight, model.current_patcher))):
