@@ -42,10 +42,11 @@ def _tensor(tensor: Tensor, rows: Sequence[int], batch: int) -> Tensor:
 
 
 def whole_only(conds: list, options: dict, composition: Composition | None) -> str | None:
-    """Why a batch cannot be evaluated in part, or None."""
-    for layer in composition.layers if composition is not None else ():
-        if hasattr(layer.method, "begin"):
-            return f"{type(layer.method).__name__} follows the whole batch from step to step"
+    """Why a batch cannot be evaluated in part, or None. A composition must be in its run."""
+    sessions = composition.run.sessions if composition is not None else ()
+    for layer, session in zip(composition.layers if sessions else (), sessions, strict=True):
+        if session.whole_batch:
+            return f"{type(layer.method).__name__} mixes by what it finds in the whole batch"
         if any(mask is not None and mask.ndim > 2 and mask.shape[0] > 1 for mask in layer.masks):
             return "a LoRA has a mask for each picture"
     inner = options.get("transformer_options", {})

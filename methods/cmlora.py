@@ -130,6 +130,8 @@ class CMLoRA:
 class CMLoRASession(Session):
     """One run: who leads, how old each LoRA's cached features are, and the share measured last."""
 
+    whole_batch = False
+
     def __init__(self, method: CMLoRA, facts: RunFacts):
         self.method = method
         self.count = len(method.strengths)

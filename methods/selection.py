@@ -219,6 +219,8 @@ class Selection:
 class SelectionSession(Session):
     """One run. Nothing is kept but where it stands: the choice depends on the progress alone."""
 
+    whole_batch = False
+
     def __init__(self, method: Selection, facts: RunFacts):
         self.method, self.facts, self._scale = method, facts, 0.0
 
