@@ -41,6 +41,11 @@ def _tensor(tensor: Tensor, rows: Sequence[int], batch: int) -> Tensor:
     return whole.index_select(0, on_device(rows, tensor.device))
 
 
+def in_range(entry: dict, sigma: float) -> bool:
+    """Whether a processed cond acts at a noise level: the host leaves it out before its start and after its end."""
+    return entry.get("timestep_end", sigma) <= sigma <= entry.get("timestep_start", sigma)
+
+
 def whole_only(conds: list, options: dict, composition: Composition | None) -> str | None:
     """Why a batch cannot be evaluated in part, or None. A composition must be in its run."""
     sessions = composition.run.sessions if composition is not None else ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from functools import partial
+from uuid import UUID
 
 import comfy.lora
 import comfy.model_management
@@ -14,10 +15,10 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ..engine.bank import Bank
-from .composition import KEY, Composition, Free, Run
+from .composition import KEY, Composition, Free, Plan, Run
 from .control import ControlView
 from .facts import parts_of, run_facts, sides_of
-from .rows import branches_apart
+from .rows import branches_apart, in_range
 
 
 def install_wrappers(model) -> None:
@@ -53,7 +54,9 @@ def calc_cond_batch(executor, model, conds, x_in, timestep, model_options):
         return executor(model, conds, x_in, timestep, model_options)
     plan, sides = run.plan(x_in, timestep, parts_of(conds)), run.sides(conds)
     combos = plan.combos
-    parts = [combos] if run.cache is None else run.cache.parts(plan.step, combos, plan.fresh, timestep)
+    parts = [combos]
+    if run.cache is not None:
+        parts = run.cache.parts(plan.step, combos, plan.fresh, timestep, partial(_identities, run, plan, conds))
     if len(combos) == 1:
         run.single = combos[0]
         outs = executor(model, conds, x_in, timestep, model_options)
@@ -124,6 +127,12 @@ def _free(patcher) -> Free:
 def _unwrapped(module):
     """The module itself where torch.compile has put a shell around it."""
     return getattr(module, "_orig_mod", module)
+
+
+def _identities(run: Run, plan: Plan, conds, combo) -> list[UUID | None]:
+    """Those under which the conds are evaluated for one combination, the ones in their range at this noise level."""
+    uuids = [entry.get("uuid") for cond in conds for entry in cond or () if in_range(entry, plan.step.sigma)]
+    return uuids if len(plan.combos) == 1 else [run.tag(uuid, combo) for uuid in uuids]
 
 
 _INDEXES = f"{KEY}_conds"
