@@ -34,13 +34,14 @@ Free = Callable[[torch.device], float]
 
 @dataclass(frozen=True)
 class Layer:
-    """One method node's share: its method, the names of its LoRAs, what it could not express at load, and where each
-    LoRA may act (masks as users give them, [B, height, width] in pixels)."""
+    """One method node's share: its method, the names of its LoRAs, what it could not express at load, where each LoRA
+    may act (masks as users give them, [B, height, width] in pixels), and which of the MODEL's banks holds them."""
 
     method: Method
     names: tuple[str, ...]
     problems: tuple[str, ...] = ()
     masks: tuple[Tensor | None, ...] = ()
+    bank: int = 0
 
 
 @dataclass

@@ -115,8 +115,10 @@ def _active(model) -> Run | None:
 
 
 def _banks(model) -> list[Bank]:
-    """The banks on this model's device: a multi-GPU clone carries copies of its own."""
-    return [patcher.model for patcher in model.current_patcher.get_additional_models_with_key(KEY)]
+    """The bank of each layer, on this model's device: a multi-GPU clone carries copies of its own."""
+    patcher = model.current_patcher
+    banks = [bank.model for bank in patcher.get_additional_models_with_key(KEY)]
+    return [banks[layer.bank] for layer in patcher.get_attachment(KEY).layers]
 
 
 def _free(patcher) -> Free:
