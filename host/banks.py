@@ -70,6 +70,12 @@ def _described(name: str, module: nn.Module) -> tuple:
     return name, kind.__module__, kind.__qualname__, sizes, leaves
 
 
+def forget() -> None:
+    """Hold on to no bank; those that a MODEL uses stay known to no one but it."""
+    _known.clear()
+    _recent.clear()
+
+
 def _hold(base: nn.Module, key: Hashable, patcher: Patcher) -> None:
     recent = _recent.setdefault(base, OrderedDict())
     recent[key] = patcher

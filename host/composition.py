@@ -21,6 +21,7 @@ from ..methods import Method
 from ..methods.session import OTHER, POSITIVE, UNCONDITIONAL, Call, RunFacts, begin
 from .cache import BranchCache, CacheSpec
 from .clock import Clock
+from .control import Controls
 
 KEY = "lora_ensemble"
 log = logging.getLogger("lora_ensemble")
@@ -125,7 +126,7 @@ class Run:
         self.cache = BranchCache(cache, self._tell, free) if cache is not None and cache.oldest > 1 else None
         self.combos: dict[UUID, Combo] = {}
         self.single: Combo | None = None
-        self.views: dict[int, object] = {}
+        self.controls = Controls()
         self._sides = sides
         self._tags: dict[tuple[UUID, Combo], UUID] = {}
         self._routed: dict[int, tuple[nn.Module, list[RoutedForwards]]] = {}

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..engine.bank import Bank
 from .composition import KEY, Composition, Free, Plan, Run
-from .control import ControlView
+from .control import CALLER_CONDS, caller_indexes
 from .facts import parts_of, run_facts, sides_of
 from .rows import branches_apart, in_range
 
@@ -66,6 +66,7 @@ def calc_cond_batch(executor, model, conds, x_in, timestep, model_options):
     if branches_apart(_unwrapped(model.diffusion_model)):
         parts = [(combo,) for part in parts for combo in part]
     options, outs = _caller_options(model_options, len(conds)), {}
+    run.controls.begin(conds, len(combos))
     for part in parts:
         # The host takes conds from the end of its list: reversed here, rows come out with branches in order and the
         # conds of one branch side by side, which is the layout that the engine computes in the fewest products.
@@ -90,7 +91,7 @@ def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, t
     if None in combos:
         # A node called the model on its own while several branches are open: none of them is meant.
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
-    options = _caller_indexes(options)
+    options = caller_indexes(options)
     per_cond = x.shape[0] // len(combos)
     run.record.count(x.shape[0])
     with ExitStack() as stack:
@@ -137,7 +138,6 @@ def _identities(run: Run, plan: Plan, conds, combo) -> list[UUID | None]:
     return uuids if len(plan.combos) == 1 else [run.tag(uuid, combo) for uuid in uuids]
 
 
-_INDEXES = f"{KEY}_conds"
 
 
 def _branch_cond(run: Run, cond, combo):
@@ -146,12 +146,10 @@ def _branch_cond(run: Run, cond, combo):
         return None
     out = []
     for entry in cond:
-        entry = {**entry, "uuid": run.tag(entry.get("uuid"), combo)}
-        control = entry.get("control")
+        control, copy = entry.get("control"), {**entry, "uuid": run.tag(entry.get("uuid"), combo)}
         if control is not None:
-            # One view per control: the host batches conds whose control is the same object.
-            entry["control"] = run.views.setdefault(id(control), ControlView(control, _caller_indexes))
-        out.append(entry)
+            copy["control"] = run.controls.view(control, entry.get("uuid"), copy["uuid"])
+        out.append(copy)
     return out
 
 
@@ -159,24 +157,14 @@ def _caller_options(model_options: dict, caller_conds: int) -> dict:
     """Model options for the wide batch: they say how many conds the caller has, and show an outer function wrapper the
     caller's indexes."""
     options = {**model_options}
-    options["transformer_options"] = {**options.get("transformer_options", {}), _INDEXES: caller_conds}
+    options["transformer_options"] = {**options.get("transformer_options", {}), CALLER_CONDS: caller_conds}
     wrapper = options.get("model_function_wrapper")
     if wrapper is not None:
         def with_caller_indexes(apply, args):
-            inner = _caller_indexes(args["c"]["transformer_options"])
+            inner = caller_indexes(args["c"]["transformer_options"])
             return wrapper(apply, {**args, "c": {**args["c"], "transformer_options": inner},
                                    "cond_or_uncond": inner["cond_or_uncond"]})
         options["model_function_wrapper"] = with_caller_indexes
-    return options
-
-
-def _caller_indexes(options: dict) -> dict:
-    """Transformer options with `cond_or_uncond` in the caller's meaning; inner code must never see branch numbers."""
-    count = options.get(_INDEXES)
-    if count is None:
-        return options
-    options = {key: value for key, value in options.items() if key != _INDEXES}
-    options["cond_or_uncond"] = [index % count for index in options["cond_or_uncond"]]
     return options
 
 
