@@ -80,18 +80,19 @@ class Controls:
             out[name] = value
         return out
 
-    def recall(self, key: tuple) -> Residuals | None:
-        """An answer that is known, for one more part of a batch; the last part that it is for takes it along."""
-        answer, left = self._answers.pop(key)
-        if left > 1:
-            self._answers[key] = answer, left - 1
-        return answer
-
     def knows(self, key: tuple) -> bool:
         return key in self._answers
 
     def learn(self, key: tuple, answer: Residuals | None) -> None:
+        """Keep an answer until it was taken for every branch."""
         self._answers[key] = answer, self._branches
+
+    def take(self, key: tuple, times: int) -> Residuals | None:
+        """A known answer, for so many parts of a batch."""
+        answer, left = self._answers.pop(key)
+        if left > times:
+            self._answers[key] = answer, left - times
+        return answer
 
 
 class ControlView:
@@ -110,7 +111,8 @@ class ControlView:
         if sources is not None and len(sources) == batched_number and _is_the_hosts(self._control):
             keys = [(id(self._control), source, x_noisy.device) for source in sources]
             if self._asked(keys, x_noisy, t, cond, options):
-                return _joined([self._controls.recall(key) for key in keys], len(x_noisy) // len(keys))
+                answers = {key: self._controls.take(key, times) for key, times in Counter(keys).items()}
+                return _joined([answers[key] for key in keys], len(x_noisy) // len(keys))
         return self._control.get_control(x_noisy, t, cond, batched_number, options)
 
     def get_instance_for_device(self, device):
