@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from threading import Lock
 
 from torch import Tensor
 
@@ -30,6 +31,7 @@ class StepRecord:
 @dataclass
 class RunRecord:
     """One sampling run. Plain numbers and strings only once it has settled, so that it can be saved and shown as it is.
+    The devices of one run report from threads of their own: what they report goes through the methods.
 
     methods     name of each method, outermost first
     adapters    names of the LoRAs of each method, in the order of the gains
@@ -42,6 +44,23 @@ class RunRecord:
     steps: list[StepRecord] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     finished: bool = False
+
+    def __post_init__(self) -> None:
+        self._lock = Lock()  # no field: a record is copied and saved as plain data
+
+    def count(self, rows: int) -> None:
+        """One more forward of the diffusion model in the current step, and the samples in it; nothing before the first
+        step."""
+        with self._lock:
+            if self.steps:
+                self.steps[-1].calls += 1
+                self.steps[-1].rows += rows
+
+    def note(self, key: str, value: object) -> None:
+        """Record something about the current step: a JSON value, or a tensor, which is read when the run is over."""
+        with self._lock:
+            if self.steps:
+                self.steps[-1].notes[key] = value
 
     def settle(self) -> None:
         """Read every tensor that was noted; before, none made the host wait for the device."""

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field, replace
 
 import comfy.lora
-import comfy.model_patcher
 import torch
 
 from ..engine.bank import Bank
 from ..methods import Method
+from .banks import layers_of, shared_bank
 from .cache import CacheSpec
 from .composition import KEY, Applied, Composition
 from .ensemble import Ensemble, LoRASpec
-from .files import LoRAFileError, read
+from .files import LoRAFileError, fingerprint, read
 from .parse import ParsedLoRA, parse
 from .wrappers import install_wrappers
 
@@ -59,14 +58,12 @@ def apply_method(model, clip, ensemble: Ensemble, make: Callable[[Active], Metho
                       a method whose single branch never changes
     Raises ValueError for an empty ensemble and LoRAFileError for files that cannot be used with this model.
     """
-    active, parsed = _parse_all(model, clip, ensemble, node)
-    new_model = model.clone()
-    problems = []
+    active, parsed, shared = _shared(model, clip, ensemble, node)
+    _say_without_effect(active, ensemble, node)
+    new_model, bank, problems = model.clone(), shared.model, []
     for spec, lora in zip(active, parsed, strict=True):
         rest = {key: lora.patches[key] for key, _ in lora.left_out} if rest_on_weights else {}
         problems += _problems(spec, lora, new_model.add_patches(rest, spec.strength_model) if rest else [])
-    names = tuple(spec.name for spec in active)
-    bank = Bank([lora.layers for lora in parsed], names, compute_dtype(model))
     method = make(Active(tuple(active), bank, model, problems))
     masked = [spec.name for spec in active if spec.mask is not None]
     if masked and not getattr(method, "uses_masks", False):
@@ -75,17 +72,22 @@ def apply_method(model, clip, ensemble: Ensemble, make: Callable[[Active], Metho
         log.warning("%s: %s", node, problem)
     before = model.get_attachment(KEY)
     masks = tuple(spec.mask.tensor if spec.mask is not None else None for spec in active)
-    applied = (*(before.applied if before is not None else ()), Applied(method, names, tuple(problems), masks))
+    # Methods in a row may have one bank: it is on the MODEL once, or the host would load and count it twice.
+    banks = list(new_model.get_additional_models_with_key(KEY))
+    place = next((k for k, other in enumerate(banks) if other.model is bank), len(banks))
+    new_model.set_additional_models(KEY, banks if place < len(banks) else [*banks, shared.clone()])
+    applied = (*(before.applied if before is not None else ()),
+               Applied(method, bank.names, tuple(problems), masks, place))
     new_model.set_attachments(KEY, Composition(applied, before.cache if before is not None else None))
-    banks = new_model.get_additional_models_with_key(KEY)
-    new_model.set_additional_models(KEY, [*banks, bank_patcher(bank, model.load_device, model.offload_device)])
     install_wrappers(new_model)
     return new_model, merge_clip(clip, ensemble)
 
 
 def bake(model, clip, ensemble: Ensemble, node: str):
     """The ordinary merge through the host's own weight patches: what a chain of its LoRA loaders does."""
+    _some(ensemble, node)
     active, parsed = _parse_all(model, clip, ensemble, node)
+    _say_without_effect(active, ensemble, node)
     new_model = model.clone()
     for spec, lora in zip(active, parsed, strict=True):
         new_model.add_patches(lora.patches, spec.strength_model)
@@ -119,27 +121,44 @@ def compute_dtype(model) -> torch.dtype:
     return model.get_model_object("manual_cast_dtype") or model.model.get_dtype()
 
 
-def bank_patcher(bank: Bank, load_device, offload_device, disable_dynamic: bool = False):
-    """The bank as a model of its own, so that the host loads it beside the base, counts it and frees it.
+def _shared(model, clip, ensemble: Ensemble, node: str) -> tuple[list[LoRASpec], tuple[ParsedLoRA, ...], object]:
+    """(the LoRAs that take part, what was made of their files, the bank as a model of its own): as `_parse_all` and a
+    new bank would give them, but read and built only where no node has done so. What is kept of the files has no
+    tensors but those that the bank lacks."""
+    _some(ensemble, node)
+    used = [spec for spec in ensemble if spec.strength_model != 0 or spec.strength_clip != 0]
 
-    `cached_patcher_init` lets the host make the copies that it keeps on further devices.
-    """
-    kind = comfy.model_patcher.ModelPatcher
-    if not disable_dynamic:
-        kind = getattr(comfy.model_patcher, "CoreModelPatcher", kind)
-    # Never of size 0: the host's dynamic memory cannot reserve nothing, and a bank may hold no LoRA that acts.
-    patcher = kind(bank, load_device=load_device, offload_device=offload_device, size=max(bank.nbytes(), 1))
-    patcher.cached_patcher_init = (_copied_bank_patcher, (bank, load_device, offload_device))
-    return patcher
+    def make() -> tuple[Bank, tuple]:
+        active, parsed = _parse_all(model, clip, ensemble, node)
+        bank = Bank([lora.layers for lora in parsed], tuple(spec.name for spec in active), compute_dtype(model))
+        places = tuple(k for k, spec in enumerate(used) if any(spec is one for one in active))
+        return bank, (places, tuple(
+            replace(lora, layers={}, patches={key: lora.patches[key] for key, _ in lora.left_out}) for lora in parsed))
+
+    shared, (places, parsed) = shared_bank(model, _facts(clip, used), compute_dtype(model), make)
+    return [used[k] for k in places], parsed, shared
 
 
-def _copied_bank_patcher(bank: Bank, load_device, offload_device, disable_dynamic: bool = False):
-    return bank_patcher(copy.deepcopy(bank), load_device, offload_device, disable_dynamic)
+def _facts(clip, used: list[LoRASpec]) -> Hashable:
+    """What `_parse_all` goes by besides the model: the files, whether a LoRA is to act on the model at all, and what
+    the text encoder has a place for."""
+    files = tuple((spec.name, fingerprint(spec.name), spec.strength_model != 0) for spec in used)
+    return files, None if clip is None else layers_of(clip.cond_stage_model)
+
+
+def _some(ensemble: Ensemble, node: str) -> None:
+    if not ensemble:
+        raise ValueError(f"{node}: the ensemble is empty. Connect at least one 'LoRA (Ensemble)' node to it.")
+
+
+def _say_without_effect(active: list[LoRASpec], ensemble: Ensemble, node: str) -> None:
+    for spec in ensemble:
+        if spec.strength_model != 0 and not any(spec is one for one in active):
+            log.info("%s: LoRA '%s' changes the text encoder alone, so it takes no part in the composition", node,
+                     spec.name)
 
 
 def _parse_all(model, clip, ensemble: Ensemble, node: str) -> tuple[list[LoRASpec], list[ParsedLoRA]]:
-    if not ensemble:
-        raise ValueError(f"{node}: the ensemble is empty. Connect at least one 'LoRA (Ensemble)' node to it.")
     key_map = comfy.lora.model_lora_keys_unet(model.model, {})
     clip_keys = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {}) if clip is not None else {}
     active, parsed = [], []
@@ -153,10 +172,7 @@ def _parse_all(model, clip, ensemble: Ensemble, node: str) -> tuple[list[LoRASpe
         if wrong:
             raise LoRAFileError(f"{node}: LoRA '{spec.name}' {wrong}, or remove it from the ensemble. The model is of "
                                 f"the kind {type(model.model).__name__}.")
-        if spec.strength_model != 0 and not lora.patches:
-            log.info("%s: LoRA '%s' changes the text encoder alone, so it takes no part in the composition", node,
-                     spec.name)
-        elif spec.strength_model != 0:
+        if spec.strength_model != 0 and lora.patches:
             active.append(spec)
             parsed.append(lora)
     return active, parsed

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Lock
 from uuid import UUID
 
+import comfy.model_management
 import torch
 from torch import Tensor, nn
 
-from ..engine.cache import FeatureCache
+from ..engine.cache import FeatureCache, Home
 from ..engine.tell import Once
 from ..kernels.branch import Branch, Step
 from ..methods.schedule import Schedule
+from .lasting import lasting
 from .seams import Seam, seam_of
 
 Combo = tuple[Branch, ...]
 """One branch per applied method: what one row of a batch is evaluated with."""
+MAIN_MEMORY = torch.device("cpu")
+log = logging.getLogger("lora_ensemble")
 
 
 @dataclass(frozen=True)
@@ -47,12 +53,17 @@ class CacheSpec:
 
 
 class BranchCache:
-    """One run's cache. Per model call of the sampler: `parts` once, then `evaluate` for each batch of the host's.
+    """One run's cache. Per model call of the sampler: `parts` once, then `evaluate` for each batch of the host's, of
+    several devices at the same time.
 
     Features belong to a branch, a cond, a context window, a set of patches (perturbed passes of PAG and SLG bring
     their own), a shape, and the how-manieth evaluation of all that at this noise level (SAG evaluates twice).
 
-    report   called with a sentence for what cannot be cached; once per case
+    What is reused must not depend on the memory that happens to be free, or the same settings would draw another
+    picture. So features go to main memory where their device has no room, each gives half of what it has free when the
+    run first needs it, and where both are full the whole run goes on without a cache.
+
+    report   called with a sentence for what cannot be cached, each time it is found
     free     bytes that a device has left, as the host's batching counts them
     """
 
@@ -65,23 +76,33 @@ class BranchCache:
         self._step: Step | None = None
         self._timestep: Tensor | None = None
         self._whole: dict[Combo, bool] = {}
-        self._last: dict[Combo, int] = {}
+        self._kept: dict[UUID | None, Hashable] = {}  # per cond of a branch, where its newest features are
         self._times: dict[Hashable, int] = {}
         self._seams: dict[int, tuple[nn.Module, Seam | None]] = {}
         self._limits: dict[torch.device, int] = {}
+        self._spilled: set[torch.device] = set()
+        self._full = False
+        self._lock = Lock()
 
-    def parts(self, step: Step, combos: Sequence[Combo], fresh: Sequence[bool], timestep: Tensor) -> list[list[Combo]]:
-        """The combinations to evaluate together: those that run whole, then those on cached features."""
+    def parts(self, step: Step, combos: Sequence[Combo], fresh: Sequence[bool], timestep: Tensor,
+              identities: Callable[[Combo], Iterable[UUID | None]]) -> list[list[Combo]]:
+        """The combinations to evaluate together: those that run whole, then those on cached features. `identities`
+        names the conds that a combination is evaluated with now: it runs whole if one of them has no features, since
+        the host decides by its memory what shares a batch with that one."""
         if self._step is None or self._step.index != step.index:
             self.reused, self.ages = 0, {}
         if timestep is not self._timestep:
             self._times.clear()
         self._step, self._timestep = step, timestep
         self._whole = {}
+        if self._full:
+            self.store.clear()
+            self._step, self._whole = None, dict.fromkeys(combos, True)
+            return [list(combos)]
         for combo, asked in zip(combos, fresh, strict=True):
             due = asked if self.spec.schedule is None else self.spec.schedule.refreshes(step)
-            age = abs(step.index - self._last[combo]) if combo in self._last else self.store.max_age
-            self._whole[combo] = self._whole.get(combo, False) or due or age >= self.store.max_age
+            known = all(self.store.get(self._kept.get(uuid), step.index) is not None for uuid in identities(combo))
+            self._whole[combo] = self._whole.get(combo, False) or due or not known
         parts = ([combo for combo in combos if self._whole[combo] is whole] for whole in (True, False))
         return [part for part in parts if part]
 
@@ -96,13 +117,14 @@ class BranchCache:
         rows = x.shape[0] // len(combos)
         places = (_window(options), _patches(options), (rows, *x.shape[1:]), None if context is None else
                   tuple(context.shape[1:]))
-        keys = [self._key((uuid, combo, *places)) for uuid, combo in zip(uuids, combos, strict=True)]
-        found = [self.store.get(key, self._step.index) for key in keys]
-        whole = any(self._whole.get(combo, True) for combo in combos) or None in found
-        for combo, key in zip(combos, keys, strict=True):
-            self.ages[combo] = 0 if whole else max(self.ages.get(combo, 0), self.store.age(key, self._step.index))
+        with self._lock:
+            keys = [self._key((uuid, combo, *places)) for uuid, combo in zip(uuids, combos, strict=True)]
+            found = [self.store.get(key, self._step.index) for key in keys]
+            whole = any(self._whole.get(combo, True) for combo in combos) or None in found
+            for combo, key in zip(combos, keys, strict=True):
+                self.ages[combo] = 0 if whole else max(self.ages.get(combo, 0), self.store.age(key, self._step.index))
+            self.reused += 0 if whole else x.shape[0]
         if not whole:
-            self.reused += x.shape[0]
             features = {name: torch.cat([entry[name].to(x.device) for entry in found]) for name in found[0]}
             with seam.reuse(features, control, options) as changed:
                 yield changed
@@ -113,7 +135,7 @@ class BranchCache:
             self._seams[id(root)] = (root, None)
             self._say(f"{type(root).__name__} does not let its blocks be replaced")
             return
-        self._keep(keys, combos, {name: value.chunk(len(combos)) for name, value in caught.items()}, x.device)
+        self._keep(uuids, keys, {name: value.chunk(len(combos)) for name, value in caught.items()}, x.device)
 
     def notes(self) -> dict[str, object]:
         """What to record of a step.
@@ -130,20 +152,42 @@ class BranchCache:
         keeps a MODEL that nobody uses until Python happens to look for circles. The host takes that for a leak."""
         self.store.clear()
         self._seams.clear()
-        self._last.clear()
+        self._kept.clear()
         del self._report, self._free
 
-    def _keep(self, keys: list, combos: Sequence[Combo], caught: dict[Hashable, tuple], device: torch.device) -> None:
-        if device not in self._limits:
-            self._limits[device] = int(self._free(device)) // 2
-        for k, (key, combo) in enumerate(zip(keys, combos, strict=True)):
-            # Copies: a view would hold the whole batch for as long as its oldest row is kept.
-            features = {name: chunks[k].clone() for name, chunks in caught.items()}
-            if self.store.put(key, self._step.index, features, self._limits[device]):
-                self._last[combo] = self._step.index
-            else:
-                self._last.pop(combo, None)
-                self._say(f"{self.store.bytes >> 20} MB of features are half of the free memory; more are not kept")
+    def _keep(self, uuids: Sequence[UUID | None], keys: list, caught: dict[Hashable, tuple],
+              device: torch.device) -> None:
+        homes = self._homes(device)
+        for k, (uuid, key) in enumerate(zip(uuids, keys, strict=True)):
+            if self._full:
+                return
+            with lasting():
+                home = self.store.put(key, self._step.index, {name: each[k] for name, each in caught.items()}, homes)
+            if home is None:
+                self._give_up(sum(limit for _, limit in homes))
+                return
+            self._kept[uuid] = key
+            if home != device and home not in self._spilled:
+                self._spilled.add(home)
+                log.info("Branch Cache: %s has no room for all features; the others are kept in main memory.", device)
+
+    def _give_up(self, limit: int) -> None:
+        """From the next call on: what the other batches of this one do must not depend on which of them came first."""
+        with self._lock:
+            known, self._full = self._full, True
+        if not known:
+            self._report("Branch Cache: the features of this run do not fit into half of the free memory "
+                         f"({limit >> 20} MB), so from step {self._step.index + 1} on every branch runs whole and "
+                         "nothing is cached. With more memory the picture would be another one.")
+
+    def _homes(self, device: torch.device) -> list[Home]:
+        """Where features of a device may be kept, and how many bytes each place gives to this run."""
+        with self._lock:
+            if device not in self._limits:
+                self._limits[device] = int(self._free(device)) // 2
+            if MAIN_MEMORY not in self._limits:
+                self._limits[MAIN_MEMORY] = int(comfy.model_management.get_free_memory(MAIN_MEMORY)) // 2
+            return [(home, self._limits[home]) for home in dict.fromkeys((device, MAIN_MEMORY))]
 
     def _key(self, place: tuple) -> tuple:
         """The place with its how-manieth evaluation at this noise level."""

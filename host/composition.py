@@ -22,6 +22,7 @@ from ..kernels.packed import Parts, unpack
 from ..methods import Method
 from ..methods.session import OTHER, POSITIVE, UNCONDITIONAL, Call, RunContext, begin
 from .cache import BranchCache, CacheSpec, Combo
+from .control import Controls
 from .row_order import one_row_only, row_order
 from .steps import StepTracker
 
@@ -34,13 +35,15 @@ Free = Callable[[torch.device], float]
 
 @dataclass(frozen=True)
 class Applied:
-    """One method node's share of a MODEL: its method, the names of its LoRAs, what it could not express at load, and
-    where each LoRA may act (masks as users give them, [B, height, width] in pixels)."""
+    """One method node's share of a MODEL: its method, the names of its LoRAs, what it could not express at load, where
+    each LoRA may act (masks as users give them, [B, height, width] in pixels), and which of the MODEL's banks holds
+    them."""
 
     method: Method
     names: tuple[str, ...]
     problems: tuple[str, ...] = ()
     masks: tuple[Tensor | None, ...] = ()
+    bank: int = 0
 
 
 @dataclass
@@ -128,7 +131,7 @@ class Run:
         self.cache = BranchCache(cache, self._tell, free) if cache is not None and cache.oldest > 1 else None
         self.combos: dict[UUID, Combo] = {}
         self.single: Combo | None = None
-        self.views: dict[int, object] = {}
+        self.controls = Controls()
         self._sides = sides
         self._tags: dict[tuple[UUID, Combo], UUID] = {}
         self._routed: dict[int, tuple[nn.Module, list[RoutedForwards]]] = {}
@@ -181,11 +184,6 @@ class Run:
         return self.sessions[depth].mix(plan.step, Call(plan.x, plan.sigma, branches, predictions, sides,
                                                             plan.parts))
 
-    def note(self, key: str, value: object) -> None:
-        """Record something about the current step: a JSON value, or a tensor, which is read when the run is over."""
-        if self.record.steps:
-            self.record.steps[-1].notes[key] = value
-
     def tag(self, cond: UUID, combo: Combo) -> UUID:
         """An identity for a cond under one combination of branches: what caches keyed by cond must tell apart."""
         key = (cond, combo)
@@ -230,12 +228,6 @@ class Run:
             root.clear_kv_cache()
             self._prompts[id(root)] = (root, combos)
 
-    def count(self, rows: int) -> None:
-        """A forward of the diffusion model with so many rows."""
-        if self.record.steps:
-            self.record.steps[-1].calls += 1
-            self.record.steps[-1].rows += rows
-
     def close(self, finished: bool) -> None:
         """Leave the models as they were, whatever becomes of the record: an accelerator that has failed raises where
         its numbers are read."""
@@ -269,11 +261,11 @@ class Run:
         if self.record.steps:
             self.record.steps[-1].seconds = now - self._since
             if self.cache is not None:
-                self.note("cache", self.cache.notes())
+                self.record.note("cache", self.cache.notes())
             for k, (name, session) in enumerate(zip(self.record.methods, self.sessions, strict=True)):
                 found = session.notes()
                 if found:
-                    self.note(f"{name} {k + 1}" if name in self.record.methods[:k] else name, found)
+                    self.record.note(f"{name} {k + 1}" if name in self.record.methods[:k] else name, found)
         self._since = now
 
 

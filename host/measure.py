@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from functools import partial
 import comfy.model_management
 import comfy.utils
 
+from ..engine.bank import Bank
 from ..engine.sizes import measure
 from ..methods.selection import Sizes, sides
 from .apply import Active
@@ -49,7 +51,7 @@ def sizes_of(active: Active, subjects: Sequence[bool], k: int = 0, raw: bool = F
         bar.update_absolute(done, total)
 
     told: dict[tuple[str, str], list[str]] = {}
-    sizes = measure(bank, subjects, k, raw, top, partial(read_weight, active.model), visit,
+    sizes = measure(_in_main_memory(bank), subjects, k, raw, top, partial(read_weight, active.model), visit,
                     lambda name, layer, reason: told.setdefault((name, reason), []).append(layer),
                     None if raw else active.strengths)
     for (name, reason), layers in told.items():
@@ -59,3 +61,10 @@ def sizes_of(active: Active, subjects: Sequence[bool], k: int = 0, raw: bool = F
         while len(_kept) > KEPT:
             _kept.popitem(last=False)
     return sizes
+
+
+def _in_main_memory(bank: Bank) -> Bank:
+    """The bank where it can be measured: some accelerators have no float64, and a run may have left it on one."""
+    if all(factor.device.type == "cpu" for factor in bank.parameters()):
+        return bank
+    return copy.deepcopy(bank, {id(factor): factor.cpu() for factor in bank.parameters()})

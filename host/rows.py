@@ -40,11 +40,17 @@ def _tensor(tensor: Tensor, rows: Sequence[int], batch: int) -> Tensor:
     return whole.index_select(0, on_device(rows, tensor.device))
 
 
+def in_range(entry: dict, sigma: float) -> bool:
+    """Whether a processed cond acts at a noise level: the host leaves it out before its start and after its end."""
+    return entry.get("timestep_end", sigma) <= sigma <= entry.get("timestep_start", sigma)
+
+
 def whole_only(conds: list, options: dict, composition: Composition | None) -> str | None:
-    """Why a batch cannot be evaluated in part, or None."""
-    for applied in composition.applied if composition is not None else ():
-        if hasattr(applied.method, "begin"):
-            return f"{type(applied.method).__name__} follows the whole batch from step to step"
+    """Why a batch cannot be evaluated in part, or None. A composition must be in its run."""
+    sessions = composition.run.sessions if composition is not None else ()
+    for applied, session in zip(composition.applied if sessions else (), sessions, strict=True):
+        if session.whole_batch:
+            return f"{type(applied.method).__name__} mixes by what it finds in the whole batch"
         if any(mask is not None and mask.ndim > 2 and mask.shape[0] > 1 for mask in applied.masks):
             return "a LoRA has a mask for each picture"
     inner = options.get("transformer_options", {})

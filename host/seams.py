@@ -23,6 +23,8 @@ import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from torch import Tensor, nn
 
+from .lasting import lasting
+
 Options = dict
 Caught = dict
 """name -> Tensor"""
@@ -210,7 +212,8 @@ class BlockSeam:
                 total = sums[span.kind]
                 for name, tensor in _streams(args):
                     if i == span.start:
-                        total[name] = -tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+                        with lasting():
+                            total[name] = -tensor.to(torch.promote_types(tensor.dtype, torch.float32))
                     elif name in total:
                         total[name].sub_(tensor)
                 out = extra["original_block"](args) if before is None else before(args, extra)
@@ -218,8 +221,9 @@ class BlockSeam:
                            if name in total and total[name].shape == tensor.shape}
                 sums[span.kind] = {name: total[name].add_(tensor) for name, tensor in streams.items()}
                 if i == span.stop - 1:
-                    caught.update({(span.kind, *name): sums[span.kind][name].to(tensor.dtype)
-                                   for name, tensor in streams.items()})
+                    with lasting():
+                        caught.update({(span.kind, *name): sums[span.kind][name].to(tensor.dtype)
+                                       for name, tensor in streams.items()})
                 return out
 
             return block

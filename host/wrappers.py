@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from functools import partial
+from uuid import UUID
 
 import comfy.lora
 import comfy.model_management
@@ -15,9 +16,10 @@ from torch import Tensor
 
 from ..engine.bank import Bank
 from ..engine.layout import NotRows
-from .composition import KEY, Composition, Free, Run
+from .composition import KEY, Composition, Free, Plan, Run
 from .context import method_contexts, parts_of, run_context, sides_of
-from .control import ControlView
+from .control import CALLER_CONDS, caller_indexes
+from .rows import in_range
 from .steps import tracked
 
 
@@ -55,7 +57,9 @@ def calc_cond_batch(executor, model, conds, x_in, timestep, model_options):
         return executor(model, conds, x_in, timestep, model_options)
     plan, sides = run.plan(x_in, timestep, parts_of(conds)), run.sides(conds)
     combos = plan.combos
-    parts = [combos] if run.cache is None else run.cache.parts(plan.step, combos, plan.fresh, timestep)
+    parts = [combos]
+    if run.cache is not None:
+        parts = run.cache.parts(plan.step, combos, plan.fresh, timestep, partial(_identities, run, plan, conds))
     if len(combos) == 1:
         run.single = combos[0]
         outs = executor(model, conds, x_in, timestep, model_options)
@@ -66,6 +70,7 @@ def calc_cond_batch(executor, model, conds, x_in, timestep, model_options):
 
     def evaluated(parts) -> dict:
         outs = {}
+        run.controls.begin(conds, len(combos))
         for part in parts:
             # The host takes conds from the end of its list: reversed here, rows come out with branches in order and the
             # conds of one branch side by side, which is the layout that the engine computes in the fewest products.
@@ -98,9 +103,9 @@ def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, t
     if None in combos:
         # A node called the model on its own while several branches are open: none of them is meant.
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
-    options = _caller_indexes(options)
+    options = caller_indexes(options)
     per_cond = x.shape[0] // len(combos)
-    run.count(x.shape[0])
+    run.record.count(x.shape[0])
     with ExitStack() as stack:
         for k, routed in enumerate(run.routed(_unwrapped(model.diffusion_model), partial(_banks, model),
                                               partial(read_weight, model.current_patcher),
@@ -124,8 +129,10 @@ def _active(model) -> Run | None:
 
 
 def _banks(model) -> list[Bank]:
-    """The banks on this model's device: a multi-GPU clone carries copies of its own."""
-    return [patcher.model for patcher in model.current_patcher.get_additional_models_with_key(KEY)]
+    """The bank of each layer, on this model's device: a multi-GPU clone carries copies of its own."""
+    patcher = model.current_patcher
+    banks = [bank.model for bank in patcher.get_additional_models_with_key(KEY)]
+    return [banks[applied.bank] for applied in patcher.get_attachment(KEY).applied]
 
 
 def _free(patcher) -> Free:
@@ -147,7 +154,12 @@ def _unwrapped(module):
     return getattr(module, "_orig_mod", module)
 
 
-_INDEXES = f"{KEY}_conds"
+def _identities(run: Run, plan: Plan, conds, combo) -> list[UUID | None]:
+    """Those under which the conds are evaluated for one combination, the ones in their range at this noise level."""
+    uuids = [entry.get("uuid") for cond in conds for entry in cond or () if in_range(entry, plan.step.sigma)]
+    return uuids if len(plan.combos) == 1 else [run.tag(uuid, combo) for uuid in uuids]
+
+
 
 
 def _branch_cond(run: Run, cond, combo):
@@ -156,12 +168,10 @@ def _branch_cond(run: Run, cond, combo):
         return None
     out = []
     for entry in cond:
-        entry = {**entry, "uuid": run.tag(entry.get("uuid"), combo)}
-        control = entry.get("control")
+        control, copy = entry.get("control"), {**entry, "uuid": run.tag(entry.get("uuid"), combo)}
         if control is not None:
-            # One view per control: the host batches conds whose control is the same object.
-            entry["control"] = run.views.setdefault(id(control), ControlView(control, _caller_indexes))
-        out.append(entry)
+            copy["control"] = run.controls.view(control, entry.get("uuid"), copy["uuid"])
+        out.append(copy)
     return out
 
 
@@ -169,24 +179,14 @@ def _caller_options(model_options: dict, caller_conds: int) -> dict:
     """Model options for the wide batch: they say how many conds the caller has, and show an outer function wrapper the
     caller's indexes."""
     options = {**model_options}
-    options["transformer_options"] = {**options.get("transformer_options", {}), _INDEXES: caller_conds}
+    options["transformer_options"] = {**options.get("transformer_options", {}), CALLER_CONDS: caller_conds}
     wrapper = options.get("model_function_wrapper")
     if wrapper is not None:
         def with_caller_indexes(apply, args):
-            inner = _caller_indexes(args["c"]["transformer_options"])
+            inner = caller_indexes(args["c"]["transformer_options"])
             return wrapper(apply, {**args, "c": {**args["c"], "transformer_options": inner},
                                    "cond_or_uncond": inner["cond_or_uncond"]})
         options["model_function_wrapper"] = with_caller_indexes
-    return options
-
-
-def _caller_indexes(options: dict) -> dict:
-    """Transformer options with `cond_or_uncond` in the caller's meaning; inner code must never see branch numbers."""
-    count = options.get(_INDEXES)
-    if count is None:
-        return options
-    options = {key: value for key, value in options.items() if key != _INDEXES}
-    options["cond_or_uncond"] = [index % count for index in options["cond_or_uncond"]]
     return options
 
 

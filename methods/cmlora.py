@@ -131,6 +131,8 @@ class CMLoRA:
 class CMLoRASession(Session):
     """One run: who leads, how old each LoRA's cached features are, and the share measured last."""
 
+    whole_batch = False
+
     def __init__(self, method: CMLoRA, context: RunContext):
         self.method = method
         self.count = len(method.strengths)

@@ -202,6 +202,8 @@ class Selection:
 class SelectionSession(Session):
     """One run. Nothing is kept but where it stands: the choice depends on the progress alone."""
 
+    whole_batch = False
+
     def __init__(self, method: Selection, context: RunContext):
         self.method, self.context, self._scale = method, context, 0.0
 

@@ -90,7 +90,13 @@ class Session(ABC):
     Per model call the host calls `observe`, `branches`, `refresh` and `mix` in this order. A step may have several
     calls (Heun, context windows, perturbed passes) with the same `step`. Nothing here may make the host wait for the
     device: a measurement that steers branches is `Sent` ahead and read at a later step.
+
+    whole_batch   whether every call must bring all pictures of the run. False where the mix of a picture depends on
+                  that picture alone, so that a further call of a step may bring some of them (a guidance that is
+                  decided per picture); the first call of a step, which `observe` sees, always brings all
     """
+
+    whole_batch = True
 
     def observe(self, step: Step, x: Tensor) -> None:  # noqa: B027  (a default, no duty)
         """Look at the noisy latent before the step's branches are named; at its first part where it has several (the
@@ -140,6 +146,8 @@ class Sent:
 
 class PlainSession(Session):
     """A method without state: every cond is mixed by itself."""
+
+    whole_batch = False
 
     def __init__(self, method):
         self.method = method

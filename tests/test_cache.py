@@ -12,6 +12,9 @@ from lora_ensemble.engine.cache import FeatureCache
 from lora_ensemble.kernels.branch import Step
 from lora_ensemble.methods.schedule import NonUniform, Uniform
 
+CPU, META = torch.device("cpu"), torch.device("meta")
+ROOMY = [(CPU, float("inf"))]
+
 
 def refreshed(schedule, total: int) -> list[int]:
     return [j for j in range(total) if schedule.refreshes(Step(j, total, 1.0))]
@@ -51,7 +54,7 @@ def test_schedules_that_make_no_sense(make):
 
 def test_the_store_forgets_what_is_too_old():
     store, value = FeatureCache(max_age=3), {"h": torch.ones(2, 5)}
-    store.put("a", 4, value)
+    store.put("a", 4, value, ROOMY)
     assert [store.get("a", step) is not None for step in range(1, 9)] == [False, True, True, True, True, True, False,
                                                                           False]
     assert store.get("b", 4) is None and store.age("b", 4) is None and store.age("a", 6) == 2
@@ -59,16 +62,36 @@ def test_the_store_forgets_what_is_too_old():
 
 def test_the_store_counts_its_bytes():
     store = FeatureCache(max_age=2)
-    assert store.put("a", 0, {"h": torch.ones(10)}) and store.put("b", 0, {"h": torch.ones(5), "g": torch.ones(5)})
+    assert store.put("a", 0, {"h": torch.ones(10)}, ROOMY) == CPU
+    assert store.put("b", 0, {"h": torch.ones(5), "g": torch.ones(5)}, ROOMY) == CPU
     assert store.bytes == store.peak == 80
-    assert store.put("a", 1, {"h": torch.ones(1)}) and (store.bytes, store.peak) == (44, 80)
-    assert not store.put("c", 1, {"h": torch.ones(10)}, limit=80) and store.bytes == 44
+    assert store.put("a", 1, {"h": torch.ones(1)}, ROOMY) and (store.bytes, store.peak) == (44, 80)
+    assert store.put("c", 1, {"h": torch.ones(10)}, [(CPU, 80)]) is None and store.bytes == 44
     assert store.get("b", 1) is not None
-    assert store.put("b", 1, {"h": torch.ones(19)}, limit=80) and store.bytes == 80, "a replaced entry makes room"
-    assert not store.put("b", 2, {"h": torch.ones(20)}, limit=80) and store.get("b", 2) is None
-    assert store.put("d", 3, {"h": torch.ones(2)}) and store.bytes == 8, "what is too old for any use makes room"
+    assert store.put("b", 1, {"h": torch.ones(19)}, [(CPU, 80)]) and store.bytes == 80, "a replaced entry makes room"
+    assert store.put("b", 2, {"h": torch.ones(20)}, [(CPU, 80)]) is None and store.get("b", 2) is None
+    assert store.put("d", 3, {"h": torch.ones(2)}, ROOMY) and store.bytes == 8, "what is too old for use makes room"
     store.clear()
     assert store.bytes == 0 and store.get("a", 1) is None
+
+
+def test_each_home_holds_its_share():
+    """What one has no room for goes to the next, and a place that is given up can be taken again."""
+    store, homes, one = FeatureCache(max_age=2), [(META, 100), (CPU, 50)], {"h": torch.ones(10)}
+    assert [store.put(key, 0, one, homes) for key in "abcd"] == [META, META, CPU, None]
+    assert store.bytes == 120 and store.get("a", 0)["h"].device == META and store.get("c", 0)["h"].device == CPU
+    assert store.put("a", 1, {"h": torch.ones(1)}, homes) == META
+    assert store.put("b", 1, {"h": torch.ones(24)}, homes) == META, "the room of the replaced ones"
+    store.clear()
+    assert [store.put(key, 5, one, homes) for key in "abcd"] == [META, META, CPU, None]
+
+
+def test_what_is_kept_is_a_copy():
+    store, batch = FeatureCache(max_age=2), torch.zeros(4, 3)
+    store.put("a", 0, {"h": batch.chunk(4)[1]}, ROOMY)
+    batch.fill_(1)
+    kept = store.get("a", 0)["h"]
+    assert not kept.any() and kept.untyped_storage().nbytes() == 12, "the row alone, not the batch that it came from"
 
 
 def test_threads_share_the_store():
@@ -78,7 +101,8 @@ def test_threads_share_the_store():
     sys.setswitchinterval(1e-6)
     try:
         with ThreadPoolExecutor(4) as pool:
-            done = [pool.submit(lambda n: [store.put((n, i % 7), i, value) for i in range(400)], n) for n in range(4)]
+            done = [pool.submit(lambda n: [store.put((n, i % 7), i, value, ROOMY) for i in range(400)], n)
+                    for n in range(4)]
             assert all(all(each.result()) for each in done)
     finally:
         sys.setswitchinterval(before)

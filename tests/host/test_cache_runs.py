@@ -6,7 +6,6 @@ import comfy.model_management
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
-from lora_ensemble.host import wrappers
 from lora_ensemble.host.cache import CacheSpec
 from lora_ensemble.host.composition import KEY, record_of
 from lora_ensemble.methods.schedule import Uniform
@@ -107,18 +106,6 @@ def test_a_depth_that_leaves_nothing_to_cache(family, depth, loras, caplog):
     assert len(record_of(ours).problems) == 1 and f"depth {depth}" in record_of(ours).problems[0]
     assert caplog.text.count("Branch Cache:") == 1
     assert not any(step["reused"] for step in steps_of(ours))
-
-
-def test_features_beyond_half_of_the_free_memory_are_not_kept(ours, monkeypatch):
-    """Two of six rows fit: those are cached, the others run whole, and the pictures stay sound."""
-    sample(reusing := cached(ours), steps=2)
-    one = steps_of(reusing)[0]["bytes"] // 6
-    monkeypatch.setattr(wrappers, "_free", lambda patcher: lambda device: 4 * one)
-    tight = cached(ours)
-    sample(tight, steps=4)
-    assert [step["reused"] for step in steps_of(tight)] == [0, 2, 2, 0]
-    assert max(step["bytes"] for step in steps_of(tight)) == 2 * one
-    assert len(record_of(tight).problems) == 1 and "half of the free memory" in record_of(tight).problems[0]
 
 
 @pytest.mark.parametrize(("options", "word"), [(dict(), "max_age"), (dict(max_age=3, depth=0), "depth")])

@@ -194,19 +194,6 @@ def test_a_run_inside_a_run(ours, loras):
     assert clean(ours) and clean(other) and ours.get_attachment(KEY).record.finished
 
 
-def test_nothing_is_kept_alive(loras):
-    """A MODEL that the graph drops takes its adapters along."""
-    model = base("SD15")
-    ours = composite(model, three(model, loras))
-    sample(ours)
-    bank = weakref.ref(ours.get_additional_models_with_key(KEY)[0].model)
-    comfy.model_management.unload_all_models()
-    del ours
-    gc.collect()
-    comfy.model_management.cleanup_models()
-    assert bank() is None
-
-
 def test_the_record(loras):
     model = base("SD15")
     ensemble = three(model, loras)

@@ -8,7 +8,7 @@ import comfy.model_patcher
 import pytest
 import torch
 from lora_ensemble.engine.bank import Bank
-from lora_ensemble.host.apply import bank_patcher
+from lora_ensemble.host.banks import bank_patcher
 from lora_ensemble.host.composition import KEY
 from lora_ensemble.tests.reference import KINDS, make_ops
 

@@ -1,0 +1,55 @@
+"""The record of a run: several devices report to it at once, each from a thread of its own."""
+
+from __future__ import annotations
+
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+from lora_ensemble.engine.record import RunRecord, StepRecord
+
+THREADS, TIMES = 4, 100
+
+
+class Counters(StepRecord):
+    """Lets another thread in between reading a counter and writing it."""
+
+    def __getattribute__(self, name: str):
+        value = super().__getattribute__(name)
+        if name in ("calls", "rows"):
+            time.sleep(0)
+        return value
+
+
+def record(step: StepRecord | None = None) -> RunRecord:
+    return RunRecord(["Composite"], [["a", "b"]], steps=[step or StepRecord(0, 1.0)])
+
+
+def test_every_forward_is_counted():
+    run = record(Counters(0, 1.0))
+    with ThreadPoolExecutor(THREADS) as pool:
+        for each in [pool.submit(lambda: [run.count(3) for _ in range(TIMES)]) for _ in range(THREADS)]:
+            each.result()
+    assert (run.steps[0].calls, run.steps[0].rows) == (THREADS * TIMES, 3 * THREADS * TIMES)
+
+
+def test_a_problem_is_told_once():
+    run = record()
+    assert [run.tell(text) for text in ("a", "b", "a")] == [True, True, False]
+    assert run.problems == ["a", "b"]
+
+
+def test_nothing_is_counted_before_the_first_step():
+    run = RunRecord([], [])
+    run.count(2)
+    run.note("cache", {})
+    assert run.steps == []
+
+
+def test_it_is_saved_as_plain_data():
+    run = record()
+    run.count(2)
+    run.note("Composite", {"led": 1})
+    saved = json.loads(json.dumps(run.as_dict()))
+    assert saved["steps"][0]["rows"] == 2 and saved["steps"][0]["notes"] == {"Composite": {"led": 1}}
+    assert set(saved) == {"methods", "adapters", "steps", "problems", "finished"}
