@@ -101,8 +101,8 @@ def row_order(diffusion_model: nn.Module) -> RowOrder | None:
 
     A class derived from one in the table counts as that one as long as it defines no forward of its own.
     """
-    layers = of_class(type(diffusion_model), FAMILIES)
-    if layers is None or getattr(diffusion_model, "use_temporal_resblocks", False):
+    layers = family_entry(diffusion_model, FAMILIES)
+    if layers is None:
         return None
     repeat, tile, never = (re.compile(pattern) for pattern in (layers.repeat, layers.tile, layers.never))
 
@@ -117,15 +117,17 @@ def row_order(diffusion_model: nn.Module) -> RowOrder | None:
     return order
 
 
-def of_class(cls: type, table: Mapping[str, Entry]) -> Entry | None:
-    """What a table of host classes, by module below comfy.ldm and name, has for one of them or one derived from it
-    without a forward of its own."""
-    for base in cls.__mro__:
-        if base.__module__.startswith("comfy.ldm."):
-            found = table.get(f"{base.__module__.removeprefix('comfy.ldm.')}.{base.__name__}")
+def family_entry(diffusion_model: nn.Module, table: Mapping[str, Entry]) -> Entry | None:
+    """What a table, by module below comfy.ldm and class, has for a model of one of its classes or of one derived from
+    them without a forward of its own; nothing for U-Nets of films, whose rows are frames."""
+    if getattr(diffusion_model, "use_temporal_resblocks", False):
+        return None
+    for cls in type(diffusion_model).__mro__:
+        if cls.__module__.startswith("comfy.ldm."):
+            found = table.get(f"{cls.__module__.removeprefix('comfy.ldm.')}.{cls.__name__}")
             if found is not None:
                 return found
-        if any("forward" in name for name in vars(base)):
+        if any("forward" in name for name in vars(cls)):
             return None
     return None
 
@@ -133,7 +135,7 @@ def of_class(cls: type, table: Mapping[str, Entry]) -> Entry | None:
 def one_row_only(diffusion_model: nn.Module, conds: Mapping[str, object]) -> bool:
     """Whether a call with these conds (values by the names that the diffusion model takes them under) is one that the
     host's own forward makes for a single row: with more it raises, or adds one row's guidance to another's tokens."""
-    kind = of_class(type(diffusion_model), {"flux.model.Flux": "flux", "hunyuan_video.model.HunyuanVideo": "hunyuan"})
+    kind = family_entry(diffusion_model, {"flux.model.Flux": "flux", "hunyuan_video.model.HunyuanVideo": "hunyuan"})
     if kind == "flux":
         params = diffusion_model.params
         method = conds.get("ref_latents_method", getattr(params, "default_ref_method", None))

@@ -51,7 +51,7 @@ class Transformer:
                 known = {f.name for f in fields(getattr(module, self.fields))}
                 config = {key: value for key, value in config.items() if key in known}
             model = getattr(module, self.where[1])(**config, dtype=torch.float32, device=torch.device(device),
-                                                   operations=comfy.ops.disable_weight_init).eval()
+                                                   operations=comfy.ops.disable_weight_init).eval().requires_grad_(False)
         except (ImportError, AttributeError, TypeError) as error:
             pytest.skip(f"this ComfyUI does not build {self.name} small: {error}")
         if device == "cpu":

@@ -57,6 +57,24 @@ def ids(rows: int) -> dict:
     return {**COSMOS.more(rows), "t5xxl_ids": tokens}
 
 
+def guides(rows: int) -> dict:
+    """The last of three frames guides the others."""
+    return {"keyframe_idxs": noise(rows, 3, 12, 2).abs(), "denoise_mask": torch.ones(rows, 1, 3, 3, 4)}
+
+
+def h3_references(rows: int) -> dict:
+    """A picture and a spoken film; the host lays their tokens out before it samples."""
+    from comfy.ldm.minimax.model import PackedLayout
+
+    picture, film, sound = noise(1, 8, 1, 4, 4), noise(1, 8, 2, 4, 6), noise(1, 8, 2, 3)
+    refs = [{"kind": "image", "latent_h": 4, "latent_w": 4, "latent": picture},
+            {"kind": "video_audio", "latent_h": 4, "latent_w": 6, "latent_t": 2, "ref_audio_t": 3, "latent": film,
+             "audio_latent": sound}]
+    (_, frames, height, width), (*_, beats) = H3.latent
+    return {"minimax_payload": {"refs": refs, "cond_video_latents": [picture, film], "cond_audio_latents": [sound],
+                                "layout": PackedLayout(H3.context[0], frames, height, width, beats, refs=refs)}}
+
+
 def lyrics(rows: int) -> dict:
     tokens = torch.randint(1, 30, (rows, 4), generator=torch.Generator().manual_seed(3))
     return {"speaker_embeds": noise(rows, 16), "lyric_token_idx": tokens, "lyric_mask": torch.ones(rows, 4)}
@@ -94,6 +112,7 @@ FILMS = [
     shallow("Mochi", depth=2),
     LTX,
     like(LTX, "LTX-Video mask", times=(24,)),
+    like(LTX, "LTX-Video guides", guides, (16, 3, 3, 4)),
     LTX_2,
     like(LTX_2, "LTX 2.5", lambda rows: {"ref_audio": {"tokens": noise(1, 3, 128)}}, context=(5, 72),
          cross_attention_adaln=True, caption_proj_before_connector=True, apply_gated_attention=True),
@@ -108,6 +127,7 @@ FILMS = [
                      ff_dim=64, axes_dims=(8, 8, 8), num_text_blocks=1, num_visual_blocks=1), (16, 2, 6, 9), (5, 24),
                 extra(y=(20,))),
     H3,
+    like(H3, "MiniMax H3 references", h3_references),
     Transformer("CogVideoX", ("cogvideo.model", "CogVideoXTransformer3DModel"),
                 dict(num_attention_heads=2, attention_head_dim=16, time_embed_dim=32, text_embed_dim=24, num_layers=1,
                      sample_width=8, sample_height=6, sample_frames=5, max_text_seq_length=5,
