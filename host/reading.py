@@ -1,0 +1,179 @@
+"""The files of an ensemble, read and checked for one MODEL and CLIP, before anything of them is applied.
+
+What cannot be used is refused with a ValueError that names the file, what it is, and what to do. What the host's own
+loader would leave out of a file is left out as well, and named in one line per kind of trouble.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
+
+import comfy.lora
+from torch import nn
+
+from .ensemble import Ensemble, LoRASpec
+from .files import LoRAFile, read
+from .fit import Broken, Misfit, Shape, Torn, reshape_of
+from .formats import is_foreign, lora_format, other_kind
+from .parse import ParsedLoRA, Patches, load, parse
+
+TEXT_ENCODER = ("lora_te", "lora_prior_te_", "text_encoder", "clip_")  # how keys of text encoders begin
+log = logging.getLogger("lora_ensemble")
+
+
+class Part(NamedTuple):
+    """One LoRA that changes the diffusion model.
+
+    patches   the host's patches, for its weights
+    parsed    the same as ops; of what no forward can express, why
+    """
+
+    spec: LoRASpec
+    patches: Patches
+    parsed: ParsedLoRA
+
+
+class Reading(NamedTuple):
+    """What an ensemble's files do to a MODEL and a CLIP.
+
+    parts      the LoRAs that change the diffusion model, as the user listed them
+    texts      (LoRA, what it does to the text encoder), for those with a strength there
+    problems   what is left out of a file, whatever the method
+    """
+
+    parts: list[Part]
+    texts: list[tuple[LoRASpec, Patches]]
+    problems: list[str]
+
+
+def read_ensemble(model, clip, ensemble: Ensemble, node: str, on_weights: bool) -> Reading:
+    """Read all files of an ensemble for a MODEL and a CLIP or None.
+
+    node         display name of the node, for messages
+    on_weights   whether what no forward can express goes into the weights, in the order of the ensemble: a LoRA that
+                 enlarges a layer does so for the LoRAs behind it
+    Raises ValueError for an empty ensemble and for files that cannot be used with this model.
+    """
+    if not ensemble:
+        raise ValueError(f"{node}: the ensemble is empty. Connect at least one 'LoRA (Ensemble)' node to it.")
+    base = model.model
+    model_keys = comfy.lora.model_lora_keys_unet(base, {})
+    clip_keys = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {}) if clip is not None else {}
+    before = _enlarged_before(model)
+    enlarged, found, texts, problems = dict(before), [], [], []
+    for spec in ensemble:
+        if spec.strength_model == 0 and spec.strength_clip == 0:
+            continue
+        file = read(spec.name)
+        patches = _load(file, model_keys, base, enlarged, spec, node)
+        text = _load(file, clip_keys, clip.cond_stage_model, {}, spec, node) if clip is not None else Patches()
+        unused = _unused(file, patches, text, clip is not None)
+        wrong = _wrong_kind(file, patches, text, unused, base, clip is not None)
+        if wrong:
+            raise ValueError(f"{node}: LoRA '{spec.name}' {wrong}, or remove it from the ensemble.")
+        if spec.strength_model != 0 and not patches.found:
+            log.info("%s: LoRA '%s' changes the text encoder alone, so it takes no part in the composition", node,
+                     spec.name)
+        elif spec.strength_model != 0:
+            found.append((spec, patches))
+            if on_weights:
+                enlarged |= patches.enlarged
+        if spec.strength_clip != 0:
+            texts.append((spec, text))
+        applied = [part for part, strength in ((patches, spec.strength_model), (text, spec.strength_clip)) if strength]
+        problems += _problems(spec, [misfit for part in applied for misfit in part.misfits], unused)
+    changed = enlarged if on_weights else before
+    parts = [Part(spec, patches, parse(patches, base, changed)) for spec, patches in found]
+    return Reading(parts, texts, problems)
+
+
+def left_out(part: Part, on_weights: bool) -> list[str]:
+    """One line per reason for what no forward can express of a LoRA, with what is done instead."""
+    done = "merged into the weight instead" if on_weights else "left out (Merge in mode 'baked' can apply it)"
+    return _lines(part.spec, part.parsed.left_out, done)
+
+
+def _load(file: LoRAFile, keys: dict, root: nn.Module, enlarged: dict[str, Shape], spec: LoRASpec,
+          node: str) -> Patches:
+    try:
+        return load(file, keys, root, enlarged)
+    except Broken as reason:
+        raise ValueError(f"{node}: LoRA '{spec.name}' {reason}, or remove it from the ensemble.") from None
+
+
+def _enlarged_before(model) -> dict[str, Shape]:
+    """Shapes of the weights that patches of earlier nodes have enlarged."""
+    return {key: tuple(sizes) for key, entries in model.patches.items() for _, patch, _, span, _ in entries
+            if span is None and (sizes := reshape_of(patch)) is not None}
+
+
+def _unused(file: LoRAFile, patches: Patches, text: Patches, has_clip: bool) -> list[str]:
+    """File keys that neither the diffusion model nor the text encoder has a place for."""
+    elsewhere = () if has_clip else TEXT_ENCODER
+    return [key for key in file if key not in patches.used and key not in text.used and not key.startswith(elsewhere)]
+
+
+def _wrong_kind(file: LoRAFile, patches: Patches, text: Patches, unused: Sequence[str], base: nn.Module,
+                has_clip: bool) -> str | None:
+    """Why a file cannot be meant for this model, and what to do; None for all that acts and fits.
+
+    Stable Diffusion 1.5 and SDXL share the names of many layers: there a file for the other one is known by layers of
+    another shape, with less than half of it in its place.
+    """
+    kind = type(getattr(base, "model_config", base)).__name__
+    misfits, count = patches.misfits, len(patches.misfits) + len(patches.found)
+    if misfits and (1 - len(misfits) / count) * (1 - len(unused) / len(file)) < 0.5:
+        key, reason = misfits[0]
+        if all(isinstance(why, Torn) for _, why in misfits):
+            return f"is damaged in {len(misfits)} of its {count} layers, such as {key}: {reason}. Use another version"
+        return (f"does not fit this model ({kind}): {len(misfits)} of its layers have another shape here, such as "
+                f"{key}: {reason}; {len(unused)} of its {len(file)} keys have no place. It was made for another "
+                "architecture; use it with a checkpoint of that kind")
+    if patches.found or text.found:
+        return None
+    if not has_clip and all(key.startswith(TEXT_ENCODER) for key in file):
+        return "changes the text encoder alone, and none is connected. Connect a CLIP if the node takes one"
+    return _unknown(file, kind)
+
+
+def _unknown(keys: Collection[str], kind: str) -> str:
+    """What a file is of which no key is known, and what to do with it."""
+    example = f"none of its {len(keys)} keys, '{next(iter(keys))}' for one"
+    other = other_kind(keys)
+    if other is not None:
+        return f"is {other.what} and no LoRA for this model ({kind}): {example}, can be used. {_capital(other.remedy)}"
+    form = lora_format(keys)
+    if form is None:
+        return (f"matches no layer of this model ({kind}): {example}, is in a format that is known here. Convert it to "
+                "ComfyUI's or kohya's names")
+    what, prefix = form
+    advice = "It was made for another architecture; use it with a checkpoint of that kind"
+    if is_foreign(prefix):
+        advice = ("It was made for another architecture, or by a tool that names layers in its own way; use it with a "
+                  "checkpoint of its kind, convert it to ComfyUI's or kohya's names")
+    return f"matches no layer of this model ({kind}): it is {what} with the prefix {prefix}, and {example}, is here. " \
+           f"{advice}"
+
+
+def _problems(spec: LoRASpec, misfits: Sequence[tuple[object, Misfit]], unused: Sequence[str]) -> list[str]:
+    """One line per kind of trouble, with a count and an example."""
+    out = _lines(spec, [(key, str(reason)) for key, reason in misfits], "left out")
+    if unused:
+        other = other_kind(unused)
+        note = f" (as in {other.what})" if other is not None else ""
+        out.append(f"LoRA '{spec.name}': {len(unused)} keys have no place in this model{note}, '{unused[0]}' for one")
+    return out
+
+
+def _lines(spec: LoRASpec, reasons: Sequence[tuple[object, str]], done: str) -> list[str]:
+    by_reason: dict[str, list] = {}
+    for key, reason in reasons:
+        by_reason.setdefault(reason, []).append(key)
+    return [f"LoRA '{spec.name}': {len(keys)} keys such as {keys[0]}: {reason}; {done}"
+            for reason, keys in by_reason.items()]
+
+
+def _capital(sentence: str) -> str:
+    return sentence[:1].upper() + sentence[1:]
