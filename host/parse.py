@@ -87,7 +87,7 @@ def load(file: LoRAFile, key_map: Mapping, root: nn.Module, enlarged: Mapping[st
         if at == len(sorted_keys) or not sorted_keys[at].startswith(name):
             continue  # the names of a layer's tensors all begin with the layer's
         key, span = (target, None) if isinstance(target, str) else target[:2]
-        for place, patch in _read(file, name, target, enlarged.get(key) or _shape(root, key)).items():
+        for place, patch in _read(file, name, target, enlarged.get(key) or shape_of(root, key)).items():
             used = {f"{name}.{end}" for end in ("alpha", "dora_scale")} & file.keys()
             used |= getattr(patch, "loaded_keys", set())
             used |= {keys[id(value)] for value in _values(patch) if id(value) in keys}
@@ -95,7 +95,7 @@ def load(file: LoRAFile, key_map: Mapping, root: nn.Module, enlarged: Mapping[st
             for before in (patches.found, patches.enlarged):
                 before.pop(place, None)
             weight = key if place == target else place
-            shape = enlarged.get(weight) or _shape(root, weight)
+            shape = enlarged.get(weight) or shape_of(root, weight)
             try:
                 _check(file, used, patch, weight, shape, span)
             except Misfit as reason:
@@ -142,7 +142,7 @@ def _values(patch) -> Iterator[Tensor]:
     return (value for value in values if isinstance(value, Tensor))
 
 
-def _shape(root: nn.Module, key: str) -> Shape | None:
+def shape_of(root: nn.Module, key: str) -> Shape | None:
     """The shape of a model's weight; None where the model has no weight of this name."""
     layer, _, leaf = key.rpartition(".")
     try:

@@ -13,11 +13,12 @@ from typing import NamedTuple
 import comfy.lora
 from torch import nn
 
+from .composition import KEY
 from .ensemble import Ensemble, LoRASpec
 from .files import LoRAFile, read
-from .fit import Broken, Misfit, Shape, Torn, reshape_of
+from .fit import Broken, Misfit, Shape, Torn, named, reshape_of
 from .formats import is_foreign, lora_format, other_kind
-from .parse import ParsedLoRA, Patches, load, parse
+from .parse import PREFIX, ParsedLoRA, Patches, load, parse, shape_of
 
 TEXT_ENCODER = ("lora_te", "lora_prior_te_", "text_encoder", "clip_")  # how keys of text encoders begin
 log = logging.getLogger("lora_ensemble")
@@ -67,8 +68,12 @@ def read_ensemble(model, clip, ensemble: Ensemble, node: str, on_weights: bool) 
         if spec.strength_model == 0 and spec.strength_clip == 0:
             continue
         file = read(spec.name)
-        patches = _load(file, model_keys, base, enlarged, spec, node)
-        text = _load(file, clip_keys, clip.cond_stage_model, {}, spec, node) if clip is not None else Patches()
+        try:
+            patches = load(file, model_keys, base, enlarged)
+            text = load(file, clip_keys, clip.cond_stage_model, {}) if clip is not None else Patches()
+            _check_enlarged(model, patches, text, on_weights)
+        except Broken as reason:
+            raise ValueError(f"{node}: LoRA '{spec.name}' {reason}, or remove it from the ensemble.") from None
         unused = _unused(file, patches, text, clip is not None)
         wrong = _wrong_kind(file, patches, text, unused, base, clip is not None)
         if wrong:
@@ -95,12 +100,29 @@ def left_out(part: Part, on_weights: bool) -> list[str]:
     return _lines(part.spec, part.parsed.left_out, done)
 
 
-def _load(file: LoRAFile, keys: dict, root: nn.Module, enlarged: dict[str, Shape], spec: LoRASpec,
-          node: str) -> Patches:
-    try:
-        return load(file, keys, root, enlarged)
-    except Broken as reason:
-        raise ValueError(f"{node}: LoRA '{spec.name}' {reason}, or remove it from the ensemble.") from None
+_FIRST_LAYERS: dict[str, tuple[int, ...] | None] = {
+    "diffusion_model.img_in.weight": (2, 6),  # Flux: a picture, or a picture and its mask in full resolution
+    "diffusion_model.img_in.proj.weight": None,  # HunyuanVideo
+    "diffusion_model.patch_embedding.weight": None,  # Wan
+}
+"""Weights by whose inputs the host's models see what to give them -> how many times as many they may get; None: any."""
+
+
+def _check_enlarged(model, patches: Patches, text: Patches, on_weights: bool) -> None:
+    """Refuse what would enlarge a layer that then gets inputs of the old size."""
+    for key, shape in text.enlarged.items():
+        raise Broken(f"would enlarge {key} of the text encoder to {named(shape)}, which nothing can use")
+    banks = [patcher.model for patcher in model.get_additional_models_with_key(KEY)]
+    routed = {f"{PREFIX}{layer}.weight" for bank in banks for layer in bank.sites}
+    for key, shape in patches.enlarged.items():
+        old, times = shape_of(model.model, key), _FIRST_LAYERS.get(key, ())
+        inputs_alone = shape[:1] == old[:1] and shape[2:] == old[2:]
+        if not inputs_alone or (times is not None and shape[1] not in [n * old[1] for n in times]):
+            raise Broken(f"would enlarge {key} from {named(old)} to {named(shape)}, for which this model has no input. "
+                         "Use it with the model that it was made for")
+        if on_weights and key in routed:
+            raise Broken(f"enlarges {key}, on which LoRAs of a node before this one act beside the weight. Move it to "
+                         "the first of these nodes")
 
 
 def _enlarged_before(model) -> dict[str, Shape]:
