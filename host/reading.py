@@ -155,7 +155,7 @@ def _wrong_kind(file: LoRAFile, patches: Patches, text: Patches, unused: Sequenc
                 "architecture; use it with a checkpoint of that kind")
     if patches.found or text.found:
         return None
-    if not has_clip and all(key.startswith(TEXT_ENCODER) for key in file):
+    if not has_clip and all(key.startswith(TEXT_ENCODER) for key in file) and other_kind(file) is None:
         return "changes the text encoder alone, and none is connected. Connect a CLIP if the node takes one"
     return _unknown(file, kind)
 

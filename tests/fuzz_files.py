@@ -54,12 +54,13 @@ EXTREMES = (0.0, 1e38, 1e-38, 3e4, -1.0, float("nan"), float("inf"))
 
 def whole(dice: random.Random, layers: Tensors, text: Tensors) -> Tensors:
     """A good file: a few kinds over a few layers each, text-encoder layers now and then."""
-    rand, tensors = Rand(dice.randrange(2**31)), {}
+    rand, tensors, free = Rand(dice.randrange(2**31)), {}, set(layers)
     for kind in dice.sample(sorted(KINDS), dice.randint(1, 3)):
-        fitting = [name for name, weight in layers.items() if kind in EVERYWHERE or weight[0, 0].numel() > 1]
-        for name in dice.sample(fitting, 4):
+        fitting = [name for name in sorted(free) if kind in EVERYWHERE or layers[name][0, 0].numel() > 1]
+        for name in dice.sample(fitting, min(4, len(fitting))):
+            free.remove(name)
             tensors |= {f"{kohya(name)}.{end}": value for end, value in KINDS[kind](layers[name], rand).items()}
-    for name in dice.sample(sorted(layers), 4):
+    for name in dice.sample(sorted(free), 4):
         tensors |= {f"{kohya(name)}.{end}": value for end, value in low_rank(layers[name], rand, 2.0).items()}
     if dice.random() < 0.2:
         make = KINDS[dice.choice(["LoRA alpha", "LoHa", "LoKr w1a w2a", "DoRA", "diff"])]
@@ -225,8 +226,19 @@ class Fuzz:
         if refusals and (made or not damaged):
             raise Failure(f"refused by {len(refusals)} of {len(uses)} uses: {refusals[0]}")
         if refusals:
-            return "refused"
+            return self.refused(path)
         return self.compare(spec, comfy.utils.load_torch_file(str(path), safe_load=True), made)
+
+    def refused(self, path: Path) -> str:
+        """How the host's loader fares with what is refused."""
+        try:
+            weights, texts = self.stock(comfy.utils.load_torch_file(str(path), safe_load=True), STRENGTH)
+        except Exception:  # whatever it is
+            return "refused: unreadable"
+        if weights is None:
+            return "refused: the host stops"
+        finite = all(value.isfinite().all() for value in (*weights.values(), *texts.values()))
+        return "refused: the host applies or leaves out" if finite else "refused: the host's weights are not finite"
 
     def compare(self, spec: LoRASpec, tensors: Tensors, made: list) -> str:
         """Pictures and text encoders against those of the host's loader."""
