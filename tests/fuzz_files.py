@@ -293,7 +293,10 @@ class Fuzz:
                 straight[key] = plain_magnitude(value, tuple(self.state[target].shape))
         try:
             model, clip = comfy.sd.load_lora_for_models(self.model, self.clip, straight, strength, strength)
-            return self.patched(model, self.state), self.patched(clip.patcher, self.text)
+            made = self.patched(model, self.state), self.patched(clip.patcher, self.text)
+            larger = [key for weights, state in zip(made, (self.state, self.text), strict=True) for key in weights
+                      if weights[key].shape != state[key].shape]
+            return (None, None) if larger else made  # the sampler would stop at these
         except Exception:  # whatever it is: the file is one that the host stops at
             return None, None
 
