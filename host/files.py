@@ -1,100 +1,179 @@
-"""LoRA files: found through ComfyUI's folder lists, checked, read once."""
+"""LoRA files: found through ComfyUI's folder lists, checked, read once.
+
+All errors are ValueErrors that name the file and say what to do.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections import OrderedDict
+from collections.abc import Mapping
 
 import comfy.lora_convert
 import comfy.utils
 import folder_paths
-import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 FOLDER = "loras"
 CACHE_BYTES = 2**30
+_OBJECT_BYTES = 1024  # what a tensor costs beside its data: files of very many small ones are not small
+_SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2, "I32": 4,
+          "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8, "C64": 8}
+
+Stamp = tuple[int, int] | None
+"""Size and time of change of a file, or None where there is none."""
 
 
-class LoRAFileError(ValueError):
-    """A LoRA file that cannot be used. The message names the file and what to do."""
+class LoRAFile(dict[str, Tensor]):
+    """The tensors of one file under ComfyUI's own names. They stay on disk until something reads their values."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]):
+        super().__init__(tensors)
+        self._peaks: dict[str, float] = {}
+
+    def peak(self, key: str) -> float:
+        """The largest magnitude in a tensor: NaN or infinite where it holds such a value. Read once."""
+        if key not in self._peaks:
+            tensor = self[key].float() if self[key].element_size() == 1 else self[key]  # 8-bit ones know no reductions
+            low, high = map(float, tensor.aminmax()) if tensor.numel() else (0.0, 0.0)
+            self._peaks[key] = max(-low, high)  # both are NaN where one entry is
+        return self._peaks[key]
 
 
-_cache: OrderedDict[tuple[str, int, int], dict[str, Tensor]] = OrderedDict()
+_cache: OrderedDict[str, tuple[Stamp, LoRAFile]] = OrderedDict()
+_seen: dict[str, Stamp] = {}
+_changes = 0
 
 
 def path_of(name: str) -> str:
-    """Full path of a LoRA by its name in the `loras` folders."""
-    path = folder_paths.get_full_path(FOLDER, name)
-    if path is None:
-        raise LoRAFileError(f"LoRA '{name}' is not in any of the 'loras' folders. Put the file there and refresh the "
-                            "list (R), or choose another one.")
-    return path
+    """Full path of a LoRA by its name in the `loras` folders; names written on Windows are understood elsewhere."""
+    for spelling in (name, name.replace("\\", "/")):
+        path = folder_paths.get_full_path(FOLDER, spelling)
+        if path is not None:
+            return path
+    raise ValueError(f"LoRA '{name}' is not in any of the 'loras' folders. Put the file there and refresh the list "
+                     "(R), or choose another one.")
 
 
 def fingerprint(name: str) -> str:
     """Changes whenever the file does, so that a replaced file is read again."""
-    return repr(_key(path_of(name)))
+    path = path_of(name)
+    return repr((path, _stamp(path)))
+
+
+def changes() -> int:
+    """How often a file has changed on disk after it was read: the fingerprint of a node whose files come over a link,
+    which it does not know before it runs."""
+    for path in list(_seen):
+        _note(path)
+    return _changes
 
 
 def check_file(name: str) -> None:
     """Refuse what can be known to be wrong from the header alone; cheap enough for every validation.
 
-    Raises LoRAFileError for a missing file, another format, a damaged header or a truncated file.
+    Raises ValueError for a missing file, another format, a damaged header or a truncated file.
     """
     path = path_of(name)
     if not name.lower().endswith((".safetensors", ".sft")):
-        raise LoRAFileError(f"LoRA '{name}' is not a .safetensors file. Other formats can run code when they are "
-                            "opened and are not read; convert it to safetensors first.")
-    size = os.path.getsize(path)
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length < 2 or length > 100_000_000:
-            raise LoRAFileError(f"LoRA '{name}' is not a safetensors file, whatever its name says (often a web page "
-                                "saved by a download that needed a login). Download it again.")
-        if length > size - 8:
-            raise LoRAFileError(_truncated(name, size, length + 8))
-        try:
-            header = json.loads(file.read(length))
-            ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            raise LoRAFileError(f"LoRA '{name}' has a damaged header ({error}). Download it again.") from None
-    if not ends:
-        raise LoRAFileError(f"LoRA '{name}' is empty: a header without a single tensor. Download it again, or use "
-                            "another version.")
-    expected = 8 + length + max(ends)
-    if size < expected:
-        raise LoRAFileError(_truncated(name, size, expected))
+        raise ValueError(f"LoRA '{name}' is not a .safetensors file. Other formats can run code when they are opened "
+                         "and are not read; convert it to safetensors first.")
+    try:
+        size = os.path.getsize(path)
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = file.read(length) if 2 <= length <= min(size - 8, 100_000_000) else b""
+    except OSError as error:
+        raise ValueError(f"LoRA '{name}' cannot be opened ({error}). Check its rights and its disk.") from error
+    if size < 8 or length < 2 or length > 100_000_000:
+        raise ValueError(f"LoRA '{name}' is not a safetensors file, whatever its name says (often a web page saved by "
+                         "a download that needed a login). Download it again.")
+    if length > size - 8:
+        raise ValueError(_truncated(name, size, length + 8))
+    try:
+        end = _end_of_data(json.loads(header))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"LoRA '{name}' has a damaged header ({error}). Download it again.") from None
+    if end is None:
+        raise ValueError(f"LoRA '{name}' is empty: a header without a single tensor. Download it again, or use another "
+                         "version.")
+    if size < 8 + length + end:
+        raise ValueError(_truncated(name, size, 8 + length + end))
 
 
-def read(name: str) -> dict[str, Tensor]:
+def read(name: str) -> LoRAFile:
     """The tensors of a LoRA file in ComfyUI's own naming; read once per path, size and time of change.
 
-    Raises LoRAFileError as `check_file` does, and for values that are not finite.
+    Raises ValueError as `check_file` does, and for what the host's reader refuses.
     """
     check_file(name)
     path = path_of(name)
-    key = _key(path)
-    if key in _cache:
-        _cache.move_to_end(key)
-        return _cache[key]
+    stamp = _note(path)
+    if path not in _cache or _cache[path][0] != stamp:
+        _cache[path] = (stamp, _load(name, path))
+    _cache.move_to_end(path)
+    while len(_cache) > 1 and sum(_nbytes(file) for _, file in _cache.values()) > CACHE_BYTES:
+        _cache.popitem(last=False)
+    return _cache[path][1]
+
+
+def _load(name: str, path: str) -> LoRAFile:
     try:
         tensors = comfy.utils.load_torch_file(path, safe_load=True)
-    except Exception as error:
-        raise LoRAFileError(f"LoRA '{name}' cannot be read ({error}). Download it again.") from error
-    bad = [k for k, v in tensors.items() if v.is_floating_point() and not torch.isfinite(_wide(v)).all()]
-    if bad:
-        raise LoRAFileError(f"LoRA '{name}' holds values that are not numbers (NaN or infinite) in {len(bad)} tensors, "
-                            f"'{bad[0]}' for one. Its training went wrong or the file is damaged: use another version.")
-    _cache[key] = comfy.lora_convert.convert_lora(tensors)
-    while len(_cache) > 1 and sum(map(_nbytes, _cache.values())) > CACHE_BYTES:
-        _cache.popitem(last=False)
-    return _cache[key]
+    # The host's reader looks for a text in the error's first argument: it ends in TypeError where that is a number.
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"LoRA '{name}' cannot be read ({error}). Unless memory or the disk ran short, download it "
+                         "again.") from error
+    try:
+        return LoRAFile(comfy.lora_convert.convert_lora(tensors))
+    except (KeyError, IndexError) as error:
+        raise ValueError(f"LoRA '{name}' looks like a control LoRA of Flux, but its first layer is incomplete "
+                         f"({error}). Download it again, or use another version.") from error
 
 
-def _key(path: str) -> tuple[str, int, int]:
-    stat = os.stat(path)
-    return path, stat.st_size, stat.st_mtime_ns
+def _end_of_data(header: object) -> int | None:
+    """Where the last tensor ends, from the start of the data; None without any. Raises ValueError for what no
+    safetensors file says."""
+    if not isinstance(header, dict):
+        raise ValueError("it is not a table of tensors")
+    ends = []
+    for key, entry in header.items():
+        if key == "__metadata__":
+            continue
+        if not isinstance(entry, dict):
+            raise ValueError(f"'{key}' is not a tensor")
+        shape, offsets = entry.get("shape"), entry.get("data_offsets")
+        if not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+            raise ValueError(f"'{key}' has no shape or no place")
+        size = _SIZES.get(entry.get("dtype")) if isinstance(entry.get("dtype"), str) else 0
+        if size is not None and math.prod(shape) * size != offsets[1] - offsets[0]:
+            raise ValueError(f"'{key}' has another size than its shape and type")
+        ends.append(offsets[1])
+    return max(ends, default=None)
+
+
+def _is_sizes(value: object) -> bool:
+    return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
+
+
+def _stamp(path: str) -> Stamp:
+    try:
+        stat = os.stat(path)
+    except OSError:
+        return None
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _note(path: str) -> Stamp:
+    """The file's stamp; counts a change where it was another one before."""
+    global _changes
+    stamp = _stamp(path)
+    _changes += _seen.get(path, stamp) != stamp
+    _seen[path] = stamp
+    return stamp
 
 
 def _truncated(name: str, size: int, expected: int) -> str:
@@ -102,9 +181,5 @@ def _truncated(name: str, size: int, expected: int) -> str:
             "fetch the file again.")
 
 
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor if tensor.element_size() > 1 else tensor.float()
-
-
-def _nbytes(tensors: dict[str, Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors.values())
+def _nbytes(tensors: Mapping[str, Tensor]) -> int:
+    return sum(t.numel() * t.element_size() + _OBJECT_BYTES for t in tensors.values())

@@ -6,7 +6,9 @@ their `name` and the order of their `weights`, become the engine's ops.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from bisect import bisect_left
+from collections import ChainMap
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import comfy.lora
@@ -14,10 +16,41 @@ from torch import Tensor, nn
 
 from ..engine.adapters import BOFT, OFT, Bias, Decomposed, Dense, GLoRA, LowRank, Op, Replace, Span, given
 from ..engine.geometry import Geometry, geometry_of
-from ..kernels.deltas import hadamard, kronecker, tucker, tucker_down
+from ..kernels.deltas import balanced, hadamard, kronecker, tucker, tucker_down
 from ..kernels.orthogonal import cayley
+from .files import LoRAFile
+from .fit import (
+    Broken,
+    Misfit,
+    Shape,
+    check,
+    check_alpha,
+    check_result,
+    check_values,
+    enlarged_shape,
+    is_old_glora,
+    narrowed,
+    plain_magnitude,
+)
+from .formats import with_aliases
 
 PREFIX = "diffusion_model."
+
+
+@dataclass
+class Patches:
+    """What a file does to one model, as the host's own loader reads it.
+
+    found     loader key -> the loader's patch, for all that it applies without an error
+    misfits   (loader key, why) for what it leaves out with a line in its log
+    used      keys of the file that stand for one of these
+    enlarged  loader key -> the shape of a weight that becomes larger
+    """
+
+    found: dict = field(default_factory=dict)
+    misfits: list[tuple[object, Misfit]] = field(default_factory=list)
+    used: set[str] = field(default_factory=set)
+    enlarged: dict[str, Shape] = field(default_factory=dict)
 
 
 @dataclass
@@ -25,44 +58,115 @@ class ParsedLoRA:
     """One LoRA for one model.
 
     layers     layer name (below the diffusion model) -> ops
-    patches    the loader's own patches for the diffusion model, for the weight path
     left_out   (loader key, reason) for each patch that no forward can express
-    misfits    the same for those that no weight can take either: they were made for a layer of another shape
-    unused     keys of the file that the loader found no place for
     """
 
     layers: dict[str, list[Op]] = field(default_factory=dict)
-    patches: dict = field(default_factory=dict)
     left_out: list[tuple[object, str]] = field(default_factory=list)
-    misfits: list[tuple[object, str]] = field(default_factory=list)
-    unused: list[str] = field(default_factory=list)
 
 
 class _Inexpressible(Exception):
     """Why a patch cannot be a forward; the message is the reason."""
 
 
-class _Misfit(_Inexpressible):
-    """It was made for a layer of another shape."""
-
-
 class _Nothing(Exception):
     """It changes nothing: a layer that a tool has cut down to rank 0."""
 
 
-def parse(lora: dict[str, Tensor], key_map: dict, model: nn.Module) -> ParsedLoRA:
-    """Map a LoRA's tensors on `model` (the host's base model) through the host's key map."""
-    patches = comfy.lora.load_lora(lora, key_map, log_missing=False)
-    parsed = ParsedLoRA(patches=patches, unused=_unused(lora, patches))
-    for key, patch in patches.items():
+def load(file: LoRAFile, key_map: Mapping, root: nn.Module, enlarged: Mapping[str, Shape]) -> Patches:
+    """Let the host's loader read a file for one model, layer by layer, and check what it makes of each.
+
+    key_map    the host's: names in files -> keys of the model's weights, or (key, span[, function of rows])
+    root       the model that these keys belong to
+    enlarged   shapes of weights that other patches have made larger
+    Only tensors that have a place in the model are read. Raises `fit.Broken` for a file that the loader stops at.
+    """
+    patches, keys, sorted_keys = Patches(), {id(tensor): key for key, tensor in file.items()}, sorted(file)
+    for name, target in with_aliases(key_map, file).items():
+        at = bisect_left(sorted_keys, name)
+        if at == len(sorted_keys) or not sorted_keys[at].startswith(name):
+            continue  # the names of a layer's tensors all begin with the layer's
+        key, span = (target, None) if isinstance(target, str) else target[:2]
+        for place, patch in _read(file, name, target, enlarged.get(key) or shape_of(root, key)).items():
+            used = {f"{name}.{end}" for end in ("alpha", "dora_scale")} & file.keys()
+            used |= getattr(patch, "loaded_keys", set())
+            used |= {keys[id(value)] for value in _values(patch) if id(value) in keys}
+            patches.used |= used
+            for before in (patches.found, patches.enlarged):
+                before.pop(place, None)
+            weight = key if place == target else place
+            shape = enlarged.get(weight) or shape_of(root, weight)
+            try:
+                _check(file, used, patch, weight, shape, span)
+            except Misfit as reason:
+                patches.misfits.append((place, reason))
+            except _Nothing:
+                continue
+            else:
+                patches.found[place] = patch
+                larger = enlarged_shape(patch, shape) if span is None else None
+                if larger not in (None, shape):
+                    patches.enlarged[place] = larger
+    return patches
+
+
+def _read(file: LoRAFile, name: str, target, shape: Shape | None) -> dict:
+    """The host's patches for one name of its key map."""
+    alpha, magnitude = (f"{name}.{end}" for end in ("alpha", "dora_scale"))
+    check_alpha(alpha, file.get(alpha))
+    tensors: Mapping = file
+    if shape is not None and magnitude in file:
+        tensors = ChainMap({magnitude: plain_magnitude(file[magnitude], shape)}, file)
+    try:
+        return comfy.lora.load_lora(tensors, {name: target}, log_missing=False)
+    except KeyError as missing:
+        raise Broken(f"is damaged: the tensor '{missing.args[0]}' is missing. Use another version") from None
+
+
+def _check(file: LoRAFile, used: Collection[str], patch, key: str, shape: Shape | None, span: Span) -> None:
+    """Raises Misfit, Broken, or _Nothing."""
+    if shape is None:
+        raise Misfit("the layer has no bias" if key.endswith(".bias") else "the model has no such layer")
+    for tensor in used:
+        check_values(file, tensor)
+    check(patch, shape, span)
+    if not isinstance(patch, tuple) and patch.name == "lora":
+        _, down, _, _, magnitude = patch.weights[:5]
+        if not down.numel() and magnitude is None:
+            raise _Nothing
+    check_result(patch, shape, span, (file.peak(tensor) for tensor in used))
+
+
+def _values(patch) -> Iterator[Tensor]:
+    values = patch[1] if isinstance(patch, tuple) else patch.weights
+    return (value for value in values if isinstance(value, Tensor))
+
+
+def shape_of(root: nn.Module, key: str) -> Shape | None:
+    """The shape of a model's weight; None where the model has no weight of this name."""
+    layer, _, leaf = key.rpartition(".")
+    try:
+        module = root.get_submodule(layer)
+    except AttributeError:
+        return None
+    tensor = getattr(module, leaf, None)
+    if tensor is None:
+        return None
+    # By the layer's own description where there is one: the tensor may be packed.
+    return weight_shape(module) if leaf == "weight" and geometry_of(module) else tuple(tensor.shape)
+
+
+def parse(patches: Patches, model: nn.Module, on_weights: Collection[str] = ()) -> ParsedLoRA:
+    """Ops for all that a file does to `model` (the host's base model) and that a forward can express. `on_weights`:
+    keys of weights that change their shape, so that nothing acts there beside them."""
+    parsed = ParsedLoRA()
+    for key, patch in patches.found.items():
         name, span, rows = (key, None, None) if isinstance(key, str) else (*key, None)[:3]
         try:
+            if name in on_weights and key not in patches.enlarged:
+                raise _Inexpressible("another LoRA enlarges the layer")
             layer, op = _op(name, span, rows, patch, model)
             parsed.layers.setdefault(layer, []).append(op)
-        except _Nothing:
-            continue
-        except _Misfit as reason:
-            parsed.misfits.append((key, str(reason)))
         except _Inexpressible as reason:
             parsed.left_out.append((key, str(reason)))
     return parsed
@@ -74,15 +178,11 @@ def _op(key: str, span: Span, rows: Callable | None, patch, model: nn.Module) ->
     if geometry is None:
         raise _Inexpressible("the layer is a bare parameter or of a kind that has no routed forward")
     if leaf == "bias":
-        return layer, _bias(patch, module)
+        return layer, _bias(patch)
     if leaf != "weight":
         raise _Inexpressible(f"'{leaf}' is neither a weight nor a bias")
-    shape = weight_shape(module)
-    if span is not None:
-        span = tuple(span)
-        if span[1] + span[2] > shape[span[0]]:
-            raise _Misfit(f"a slice that ends at {span[1] + span[2]} of a weight of {'x'.join(map(str, shape))}")
-        shape = (*shape[:span[0]], span[2], *shape[span[0] + 1:])
+    span = None if span is None else tuple(span)
+    shape = narrowed(weight_shape(module), span)
     kind = patch[0] if isinstance(patch, tuple) else patch.name
     make = _MAKERS.get(kind)
     if make is None:
@@ -121,22 +221,10 @@ def weight_shape(module: nn.Module) -> tuple[int, ...]:
     return (module.num_channels,) if hasattr(module, "num_channels") else tuple(module.normalized_shape)
 
 
-def _bias(patch, module: nn.Module) -> Op:
+def _bias(patch) -> Op:
     if not isinstance(patch, tuple) or patch[0] != "diff":
         raise _Inexpressible("only differences of a bias can be routed")
-    if getattr(module, "bias", None) is None:
-        raise _Inexpressible("the layer has no bias")
-    if patch[1][0].numel() != weight_shape(module)[0]:
-        raise _Misfit(f"bias of {patch[1][0].numel()} entries for a layer of {weight_shape(module)[0]}")
-    return Bias(patch[1][0].flatten())
-
-
-def _fits(numel: int, shape: tuple[int, ...]) -> None:
-    expected = 1
-    for size in shape:
-        expected *= size
-    if numel != expected:
-        raise _Misfit(f"the file's delta has {numel} entries, the layer's weight {'x'.join(map(str, shape))}")
+    return Bias(patch[1][0])
 
 
 def _scale(alpha: float | None, rank: int) -> float:
@@ -149,11 +237,11 @@ def _additive(build: Callable, factors: list, shape, scale: float, span: Span, r
     return Dense(build, factors, shape, scale, span)
 
 
-def _with_magnitude(op: Op, magnitude: Tensor | None, span: Span, rows: Callable | None) -> Op:
+def _with_magnitude(op: Op, magnitude: Tensor | None, shape: Shape, span: Span, rows: Callable | None) -> Op:
     if magnitude is None:
         return op
-    if rows is not None or (span is not None and span[0] != 0):
-        raise _Inexpressible("DoRA on reordered rows or on a slice of the inputs")
+    if rows is not None or (span is not None and span[0] != 0) or len(shape) < 2:
+        raise _Inexpressible("DoRA on reordered rows, on a slice of the inputs or on a norm")
     op.span = None  # the decomposition narrows to the span itself
     return Decomposed(op, magnitude, span)
 
@@ -163,26 +251,23 @@ def _lora(values, shape, geometry: Geometry, span: Span, rows: Callable | None) 
     if reshape is not None and tuple(reshape) != shape:
         raise _Inexpressible("it enlarges the layer")
     if not down.numel():
-        raise _Nothing if magnitude is None else _Inexpressible("DoRA of rank 0")
+        raise _Inexpressible("DoRA of rank 0")
     scale = _scale(alpha, down.shape[0])
     if mid is not None:
-        down = tucker_down(down.float(), mid.float()).to(down.dtype)
+        down = tucker_down(down.float(), mid.float())
     up = up.flatten(1)
-    if up.shape[0] != shape[0]:
-        raise _Misfit(f"the file's delta has {up.shape[0]} rows, the layer's weight {'x'.join(map(str, shape))}")
-    _fits(up.shape[0] * down[0].numel(), shape)
     if geometry.groups > 1 or geometry.is_norm:
         op = _additive(lambda u, d: u @ d.flatten(1), [up, down], shape, scale, span, rows)
     else:
-        op = LowRank(up if rows is None else rows(up), down.reshape(-1, *shape[1:]), scale, span)
-    return _with_magnitude(op, magnitude, span, rows)
+        up, down = balanced(up, down.reshape(-1, *shape[1:]))
+        op = LowRank(up if rows is None else rows(up), down, scale, span)
+    return _with_magnitude(op, magnitude, shape, span, rows)
 
 
 def _loha(values, shape, geometry: Geometry, span: Span, rows: Callable | None) -> Op:
     w1_a, w1_b, alpha, w2_a, w2_b, t1, t2, magnitude = values
-    _fits(w1_b.shape[1] * (w1_a.shape[0] if t1 is None else w1_a.shape[1] * t1[0, 0].numel()), shape)
     op = _additive(hadamard, [w1_a, w1_b, w2_a, w2_b, t1, t2], shape, _scale(alpha, w1_b.shape[0]), span, rows)
-    return _with_magnitude(op, magnitude, span, rows)
+    return _with_magnitude(op, magnitude, shape, span, rows)
 
 
 def _kron(w1, w1_a, w1_b, w2, w2_a, w2_b, t2) -> Tensor:
@@ -196,73 +281,46 @@ def _lokr(values, shape, geometry: Geometry, span: Span, rows: Callable | None) 
     w1, w2, alpha, w1_a, w1_b, w2_a, w2_b, t2, magnitude = values
     rank = w2_b.shape[0] if w2 is None else w1_b.shape[0] if w1 is None else None
     scale = 1.0 if rank is None else _scale(alpha, rank)
-    small = w1_a.shape[0] * w1_b.shape[1] if w1 is None else w1.numel()
-    if w2 is not None:
-        large = w2.numel()
-    else:
-        large = w2_b.shape[1] * (w2_a.shape[0] if t2 is None else w2_a.shape[1] * t2[0, 0].numel())
-    _fits(small * large, shape)
     op = _additive(_kron, [w1, w1_a, w1_b, w2, w2_a, w2_b, t2], shape, scale, span, rows)
-    return _with_magnitude(op, magnitude, span, rows)
+    return _with_magnitude(op, magnitude, shape, span, rows)
 
 
 def _glora(values, shape, geometry: Geometry, span: Span, rows: Callable | None) -> Op:
     a1, a2, b1, b2, alpha, magnitude = values
-    a1, a2, b1, b2 = (t.flatten(1) for t in (a1, a2, b1, b2))
     if magnitude is not None or rows is not None or (span is not None and span[0] != 0):
         raise _Inexpressible("GLoRA with a magnitude, on reordered rows or on a slice of the inputs")
-    old = b2.shape[1] == b1.shape[0] == a1.shape[0] == a2.shape[1]
-    new = b2.shape[0] == b1.shape[1] == a1.shape[1] == a2.shape[0]
-    if new and not (old and a2.shape[0] == shape[0] == shape[1]):
-        old = False
+    old = is_old_glora(a1, a2, b1, b2, shape)
+    a1, a2, b1, b2 = (t.flatten(1) for t in (a1, a2, b1, b2))
     # Files of the first LyCORIS releases order the factors the other way round: W a2 a1 + b2 b1.
     m_up, m_down, d_up, d_down = (a2, a1, b2, b1) if old else (a1, a2, b1, b2)
     if m_up.shape[0] != shape[1]:
         raise _Inexpressible("GLoRA that mixes kernel positions of a convolution")
-    _fits(d_up.shape[0] * d_down.shape[1], shape)
     rank = a1.shape[0] if old else a2.shape[0]
     return GLoRA(m_up, m_down, d_up, d_down.reshape(-1, *shape[1:]), _scale(alpha, rank), span)
 
 
-def _orthogonal(values, shape, span: Span, rows: Callable | None, blocks_at: int) -> tuple[Tensor, Tensor | None]:
-    blocks, rescale, alpha, magnitude = values
+def _rotations(values, span: Span, rows: Callable | None) -> Tensor:
+    blocks, _, alpha, magnitude = values
     if magnitude is not None or rows is not None or (span is not None and span[0] != 0):
         raise _Inexpressible("a rotation with a magnitude, on reordered rows or on inputs")
-    if blocks.shape[blocks_at] * blocks.shape[-1] != shape[0]:
-        raise _Inexpressible(f"rotations of {blocks.shape[blocks_at] * blocks.shape[-1]} channels for {shape[0]}")
-    return cayley(blocks, alpha or 0.0), rescale
+    return cayley(blocks, alpha or 0.0)
 
 
 def _oft(values, shape, geometry: Geometry, span: Span, rows: Callable | None) -> Op:
-    return OFT(_orthogonal(values, shape, span, rows, 0)[0], span)
+    return OFT(_rotations(values, span, rows), span)
 
 
 def _boft(values, shape, geometry: Geometry, span: Span, rows: Callable | None) -> Op:
-    rotations, rescale = _orthogonal(values, shape, span, rows, 1)
-    stages, size = rotations.shape[0], rotations.shape[-1]
-    if shape[0] % (2**stages * (size // 2)):
-        raise _Inexpressible(f"{stages} stages of rotations of {size} channels for {shape[0]}")
-    return BOFT(rotations, rescale, span)
+    return BOFT(_rotations(values, span, rows), values[1], span)
 
 
 def _diff(values, shape, geometry: Geometry, span: Span, rows: Callable | None) -> Op:
-    if tuple(values[0].shape) != tuple(shape):
-        raise _Misfit(f"a difference of shape {tuple(values[0].shape)} for a weight of shape {shape}")
     return _additive(given, [values[0]], shape, 1.0, span, rows)
 
 
 def _set(values, shape, geometry: Geometry, span: Span, rows: Callable | None) -> Op:
-    _fits(values[0].numel(), shape)
     return Replace(values[0].reshape(shape), span)
 
 
 _MAKERS = {"lora": _lora, "loha": _loha, "lokr": _lokr, "glora": _glora, "oft": _oft, "boft": _boft,
            "diff": _diff, "set": _set}
-
-
-def _unused(lora: dict[str, Tensor], patches: dict) -> list[str]:
-    used: set[str] = set()
-    for patch in patches.values():
-        # All adapters of one load share the loader's set of used keys, plain differences included.
-        used |= getattr(patch, "loaded_keys", set())
-    return [] if not used else [key for key in lora if key not in used]

@@ -59,7 +59,7 @@ def profiles(model, ensemble: Ensemble, how: Sampling, progress: Callable[[], No
     """The base model first, then every LoRA with a model strength, each in a run of its own on the same noise.
 
     progress   called after every sampling step
-    Raises ValueError for an empty ensemble, and LoRAFileError for files that cannot be used with this model, before
+    Raises ValueError for an empty ensemble, and for files that cannot be used with this model, before
     anything is sampled.
     """
     if not ensemble:

@@ -192,7 +192,7 @@ def _caller_options(model_options: dict, caller_conds: int) -> dict:
 
 def read_weight(patcher, name: str) -> Tensor | None:
     """A tensor of the base model in fp32 as earlier nodes left it (their LoRAs included), or None where the model
-    keeps it in a form that cannot be read."""
+    keeps it in a form that cannot be read. A lack of memory is no such form, and is not hidden."""
     key = f"diffusion_model.{name}"
     try:
         weight, _, convert = comfy.model_patcher.get_key_weight(patcher.model, key)
@@ -206,5 +206,5 @@ def read_weight(patcher, name: str) -> Tensor | None:
             return None
         weight = weight.detach().to(torch.float32, copy=True)
         return comfy.lora.calculate_weight(patcher.patches.get(key, []), weight, key)
-    except (AttributeError, RuntimeError, TypeError):
+    except (AttributeError, NotImplementedError, TypeError):  # no such tensor, or one of a class without that operation
         return None

@@ -45,10 +45,11 @@ def radial_amplitude(x: Tensor, bins: Tensor) -> Tensor:
 
 
 def _transformed(plane: Tensor) -> Tensor:
-    """|rfft2| of the last two dimensions; through the CPU where the device has no Fourier transform (DirectML)."""
+    """|rfft2| of the last two dimensions; through the CPU where the device has no Fourier transform (DirectML), but not
+    where it has one that fails."""
     try:
         return torch.fft.rfft2(plane, norm="ortho").abs()
-    except RuntimeError:
+    except NotImplementedError:
         return torch.fft.rfft2(plane.cpu(), norm="ortho").abs().to(plane.device)
 
 

@@ -11,7 +11,7 @@ import torch
 from comfy_api.latest import io
 
 from ..host.ensemble import ROLES, Ensemble, LoRASpec, Mask
-from ..host.files import FOLDER, LoRAFileError, check_file, fingerprint
+from ..host.files import FOLDER, changes, check_file, fingerprint
 from .sockets import LoRAStack, check_numbers, chosen, earlier_ensemble_input, ensemble_output, schema, strength_input
 
 
@@ -65,14 +65,14 @@ class LoRAEnsembleLoRA(io.ComfyNode):
         try:
             if lora_name is not None:
                 check_file(lora_name)
-        except LoRAFileError as error:
+        except ValueError as error:
             return str(error)
         return True
 
     @classmethod
     def fingerprint_inputs(cls, lora_name: str | None = None, **others: object) -> str:
         """Run again when the file has been replaced."""
-        return "" if lora_name is None else fingerprint(lora_name)
+        return str(changes()) if lora_name is None else fingerprint(lora_name)
 
     @classmethod
     def execute(
@@ -121,6 +121,11 @@ class LoRAEnsembleFromStack(io.ComfyNode):
             ],
             outputs=[ensemble_output()],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, **inputs: object) -> str:
+        """Run again when a file has been replaced; which ones are in the stack is not known yet."""
+        return str(changes())
 
     @classmethod
     def execute(cls, lora_stack: Sequence[tuple[str, float, float] | None] | None,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from lora_ensemble.kernels.branch import Branch, Step, one_hot
 from lora_ensemble.kernels.decompose import magnitude_scale
-from lora_ensemble.kernels.deltas import hadamard, hadamard_factors, kronecker, tucker, tucker_down
+from lora_ensemble.kernels.deltas import balanced, hadamard, hadamard_factors, kronecker, tucker, tucker_down
 from lora_ensemble.kernels.lowrank import add_batched_, add_pointwise_, rows, tokens
 from lora_ensemble.kernels.orthogonal import block_rotate, butterfly_rotate, cayley
 from lora_ensemble.tests.reference import TOLERANCE, butterfly_matrix, close
@@ -264,3 +264,22 @@ def test_branch_is_a_value_and_knows_when_it_is_the_base():
 def test_step_progress_runs_from_zero_to_one():
     assert [Step(j, 5, 1.0).progress for j in range(5)] == [0.0, 0.25, 0.5, 0.75, 1.0]
     assert Step(0, 1, 1.0).progress == 0.0
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-6, 0.1, 30.0, 1e3, 1e20])
+@DTYPES
+def test_balanced_factors_have_the_same_product(size, dtype):
+    """Exactly, as powers of two round nothing; and none is lost or infinite in half precision."""
+    if not torch.finfo(dtype).tiny < size < torch.finfo(dtype).max:
+        pytest.skip("no such factor in this dtype")
+    down, up = (rand(4, 9, seed=2) * size).to(dtype), (rand(6, 4, seed=3).float() / size).to(dtype)
+    new_up, new_down = balanced(up, down)
+    assert torch.equal(new_up.double() @ new_down.double(), up.double() @ down.double())
+    assert 2**-11 < new_down.half().abs().amax() < 5
+
+
+def test_factors_of_ordinary_size_are_left_alone():
+    up, down = rand(6, 4), rand(4, 9)
+    assert balanced(up, down)[0] is up and balanced(up, down)[1] is down
+    zeros = torch.zeros(4, 9)
+    assert balanced(up, zeros)[1] is zeros

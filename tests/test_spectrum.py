@@ -124,6 +124,16 @@ def test_a_device_without_fourier_transforms(monkeypatch):
     assert torch.equal(radial_amplitude(x, bins), want) and len(calls) == 2
 
 
+def test_a_fault_of_the_device_is_not_hidden(monkeypatch):
+    """Guard: out of memory is a RuntimeError, and so is a failing kernel; only where it lacks the CPU helps."""
+    def failing(*args, **kwargs):
+        raise RuntimeError("cuFFT error: CUFFT_INTERNAL_ERROR")
+
+    monkeypatch.setattr(torch.fft, "rfft2", failing)
+    with pytest.raises(RuntimeError, match="cuFFT"):
+        radial_amplitude(torch.randn(2, 4, 16, 12), radial_bins(16, 12))
+
+
 def test_a_change_is_a_ratio_of_means_with_its_error():
     """Against the textbook formula, over the second half of the run; one picture has no error."""
     ground = torch.tensor([[9.0, 9.0, 9.0], [0.4, 0.2, 0.6], [0.6, 0.2, 0.4]])

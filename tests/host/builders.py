@@ -41,6 +41,13 @@ def shapes(model, wanted: Callable[[str], bool] = lambda layer: True) -> Shapes:
             and wanted(key[len(prefix):-len(leaf)])}
 
 
+def text_layers(clip) -> Shapes:
+    """Layer name (below the text model) -> weight shape, of the matrices in the layers of a small CLIP."""
+    prefix, end = "clip_l.transformer.text_model.", ".weight"
+    return {key[len(prefix):-len(end)]: value.shape for key, value in clip.cond_stage_model.state_dict().items()
+            if key.startswith(prefix) and "layers" in key and key.endswith(end) and value.ndim == 2}
+
+
 def kohya(layer: str) -> str:
     return "lora_unet_" + layer.replace(".", "_")
 

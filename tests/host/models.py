@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 import comfy.ldm.flux.model
 import comfy.model_patcher
 import comfy.sd  # noqa: F401  (its import order is the one the others rely on)
+import comfy.sd1_clip
 import comfy.supported_models
 import torch
 from torch import Tensor
@@ -104,6 +105,19 @@ def randomize(model: torch.nn.Module, seed: int = 0) -> None:
 def patcher(model: torch.nn.Module, device: torch.device = CPU) -> comfy.model_patcher.ModelPatcher:
     _made.add(model)
     return comfy.model_patcher.ModelPatcher(model.eval(), load_device=device, offload_device=CPU)
+
+
+def small_clip():
+    """A CLIP around a two-layer text encoder of ComfyUI's own class, without a tokenizer."""
+    small = dict(hidden_size=32, intermediate_size=64, num_attention_heads=2, num_hidden_layers=2, vocab_size=99)
+    model = comfy.sd1_clip.SD1ClipModel(model_options={"clip_l_model_config": small})
+    randomize(model, 4)
+    made = comfy.sd.CLIP(no_init=True)
+    made.cond_stage_model, made.tokenizer = model, None
+    made.patcher = comfy.model_patcher.ModelPatcher(model, load_device=CPU, offload_device=CPU)
+    made.layer_idx, made.tokenizer_options = None, {}
+    made.use_clip_schedule = made.apply_hooks_to_conds = False
+    return made
 
 
 _cache: dict[tuple, comfy.model_patcher.ModelPatcher] = {}

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import comfy.lora
-import comfy.model_patcher
 import comfy.sd
-import comfy.sd1_clip
 import pytest
 import torch
 from lora_ensemble.host.apply import apply_method, bake
@@ -16,29 +14,28 @@ from lora_ensemble.methods.composite import Composite
 from lora_ensemble.nodes.baselines import LoRAEnsembleSwitch
 from lora_ensemble.nodes.cmlora import LoRAEnsembleCMLoRA
 
-from .builders import Rand, file_of, kohya, lora, merge, method, plain, same, sample, shapes, stock, three
+from .builders import (
+    Rand,
+    file_of,
+    kohya,
+    lora,
+    merge,
+    method,
+    plain,
+    same,
+    sample,
+    shapes,
+    stock,
+    text_layers,
+    three,
+)
 from .kinds import glora
-from .models import CPU, base, randomize
+from .models import base, small_clip
 
 
 @pytest.fixture(scope="module")
 def clip():
-    """A CLIP around a two-layer text encoder of ComfyUI's own class."""
-    small = dict(hidden_size=32, intermediate_size=64, num_attention_heads=2, num_hidden_layers=2, vocab_size=99)
-    model = comfy.sd1_clip.SD1ClipModel(model_options={"clip_l_model_config": small})
-    randomize(model, 4)
-    made = comfy.sd.CLIP(no_init=True)
-    made.cond_stage_model, made.tokenizer = model, None
-    made.patcher = comfy.model_patcher.ModelPatcher(model, load_device=CPU, offload_device=CPU)
-    made.layer_idx, made.tokenizer_options = None, {}
-    made.use_clip_schedule = made.apply_hooks_to_conds = False
-    return made
-
-
-def text_layers(clip) -> dict[str, torch.Size]:
-    prefix, end = "clip_l.transformer.text_model.", ".weight"
-    return {key[len(prefix):-len(end)]: value.shape for key, value in clip.cond_stage_model.state_dict().items()
-            if key.startswith(prefix) and "layers" in key and key.endswith(end) and value.ndim == 2}
+    return small_clip()
 
 
 def with_text(clip, layers: dict, seed: int) -> dict:

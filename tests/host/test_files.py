@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import struct
 from functools import partial
@@ -13,8 +14,10 @@ from lora_ensemble.host import files
 from lora_ensemble.host.apply import apply_method, bake
 from lora_ensemble.host.composition import KEY
 from lora_ensemble.host.ensemble import LoRASpec
-from lora_ensemble.host.files import LoRAFileError, check_file, fingerprint, read
+from lora_ensemble.host.files import check_file, fingerprint, read
 from lora_ensemble.methods.merge import Merge
+from lora_ensemble.nodes.ensembles import LoRAEnsembleFromStack, LoRAEnsembleLoRA
+from safetensors.torch import save
 
 from .builders import composite, file_of, kohya, lora, merge, plain, same, sample, shapes, stock
 from .models import base
@@ -29,7 +32,7 @@ def refused(name: str, *words: str) -> None:
     for use in (lambda n: merge(base("SD15"), [LoRASpec(n, 1.0, 1.0)]),
                 lambda n: composite(base("SD15"), [LoRASpec(n, 1.0, 1.0)]),
                 lambda n: bake(base("SD15"), None, (LoRASpec(n, 1.0, 1.0),), "Merge LoRAs")):
-        with pytest.raises(LoRAFileError) as caught:
+        with pytest.raises(ValueError) as caught:
             use(name)
         text = str(caught.value)
         assert f"'{name}'" in text and all(word in text for word in words), text
@@ -37,7 +40,7 @@ def refused(name: str, *words: str) -> None:
 
 def refused_by_header(name: str, *words: str) -> None:
     """The cheap check of a node's validation says the same."""
-    with pytest.raises(LoRAFileError, match=words[0]):
+    with pytest.raises(ValueError, match=words[0]):
         check_file(name)
     refused(name, *words)
 
@@ -51,9 +54,25 @@ def test_not_a_safetensors_file(content, raw):
     refused_by_header(raw(content), "not a safetensors file", "Download it again")
 
 
-@pytest.mark.parametrize("header", [b"{]" * 20, b"[1,2]", b'{"a": 1}', b'{"a": {"data_offsets": "x"}}', b"\xff" * 40])
+ENTRY = '{"a": {"dtype": %s, "shape": %s, "data_offsets": %s}}'
+
+
+@pytest.mark.parametrize("header", [
+    b"{]" * 20, b"[1,2]", b'{"a": 1}', b'{"a": {"data_offsets": "x"}}', b"\xff" * 40, b"[" * 100_000, b"null",
+    *((ENTRY % entry).encode() for entry in [
+        ('"F32"', "[2]", "[0, 4]"), ('"F32"', "[-2]", "[0, 8]"), ('"F32"', '["2"]', "[0, 8]"),
+        ('"F32"', "null", "[0, 8]"), ('"F32"', "[2]", '["0", 8]'), ('"F32"', "[2]", "[8, 0]"),
+        ('"F32"', "[2]", "[0, 8, 16]"), ('"F32"', "[2]", "{}"), ("[]", "[2]", "[0, 8]"),
+        ('"F32"', "[4611686018427387904, 4]", "[0, 0]"), ('"F32"', "[2.0]", "[0, 8]"),
+        ('"F32"', "[true]", "[0, 4]")])])
 def test_a_damaged_header(header, raw):
     refused_by_header(raw(struct.pack("<Q", len(header)) + header), "damaged header", "Download it again")
+
+
+def test_an_unknown_dtype(raw):
+    """Guard: ComfyUI's own reader may stop with a KeyError."""
+    header = (ENTRY % ('"F99"', "[2]", "[0, 8]")).encode()
+    refused(raw(struct.pack("<Q", len(header)) + header + bytes(8)), "cannot be read")
 
 
 @pytest.mark.parametrize("part", [0.02, 0.5, 0.999])
@@ -133,7 +152,7 @@ def test_an_empty_ensemble():
 
 def test_the_model_is_fine_after_a_refusal(loras, raw):
     model, good = base("SD15"), LoRASpec(loras(lora(shapes(base("SD15")), 1)), 0.8, 0)
-    with pytest.raises(LoRAFileError):
+    with pytest.raises(ValueError):
         merge(model, [good, LoRASpec(raw(b"no"), 1.0, 1.0)])
     same(sample(merge(model, [good])), sample(stock(model, [good])), sample(model))
 
@@ -179,3 +198,88 @@ def test_the_cache_is_bounded(loras, monkeypatch):
     names = [loras(small()) for _ in range(3)]
     kept = [read(name) for name in names]
     assert len(files._cache) == 1 and read(names[2]) is kept[2]
+
+
+def test_an_old_version_of_a_file_leaves_the_cache(loras, lora_folder):
+    name = loras(small())
+    before = read(name)
+    loras({key: value * 2 for key, value in small().items()}, name)
+    os.utime(lora_folder / name, ns=(1, 1))
+    assert read(name) is not before
+    assert sum(path.endswith(name) for path in files._cache) == 1
+
+
+def test_the_cache_counts_what_many_small_tensors_cost():
+    many = files.LoRAFile({str(k): torch.ones(1) for k in range(1000)})
+    assert files._nbytes(many) > 100 * 1000
+
+
+def test_only_tensors_with_a_place_in_the_model_are_read(raw):
+    """A key that nothing knows declares 1.5 GB, in a file that has holes instead; its values do not matter either."""
+    resource = pytest.importorskip("resource")
+    size, tensors = 1_500_000_000, small()
+    content = save(tensors)
+    length = struct.unpack("<Q", content[:8])[0]
+    header, data = json.loads(content[8:8 + length]), content[8 + length:]
+    header["strange.weight"] = {"dtype": "F32", "shape": [size // 4], "data_offsets": [len(data), len(data) + size]}
+    packed = json.dumps(header).encode()
+    name = raw(struct.pack("<Q", len(packed)) + packed + data)
+    path = files.path_of(name)
+    os.truncate(path, os.path.getsize(path) + size)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    ours = composite(base("SD15"), [LoRASpec(name, 0.8, 0)])
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000, "in KB"
+    (problem,) = ours.get_attachment(KEY).layers[0].problems
+    assert "strange.weight" in problem
+    nan = {**tensors, "strange.weight": torch.full((4,), float("nan"))}
+    good, odd = (LoRASpec(raw(save(file), f"{k}.safetensors"), 0.8, 0) for k, file in enumerate((tensors, nan)))
+    assert torch.equal(sample(composite(base("SD15"), [odd])), sample(composite(base("SD15"), [good])))
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("unable to mmap 99 bytes: Cannot allocate memory (12)")])
+def test_a_lack_of_memory_is_not_a_damaged_file(error, loras, monkeypatch):
+    name = loras(small())
+    monkeypatch.setattr(comfy.utils, "load_torch_file", lambda *_, **__: (_ for _ in ()).throw(error))
+    with pytest.raises(type(error)):
+        read(name)
+
+
+def test_a_file_that_may_not_be_read(loras, monkeypatch):
+    def closed(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    name = loras(small())
+    monkeypatch.setattr(files, "open", closed, raising=False)
+    with pytest.raises(ValueError, match=f"'{name}' cannot be opened .*Permission denied"):
+        check_file(name)
+
+
+@pytest.mark.skipif(os.sep == "\\", reason="a backslash is a separator there")
+def test_a_name_that_was_written_on_windows(raw, lora_folder):
+    (lora_folder / "styles").mkdir(exist_ok=True)
+    raw(save(small()), "styles/ink.safetensors")
+    model = base("SD15")
+    ours, reference = (merge(model, [LoRASpec(f"styles{end}ink.safetensors", 0.8, 0)]) for end in ("\\", "/"))
+    assert torch.equal(sample(ours), sample(reference)) and not torch.equal(sample(ours), sample(model))
+    assert fingerprint("styles\\ink.safetensors") == fingerprint("styles/ink.safetensors")
+
+
+@pytest.mark.parametrize("how", ["link", "stack"])
+def test_a_changed_file_is_found_whichever_way_it_was_named(how, loras, lora_folder):
+    """A node whose names come over a link cannot ask for their files before it runs: it looks at all that were read."""
+    def mark() -> str:
+        node = LoRAEnsembleLoRA if how == "link" else LoRAEnsembleFromStack
+        return node.fingerprint_inputs(**({"lora_name": None, "strength_model": 0.8} if how == "link" else
+                                          {"lora_stack": None, "ensemble": None}))
+
+    name = loras(small())
+    first = mark()
+    assert mark() == first
+    merge(base("SD15"), [LoRASpec(name, 0.8, 0)])
+    assert mark() == first, "a file that was read for the first time has not changed"
+    os.utime(lora_folder / name, ns=(1, 1))
+    second = mark()
+    assert second != first and mark() == second
+    os.utime(lora_folder / name, ns=(2, 2))
+    read(name)  # by another graph, before this one is asked again
+    assert mark() not in (first, second)

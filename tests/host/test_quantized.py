@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import comfy.lora
 import comfy.ops
 import pytest
 import torch
 import torch.nn.functional as F
 from lora_ensemble.host.composition import KEY
 from lora_ensemble.host.ensemble import LoRASpec
+from lora_ensemble.host.wrappers import read_weight
 from torch import nn
 
 from .builders import Rand, composite, hooked, kohya, lora, merge, same, sample, shapes, stock, three
@@ -158,3 +160,15 @@ def test_quantized_layers_of_the_host(loras):
                for end, value in EVERYWHERE["DoRA"](state[f"diffusion_model.{name}.weight"], rand).items()}
     dora = [LoRASpec(loras(tensors), 0.7, 0)]
     same(sample(merge(packed, dora), "SD3"), sample(stock(plain, dora), "SD3"), sample(plain, "SD3"))
+
+
+def test_a_lack_of_memory_is_no_unreadable_weight(monkeypatch):
+    """Guard: out of memory is a RuntimeError; a DoRA would be left out, and the picture be wrong."""
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("no memory left")
+
+    model = base("SD15")
+    assert read_weight(model, "out.2.weight") is not None and read_weight(model, "no.such.weight") is None
+    monkeypatch.setattr(comfy.lora, "calculate_weight", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        read_weight(model, "out.2.weight")

@@ -10,7 +10,8 @@ from lora_ensemble.engine.bank import Bank
 from lora_ensemble.engine.forwards import RoutedForwards
 from lora_ensemble.host.composition import KEY
 from lora_ensemble.host.ensemble import LoRASpec
-from lora_ensemble.host.parse import parse
+from lora_ensemble.host.files import LoRAFile
+from lora_ensemble.host.parse import load, parse
 from lora_ensemble.kernels.branch import Branch
 from torch import nn
 
@@ -84,15 +85,17 @@ def grouped(groups: int) -> nn.Module:
 def parsed(model: nn.Module, kind: str):
     weight = model.diffusion_model.conv.weight.detach()
     tensors = {f"conv.{end}": value for end, value in EVERYWHERE[kind](weight, Rand(1)).items()}
-    return parse(tensors, {"conv": "diffusion_model.conv.weight"}, model)
+    patches = load(LoRAFile(tensors), {"conv": "diffusion_model.conv.weight"}, model, {})
+    assert patches.used == tensors.keys() and not patches.misfits
+    return patches, parse(patches, model)
 
 
 @pytest.mark.parametrize("kind", ["LoRA", "LoHa", "LoKr w1 w2", "DoRA", "OFT", "diff", "set_weight"])
 def test_grouped_convolution(kind):
     """Kinds that keep to the groups act as the host's patched weight does (OFT's blocks of 4 lie within groups)."""
     model = grouped(2)
-    found = parsed(model, kind)
-    assert not found.left_out and not found.unused
+    loaded, found = parsed(model, kind)
+    assert not found.left_out
     conv, x = model.diffusion_model.conv, torch.randn(2, 8, 5, 5)
     routed = RoutedForwards(model.diffusion_model, Bank([found.layers]),
                             lambda name: model.diffusion_model.get_parameter(name).detach().float())
@@ -101,7 +104,7 @@ def test_grouped_convolution(kind):
     with torch.inference_mode(), routed.rows([Branch((0.7,)), Branch((0.0,))]):
         ours = conv(x)
     routed.remove()
-    patches = [(0.7, found.patches["diffusion_model.conv.weight"], 1.0, None, None)]
+    patches = [(0.7, loaded.found["diffusion_model.conv.weight"], 1.0, None, None)]
     weight = comfy.lora.calculate_weight(patches, conv.weight.detach().clone(), "diffusion_model.conv.weight")
     reference = nn.functional.conv2d(x, weight, conv.bias, padding=1, groups=2)
     torch.testing.assert_close(ours[0], reference[0], rtol=1e-4, atol=1e-4)
@@ -111,6 +114,6 @@ def test_grouped_convolution(kind):
 @pytest.mark.parametrize(("kind", "groups"), [("OFT", 4), ("BOFT", 2), ("GLoRA", 2), ("DoRA inputs", 2)])
 def test_a_kind_that_mixes_groups_is_refused(kind, groups):
     """Guard: a rotation of weight rows that see different inputs is no rotation of the outputs."""
-    found = parsed(grouped(groups), kind)
+    _, found = parsed(grouped(groups), kind)
     assert [reason for _, reason in found.left_out] == ["it mixes channels of different groups of a convolution"]
     assert not found.layers

@@ -1,0 +1,84 @@
+"""Which format a file is in, told by the names of its tensors: for messages, and for names that ComfyUI's own key map
+lacks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from typing import NamedTuple
+
+
+class Kind(NamedTuple):
+    """A kind of file that no LoRA loader can use.
+
+    what    with its article
+    remedy  what to do with it
+    """
+
+    what: str
+    remedy: str
+
+
+_OTHERS: tuple[tuple[str, Kind], ...] = (
+    (r"\.on_input$|\.ia3_l(\.|$)", Kind("an IA3 file", "ComfyUI cannot load this kind; use a version that is a LoRA")),
+    (r"\.oft_blocks\.\d+$|\.oft_[rR](\.|$)",
+     Kind("a list of OFT blocks", "ComfyUI cannot load OFT in this form; use a version that is a LoRA")),
+    (r"\.vera_lambda_[bd]|\.boft_[RsS](\.|$)|\.hra_u(\.|$)",
+     Kind("a PEFT file of a kind other than LoRA", "ComfyUI cannot load this kind; use a version that is a LoRA")),
+    (r"^(model\.diffusion_model|first_stage_model|cond_stage_model|conditioner)\.",
+     Kind("a whole checkpoint", "load it with 'Load Checkpoint'")),
+    (r"^(control_model\.|controlnet_|lora_controlnet$|input_hint_block\.|zero_convs\.)|\.input_hint_block\.",
+     Kind("a ControlNet", "load it with 'Load ControlNet Model'")),
+    (r"^(ip_adapter|image_proj)\.", Kind("an IP-Adapter", "load it with the nodes of an IP-Adapter pack")),
+    (r"^(emb_params|clip_[lg]|string_to_param.*|<[^>]*>)$",
+     Kind("a textual-inversion embedding", "put it into models/embeddings and name it in the prompt")),
+    (r"^(blk\.\d+|token_embd|output_norm)\.",
+     Kind("a text model with GGUF names", "load it as a text encoder of the pack that it was made for")),
+    (r"^(vae\.)?(post_)?quant_conv\.|^(vae\.)?(en|de)coder\.(conv_in|mid|down|up|mid_block|down_blocks|up_blocks)\b",
+     Kind("a VAE", "load it with 'Load VAE'")),
+)
+_LORA = re.compile(r"lora|hada_|lokr_|oft_|dora_scale|\.diff(_b)?$|\.set_weight$|\.alpha$|_norm$|\.[ab][12]\.weight$")
+
+_PREFIXES = (("base_model.model.", "a PEFT file"), ("unet.base_model.model.", "a PEFT file"),
+             ("lora_unet_", "a kohya file"), ("lora_te", "a kohya file"), ("lora_prior_", "a Stable Cascade file"),
+             ("lycoris_", "a LyCORIS file"), ("lora_transformer_", "a OneTrainer file"),
+             ("unet.", "a diffusers or OneTrainer file"), ("transformer.", "a diffusers file"),
+             ("text_encoder", "a diffusers file"), ("diffusion_model.", "a file in ComfyUI's own names"))
+
+_FOREIGN = ("base_model.model.", "unet.base_model.model.", "unet.")
+_OWN = ("unet.", "transformer.", "text_encoder.", "diffusion_model.")
+
+
+def other_kind(keys: Collection[str]) -> Kind | None:
+    """What a file is that is no LoRA, or of a kind that ComfyUI cannot load; None for all that may be a LoRA."""
+    for pattern, kind in _OTHERS:
+        if any(re.search(pattern, key) for key in keys):
+            return kind
+    if len(keys) > 8 and not any(_LORA.search(key) for key in keys):
+        return Kind("a whole model or a part of one", "load it with 'Load Diffusion Model' or the loader of its kind")
+    return None
+
+
+def lora_format(keys: Collection[str]) -> tuple[str, str] | None:
+    """(what, prefix) of the format that most keys are in; None for one that is not known here."""
+    count, what, prefix = max((sum(key.startswith(prefix) for key in keys), what, prefix) for prefix, what in _PREFIXES)
+    return (what, prefix) if 2 * count >= max(len(keys), 1) else None
+
+
+def is_foreign(prefix: str) -> bool:
+    """Whether ComfyUI's own key map knows names with this prefix for some families at most."""
+    return prefix in _FOREIGN
+
+
+def with_aliases(key_map: Mapping, keys: Collection[str]) -> Mapping:
+    """The host's key map, with names of formats that it lacks where a file uses them: PEFT's own, which put a prefix
+    before the model's or diffusers' names, and diffusers' of today, without `processor`. The host's names win."""
+    foreign = [prefix for prefix in _FOREIGN if any(key.startswith(prefix) for key in keys)]
+    aliases = {}
+    for name, target in key_map.items() if foreign else ():
+        own = next((own for own in _OWN if str(name).startswith(own)), None)
+        if own is not None:
+            plain = re.sub(r"\.processor\.(to_out$)?", lambda found: ".to_out.0" if found[1] else ".",
+                           name.removeprefix(own))
+            aliases |= {prefix + part: target for prefix in foreign for part in (own + plain, plain)}
+    return {**aliases, **key_map}

@@ -1,0 +1,221 @@
+"""The files of an ensemble, read and checked for one MODEL and CLIP, before anything of them is applied.
+
+What cannot be used is refused with a ValueError that names the file, what it is, and what to do. What the host's own
+loader would leave out of a file is left out as well, and named in one line per kind of trouble.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Hashable, Sequence
+from typing import NamedTuple
+
+import comfy.lora
+from torch import nn
+
+from .banks import layers_of
+from .composition import KEY
+from .ensemble import Ensemble, LoRASpec
+from .files import LoRAFile, fingerprint, read
+from .fit import Broken, Misfit, Shape, Torn, named, reshape_of
+from .formats import is_foreign, lora_format, other_kind
+from .parse import PREFIX, ParsedLoRA, Patches, load, parse, shape_of
+
+TEXT_ENCODER = ("lora_te", "lora_prior_te_", "text_encoder", "clip_")  # how keys of text encoders begin
+log = logging.getLogger("lora_ensemble")
+
+
+class Part(NamedTuple):
+    """One LoRA that changes the diffusion model.
+
+    patches   the host's patches, for its weights
+    parsed    the same as ops; of what no forward can express, why
+    """
+
+    spec: LoRASpec
+    patches: Patches
+    parsed: ParsedLoRA
+
+
+class Reading(NamedTuple):
+    """What an ensemble's files do to a MODEL and a CLIP.
+
+    parts      the LoRAs that change the diffusion model, as the user listed them
+    texts      (LoRA, what it does to the text encoder), for those with a strength there
+    problems   what is left out of a file, whatever the method
+    """
+
+    parts: list[Part]
+    texts: list[tuple[LoRASpec, Patches]]
+    problems: list[str]
+
+
+def read_ensemble(model, clip, ensemble: Ensemble, node: str, on_weights: bool) -> Reading:
+    """Read all files of an ensemble for a MODEL and a CLIP or None.
+
+    node         display name of the node, for messages
+    on_weights   whether what no forward can express goes into the weights, in the order of the ensemble: a LoRA that
+                 enlarges a layer does so for the LoRAs behind it
+    Raises ValueError for an empty ensemble and for files that cannot be used with this model.
+    """
+    if not ensemble:
+        raise ValueError(f"{node}: the ensemble is empty. Connect at least one 'LoRA (Ensemble)' node to it.")
+    base = model.model
+    model_keys = comfy.lora.model_lora_keys_unet(base, {})
+    clip_keys = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {}) if clip is not None else {}
+    before = _enlarged_before(model)
+    enlarged, found, texts, problems = dict(before), [], [], []
+    for spec in ensemble:
+        if spec.strength_model == 0 and spec.strength_clip == 0:
+            continue
+        file = read(spec.name)
+        try:
+            patches = load(file, model_keys, base, enlarged)
+            text = load(file, clip_keys, clip.cond_stage_model, {}) if clip is not None else Patches()
+            _check_enlarged(model, patches, text, on_weights)
+        except Broken as reason:
+            raise ValueError(f"{node}: LoRA '{spec.name}' {reason}, or remove it from the ensemble.") from None
+        unused = _unused(file, patches, text, clip is not None)
+        wrong = _wrong_kind(file, patches, text, unused, base, clip is not None)
+        if wrong:
+            raise ValueError(f"{node}: LoRA '{spec.name}' {wrong}, or remove it from the ensemble.")
+        if spec.strength_model != 0 and patches.found:
+            found.append((spec, patches))
+            if on_weights:
+                enlarged |= patches.enlarged
+        if spec.strength_clip != 0:
+            texts.append((spec, text))
+        applied = [part for part, strength in ((patches, spec.strength_model), (text, spec.strength_clip)) if strength]
+        problems += _problems(spec, [misfit for part in applied for misfit in part.misfits], unused)
+    changed = enlarged if on_weights else before
+    parts = [Part(spec, patches, parse(patches, base, changed)) for spec, patches in found]
+    return Reading(parts, texts, problems)
+
+
+def facts_of(model, clip, specs: Sequence[LoRASpec], on_weights: bool) -> Hashable:
+    """What `read_ensemble` goes by besides the layers of the model: equal facts, equal reading."""
+    files = tuple((spec.name, fingerprint(spec.name), spec.strength_model != 0, spec.strength_clip != 0)
+                  for spec in specs)
+    routed = frozenset(_FIRST_LAYERS) & _routed(model)
+    return (files, None if clip is None else layers_of(clip.cond_stage_model), on_weights,
+            frozenset(_enlarged_before(model).items()), routed)
+
+
+def say_without_effect(reading: Reading, ensemble: Ensemble, node: str) -> None:
+    """Name the LoRAs that were to act on the model and change the text encoder alone."""
+    for spec in ensemble:
+        if spec.strength_model != 0 and not any(spec is part.spec for part in reading.parts):
+            log.info("%s: LoRA '%s' changes the text encoder alone, so it takes no part in the composition", node,
+                     spec.name)
+
+
+def left_out(part: Part, on_weights: bool) -> list[str]:
+    """One line per reason for what no forward can express of a LoRA, with what is done instead."""
+    done = "merged into the weight instead" if on_weights else "left out (Merge in mode 'baked' can apply it)"
+    return _lines(part.spec, part.parsed.left_out, done)
+
+
+_FIRST_LAYERS: dict[str, tuple[int, ...] | None] = {
+    "diffusion_model.img_in.weight": (2, 6),  # Flux: a picture, or a picture and its mask in full resolution
+    "diffusion_model.img_in.proj.weight": None,  # HunyuanVideo
+    "diffusion_model.patch_embedding.weight": None,  # Wan
+}
+"""Weights by whose inputs the host's models see what to give them -> how many times as many they may get; None: any."""
+
+
+def _check_enlarged(model, patches: Patches, text: Patches, on_weights: bool) -> None:
+    """Refuse what would enlarge a layer that then gets inputs of the old size."""
+    for key, shape in text.enlarged.items():
+        raise Broken(f"would enlarge {key} of the text encoder to {named(shape)}, which nothing can use")
+    routed = _routed(model)
+    for key, shape in patches.enlarged.items():
+        old, times = shape_of(model.model, key), _FIRST_LAYERS.get(key, ())
+        inputs_alone = shape[:1] == old[:1] and shape[2:] == old[2:]
+        if not inputs_alone or (times is not None and shape[1] not in [n * old[1] for n in times]):
+            raise Broken(f"would enlarge {key} from {named(old)} to {named(shape)}, for which this model has no input. "
+                         "Use it with the model that it was made for")
+        if on_weights and key in routed:
+            raise Broken(f"enlarges {key}, on which LoRAs of a node before this one act beside the weight. Move it to "
+                         "the first of these nodes")
+
+
+def _routed(model) -> set[str]:
+    """Weights beside which LoRAs of earlier nodes act."""
+    banks = [patcher.model for patcher in model.get_additional_models_with_key(KEY)]
+    return {f"{PREFIX}{layer}.weight" for bank in banks for layer in bank.sites}
+
+
+def _enlarged_before(model) -> dict[str, Shape]:
+    """Shapes of the weights that patches of earlier nodes have enlarged."""
+    return {key: tuple(sizes) for key, entries in model.patches.items() for _, patch, _, span, _ in entries
+            if span is None and (sizes := reshape_of(patch)) is not None}
+
+
+def _unused(file: LoRAFile, patches: Patches, text: Patches, has_clip: bool) -> list[str]:
+    """File keys that neither the diffusion model nor the text encoder has a place for."""
+    elsewhere = () if has_clip else TEXT_ENCODER
+    return [key for key in file if key not in patches.used and key not in text.used and not key.startswith(elsewhere)]
+
+
+def _wrong_kind(file: LoRAFile, patches: Patches, text: Patches, unused: Sequence[str], base: nn.Module,
+                has_clip: bool) -> str | None:
+    """Why a file cannot be meant for this model, and what to do; None for all that acts and fits.
+
+    Stable Diffusion 1.5 and SDXL share the names of many layers: there a file for the other one is known by layers of
+    another shape, with less than half of it in its place.
+    """
+    kind = type(getattr(base, "model_config", base)).__name__
+    misfits, count = patches.misfits, len(patches.misfits) + len(patches.found)
+    if misfits and (1 - len(misfits) / count) * (1 - len(unused) / len(file)) < 0.5:
+        key, reason = misfits[0]
+        if all(isinstance(why, Torn) for _, why in misfits):
+            return f"is damaged in {len(misfits)} of its {count} layers, such as {key}: {reason}. Use another version"
+        return (f"does not fit this model ({kind}): {len(misfits)} of its layers have another shape here, such as "
+                f"{key}: {reason}; {len(unused)} of its {len(file)} keys have no place. It was made for another "
+                "architecture; use it with a checkpoint of that kind")
+    if patches.found or text.found:
+        return None
+    if not has_clip and all(key.startswith(TEXT_ENCODER) for key in file) and other_kind(file) is None:
+        return "changes the text encoder alone, and none is connected. Connect a CLIP if the node takes one"
+    return _unknown(file, kind)
+
+
+def _unknown(keys: Collection[str], kind: str) -> str:
+    """What a file is of which no key is known, and what to do with it."""
+    example = f"none of its {len(keys)} keys, '{next(iter(keys))}' for one"
+    other = other_kind(keys)
+    if other is not None:
+        return f"is {other.what} and no LoRA for this model ({kind}): {example}, can be used. {_capital(other.remedy)}"
+    form = lora_format(keys)
+    if form is None:
+        return (f"matches no layer of this model ({kind}): {example}, is in a format that is known here. Convert it to "
+                "ComfyUI's or kohya's names")
+    what, prefix = form
+    advice = "It was made for another architecture; use it with a checkpoint of that kind"
+    if is_foreign(prefix):
+        advice = ("It was made for another architecture, or by a tool that names layers in its own way; use it with a "
+                  "checkpoint of its kind, convert it to ComfyUI's or kohya's names")
+    return f"matches no layer of this model ({kind}): it is {what} with the prefix {prefix}, and {example}, is here. " \
+           f"{advice}"
+
+
+def _problems(spec: LoRASpec, misfits: Sequence[tuple[object, Misfit]], unused: Sequence[str]) -> list[str]:
+    """One line per kind of trouble, with a count and an example."""
+    out = _lines(spec, [(key, str(reason)) for key, reason in misfits], "left out")
+    if unused:
+        other = other_kind(unused)
+        note = f" (as in {other.what})" if other is not None else ""
+        out.append(f"LoRA '{spec.name}': {len(unused)} keys have no place in this model{note}, '{unused[0]}' for one")
+    return out
+
+
+def _lines(spec: LoRASpec, reasons: Sequence[tuple[object, str]], done: str) -> list[str]:
+    by_reason: dict[str, list] = {}
+    for key, reason in reasons:
+        by_reason.setdefault(reason, []).append(key)
+    return [f"LoRA '{spec.name}': {len(keys)} keys such as {keys[0]}: {reason}; {done}"
+            for reason, keys in by_reason.items()]
+
+
+def _capital(sentence: str) -> str:
+    return sentence[:1].upper() + sentence[1:]
