@@ -3,7 +3,7 @@
 
     python3 run.py demo     compose the testbed's LoRAs with every method; writes pictures and a table to demo/out/
     python3 run.py test     every test that this machine can run
-    python3 run.py bench    quality and speed, one JSON line per result
+    python3 run.py bench    the goals of speed, one JSON line per result and a table
 
 Standard library only. Environments are made once, outside the tree, and reused while their requirements stay the same.
 Each ComfyUI that is found takes part in a process of its own, with the interpreter it already has or one made for it.
@@ -354,14 +354,22 @@ def run_demo(options: argparse.Namespace) -> int:
 
 
 def run_bench(options: argparse.Namespace) -> int:
-    base, hosts = prepare(options)
-    summary = Summary()
-    sets = ["--sets", options.sets] if options.sets else []
-    summary.run("quality", with_pack(base, "lora_ensemble.benchmarks.quality", *sets, "--device", options.device))
-    for host in hosts:
-        command = with_pack(host.python, "lora_ensemble.benchmarks.speed", "--device", options.device, *options.rest)
-        summary.run(f"speed on {host}", command, host.env())
-    return summary.close(base, hosts)
+    """The goals of speed on one ComfyUI, the first that was named or found; with --sets also quality."""
+    summary, env = Summary(), None
+    if options.as_it_is:
+        base, hosts = Path(sys.executable), find_hosts(options.comfyui)[:1]
+        for host in hosts:
+            host.python, host.note = base, "this interpreter as it is"
+            env = os.environ | {"COMFYUI_UNDER_TEST": str(host.path)}
+    else:
+        base, hosts = prepare(options)
+    if options.sets:
+        quality = ["lora_ensemble.benchmarks.quality", "--sets", options.sets, "--device", options.device]
+        summary.run("quality", with_pack(base, *quality))
+    for host in hosts[:1]:
+        goals = with_pack(host.python, "lora_ensemble.benchmarks.goals", "--device", options.device, *options.rest)
+        summary.run(f"speed on {host}", goals, env or host.env())
+    return summary.close(base, hosts[:1])
 
 
 def run_inside(tools: str, module: str, *arguments: str) -> int:
@@ -390,7 +398,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--comfyui", metavar="PATH", nargs="+", action="extend", default=[], help="the ComfyUI to use")
     parser.add_argument("--clone-comfyui", action="store_true", help=f"fetch ComfyUI {COMFYUI_TAG} and use it")
     parser.add_argument("--without-comfyui", action="store_true", help="use none, even if there is one")
-    parser.add_argument("--sets", help="bench: number of LoRA sets, for a fast sample")
+    parser.add_argument("--sets", help="bench: also the quality of so many LoRA sets (480 are all)")
+    parser.add_argument("--as-it-is", action="store_true", help="bench: with this interpreter, making no environment")
     parser.add_argument("--device", default="cpu", help="bench: cpu (default) or cuda")
     options, options.rest = parser.parse_known_args(arguments)
     if options.rest and options.command == "demo":

@@ -49,6 +49,7 @@ CPU = torch.device("cpu")
 TOKENS, LAYERS = 8, 64
 SIZES = {"32x32": (32, 32), "64x64": (64, 64)}
 STRENGTHS = (0.8, 0.7, 0.9, 0.6, 0.75)
+BYPASS = "ComfyUI's bypass loader, 1 LoRA"
 EQUAL, UNEQUAL = (8,) * 5, (4, 8, 16, 32, 8)
 
 
@@ -182,7 +183,7 @@ def step_arms(model, files: list[Path]) -> dict[str, tuple[str, object]]:
     return {
         "no LoRA, 2 rows": ("", model), "no LoRA, 10 rows": ("", model),
         "ComfyUI's loaders, 5 LoRAs in the weights": ("no LoRA, 2 rows", models.stock(model, files)),
-        "ComfyUI's bypass loader, 1 LoRA": ("no LoRA, 2 rows", models.stock(model, files[:1], bypass=True)),
+        BYPASS: ("no LoRA, 2 rows", models.stock(model, files[:1], bypass=True)),
         "Merge of 1": ("no LoRA, 2 rows", merge(1)), "Merge of 5": ("no LoRA, 2 rows", merge(5)),
         "Composite of 5": ("no LoRA, 10 rows", models.compose(model, files)[0]),
     }  # fmt: skip

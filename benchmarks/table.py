@@ -89,14 +89,15 @@ def tables(records: Iterable[dict]) -> str:
     return "\n\n".join(parts)
 
 
+def result(line: str) -> dict | None:
+    """The result that a line of a benchmark's output holds."""
+    return json.loads(line) if line.startswith('{"bench": ') else None
+
+
 def read(paths: Iterable[Path]) -> list[dict]:
-    """The results in some files, in their order; lines that are not JSON objects of a benchmark are passed over."""
-    records = []
-    for path in paths:
-        for line in path.read_text(encoding="utf-8").splitlines():
-            if line.startswith('{"bench": '):
-                records.append(json.loads(line))
-    return records
+    """The results in some files, in their order."""
+    lines = (line for path in paths for line in path.read_text(encoding="utf-8").splitlines())
+    return [found for found in map(result, lines) if found is not None]
 
 
 def written(readme: str, text: str) -> str:
