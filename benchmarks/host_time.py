@@ -3,6 +3,7 @@
 
     python3 benchmarks/host_time.py                        one layer call; needs torch alone
     python3 benchmarks/host_time.py --comfyui PATH         and whole steps in ComfyUI, with the interpreter it runs in
+    python3 benchmarks/host_time.py --device cuda          the same with the work on a GPU
     python3 benchmarks/host_time.py --quick                some seconds, to see that it works
 
 Everything is tiny, so that what remains is the host, and is measured in processor time of one thread, with torch in
@@ -46,7 +47,6 @@ from . import models
 from .measure import Results, Spread, in_turns, one_thread, spread
 from .table import host_table
 
-CPU = torch.device("cpu")
 TOKENS, LAYERS = 8, 64
 SIZES = {"32x32": (32, 32), "64x64": (64, 64)}
 STRENGTHS = (0.8, 0.7, 0.9, 0.6, 0.75)
@@ -138,7 +138,7 @@ def check(case: str, routed: RoutedForwards, loras: list[dict[str, list[LowRank]
         plain = expected.clone()
         for row, branch in enumerate(rows):
             for gain, lora in zip(branch.at(name), loras, strict=True):
-                expected[row] += gain * x[row] @ lora[name][0].down.T @ lora[name][0].up.T
+                expected[row] += gain * x[row] @ lora[name][0].down.T.to(x) @ lora[name][0].up.T.to(x)
         with routed.rows(rows):
             apart = (layer(x) - expected).norm() / (expected - plain).norm()
         if not apart <= 1e-5:
@@ -149,13 +149,14 @@ def linears(out: int, wide: int) -> nn.Sequential:
     return nn.Sequential(*(nn.Linear(wide, out) for _ in range(LAYERS))).requires_grad_(False)
 
 
-def bench_layer(tell: Results, name: str, case: Case, size: str, rounds: int) -> dict:
+def bench_layer(tell: Results, name: str, case: Case, size: str, rounds: int, device: torch.device) -> dict:
     """Host time of one layer call, from passes over LAYERS layers in which a step's rows are given once."""
     out, wide = SIZES[size]
-    plain, adapted, names = linears(out, wide), linears(out, wide), [str(i) for i in range(LAYERS)]
+    plain, adapted = (linears(out, wide).to(device) for _ in range(2))
+    names = [layer for layer, _ in adapted.named_children()]
     loras, layouts = adapters(case.ranks, names, out, wide), case.layouts(names)
-    routed, rows = RoutedForwards(adapted, Bank(loras, dtype=torch.float32)), next(layouts)
-    x, down, up = torch.randn(len(rows), TOKENS, wide), torch.randn(8, wide), torch.randn(out, 8)
+    routed, rows = RoutedForwards(adapted, Bank(loras, dtype=torch.float32).to(device)), next(layouts)
+    x, down, up = (torch.randn(shape, device=device) for shape in ((len(rows), TOKENS, wide), (8, wide), (out, 8)))
 
     def without() -> None:
         for layer in plain:
@@ -174,7 +175,7 @@ def bench_layer(tell: Results, name: str, case: Case, size: str, rounds: int) ->
     try:
         with torch.inference_mode():
             check(name, routed, loras, rows, adapted, x)
-            found = in_turns({"plain": without, "floor": bare, "ours": ours}, rounds, CPU, warmups=3)
+            found = in_turns({"plain": without, "floor": bare, "ours": ours}, rounds, device, warmups=3)
     finally:
         routed.remove()
     each = {arm: [1e6 * seconds.thread / LAYERS for seconds in times] for arm, times in found.items()}
@@ -203,10 +204,10 @@ def step_arms(model, files: list[Path]) -> dict[str, tuple[str, object]]:
     }  # fmt: skip
 
 
-def bench_step(tell: Results, name: str, rounds: int, steps: int, scale: float) -> list[dict]:
+def bench_step(tell: Results, name: str, rounds: int, steps: int, scale: float, device: torch.device) -> list[dict]:
     """Host time of a sampler step (cfg 7, so two rows per picture): the median of the steps of each run but its first,
     in which weights are patched and banks installed."""
-    model = models.build(name, scale, torch.float32, CPU)
+    model = models.build(name, scale, torch.float32, device)
     one, conds = models.inputs(name, model, 64, tokens=8)
     five = one.repeat(5, 1, 1, 1)
     with tempfile.TemporaryDirectory() as folder:
@@ -234,6 +235,7 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="host_time", description=__doc__.split("\n\n")[0])
     parser.add_argument("--comfyui", type=Path, default=os.environ.get("COMFYUI_UNDER_TEST"), metavar="PATH",
                         help="without one only layers are measured")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--only", nargs="+", choices=("layer", "step"), default=["layer", "step"])
     parser.add_argument("--models", nargs="+", choices=("SD1.5", "SDXL"), default=["SD1.5", "SDXL"])
     parser.add_argument("--rounds", type=int, help="of layers (default 200) and runs (default 10)")
@@ -244,15 +246,16 @@ def main(arguments: list[str]) -> None:
     one_thread()
     if options.quick:
         options.rounds, options.steps = options.rounds or 2, 3
-    version = models.start_comfyui(options.comfyui, "cpu") if options.comfyui else None
-    tell = Results(CPU, comfyui=version)
+    device = torch.device(options.device)
+    version = models.start_comfyui(options.comfyui, options.device) if options.comfyui else None
+    tell = Results(device, comfyui=version)
     found = []
     if "layer" in options.only:
-        found += [bench_layer(tell, name, case, size, options.rounds or 200)
+        found += [bench_layer(tell, name, case, size, options.rounds or 200, device)
                   for size in SIZES for name, case in CASES.items()]
     if "step" in options.only and version:
         for name in options.models:
-            found += bench_step(tell, name, options.rounds or 10, options.steps, options.scale)
+            found += bench_step(tell, name, options.rounds or 10, options.steps, options.scale, device)
     sys.stdout.write("\n" + host_table(found) + "\n")
 
 

@@ -14,6 +14,7 @@ from lora_ensemble.benchmarks import host_time, table
 from lora_ensemble.benchmarks.goals import GOALS, PARTS, Goal, every, growth, measured, most_loras
 from lora_ensemble.benchmarks.measure import Results, in_turns, spread
 
+CPU = torch.device("cpu")
 STAMP = {"date": "2026-01-02", "commit": "abc1234", "torch": "2.11.0", "device": "cpu", "cpu": "a processor",
          "comfyui": "0.33.0"}
 
@@ -101,7 +102,7 @@ def test_the_table_needs_the_standard_library_alone(tmp_path):
 
 
 def test_results_say_where_they_come_from(capsys):
-    Results(torch.device("cpu"), comfyui="0.33.0", ranks=[16])("tax", tax=0.0123456, ranks=[4, 8])
+    Results(CPU, comfyui="0.33.0", ranks=[16])("tax", tax=0.0123456, ranks=[4, 8])
     found = table.result(capsys.readouterr().out)
     assert found["bench"] == "tax" and found["tax"] == 0.01235 and found["ranks"] == [4, 8]
     assert {"date", "commit", "torch", "cpu", "comfyui"} <= set(found)
@@ -109,7 +110,7 @@ def test_results_say_where_they_come_from(capsys):
 
 def test_arms_take_turns():
     calls = []
-    found = in_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3, torch.device("cpu"))
+    found = in_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3, CPU)
     assert {name: len(times) for name, times in found.items()} == {"a": 3, "b": 3}
     assert "".join(calls) in ("abbaabba", "baabbaab")
     assert all(seconds.thread >= 0 for times in found.values() for seconds in times)
@@ -127,7 +128,7 @@ def test_every_case_runs(name):
     steps = [next(layouts) for _ in range(4)]
     assert len({len(rows) for rows in steps}) == 1
     assert any(not branch.is_base for rows in steps for branch in rows)
-    record = host_time.bench_layer(Results(torch.device("cpu")), name, case, "32x32", 2)
+    record = host_time.bench_layer(Results(CPU), name, case, "32x32", 2, CPU)
     assert record["case"] == name and record["rows"] == len(steps[0])
     assert table.host_table([record]).count("\n") == 2
 
@@ -136,7 +137,7 @@ def test_a_layer_that_is_wrong_is_not_timed(monkeypatch):
     """LoRAs that do not act: the check sees it."""
     monkeypatch.setattr(host_time.RoutedForwards, "rows", lambda self, rows: nullcontext())
     with pytest.raises(SystemExit, match="Merge of 1: layer 0 is off by"):
-        host_time.bench_layer(Results(torch.device("cpu")), "Merge of 1", host_time.CASES["Merge of 1"], "32x32", 2)
+        host_time.bench_layer(Results(CPU), "Merge of 1", host_time.CASES["Merge of 1"], "32x32", 2, CPU)
 
 
 def test_k_lora_chooses_anew_in_every_step():
