@@ -259,7 +259,7 @@ def run_parts(options: argparse.Namespace) -> tuple[list[dict], dict[str, str]]:
             continue
 
         def told(record: dict, name: str = name) -> None:
-            record |= {"part": name, "commit": record["commit"] or options.commit}
+            record |= {"part": name, "commit": record["commit"] or options.commit, "quick": options.quick}
             sys.stdout.write(json.dumps(record) + "\n")
             sys.stdout.flush()
             records.append(record)
@@ -286,7 +286,8 @@ def main(arguments: list[str]) -> int:
         parser.error("name a ComfyUI with --comfyui PATH or in COMFYUI_UNDER_TEST")
     records, why = run_parts(options)
     versions = [r["comfyui"] for r in records if r.get("comfyui")]
-    tell = Results(torch.device(options.device), comfyui=versions[0] if versions else None)
+    tell = Results(torch.device(options.device), comfyui=versions[0] if versions else None,
+                   quick=options.quick)
     tell.stamp["commit"] = tell.stamp["commit"] or options.commit
     found = [tell("goal", **goal.judged(records, why[goal.part] or "not measured")) for goal in GOALS]
     sys.stdout.write(f"\n{goal_table(found)}\n")

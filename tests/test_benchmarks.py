@@ -75,7 +75,8 @@ def layer_line(added: float, **stamp) -> str:
 def test_the_tables_of_some_results(tmp_path):
     """The last result of a place counts; each place has a table of its own under its name."""
     file = tmp_path / "results.jsonl"
-    lines = [layer_line(14.0), "a line of another kind", layer_line(5.0), layer_line(3.0, commit="def5678")]
+    lines = [layer_line(14.0), "a line of another kind", layer_line(5.0), layer_line(3.0, commit="def5678"),
+             layer_line(2.0, commit="abc0000", quick=True)]
     file.write_text("\n".join(lines), encoding="utf-8")
     text = table.tables(table.read([file]))
     assert text.count("### Host time") == 2 and "+14" not in text
