@@ -3,7 +3,7 @@
 
     python3 run.py demo     compose the testbed's LoRAs with every method; writes pictures and a table to demo/out/
     python3 run.py test     the tests: all of them on the newest ComfyUI found, those of its API on the others
-    python3 run.py bench    quality and speed, one JSON line per result
+    python3 run.py bench    the goals of speed, one JSON line per result and a table
 
 Standard library only. Environments are made once, outside the tree, and reused while their requirements stay the same.
 Each ComfyUI that is found takes part in a process of its own, with the interpreter it already has or one made for it.

@@ -3,6 +3,7 @@
 
     python3 benchmarks/host_time.py                        one layer call; needs torch alone
     python3 benchmarks/host_time.py --comfyui PATH         and whole steps in ComfyUI, with the interpreter it runs in
+    python3 benchmarks/host_time.py --device cuda          the same with the work on a GPU
     python3 benchmarks/host_time.py --quick                some seconds, to see that it works
 
 Everything is tiny, so that what remains is the host, and is measured in processor time of one thread, with torch in
@@ -32,6 +33,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from random import Random
 
 import torch
 from torch import Tensor, nn
@@ -45,10 +47,10 @@ from . import models
 from .measure import Results, Spread, in_turns, one_thread, spread
 from .table import host_table
 
-CPU = torch.device("cpu")
 TOKENS, LAYERS = 8, 64
 SIZES = {"32x32": (32, 32), "64x64": (64, 64)}
 STRENGTHS = (0.8, 0.7, 0.9, 0.6, 0.75)
+BYPASS = "ComfyUI's bypass loader, 1 LoRA"
 EQUAL, UNEQUAL = (8,) * 5, (4, 8, 16, 32, 8)
 
 
@@ -100,11 +102,9 @@ def loratorio() -> Case:
 def chosen() -> Case:
     """K-LoRA: a LoRA of two for each layer, by a choice that no step shares with the last."""
     def layouts(names: Sequence[str]) -> Iterator[list[Branch]]:
-        step = 0
+        coin = Random(0)
         while True:
-            step += 1
-            exceptions = tuple((name, (0.0, 0.9)) for i, name in enumerate(names) if (i * 7 + step) % len(names) < step)
-            yield [Branch((0.8, 0.0), exceptions)] * 2
+            yield [Branch((0.8, 0.0), tuple((name, (0.0, 0.9)) for name in names if coin.random() < 0.5))] * 2
 
     return Case(EQUAL[:2], layouts)
 
@@ -130,18 +130,33 @@ def adapters(ranks: Sequence[int], names: Sequence[str], out: int, wide: int) ->
     return [{name: [LowRank(random(out, rank), random(rank, wide))] for name in names} for rank in ranks]
 
 
+def check(case: str, routed: RoutedForwards, loras: list[dict[str, list[LowRank]]], rows: list[Branch],
+          layers: nn.Sequential, x: Tensor) -> None:
+    """Stop where the first or the last layer does not give what its row's LoRAs say: nothing is timed then."""
+    for name, layer in (list(layers.named_children())[i] for i in (0, -1)):
+        expected = nn.functional.linear(x, layer.weight, layer.bias)
+        plain = expected.clone()
+        for row, branch in enumerate(rows):
+            for gain, lora in zip(branch.at(name), loras, strict=True):
+                expected[row] += gain * x[row] @ lora[name][0].down.T.to(x) @ lora[name][0].up.T.to(x)
+        with routed.rows(rows):
+            apart = (layer(x) - expected).norm() / (expected - plain).norm()
+        if not apart <= 1e-5:
+            raise SystemExit(f"{case}: layer {name} is off by {apart:.1e} of the LoRAs' effect, nothing is timed")
+
+
 def linears(out: int, wide: int) -> nn.Sequential:
     return nn.Sequential(*(nn.Linear(wide, out) for _ in range(LAYERS))).requires_grad_(False)
 
 
-def bench_layer(tell: Results, name: str, case: Case, size: str, rounds: int) -> dict:
+def bench_layer(tell: Results, name: str, case: Case, size: str, rounds: int, device: torch.device) -> dict:
     """Host time of one layer call, from passes over LAYERS layers in which a step's rows are given once."""
     out, wide = SIZES[size]
-    plain, adapted, names = linears(out, wide), linears(out, wide), [str(i) for i in range(LAYERS)]
-    routed = RoutedForwards(adapted, Bank(adapters(case.ranks, names, out, wide), dtype=torch.float32))
-    layouts = case.layouts(names)
-    rows = len(next(layouts))
-    x, down, up = torch.randn(rows, TOKENS, wide), torch.randn(8, wide), torch.randn(out, 8)
+    plain, adapted = (linears(out, wide).to(device) for _ in range(2))
+    names = [layer for layer, _ in adapted.named_children()]
+    loras, layouts = adapters(case.ranks, names, out, wide), case.layouts(names)
+    routed, rows = RoutedForwards(adapted, Bank(loras, dtype=torch.float32).to(device)), next(layouts)
+    x, down, up = (torch.randn(shape, device=device) for shape in ((len(rows), TOKENS, wide), (8, wide), (out, 8)))
 
     def without() -> None:
         for layer in plain:
@@ -159,12 +174,13 @@ def bench_layer(tell: Results, name: str, case: Case, size: str, rounds: int) ->
     routed.install()
     try:
         with torch.inference_mode():
-            found = in_turns({"plain": without, "floor": bare, "ours": ours}, rounds, CPU, warmups=3)
+            check(name, routed, loras, rows, adapted, x)
+            found = in_turns({"plain": without, "floor": bare, "ours": ours}, rounds, device, warmups=3)
     finally:
         routed.remove()
     each = {arm: [1e6 * seconds.thread / LAYERS for seconds in times] for arm, times in found.items()}
     added, floor = (beyond(each[arm], each["plain"]) for arm in ("ours", "floor"))
-    return tell("layer", case=name, layer=size, rows=rows, ranks=list(case.ranks), unit="us",
+    return tell("layer", case=name, layer=size, rows=len(rows), ranks=list(case.ranks), unit="us",
                 plain=spread(each["plain"]).middle, floor=floor.middle, added=added.middle,
                 quartiles=[added.low, added.high], rounds=rounds)
 
@@ -182,16 +198,16 @@ def step_arms(model, files: list[Path]) -> dict[str, tuple[str, object]]:
     return {
         "no LoRA, 2 rows": ("", model), "no LoRA, 10 rows": ("", model),
         "ComfyUI's loaders, 5 LoRAs in the weights": ("no LoRA, 2 rows", models.stock(model, files)),
-        "ComfyUI's bypass loader, 1 LoRA": ("no LoRA, 2 rows", models.stock(model, files[:1], bypass=True)),
+        BYPASS: ("no LoRA, 2 rows", models.stock(model, files[:1], bypass=True)),
         "Merge of 1": ("no LoRA, 2 rows", merge(1)), "Merge of 5": ("no LoRA, 2 rows", merge(5)),
         "Composite of 5": ("no LoRA, 10 rows", models.compose(model, files)[0]),
     }  # fmt: skip
 
 
-def bench_step(tell: Results, name: str, rounds: int, steps: int, scale: float) -> list[dict]:
+def bench_step(tell: Results, name: str, rounds: int, steps: int, scale: float, device: torch.device) -> list[dict]:
     """Host time of a sampler step (cfg 7, so two rows per picture): the median of the steps of each run but its first,
     in which weights are patched and banks installed."""
-    model = models.build(name, scale, torch.float32, CPU)
+    model = models.build(name, scale, torch.float32, device)
     one, conds = models.inputs(name, model, 64, tokens=8)
     five = one.repeat(5, 1, 1, 1)
     with tempfile.TemporaryDirectory() as folder:
@@ -219,6 +235,7 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="host_time", description=__doc__.split("\n\n")[0])
     parser.add_argument("--comfyui", type=Path, default=os.environ.get("COMFYUI_UNDER_TEST"), metavar="PATH",
                         help="without one only layers are measured")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--only", nargs="+", choices=("layer", "step"), default=["layer", "step"])
     parser.add_argument("--models", nargs="+", choices=("SD1.5", "SDXL"), default=["SD1.5", "SDXL"])
     parser.add_argument("--rounds", type=int, help="of layers (default 200) and runs (default 10)")
@@ -229,15 +246,16 @@ def main(arguments: list[str]) -> None:
     one_thread()
     if options.quick:
         options.rounds, options.steps = options.rounds or 2, 3
-    version = models.start_comfyui(options.comfyui, "cpu") if options.comfyui else None
-    tell = Results(CPU, comfyui=version)
+    device = torch.device(options.device)
+    version = models.start_comfyui(options.comfyui, options.device) if options.comfyui else None
+    tell = Results(device, comfyui=version)
     found = []
     if "layer" in options.only:
-        found += [bench_layer(tell, name, case, size, options.rounds or 200)
+        found += [bench_layer(tell, name, case, size, options.rounds or 200, device)
                   for size in SIZES for name, case in CASES.items()]
     if "step" in options.only and version:
         for name in options.models:
-            found += bench_step(tell, name, options.rounds or 10, options.steps, options.scale)
+            found += bench_step(tell, name, options.rounds or 10, options.steps, options.scale, device)
     sys.stdout.write("\n" + host_table(found) + "\n")
 
 

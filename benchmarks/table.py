@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Tables of results: `python3 benchmarks/table.py RESULTS.jsonl ... [--write]`.
 
-Reads the lines of JSON that the benchmarks print (other lines are passed over) and prints Markdown: the goals, the
-host's time, the price of adapter kinds, each under the machine, the date and the commit that it was measured on.
+Reads the lines of JSON that the benchmarks print (others are passed over) and prints Markdown: the goals, the host's
+time, the price of adapter kinds, each under the machine, the date and the commit that it was measured on.
 --write puts that between the markers in benchmarks/README.md instead. Of a result that is there several times for one
 machine the last one counts. Needs the standard library alone.
 """
@@ -89,14 +89,15 @@ def tables(records: Iterable[dict]) -> str:
     return "\n\n".join(parts)
 
 
+def result(line: str) -> dict | None:
+    """The result that a line of a benchmark's output holds."""
+    return json.loads(line) if line.startswith('{"bench": ') else None
+
+
 def read(paths: Iterable[Path]) -> list[dict]:
-    """The results in some files, in their order; lines that are not JSON objects of a benchmark are passed over."""
-    records = []
-    for path in paths:
-        for line in path.read_text(encoding="utf-8").splitlines():
-            if line.startswith('{"bench": '):
-                records.append(json.loads(line))
-    return records
+    """The results in some files, in their order; a quick run measures nothing and gives none."""
+    lines = (line for path in paths for line in path.read_text(encoding="utf-8").splitlines())
+    return [found for found in map(result, lines) if found is not None and not found.get("quick")]
 
 
 def written(readme: str, text: str) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .comfyui import COMFYUI_TAG, Host, prepare
+from .comfyui import COMFYUI_TAG, Host, find_hosts, prepare
 from .environments import ROOT, Stop, child_env, say
 
 PYTHONS = ((3, 10), (3, 14))  # oldest and newest version that the pinned torch has wheels for
@@ -96,13 +96,22 @@ def run_demo(options: argparse.Namespace) -> int:
 
 
 def run_bench(options: argparse.Namespace) -> int:
-    base, hosts = prepare(options)
-    summary = Summary()
-    sets = ["--sets", options.sets] if options.sets else []
-    summary.run("quality", with_pack(base, "lora_ensemble.benchmarks.quality", *sets, "--device", options.device))
+    """The goals of speed on the newest ComfyUI that was named or found; with --sets also quality."""
+    summary, env = Summary(), None
+    if options.as_it_is:
+        base, hosts = Path(sys.executable), find_hosts(options.comfyui)
+        for host in hosts:
+            host.python, host.note = base, "this interpreter as it is"
+        env = dict(os.environ)
+    else:
+        base, hosts = prepare(options)
+    hosts = sorted(hosts, key=lambda host: host.number)[-1:]
+    if options.sets:
+        quality = ["lora_ensemble.benchmarks.quality", "--sets", options.sets, "--device", options.device]
+        summary.run("quality", with_pack(base, *quality), env)
     for host in hosts:
-        command = with_pack(host.python, "lora_ensemble.benchmarks.speed", "--device", options.device, *options.rest)
-        summary.run(f"speed on {host}", command, host.env())
+        goals = with_pack(host.python, "lora_ensemble.benchmarks.goals", "--device", options.device, *options.rest)
+        summary.run(f"speed on {host}", goals, host.env() if env is None else env | {"COMFYUI_UNDER_TEST": str(host.path)})
     return summary.close(base, hosts)
 
 
@@ -118,7 +127,8 @@ def main(arguments: Sequence[str], description: str) -> int:
     parser.add_argument("--clone-comfyui", action="store_true", help=f"fetch ComfyUI {COMFYUI_TAG} and use it")
     parser.add_argument("--without-comfyui", action="store_true", help="use none, even if there is one")
     parser.add_argument("--all", action="store_true", help="test: every test on every ComfyUI")
-    parser.add_argument("--sets", help="bench: number of LoRA sets, for a fast sample")
+    parser.add_argument("--sets", help="bench: also the quality of so many LoRA sets (480 are all)")
+    parser.add_argument("--as-it-is", action="store_true", help="bench: with this interpreter, making no environment")
     parser.add_argument("--device", default="cpu", help="bench: cpu (default) or cuda")
     options, options.rest = parser.parse_known_args(arguments)
     if options.rest and options.command == "demo":

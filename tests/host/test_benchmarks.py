@@ -1,0 +1,56 @@
+"""The benchmarks run in a real ComfyUI. What they measure is not looked at: nothing here is timed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import comfy.sd
+import pytest
+import torch
+from lora_ensemble.benchmarks import models
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def results(module: str, *arguments: str) -> list[dict]:
+    """What a benchmark prints, in a process of its own as it is meant to be run."""
+    command = [sys.executable, str(ROOT / "run.py"), "_module", f"benchmarks.{module}", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"bench"')]
+
+
+def test_the_goals_in_quick_mode():
+    """Two parts of very different kind; the goals of the others are there and say that they were not asked for."""
+    found = results("goals", "--quick", "--only", "kinds", "rank 128")
+    by_bench = {bench: [r for r in found if r["bench"] == bench] for bench in ("kind", "tax", "goal")}
+    assert {r["kind"] for r in by_bench["kind"]} == {"LoRA", "LoKr"} and len(by_bench["tax"]) == 1
+    verdicts = {(r["goal"], r["what"]): r["verdict"] for r in by_bench["goal"]}
+    assert verdicts["E3", "layer with a LoKr over the layer"] in ("met", "missed")
+    assert verdicts["G5", "SD1.5, tax of LoRAs of rank 128"] in ("met", "missed")
+    assert sum(verdict == "not asked for" for verdict in verdicts.values()) == len(verdicts) - 2
+    assert all(r["comfyui"] and r["date"] for r in found)
+
+
+@pytest.mark.parametrize(("model", "layers"), [("SD1.5", 160), ("SDXL", 722), ("Flux", 228)])
+def test_narrow_models_have_all_layers(model, layers):
+    narrow = models.build(model, 0.05, torch.float32, torch.device("cpu"))
+    assert sum(1 for _ in models.targets(model, narrow, "linear")) == layers
+
+
+def test_composite_gives_the_picture_of_the_hooks():
+    """The benchmark stops where it does not."""
+    small = ["--model", "Flux", "--scale", "0.05", "--size", "64", "--steps", "2", "--n", "2", "--ranks", "4", "8"]
+    found = results("speed", *small, "--base", "--only", "composite")
+    assert [r["bench"] for r in found] == ["composite", "start", "memory"]
+    assert found[0]["difference"] < 1e-3 < found[0]["effect"] and "equal_seconds" in found[0]
+
+
+def test_steps_of_the_whole_model():
+    found = results("host_time", "--quick", "--rounds", "1", "--only", "step", "--models", "SD1.5")
+    bypass = hasattr(comfy.sd, "load_bypass_lora_for_models")
+    assert len(found) == 4 + bypass and {r["layers"] for r in found} == {160}

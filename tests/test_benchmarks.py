@@ -1,0 +1,146 @@
+"""What the benchmarks make of results: tables, verdicts, medians. Nothing here is timed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from lora_ensemble.benchmarks import host_time, table
+from lora_ensemble.benchmarks.goals import GOALS, PARTS, Goal, every, growth, measured, most_loras
+from lora_ensemble.benchmarks.measure import Results, in_turns, spread
+
+CPU = torch.device("cpu")
+STAMP = {"date": "2026-01-02", "commit": "abc1234", "torch": "2.11.0", "device": "cpu", "cpu": "a processor",
+         "comfyui": "0.33.0"}
+
+
+@pytest.mark.parametrize(("value", "text"), [(0, "0"), (0.0123456, "0.0123"), (5.678, "5.68"), (12.34, "12.3"),
+                                             (123.4, "123"), (1234.5, "1234"), (-0.5, "-0.500"), (999.9, "1000")])
+def test_numbers_have_three_digits(value, text):
+    assert table.number(value) == text
+
+
+def goal_with(values: list[float], most: bool) -> dict:
+    goal = Goal("G0", "what it is", "a part", "bench", every("ratio"), 2, most, where={"kind": "this"})
+    records = [{"part": "a part", "bench": "bench", "kind": "this", "ratio": value} for value in values]
+    others = [{"part": "a part", "bench": "bench", "kind": "that", "ratio": 9.0},
+              {"part": "another", "bench": "bench", "kind": "this", "ratio": -9.0},
+              {"part": "a part", "bench": "other", "kind": "this", "ratio": -9.0}]
+    return goal.judged([*records, *others], "left out")
+
+
+@pytest.mark.parametrize(("values", "most", "verdict", "measured"), [
+    ([3.0, 2.5], False, "met", "2.50 times"), ([3.0, 1.5], False, "missed", "1.50 times"), ([2.0], True, "met", "2.00"),
+    ([1.0, 1.5], True, "met", "1.50 times"), ([1.0, 2.5], True, "missed", "2.50 times"), ([], True, "left out", "")])
+def test_of_several_results_the_furthest_from_the_goal_counts(values, most, verdict, measured):
+    line = goal_with(values, most)
+    assert line["verdict"] == verdict and line["measured"].startswith(measured)
+    assert line["target"] == f"at {'most' if most else 'least'} 2.00 times"
+
+
+def test_readers():
+    records = [{"n": 1, "ratio": 9.0, "composite_seconds": 2.0}, {"n": 5, "ratio": 4.0, "composite_seconds": 3.0},
+               {"n": 5, "ratio": 5.0, "composite_seconds": 3.0}]
+    assert most_loras("ratio")(records) == [4.0, 5.0]
+    assert growth(records) == [1.5] and growth(records[1:]) == [] and growth([]) == [] == most_loras("ratio")([])
+
+
+def test_every_goal_has_a_part_and_every_part_a_goal():
+    assert {goal.part for goal in GOALS} == set(PARTS)
+    assert {f"G{i}" for i in range(1, 16)} <= {goal.name for goal in GOALS}
+
+
+def test_a_part_that_fails_or_takes_too_long_says_so(tmp_path):
+    told = []
+    script = tmp_path / "part.py"
+    script.write_text("import sys, time\n"
+                      "print('{\"bench\": \"one\", \"value\": 1}', 'not a result', sep='\\n', flush=True)\n"
+                      "time.sleep(float(sys.argv[1]))\nsys.exit(int(sys.argv[2]))\n", encoding="utf-8")
+    assert measured([str(script), "0", "0"], 60, told.append) == ""
+    assert measured([str(script), "0", "3"], 60, told.append) == "failed (exit 3)"
+    assert measured([str(script), "60", "0"], 1, told.append) == "stopped after 1 s"
+    assert [each for each in told[:2]] == [{"bench": "one", "value": 1}] * 2
+
+
+def layer_line(added: float, **stamp) -> str:
+    return json.dumps({"bench": "layer", "case": "Merge of 1", "layer": "32x32", "unit": "us", "plain": 6.0,
+                       "floor": 4.7, "added": added, "quartiles": [1.0, 2.0], **STAMP, **stamp})
+
+
+def test_the_tables_of_some_results(tmp_path):
+    """The last result of a place counts; each place has a table of its own under its name."""
+    file = tmp_path / "results.jsonl"
+    lines = [layer_line(14.0), "a line of another kind", layer_line(5.0), layer_line(3.0, commit="def5678"),
+             layer_line(2.0, commit="abc0000", quick=True)]
+    file.write_text("\n".join(lines), encoding="utf-8")
+    text = table.tables(table.read([file]))
+    assert text.count("### Host time") == 2 and "+14" not in text
+    first, second = text.split("### Host time")[1:]
+    assert "2026-01-02, a processor, torch 2.11.0, ComfyUI 0.33.0, commit abc1234" in first and "+5.00 us" in first
+    assert "def5678" in second and "+3.00 us" in second
+
+
+def test_tables_are_written_between_their_markers():
+    readme = f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n"
+    assert table.written(readme, "new") == f"before\n{table.BEGIN}\n\nnew\n\n{table.END}\nafter\n"
+    assert table.written(table.written(readme, "x"), "new") == table.written(readme, "new")
+    with pytest.raises(ValueError, match="lacks the lines"):
+        table.written("no markers", "new")
+    assert table.README.read_text(encoding="utf-8").count(table.BEGIN) == 1
+
+
+def test_the_table_needs_the_standard_library_alone(tmp_path):
+    file = tmp_path / "results.jsonl"
+    file.write_text(layer_line(5.0), encoding="utf-8")
+    script = Path(table.__file__)
+    done = subprocess.run([sys.executable, "-I", "-S", str(script), str(file)], capture_output=True, text=True)
+    assert done.returncode == 0 and "Merge of 1" in done.stdout, done.stderr
+
+
+def test_results_say_where_they_come_from(capsys):
+    Results(CPU, comfyui="0.33.0", ranks=[16])("tax", tax=0.0123456, ranks=[4, 8])
+    found = table.result(capsys.readouterr().out)
+    assert found["bench"] == "tax" and found["tax"] == 0.01235 and found["ranks"] == [4, 8]
+    assert {"date", "commit", "torch", "cpu", "comfyui"} <= set(found)
+
+
+def test_arms_take_turns():
+    calls = []
+    found = in_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3, CPU)
+    assert {name: len(times) for name, times in found.items()} == {"a": 3, "b": 3}
+    assert "".join(calls) in ("abbaabba", "baabbaab")
+    assert all(seconds.thread >= 0 for times in found.values() for seconds in times)
+
+
+def test_spread_is_the_median_between_the_quartiles():
+    assert spread([5.0, 1.0, 2.0, 4.0, 3.0]) == (2.0, 3.0, 4.0) and spread([7.0]) == (7.0, 7.0, 7.0)
+
+
+@pytest.mark.parametrize("name", host_time.CASES)
+def test_every_case_runs(name):
+    """Each case is as long as it is asked for, and its layers give what its rows say: the benchmark stops otherwise."""
+    case = host_time.CASES[name]
+    layouts = case.layouts(["0", "1", "2"])
+    steps = [next(layouts) for _ in range(4)]
+    assert len({len(rows) for rows in steps}) == 1
+    assert any(not branch.is_base for rows in steps for branch in rows)
+    record = host_time.bench_layer(Results(CPU), name, case, "32x32", 2, CPU)
+    assert record["case"] == name and record["rows"] == len(steps[0])
+    assert table.host_table([record]).count("\n") == 2
+
+
+def test_a_layer_that_is_wrong_is_not_timed(monkeypatch):
+    """LoRAs that do not act: the check sees it."""
+    monkeypatch.setattr(host_time.RoutedForwards, "rows", lambda self, rows: nullcontext())
+    with pytest.raises(SystemExit, match="Merge of 1: layer 0 is off by"):
+        host_time.bench_layer(Results(CPU), "Merge of 1", host_time.CASES["Merge of 1"], "32x32", 2, CPU)
+
+
+def test_k_lora_chooses_anew_in_every_step():
+    layouts = host_time.CASES["K-LoRA, a choice per layer and step"].layouts([str(i) for i in range(64)])
+    assert len({tuple(next(layouts)) for _ in range(50)}) == 50
