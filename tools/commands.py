@@ -111,7 +111,8 @@ def run_bench(options: argparse.Namespace) -> int:
         summary.run("quality", with_pack(base, *quality), env)
     for host in hosts:
         goals = with_pack(host.python, "lora_ensemble.benchmarks.goals", "--device", options.device, *options.rest)
-        summary.run(f"speed on {host}", goals, host.env() if env is None else env | {"COMFYUI_UNDER_TEST": str(host.path)})
+        there = host.env() if env is None else env | {"COMFYUI_UNDER_TEST": str(host.path)}
+        summary.run(f"speed on {host}", goals, there)
     return summary.close(base, hosts)
 
 
