@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .adapters import LowRank, Op, Span, frozen
+from .adapters import Kron, LowRank, Op, Span, frozen
 from .geometry import Geometry
 
 
@@ -87,7 +87,8 @@ class Site(nn.Module):
                 if entries is not None and adapter not in entries:
                     entries[adapter] = op
                 else:
-                    others.setdefault(adapter, []).append(op)
+                    # Small factors that every call multiplies by: converted here, once.
+                    others.setdefault(adapter, []).append(op.to(dtype) if type(op) is Kron and dtype else op)
         self.stacks = nn.ModuleList([Stack(entries, span, dtype) for span, entries in by_span.items() if entries])
         self.others = nn.ModuleDict({str(adapter): nn.ModuleList(kept) for adapter, kept in others.items()})
         # In a tuple, so that the module is not registered once more under this one.
@@ -114,8 +115,8 @@ class Bank(nn.Module):
 
     adapters   per adapter: layer name -> its ops there, in the order they act
     names      what to call each adapter in messages
-    dtype      stacked low-rank factors are held in this dtype, the model's compute dtype, so that a forward converts
-               nothing; all others stay as they are. None keeps the files' dtypes.
+    dtype      low-rank factors and those of LoKr are held in this dtype, the model's compute dtype, so that a forward
+               converts nothing; all others stay as they are. None keeps the files' dtypes.
     """
 
     def __init__(self, adapters: Sequence[Mapping[str, Sequence[Op]]], names: Sequence[str] | None = None,

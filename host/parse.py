@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 import comfy.lora
 from torch import Tensor, nn
 
-from ..engine.adapters import BOFT, OFT, Bias, Decomposed, Dense, GLoRA, LowRank, Op, Replace, Span, given
+from ..engine.adapters import BOFT, OFT, Bias, Decomposed, Dense, GLoRA, Kron, LowRank, Op, Replace, Span, given
 from ..engine.geometry import Geometry, geometry_of
-from ..kernels.deltas import balanced, hadamard, kronecker, tucker, tucker_down
+from ..kernels.deltas import balanced, hadamard, hadamard_factors, kronecker, tucker, tucker_down
 from ..kernels.orthogonal import cayley
 from .files import LoRAFile
 from .fit import (
@@ -264,25 +264,48 @@ def _lora(values, shape, geometry: Geometry, span: Span, rows: Callable | None) 
     return _with_magnitude(op, magnitude, shape, span, rows)
 
 
+SMALL_RANK = 64
+"""Rank up to which a LoHa is one product of low rank, r1 r2: its dense change costs more at any size of a layer."""
+
+
 def _loha(values, shape, geometry: Geometry, span: Span, rows: Callable | None) -> Op:
     w1_a, w1_b, alpha, w2_a, w2_b, t1, t2, magnitude = values
-    op = _additive(hadamard, [w1_a, w1_b, w2_a, w2_b, t1, t2], shape, _scale(alpha, w1_b.shape[0]), span, rows)
+    scale, rank = _scale(alpha, w1_b.shape[0]), w1_b.shape[0] * w2_b.shape[0]
+    if t1 is None and _is_plain(geometry, rows) and 0 < rank <= SMALL_RANK:
+        up, down = hadamard_factors(*(factor.float() for factor in (w1_a, w1_b, w2_a, w2_b)))
+        op = LowRank(*balanced(up, down.reshape(-1, *shape[1:])), scale, span, w1_b.shape[0])
+    else:
+        op = _additive(hadamard, [w1_a, w1_b, w2_a, w2_b, t1, t2], shape, scale, span, rows)
     return _with_magnitude(op, magnitude, shape, span, rows)
 
 
-def _kron(w1, w1_a, w1_b, w2, w2_a, w2_b, t2) -> Tensor:
+def _halves(w1, w1_a, w1_b, w2, w2_a, w2_b, t2) -> tuple[Tensor, Tensor]:
+    """The two matrices whose Kronecker product a LoKr is."""
     w1 = w1_a @ w1_b if w1 is None else w1
     if w2 is None:
         w2 = w2_a @ w2_b if t2 is None else tucker(t2, w2_a, w2_b)
-    return kronecker(w1, w2)
+    return w1, w2
 
 
 def _lokr(values, shape, geometry: Geometry, span: Span, rows: Callable | None) -> Op:
     w1, w2, alpha, w1_a, w1_b, w2_a, w2_b, t2, magnitude = values
     rank = w2_b.shape[0] if w2 is None else w1_b.shape[0] if w1 is None else None
     scale = 1.0 if rank is None else _scale(alpha, rank)
-    op = _additive(_kron, [w1, w1_a, w1_b, w2, w2_a, w2_b, t2], shape, scale, span, rows)
+    factors = [w1, w1_a, w1_b, w2, w2_a, w2_b, t2]
+    if _is_plain(geometry, rows):
+        left, right = _halves(*(None if factor is None else factor.float() for factor in factors))
+        if right.ndim == 2:  # of a pointwise convolution, too
+            right = right.reshape(*right.shape, *[1] * geometry.spatial)
+        smallest = min(min(factor.shape[:2]) for factor in factors if factor is not None)
+        op = Kron(left, right, scale, span, smallest)
+    else:
+        op = _additive(lambda *parts: kronecker(*_halves(*parts)), factors, shape, scale, span, rows)
     return _with_magnitude(op, magnitude, shape, span, rows)
+
+
+def _is_plain(geometry: Geometry, rows: Callable | None) -> bool:
+    """Whether a layer's change may be evaluated as products of its factors."""
+    return geometry.groups == 1 and not geometry.is_norm and rows is None
 
 
 def _glora(values, shape, geometry: Geometry, span: Span, rows: Callable | None) -> Op:
