@@ -292,10 +292,9 @@ def _lokr(values, shape, geometry: Geometry, span: Span, rows: Callable | None) 
     rank = w2_b.shape[0] if w2 is None else w1_b.shape[0] if w1 is None else None
     scale = 1.0 if rank is None else _scale(alpha, rank)
     factors = [w1, w1_a, w1_b, w2, w2_a, w2_b, t2]
-    if _is_plain(geometry, rows):
-        left, right = _halves(*(None if factor is None else factor.float() for factor in factors))
-        if right.ndim == 2:  # of a pointwise convolution, too
-            right = right.reshape(*right.shape, *[1] * geometry.spatial)
+    left, right = _halves(*(None if factor is None else factor.float() for factor in factors))
+    if _is_plain(geometry, rows) and left.shape[0] * right.shape[0] == shape[0] and shape[1] % left.shape[1] == 0:
+        right = right.reshape(-1, shape[1] // left.shape[1], *shape[2:])  # kernel positions may lie in its columns
         smallest = min(min(factor.shape[:2]) for factor in factors if factor is not None)
         op = Kron(left, right, scale, span, smallest)
     else:
