@@ -10,8 +10,8 @@ from contextlib import nullcontext
 import comfy.model_management
 import pytest
 import torch
-from lora_ensemble.host.guidance.calibrate import calibrate
 from lora_ensemble.host.ensemble import LoRASpec, Mask
+from lora_ensemble.host.guidance.calibrate import calibrate
 from lora_ensemble.methods.cmlora import CMLoRA
 from lora_ensemble.methods.loratorio import LoRAtorio
 from lora_ensemble.methods.switch import Switch
