@@ -100,14 +100,18 @@ KANDINSKY = Family(_kandinsky, (
 
 def _hunyuan(root: nn.Module, call: Call) -> Streams:
     """Vision tokens first; signs (ByT5) before the prompt in version 1.5 and after it elsewhere; a reference before the
-    film."""
-    prompt, signs, seen = call.text(), other(call.length("txt_byt5")), other(call.length("clip_fea"))
-    signs = signs if root.byt5_in is not None else ()
+    film. Releases that tell patches where the film lies have the text before it, older ones behind."""
+    prompt = call.text()
+    signs = other(call.length("txt_byt5")) if root.byt5_in is not None else ()
+    seen = other(call.length("clip_fea")) if getattr(root, "vision_in", None) is not None else ()
     first = getattr(root, "cond_type_embedding", None) is not None
     text = (*seen, *signs, prompt) if first else (*seen, prompt, *signs)
     target, refs = picture(call.shape(), tuple(root.patch_size)), call.others("ref_latent", tuple(root.patch_size))
-    return {**joined(text, (*refs, target)), "prompt": ((prompt,),), "signs": (signs,), "seen": (seen,),
-            "target": ((target,),), "parts": ((target,), refs)}
+    streams = joined(text, (*refs, target))
+    if "img_slice" not in type(root).forward_orig.__code__.co_consts:
+        streams["joint"] = ((*refs, target, *text),)
+    return {**streams, "prompt": ((prompt,),), "signs": (signs,), "seen": (seen,), "target": ((target,),),
+            "parts": ((target,), refs)}
 
 
 HUNYUAN = Family(_hunyuan, (

@@ -112,7 +112,7 @@ FILMS = [
     shallow("Mochi", depth=2),
     LTX,
     like(LTX, "LTX-Video mask", times=(24,)),
-    like(LTX, "LTX-Video guides", guides, (16, 3, 3, 4)),
+    like(LTX, "LTX-Video guides", guides, (16, 3, 3, 4), times=(36,)),
     LTX_2,
     like(LTX_2, "LTX 2.5", lambda rows: {"ref_audio": {"tokens": noise(1, 3, 128)}}, context=(5, 72),
          cross_attention_adaln=True, caption_proj_before_connector=True, apply_gated_attention=True),

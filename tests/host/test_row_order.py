@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 import torch
 from lora_ensemble.host.row_order import FAMILIES, one_row_only, row_order
 from torch import Tensor, nn
 
 from .blocks import Transformer, noise
-from .disturbed import watching
+from .disturbed import exists, skipped_where_older, watching
 from .small import FLUX_2, UNET, like, references
 from .small_video import HUNYUAN, SMALL, built, forgotten, nothing_left  # noqa: F401
 
@@ -22,26 +20,14 @@ APART = {"SVD", "Cosmos", "MiniMax H3", "MiniMax H3 references", "Wan Animate 2"
 in_the_table = pytest.mark.parametrize("name", [name for name in SMALL if name not in {*APART, "HunyuanVideo I2V"}])
 
 
-def exists(name: str) -> bool:
-    module, cls = name.rsplit(".", 1)
-    try:
-        return hasattr(importlib.import_module(f"comfy.ldm.{module}"), cls)
-    except ImportError:
-        return False
-
-
 def predicted(kind: Transformer, model: nn.Module, rows: int) -> Tensor:
     """The prediction for so many rows. An older release may not make such a call, or mix rows on its own in it; the
     newest that the tests know does neither."""
-    try:
+    with skipped_where_older(kind.name):
         plain = kind.call(model, {}, rows=rows)
         with model.register_forward_pre_hook(lambda _, args: (changed(args[0]), *args[1:])):
             moved = kind.call(model, {}, rows=rows)
         assert plain.shape[0] == rows and torch.equal(plain[1:], moved[1:]) and not torch.equal(plain[0], moved[0])
-    except (RuntimeError, AssertionError) as error:
-        if exists("minimax.model.MiniMaxH3Model"):
-            raise
-        pytest.skip(f"this ComfyUI makes no such call of {kind.name}: {str(error).splitlines()[0]}")
     return plain
 
 
