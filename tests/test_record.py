@@ -33,12 +33,6 @@ def test_every_forward_is_counted():
     assert (run.steps[0].calls, run.steps[0].rows) == (THREADS * TIMES, 3 * THREADS * TIMES)
 
 
-def test_a_problem_is_told_once():
-    run = record()
-    assert [run.tell(text) for text in ("a", "b", "a")] == [True, True, False]
-    assert run.problems == ["a", "b"]
-
-
 def test_nothing_is_counted_before_the_first_step():
     run = RunRecord([], [])
     run.count(2)
