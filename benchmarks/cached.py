@@ -1,9 +1,9 @@
 """What the branch cache costs in quality: `python3 benchmarks/cached.py [--sets K] [--interval I] [--methods ...]`.
 
 Draws the testbed's sets with every branch whole at every step, and with a cache, and counts what the judge finds (see
-quality.py). The testbed's U-Net is cut as ComfyUI's are (host/seams.py): its outer level runs in every step, the inner
-one with all attention only when the schedule says so. One JSON line per row, then the table and the difference of
-`shown` in points with its 95 % interval over the sets.
+quality.py). The testbed's U-Net is cut as ComfyUI's are (host/families/split_points.py): its outer level runs in every
+step, the inner one with all attention only when the schedule says so. One JSON line per row, then the table and the
+difference of `shown` in points with its 95 % interval over the sets.
 """
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ def bench_kind(tell: Results, kind: str, size: int, tokens: int, rank: int, coun
     """One layer with `count` adapters of a kind, all merged, over the layer alone."""
     import comfy.lora
 
-    from ..host.parse import parse
+    from ..host.files.parse import parse
 
     generator = torch.Generator().manual_seed(0)
     layer, alone = (nn.Linear(size, size, bias=False).requires_grad_(False) for _ in range(2))

@@ -175,9 +175,9 @@ def write_loras(folder: Path, name: str, model, ranks: Sequence[int], scope: str
 
 def compose(model, files: Sequence[Path], make=lambda active: Composite(active.strengths)):
     """The MODEL that a method's node would give, and the seconds that takes with the files read already."""
-    from ..host.apply import apply_method
-    from ..host.ensemble import LoRASpec
-    from ..host.files import read
+    from ..host.compose.apply import apply_method
+    from ..host.files.ensemble import LoRASpec
+    from ..host.files.files import read
 
     ensemble = tuple(LoRASpec(file.name, STRENGTH, 0.0) for file in files)
     for spec in ensemble:
@@ -189,7 +189,7 @@ def compose(model, files: Sequence[Path], make=lambda active: Composite(active.s
 
 def bank_of(composed):
     """The patcher that holds the bank of a composed MODEL."""
-    from ..host.composition import KEY
+    from ..host.compose.composition import KEY
 
     return composed.get_additional_models_with_key(KEY)[0]
 

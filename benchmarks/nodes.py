@@ -53,7 +53,7 @@ def sdxl():
 def bench(model, ensemble: tuple, runs: int) -> str:
     """Each round is a first run, of which nothing is known but the files, and some with other strengths."""
     from ..host import banks
-    from ..host.apply import apply_method
+    from ..host.compose.apply import apply_method
 
     def node(make, strength: float):
         specs = tuple(replace(spec, strength_model=strength) for spec in ensemble)
@@ -92,8 +92,8 @@ def main(arguments: list[str]) -> None:
     version = sd15.start_comfyui(options.comfyui, "cpu")
     import folder_paths
 
-    from ..host.ensemble import LoRASpec
-    from ..host.files import read
+    from ..host.files.ensemble import LoRASpec
+    from ..host.files.files import read
 
     model = sdxl()
     emit(bench="environment", comfyui=version, model="SDXL", rank=options.rank, **environment(torch.device("cpu")))

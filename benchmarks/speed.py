@@ -234,9 +234,9 @@ class Bench:
     def cache(self, count: int) -> str:
         """Composite with every branch whole over Composite with the branch cache (interval 3, depth 2): seconds of the
         same steps, of which one in three refreshes."""
-        from ..host.apply import with_cache
-        from ..host.cache import CacheSpec
-        from ..host.composition import record_of
+        from ..host.compose.apply import with_cache
+        from ..host.compose.cache import CacheSpec
+        from ..host.compose.composition import record_of
         from ..methods.schedule import Uniform
 
         options, composed = self.options, compose(self.model, self.files[:count])[0]

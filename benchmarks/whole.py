@@ -20,8 +20,8 @@ def bench_stack(model, hooks: list, composed, conds: list, noise: Tensor, steps:
     """Seconds of whole runs, the first step included, of the stock hook composite and of Composite with the branch
     cache (interval 3, depth 2) and, where the model has a negative, Adaptive Guidance that saves a quarter. The
     pictures are not the same: cache and guidance are approximations."""
-    from ..host.apply import with_cache
-    from ..host.cache import CacheSpec
+    from ..host.compose.apply import with_cache
+    from ..host.compose.cache import CacheSpec
     from ..methods.schedule import Uniform
 
     ours = with_cache(composed, CacheSpec(Uniform(3), depth=2))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 Features = Mapping[Hashable, Tensor]
-"""What a model's seam keeps of one call: by name, [rows, ...]."""
+"""What a model's split point keeps of one call: by name, [rows, ...]."""
 
 Home = tuple[torch.device, float]
 """A device that may hold features, and how many bytes of them in all."""

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from comfy_api.latest import io
 
-from ..host.apply import Active, apply_method, bake
-from ..host.ensemble import Ensemble
+from ..host.compose.apply import Active, apply_method, bake
+from ..host.files.ensemble import Ensemble
 from ..methods.composite import Composite
 from ..methods.merge import Merge
 from ..methods.switch import Switch

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from comfy_api.latest import io
 
-from ..host.apply import with_cache
-from ..host.cache import CacheSpec
+from ..host.compose.apply import with_cache
+from ..host.compose.cache import CacheSpec
 from ..methods.schedule import NonUniform, Uniform
 from .sockets import check_numbers, chosen, model_input, model_output, schema
 

@@ -12,7 +12,7 @@ from comfy_api.latest import io, ui
 
 from ..host.guidance import coeffs as files
 from ..host.guidance.calibrate import Paths, calibrate
-from ..host.plot import plot, summary
+from ..host.look.plot import plot, summary
 from .guidance import GuidanceCoeffs, latent_input, negative_input, schedule_inputs
 from .sockets import check_numbers, model_input, schema
 

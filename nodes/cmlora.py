@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 from comfy_api.latest import io
 
-from ..host.apply import Active, apply_method, with_cache
-from ..host.cache import CacheSpec
-from ..host.composition import KEY
-from ..host.ensemble import Ensemble
+from ..host.compose.apply import Active, apply_method, with_cache
+from ..host.compose.cache import CacheSpec
+from ..host.compose.composition import KEY
+from ..host.files.ensemble import Ensemble
 from ..methods.cmlora import LOW_FREQUENCY, CMLoRA, oldest
 from .sockets import check_numbers, chosen, method_schema
 

@@ -10,8 +10,8 @@ import folder_paths
 import torch
 from comfy_api.latest import io
 
-from ..host.ensemble import ROLES, Ensemble, LoRASpec, Mask
-from ..host.files import FOLDER, changes, check_file, fingerprint
+from ..host.files.ensemble import ROLES, Ensemble, LoRASpec, Mask
+from ..host.files.files import FOLDER, changes, check_file, fingerprint
 from .sockets import LoRAStack, check_numbers, chosen, earlier_ensemble_input, ensemble_output, schema, strength_input
 
 

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 from comfy_api.latest import io
 
-from ..host.apply import Active, apply_method
-from ..host.ensemble import Ensemble
-from ..host.measure import sizes_of, subjects_of
+from ..host.compose.apply import Active, apply_method
+from ..host.compose.measure import sizes_of, subjects_of
+from ..host.files.ensemble import Ensemble
 from ..methods.est import BALANCES, ESTLoRA
 from ..methods.klora import KLoRA
 from .sockets import check_numbers, chosen, method_schema

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from comfy_api.latest import io
 
-from ..host.apply import Active, apply_method
-from ..host.ensemble import Ensemble
+from ..host.compose.apply import Active, apply_method
+from ..host.files.ensemble import Ensemble
 from ..methods.loratorio import LoRAtorio
 from .sockets import check_numbers, chosen, method_schema
 

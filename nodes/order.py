@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..host.ensemble import Ensemble
+from ..host.files.ensemble import Ensemble
 
 
 class OrderError(ValueError):

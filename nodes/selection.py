@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from comfy_api.latest import io
 
-from ..host.ensemble import Ensemble
-from ..host.layermap import draw, layer_map
-from ..host.vision import similarity
+from ..host.files.ensemble import Ensemble
+from ..host.look.layermap import draw, layer_map
+from ..host.look.vision import similarity
 from .klora import LoRAEnsembleKLoRA
 from .sockets import LoRAEnsemble, schema
 

@@ -8,9 +8,9 @@ import comfy.samplers
 import comfy.utils
 from comfy_api.latest import io
 
-from ..host.ensemble import Ensemble
-from ..host.line_plot import line_plot
-from ..host.spectrum import Sampling, profiles, report, with_measured_roles
+from ..host.files.ensemble import Ensemble
+from ..host.look.line_plot import line_plot
+from ..host.look.spectrum import Sampling, profiles, report, with_measured_roles
 from .sockets import ensemble_input, ensemble_output, model_input, schema
 
 if TYPE_CHECKING:

@@ -30,10 +30,10 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from ..host.apply import apply_method, bake
-from ..host.ensemble import LoRASpec
-from ..host.fit import plain_magnitude
-from ..host.reading import Reading, read_ensemble
+from ..host.compose.apply import apply_method, bake
+from ..host.compose.reading import Reading, read_ensemble
+from ..host.files.ensemble import LoRASpec
+from ..host.files.fit import plain_magnitude
 from ..methods.composite import Composite
 from ..methods.merge import Merge
 from ..methods.switch import Switch

@@ -49,6 +49,27 @@ def test_arrows_point_down(floor):
                 assert name in FLOORS[floor], f"{path.relative_to(ROOT)} imports {name}"
 
 
+ROOMS = {"files": set(), "families": set(), "compose": {"files", "families"}, "guidance": {"compose", "files"},
+         "look": {"guidance", "compose", "files"}}
+"""Room of the host -> the other rooms that it may import."""
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_of_the_host_stand_in_a_row(room):
+    paths = list((ROOT / "host" / room).glob("*.py"))
+    assert len(paths) > 1
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level == 2 and node.module:
+                other = node.module.split(".")[0]
+                assert other in ROOMS[room], f"{path.relative_to(ROOT)} imports {other}"
+
+
+def test_every_file_of_the_host_is_in_a_room():
+    assert {path.name for path in (ROOT / "host").glob("*.py")} == {"__init__.py"}
+    assert {path.name for path in (ROOT / "host").iterdir() if path.is_dir()} - {"__pycache__"} == set(ROOMS)
+
+
 def test_kernels_import_torch_only():
     standard = {"__future__", "dataclasses", "functools", "collections", "typing", "math"}
     for path in (ROOT / "kernels").rglob("*.py"):

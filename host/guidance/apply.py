@@ -12,8 +12,8 @@ from ...engine.tell import into
 from ...methods.guidance.record import GuidanceRecord
 from ...methods.guidance.session import GuidanceSession, Tell
 from ...methods.session import RunContext
-from ..context import guidance_context, run_context
-from ..steps import tracked
+from ..compose.context import guidance_context, run_context
+from ..compose.steps import tracked
 from .run import GuidedRun
 
 KEY = "lora_ensemble_guidance"

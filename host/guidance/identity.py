@@ -7,7 +7,7 @@ import hashlib
 import torch
 from torch import Tensor
 
-from ..composition import KEY
+from ..compose.composition import KEY
 
 SAMPLED = 16  # tensors whose values are looked at
 

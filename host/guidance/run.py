@@ -19,9 +19,9 @@ from ...engine.transfer import on_device
 from ...kernels.branch import Step
 from ...methods.guidance.record import GuidanceRecord, GuidanceStep
 from ...methods.guidance.session import GuidanceSession, Tell
-from ..composition import KEY as COMPOSITION
-from ..rows import narrowed, whole_only
-from ..steps import StepTracker
+from ..compose.composition import KEY as COMPOSITION
+from ..compose.rows import narrowed, whole_only
+from ..compose.steps import StepTracker
 from .call import GuidedCall, guarded, unguided
 
 

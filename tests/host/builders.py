@@ -11,8 +11,8 @@ import comfy.sd
 import comfy.utils
 import folder_paths
 import torch
-from lora_ensemble.host.apply import Active, apply_method
-from lora_ensemble.host.ensemble import LoRASpec
+from lora_ensemble.host.compose.apply import Active, apply_method
+from lora_ensemble.host.files.ensemble import LoRASpec
 from lora_ensemble.methods import Method
 from lora_ensemble.methods.composite import Composite
 from lora_ensemble.methods.merge import Merge

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from lora_ensemble.host import seams
-from lora_ensemble.host.apply import with_cache
-from lora_ensemble.host.cache import CacheSpec
-from lora_ensemble.host.composition import record_of
+from lora_ensemble.host.compose.apply import with_cache
+from lora_ensemble.host.compose.cache import CacheSpec
+from lora_ensemble.host.compose.composition import record_of
+from lora_ensemble.host.families import split_points
 from lora_ensemble.kernels.branch import one_hot
 from lora_ensemble.methods.schedule import Uniform
 from lora_ensemble.methods.session import PlainSession
@@ -62,7 +62,7 @@ class Watch:
     def __init__(self, monkeypatch):
         self.caught: dict[tuple, dict] = {}
         self.reused = 0
-        for kind in (seams.UNetSeam, seams.BlockSeam):
+        for kind in (split_points.UNetSplit, split_points.BlockSplit):
             monkeypatch.setattr(kind, "capture", self.capture(kind.capture))
             monkeypatch.setattr(kind, "reuse", self.reuse(kind.reuse))
 
@@ -72,21 +72,21 @@ class Watch:
         return [(uuid, tuple(window.index_list) if window else (), attention) for uuid in options["uuids"]]
 
     def capture(self, original):
-        def capture(seam, options, caught):
+        def capture(split, options, caught):
             for k, place in enumerate(self.places(options)):
                 self.caught[place] = (caught, k, len(options["uuids"]))
-            return original(seam, options, caught)
+            return original(split, options, caught)
 
         return capture
 
     def reuse(self, original):
-        def reuse(seam, features, control, options):
+        def reuse(split, features, control, options):
             places = self.places(options)
             for k, place in enumerate(places):
                 caught, i, count = self.caught[place]
                 for name, value in features.items():
                     assert torch.equal(value.chunk(len(places))[k], caught[name].chunk(count)[i])
                     self.reused += 1
-            return original(seam, features, control, options)
+            return original(split, features, control, options)
 
         return reuse

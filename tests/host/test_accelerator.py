@@ -10,7 +10,7 @@ from contextlib import nullcontext
 import comfy.model_management
 import pytest
 import torch
-from lora_ensemble.host.ensemble import LoRASpec, Mask
+from lora_ensemble.host.files.ensemble import LoRASpec, Mask
 from lora_ensemble.host.guidance.calibrate import calibrate
 from lora_ensemble.methods.cmlora import CMLoRA
 from lora_ensemble.methods.loratorio import LoRAtorio

@@ -6,10 +6,10 @@ import comfy.lora
 import comfy.sd
 import pytest
 import torch
-from lora_ensemble.host.apply import apply_method, bake
-from lora_ensemble.host.composition import KEY
-from lora_ensemble.host.ensemble import LoRASpec
-from lora_ensemble.host.measure import subjects_of
+from lora_ensemble.host.compose.apply import apply_method, bake
+from lora_ensemble.host.compose.composition import KEY
+from lora_ensemble.host.compose.measure import subjects_of
+from lora_ensemble.host.files.ensemble import LoRASpec
 from lora_ensemble.methods.composite import Composite
 from lora_ensemble.nodes.baselines import LoRAEnsembleSwitch
 from lora_ensemble.nodes.cmlora import LoRAEnsembleCMLoRA

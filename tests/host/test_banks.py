@@ -10,10 +10,10 @@ from dataclasses import replace
 import comfy.model_management
 import pytest
 import torch
-from lora_ensemble.host import apply, banks, measure
-from lora_ensemble.host.composition import KEY
-from lora_ensemble.host.ensemble import LoRASpec
-from lora_ensemble.host.layermap import layer_map
+from lora_ensemble.host.compose import apply, banks, measure
+from lora_ensemble.host.compose.composition import KEY
+from lora_ensemble.host.files.ensemble import LoRASpec
+from lora_ensemble.host.look.layermap import layer_map
 from lora_ensemble.methods.cmlora import CMLoRA
 from lora_ensemble.methods.loratorio import LoRAtorio
 from lora_ensemble.methods.merge import Merge

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from lora_ensemble.host.apply import with_cache
-from lora_ensemble.host.cache import CacheSpec
-from lora_ensemble.host.composition import record_of
-from lora_ensemble.host.ensemble import LoRASpec
+from lora_ensemble.host.compose.apply import with_cache
+from lora_ensemble.host.compose.cache import CacheSpec
+from lora_ensemble.host.compose.composition import record_of
+from lora_ensemble.host.files.ensemble import LoRASpec
 from lora_ensemble.kernels.branch import Step
 from lora_ensemble.methods.schedule import NonUniform, Uniform
 

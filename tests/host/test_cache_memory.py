@@ -8,8 +8,8 @@ import comfy.model_management
 import pytest
 import torch
 from lora_ensemble.engine.cache import FeatureCache
-from lora_ensemble.host import wrappers
-from lora_ensemble.host.composition import record_of
+from lora_ensemble.host.compose import wrappers
+from lora_ensemble.host.compose.composition import record_of
 from lora_ensemble.tests.accelerator import DEVICE
 
 from .builders import composite, same, sample, three

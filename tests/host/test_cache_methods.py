@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lora_ensemble.host.cache import CacheSpec
-from lora_ensemble.host.composition import KEY, record_of
+from lora_ensemble.host.compose.cache import CacheSpec
+from lora_ensemble.host.compose.composition import KEY, record_of
 from lora_ensemble.methods.loratorio import LoRAtorio
 from lora_ensemble.methods.schedule import NonUniform, Uniform
 from lora_ensemble.methods.switch import Switch

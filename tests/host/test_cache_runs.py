@@ -6,8 +6,8 @@ import comfy.model_management
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
-from lora_ensemble.host.cache import CacheSpec
-from lora_ensemble.host.composition import KEY, record_of
+from lora_ensemble.host.compose.cache import CacheSpec
+from lora_ensemble.host.compose.composition import KEY, record_of
 from lora_ensemble.methods.schedule import Uniform
 
 from .builders import composite, sample, three

@@ -11,8 +11,8 @@ import comfy.model_patcher
 import comfy.samplers
 import pytest
 import torch
-from lora_ensemble.host import seams
-from lora_ensemble.host.composition import KEY, record_of
+from lora_ensemble.host.compose.composition import KEY, record_of
+from lora_ensemble.host.families import split_points
 
 from .builders import composite, sample, schedule, three
 from .caches import Watch, cached, steps_of
@@ -45,19 +45,19 @@ def test_a_controlnet_is_fresh_in_every_step(control_model, loras, monkeypatch, 
     """The real one: its residuals for the outer blocks arrive on reuse, and no block refuses one."""
     model = composite(base("SD15"), three(base("SD15"), loras))
     hint = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(3))
-    told, original = [], seams.UNetSeam.reuse
+    told, original = [], split_points.UNetSplit.reuse
 
     def conds(seed: int) -> list:
         net = comfy.controlnet.ControlNet(control_model, load_device=torch.device("cpu"))
         return SD15.cond(seed, control=net.set_cond_hint(hint, 0.4), control_apply_to_uncond=False)
 
     @contextmanager
-    def reuse(seam, features, control, options):
-        with original(seam, features, control, options) as (outer, inner):
+    def reuse(split, features, control, options):
+        with original(split, features, control, options) as (outer, inner):
             told.append([value is not None for value in outer["output"]])
             yield outer, inner
 
-    monkeypatch.setattr(seams.UNetSeam, "reuse", reuse)
+    monkeypatch.setattr(split_points.UNetSplit, "reuse", reuse)
     positive, negative = conds(11), conds(12)
     reusing = cached(model)
     out = sample(reusing, "SD15", positive, negative, steps=4)

@@ -15,7 +15,7 @@ from lora_ensemble.host.guidance.calibrate import Paths, calibrate
 from lora_ensemble.host.guidance.coeffs import CoeffsError
 from lora_ensemble.host.guidance.identity import describe_model
 from lora_ensemble.host.guidance.options import GuidanceOptions, guidance_of, saving_threshold
-from lora_ensemble.host.plot import plot, summary
+from lora_ensemble.host.look.plot import plot, summary
 from lora_ensemble.kernels.guidance import guided_steps
 from lora_ensemble.methods.guidance.adaptive import AdaptiveGuidance
 from lora_ensemble.nodes.klora import LoRAEnsembleESTLoRA, LoRAEnsembleKLoRA

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lora_ensemble.host.composition import record_of
+from lora_ensemble.host.compose.composition import record_of
 
 from .builders import composite, sample, three
 from .caches import cached, cmlora, steps_of

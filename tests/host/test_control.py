@@ -9,8 +9,8 @@ import comfy.controlnet
 import comfy.model_patcher
 import pytest
 import torch
-from lora_ensemble.host import control
-from lora_ensemble.host.composition import record_of
+from lora_ensemble.host.compose import control
+from lora_ensemble.host.compose.composition import record_of
 
 from .builders import composite, hooked, same, sample, three
 from .caches import in_turn, steps_of

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from comfy.patcher_extension import WrappersMP
-from lora_ensemble.host.composition import KEY
-from lora_ensemble.host.ensemble import LoRASpec
+from lora_ensemble.host.compose.composition import KEY
+from lora_ensemble.host.files.ensemble import LoRASpec
 from torch import nn
 
 from .builders import composite, file_of, hooked, lora, merge, same, sample, shapes, stock, three

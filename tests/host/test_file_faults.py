@@ -5,9 +5,9 @@ from __future__ import annotations
 import comfy.lora
 import pytest
 import torch
-from lora_ensemble.host.apply import bake
-from lora_ensemble.host.composition import KEY
-from lora_ensemble.host.ensemble import LoRASpec
+from lora_ensemble.host.compose.apply import bake
+from lora_ensemble.host.compose.composition import KEY
+from lora_ensemble.host.files.ensemble import LoRASpec
 from lora_ensemble.methods.switch import Switch
 
 from .builders import Rand, composite, file_of, kohya, lora, merge, method, same, sample, shapes, stock

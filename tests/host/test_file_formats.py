@@ -5,10 +5,10 @@ from __future__ import annotations
 import comfy.lora
 import pytest
 import torch
-from lora_ensemble.host.apply import apply_method, bake
-from lora_ensemble.host.composition import KEY
-from lora_ensemble.host.ensemble import LoRASpec
-from lora_ensemble.host.formats import lora_format, other_kind
+from lora_ensemble.host.compose.apply import apply_method, bake
+from lora_ensemble.host.compose.composition import KEY
+from lora_ensemble.host.files.ensemble import LoRASpec
+from lora_ensemble.host.files.formats import lora_format, other_kind
 from lora_ensemble.methods.merge import Merge
 
 from .builders import composite, lora, merge, plain, same, sample, shapes, stock, text_layers

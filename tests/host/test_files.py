@@ -10,11 +10,11 @@ from functools import partial
 import comfy.utils
 import pytest
 import torch
-from lora_ensemble.host import files
-from lora_ensemble.host.apply import apply_method, bake
-from lora_ensemble.host.composition import KEY
-from lora_ensemble.host.ensemble import LoRASpec
-from lora_ensemble.host.files import check_file, fingerprint, read
+from lora_ensemble.host.compose.apply import apply_method, bake
+from lora_ensemble.host.compose.composition import KEY
+from lora_ensemble.host.files import files
+from lora_ensemble.host.files.ensemble import LoRASpec
+from lora_ensemble.host.files.files import check_file, fingerprint, read
 from lora_ensemble.methods.merge import Merge
 from lora_ensemble.nodes.ensembles import LoRAEnsembleFromStack, LoRAEnsembleLoRA
 from safetensors.torch import save

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 
 import pytest
-from lora_ensemble.host import parse
+from lora_ensemble.host.files import parse
 from lora_ensemble.tests.fuzz_files import Fuzz
 
 COUNT = int(os.environ.get("LORA_ENSEMBLE_FUZZ", "200"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lora_ensemble.host.composition import KEY as COMPOSITION
+from lora_ensemble.host.compose.composition import KEY as COMPOSITION
 from lora_ensemble.host.guidance.apply import guidance_record_of
 
 from .builders import composite, guided, schedule, three

@@ -8,7 +8,7 @@ import comfy.samplers
 import comfy_extras.nodes_custom_sampler as extras
 import pytest
 import torch
-from lora_ensemble.host.composition import KEY as COMPOSITION
+from lora_ensemble.host.compose.composition import KEY as COMPOSITION
 from lora_ensemble.host.guidance.apply import guidance_record_of as record_of
 from lora_ensemble.methods.cmlora import CMLoRA
 from lora_ensemble.methods.loratorio import LoRAtorio

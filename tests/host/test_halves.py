@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from lora_ensemble.host.composition import record_of
-from lora_ensemble.host.ensemble import LoRASpec
+from lora_ensemble.host.compose.composition import record_of
+from lora_ensemble.host.files.ensemble import LoRASpec
 from lora_ensemble.kernels.branch import one_hot
 from lora_ensemble.methods.session import Session
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from comfy.patcher_extension import WrappersMP
-from lora_ensemble.host import files
-from lora_ensemble.host.composition import KEY, Composition
-from lora_ensemble.host.ensemble import LoRASpec
+from lora_ensemble.host.compose.composition import KEY, Composition
+from lora_ensemble.host.files import files
+from lora_ensemble.host.files.ensemble import LoRASpec
 from torch import nn
 
 from .builders import Rand, composite, kohya, lora, merge, same, sample, shapes, stock, three

@@ -6,7 +6,7 @@ import comfy.samplers
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
-from lora_ensemble.host.composition import KEY
+from lora_ensemble.host.compose.composition import KEY
 
 from .builders import composite, hooked, merge, same, sample, stock, three
 from .models import FAMILIES, base

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lora_ensemble.host.composition import record_of
-from lora_ensemble.host.ensemble import LoRASpec
+from lora_ensemble.host.compose.composition import record_of
+from lora_ensemble.host.files.ensemble import LoRASpec
 from lora_ensemble.methods.cmlora import CMLoRA
 from lora_ensemble.methods.loratorio import LoRAtorio
 from lora_ensemble.methods.switch import Switch

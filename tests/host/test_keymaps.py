@@ -9,7 +9,7 @@ import comfy.lora
 import comfy.supported_models
 import pytest
 import torch
-from lora_ensemble.host.parse import _layer, weight_shape
+from lora_ensemble.host.files.parse import _layer, weight_shape
 
 from .models import FAMILIES
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lora_ensemble.host.composition import KEY
-from lora_ensemble.host.ensemble import LoRASpec
+from lora_ensemble.host.compose.composition import KEY
+from lora_ensemble.host.files.ensemble import LoRASpec
 
 from .builders import Rand, composite, hooked, kohya, lora, merge, same, sample, shapes, stock
 from .kinds import (

@@ -9,9 +9,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from lora_ensemble.host.composition import KEY, Applied, Composition
-from lora_ensemble.host.layermap import FAINT, GAP, LABELS, MAP, MARGIN, RATIOS, LayerMap, draw, layer_map
-from lora_ensemble.host.vision import similarity
+from lora_ensemble.host.compose.composition import KEY, Applied, Composition
+from lora_ensemble.host.look.layermap import FAINT, GAP, LABELS, MAP, MARGIN, RATIOS, LayerMap, draw, layer_map
+from lora_ensemble.host.look.vision import similarity
 from lora_ensemble.methods.merge import Merge
 from lora_ensemble.methods.selection import Contest, Selection
 from lora_ensemble.nodes.klora import LoRAEnsembleESTLoRA

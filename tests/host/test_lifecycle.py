@@ -10,9 +10,9 @@ import comfy.model_management
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
-from lora_ensemble.host.apply import with_cache
-from lora_ensemble.host.cache import CacheSpec
-from lora_ensemble.host.composition import KEY
+from lora_ensemble.host.compose.apply import with_cache
+from lora_ensemble.host.compose.cache import CacheSpec
+from lora_ensemble.host.compose.composition import KEY
 from lora_ensemble.methods.cmlora import CMLoRA
 from lora_ensemble.methods.composite import Composite
 from lora_ensemble.methods.loratorio import LoRAtorio

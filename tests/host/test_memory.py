@@ -8,8 +8,8 @@ import comfy.model_patcher
 import pytest
 import torch
 from lora_ensemble.engine.bank import Bank
-from lora_ensemble.host.banks import bank_patcher
-from lora_ensemble.host.composition import KEY
+from lora_ensemble.host.compose.banks import bank_patcher
+from lora_ensemble.host.compose.composition import KEY
 from lora_ensemble.tests.reference import KINDS, make_ops
 
 from .builders import composite, sample, three

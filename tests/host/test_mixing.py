@@ -9,10 +9,10 @@ import comfy_extras.nodes_sag as nodes_sag
 import comfy_extras.nodes_slg as nodes_slg
 import pytest
 import torch
-from lora_ensemble.host.apply import apply_method
-from lora_ensemble.host.cache import CacheSpec
-from lora_ensemble.host.composition import record_of
-from lora_ensemble.host.ensemble import LoRASpec, Mask
+from lora_ensemble.host.compose.apply import apply_method
+from lora_ensemble.host.compose.cache import CacheSpec
+from lora_ensemble.host.compose.composition import record_of
+from lora_ensemble.host.files.ensemble import LoRASpec, Mask
 from lora_ensemble.kernels.branch import Branch, one_hot
 from lora_ensemble.methods.cmlora import CMLoRA
 from lora_ensemble.methods.loratorio import LoRAtorio

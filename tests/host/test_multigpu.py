@@ -31,7 +31,7 @@ def two_devices():
 def test_branches_are_spread_over_devices_and_agree_with_one_device(loras, monkeypatch):
     """Guards: forwards are installed on the modules that the call runs on (`executor.class_obj`), with the bank that
     the host cloned for that device (`cached_patcher_init`); host.md c.4 #6."""
-    from lora_ensemble.host.composition import Run
+    from lora_ensemble.host.compose.composition import Run
 
     roots = []
     routed = Run.routed

@@ -11,7 +11,7 @@ import lora_ensemble
 import pytest
 import torch
 from comfy_api.latest import io
-from lora_ensemble.host.ensemble import ROLES, LoRASpec
+from lora_ensemble.host.files.ensemble import ROLES, LoRASpec
 from lora_ensemble.nodes.baselines import LoRAEnsembleComposite, LoRAEnsembleMerge, LoRAEnsembleSwitch
 from lora_ensemble.nodes.ensembles import LoRAEnsembleFromStack, LoRAEnsembleLoRA, from_stack
 from lora_ensemble.nodes.order import OrderError, turns_of

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import comfy.context_windows
 import pytest
 import torch
-from lora_ensemble.host.composition import KEY, record_of
-from lora_ensemble.host.ensemble import LoRASpec, Mask
-from lora_ensemble.host.spectrum import Sampling, profiles
+from lora_ensemble.host.compose.composition import KEY, record_of
+from lora_ensemble.host.files.ensemble import LoRASpec, Mask
+from lora_ensemble.host.look.spectrum import Sampling, profiles
 from lora_ensemble.kernels.packed import pack_weights, unpack
 from lora_ensemble.kernels.spectrum import high_share, radial_amplitude, radial_bins
 from lora_ensemble.methods.cmlora import CMLoRA

@@ -97,7 +97,7 @@ def test_a_file_of_zeros_is_the_base(loras):
 
 @pytest.mark.parametrize("layers", ["linear", "convolutions"])
 def test_loras_on_some_layers_only(layers, loras):
-    from lora_ensemble.host.ensemble import LoRASpec
+    from lora_ensemble.host.files.ensemble import LoRASpec
 
     model = base("SD15")
     all_layers = shapes(model)

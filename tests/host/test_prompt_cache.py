@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lora_ensemble.host.ensemble import LoRASpec
+from lora_ensemble.host.files.ensemble import LoRASpec
 from lora_ensemble.methods.composite import Composite
 from lora_ensemble.methods.switch import Switch
 

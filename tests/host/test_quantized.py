@@ -7,9 +7,9 @@ import comfy.ops
 import pytest
 import torch
 import torch.nn.functional as F
-from lora_ensemble.host.composition import KEY
-from lora_ensemble.host.ensemble import LoRASpec
-from lora_ensemble.host.wrappers import read_weight
+from lora_ensemble.host.compose.composition import KEY
+from lora_ensemble.host.compose.wrappers import read_weight
+from lora_ensemble.host.files.ensemble import LoRASpec
 from torch import nn
 
 from .builders import Rand, composite, hooked, kohya, lora, merge, same, sample, shapes, stock, three

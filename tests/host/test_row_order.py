@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lora_ensemble.host.row_order import FAMILIES, one_row_only, row_order
+from lora_ensemble.host.families.row_order import FAMILIES, one_row_only, row_order
 from torch import Tensor, nn
 
 from .blocks import Transformer, noise

@@ -5,7 +5,7 @@ from __future__ import annotations
 import comfy.samplers
 import pytest
 import torch
-from lora_ensemble.host.composition import KEY
+from lora_ensemble.host.compose.composition import KEY
 from lora_ensemble.methods.switch import Switch
 
 from .builders import composite, guided, hooked, merge, method, same, sample, schedule, stock, three

@@ -7,8 +7,8 @@ import comfy.controlnet
 import comfy.hooks
 import pytest
 import torch
-from lora_ensemble.host.composition import KEY
-from lora_ensemble.host.ensemble import LoRASpec
+from lora_ensemble.host.compose.composition import KEY
+from lora_ensemble.host.files.ensemble import LoRASpec
 from lora_ensemble.methods.merge import Merge
 
 from .builders import composite, hooked, lora, merge, method, same, sample, shapes, stock, three
@@ -88,7 +88,7 @@ class Watching(comfy.controlnet.ControlBase):
 
 
 def test_control_sees_the_callers_conds(loras):
-    """Guard: host/control.py. Without its view a control is told of conds 2, 3, ..., which its caller never had."""
+    """Guard: host/compose/control.py. Without its view a control is told of conds that its caller never had."""
     model, ensemble = base("SD15"), three(base("SD15"), loras)
     control = Watching()
     positive, negative = SD15.cond(11, control=control), SD15.cond(12, control=control)

@@ -13,11 +13,11 @@ import comfy.utils
 import pytest
 import torch
 from lora_ensemble.engine.sizes import measure
-from lora_ensemble.host import measure as host_measure
-from lora_ensemble.host.composition import record_of
-from lora_ensemble.host.context import _span
-from lora_ensemble.host.ensemble import LoRASpec
-from lora_ensemble.host.files import read
+from lora_ensemble.host.compose import measure as host_measure
+from lora_ensemble.host.compose.composition import record_of
+from lora_ensemble.host.compose.context import _span
+from lora_ensemble.host.files.ensemble import LoRASpec
+from lora_ensemble.host.files.files import read
 from lora_ensemble.kernels.branch import Step
 from lora_ensemble.methods.selection import Selection
 from lora_ensemble.methods.session import RunContext

@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from lora_ensemble.host import measure as host_measure
-from lora_ensemble.host.ensemble import LoRASpec
+from lora_ensemble.host.compose import measure as host_measure
+from lora_ensemble.host.files.ensemble import LoRASpec
 
 from .builders import Rand, file_of, kohya, lora, shapes
 from .models import base

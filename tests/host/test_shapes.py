@@ -8,10 +8,10 @@ import pytest
 import torch
 from lora_ensemble.engine.bank import Bank
 from lora_ensemble.engine.forwards import RoutedForwards
-from lora_ensemble.host.composition import KEY
-from lora_ensemble.host.ensemble import LoRASpec
-from lora_ensemble.host.files import LoRAFile
-from lora_ensemble.host.parse import load, parse
+from lora_ensemble.host.compose.composition import KEY
+from lora_ensemble.host.files.ensemble import LoRASpec
+from lora_ensemble.host.files.files import LoRAFile
+from lora_ensemble.host.files.parse import load, parse
 from lora_ensemble.kernels.branch import Branch
 from torch import nn
 

@@ -8,10 +8,10 @@ import comfy.sample
 import comfy.utils
 import pytest
 import torch
-from lora_ensemble.host import spectrum
-from lora_ensemble.host.ensemble import LoRASpec
-from lora_ensemble.host.line_plot import line_plot
-from lora_ensemble.host.spectrum import Profile, Sampling, profiles, report, with_measured_roles
+from lora_ensemble.host.files.ensemble import LoRASpec
+from lora_ensemble.host.look import spectrum
+from lora_ensemble.host.look.line_plot import line_plot
+from lora_ensemble.host.look.spectrum import Profile, Sampling, profiles, report, with_measured_roles
 from lora_ensemble.kernels.spectrum import high_share, radial_amplitude, radial_bins
 from lora_ensemble.nodes.spectrum import LoRAEnsembleSpectrum
 from lora_ensemble.tests.devices import Plain

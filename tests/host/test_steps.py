@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import comfy.samplers
 import pytest
 import torch
-from lora_ensemble.host.composition import record_of
+from lora_ensemble.host.compose.composition import record_of
+from lora_ensemble.host.compose.steps import StepTracker, tracked
 from lora_ensemble.host.guidance.apply import guidance_record_of
-from lora_ensemble.host.steps import StepTracker, tracked
 
 from .builders import composite, sample, three
 from .guidance_tools import ag

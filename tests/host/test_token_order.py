@@ -13,8 +13,8 @@ from math import prod
 
 import pytest
 import torch
-from lora_ensemble.host.row_order import FAMILIES as ROWS
-from lora_ensemble.host.token_order import FAMILIES, token_order
+from lora_ensemble.host.families.row_order import FAMILIES as ROWS
+from lora_ensemble.host.families.token_order import FAMILIES, token_order
 from torch import Tensor, nn
 
 from .blocks import Transformer, noise

@@ -13,13 +13,13 @@ from typing import NamedTuple
 import comfy.lora
 from torch import nn
 
+from ..files.ensemble import Ensemble, LoRASpec
+from ..files.files import LoRAFile, fingerprint, read
+from ..files.fit import Broken, Misfit, Shape, Torn, named, reshape_of
+from ..files.formats import is_foreign, lora_format, other_kind
+from ..files.parse import PREFIX, ParsedLoRA, Patches, load, parse, shape_of
 from .banks import layers_of
 from .composition import KEY
-from .ensemble import Ensemble, LoRASpec
-from .files import LoRAFile, fingerprint, read
-from .fit import Broken, Misfit, Shape, Torn, named, reshape_of
-from .formats import is_foreign, lora_format, other_kind
-from .parse import PREFIX, ParsedLoRA, Patches, load, parse, shape_of
 
 TEXT_ENCODER = ("lora_te", "lora_prior_te_", "text_encoder", "clip_")  # how keys of text encoders begin
 log = logging.getLogger("lora_ensemble")

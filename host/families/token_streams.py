@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ..engine.positions import Segment
+from ...engine.positions import Segment
 
 Tokens = tuple[Segment, ...]
 Streams = dict[str, tuple[Tokens, ...]]

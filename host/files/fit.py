@@ -14,7 +14,7 @@ import comfy.lora
 import torch
 from torch import Tensor
 
-from ..engine.adapters import Span
+from ...engine.adapters import Span
 from .files import LoRAFile
 
 SUSPICIOUS = 1e6

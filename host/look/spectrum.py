@@ -9,12 +9,12 @@ import comfy.sample
 import torch
 from torch import Tensor
 
-from ..kernels.packed import unpack
-from ..kernels.spectrum import high_share, late_change, radial_amplitude, radial_bins
-from ..methods.cmlora import LOW_FREQUENCY, frequency_class
-from ..methods.merge import Merge
-from .apply import apply_method
-from .ensemble import Ensemble
+from ...kernels.packed import unpack
+from ...kernels.spectrum import high_share, late_change, radial_amplitude, radial_bins
+from ...methods.cmlora import LOW_FREQUENCY, frequency_class
+from ...methods.merge import Merge
+from ..compose.apply import apply_method
+from ..files.ensemble import Ensemble
 
 
 @dataclass(frozen=True)

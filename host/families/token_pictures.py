@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..engine.positions import Segment
+from ...engine.positions import Segment
 from .token_streams import ROW, Call, Family, Streams, Tokens, joined, other, padded, picture
 
 # --- U-Nets -----------------------------------------------------------------------------------------------------------

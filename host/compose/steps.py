@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from ..kernels.branch import Step
+from ...kernels.branch import Step
 
 Callback = Callable[..., object]
 

@@ -6,7 +6,7 @@ import math
 
 from torch import nn
 
-from ..engine.positions import Segment
+from ...engine.positions import Segment
 from .token_streams import ROW, Call, Family, Streams, Tokens, joined, other, picture
 
 # --- text beside the film, seen by cross-attention --------------------------------------------------------------------

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 import comfy.lora
 from torch import Tensor, nn
 
-from ..engine.adapters import BOFT, OFT, Bias, Decomposed, Dense, GLoRA, Kron, LowRank, Op, Replace, Span, given
-from ..engine.geometry import Geometry, geometry_of
-from ..kernels.deltas import balanced, hadamard, hadamard_factors, kronecker, tucker, tucker_down
-from ..kernels.orthogonal import cayley
+from ...engine.adapters import BOFT, OFT, Bias, Decomposed, Dense, GLoRA, Kron, LowRank, Op, Replace, Span, given
+from ...engine.geometry import Geometry, geometry_of
+from ...kernels.deltas import balanced, hadamard, hadamard_factors, kronecker, tucker, tucker_down
+from ...kernels.orthogonal import cayley
 from .files import LoRAFile
 from .fit import (
     Broken,

@@ -11,11 +11,11 @@ from functools import partial
 import comfy.model_management
 import comfy.utils
 
-from ..engine.bank import Bank
-from ..engine.sizes import measure
-from ..methods.selection import Sizes, sides
+from ...engine.bank import Bank
+from ...engine.sizes import measure
+from ...methods.selection import Sizes, sides
+from ..files.files import fingerprint
 from .apply import Active
-from .files import fingerprint
 from .wrappers import read_weight
 
 KEPT = 8

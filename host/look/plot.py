@@ -7,8 +7,8 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from ..kernels.guidance import threshold_for
-from .guidance.coeffs import GuidanceCoeffs
+from ...kernels.guidance import threshold_for
+from ..guidance.coeffs import GuidanceCoeffs
 
 SIZE, MARGIN = (720, 420), (70, 30, 20, 50)  # left, top, right, bottom
 INK, GRID, CURVES = (40, 40, 40), (225, 225, 225), {"noise": (200, 70, 50), "x0": (50, 110, 190)}

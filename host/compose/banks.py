@@ -19,7 +19,7 @@ import comfy.model_patcher
 import torch
 from torch import nn
 
-from ..engine.bank import Bank
+from ...engine.bank import Bank
 
 KEPT = 2
 """Banks that are held for a base model though no MODEL may use them."""

@@ -12,18 +12,18 @@ from uuid import UUID, uuid4
 import torch
 from torch import Tensor, nn
 
-from ..engine.bank import Bank
-from ..engine.forwards import RoutedForwards
-from ..engine.layout import NotRows
-from ..engine.record import RunRecord, StepRecord
-from ..engine.tell import Once, into
-from ..kernels.branch import Branch, Step
-from ..kernels.packed import Parts, unpack
-from ..methods import Method
-from ..methods.session import OTHER, POSITIVE, UNCONDITIONAL, Call, RunContext, begin
+from ...engine.bank import Bank
+from ...engine.forwards import RoutedForwards
+from ...engine.layout import NotRows
+from ...engine.record import RunRecord, StepRecord
+from ...engine.tell import Once, into
+from ...kernels.branch import Branch, Step
+from ...kernels.packed import Parts, unpack
+from ...methods import Method
+from ...methods.session import OTHER, POSITIVE, UNCONDITIONAL, Call, RunContext, begin
+from ..families.row_order import one_row_only, row_order
 from .cache import BranchCache, CacheSpec, Combo
 from .control import Controls
-from .row_order import one_row_only, row_order
 from .steps import StepTracker
 
 KEY = "lora_ensemble"

@@ -8,7 +8,7 @@ import comfy.model_management
 import pytest
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import forward_timestep_embed, timestep_embedding
-from lora_ensemble.host.seams import BLOCK_LISTS, seam_of
+from lora_ensemble.host.families.split_points import BLOCK_LISTS, split_point_of
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -92,12 +92,12 @@ def test_transformers(name):
     """Another latent on reuse; two rows. A release that lacks a family skips it."""
     kind = TRANSFORMERS[name]
     model, memory, caught = kind.build(), {}, {}
-    seam, deep = seam_of(model, DEPTH), deep_blocks(model, DEPTH)
+    split, deep = split_point_of(model, DEPTH), deep_blocks(model, DEPTH)
     whole, plain = flops(lambda: kind.call(model, {}, rows=2))
     with replaced(deep, remembering(memory)):
-        assert torch.equal(kind.call(model, seam.capture({}, caught), rows=2), plain)
-    assert seam.complete(caught) and all(value.shape[0] == 2 for value in caught.values())
-    with seam.reuse(caught, None, {}) as (_, options):
+        assert torch.equal(kind.call(model, split.capture({}, caught), rows=2), plain)
+    assert split.complete(caught) and all(value.shape[0] == 2 for value in caught.values())
+    with split.reuse(caught, None, {}) as (_, options):
         part, found = flops(lambda: kind.call(model, options, seed=1, rows=2))
     with replaced(deep, recalling(memory)):
         expected = kind.call(model, {}, seed=1, rows=2)
@@ -112,10 +112,10 @@ def test_control_residuals_between_blocks_are_fresh(name):
     """Residuals of this step go in between all blocks, and none of those of the step that was cached."""
     kind = TRANSFORMERS[name]
     model, memory, caught = kind.build(), {}, {}
-    seam, deep = seam_of(model, DEPTH), deep_blocks(model, DEPTH)
+    split, deep = split_point_of(model, DEPTH), deep_blocks(model, DEPTH)
     with replaced(deep, remembering(memory)):
-        kind.call(model, seam.capture({}, caught), control=kind.control(1, 1))
-    with seam.reuse(caught, kind.control(1, 100), {}) as (control, options):
+        kind.call(model, split.capture({}, caught), control=kind.control(1, 1))
+    with split.reuse(caught, kind.control(1, 100), {}) as (control, options):
         found = kind.call(model, options, seed=1, control=control)
     with replaced(deep, recalling(memory)):
         expected, without = (kind.call(model, {}, seed=1, control=c) for c in (kind.control(1, 100), None))
@@ -140,10 +140,10 @@ def test_blocks_that_other_nodes_replaced():
         ("double_block", 0), ("double_block", 7), ("single_block", 9), ("single_block", 37))}, "attn1": {}}}
     plain, caught = kind.call(model, theirs), {}
     calls.clear()
-    seam = seam_of(model, DEPTH)
-    assert torch.equal(kind.call(model, seam.capture(theirs, caught)), plain) and len(calls) == 4
+    split = split_point_of(model, DEPTH)
+    assert torch.equal(kind.call(model, split.capture(theirs, caught)), plain) and len(calls) == 4
     calls.clear()
-    with seam.reuse(caught, None, theirs) as (_, options):
+    with split.reuse(caught, None, theirs) as (_, options):
         torch.testing.assert_close(kind.call(model, options), plain, rtol=1e-4, atol=1e-4 * plain.abs().max().item())
     assert calls == [("double_block", 0), ("single_block", 37)]
     assert set(theirs["patches_replace"]["dit"]) == {("double_block", 0), ("double_block", 7), ("single_block", 9),
@@ -155,7 +155,7 @@ def test_half_precision(dtype, tolerance):
     """The sum over 53 blocks loses no more than one rounding of the result."""
     kind = TRANSFORMERS["Flux"]
     model = kind.build()
-    seam, caught = seam_of(model, DEPTH), {}
+    split, caught = split_point_of(model, DEPTH), {}
     half = kind.build().to(dtype)
     half.dtype = dtype
 
@@ -164,9 +164,9 @@ def test_half_precision(dtype, tolerance):
             return half(noise(1, *kind.latent).to(dtype), torch.full((1,), 0.6), noise(1, *kind.context).to(dtype),
                         transformer_options=options, **{k: v.to(dtype) for k, v in kind.more(1).items()}).float()
 
-    plain = call(seam.capture({}, caught))
+    plain = call(split.capture({}, caught))
     assert all(value.dtype == dtype for value in caught.values())
-    with seam.reuse(caught, None, {}) as (_, options):
+    with split.reuse(caught, None, {}) as (_, options):
         assert (call(options) - plain).norm() < tolerance * plain.norm()
 
 
@@ -236,7 +236,7 @@ def test_unets(family, with_control, with_patch, depth, caplog):
 
     patches = {"patches": {"output_block_patch": [patch]}} if with_patch else {}
     patch, caught = patch if with_patch else None, {}
-    seam = seam_of(root, depth)
+    split = split_point_of(root, depth)
 
     def controls(seed):
         return t2i_and_controlnet(root, seed) if with_control else None
@@ -246,11 +246,11 @@ def test_unets(family, with_control, with_patch, depth, caplog):
 
     with torch.inference_mode():
         plain = call(x0, controls(1), dict(patches))
-        assert torch.equal(call(x0, controls(1), seam.capture(patches, caught)), plain)
+        assert torch.equal(call(x0, controls(1), split.capture(patches, caught)), plain)
         reference, deep = unet(root, x0, t, context, y, controls(1), patch, depth)
         torch.testing.assert_close(plain, reference, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(caught["h"], deep, rtol=1e-4, atol=1e-4)
-        with seam.reuse(caught, controls(2), patches) as (control, options):
+        with split.reuse(caught, controls(2), patches) as (control, options):
             found = call(x1, control, options)
         expected, _ = unet(root, x1, t, context, y, controls(2), patch, depth, deep)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
@@ -269,12 +269,12 @@ def test_attention_patches_of_outer_blocks_know_where_they_are():
 
     options = {"patches": {"attn2_patch": [watch]}}
     arguments = dict(context=noise(1, 5, 32), control=None)
-    seam = seam_of(root, 3)
+    split = split_point_of(root, 3)
     with torch.inference_mode():
-        root(noise(1, 4, 8, 8), torch.ones(1), transformer_options=seam.capture(options, caught), **arguments)
+        root(noise(1, 4, 8, 8), torch.ones(1), transformer_options=split.capture(options, caught), **arguments)
         whole = list(seen)
         seen.clear()
-        with seam.reuse(caught, None, options) as (_, inner):
+        with split.reuse(caught, None, options) as (_, inner):
             root(noise(1, 4, 8, 8), torch.ones(1), transformer_options=inner, **arguments)
     assert seen and set(seen) < set(whole)
 
@@ -307,10 +307,10 @@ def test_full_unets_save(family, config, size, depth, least, meta):
     x, t = torch.empty(1, 4, size, size, device=meta), torch.empty(1, device=meta)
     arguments = dict(context=torch.empty(1, 77, config["context_dim"], device=meta), control=None,
                      y=torch.empty(1, 2816, device=meta) if family == "SDXL" else None)
-    seam, caught = seam_of(root, depth), {}
+    split, caught = split_point_of(root, depth), {}
     with torch.inference_mode():
-        whole, _ = flops(lambda: root(x, t, transformer_options=seam.capture({}, caught), **arguments))
-        with seam.reuse(caught, None, {}) as (_, options):
+        whole, _ = flops(lambda: root(x, t, transformer_options=split.capture({}, caught), **arguments))
+        with split.reuse(caught, None, {}) as (_, options):
             part, _ = flops(lambda: root(x, t, transformer_options=options, **arguments))
     assert gain(whole, part) >= least, gain(whole, part)
 
@@ -324,8 +324,8 @@ def test_a_full_flux_saves(depth, least, meta):
     kind = type(kind)(kind.name, kind.where, config, (16, 128, 128), (512, 4096),
                       lambda rows: {"y": noise(rows, 768), "guidance": torch.full((rows,), 3.5)}, kind.fields)
     root, caught = kind.build("meta"), {}
-    seam = seam_of(root, depth)
-    whole, _ = flops(lambda: kind.call(root, seam.capture({}, caught), device="meta"))
-    with seam.reuse(caught, None, {}) as (_, options):
+    split = split_point_of(root, depth)
+    whole, _ = flops(lambda: kind.call(root, split.capture({}, caught), device="meta"))
+    with split.reuse(caught, None, {}) as (_, options):
         part, _ = flops(lambda: kind.call(root, options, device="meta"))
     assert gain(whole, part) >= least, gain(whole, part)

@@ -10,8 +10,8 @@ from math import isfinite, log2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ..methods.selection import Selection
-from .composition import KEY
+from ...methods.selection import Selection
+from ..compose.composition import KEY
 
 WARM = ("#E69F00", "#D55E00", "#CC79A7", "#8C564B")  # subjects; told apart from the styles by colour-blind eyes too
 COOL = ("#0072B2", "#56B4E9", "#009E73", "#6A5ACD")  # styles

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import comfy.utils
 from torch import Tensor
 
-from ..engine.transfer import on_device
+from ...engine.transfer import on_device
 from .composition import Composition
 
 

@@ -10,8 +10,8 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-from ..kernels.packed import Parts
-from ..methods.session import OTHER, POSITIVE, UNCONDITIONAL, RunContext
+from ...kernels.packed import Parts
+from ...methods.session import OTHER, POSITIVE, UNCONDITIONAL, RunContext
 from .composition import Applied
 
 SIDES = {"positive": POSITIVE, "negative": UNCONDITIONAL, "empty_negative_prompt": UNCONDITIONAL}

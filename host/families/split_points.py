@@ -1,6 +1,6 @@
 """Where a model can be cut: its outermost layers are computed in every call, what lies between may come from a cache.
 
-A seam has two ways to run a model, both through ComfyUI's own forward:
+A split point has two ways to run a model, both through ComfyUI's own forward:
 
     capture(options, caught)                    transformer options for a whole call that puts its deep features into
                                                 `caught`, by name, [entries, ...]
@@ -30,7 +30,7 @@ Caught = dict
 """name -> Tensor"""
 
 
-class Seam(Protocol):
+class SplitPoint(Protocol):
     def capture(self, options: Options, caught: Caught) -> Options: ...
 
     def reuse(self, features: Mapping, control: dict | None, options: Options): ...
@@ -40,11 +40,11 @@ class Seam(Protocol):
         ...
 
 
-def seam_of(root: nn.Module, depth: int) -> Seam | str:
-    """The seam of a diffusion model with `depth` blocks computed at either end, or why there is none."""
+def split_point_of(root: nn.Module, depth: int) -> SplitPoint | str:
+    """The split point of a diffusion model with `depth` blocks computed at either end, or why there is none."""
     if isinstance(root, UNetModel):
         count = len(root.output_blocks)
-        return UNetSeam(root, depth) if depth < count else _shallow(count, depth)
+        return UNetSplit(root, depth) if depth < count else _shallow(count, depth)
     blocks = [(kind, i, block) for name, kind in BLOCK_LISTS for i, block in enumerate(_blocks(root, name))]
     if not blocks:
         return "this model family offers no place to cut it"
@@ -55,7 +55,7 @@ def seam_of(root: nn.Module, depth: int) -> Seam | str:
         return _shallow(len(blocks) // 2, depth)
     kinds = dict.fromkeys(kind for kind, *_ in deep)
     members = {kind: [i for other, i, _ in deep if other == kind] for kind in kinds}
-    return BlockSeam(tuple(Span(kind, ids[0], ids[-1] + 1) for kind, ids in members.items()))
+    return BlockSplit(tuple(Span(kind, ids[0], ids[-1] + 1) for kind, ids in members.items()))
 
 
 def _shallow(blocks: int, depth: int) -> str:
@@ -71,7 +71,7 @@ def _blocks(root: nn.Module, name: str) -> nn.ModuleList | tuple:
 
 
 @dataclass(frozen=True)
-class UNetSeam:
+class UNetSplit:
     """Stable Diffusion 1, 2, XL and their relatives, cut as DeepCache does (arXiv 2312.00858): the first `depth` input
     blocks and the last `depth` output blocks are computed; the input of the first of those output blocks is cached.
 
@@ -191,7 +191,7 @@ class Span:
 
 
 @dataclass(frozen=True)
-class BlockSeam:
+class BlockSplit:
     """Transformers whose blocks can be replaced: the first and the last `depth` blocks are computed, and the sum of
     what the blocks between add to each stream is cached.
 

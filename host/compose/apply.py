@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..engine.bank import Bank
-from ..methods import Method
+from ...engine.bank import Bank
+from ...methods import Method
+from ..files.ensemble import Ensemble, LoRASpec
 from .banks import shared_bank
 from .cache import CacheSpec
 from .composition import KEY, Applied, Composition
-from .ensemble import Ensemble, LoRASpec
 from .reading import ParsedLoRA, Part, Patches, Reading, facts_of, left_out, read_ensemble, say_without_effect
 from .wrappers import install_wrappers
 

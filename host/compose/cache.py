@@ -13,12 +13,12 @@ import comfy.model_management
 import torch
 from torch import Tensor, nn
 
-from ..engine.cache import FeatureCache, Home
-from ..engine.tell import Once
-from ..kernels.branch import Branch, Step
-from ..methods.schedule import Schedule
-from .lasting import lasting
-from .seams import Seam, seam_of
+from ...engine.cache import FeatureCache, Home
+from ...engine.tell import Once
+from ...kernels.branch import Branch, Step
+from ...methods.schedule import Schedule
+from ..families.lasting import lasting
+from ..families.split_points import SplitPoint, split_point_of
 
 Combo = tuple[Branch, ...]
 """One branch per applied method: what one row of a batch is evaluated with."""
@@ -78,7 +78,7 @@ class BranchCache:
         self._whole: dict[Combo, bool] = {}
         self._kept: dict[UUID | None, Hashable] = {}  # per cond of a branch, where its newest features are
         self._times: dict[Hashable, int] = {}
-        self._seams: dict[int, tuple[nn.Module, Seam | None]] = {}
+        self._split_points: dict[int, tuple[nn.Module, SplitPoint | None]] = {}
         self._limits: dict[torch.device, int] = {}
         self._spilled: set[torch.device] = set()
         self._full = False
@@ -110,8 +110,8 @@ class BranchCache:
     def evaluate(self, root: nn.Module, uuids: Sequence[UUID | None], combos: Sequence[Combo], x: Tensor,
                  context: Tensor | None, control: dict | None, options: dict) -> Iterator[tuple[dict | None, dict]]:
         """(control, transformer options) to call the model with for one batch, `combos` and `uuids` per cond."""
-        seam = self._seam(root)
-        if seam is None or self._step is None:
+        split = self._split_point(root)
+        if split is None or self._step is None:
             yield control, options
             return
         rows = x.shape[0] // len(combos)
@@ -126,13 +126,13 @@ class BranchCache:
             self.reused += 0 if whole else x.shape[0]
         if not whole:
             features = {name: torch.cat([entry[name].to(x.device) for entry in found]) for name in found[0]}
-            with seam.reuse(features, control, options) as changed:
+            with split.reuse(features, control, options) as changed:
                 yield changed
             return
         caught: dict[Hashable, Tensor] = {}
-        yield control, seam.capture(options, caught)
-        if not seam.complete(caught) or any(value.shape[0] % len(combos) for value in caught.values()):
-            self._seams[id(root)] = (root, None)
+        yield control, split.capture(options, caught)
+        if not split.complete(caught) or any(value.shape[0] % len(combos) for value in caught.values()):
+            self._split_points[id(root)] = (root, None)
             self._say(f"{type(root).__name__} does not let its blocks be replaced")
             return
         self._keep(uuids, keys, {name: value.chunk(len(combos)) for name, value in caught.items()}, x.device)
@@ -151,7 +151,7 @@ class BranchCache:
         """Let go of all features, and of what reports and measures: they lead to the run and to its MODEL, and a circle
         keeps a MODEL that nobody uses until Python happens to look for circles. The host takes that for a leak."""
         self.store.clear()
-        self._seams.clear()
+        self._split_points.clear()
         self._kept.clear()
         del self._report, self._free
 
@@ -195,13 +195,13 @@ class BranchCache:
         self._times[place] = time + 1
         return (*place, time)
 
-    def _seam(self, root: nn.Module) -> Seam | None:
-        if id(root) not in self._seams:
-            seam = seam_of(root, self.spec.depth)
-            if isinstance(seam, str):
-                self._say(f"{type(root).__name__}: {seam}")
-            self._seams[id(root)] = (root, None if isinstance(seam, str) else seam)
-        return self._seams[id(root)][1]
+    def _split_point(self, root: nn.Module) -> SplitPoint | None:
+        if id(root) not in self._split_points:
+            split = split_point_of(root, self.spec.depth)
+            if isinstance(split, str):
+                self._say(f"{type(root).__name__}: {split}")
+            self._split_points[id(root)] = (root, None if isinstance(split, str) else split)
+        return self._split_points[id(root)][1]
 
     def _say(self, reason: str) -> None:
         self._report(f"Branch Cache: {reason}. What is not cached runs whole, as without the cache.")

@@ -14,8 +14,8 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ..engine.bank import Bank
-from ..engine.layout import NotRows
+from ...engine.bank import Bank
+from ...engine.layout import NotRows
 from .composition import KEY, Composition, Free, Plan, Run
 from .context import method_contexts, parts_of, run_context, sides_of
 from .control import CALLER_CONDS, caller_indexes

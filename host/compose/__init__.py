@@ -1,0 +1,1 @@
+"""A composition on a MODEL: what it carries, and what lives while it samples."""
