@@ -101,8 +101,8 @@ class BranchCache:
             return [list(combos)]
         for combo, asked in zip(combos, fresh, strict=True):
             due = asked if self.spec.schedule is None else self.spec.schedule.refreshes(step)
-            known = all(self.store.get(self._kept.get(uuid), step.index) is not None for uuid in identities(combo))
-            self._whole[combo] = self._whole.get(combo, False) or due or not known
+            self._whole[combo] = self._whole.get(combo, False) or due or any(
+                self.store.get(self._kept.get(uuid), step.index) is None for uuid in identities(combo))
         parts = ([combo for combo in combos if self._whole[combo] is whole] for whole in (True, False))
         return [part for part in parts if part]
 
