@@ -52,7 +52,7 @@ def sdxl():
 
 def bench(model, ensemble: tuple, runs: int) -> str:
     """Each round is a first run, of which nothing is known but the files, and some with other strengths."""
-    from ..host import banks
+    from ..host.compose import banks
     from ..host.compose.apply import apply_method
 
     def node(make, strength: float):
