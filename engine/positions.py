@@ -27,7 +27,8 @@ class Segment:
 
 Segments = tuple[Segment, ...]
 Locate = Callable[[str, int], "Segments | None"]
-"""(layer, tokens) -> what these tokens are, in order; None where that is not known."""
+"""(layer, tokens) -> what these tokens are, in order; empty where they stand for whole rows (times, pooled text); None
+where that is not known."""
 
 
 class Places:

@@ -161,8 +161,10 @@ class Programs:
         if spatial not in (0, 2, 3) or (not spatial and y.ndim < 3):
             return None
         segments = None if spatial else places.locate(name, y[0].numel() // y.shape[-1])
-        if segments is None and not spatial:
-            self._tell("all", name, "where its tokens lie in the picture is not known, so LoRAs act there everywhere")
+        if not segments and not spatial:
+            if segments is None:
+                self._tell("all", name, "where its tokens lie in the picture is not known, so LoRAs act there "
+                                        "everywhere")
             return None
 
         grid = tuple(y.shape[2:]) if spatial else tuple(y.shape[1:-1])

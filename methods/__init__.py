@@ -5,6 +5,10 @@ A method is a frozen dataclass. A plain one has
     branches(step) -> tuple[Branch, ...]      the branches to evaluate at this step, at least one
     mix(step, predictions) -> Tensor          predictions [branches, ...] in that order -> [...]
 
+    masks                                     where masks of LoRAs confine them: "layers", in the layers of the model
+                                              (for one branch a step); "predictions", in its own mixing; no such
+                                              attribute: nowhere
+
 and one that needs more has `begin(context) -> Session` (session.py). Mixing weights sum to 1, so they may be applied to
 denoised predictions as well as to noise or velocity. The rules of guidance, which see what was mixed, have a room of
 their own: guidance/.

@@ -48,7 +48,7 @@ class LoRAtorio:
     scope: Literal["image", "patch"] = "image"
     recheck_every: int = 1
 
-    uses_masks = True
+    masks = "predictions"
 
     def __post_init__(self) -> None:
         for name, least in (("patch", 1), ("kappa", 0), ("top_k", 0), ("recheck_every", 1)):

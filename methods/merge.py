@@ -13,6 +13,8 @@ from ..kernels.branch import Branch, Step
 class Merge:
     """One branch with every adapter at its strength; a sum, not a mean."""
 
+    masks = "layers"
+
     strengths: tuple[float, ...]
 
     def branches(self, step: Step) -> tuple[Branch, ...]:

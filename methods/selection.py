@@ -165,6 +165,8 @@ class Selection:
     S grows with u, so a layer changes hands at most once, from the subject to the style, at `flip`.
     """
 
+    masks = "layers"
+
     contest: Contest
     alpha: float
     beta: float

@@ -21,6 +21,8 @@ class Switch:
                     positive multiple of tau: every turn ends one step later, so the first one lasts tau + 1 steps
     """
 
+    masks = "layers"
+
     strengths: tuple[float, ...]
     steps_per_lora: int = 5
     order: tuple[int, ...] | None = None

@@ -65,7 +65,7 @@ def apply_method(model, clip, ensemble: Ensemble, make: Callable[[Active], Metho
     active = [part.spec for part in reading.parts]
     method = make(Active(tuple(active), bank, model, problems))
     masked = [spec.name for spec in active if spec.mask is not None]
-    if masked and not getattr(method, "uses_masks", False):
+    if masked and not hasattr(method, "masks"):
         problems.append(f"the mask of LoRA '{masked[0]}' is not used: this method cannot confine a LoRA to a region")
     for problem in problems:
         log.warning("%s: %s", node, problem)
@@ -87,9 +87,12 @@ def bake(model, clip, ensemble: Ensemble, node: str):
     reading = read_ensemble(model, clip, ensemble, node, on_weights=True)
     say_without_effect(reading, ensemble, node)
     new_model = model.clone()
+    problems = list(reading.problems)
     for part in reading.parts:
         new_model.add_patches(part.patches.found, part.spec.strength_model)
-    for problem in reading.problems:
+        if part.spec.mask is not None:
+            problems.append(f"the mask of LoRA '{part.spec.name}' is not used: what is in the weights acts everywhere")
+    for problem in problems:
         log.warning("%s: %s", node, problem)
     return new_model, merge_clip(clip, reading)
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ...engine.bank import Bank
 from ...engine.forwards import RoutedForwards
 from ...engine.layout import NotRows
+from ...engine.positions import Places
 from ...engine.record import RunRecord, StepRecord
 from ...engine.tell import Once, into
 from ...kernels.branch import Branch, Step
@@ -24,6 +25,7 @@ from ...methods.session import OTHER, POSITIVE, UNCONDITIONAL, Call, RunContext,
 from ..families.row_order import one_row_only, row_order
 from .cache import BranchCache, CacheSpec, Combo
 from .control import Controls
+from .places import Area, MaskedLoRAs
 from .steps import StepTracker
 
 KEY = "lora_ensemble"
@@ -138,9 +140,13 @@ class Run:
         self._apart: dict[int, tuple[nn.Module, bool]] = {}
         self._since = time.perf_counter()
         self._prompts: dict[int, tuple[nn.Module, list[Combo | None]]] = {}
+        self.areas: dict[UUID | None, Area] = {}
+        self.masked = [MaskedLoRAs(context.masks, self._tell) if any(mask is not None for mask in context.masks)
+                       and getattr(each.method, "masks", "") == "layers" else None
+                       for each, context in zip(applied, contexts, strict=True)]
         for each, context in zip(applied, contexts, strict=True):
             for name, mask, placed in zip(each.names, each.masks, context.masks, strict=False):
-                if mask is not None and placed is None and getattr(each.method, "uses_masks", False):
+                if mask is not None and placed is None and hasattr(each.method, "masks"):
                     self._tell(f"the mask of LoRA '{name}' is not used: this latent has no height and width")
 
     def plan(self, x: Tensor, timestep: Tensor, parts: Parts = ()) -> Plan:
@@ -220,6 +226,12 @@ class Run:
         """From now on branches have batches of their own."""
         self._apart[id(root)] = (root, True)
         self._tell(f"{type(root).__name__}: {reason}; {APART}")
+
+    def places(self, k: int, root: nn.Module, x: Tensor, conds: Mapping[str, object],
+               uuids: Sequence[UUID | None]) -> Places | None:
+        """Where the LoRAs of the k-th method may act in a batch of these conds; None: everywhere."""
+        masked = self.masked[k]
+        return None if masked is None else masked.places(root, x, conds, [self.areas.get(uuid) for uuid in uuids])
 
     def arrange(self, root: nn.Module, combos: list[Combo | None]) -> None:
         """Rows of these combinations come next. A model that keeps keys and values of its prompt from call to call

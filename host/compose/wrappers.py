@@ -57,6 +57,7 @@ def calc_cond_batch(executor, model, conds, x_in, timestep, model_options):
         return executor(model, conds, x_in, timestep, model_options)
     plan, sides = run.plan(x_in, timestep, parts_of(conds)), run.sides(conds)
     combos = plan.combos
+    run.areas.update({entry.get("uuid"): entry.get("area") for cond in conds for entry in cond or ()})
     parts = [combos]
     if run.cache is not None:
         parts = run.cache.parts(plan.step, combos, plan.fresh, timestep, partial(_identities, run, plan, conds))
@@ -106,14 +107,15 @@ def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, t
     options = caller_indexes(options)
     per_cond = x.shape[0] // len(combos)
     run.record.count(x.shape[0])
+    root = _unwrapped(model.diffusion_model)
     with ExitStack() as stack:
-        for k, routed in enumerate(run.routed(_unwrapped(model.diffusion_model), partial(_banks, model),
-                                              partial(read_weight, model.current_patcher),
+        for k, routed in enumerate(run.routed(root, partial(_banks, model), partial(read_weight, model.current_patcher),
                                               partial(_compiled, model.diffusion_model, options))):
-            stack.enter_context(routed.rows([combo[k] for combo in combos for _ in range(per_cond)]))
+            places = run.places(k, root, x, {"context": c_crossattn, **kwargs}, uuids)
+            stack.enter_context(routed.rows([combo[k] for combo in combos for _ in range(per_cond)], places))
         if run.cache is not None:
             control, options = stack.enter_context(run.cache.evaluate(
-                _unwrapped(model.diffusion_model), uuids, combos, x, c_crossattn, control, options))
+                root, uuids, combos, x, c_crossattn, control, options))
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
 
@@ -169,6 +171,7 @@ def _branch_cond(run: Run, cond, combo):
     out = []
     for entry in cond:
         control, copy = entry.get("control"), {**entry, "uuid": run.tag(entry.get("uuid"), combo)}
+        run.areas[copy["uuid"]] = entry.get("area")
         if control is not None:
             copy["control"] = run.controls.view(control, entry.get("uuid"), copy["uuid"])
         out.append(copy)

@@ -1,0 +1,125 @@
+"""Masks by hand in the layers of a model: each LoRA in its region, in one evaluation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lora_ensemble.host.compose.composition import record_of
+from lora_ensemble.host.files.ensemble import LoRASpec, Mask
+from lora_ensemble.methods.merge import Merge
+from lora_ensemble.methods.switch import Switch
+
+from .builders import lora, merge, method, same, sample, shapes, stock
+from .models import FAMILIES, base
+
+LAST = {"SD15": "out.2", "SDXL": "out.2", "SD3": "final_layer.linear", "Flux": "final_layer.linear", "Wan": "head.head"}
+"""A layer behind all attention of each family: what it does at a place of the prediction stays there."""
+LEFT = torch.zeros(1, 16, 16)
+LEFT[..., :8] = 1
+
+
+def pair(model, loras, layers: str | None = None, masks=(LEFT, 1 - LEFT)) -> list[LoRASpec]:
+    chosen = shapes(model, lambda name: layers is None or name == layers)
+    return [LoRASpec(loras(lora(chosen, seed, 4)), strength, 0, mask=None if mask is None else Mask(mask))
+            for seed, strength, mask in zip((1, 2), (0.8, 0.6), masks, strict=True)]
+
+
+def bare(specs: list[LoRASpec]) -> list[LoRASpec]:
+    return [LoRASpec(spec.name, spec.strength_model, 0) for spec in specs]
+
+
+@pytest.mark.parametrize("family", LAST)
+def test_masks_of_ones_are_the_chain_of_loaders(family, loras):
+    model = base(family)
+    specs = pair(model, loras, masks=(torch.ones(1, 5, 5), torch.ones(16, 16)))
+    ours = merge(model, specs)
+    same(sample(ours, family, batch=2), sample(stock(model, bare(specs)), family, batch=2),
+         sample(model, family, batch=2), 1e-4)
+    assert record_of(ours).problems == [] and [step.rows for step in record_of(ours).steps] == [4, 4]
+
+
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+@pytest.mark.parametrize("family", LAST)
+def test_each_lora_acts_in_its_region_and_nowhere_else(family, cfg, loras):
+    """The left half of the picture is that of one LoRA alone, the right half that of the other."""
+    model = base(family)
+    specs = pair(model, loras, LAST[family])
+    first, second = (sample(stock(model, [spec]), family, cfg=cfg, steps=1) for spec in bare(specs))
+    plain, found = sample(model, family, cfg=cfg, steps=1), sample(merge(model, specs), family, cfg=cfg, steps=1)
+    same(found[..., :4], first[..., :4], plain[..., :4], 1e-4)
+    same(found[..., 4:], second[..., 4:], plain[..., 4:], 1e-4)
+
+
+@pytest.mark.parametrize("family", LAST)
+def test_a_region_without_a_lora_is_the_bases(family, loras):
+    model = base(family)
+    specs = pair(model, loras, LAST[family], (LEFT, torch.zeros(1, 8, 8)))
+    found, plain = sample(merge(model, specs), family, steps=1), sample(model, family, steps=1)
+    assert torch.equal(found[..., 4:], plain[..., 4:]) and not torch.allclose(found[..., :4], plain[..., :4], atol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["SD15", "Flux"])
+def test_masks_work_in_all_layers(family, loras):
+    """With attention between, other halves change too, but each is nearer to its own LoRA's picture."""
+    model = base(family)
+    specs = pair(model, loras)
+    found = sample(merge(model, specs), family, steps=1)
+    whole = [sample(stock(model, [spec]), family, steps=1) for spec in bare(specs)]
+    for own, other, half in ((0, 1, slice(0, 4)), (1, 0, slice(4, 8))):
+        near, far = ((found - whole[k])[..., half].norm() for k in (own, other))
+        assert near < far
+
+
+@pytest.mark.parametrize("family", ["SD15", "Flux"])
+def test_one_mask_per_picture(family, loras):
+    model = base(family)
+    mask = torch.cat([LEFT, 1 - LEFT])
+    spec, other = pair(model, loras, LAST[family], (mask, None))
+    found = sample(merge(model, [spec]), family, batch=2, steps=1)
+    plain = sample(model, family, batch=2, steps=1)
+    alone = sample(stock(model, bare([spec])), family, batch=2, steps=1)
+    same(found[0, ..., :4], alone[0, ..., :4], plain[0, ..., :4], 1e-4)
+    same(found[1, ..., 4:], alone[1, ..., 4:], plain[1, ..., 4:], 1e-4)
+    assert torch.equal(found[0, ..., 4:], plain[0, ..., 4:]) and torch.equal(found[1, ..., :4], plain[1, ..., :4])
+
+
+def test_the_area_of_a_cond_takes_its_part_of_the_mask(loras):
+    """Guard: the host gives the model a piece of the latent, and the mask's left half is not that piece's left half."""
+    model, kind = base("SD15"), FAMILIES["SD15"]
+    specs = pair(model, loras, LAST["SD15"])
+    areas = [kind.cond(5, area=(8, 4, 0, 0))[0], kind.cond(6, area=(8, 4, 0, 4))[0]]
+    first, second = (sample(stock(model, [spec]), positive=areas, steps=1) for spec in bare(specs))
+    found, plain = sample(merge(model, specs), positive=areas, steps=1), sample(model, positive=areas, steps=1)
+    same(found[..., :4], first[..., :4], plain[..., :4], 1e-4)
+    same(found[..., 4:], second[..., 4:], plain[..., 4:], 1e-4)
+
+
+def test_turns_are_confined_too(loras):
+    model = base("SD15")
+    specs = pair(model, loras, LAST["SD15"])
+    ours = method(model, specs, lambda strengths: Switch(strengths, 1))
+    first, plain = sample(stock(model, bare(specs)[:1]), steps=1), sample(model, steps=1)
+    found = sample(ours, steps=1)
+    same(found[..., :4], first[..., :4], plain[..., :4], 1e-4)
+    assert torch.equal(found[..., 4:], plain[..., 4:])
+
+
+def test_the_same_mask_serves_other_sizes(loras):
+    model = base("SD15")
+    specs = pair(model, loras, LAST["SD15"])
+    ours = merge(model, specs)
+    for size in (8, 16, 8):
+        first, plain = (sample(m, steps=1, size=size) for m in (stock(model, bare(specs)[:1]), model))
+        found = sample(ours, steps=1, size=size)
+        same(found[..., :size // 2], first[..., :size // 2], plain[..., :size // 2], 1e-4)
+
+
+def test_a_family_whose_tokens_are_not_known_says_so(loras, monkeypatch):
+    from lora_ensemble.host.compose import places
+
+    monkeypatch.setattr(places, "token_order", lambda root: None)
+    model = base("Flux")
+    ours = method(model, pair(model, loras), Merge)
+    same(sample(ours, "Flux"), sample(stock(model, bare(pair(model, loras))), "Flux"), sample(model, "Flux"), 1e-4)
+    (problem,) = record_of(ours).problems
+    assert "where its tokens lie in the picture is not known" in problem
