@@ -27,8 +27,10 @@ if not __package__:  # started as a file: run it as a module of the pack
 import argparse
 import json
 import os
+import signal
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from threading import Timer
 from time import monotonic
@@ -222,11 +224,21 @@ GOALS = (
 )
 
 
+def kill(process: subprocess.Popen) -> None:
+    """End a process and those that it has started: a compiler's would keep its output open."""
+    if hasattr(os, "killpg"):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    else:
+        process.kill()
+
+
 def measured(command: Sequence[str], limit: float, told: Callable[[dict], None]) -> str:
     """Run a part; `told` gets each of its results. In words why it did not end well, or nothing."""
     begun = monotonic()
-    process = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True, encoding="utf-8")
-    late = Timer(limit, process.kill)
+    process = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True, encoding="utf-8",
+                               start_new_session=True)
+    late = Timer(limit, kill, (process,))
     late.start()
     try:
         for line in process.stdout:
@@ -236,7 +248,7 @@ def measured(command: Sequence[str], limit: float, told: Callable[[dict], None])
         code = process.wait()
     finally:
         late.cancel()
-        process.kill()
+        kill(process)
     if code == 0:
         return ""
     return f"stopped after {limit:.0f} s" if monotonic() - begun >= limit else f"failed (exit {code})"
@@ -286,8 +298,7 @@ def main(arguments: list[str]) -> int:
         parser.error("name a ComfyUI with --comfyui PATH or in COMFYUI_UNDER_TEST")
     records, why = run_parts(options)
     versions = [r["comfyui"] for r in records if r.get("comfyui")]
-    tell = Results(torch.device(options.device), comfyui=versions[0] if versions else None,
-                   quick=options.quick)
+    tell = Results(torch.device(options.device), comfyui=versions[0] if versions else None, quick=options.quick)
     tell.stamp["commit"] = tell.stamp["commit"] or options.commit
     found = [tell("goal", **goal.judged(records, why[goal.part] or "not measured")) for goal in GOALS]
     sys.stdout.write(f"\n{goal_table(found)}\n")

@@ -90,8 +90,8 @@ def tables(records: Iterable[dict]) -> str:
 
 
 def result(line: str) -> dict | None:
-    """The result that a line of a benchmark's output holds."""
-    return json.loads(line) if line.startswith('{"bench": ') else None
+    """The result that a line of a benchmark's output holds, if it is whole."""
+    return json.loads(line) if line.startswith('{"bench": ') and line.rstrip().endswith("}") else None
 
 
 def read(paths: Iterable[Path]) -> list[dict]:

@@ -63,8 +63,18 @@ def test_a_part_that_fails_or_takes_too_long_says_so(tmp_path):
                       "time.sleep(float(sys.argv[1]))\nsys.exit(int(sys.argv[2]))\n", encoding="utf-8")
     assert measured([str(script), "0", "0"], 60, told.append) == ""
     assert measured([str(script), "0", "3"], 60, told.append) == "failed (exit 3)"
+    assert told == [{"bench": "one", "value": 1}] * 2
     assert measured([str(script), "60", "0"], 1, told.append) == "stopped after 1 s"
-    assert [each for each in told[:2]] == [{"bench": "one", "value": 1}] * 2
+
+
+def test_a_part_is_stopped_with_what_it_has_started(tmp_path):
+    """A process that keeps the output open would keep the benchmark waiting until it wakes."""
+    script, woken = tmp_path / "part.py", tmp_path / "woken"
+    sleeper = f"import pathlib, time; time.sleep(60); pathlib.Path({str(woken)!r}).touch()"
+    script.write_text(f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {sleeper!r}])\n",
+                      encoding="utf-8")
+    assert measured([str(script)], 2, list().append) == "stopped after 2 s"
+    assert not woken.exists()
 
 
 def layer_line(added: float, **stamp) -> str:
