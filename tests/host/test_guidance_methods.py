@@ -6,7 +6,7 @@ from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
-from lora_ensemble.host.guidance import guidance_record_of
+from lora_ensemble.host.guidance.apply import guidance_record_of
 from lora_ensemble.methods.cmlora import CMLoRA
 from lora_ensemble.methods.loratorio import LoRAtorio
 

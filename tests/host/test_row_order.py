@@ -103,7 +103,7 @@ def mixes(kind: Transformer, model: nn.Module, plain: list[Tensor], layer: str, 
     return any(reached(kind, model, out, 0, lambda *_: order, layer) != {0} for out in plain)
 
 
-@pytest.mark.parametrize("name", APART)
+@pytest.mark.parametrize("name", sorted(APART))
 def test_families_apart(name):
     assert row_order(built(name)) is None
 
