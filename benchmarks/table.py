@@ -73,7 +73,7 @@ def place(record: dict) -> str:
     """Machine, date and commit of a result, in words."""
     machine = record["cpu"] if record["device"] == "cpu" else f"{record['device']}, driver {record['driver']}"
     host = f", ComfyUI {record['comfyui']}" if record.get("comfyui") else ""
-    return f"{record['date']}, {machine}, torch {record['torch']}{host}, commit {record['commit']}"
+    return f"{record['date']}, {machine}, torch {record['torch']}{host}, commit {record['commit'] or 'unknown'}"
 
 
 def tables(records: Iterable[dict]) -> str:
