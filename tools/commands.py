@@ -77,6 +77,8 @@ def run_test(options: argparse.Namespace) -> int:
     summary.run("ruff", [base, "-m", "ruff", "check", "."])
     for title, command, env in pytest_runs(base, hosts, options.all, options.rest):
         summary.run(title, command, env)
+    if len({host.number for host in hosts}) > 1 and not options.all:
+        summary.lines.append("  NOT RUN on the older releases: what does not touch their API; --all runs it as well")
     return summary.close(base, hosts)
 
 
