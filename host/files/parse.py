@@ -87,19 +87,21 @@ def load(file: LoRAFile, key_map: Mapping, root: nn.Module, enlarged: Mapping[st
         if at == len(sorted_keys) or not sorted_keys[at].startswith(name):
             continue  # the names of a layer's tensors all begin with the layer's
         key, span = (target, None) if isinstance(target, str) else target[:2]
-        for place, patch in _read(file, name, target, enlarged.get(key) or shape_of(root, key)).items():
+        whole = enlarged.get(key) or shape_of(root, key)
+        for place, patch in _read(file, name, target, whole and narrowed(whole, span)).items():
             used = {f"{name}.{end}" for end in ("alpha", "dora_scale")} & file.keys()
             used |= getattr(patch, "loaded_keys", set())
             used |= {keys[id(value)] for value in _values(patch) if id(value) in keys}
             patches.used |= used
             for before in (patches.found, patches.enlarged):
                 before.pop(place, None)
-            weight = key if place == target else place
-            shape = enlarged.get(weight) or shape_of(root, weight)
+            shape = whole if place == target else shape_of(root, place)
             try:
-                _check(file, used, patch, weight, shape, span)
+                if place != target and span is not None:
+                    raise Misfit("a bias for a slice of a layer")
+                _check(file, used, patch, shape, span)
             except Misfit as reason:
-                patches.misfits.append((place, reason))
+                patches.misfits.append((place if span is None else key, reason))
             except _Nothing:
                 continue
             else:
@@ -123,10 +125,10 @@ def _read(file: LoRAFile, name: str, target, shape: Shape | None) -> dict:
         raise Broken(f"is damaged: the tensor '{missing.args[0]}' is missing. Use another version") from None
 
 
-def _check(file: LoRAFile, used: Collection[str], patch, key: str, shape: Shape | None, span: Span) -> None:
+def _check(file: LoRAFile, used: Collection[str], patch, shape: Shape | None, span: Span) -> None:
     """Raises Misfit, Broken, or _Nothing."""
     if shape is None:
-        raise Misfit("the layer has no bias" if key.endswith(".bias") else "the model has no such layer")
+        raise Misfit("the model has no such layer, or the layer no bias")
     for tensor in used:
         check_values(file, tensor)
     check(patch, shape, span)

@@ -13,6 +13,7 @@ from lora_ensemble.methods.switch import Switch
 from .builders import Rand, composite, file_of, kohya, lora, merge, method, same, sample, shapes, stock
 from .kinds import EVERYWHERE, dora, low_rank, tucker_lora
 from .models import base
+from .test_kinds import diffusers_targets
 from .test_shapes import NAME, flux_lora
 
 LAYERS = ("attn1.to_q", "attn2.to_k", "ff.net.0.proj", "proj_in", "in_layers.2", "time_embed.0", "emb_layers.1")
@@ -293,3 +294,28 @@ def test_a_plain_list_of_magnitudes_is_one_per_output(ends, loras):
     patched = comfy.lora.calculate_weight(patches, weight.clone(), key)
     torch.testing.assert_close(patched.flatten(1), wanted, rtol=1e-4, atol=1e-5)
 
+
+def test_a_plain_list_of_magnitudes_on_a_slice(loras):
+    """q of Flux is a slice of a fused weight: its magnitudes are those of the slice's outputs."""
+    model, rand, tensors = base("Flux"), Rand(1), {}
+    for key, shape in diffusers_targets(model).items():
+        if "to_q" in key:
+            made = dora(rand(*shape) / shape[1] ** 0.5, rand)
+            tensors |= {f"{key}.{end}": value for end, value in made.items()}
+    flat = {key: value.flatten() if key.endswith("dora_scale") else value for key, value in tensors.items()}
+    usual, listed = (LoRASpec(loras(file), 0.8, 0) for file in (tensors, flat))
+    ours = merge(model, [listed])
+    same(sample(ours, "Flux"), sample(stock(model, [usual]), "Flux"), sample(model, "Flux"))
+    assert ours.get_attachment(KEY).layers[0].problems == ()
+
+
+def test_a_bias_for_a_slice_is_named(loras):
+    """The stock loader looks for a layer that is named by an empty pair of brackets, and says nothing."""
+    model = base("Flux")
+    key, shape = next((key, shape) for key, shape in diffusers_targets(model).items() if "to_q" in key)
+    tensors = lora({key: shape}, 1, **NAME) | {f"{key}.diff_b": torch.ones(shape[0])}
+    spec = LoRASpec(loras(tensors), 0.8, 0)
+    ours = merge(model, [spec])
+    (problem,) = ours.get_attachment(KEY).layers[0].problems
+    assert "a bias for a slice of a layer; left out" in problem and "()" not in problem
+    same(sample(ours, "Flux"), sample(stock(model, [spec]), "Flux"), sample(model, "Flux"))
