@@ -6,7 +6,7 @@ from __future__ import annotations
 import comfy.sample
 import pytest
 import torch
-from lora_ensemble.host.ensemble import LoRASpec
+from lora_ensemble.host.files.ensemble import LoRASpec
 from torch import Tensor
 
 from .any_model import any_model, latent_of, prompt_of
