@@ -45,7 +45,8 @@ def geometry_of(module: nn.Module) -> Geometry | None:
     """
     if hasattr(module, "in_features") and hasattr(module, "out_features"):
         return Geometry(F.linear)
-    if hasattr(module, "kernel_size") and hasattr(module, "groups") and not getattr(module, "transposed", False):
+    if (isinstance(getattr(module, "kernel_size", None), tuple) and hasattr(module, "groups")
+            and not getattr(module, "transposed", False)):
         spatial = len(module.kernel_size)
         return Geometry(lambda x, w: _conv(module, x, w), 1, 1, spatial, module.groups) if spatial in _CONV else None
     if isinstance(module, nn.GroupNorm):
