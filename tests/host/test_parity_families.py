@@ -1,5 +1,6 @@
-"""Composite of two different LoRAs in one step, on every family that can be built small, against the mean of ComfyUI's
-own results with each of them. Different LoRAs: with twins, rows that take each other's would not show."""
+"""Composite and LoRAtorio (all weights alike, not re-centred) of two different LoRAs in one step, on every family that
+can be built small, against the mean of ComfyUI's own results with each of them. Different LoRAs: with twins, rows that
+take each other's would not show."""
 
 from __future__ import annotations
 
@@ -7,10 +8,12 @@ import comfy.sample
 import pytest
 import torch
 from lora_ensemble.host.files.ensemble import LoRASpec
+from lora_ensemble.methods.composite import Composite
+from lora_ensemble.methods.loratorio import LoRAtorio
 from torch import Tensor
 
 from .any_model import any_model, latent_of, prompt_of
-from .builders import composite, error, lora, stock
+from .builders import error, lora, method, stock
 from .disturbed import skipped_where_older, watching
 from .small_video import SMALL
 
@@ -45,8 +48,11 @@ def drawn(model, batch: int, cfg: float) -> Tensor:
                                          prompt_of(model, 12), start * 0, seed=1, disable_pbar=True))
 
 
+METHODS = {"Composite": Composite, "LoRAtorio": lambda strengths: LoRAtorio(strengths, kappa=0.0, recenter_lambda=1.0)}
+
+
 @pytest.mark.parametrize("name", SMALL)
-def test_composite(name, loras):
+def test_the_mean_of_two_loras(name, loras):
     calls = [(1, 1.0)] if name in ONE_ROW else [(1, 1.0), (2, 1.0), (1, 3.0), (2, 3.0)]
     with skipped_where_older(name):
         model = any_model(SMALL[name])
@@ -54,10 +60,12 @@ def test_composite(name, loras):
         plain = [drawn(model, *call) for call in calls]
     ensemble = [LoRASpec(loras(lora(layers, seed, **NAME)), strength, 0.0) for seed, strength in ((1, 0.8), (2, -0.6))]
     alone = [[drawn(one, *call) for call in calls] for one in (stock(model, [spec]) for spec in ensemble)]
-    wrong, ours = {}, composite(model, ensemble)
-    for k, call in enumerate(calls):
-        mean = torch.stack([results[k] for results in alone]).mean(dim=0)
-        found = error(drawn(ours, *call), mean, plain[k])
-        if not found < 1e-4:
-            wrong[call] = round(found, 5)
-    assert not wrong, f"(batch, cfg): differences as shares of the LoRAs' effect {wrong}"
+    wrong = {}
+    for method_name, make in METHODS.items():
+        ours = method(model, ensemble, make)
+        for k, call in enumerate(calls):
+            mean = torch.stack([results[k] for results in alone]).mean(dim=0)
+            found = error(drawn(ours, *call), mean, plain[k])
+            if not found < 1e-4:
+                wrong[(method_name, *call)] = round(found, 5)
+    assert not wrong, f"(method, batch, cfg): differences as shares of the LoRAs' effect {wrong}"
