@@ -193,6 +193,8 @@ def _lokr(values, shape: Shape) -> None:
     large = _matrix(w2_a, w2_b, t2, "lokr_w2") if w2 is None else tuple(w2.shape)
     if len(small) != 2 or len(large) < 2:
         raise _stops(f"the factors of a LoKr are of {named(small)} and {named(large)}")
+    if len(large) not in (2, 4, len(shape)):
+        raise Torn(f"the factors of a LoKr are of {named(small)} and {named(large)}")
     _rank(alpha, *([w1_b.shape[0]] if w1 is None else []), *([w2_b.shape[0]] if w2 is None else []))
     _entries(math.prod(small) * math.prod(large), shape)
     _magnitude(magnitude, shape)

@@ -143,6 +143,17 @@ def test_what_the_host_leaves_out(kind, change, words, loras):
     left_out(one_bad(kind, change, loras), next(iter(weights((QKV,)))), *words)
 
 
+def test_a_lokr_with_a_dimension_too_many(loras):
+    """The stock loader multiplies such factors in another order of dimensions, which no training meant."""
+    name = one_bad("LoKr w1 w2", lambda tensors: tensors.update(lokr_w2=tensors["lokr_w2"][..., None]), loras)
+    ours = composite(base("SD15"), [LoRASpec(name, 0.8, 0)])
+    (problem,) = ours.get_attachment(KEY).layers[0].problems
+    layer = next(iter(weights((QKV,))))
+    assert layer in problem and "8x8x1; left out" in problem
+    rest = LoRASpec(loras(without(file_of(LoRASpec(name, 1, 0)), layer)), 0.8, 0)
+    same(sample(ours), sample(stock(base("SD15"), [rest])), sample(base("SD15")))
+
+
 @pytest.mark.parametrize(("kind", "change", "words"), [
     ("LoRA", drop("lora_down.weight"), ["lora_down.weight' is missing"]),
     ("LoRA alpha", put("alpha", torch.ones(2)), ["alpha", "2 values"]),
