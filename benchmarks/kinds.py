@@ -95,7 +95,8 @@ def bench_kind(tell: Results, kind: str, size: int, tokens: int, rank: int, coun
     """One layer with `count` adapters of a kind, all merged, over the layer alone."""
     import comfy.lora
 
-    from ..host.files.parse import parse
+    from ..host.files.files import LoRAFile
+    from ..host.files.parse import load, parse
 
     generator = torch.Generator().manual_seed(0)
     layer, alone = (nn.Linear(size, size, bias=False).requires_grad_(False) for _ in range(2))
@@ -109,8 +110,8 @@ def bench_kind(tell: Results, kind: str, size: int, tokens: int, rank: int, coun
     for file in files:
         patches = comfy.lora.load_lora(file, keys, log_missing=False)
         weight = comfy.lora.calculate_weight([(STRENGTH, patches[keys["lora_unet_0"]], 1.0, None, None)], weight, "0")
-    routed = RoutedForwards(host.diffusion_model, Bank([parse(file, keys, host).layers for file in files],
-                                                       dtype=torch.float32))
+    adapters = [parse(load(LoRAFile(file), keys, host, {}), host).layers for file in files]
+    routed = RoutedForwards(host.diffusion_model, Bank(adapters, dtype=torch.float32))
     x = torch.randn(1, tokens, size, generator=generator)
     routed.install()
     try:

@@ -58,7 +58,9 @@ class RoutedForwards:
                  report: Callable[[str, str, str], None] | None = None, position: int = 0, order: Order = folded,
                  compiled: bool = False):
         self.root, self.bank, self.position, self.order, self.compiled = root, bank, position, order, compiled
-        self._report = Once(report or (lambda adapter, layer, reason: None))
+        say = Once(report or (lambda adapter, layer, reason: None))
+        # Not a method: programs hold it, and a circle would keep the model of a run that is over.
+        self._tell = lambda adapter, layer, reason: say(adapter, layer, reason, about=(adapter, layer))
         self._state = _State()
         self._installed: list[_Installed] = []
         self._layers: list[Layer] = []
@@ -192,9 +194,6 @@ class RoutedForwards:
 
         connect(traced.handle, route)
         return forward, traced, route
-
-    def _tell(self, adapter: str, layer: str, reason: str) -> None:
-        self._report(adapter, layer, reason, about=(adapter, layer))
 
 
 def _find(root: nn.Module, name: str) -> nn.Module | None:

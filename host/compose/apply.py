@@ -14,7 +14,17 @@ from ..files.ensemble import Ensemble, LoRASpec
 from .banks import shared_bank
 from .cache import CacheSpec
 from .composition import KEY, Applied, Composition
-from .reading import ParsedLoRA, Part, Patches, Reading, facts_of, left_out, read_ensemble, say_without_effect
+from .reading import (
+    ParsedLoRA,
+    Part,
+    Patches,
+    Reading,
+    check_some,
+    facts_of,
+    left_out,
+    read_ensemble,
+    say_without_effect,
+)
 from .wrappers import install_wrappers
 
 log = logging.getLogger("lora_ensemble")
@@ -126,6 +136,7 @@ def _shared(model, clip, ensemble: Ensemble, node: str, on_weights: bool) -> tup
     """(what the ensemble's files do, the bank as a model of its own): as `read_ensemble` and a new bank would give
     them, but read and built only where no node has done so. What is kept of the files has no tensors but those that the
     bank lacks."""
+    check_some(ensemble, node)
     used = [spec for spec in ensemble if spec.strength_model != 0 or spec.strength_clip != 0]
 
     def make() -> tuple[Bank, Reading]:
@@ -136,8 +147,7 @@ def _shared(model, clip, ensemble: Ensemble, node: str, on_weights: bool) -> tup
                               for part in reading.parts],
                              [(_index(used, spec), text) for spec, text in reading.texts], reading.problems)
 
-    facts = facts_of(model, clip, used, on_weights) if ensemble else ()
-    shared, kept = shared_bank(model, facts, compute_dtype(model), make)
+    shared, kept = shared_bank(model, facts_of(model, clip, used, on_weights), compute_dtype(model), make)
     reading = Reading([part._replace(spec=used[part.spec]) for part in kept.parts],
                       [(used[k], text) for k, text in kept.texts], kept.problems)
     say_without_effect(reading, ensemble, node)

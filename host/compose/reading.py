@@ -58,8 +58,7 @@ def read_ensemble(model, clip, ensemble: Ensemble, node: str, on_weights: bool) 
                  enlarges a layer does so for the LoRAs behind it
     Raises ValueError for an empty ensemble and for files that cannot be used with this model.
     """
-    if not ensemble:
-        raise ValueError(f"{node}: the ensemble is empty. Connect at least one 'LoRA (Ensemble)' node to it.")
+    check_some(ensemble, node)
     base = model.model
     model_keys = comfy.lora.model_lora_keys_unet(base, {})
     clip_keys = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {}) if clip is not None else {}
@@ -90,6 +89,12 @@ def read_ensemble(model, clip, ensemble: Ensemble, node: str, on_weights: bool) 
     changed = enlarged if on_weights else before
     parts = [Part(spec, patches, parse(patches, base, changed)) for spec, patches in found]
     return Reading(parts, texts, problems)
+
+
+def check_some(ensemble: Ensemble, node: str) -> None:
+    """Raises ValueError for an empty ensemble."""
+    if not ensemble:
+        raise ValueError(f"{node}: the ensemble is empty. Connect at least one 'LoRA (Ensemble)' node to it.")
 
 
 def facts_of(model, clip, specs: Sequence[LoRASpec], on_weights: bool) -> Hashable:

@@ -10,6 +10,7 @@ from contextlib import nullcontext
 import comfy.model_management
 import pytest
 import torch
+from lora_ensemble.engine import products
 from lora_ensemble.host.files.ensemble import LoRASpec, Mask
 from lora_ensemble.host.guidance.calibrate import calibrate
 from lora_ensemble.methods.cmlora import CMLoRA
@@ -42,6 +43,8 @@ def transfers(accelerator, monkeypatch):
                "synchronize": lambda: None, "cuda_device_context": lambda device: nullcontext()}
     for name, answer in answers.items():
         monkeypatch.setattr(management, name, answer, raising=False)
+    # The same products as on the CPU: results are compared bit for bit.
+    monkeypatch.setitem(products.RATES, DEVICE.type, products.RATES["cpu"])
     with torch.inference_mode():  # as the host runs its nodes
         yield accelerator.transfers
         management.unload_all_models()

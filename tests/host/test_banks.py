@@ -10,7 +10,7 @@ from dataclasses import replace
 import comfy.model_management
 import pytest
 import torch
-from lora_ensemble.host.compose import apply, banks, measure
+from lora_ensemble.host.compose import apply, banks, measure, reading
 from lora_ensemble.host.compose.composition import KEY
 from lora_ensemble.host.files.ensemble import LoRASpec
 from lora_ensemble.host.look.layermap import layer_map
@@ -61,8 +61,8 @@ def own(name: str = "SD15"):
 @pytest.fixture
 def parsed(monkeypatch) -> list:
     """Grows with every file that is parsed."""
-    calls, parse = [], apply.parse
-    monkeypatch.setattr(apply, "parse", lambda *arguments: calls.append(1) or parse(*arguments))
+    calls, parse = [], reading.parse
+    monkeypatch.setattr(reading, "parse", lambda *arguments: calls.append(1) or parse(*arguments))
     return calls
 
 
@@ -120,7 +120,7 @@ def test_what_was_found_in_a_file_is_said_every_time(loras, clip, parsed, caplog
     for strength in (0.8, 0.4):
         caplog.clear()
         ours, _ = apply.apply_method(model, clip, at(ensemble, strength, 0.5), plain(Merge), "Merge LoRAs")
-        said.append((ours.get_attachment(KEY).layers[0].problems, [r.getMessage() for r in caplog.records]))
+        said.append((ours.get_attachment(KEY).applied[0].problems, [r.getMessage() for r in caplog.records]))
     assert said[0] == said[1] and len(parsed) == 2
     assert any("nowhere" in problem for problem in said[0][0]) and any("text encoder alone" in t for t in said[0][1])
 
@@ -199,7 +199,7 @@ def test_methods_in_a_row_with_the_same_files(makes, loras):
     assert sum(one is bank_of(ours) for one in loaded) == 1
     assert torch.equal(sample(ours.clone()), wanted), "a clone has its banks in the same places"
     three_deep = merge(second(second(model, copies), ensemble), copies)
-    assert [layer.bank for layer in three_deep.get_attachment(KEY).layers] == [0, 1, 0]
+    assert [each.bank for each in three_deep.get_attachment(KEY).applied] == [0, 1, 0]
 
 
 def test_on_two_devices(loras):
@@ -270,6 +270,6 @@ def test_files_are_not_held_by_what_was_made_of_them(loras):
     model = own()
     ours = merge(model, three(model, loras))
     (shared,) = ours.get_additional_models_with_key(KEY)
-    _, parsed = shared.get_attachment(banks.NOTES)
-    assert not any(lora.layers or lora.patches for lora in parsed)
+    kept = shared.get_attachment(banks.NOTES)
+    assert len(kept.parts) == 3 and not any(part.parsed.layers or part.patches.found for part in kept.parts)
     assert shared.load_device == CPU and shared.model_size() == bank_of(ours).nbytes()

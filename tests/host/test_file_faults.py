@@ -58,7 +58,7 @@ def left_out(name: str, layer: str, *words: str) -> None:
         ours = use()
         same(sample(ours), reference, before)
         if ours.get_attachment(KEY) is not None:
-            (problem,) = ours.get_attachment(KEY).layers[0].problems
+            (problem,) = ours.get_attachment(KEY).applied[0].problems
             assert name in problem and layer in problem and problem.endswith("left out"), problem
             assert all(word in problem for word in words), problem
 
@@ -92,7 +92,7 @@ def test_two_mistakes_whose_sum_is_right_do_not_damage_neighbours(loras):
     ours = composite(model, (first, good, last))
     means = torch.stack([sample(stock(model, [spec]), steps=1, cfg=1.0) for spec in (first, good, last)]).mean(dim=0)
     same(sample(ours, steps=1, cfg=1.0), means, sample(model, steps=1, cfg=1.0))
-    assert len(ours.get_attachment(KEY).layers[0].problems) == 2
+    assert len(ours.get_attachment(KEY).applied[0].problems) == 2
 
 
 # --- the other kinds ------------------------------------------------------------------------------------------------
@@ -147,7 +147,7 @@ def test_a_lokr_with_a_dimension_too_many(loras):
     """The stock loader multiplies such factors in another order of dimensions, which no training meant."""
     name = one_bad("LoKr w1 w2", lambda tensors: tensors.update(lokr_w2=tensors["lokr_w2"][..., None]), loras)
     ours = composite(base("SD15"), [LoRASpec(name, 0.8, 0)])
-    (problem,) = ours.get_attachment(KEY).layers[0].problems
+    (problem,) = ours.get_attachment(KEY).applied[0].problems
     layer = next(iter(weights((QKV,))))
     assert layer in problem and "8x8x1; left out" in problem
     rest = LoRASpec(loras(without(file_of(LoRASpec(name, 1, 0)), layer)), 0.8, 0)
@@ -226,7 +226,7 @@ def a_control_free_lora() -> dict:
 def test_branches_leave_the_enlarged_layer_out_and_keep_the_others(loras):
     model, (control, other) = base("Flux"), (LoRASpec(loras(f), 0.8, 0) for f in (enlarged(), a_control_free_lora()))
     ours = composite(model, [control, other])
-    (problem,) = ours.get_attachment(KEY).layers[0].problems
+    (problem,) = ours.get_attachment(KEY).applied[0].problems
     assert "it enlarges the layer; left out" in problem
     rest = LoRASpec(loras({key: value for key, value in enlarged().items() if "img_in" not in key}), 0.8, 0)
     assert torch.equal(sample(ours, "Flux"), sample(composite(model, [rest, other]), "Flux"))
@@ -317,7 +317,7 @@ def test_a_plain_list_of_magnitudes_on_a_slice(loras):
     usual, listed = (LoRASpec(loras(file), 0.8, 0) for file in (tensors, flat))
     ours = merge(model, [listed])
     same(sample(ours, "Flux"), sample(stock(model, [usual]), "Flux"), sample(model, "Flux"))
-    assert ours.get_attachment(KEY).layers[0].problems == ()
+    assert ours.get_attachment(KEY).applied[0].problems == ()
 
 
 def test_a_bias_for_a_slice_is_named(loras):
@@ -327,6 +327,6 @@ def test_a_bias_for_a_slice_is_named(loras):
     tensors = lora({key: shape}, 1, **NAME) | {f"{key}.diff_b": torch.ones(shape[0])}
     spec = LoRASpec(loras(tensors), 0.8, 0)
     ours = merge(model, [spec])
-    (problem,) = ours.get_attachment(KEY).layers[0].problems
+    (problem,) = ours.get_attachment(KEY).applied[0].problems
     assert "a bias for a slice of a layer; left out" in problem and "()" not in problem
     same(sample(ours, "Flux"), sample(stock(model, [spec]), "Flux"), sample(model, "Flux"))

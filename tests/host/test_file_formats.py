@@ -48,7 +48,7 @@ def test_names_of_diffusers_and_peft_on_unets(family, prefix, loras):
     spec, reference = (LoRASpec(loras(file), 0.8, 0) for file in (foreign, known))
     for ours in (merge(model, [spec]), bake(model, None, (spec,), "Merge LoRAs")[0]):
         same(sample(ours, family), sample(stock(model, [reference]), family), sample(model, family))
-    assert merge(model, [spec]).get_attachment(KEY).layers[0].problems == ()
+    assert merge(model, [spec]).get_attachment(KEY).applied[0].problems == ()
 
 
 @pytest.mark.parametrize("prefix", ["transformer.", "diffusion_model."])

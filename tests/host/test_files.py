@@ -229,7 +229,7 @@ def test_only_tensors_with_a_place_in_the_model_are_read(raw):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     ours = composite(base("SD15"), [LoRASpec(name, 0.8, 0)])
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000, "in KB"
-    (problem,) = ours.get_attachment(KEY).layers[0].problems
+    (problem,) = ours.get_attachment(KEY).applied[0].problems
     assert "strange.weight" in problem
     nan = {**tensors, "strange.weight": torch.full((4,), float("nan"))}
     good, odd = (LoRASpec(raw(save(file), f"{k}.safetensors"), 0.8, 0) for k, file in enumerate((tensors, nan)))

@@ -356,7 +356,7 @@ def test_client_errors_are_sentences(server: Server, tmp_path: Path):
         (server, "{", [], "cannot be read"),
         (server, changed("base"), ["--set", "sampler.sede=1"], "--set sampler.sede=1"),
         (server, bad_name, [], "node lora1 (LoRAEnsembleLoRA)"),
-        (server, bad_file, [], "Node method (LoRAEnsembleMerge) failed: LoRA 'not_a_number.safetensors'"),
+        (server, bad_file, [], "Node method (LoRAEnsembleMerge) failed: Merge LoRAs: LoRA 'not_a_number.safetensors'"),
     ]
     for where, workflow, options, expected in cases:
         result = client(where, tmp_path, workflow, *options)
