@@ -36,19 +36,21 @@ class Rates:
     """What a device does in a second, roughly; only ratios matter.
 
     launch   seconds until the host has started an operation
+    view     seconds to make a view of a tensor
     madds    multiply-adds of thin products
     values   values read or written
     """
 
     launch: float
+    view: float
     madds: float
     values: float
 
 
 # Measured on one core of a server's CPU at fp32; a GPU's are those of a host that starts an operation in 5 us and of a
 # card of 2023 in half precision.
-RATES = {"cpu": Rates(3e-6, 2.5e10, 2e9)}
-ACCELERATOR = Rates(5e-6, 1e14, 1e12)
+RATES = {"cpu": Rates(2e-6, 1e-6, 3.5e10, 2e9)}
+ACCELERATOR = Rates(5e-6, 1e-6, 1e14, 1e12)
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,9 @@ def stack_choice(call: Call, stack: Stack, numbers: Numbers) -> Choice | None:
     slots = list(stack.slots.values())
     choices = [_groups(call, stack, slots, groups)]
     if len(groups) > 1 or len(choices[0].runs) > 1:
-        choices.append(_masked(call, stack, slots, numbers))
+        within = [entry for entry, row in enumerate(numbers) if any(row)]
+        choices += [_masked(call, stack, slots, numbers, stretch)
+                    for stretch in {(within[0], within[-1] + 1), (0, len(numbers))}]
     if len(groups) > 1:
         choices.append(_batched(call, stack, slots, groups))
     return min((choice for choice in choices if choice is not None), key=lambda choice: choice.seconds)
@@ -133,11 +137,10 @@ def _groups(call: Call, stack: Stack, slots: Sequence[Slot], groups: dict[tuple[
     return _together(products)
 
 
-def _masked(call: Call, stack: Stack, slots: Sequence[Slot], numbers: Numbers) -> Choice:
-    entries = [entry for entry, row in enumerate(numbers) if any(row)]
+def _masked(call: Call, stack: Stack, slots: Sequence[Slot], numbers: Numbers, stretch: tuple[int, int]) -> Choice:
     columns = [column for column in range(len(slots)) if any(row[column] for row in numbers)]
     first, last = columns[0], columns[-1] + 1
-    within = tuple(range(entries[0], entries[-1] + 1))
+    within = tuple(range(*stretch))
     return _product(call, stack, slots[first:last], within, tuple(numbers[entry][first:last] for entry in within))
 
 
@@ -168,16 +171,19 @@ def _batched(call: Call, stack: Stack, slots: Sequence[Slot], groups: dict[tuple
     at, n = entries[0], len(entries)
     whole = n == call.y.shape[0]
 
+    inputs, outputs = (count, -1, call.x.shape[-1]), (count, -1, call.y.shape[-1])
+
     def run(y: Tensor, x: Tensor) -> Tensor:
         if not y.is_contiguous():
             y = y.contiguous()
         y_part = y
         if not whole:
             y_part, x = y.narrow(0, at, n), x.narrow(0, at, n)
-        add_batched_(y_part.view(count, -1, y.shape[-1]), x.reshape(count, -1, x.shape[-1]), down, up, gain, alpha)
+        add_batched_(y_part.view(outputs), x.reshape(inputs), down, up, gain, alpha)
         return y
 
-    seconds = (2 + (gain is not None)) * call.rates.launch + call.work(stack, n, width)
+    rates = call.rates
+    seconds = (2 + (gain is not None)) * rates.launch + (2 if whole else 4) * rates.view + call.work(stack, n, width)
     return Choice((run,), (f"{count} groups of {n // count} entries, rank {width} each",), seconds)
 
 
@@ -200,11 +206,14 @@ def _product(call: Call, stack: Stack, slots: Sequence[Slot], entries: Entries, 
     else:
         add = _in_span(tokens(down, up.expand(n, -1, -1), gain, alpha), span)
         add = add if call.x.ndim == 3 else _flat(add)
-    scattered = entries[-1] - entries[0] + 1 != n
+    whole, scattered = n == call.y.shape[0], entries[-1] - entries[0] + 1 != n
     rates, width = call.rates, ranks.stop - ranks.start
     seconds = (2 + (gain is not None)) * rates.launch + call.work(stack, n, width)
     if scattered:
-        seconds += 3 * rates.launch + 2 * n / call.y.shape[0] * (call.x.numel() + 2 * call.y.numel()) / rates.values
+        values = n / call.y.shape[0] * (call.x.numel() + 2 * call.y.numel())
+        seconds += 3 * rates.launch + 2 * values / rates.values
+    elif not whole:
+        seconds += 2 * rates.view
     text = f"{n} of {call.y.shape[0]} entries, rank {width}{'' if gain is None else ', gains ' + _shape(gain)}"
     return Choice((on_entries(add, entries, call),), (text + (f", slice {span}" if span else ""),), seconds)
 

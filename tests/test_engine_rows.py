@@ -165,7 +165,8 @@ def test_the_ways_to_serve_several_branches_agree(model, monkeypatch):
     layout = LAYOUTS["composite"]
     x = torch.randn(len(layout), 4, 5, 6)
     want = expected(model, changes, layout, x)
-    ways = {"batched": Rates(1.0, 1.0, 1.0), "masked": Rates(1e9, 1.0, 1.0), "groups": Rates(1e-9, 1.0, 1e9)}
+    ways = {"batched": Rates(1.0, 0.0, 1.0, 1.0), "masked": Rates(1e9, 0.0, 1.0, 1.0),
+            "groups": Rates(1e-9, 0.0, 1.0, 1e9)}
     taken = {}
     for way, rates in ways.items():
         monkeypatch.setitem(products_module.RATES, "cpu", rates)
