@@ -51,7 +51,8 @@ TOKENS, LAYERS = 8, 64
 SIZES = {"32x32": (32, 32), "64x64": (64, 64)}
 STRENGTHS = (0.8, 0.7, 0.9, 0.6, 0.75)
 BYPASS = "ComfyUI's bypass loader, 1 LoRA"
-EQUAL, UNEQUAL = (8,) * 5, (4, 8, 16, 32, 8)
+EQUAL, UNEQUAL = (2,) * 5, (1, 2, 4, 2, 1)
+"""Ranks as narrow as the layers: beside a layer of 1280 they would be 32 and more."""
 
 
 @dataclass(frozen=True)

@@ -91,14 +91,6 @@ class Site(nn.Module):
                     others.setdefault(adapter, []).append(op.to(dtype) if type(op) is Kron and dtype else op)
         self.stacks = nn.ModuleList([Stack(entries, span, dtype) for span, entries in by_span.items() if entries])
         self.others = nn.ModuleDict({str(adapter): nn.ModuleList(kept) for adapter, kept in others.items()})
-        # In a tuple, so that the module is not registered once more under this one.
-        self._first = next((module, leaf) for module in self.modules() for leaf in module._parameters)
-
-    @property
-    def address(self) -> int:
-        """Where the first tensor lies in memory: another once the host has moved the layer's."""
-        module, leaf = self._first
-        return module._parameters[leaf].data_ptr()
 
     def ops(self, adapter: int) -> list[Op]:
         """The ops of one adapter that are not in a stack."""
@@ -132,6 +124,7 @@ class Bank(nn.Module):
         self.site_list = nn.ModuleList([Site(name, ops, dtype) for name, ops in by_layer.items()])
         self.sites: dict[str, Site] = {site.name: site for site in self.site_list}
         self.dtype = dtype
+        self._first = self._first_tensors()
 
     def __deepcopy__(self, memo: dict) -> Bank:
         """A bank with tensors of its own. What a host hangs on a model to manage its memory belongs to the original
@@ -141,7 +134,17 @@ class Bank(nn.Module):
         other.count, other.names, other.dtype = self.count, self.names, self.dtype
         other.site_list = copy.deepcopy(self.site_list, memo)
         other.sites = {site.name: site for site in other.site_list}
+        other._first = other._first_tensors()
         return other
+
+    def _first_tensors(self) -> list[tuple[dict, str]]:
+        """Per layer, where its first tensor is held. Not the tensor: hosts put others in its place."""
+        return [next((module._parameters, leaf) for module in site.modules() for leaf in module._parameters)
+                for site in self.site_list]
+
+    def addresses(self) -> list[int]:
+        """Where the layers' first tensors lie in memory: elsewhere once the host has moved the bank."""
+        return [held[leaf].data_ptr() for held, leaf in self._first]
 
     @property
     def additive(self) -> bool:

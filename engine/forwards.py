@@ -113,7 +113,7 @@ class RoutedForwards:
     @contextmanager
     def rows(self, branches: Sequence[Branch], places: Places | None = None) -> Iterator[None]:
         """While open, row r of the model's batch belongs to branches[r]; rows may come in any order."""
-        if self._addresses != (addresses := [site.address for site in self.bank.site_list]):
+        if self._addresses != (addresses := self.bank.addresses()):
             self._forget()  # the host has moved factors since
             self._addresses = addresses
         key = tuple(branches), places
@@ -164,7 +164,7 @@ class RoutedForwards:
     def _routed(self, k: int) -> tuple[Callable, Traced, Callable]:
         """The new forward of the k-th layer, what the compiler sees of it, and what its handle does."""
         layer, state, programs = self._layers[k], self._state, self._programs
-        base, compiling = layer.base, torch.compiler.is_compiling
+        base, compiling = layer.base, torch.compiler.is_dynamo_compiling
         traced = Traced(layer.site, layer.geometry, handle_of(layer.module, self.position))
 
         def add(y: Tensor, x: Tensor) -> Tensor:
@@ -183,7 +183,7 @@ class RoutedForwards:
 
         def forward(x: Tensor, *args, **kwargs) -> Tensor:
             # This runs at every layer of every step: no more than is needed, and no call of `add`.
-            y = base(x, *args, **kwargs)
+            y = base(x, *args, **kwargs) if args or kwargs else base(x)
             if compiling():
                 return traced.add_(y, x)
             layout = state.current
