@@ -10,6 +10,7 @@ from bisect import bisect_left
 from collections import ChainMap
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from math import prod
 
 import comfy.lora
 from torch import Tensor, nn
@@ -266,14 +267,12 @@ def _lora(values, shape, geometry: Geometry, span: Span, rows: Callable | None) 
     return _with_magnitude(op, magnitude, shape, span, rows)
 
 
-SMALL_RANK = 64
-"""Rank up to which a LoHa is one product of low rank, r1 r2: its dense change costs more at any size of a layer."""
-
-
 def _loha(values, shape, geometry: Geometry, span: Span, rows: Callable | None) -> Op:
     w1_a, w1_b, alpha, w2_a, w2_b, t1, t2, magnitude = values
     scale, rank = _scale(alpha, w1_b.shape[0]), w1_b.shape[0] * w2_b.shape[0]
-    if t1 is None and _is_plain(geometry, rows) and 0 < rank <= SMALL_RANK:
+    # One product of rank r1 r2, as long as its factors are at most half as large as the layer.
+    small = rank * (shape[0] + prod(shape[1:])) <= prod(shape) / 2
+    if t1 is None and _is_plain(geometry, rows) and small and rank:
         up, down = hadamard_factors(*(factor.float() for factor in (w1_a, w1_b, w2_a, w2_b)))
         op = LowRank(*balanced(up, down.reshape(-1, *shape[1:])), scale, span, w1_b.shape[0])
     else:
