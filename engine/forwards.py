@@ -149,7 +149,8 @@ class RoutedForwards:
                 self._traced[rows] = TracedGains([layer[:2] for layer in self._layers], rows, like.device,
                                                  self.bank.dtype or like.dtype)
             self._traced[rows].hold(layout.rows)
-            gains = self._traced[rows].tensors
+            gains = [tensors if layout.uniform or self.order(layer.site.name, rows, rows) == "rows" else ()
+                     for layer, tensors in zip(self._layers, self._traced[rows].tensors, strict=True)]
         for k, installed in enumerate(self._installed):
             installed.traced.gains = None if gains is None else gains[k]
             installed.traced.uniform = layout is not None and layout.uniform

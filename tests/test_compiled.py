@@ -9,6 +9,7 @@ import torch
 from lora_ensemble.engine import compiled
 from lora_ensemble.engine.bank import Bank
 from lora_ensemble.engine.forwards import RoutedForwards
+from lora_ensemble.engine.layout import NotRows
 from lora_ensemble.engine.positions import Places, Segment
 from lora_ensemble.kernels.branch import Branch, one_hot
 from lora_ensemble.tests.reference import close, expected, make_ops
@@ -265,3 +266,20 @@ def test_what_records_it_all_the_same_is_stopped(monkeypatch):
     compiled.run(y, None, handle)
     assert routed == [y]
     compiled._routes.pop(-1)
+
+
+def test_layers_whose_entries_are_not_rows_are_not_taken_for_rows(net):
+    """Guard: as many entries as rows, in another order: only one branch for all may be part of the graph there."""
+    backend = Counted()
+    call = compile_(net, backend, True)
+    bank, changes = bank_of(net)
+    x = torch.randn(6, 5, 16)
+    routed = RoutedForwards(net, bank, compiled=True, order=lambda layer, entries, rows: None)
+    routed.install()
+    with torch.no_grad():
+        with routed.rows(LAYOUTS["merged"]):
+            assert close(call(x), expected(fresh(net), changes, LAYOUTS["merged"], x))
+        assert not backend.operators()
+        with pytest.raises(NotRows), routed.rows(LAYOUTS["composite"]):
+            call(x)
+    routed.remove()

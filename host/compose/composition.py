@@ -244,6 +244,9 @@ class Run:
         """Leave the models as they were, whatever becomes of the record: an accelerator that has failed raises where
         its numbers are read."""
         forwards = [routed for _, each in self._routed.values() for routed in reversed(each)]
+        if log.isEnabledFor(logging.DEBUG):
+            for line in (line for routed in forwards for line in routed.explain()):
+                log.debug(line)
         for routed in forwards:
             routed.remove()
         self._routed.clear()
