@@ -1,0 +1,81 @@
+"""What layers do: which products are chosen, how often, and on what memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lora_ensemble.engine import products as products_module
+from lora_ensemble.engine import program as program_module
+from lora_ensemble.engine.forwards import RoutedForwards
+from lora_ensemble.engine.products import Rates
+from lora_ensemble.tests.reference import close, expected
+from lora_ensemble.tests.test_engine_rows import ALONE, LAYOUTS, Small, adapters, model_without
+
+
+@pytest.fixture
+def model() -> Small:
+    torch.manual_seed(0)
+    return Small()
+
+
+def test_the_ways_to_serve_several_branches_agree(model, monkeypatch):
+    """Batched, masked and group by group are one sum, whichever is expected to be the fastest."""
+    bank, changes = adapters(model)
+    layout = LAYOUTS["composite"]
+    x = torch.randn(len(layout), 4, 5, 6)
+    want = expected(model, changes, layout, x)
+    ways = {"batched": Rates(1.0, 0.0, 1.0, 1.0), "masked": Rates(1e9, 0.0, 1.0, 1.0),
+            "groups": Rates(1e-9, 0.0, 1.0, 1e9)}
+    taken = {}
+    for way, rates in ways.items():
+        monkeypatch.setitem(products_module.RATES, "cpu", rates)
+        if way != "batched":
+            monkeypatch.setattr(products_module, "_batched", lambda *call: None)
+        routed = RoutedForwards(model, bank)
+        routed.install()
+        with torch.no_grad(), routed.rows(layout):
+            assert close(model(x), want)
+        taken[way] = [line for line in routed.explain() if "linear" in line]
+        routed.remove()
+    assert ["3 groups of 2 entries" in line for line in taken["batched"]] == [True]
+    assert ["6 of 6 entries, rank 9, gains 6x1x9" in line for line in taken["masked"]] == [True]
+    assert ["2 of 6 entries, rank 3" in line for line in taken["groups"]] == [True] * 3
+
+
+def test_programs_are_chosen_once(model, monkeypatch):
+    """Guards: Python's work at every call of a layer that could have been done once."""
+    made = []
+    real = program_module.stack_choice
+    monkeypatch.setattr(program_module, "stack_choice", lambda *call: made.append(1) or real(*call))
+    bank, _ = adapters(model)
+    routed = RoutedForwards(model, bank)
+    routed.install()
+    x = torch.randn(6, 4, 5, 6)
+    with torch.no_grad():
+        for _ in range(3):
+            for layout in ("composite", "scattered", "composite"):
+                with routed.rows(LAYOUTS[layout][:6]):
+                    model(x)
+                    model(x)
+    routed.remove()
+    assert len(made) == 4
+
+
+def test_factors_that_the_host_moves_are_found_again(model):
+    """Guard: a program that holds on to memory which the host has given to somebody else."""
+    bank, changes = adapters(model)
+    x = torch.randn(3, 4, 5, 6)
+    routed = RoutedForwards(model, bank)
+    routed.install()
+    with torch.no_grad():
+        with routed.rows(ALONE):
+            assert close(model(x), expected(model_without(model, []), changes, ALONE, x))
+        for parameter in bank.parameters():
+            moved = parameter.data * 2
+            parameter.data.fill_(float("nan"))
+            parameter.data = moved
+        with routed.rows(ALONE):
+            doubled = [{name: (lambda w, b, g, change=change: change(w, b, 4 * g)) for name, change in layers.items()}
+                       for layers in changes]
+            assert close(model(x), expected(model_without(model, []), doubled, ALONE, x))
+    routed.remove()
