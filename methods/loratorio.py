@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.branch import Branch, Step, one_hot
-from ..kernels.packed import pack_weights, unpack
+from ..kernels.nested import pack_weights, unpack
 from ..kernels.patches import confine, log_softmin, most_divergent, patch_cosine, upsample, weighted
 from .session import POSITIVE, UNCONDITIONAL, Call, RunContext, Sent, Session
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.branch import Branch, Step
-from ..kernels.packed import Parts
+from ..kernels.nested import Parts
 
 POSITIVE, UNCONDITIONAL, OTHER = "positive", "unconditional", "other"
 
@@ -71,7 +71,7 @@ class Call:
     branches      those evaluated, in order
     predictions   per cond of the caller: denoised (x0) predictions [branches, B, C, ...]; None where it gave no cond
     sides         per cond: POSITIVE, UNCONDITIONAL (negative and empty prompts), or OTHER
-    parts         shapes of the parts of a packed latent (kernels/packed.py), such as picture and sound; () for one
+    parts         shapes of the parts of a packed latent (kernels/nested.py), such as picture and sound; () for one
 
     x - x0 is the predicted noise (or velocity) times a positive number.
     """

@@ -25,6 +25,8 @@ def test_all_on_the_newest_and_the_api_on_the_others(everything):
     found = {Path(env["COMFYUI_UNDER_TEST"]).name: command for _, command, env in others}
     assert list(found) == ["0.33.0", "0.28.0", "0.3.64"]
     assert ["host_api" in command for command in found.values()] == [False, not everything, not everything]
+    fuzzed = [env.get("LORA_ENSEMBLE_FUZZ") for _, _, env in others]
+    assert fuzzed == ["2000" if everything else None, None, None]
     assert all(command[-2:] == ["-k", "parity"] for command in found.values())
     assert str(Path("/tools")) in found["0.33.0"] and str(Path("/tools")) not in found["0.28.0"]
     assert all(env["OMP_NUM_THREADS"] == "1" for _, _, env in (first, *others))

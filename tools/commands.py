@@ -67,8 +67,10 @@ def pytest_runs(base: Path, hosts: Sequence[Host], everything: bool,
     for host in sorted(hosts, key=lambda host: host.number, reverse=True):
         whole = everything or host.number == newest
         marked = [] if whole else ["-m", "host_api"]
+        fuzz = {"LORA_ENSEMBLE_FUZZ": "2000"} if everything and host.number == newest else {}
         yield (f"{'tests' if whole else 'tests of the API'} on {host}",
-               with_pack(host.python, *pytest, "tests/host", *marked, *more, tools=host.tools), host.env(**ONE_THREAD))
+               with_pack(host.python, *pytest, "tests/host", *marked, *more, tools=host.tools),
+               host.env(**ONE_THREAD, **fuzz))
 
 
 def run_test(options: argparse.Namespace) -> int:

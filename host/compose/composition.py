@@ -19,7 +19,7 @@ from ...engine.positions import Places
 from ...engine.record import RunRecord, StepRecord
 from ...engine.tell import Once, into
 from ...kernels.branch import Branch, Step
-from ...kernels.packed import Parts, unpack
+from ...kernels.nested import Parts, unpack
 from ...methods import Method
 from ...methods.session import OTHER, POSITIVE, UNCONDITIONAL, Call, RunContext, begin
 from ..families.row_order import one_row_only, row_order

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ...engine.positions import Places, Segments
-from ...kernels.packed import unpack
+from ...kernels.nested import unpack
 from ..families.token_order import token_order
 
 Area = tuple[int, ...] | None

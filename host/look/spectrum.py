@@ -9,7 +9,7 @@ import comfy.sample
 import torch
 from torch import Tensor
 
-from ...kernels.packed import unpack
+from ...kernels.nested import unpack
 from ...kernels.spectrum import high_share, late_change, radial_amplitude, radial_bins
 from ...methods.cmlora import LOW_FREQUENCY, frequency_class
 from ...methods.merge import Merge

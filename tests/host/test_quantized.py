@@ -100,7 +100,7 @@ def packed_pair():
     return patcher(packed), patcher(plain)
 
 
-def test_packed_layers(loras):
+def test_nested_layers(loras):
     packed, plain = packed_pair()
     ensemble, kind = three(plain, loras), FAMILIES["SD15"]
     same(sample(merge(packed, ensemble)), sample(stock(plain, ensemble)), sample(plain))

@@ -7,7 +7,7 @@ from math import prod
 import pytest
 import torch
 from lora_ensemble.kernels.branch import Branch
-from lora_ensemble.kernels.packed import pack_weights, unpack
+from lora_ensemble.kernels.nested import pack_weights, unpack
 from lora_ensemble.kernels.patches import log_softmin, patch_cosine, upsample
 from lora_ensemble.methods.loratorio import LoRAtorio
 from lora_ensemble.methods.session import POSITIVE, UNCONDITIONAL, Call, RunContext

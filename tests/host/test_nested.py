@@ -11,7 +11,7 @@ import torch
 from lora_ensemble.host.compose.composition import KEY, record_of
 from lora_ensemble.host.files.ensemble import LoRASpec, Mask
 from lora_ensemble.host.look.spectrum import Sampling, profiles
-from lora_ensemble.kernels.packed import pack_weights, unpack
+from lora_ensemble.kernels.nested import pack_weights, unpack
 from lora_ensemble.kernels.spectrum import high_share, radial_amplitude, radial_bins
 from lora_ensemble.methods.cmlora import CMLoRA
 from lora_ensemble.methods.loratorio import LoRAtorio
