@@ -1,8 +1,7 @@
 """The products that add a stack's low-rank deltas to the entries of a layer, and which of them to take.
 
-Each product adds the low-rank deltas of some ranks of a stack to some entries of the
-layer, with a gain for each. There are three ways to serve several branches, and `cheapest` takes the one of least
-expected time:
+Each product adds the low-rank deltas of some ranks of a stack to some entries of the layer, with a gain for each. There
+are three ways to serve several branches, and `stack_products` takes the one of least expected time:
 
     groups    a product for the entries of each branch, with the ranks of that branch alone
     batched   one for all of them, where each has one adapter of equal rank, in the order of the stack
@@ -17,7 +16,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from ..kernels.lowrank import Run, add_batched_, add_pointwise_, rows, tokens
-from .adapters import part
+from .adapters import Span, part
 from .bank import Slot, Stack
 from .geometry import Geometry
 from .transfer import on_device
@@ -85,44 +84,49 @@ class Call:
         return entries * places * width * (stack.down[0].numel() + stack.up.shape[0]) / self.rates.madds
 
 
+Built = tuple[Run, str]
+"""A product, and the same in words."""
+
+
 @dataclass(frozen=True)
 class Choice:
     """One way to do what a stack has to do.
 
-    runs     its products
-    text     the same in words
-    seconds  expected time
+    build     makes its products, with the tensors that they need
+    seconds   expected time
     """
 
-    runs: tuple[Run, ...]
-    text: tuple[str, ...]
+    build: Callable[[], list[Built]]
     seconds: float
 
 
-def stack_choice(call: Call, stack: Stack, numbers: Numbers) -> Choice | None:
-    """The cheapest way to add a stack's deltas, `numbers` with one gain per entry and slot, in the order of the slots;
-    None where nothing acts."""
+def stack_products(call: Call, stack: Stack, numbers: Numbers) -> list[Built]:
+    """The products that add a stack's deltas in the least time; none where nothing acts. `numbers` has one gain per
+    entry and slot, in the order of the slots."""
     groups: dict[tuple[float, ...], list[int]] = {}
     for entry, row in enumerate(numbers):
         if any(row):
             groups.setdefault(row, []).append(entry)
     if not groups:
-        return None
+        return []
     slots = list(stack.slots.values())
-    choices = [_groups(call, stack, slots, groups)]
-    if len(groups) > 1 or len(choices[0].runs) > 1:
+    by_group = _groups(call, stack, slots, groups)
+    choices = [Choice(lambda: [built for choice in by_group for built in choice.build()],
+                      sum(choice.seconds for choice in by_group))]
+    if len(by_group) > 1:
         within = [entry for entry, row in enumerate(numbers) if any(row)]
         choices += [_masked(call, stack, slots, numbers, stretch)
-                    for stretch in {(within[0], within[-1] + 1), (0, len(numbers))}]
+                    for stretch in ((within[0], within[-1] + 1), (0, len(numbers)))]
     if len(groups) > 1:
         choices.append(_batched(call, stack, slots, groups))
-    return min((choice for choice in choices if choice is not None), key=lambda choice: choice.seconds)
+    return min((choice for choice in choices if choice is not None), key=lambda choice: choice.seconds).build()
 
 
 # --- the three ways ---
 
 
-def _groups(call: Call, stack: Stack, slots: Sequence[Slot], groups: dict[tuple[float, ...], list[int]]) -> Choice:
+def _groups(call: Call, stack: Stack, slots: Sequence[Slot], groups: dict[tuple[float, ...], list[int]]
+            ) -> list[Choice]:
     products = []
     for row, entries in groups.items():
         at = 0
@@ -134,7 +138,7 @@ def _groups(call: Call, stack: Stack, slots: Sequence[Slot], groups: dict[tuple[
                 products.append(_product(call, stack, slots[at:stop], tuple(entries),
                                          tuple(row[at:stop] for _ in entries)))
             at = stop + 1
-    return _together(products)
+    return products
 
 
 def _masked(call: Call, stack: Stack, slots: Sequence[Slot], numbers: Numbers, stretch: tuple[int, int]) -> Choice:
@@ -163,28 +167,36 @@ def _batched(call: Call, stack: Stack, slots: Sequence[Slot], groups: dict[tuple
         return None
     if columns != list(range(first, first + count)) or any(slots[column].width != width for column in columns):
         return None
-    down, up = call.factors(stack)
-    ranks = slice(slots[first].start, slots[columns[-1]].stop)
-    down, up = down[ranks].unflatten(0, (count, width)).mT, up[:, ranks].T.unflatten(0, (count, width))
-    alpha, gain = (gains[0], None) if len(set(gains)) == 1 else (
-        1.0, on_device(gains, call.x.device, call.x.dtype).reshape(-1, 1, 1))
-    at, n = entries[0], len(entries)
+    at, n, rates, same = entries[0], len(entries), call.rates, len(set(gains)) == 1
     whole = n == call.y.shape[0]
 
-    inputs, outputs = (count, -1, call.x.shape[-1]), (count, -1, call.y.shape[-1])
+    def build() -> list[Built]:
+        down, up = call.factors(stack)
+        ranks = slice(slots[first].start, slots[columns[-1]].stop)
+        down, up = down[ranks].unflatten(0, (count, width)).mT, up[:, ranks].T.unflatten(0, (count, width))
+        alpha = gains[0] if same else 1.0
+        gain = None if same else on_device(gains, call.x.device, call.x.dtype).reshape(-1, 1, 1)
+        run = _batched_run(down, up, gain, alpha, None if whole else (at, n))
+        return [(run, f"{count} groups of {n // count} entries, rank {width} each")]
+
+    seconds = (2 if same else 3) * rates.launch + (2 if whole else 4) * rates.view + call.work(stack, n, width)
+    return Choice(build, seconds)
+
+
+def _batched_run(down: Tensor, up: Tensor, gain: Tensor | None, alpha: float, stretch: tuple[int, int] | None) -> Run:
+    count = down.shape[0]
+    inputs, outputs = (count, -1, down.shape[1]), (count, -1, up.shape[2])
 
     def run(y: Tensor, x: Tensor) -> Tensor:
         if not y.is_contiguous():
             y = y.contiguous()
         y_part = y
-        if not whole:
-            y_part, x = y.narrow(0, at, n), x.narrow(0, at, n)
+        if stretch is not None:
+            y_part, x = y.narrow(0, *stretch), x.narrow(0, *stretch)
         add_batched_(y_part.view(outputs), x.reshape(inputs), down, up, gain, alpha)
         return y
 
-    rates = call.rates
-    seconds = (2 + (gain is not None)) * rates.launch + (2 if whole else 4) * rates.view + call.work(stack, n, width)
-    return Choice((run,), (f"{count} groups of {n // count} entries, rank {width} each",), seconds)
+    return run
 
 
 # --- one product ---
@@ -192,30 +204,43 @@ def _batched(call: Call, stack: Stack, slots: Sequence[Slot], groups: dict[tuple
 
 def _product(call: Call, stack: Stack, slots: Sequence[Slot], entries: Entries, numbers: Numbers) -> Choice:
     """The neighbouring `slots` of a stack on some entries, `numbers` with one gain per entry and slot."""
-    geometry, ranks = call.geometry, slice(slots[0].start, slots[-1].stop)
-    down, up = (factor[ranks] if k == 0 else factor[:, ranks].T for k, factor in enumerate(call.factors(stack)))
-    alpha, gain = _gain(call, slots, entries, numbers)
-    span, n = stack.span, len(entries)
+    ranks, n, rates = slice(slots[0].start, slots[-1].stop), len(entries), call.rates
+    alpha, needed = _gains(call, numbers)
+
+    def build() -> list[Built]:
+        down, up = call.factors(stack)
+        gain = None
+        if needed is not None:
+            gain = call.where(entries, slots, needed) if call.where is not None else gain_tensor(
+                slots, needed, call.geometry.spatial, min(call.x.ndim - 2, 1), call.x)
+        add = _added(call.geometry, call.x.ndim, n, down[ranks], up[:, ranks].T, gain, alpha, stack.span)
+        text = f"{n} of {call.y.shape[0]} entries, rank {ranks.stop - ranks.start}"
+        text += "" if gain is None else f", gains {'x'.join(map(str, gain.shape))}"
+        return [(on_entries(add, entries, call.y), text + (f", slice {stack.span}" if stack.span else ""))]
+
+    seconds = (2 if needed is None else 3) * rates.launch + call.work(stack, n, ranks.stop - ranks.start)
+    if entries[-1] - entries[0] + 1 != n:  # scattered
+        values = n / call.y.shape[0] * (call.x.numel() + 2 * call.y.numel())
+        seconds += 3 * rates.launch + 2 * values / rates.values
+    elif n != call.y.shape[0]:
+        seconds += 2 * rates.view
+    return Choice(build, seconds)
+
+
+def _added(geometry: Geometry, ndim: int, n: int, down: Tensor, up: Tensor, gain: Tensor | None, alpha: float,
+           span: Span) -> Run:
+    """The product for inputs of `ndim` dimensions and n entries."""
     if geometry.spatial:
-        def add(y: Tensor, x: Tensor) -> Tensor:
+        def run(y: Tensor, x: Tensor) -> Tensor:
             hidden = geometry.apply(part(x, span, 1, 1), down)
             add_pointwise_(part(y, span, 1, 0), hidden, up, gain, alpha)
             return y
-    elif call.x.ndim == 2:
-        add = _in_span(rows(down, up, gain, alpha), span)
-    else:
-        add = _in_span(tokens(down, up.expand(n, -1, -1), gain, alpha), span)
-        add = add if call.x.ndim == 3 else _flat(add)
-    whole, scattered = n == call.y.shape[0], entries[-1] - entries[0] + 1 != n
-    rates, width = call.rates, ranks.stop - ranks.start
-    seconds = (2 + (gain is not None)) * rates.launch + call.work(stack, n, width)
-    if scattered:
-        values = n / call.y.shape[0] * (call.x.numel() + 2 * call.y.numel())
-        seconds += 3 * rates.launch + 2 * values / rates.values
-    elif not whole:
-        seconds += 2 * rates.view
-    text = f"{n} of {call.y.shape[0]} entries, rank {width}{'' if gain is None else ', gains ' + _shape(gain)}"
-    return Choice((on_entries(add, entries, call),), (text + (f", slice {span}" if span else ""),), seconds)
+
+        return run
+    if ndim == 2:
+        return _in_span(rows(down, up, gain, alpha), span)
+    add = _in_span(tokens(down, up.expand(n, -1, -1), gain, alpha), span)
+    return add if ndim == 3 else _flat(add)
 
 
 def _flat(add: Run) -> Run:
@@ -227,7 +252,7 @@ def _flat(add: Run) -> Run:
     return run
 
 
-def _in_span(add: Run, span) -> Run:
+def _in_span(add: Run, span: Span) -> Run:
     if span is None:
         return add
 
@@ -238,18 +263,18 @@ def _in_span(add: Run, span) -> Run:
     return run
 
 
-def on_entries(add: Run, entries: Entries, call: Call) -> Run:
-    """What changes y in place, as a run on some entries: all, a stretch of them, or copies of scattered ones that are
-    written back."""
+def on_entries(add: Run, entries: Entries, like: Tensor) -> Run:
+    """What changes y in place, as a run on some entries of outputs such as `like`: all, a stretch of them, or copies of
+    scattered ones that are written back."""
     first, n = entries[0], len(entries)
-    if n == call.y.shape[0]:
+    if n == like.shape[0]:
         return add
     if entries[-1] - first + 1 == n:
         def run(y: Tensor, x: Tensor) -> Tensor:
             add(y.narrow(0, first, n), x.narrow(0, first, n))
             return y
     else:
-        index = on_device(entries, call.y.device)
+        index = on_device(entries, like.device)
 
         def run(y: Tensor, x: Tensor) -> Tensor:
             picked = y.index_select(0, index)
@@ -259,9 +284,10 @@ def on_entries(add: Run, entries: Entries, call: Call) -> Run:
     return run
 
 
-def _gain(call: Call, slots: Sequence[Slot], entries: Entries, numbers: Numbers) -> tuple[float, Tensor | None]:
-    """(alpha, gain) of a product. Where all entries have the same numbers, and all but zeros are equal, they are alpha,
-    exactly, and the tensor holds ones, zeros and places: a map of ones changes no bit."""
+def _gains(call: Call, numbers: Numbers) -> tuple[float, Numbers | None]:
+    """(alpha, what a gain tensor has to hold, None: no tensor is needed). Where all entries have the same numbers, and
+    all but zeros are equal, they are alpha, exactly, and the tensor holds ones, zeros and places: a map of ones changes
+    no bit."""
     alpha = 1.0
     if len(set(numbers)) == 1:
         distinct = {number for number in numbers[0] if number}
@@ -269,9 +295,7 @@ def _gain(call: Call, slots: Sequence[Slot], entries: Entries, numbers: Numbers)
         numbers = (tuple(number / alpha for number in numbers[0]),)
         if call.where is None and set(numbers[0]) == {1.0}:
             return alpha, None
-    if call.where is not None:
-        return alpha, call.where(entries, slots, numbers)
-    return alpha, gain_tensor(slots, numbers, call.geometry.spatial, min(call.x.ndim - 2, 1), call.x)
+    return alpha, numbers
 
 
 def gain_tensor(slots: Sequence[Slot], numbers: Numbers, spatial: int, dimensions: int, like: Tensor) -> Tensor:
@@ -281,16 +305,6 @@ def gain_tensor(slots: Sequence[Slot], numbers: Numbers, spatial: int, dimension
     ones = [1] * (spatial or dimensions)
     gain = on_device(ranks, like.device, like.dtype).view(len(numbers), -1)
     return gain.reshape(len(numbers), -1, *ones) if spatial else gain.reshape(len(numbers), *ones, -1)
-
-
-def _together(choices: Sequence[Choice]) -> Choice:
-    return Choice(tuple(run for choice in choices for run in choice.runs),
-                  tuple(line for choice in choices for line in choice.text),
-                  sum(choice.seconds for choice in choices))
-
-
-def _shape(tensor: Tensor) -> str:
-    return "x".join(map(str, tensor.shape))
 
 
 def in_turn(runs: Sequence[Run]) -> Run:

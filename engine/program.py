@@ -16,7 +16,7 @@ from .chain import Link, additions, chain
 from .geometry import Geometry, plain
 from .layout import Layout, NotRows
 from .positions import Places
-from .products import Call, Entries, Numbers, Where, gain_tensor, in_turn, on_entries, stack_choice
+from .products import Call, Entries, Numbers, Where, gain_tensor, in_turn, on_entries, stack_products
 
 Reader = Callable[[str], "Tensor | None"]
 """(parameter name) -> the base model's tensor in fp32, or None where it cannot be read."""
@@ -119,14 +119,13 @@ class Programs:
         """The products of a layer on which nothing depends on the order."""
         runs, text = [], ()
         for stack in site.stacks:
-            choice = stack_choice(call, stack, tuple(tuple(row[a] for a in stack.slots) for row in gains))
-            if choice is not None:
-                runs += choice.runs
-                text += choice.text
+            for run, line in stack_products(call, stack, tuple(tuple(row[a] for a in stack.slots) for row in gains)):
+                runs.append(run)
+                text += (line,)
         for row, entries in groups.items():
             if others[row]:
                 run = additions([self._link(call, tuple(entries), *each) for each in others[row]], call.geometry)
-                runs.append(on_entries(run, tuple(entries), call))
+                runs.append(on_entries(run, tuple(entries), call.y))
                 text += tuple(f"{len(entries)} of {len(gains)} entries, {type(op).__name__}" for *_, op in others[row])
         return runs, text
 
@@ -138,14 +137,14 @@ class Programs:
                 inner = call.narrowed(tuple(entries))
                 added, lines = self._added(inner, layer.site, (row,) * len(entries), {row: range(len(entries))}, others)
                 if added:
-                    runs.append(on_entries(in_turn(added), tuple(entries), call))
+                    runs.append(on_entries(in_turn(added), tuple(entries), call.y))
                     text += lines
                 continue
             ops, biases = self._in_order(layer.site, row, call.x.device)
             links = [self._link(call, tuple(entries), *each) for each in ops]
             run = chain(links, [self._link(call, tuple(entries), *each) for each in biases], layer.base,
                         self._bias(layer, call.x), call.geometry)
-            runs.append(on_entries(run, tuple(entries), call))
+            runs.append(on_entries(run, tuple(entries), call.y))
             text += (f"{len(entries)} of {sum(map(len, groups.values()))} entries, in order: "
                      + ", ".join(type(op).__name__ for _, _, op, *_ in ops),)
         return runs, text
@@ -168,18 +167,19 @@ class Programs:
             return None
 
         grid = tuple(y.shape[2:]) if spatial else tuple(y.shape[1:-1])
+        like = y.new_empty(0)  # what is kept must not hold an activation
 
         def where(entries: Entries, slots: Sequence[Slot], numbers: Numbers) -> Tensor:
             rows = tuple(owners[entry] for entry in entries)
             columns = tuple(slot.adapter for slot in slots for _ in range(slot.width))
 
             def make() -> Tensor:
-                gain = gain_tensor(slots, numbers, spatial, len(grid), y)
+                gain = gain_tensor(slots, numbers, spatial, len(grid), like)
                 if spatial:
                     return places.on_grid(grid, rows)[:, columns].to(gain) * gain
                 return places.on_tokens(segments, rows)[..., columns].to(gain).unflatten(1, grid) * gain
 
-            return places.keep((segments, grid, rows, columns, numbers, y.dtype), make)
+            return places.keep((segments, grid, rows, columns, numbers, like.dtype), make)
 
         return where
 

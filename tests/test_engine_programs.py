@@ -45,8 +45,8 @@ def test_the_ways_to_serve_several_branches_agree(model, monkeypatch):
 def test_programs_are_chosen_once(model, monkeypatch):
     """Guards: Python's work at every call of a layer that could have been done once."""
     made = []
-    real = program_module.stack_choice
-    monkeypatch.setattr(program_module, "stack_choice", lambda *call: made.append(1) or real(*call))
+    real = program_module.stack_products
+    monkeypatch.setattr(program_module, "stack_products", lambda *call: made.append(1) or real(*call))
     bank, _ = adapters(model)
     routed = RoutedForwards(model, bank)
     routed.install()
