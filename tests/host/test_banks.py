@@ -121,7 +121,7 @@ def test_what_was_found_in_a_file_is_said_every_time(loras, clip, parsed, caplog
         caplog.clear()
         ours, _ = apply.apply_method(model, clip, at(ensemble, strength, 0.5), plain(Merge), "Merge LoRAs")
         said.append((ours.get_attachment(KEY).applied[0].problems, [r.getMessage() for r in caplog.records]))
-    assert said[0] == said[1] and len(parsed) == 2
+    assert said[0] == said[1] and len(parsed) == 1, "the other file changes no layer of the model"
     assert any("nowhere" in problem for problem in said[0][0]) and any("text encoder alone" in t for t in said[0][1])
 
 
