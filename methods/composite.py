@@ -4,20 +4,67 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..kernels.branch import Branch, Step, one_hot
+from ..kernels.nested import Parts, pack_weights, unpack
+from ..kernels.patches import weighted
+from .session import Call, PlainSession, RunContext, Session
 
 
 @dataclass(frozen=True)
 class Composite:
     """e = 1/k sum_i [ e_i(z) + s (e_i(z, c) - e_i(z)) ]. Guidance is linear, so the mean is taken on the conditional
-    and the unconditional predictions before it, which is the same."""
+    and the unconditional predictions before it, which is the same.
+
+    Ours, where LoRAs have masks: e = e_0 + sum_i w_i (e_i - e_0), w_i = m_i / max(sum_j m_j, 1), e_0 the base model's.
+    Without a mask m_i is 1, so that LoRAs without masks are averaged as ever.
+    """
 
     strengths: tuple[float, ...]
+
+    masks = "predictions"
 
     def branches(self, step: Step) -> tuple[Branch, ...]:
         return tuple(one_hot(self.strengths, i) for i in range(len(self.strengths))) or (Branch(()),)
 
     def mix(self, step: Step, predictions: Tensor) -> Tensor:
         return predictions.mean(dim=0)
+
+    def begin(self, context: RunContext) -> Session:
+        masked = any(mask is not None for mask in context.masks)
+        return MaskedComposite(self, context) if masked else PlainSession(self)
+
+
+class MaskedComposite(Session):
+    """One run with masks: every LoRA in its region, the base where there is none."""
+
+    whole_batch = False
+
+    def __init__(self, method: Composite, context: RunContext):
+        self.method = method
+        given = [torch.ones(1, 1, 1, 1) if mask is None else mask for mask in context.masks]
+        size = [max(mask.shape[axis] for mask in given) for axis in range(4)]
+        masks = torch.stack([mask.expand(*size) for mask in given])
+        self._weights = masks / masks.sum(dim=0).clamp_min(1)
+
+    def branches(self, step: Step) -> tuple[Branch, ...]:
+        """The LoRAs, and the base last."""
+        return (*self.method.branches(step), Branch((0.0,) * len(self.method.strengths)))
+
+    def mix(self, step: Step, call: Call) -> list[Tensor | None]:
+        return [None if p is None else weighted(p[-1], p[:-1], self._like(p, call.parts)) for p in call.predictions]
+
+    def _like(self, predictions: Tensor, parts: Parts) -> Tensor:
+        """Weights that broadcast over the LoRAs' predictions. Of latents of several parts masks are the first's."""
+        if self._weights.device != predictions.device:
+            self._weights = self._weights.to(predictions.device)
+        first, *others = unpack(predictions[:-1], parts)
+        weights = self._weights if first.ndim == 5 else self._weights.unsqueeze(3)
+        if not parts:
+            return weights
+        size = (*first.shape[:2], 1, *first.shape[3:])
+        whole = [torch.full((*part.shape[:2], 1, *part.shape[3:]), 1 / len(first), device=part.device)
+                 for part in others]
+        return pack_weights([weights.expand(size), *whole], parts)

@@ -52,8 +52,8 @@ class LoRAEnsembleLoRA(io.ComfyNode):
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="Where in the picture this LoRA may act: for Merge (runtime), Switch, K-LoRA, EST-LoRA and "
-                    "LoRAtorio. Composite and CMLoRA cannot confine a LoRA to a region and say so.",
+                    tooltip="Where in the picture this LoRA may act: for every method but CMLoRA, which cannot "
+                    "confine a LoRA to a region and says so, and Merge in mode baked.",
                 ),
             ],
             outputs=[ensemble_output()],

@@ -9,7 +9,7 @@ from lora_ensemble.host.files.ensemble import LoRASpec, Mask
 from lora_ensemble.methods.merge import Merge
 from lora_ensemble.methods.switch import Switch
 
-from .builders import lora, merge, method, same, sample, shapes, stock
+from .builders import composite, lora, merge, method, same, sample, shapes, stock
 from .models import FAMILIES, base
 
 LAST = {"SD15": "out.2", "SDXL": "out.2", "SD3": "final_layer.linear", "Flux": "final_layer.linear", "Wan": "head.head"}
@@ -102,6 +102,21 @@ def test_turns_are_confined_too(loras):
     found = sample(ours, steps=1)
     same(found[..., :4], first[..., :4], plain[..., :4], 1e-4)
     assert torch.equal(found[..., 4:], plain[..., 4:])
+
+
+@pytest.mark.parametrize("family", LAST)
+def test_composite_mixes_by_masks(family, loras):
+    """Soft edges fade into the base, LoRAs that share a place share it evenly, one without a mask acts everywhere."""
+    model = base(family)
+    soft = torch.linspace(0, 1, 8).expand(1, 8, 8)
+    specs = pair(model, loras, masks=(soft, LEFT))
+    alone = [sample(stock(model, [spec]), family, steps=1, batch=2) for spec in bare(specs)]
+    plain = sample(model, family, steps=1, batch=2)
+    left = (torch.arange(8) < 4).float()
+    for masks, used in (((soft[0, 0], left), specs), ((soft[0, 0], torch.ones(8)), [specs[0], bare(specs)[1]])):
+        total = sum(masks).clamp_min(1)
+        want = plain + sum(mask / total * (picture - plain) for mask, picture in zip(masks, alone, strict=True))
+        same(sample(composite(model, used), family, steps=1, batch=2), want, plain, 1e-4)
 
 
 def test_the_same_mask_serves_other_sizes(loras):

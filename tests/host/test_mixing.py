@@ -228,7 +228,8 @@ def test_skipped_layers_on_a_transformer(loras):
 # --- masks ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_mask_confines_its_lora(loras):
+@pytest.mark.parametrize("make", [loratorio, composite])
+def test_a_mask_confines_its_lora(make, loras):
     """One step, no guidance: where a LoRA may not act, the picture is the other's; where none may, the base's."""
     model = base("SD15")
     layers = shapes(model)
@@ -237,7 +238,7 @@ def test_a_mask_confines_its_lora(loras):
     left[..., :32], right[..., 32:48] = 1, 1
     ensemble = [LoRASpec(name, 0.7, 0, mask=Mask(mask)) for name, mask in zip(names, (left, right), strict=True)]
     once = dict(steps=1, cfg=1.0)
-    got, ground = sample(loratorio(model, ensemble), **once), sample(model, **once)
+    got, ground = sample(make(model, ensemble), **once), sample(model, **once)
     for columns, spec in ((slice(0, 4), ensemble[0]), (slice(4, 6), ensemble[1])):
         alone = sample(merge(model, (LoRASpec(spec.name, 0.7, 0),)), **once)
         same(got[..., columns], alone[..., columns], ground[..., columns])
@@ -247,14 +248,14 @@ def test_a_mask_confines_its_lora(loras):
 def test_a_mask_that_a_method_cannot_use_is_named(loras):
     model = base("SD15")
     spec = LoRASpec(loras(lora(shapes(model), 1, 4)), 0.7, 0, mask=Mask(torch.ones(1, 8, 8)))
-    for make in (composite, cmlora):
+    ours = cmlora(model, (spec,))
+    sample(ours, steps=1)
+    (problem,) = record_of(ours).problems
+    assert "mask" in problem and spec.name in problem
+    for make in (composite, loratorio, merge):
         ours = make(model, (spec,))
         sample(ours, steps=1)
-        (problem,) = record_of(ours).problems
-        assert "mask" in problem and spec.name in problem
-    ours = loratorio(model, (spec,))
-    sample(ours, steps=1)
-    assert record_of(ours).problems == []
+        assert record_of(ours).problems == []
 
 
 def test_masks_are_compared_by_identity():

@@ -146,7 +146,8 @@ def test_each_part_has_weights_of_its_own(film, loras):
     assert film_share != pytest.approx(sound_share, abs=1e-4)
 
 
-def test_masks_confine_loras_in_the_video(film, loras):
+@pytest.mark.parametrize("make", [loratorio, composite])
+def test_masks_confine_loras_in_the_video(make, film, loras):
     """One step, no guidance: the left half of every frame is one LoRA's, the right half the other's, and the sound is
     what it is without masks."""
     left = torch.zeros(1, 48, 32)
@@ -155,8 +156,8 @@ def test_masks_confine_loras_in_the_video(film, loras):
     for spec, mask in zip(plain, (left, 1 - left), strict=True):
         ensemble.append(LoRASpec(spec.name, spec.strength_model, 0, mask=Mask(mask)))
     once = dict(steps=1, cfg=1.0)
-    video, sound = drawn(masked := loratorio(film, ensemble), **once)
-    ground, free = drawn(film, **once), drawn(loratorio(film, plain), **once)
+    video, sound = drawn(masked := make(film, ensemble), **once)
+    ground, free = drawn(film, **once), drawn(make(film, plain), **once)
     for columns, spec in ((slice(0, 2), plain[0]), (slice(2, 4), plain[1])):
         alone = drawn(merge(film, (spec,)), **once)[0]
         same(video[..., columns], alone[..., columns], ground[0][..., columns])
