@@ -7,6 +7,7 @@ the length). Sizes that a patch does not divide are padded by repeating the bord
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -93,6 +94,16 @@ def upsample(weights: Tensor, size: tuple[int, ...], patch: int, mode: Literal["
         full = F.interpolate(maps, scale_factor=(high, patch), mode="bilinear", align_corners=False)
     full = full[..., :h, :w].unflatten(0, (count, batch, frames)).squeeze(3)
     return full.reshape(count, batch, 1, *size)
+
+
+def stacked(masks: Sequence[Tensor | None]) -> Tensor:
+    """The masks of N LoRAs in one tensor; ones for a LoRA that has none.
+
+    Shape: [1 or B, 1, h, w] each, at least one -> [N, 1 or B, 1, h, w], on its device.
+    """
+    given = [mask for mask in masks if mask is not None]
+    size = [max(mask.shape[axis] for mask in given) for axis in range(4)]
+    return torch.stack([given[0].new_ones(size) if mask is None else mask.expand(*size) for mask in masks])
 
 
 def confine(weights: Tensor, masks: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..kernels.branch import Branch, Step, one_hot
 from ..kernels.nested import Parts, pack_weights, unpack
-from ..kernels.patches import weighted
+from ..kernels.patches import stacked, weighted
 from .session import Call, PlainSession, RunContext, Session
 
 
@@ -44,9 +44,7 @@ class MaskedComposite(Session):
 
     def __init__(self, method: Composite, context: RunContext):
         self.method = method
-        given = [torch.ones(1, 1, 1, 1) if mask is None else mask for mask in context.masks]
-        size = [max(mask.shape[axis] for mask in given) for axis in range(4)]
-        masks = torch.stack([mask.expand(*size) for mask in given])
+        masks = stacked(context.masks)
         self._weights = masks / masks.sum(dim=0).clamp_min(1)
 
     def branches(self, step: Step) -> tuple[Branch, ...]:

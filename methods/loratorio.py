@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..kernels.branch import Branch, Step, one_hot
 from ..kernels.nested import pack_weights, unpack
-from ..kernels.patches import confine, log_softmin, most_divergent, patch_cosine, upsample, weighted
+from ..kernels.patches import confine, log_softmin, most_divergent, patch_cosine, stacked, upsample, weighted
 from .session import POSITIVE, UNCONDITIONAL, Call, RunContext, Sent, Session
 
 
@@ -167,9 +167,7 @@ class LoRAtorioSession(Session):
     def _masks_like(self, weights: Tensor) -> Tensor:
         """Masks of the active LoRAs, [N, 1 or B, 1, (1,) h, w] on the weights' device."""
         if self._masks is None or self._masks.device != weights.device:
-            given = [torch.ones(1, 1, 1, 1) if mask is None else mask for mask in self.context.masks]
-            size = [max(mask.shape[axis] for mask in given) for axis in range(4)]
-            self._masks = torch.stack([mask.expand(*size) for mask in given]).to(weights.device)
+            self._masks = stacked(self.context.masks).to(weights.device)
         masks = self._masks
         if len(self._active) < len(self.pool):
             masks = torch.stack([masks[i] for i in self._active])

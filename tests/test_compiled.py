@@ -83,6 +83,14 @@ class Counted:
         return [str(node.target) for graph in self.graphs for node in graph.graph.nodes if "route_" in str(node.target)]
 
 
+def agrees(call, routed: RoutedForwards, net: Net, changes: list[dict], x: Tensor) -> None:
+    """In every layout the compiled model is the one whose weights are really changed."""
+    for branches in LAYOUTS.values():
+        with routed.rows(branches):
+            y = call(x)
+        assert close(y, expected(fresh(net), changes, branches, x))
+
+
 def compile_(net: Net, backend, whole: bool):
     if whole:
         return torch.compile(net, backend=backend)
@@ -133,9 +141,7 @@ def test_other_kinds_are_one_operator_that_is_the_same_in_every_block(net, whole
         plain = len(backend.graphs)
         routed = RoutedForwards(net, bank, compiled=True)
         routed.install()
-        for branches in LAYOUTS.values():
-            with routed.rows(branches):
-                assert close(call(x), expected(fresh(net), changes, branches, x))
+        agrees(call, routed, net, changes, x)
         routed.remove()
     assert len(backend.graphs) == 2 * plain and backend.operators()
 
@@ -150,9 +156,7 @@ def test_compiled_without_being_told(net, told):
     routed = RoutedForwards(net, bank, compiled=told)
     routed.install()
     with torch.no_grad():
-        for branches in LAYOUTS.values():
-            with routed.rows(branches):
-                assert close(call(x), expected(fresh(net), changes, branches, x))
+        agrees(call, routed, net, changes, x)
         assert torch.equal(call(x), fresh(net)(x))
     routed.remove()
     assert bool(backend.operators()) != told
@@ -211,10 +215,7 @@ def test_a_recorded_graph_is_right_for_every_later_batch(net, whole):
     routed.install()
     with torch.no_grad():
         for _ in range(2):
-            for branches in LAYOUTS.values():
-                with routed.rows(branches):
-                    y = call(x)
-                assert close(y, expected(fresh(net), changes, branches, x))
+            agrees(call, routed, net, changes, x)
     routed.remove()
     # Recorded once, however many runs and layouts; of what it reads only the activations come from elsewhere.
     assert len(backend.recordings) == (1 if whole else 5)
@@ -228,9 +229,7 @@ def test_entries_that_are_folded_into_the_batch(net):
     routed = RoutedForwards(net, bank, compiled=True)
     routed.install()
     with torch.no_grad():
-        for branches in LAYOUTS.values():
-            with routed.rows(branches):
-                assert close(call(x), expected(fresh(net), changes, branches, x))
+        agrees(call, routed, net, changes, x)
     routed.remove()
 
 

@@ -11,6 +11,7 @@ from lora_ensemble.kernels.patches import (
     most_divergent,
     patch_cosine,
     patch_vectors,
+    stacked,
     upsample,
     weighted,
 )
@@ -45,6 +46,15 @@ def reference_cosine(base: np.ndarray, loras: np.ndarray, p: int) -> np.ndarray:
 def reference_softmin(similarity: np.ndarray, inverse_temperature: float) -> np.ndarray:
     powers = np.exp(-inverse_temperature * (similarity - similarity.min(axis=0)))
     return powers / powers.sum(axis=0)
+
+
+def test_masks_are_stacked_with_ones_where_there_are_none():
+    one, many = torch.rand(1, 1, 4, 3), torch.rand(2, 1, 4, 3)
+    found = stacked((one, None, many))
+    assert found.shape == (3, 2, 1, 4, 3)
+    assert torch.equal(found[0], one.expand(2, -1, -1, -1)) and torch.equal(found[2], many)
+    assert torch.equal(found[1], torch.ones(2, 1, 4, 3))
+
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

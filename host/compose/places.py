@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ...engine.positions import Places, Segments
 from ...kernels.nested import unpack
+from ...kernels.patches import stacked
 from ..families.token_order import token_order
 
 Area = tuple[int, ...] | None
@@ -23,9 +24,7 @@ class MaskedLoRAs:
     """
 
     def __init__(self, masks: Sequence[Tensor | None], tell: Callable[[str], None]):
-        size = [max(mask.shape[axis] for mask in masks if mask is not None) for axis in (0, 2, 3)]
-        whole = torch.ones(size[0], 1, *size[1:])
-        self.maps = torch.cat([whole if mask is None else mask.expand_as(whole) for mask in masks], dim=1)
+        self.maps = stacked(masks).squeeze(2).transpose(0, 1)  # [pictures, LoRAs, height, width]
         self._tell = tell
         self._places: dict[Hashable, Places] = {}
 
