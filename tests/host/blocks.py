@@ -56,9 +56,6 @@ class Transformer:
             pytest.skip(f"this ComfyUI does not build {self.name} small: {error}")
         if device == "cpu":
             randomize(model)
-            for name, buffer in model.named_buffers():
-                if name == "pos_embed" or name.endswith("inv_freq"):  # SD3's, Stable Audio's: a checkpoint fills them
-                    buffer.copy_(noise(*buffer.shape))
         return model
 
     def call(self, model: nn.Module, options: dict, seed: int = 0, rows: int = 1, control: dict | None = None,

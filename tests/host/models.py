@@ -100,6 +100,9 @@ def randomize(model: torch.nn.Module, seed: int = 0) -> None:
                 p.copy_(1 + 0.1 * torch.randn(p.shape, generator=g))
             else:
                 p.copy_(0.1 * torch.randn(p.shape, generator=g))
+        for name, buffer in model.named_buffers():
+            if name.endswith(("pos_embed", "inv_freq")):  # SD3's, Stable Audio's: a checkpoint fills them
+                buffer.copy_(torch.randn(buffer.shape, generator=g))
 
 
 def patcher(model: torch.nn.Module, device: torch.device = CPU) -> comfy.model_patcher.ModelPatcher:
