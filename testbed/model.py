@@ -7,6 +7,7 @@ Flow: x = (1 - sigma) x0 + sigma noise, and the model predicts v = noise - x0, s
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,13 @@ def decode(latent: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head attention of x [n, tokens, width] to `context`, or to itself when that is None."""
+    """Multi-head attention of x [n, tokens, width] to `context`, or to itself when that is None.
+
+    observe   where it is set: sees (q [n, heads, tokens, d], k [n, heads, length of the context, d]) of each call with
+              a context
+    """
+
+    observe: Callable[[Tensor, Tensor], None] | None = None
 
     def __init__(self, width: int, context: int, heads: int):
         super().__init__()
@@ -40,6 +47,8 @@ class Attention(nn.Module):
         source = x if context is None else context
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
                    for t in (self.to_q(x), self.to_k(source), self.to_v(source)))
+        if context is not None and self.observe is not None:
+            self.observe(q, k)
         return self.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 

@@ -7,6 +7,7 @@ branches, and the two sides of guidance are all evaluated together.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext as nothing
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -19,10 +20,12 @@ from ..engine.forwards import RoutedForwards
 from ..kernels.branch import Branch, Step
 from ..methods import Method
 from ..methods.merge import Merge
+from ..methods.routed import Routing
 from ..methods.session import POSITIVE, UNCONDITIONAL, Call, RunContext, begin
 from .base import Base
 from .loras import PREFIX
 from .model import LATENT, decode
+from .routing import Routed, attention, concept_names, without
 from .text import tokenize
 
 STEPS, GUIDANCE, ROWS = 20, 2.0, 96
@@ -47,13 +50,15 @@ def low_rank(tensors: Mapping[str, Tensor]) -> dict[str, list[LowRank]]:
 class Picture:
     """What to draw. `loras` are indexes into the sampler's bank; the method's gains are one per entry of it.
 
-    method   None: the base model alone
+    method    None: the base model alone
+    routing   where the LoRAs act; None: everywhere
     """
 
     prompt: str
     seed: int
     loras: tuple[int, ...] = ()
     method: Method | None = None
+    routing: Routing | None = None
 
 
 class Sampler:
@@ -83,16 +88,43 @@ class Sampler:
 
         return Branch(over_bank(branch.gains), tuple((m, over_bank(gains)) for m, gains in branch.per_module))
 
-    def _predict(self, x: Tensor, sigma: float, contexts: Tensor, pictures: Tensor, branches: list[Branch]) -> Tensor:
-        """Velocities of many rows: row r evaluates x[pictures[r]] with contexts[r] and branches[r]."""
+    def _predict(self, x: Tensor, sigma: float, contexts: Tensor, pictures: Tensor, branches: list[Branch],
+                 routed: Routed | None = None, read: Sequence[int] = ()) -> Tensor:
+        """Velocities of many rows: row r evaluates x[pictures[r]] with contexts[r] and branches[r]. With `routed`, the
+        first half are positive, the second negative; the attention of the rows in `read` is kept."""
         order = sorted(range(len(branches)), key=lambda r: branches[r].gains)
         out = torch.empty(len(order), *x.shape[1:], device=x.device)
         for start in range(0, len(order), ROWS):
-            rows = torch.tensor(order[start:start + ROWS], device=x.device)
+            numbers = order[start:start + ROWS]
+            rows = torch.tensor(numbers, device=x.device)
             sigmas = torch.full((len(rows),), sigma, device=x.device)
-            with self.routed.rows([branches[r] for r in order[start:start + ROWS]]):
+            owners = pictures[rows].tolist()
+            places, seen = None, [k for k, r in enumerate(numbers) if r in read]
+            if routed is not None:
+                half = len(branches) // 2
+                places = routed.places(owners, [i + len(x) * (r >= half) for r, i in zip(numbers, owners, strict=True)])
+            looked = attention(self.base.unet, seen, routed.members[[owners[k] for k in seen]]) if seen else nothing()
+            with self.routed.rows([branches[r] for r in numbers], places), looked as found:
                 out[rows] = self.base.unet(x[pictures[rows]], sigmas, contexts[rows])
+            for k, each in zip(seen, torch.stack(found).mean(dim=0) if seen else (), strict=True):
+                routed.found(owners[k], each)
         return out
+
+    def _probe(self, step: Step, x: Tensor, context: Tensor, prompts: Sequence[str], routed: Routed) -> None:
+        """Find the places that are needed before the step, from evaluations of the base model."""
+        by_contrast, base = routed.contrasting(step), Branch((0.0,) * self.count)
+        for i in by_contrast:
+            texts = self.base.text(tokenize([prompts[i], *without(prompts[i])]).to(self.device))
+            sigmas = torch.full((len(texts),), step.sigma, device=self.device)
+            whole, *parts = self.base.unet(x[i:i + 1].expand(len(texts), -1, -1, -1), sigmas, texts)
+            routed.contrasted(i, whole, torch.stack(parts))
+            self.evaluations += len(texts) / 2
+        others = [i for i in routed.probing(step) if i not in by_contrast]
+        if others:
+            pictures = torch.tensor(others, device=self.device)
+            self._predict(x, step.sigma, context[pictures + 1], pictures, [base] * len(others), routed,
+                          range(len(others)))
+            self.evaluations += len(others) / 2
 
     @torch.inference_mode()
     def draw(self, pictures: Sequence[Picture], steps: int = STEPS, guidance: float = GUIDANCE,
@@ -107,19 +139,29 @@ class Sampler:
         sigmas = torch.linspace(1, 0, steps + 1).tolist()
         run = RunContext(tuple(sigmas), tuple(sigmas[:-1]), (1, *LATENT))
         sessions = [begin(picture.method or Merge((0.0,) * len(picture.loras)), run) for picture in pictures]
+        routed = None
+        if any(picture.routing is not None for picture in pictures):
+            routed = Routed([p.routing for p in pictures], [p.prompt for p in pictures], [p.loras for p in pictures],
+                            [concept_names(p.loras) for p in pictures], self.count)
         for index in range(steps):
             step = Step(index, steps, sigmas[index])
             owner, branches, spans = [], [], []
+            if routed is not None:
+                self._probe(step, x, context, [picture.prompt for picture in pictures], routed)
             for i, (picture, session) in enumerate(zip(pictures, sessions, strict=True)):
                 session.observe(step, x[i:i + 1])
                 chosen = session.branches(step)
                 spans.append((slice(len(owner), len(owner) + len(chosen)), chosen))
                 owner += [i] * len(chosen)
+                if routed is not None and not routed.acts(i, step):
+                    chosen = [Branch((0.0,) * len(picture.loras)) for _ in chosen]
                 branches += [self._spread(branch, picture.loras) for branch in chosen]
             self.evaluations += len(owner)
             rows = torch.tensor(owner, device=self.device)
             both = torch.cat([context[rows + 1], context[:1].expand(len(rows), -1, -1)])
-            velocity = self._predict(x, step.sigma, both, rows.repeat(2), branches * 2)
+            read = routed.reading(step) if routed is not None else ()
+            velocity = self._predict(x, step.sigma, both, rows.repeat(2), branches * 2, routed,
+                                     [next(r for r, o in enumerate(owner) if o == i) for i in read])
             cond, uncond = (x[rows] - step.sigma * v for v in velocity.chunk(2))
             denoised, noise_level = [], torch.full((1,), step.sigma, device=self.device)
             for i, (span, chosen) in enumerate(spans):

@@ -1,0 +1,70 @@
+"""Where words are: how much each place of a picture attends to the clauses of its prompt, and what of each LoRA acts
+there. Everything is computed in fp32 and stays on its device.
+
+A LoRA acts where its own clause is attended to more, of its own maximum, than any other clause of theirs: clauses
+without a LoRA compete as well. Ours; masks from attention to a subject's words are FreeFuse's (arXiv 2510.23515).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+CHUNK = 1 << 24
+"""Numbers of attention that are in memory at once, 64 MiB."""
+
+
+def clause_attention(q: Tensor, k: Tensor, members: Tensor, text: slice, scale: float | None = None,
+                     chunk: int = CHUNK) -> Tensor:
+    """a_c(p) = mean over heads of the softmax over all keys of q k^T * scale, summed over the tokens of clause c.
+
+    q          [B, heads, places, d], those of the picture alone
+    k          [B, heads or fewer that divide them, keys, d], of all that is attended to
+    members    [1 or B, clauses, tokens] in [0, 1]: how far a token of the text belongs to a clause
+    text       where the text's tokens lie among the keys
+    -> [B, clauses, places] in fp32. Nothing of size heads x places x keys is kept.
+    """
+    batch, heads, places, width = q.shape
+    keys = k.repeat_interleave(heads // k.shape[1], dim=1).float().mT * (width**-0.5 if scale is None else scale)
+    members = members.to(q.device, torch.float32).mT
+    step = max(chunk // max(batch * heads * keys.shape[-1], 1), 1)
+    parts = []
+    for start in range(0, places, step):
+        shares = torch.softmax(q[:, :, start:start + step].float() @ keys, dim=-1)[..., text].mean(dim=1)
+        parts.append(shares @ members)
+    return torch.cat(parts, dim=1).mT
+
+
+def contrast(whole: Tensor, without: Tensor) -> Tensor:
+    """How far each place departs where a clause is left out of the prompt: the root mean square over channels of the
+    difference between two predictions, smoothed over 3 x 3 places.
+
+    whole [B, C, (frames,) h, w], without [clauses, B, C, (frames,) h, w] -> [B, clauses, (frames,) h, w] in fp32
+    """
+    apart = (without.float() - whole.float()).square().mean(dim=2).sqrt().transpose(0, 1)
+    planes = apart.flatten(0, -3)[:, None]
+    return F.avg_pool2d(planes, 3, 1, 1, count_include_pad=False)[:, 0].reshape(apart.shape)
+
+
+def compete(attention: Tensor, own: Sequence[int | None], rivals: Sequence[int], gamma: float) -> Tensor:
+    """r_c(p) = a_c(p) / max_p a_c(p) and m_i(p) = (r_own(i)(p) / max_{c in rivals} r_c(p)) ^ gamma, at most 1.
+
+    attention   [B, clauses, *grid], not negative
+    own         per LoRA its clause; None: it acts everywhere
+    rivals      the clauses that compete
+    -> [B, LoRAs, *grid] in fp32. A place that no rival is attended to from is everybody's.
+    """
+    attention = attention.float()
+    tiny = torch.finfo(torch.float32).tiny
+    top = attention.flatten(2).amax(dim=-1).clamp_min(tiny)
+    relative = attention / top.reshape(*top.shape, *[1] * (attention.ndim - 2))
+    if not rivals:
+        return relative.new_ones(len(relative), len(own), *relative.shape[2:])
+    best = relative[:, list(rivals)].amax(dim=1)
+    shares = [torch.ones_like(best) if clause is None else
+              torch.where(best > 0, relative[:, clause] / best.clamp_min(tiny), 1.0).clamp(max=1) ** gamma
+              for clause in own]
+    return torch.stack(shares, dim=1)
