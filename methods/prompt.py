@@ -1,0 +1,328 @@
+"""Which words of a prompt are which LoRA's: `find_clauses`.
+
+A prompt is a list of tags or sentences. What belongs to a LoRA is, in this order, what the user marked in the prompt
+(`[2: ohwx woman]`), the words typed on the LoRA, the trigger words in its file. Words that were not marked grow to the
+whole clause that holds them: a trigger alone rarely means anything to the base model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from .prompt_text import Range, blanked, parse_loras, parse_marks, pieces, replaced, without
+
+__all__ = ["Clause", "Found", "LoRAClauses", "LoRAWords", "PromptTokens", "find_clauses", "parse_loras", "parse_marks",
+           "stand_in", "without", "words_of"]
+
+
+@dataclass(frozen=True)
+class PromptTokens:
+    """A text as it was encoded, and where each of its words is in the conditioning.
+
+    text     without marks; weights are still in it, and all places are places in this text
+    length   tokens of the conditioning
+    words    (start, end, tokens): a word or sign, and the positions of its tokens, none where it was cut off
+    rows     (start, end, row): what the user marked, row 1 being the first LoRA
+    reason   why the positions are not known, a sentence; then there are no words
+    beside   the same for other tensors of the conditioning that hold tokens, by their key in its dict
+    """
+
+    text: str
+    length: int
+    words: tuple[tuple[int, int, tuple[int, ...]], ...] = ()
+    rows: tuple[tuple[int, int, int], ...] = ()
+    reason: str = ""
+    beside: tuple[tuple[str, PromptTokens], ...] = ()
+
+    def tokens(self, start: int, end: int) -> tuple[int, ...]:
+        """The sorted positions of all words that a range touches."""
+        return tuple(sorted({token for first, last, tokens in self.words if first < end and last > start
+                             for token in tokens}))
+
+
+@dataclass(frozen=True)
+class LoRAWords:
+    """What is known of one LoRA's words.
+
+    name      as messages call it
+    typed     the user's words, separated by commas; `ohwx = woman with red hair` gives ohwx a stand-in (`stand_in`)
+    trigger   the trigger words that its file names
+    """
+
+    name: str
+    typed: str = ""
+    trigger: tuple[str, ...] = ()
+
+    @property
+    def phrases(self) -> tuple[tuple[str, str], ...]:
+        """(phrase, its stand-in or nothing) for each part of the typed words."""
+        parts = [part.partition("=") for part in self.typed.split(",")]
+        return tuple((phrase.strip(), other.strip()) for phrase, _, other in parts if phrase.strip())
+
+
+@dataclass(frozen=True)
+class Clause:
+    """Words of a prompt that belong together: `text` without weights, the sorted `tokens`, `start` and `end`."""
+
+    text: str
+    tokens: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class LoRAClauses:
+    """The clauses of one LoRA and their source, "marked", "typed" or "trigger"; without clauses the reason."""
+
+    name: str
+    clauses: tuple[Clause, ...] = ()
+    source: str = ""
+    reason: str = ""
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """The sorted positions of all clauses."""
+        return tuple(sorted({token for clause in self.clauses for token in clause.tokens}))
+
+
+@dataclass(frozen=True)
+class Found:
+    """The clauses of each LoRA, in the order of the ensemble, those of no LoRA, and what the user should know."""
+
+    loras: tuple[LoRAClauses, ...]
+    others: tuple[Clause, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+_PLACES = (
+    r"(?:to|on|at|in|from) the (?:far )?(?:left|right|top|bottom|side|back|front|middle|cent(?:er|re)|background"
+    r"|foreground|distance|corner)(?: (?:side|corner|half))?(?: of)?",
+    r"in front of|on top of|next to|close to|far from|left of|right of|from (?:behind|above|below|the side)",
+    r"in|inside|within|into|on|onto|upon|at|by|beside|besides|near|behind|under|underneath|beneath|below|above|over"
+    r"|atop|between|among|amongst|amid|against|around|across|along|alongside|through|outside|opposite|beyond",
+)
+_PLACE = "|".join(_PLACES).replace(" ", r"\s+")
+_BOUNDARY = re.compile(r"[,;\n|!?，。；、！？：]|\.(?=\s|$)|:(?=\s|$)|(?<=\s)[-–—]+(?=\s)|[–—]|<[^<>\n]*>"
+                       rf"|\b(?-i:BREAK|AND)\b|(?<![\w-])(?:{_PLACE})(?![\w-])", re.IGNORECASE)
+_WORD = re.compile(r"[\w'’-]+|&")
+_ARTICLES = (r"a|an|the|another|one|two|three|four|five|his|her|their|its|my|your|our|some|this|that|these|those|each"
+             r"|several|many")
+_ARTICLE = re.compile(_ARTICLES, re.IGNORECASE)
+_LINK = re.compile(r"and|or|with|but|plus|of|&", re.IGNORECASE)
+_EMPTY = re.compile(rf"{_ARTICLES}|{_LINK.pattern}|is|are|was|were|be|has|have|it|he|she|they|there|who|which|to|as",
+                    re.IGNORECASE)
+
+
+@dataclass
+class _Mention:
+    start: int
+    end: int
+    lora: int
+    exact: bool = False
+
+
+@dataclass
+class _Search:
+    """One look at a prompt: `text` has blanks for weights, `mentions` never overlap but for marks."""
+
+    text: str
+    mentions: list[_Mention] = field(default_factory=list)
+
+    def spans(self, phrase: str) -> Iterator[Range]:
+        """Every mention of a phrase, whatever its case; blanks and underscores are one."""
+        parts = [re.escape(part) for part in re.split(r"[\s_]+", phrase) if part]
+        if parts:
+            edges = [r"(?<!\w)" if phrase[0].isascii() else "", r"(?!\w)" if phrase[-1].isascii() else ""]
+            pattern = edges[0] * phrase[0].isalnum() + r"[\s_]+".join(parts) + edges[1] * phrase[-1].isalnum()
+            yield from (found.span() for found in re.finditer(pattern, self.text, re.IGNORECASE))
+
+    def taken(self, start: int, end: int) -> _Mention | None:
+        return next((other for other in self.mentions if other.start < end and other.end > start), None)
+
+    def segments(self) -> Iterator[Range]:
+        """The parts of the text between boundaries; a boundary inside a mention is none."""
+        at = 0
+        inner = [found.span() for found in _BOUNDARY.finditer(self.text) if not self.taken(*found.span())]
+        for start, end in [*sorted(inner + list(self._ands(inner))), (len(self.text), len(self.text))]:
+            if start > at:
+                yield at, start
+            at = max(at, end)
+
+    def _ands(self, boundaries: list[Range]) -> Iterator[Range]:
+        """The last "and" between the words of two LoRAs that no boundary parts."""
+        for one, other in pairwise(sorted(self.mentions, key=lambda mention: mention.start)):
+            if one.lora != other.lora and not any(one.end <= start < other.start for start, _ in boundaries):
+                between = [one.end + found.start() for found in
+                           re.finditer(r"(?<![\w-])(?:and|&)(?![\w-])", self.text[one.end:other.start], re.IGNORECASE)]
+                if between:
+                    yield between[-1], between[-1] + (1 if self.text[between[-1]] == "&" else 3)
+
+    def cut(self, one: _Mention, other: _Mention) -> int:
+        """Where the clause of one LoRA ends and another's begins: at the last article, else in the middle."""
+        if one.exact or other.exact:
+            return one.end if one.exact else other.start
+        words = [found for found in _WORD.finditer(self.text, one.end, other.start)]
+        articles = [word.start() for word in words if _ARTICLE.fullmatch(word[0])]
+        if articles:
+            return articles[-1]
+        nearer = [word.start() for at, word in enumerate(words) if at > len(words) - 1 - at]
+        return nearer[0] if nearer else other.start
+
+    def trimmed(self, start: int, end: int) -> Range:
+        """The range without blanks and linking words at its ends."""
+        while True:
+            while start < end and self.text[start].isspace():
+                start += 1
+            while start < end and self.text[end - 1].isspace():
+                end -= 1
+            words = list(_WORD.finditer(self.text, start, end))
+            if words and words[0].start() == start and _LINK.fullmatch(words[0][0]):
+                start = words[0].end()
+            elif words and words[-1].end() == end and _LINK.fullmatch(words[-1][0]):
+                end = words[-1].start()
+            else:
+                return start, end
+
+    def grown(self) -> tuple[dict[int, list[Range]], list[Range]]:
+        """({LoRA: its clauses}, the clauses of none)."""
+        own: dict[int, list[Range]] = {}
+        others = []
+        for start, end in self.segments():
+            inside = sorted((mention for mention in self.mentions if start <= mention.start < end),
+                            key=lambda mention: (mention.start, -mention.end))
+            edge = start
+            for at, mention in enumerate(inside):
+                after = inside[at + 1] if at + 1 < len(inside) else None
+                if mention.exact:
+                    others.append((edge, mention.start))
+                    own.setdefault(mention.lora, []).append((mention.start, mention.end))
+                    edge = max(edge, mention.end)
+                elif after is None or after.lora != mention.lora or after.exact:
+                    border = self.cut(mention, after) if after else end
+                    own.setdefault(mention.lora, []).append(self.trimmed(edge, border))
+                    edge = border
+            others.append((edge, end))
+        return own, [span for span in (self.trimmed(*span) for span in others) if self.says_something(*span)]
+
+    def says_something(self, start: int, end: int) -> bool:
+        words = _WORD.findall(self.text, start, end) if start < end else []
+        return any(not _EMPTY.fullmatch(word) and any(map(str.isalnum, word)) for word in words)
+
+
+def find_clauses(prompt: PromptTokens, loras: Sequence[LoRAWords]) -> Found:
+    """The clauses of a prompt: whose they are, and those of no LoRA, which compete for places in the picture.
+
+    A LoRA that was marked in the prompt has what was marked, exactly. Else every mention of the words typed on it
+    counts, else every mention of its file's trigger words, each grown to its clause: up to the next comma, full stop,
+    line break, preposition of place, "and" before another LoRA's words, or another LoRA's words. No token belongs to
+    two LoRAs unless both were marked.
+    """
+    search = _Search(blanked(prompt.text))
+    sources: dict[int, str] = {}
+    reasons: dict[int, str] = {}
+    notes = []
+    for start, end, row in prompt.rows:
+        if row <= len(loras):
+            sources[row - 1] = "marked"
+            search.mentions.append(_Mention(start, end, row - 1, exact=True))
+        else:
+            notes.append(f"[{row}: {_spoken(search.text, start, end)}] names row {row}, and the ensemble has "
+                         f"{len(loras)}: the mark belongs to no LoRA.")
+    wanted = []  # longer phrases first: "red hair" must not take the words of "woman with red hair"
+    for index, lora in enumerate(loras):
+        if index not in sources:
+            source, spans, reason = _mentions(search, lora)
+            reasons[index] = reason
+            sources[index] = source
+            wanted += [(start - end, index, start, end) for start, end in spans]
+    for _, index, start, end in sorted(wanted):
+        other = search.taken(start, end)
+        if other is None:
+            search.mentions.append(_Mention(start, end, index))
+        elif other.lora != index:
+            reasons[index] = (f"its words \"{_spoken(search.text, start, end)}\" belong to {loras[other.lora].name}: "
+                              f"mark in the prompt what is whose, as in [{index + 1}: ...]")
+    own, rest = search.grown()
+    return _resolved(prompt, search, loras, own, rest, sources, reasons, notes)
+
+
+def _mentions(search: _Search, lora: LoRAWords) -> tuple[str, list[Range], str]:
+    """(source, mentions, the reason if there are none)."""
+    typed = [phrase for phrase, _ in lora.phrases]
+    trigger = [part.strip() for phrase in lora.trigger for part in phrase.split(",") if part.strip()]
+    for source, phrases in (("typed", typed), ("trigger", trigger)):
+        spans = [span for phrase in phrases for span in search.spans(phrase)]
+        if spans:
+            return source, spans, ""
+    if typed:
+        return "", [], f"its words \"{', '.join(typed)}\" are not in the prompt"
+    if trigger:
+        return "", [], f"the trigger words of its file, \"{', '.join(trigger)}\", are not in the prompt"
+    return "", [], "no words were typed on it, nothing is marked for it, and its file names no trigger words"
+
+
+def _resolved(prompt: PromptTokens, search: _Search, loras: Sequence[LoRAWords], own: dict[int, list[Range]],
+              rest: list[Range], sources: dict[int, str], reasons: dict[int, str], notes: list[str]) -> Found:
+    """Ranges become clauses with tokens, each token one LoRA's."""
+    owner: dict[int, int] = {}
+    found: dict[int, LoRAClauses] = {}
+    for index in sorted(range(len(loras)), key=lambda index: (sources[index] != "marked", index)):
+        clauses = []
+        for start, end in own.get(index, []):
+            tokens = prompt.tokens(start, end)
+            if sources[index] != "marked":
+                tokens = tuple(token for token in tokens if owner.get(token, index) == index)
+            owner |= {token: index for token in tokens if token not in owner}
+            if tokens:
+                clauses.append(Clause(_spoken(search.text, start, end), tokens, start, end))
+        reason = ""
+        if not clauses:
+            lost = "the text encoder does not read as far as its words" if own.get(index) else ""
+            reason = prompt.reason or lost or reasons.get(index, "")
+        found[index] = LoRAClauses(loras[index].name, tuple(clauses), sources[index] if clauses else "", reason)
+    others = []
+    for start, end in rest:
+        tokens = tuple(token for token in prompt.tokens(start, end) if token not in owner)
+        if tokens:
+            others.append(Clause(_spoken(search.text, start, end), tokens, start, end))
+    return Found(tuple(found[index] for index in range(len(loras))), tuple(others), tuple(notes))
+
+
+def _spoken(text: str, start: int, end: int) -> str:
+    return " ".join(text[start:end].split())
+
+
+def stand_in(prompt: PromptTokens, loras: Sequence[LoRAWords]) -> tuple[str, tuple[tuple[int, int, int], ...]] | None:
+    """(the text with stand-in words in place of triggers, the LoRAs' clauses in it as rows), or None without any.
+
+    A trigger that means nothing to the base model says nothing about a place; ordinary words in its stead do. In the
+    prompt `ohwx beside a dog`, with `ohwx = woman with red hair` typed on the first LoRA, the clause of row 1 becomes
+    `woman with red hair`.
+    """
+    found = find_clauses(prompt, loras)
+    search = _Search(blanked(prompt.text))
+    changes = []
+    for lora, clauses in zip(loras, found.loras, strict=True):
+        for phrase, other in lora.phrases:
+            changes += [(start, end, other) for start, end in search.spans(phrase) if other
+                        and any(clause.start < end and clause.end > start for clause in clauses.clauses)]
+    text = prompt.text
+    edges = [[clause.start, clause.end, row + 1] for row, lora in enumerate(found.loras) for clause in lora.clauses]
+    done = len(text)
+    for start, end, other in sorted(changes, key=lambda change: (-change[0], change[0] - change[1])):
+        if end > done:  # a longer phrase that begins later has been replaced already
+            continue
+        new = replaced(text, start, end, other)
+        grown, text, done = len(new) - len(text), new, start
+        for edge in edges:
+            edge[0] += grown * (edge[0] >= end)
+            edge[1] += grown * (edge[1] >= end)
+    return (text, tuple(tuple(edge) for edge in sorted(edges))) if changes else None
+
+
+def words_of(text: str) -> list[Range]:
+    """The words and signs of a text, for whoever places its tokens; what says weights is none."""
+    return pieces(blanked(text))
