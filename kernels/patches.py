@@ -99,11 +99,15 @@ def upsample(weights: Tensor, size: tuple[int, ...], patch: int, mode: Literal["
 def stacked(masks: Sequence[Tensor | None]) -> Tensor:
     """The masks of N LoRAs in one tensor; ones for a LoRA that has none.
 
-    Shape: [1 or B, 1, h, w] each, at least one -> [N, 1 or B, 1, h, w], on its device.
+    Shape: [1 or B, 1, h, w] each, or with frames [1 or B, 1, frames, h, w], at least one -> [N, 1 or B, 1, (frames,)
+    h, w], on its device. Where one has frames, a mask without them is the same in all.
     """
     given = [mask for mask in masks if mask is not None]
-    size = [max(mask.shape[axis] for mask in given) for axis in range(4)]
-    return torch.stack([given[0].new_ones(size) if mask is None else mask.expand(*size) for mask in masks])
+    film = any(mask.ndim == 5 for mask in given)
+    given = [mask.unsqueeze(2) if film and mask.ndim == 4 else mask for mask in given]
+    size = [max(mask.shape[axis] for mask in given) for axis in range(given[0].ndim)]
+    rest = iter(given)
+    return torch.stack([given[0].new_ones(size) if mask is None else next(rest).expand(*size) for mask in masks])
 
 
 def confine(weights: Tensor, masks: Tensor) -> Tensor:

@@ -13,29 +13,30 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-CHUNK = 1 << 24
-"""Numbers of attention that are in memory at once, 64 MiB."""
 
-
-def clause_attention(q: Tensor, k: Tensor, members: Tensor, text: slice, scale: float | None = None,
-                     chunk: int = CHUNK) -> Tensor:
+def clause_attention(q: Tensor, k: Tensor, members: Tensor, text: slice, mask: Tensor | None = None,
+                     scale: float | None = None) -> Tensor:
     """a_c(p) = mean over heads of the softmax over all keys of q k^T * scale, summed over the tokens of clause c.
+
+    It is an attention whose values say which clauses a key belongs to, so that the device's own fused kernels serve and
+    nothing of size places x keys is kept.
 
     q          [B, heads, places, d], those of the picture alone
     k          [B, heads or fewer that divide them, keys, d], of all that is attended to
     members    [1 or B, clauses, tokens] in [0, 1]: how far a token of the text belongs to a clause
     text       where the text's tokens lie among the keys
-    -> [B, clauses, places] in fp32. Nothing of size heads x places x keys is kept.
+    mask       of the attention, broadcasting to [B, heads, places, keys]: True or 0 where a key counts
+    -> [B, clauses, places] in fp32; computed in the dtype of q
     """
-    batch, heads, places, width = q.shape
-    keys = k.repeat_interleave(heads // k.shape[1], dim=1).float().mT * (width**-0.5 if scale is None else scale)
-    members = members.to(q.device, torch.float32).mT
-    step = max(chunk // max(batch * heads * keys.shape[-1], 1), 1)
-    parts = []
-    for start in range(0, places, step):
-        shares = torch.softmax(q[:, :, start:start + step].float() @ keys, dim=-1)[..., text].mean(dim=1)
-        parts.append(shares @ members)
-    return torch.cat(parts, dim=1).mT
+    batch, heads, _, width = q.shape
+    clauses = members.shape[1]
+    values = q.new_zeros(batch, 1, k.shape[2], -(-clauses // width) * width)
+    values[:, 0, text, :clauses] = members.to(q.device, q.dtype).mT
+    if k.shape[1] != heads:
+        k = k.repeat_interleave(heads // k.shape[1], dim=1)
+    parts = [F.scaled_dot_product_attention(q, k, part.expand(-1, heads, -1, -1), attn_mask=mask, scale=scale)
+             .float().mean(dim=1) for part in values.split(width, dim=-1)]
+    return torch.cat(parts, dim=-1)[..., :clauses].mT
 
 
 def contrast(whole: Tensor, without: Tensor) -> Tensor:

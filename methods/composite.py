@@ -43,9 +43,7 @@ class MaskedComposite(Session):
     whole_batch = False
 
     def __init__(self, method: Composite, context: RunContext):
-        self.method = method
-        masks = stacked(context.masks)
-        self._weights = masks / masks.sum(dim=0).clamp_min(1)
+        self.method, self.masks = method, context.masks
 
     def branches(self, step: Step) -> tuple[Branch, ...]:
         """The LoRAs, and the base last."""
@@ -55,11 +53,12 @@ class MaskedComposite(Session):
         return [None if p is None else weighted(p[-1], p[:-1], self._like(p, call.parts)) for p in call.predictions]
 
     def _like(self, predictions: Tensor, parts: Parts) -> Tensor:
-        """Weights that broadcast over the LoRAs' predictions. Of latents of several parts masks are the first's."""
-        if self._weights.device != predictions.device:
-            self._weights = self._weights.to(predictions.device)
+        """Weights that broadcast over the LoRAs' predictions, of the masks as they are now. Of latents of several parts
+        masks are the first's."""
         first, *others = unpack(predictions[:-1], parts)
-        weights = self._weights if first.ndim == 5 else self._weights.unsqueeze(3)
+        masks = stacked(self.masks).to(predictions.device)
+        weights = masks / masks.sum(dim=0).clamp_min(1)
+        weights = weights if first.ndim == weights.ndim else weights.unsqueeze(3)
         if not parts:
             return weights
         size = (*first.shape[:2], 1, *first.shape[3:])

@@ -82,7 +82,6 @@ class LoRAtorioSession(Session):
         self._active = self.pool
         self._of: tuple[int, Tensor, Tensor] | None = None
         self._weights: Tensor | None = None
-        self._masks: Tensor | None = None
         self._notes: dict[str, object] = {}
 
     @property
@@ -165,13 +164,9 @@ class LoRAtorioSession(Session):
         return upsample(weights, tuple(vectors.shape[3:]), method.patch, method.upsampling)
 
     def _masks_like(self, weights: Tensor) -> Tensor:
-        """Masks of the active LoRAs, [N, 1 or B, 1, (1,) h, w] on the weights' device."""
-        if self._masks is None or self._masks.device != weights.device:
-            self._masks = stacked(self.context.masks).to(weights.device)
-        masks = self._masks
-        if len(self._active) < len(self.pool):
-            masks = torch.stack([masks[i] for i in self._active])
-        return masks[:, :, :, None] if weights.ndim == 6 else masks
+        """Masks of the active LoRAs as they are now, [N, 1 or B, 1, (frames or 1,) h, w] on the weights' device."""
+        masks = stacked(self.context.masks)[list(self._active)].to(weights.device)
+        return masks.unsqueeze(3) if masks.ndim < weights.ndim else masks
 
     def _members(self, step: Step) -> tuple[int, ...]:
         """The pool at every re-check; between two, those chosen at the last one whose outcome is known."""

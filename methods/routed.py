@@ -27,8 +27,9 @@ MODES = ("every step", "once", "contrast")
 class Routing:
     """Where the LoRAs of a method act, and when that is found out.
 
-    mode     "every step": from the attention of each step for the next. "once": from the first step's. "contrast": once,
-             from predictions of the base model with and without each clause, for models whose attention cannot be read
+    mode     "every step": from the attention of each step for the next. "once": from the first step's. "contrast":
+             once, from predictions of the base model with and without each clause, for models whose attention cannot be
+             read
     gamma    how sharply places are divided; 0 lets every LoRA act everywhere
     start    share of the steps after which places are first looked for; before, no LoRA acts
     """
@@ -115,5 +116,4 @@ class Routes:
 
     def reads(self, step: Step) -> bool:
         """Whether this evaluation's attention is read as well."""
-        return self.routing.mode == "every step" or (self.routing.mode == "once" and not self.found
-                                                     and not self.acts(step))
+        return self.routing.mode == "every step" or (self.routing.mode == "once" and not self.acts(step))

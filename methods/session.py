@@ -32,8 +32,8 @@ class RunContext:
              that where a picture is only partly noised, or sampled in several runs. By the noise level, since the
              schedule of that whole run is not known: exact where its steps are equal parts of the model's time
     shape    of the latent, [pictures, channels, ..., height, width]; of the first part where it has several
-    masks    per LoRA: where it may act, in [0, 1], [pictures or 1, 1, height, width] on the latent's grid; None:
-             everywhere
+    masks    per LoRA: where it may act, in [0, 1], [pictures or 1, 1, (frames,) height, width] on the latent's grid;
+             None: everywhere. What they hold may change from call to call
 
     `times`, `span` and `masks` are known to composition methods alone; to guidance alone:
 

@@ -110,7 +110,7 @@ class Routed:
         route.found = True
 
     def contrasted(self, picture: int, whole: Tensor, parts: Tensor) -> None:
-        """Predictions of the base for a prompt, and without each of its comma clauses: [C, h, w], [clauses, C, h, w]."""
+        """Predictions of the base for a prompt, and without each of its clauses: [C, h, w], [clauses, C, h, w]."""
         apart = torch.nn.functional.adaptive_avg_pool2d(contrast(whole[None], parts[:, None]), GRID)[0]
         spans = [span for _, span in clauses(self.prompts[picture])]
         members = self.clauses[picture].members
@@ -119,7 +119,8 @@ class Routed:
 
 
 @contextmanager
-def attention(unet: UNet, rows: Sequence[int], members: Tensor, blocks: Sequence[str] = BLOCKS) -> Iterator[list[Tensor]]:
+def attention(unet: UNet, rows: Sequence[int], members: Tensor, blocks: Sequence[str] = BLOCKS
+              ) -> Iterator[list[Tensor]]:
     """While open, the attention of the batch's `rows` to the clauses of their prompts is collected: per block
     [rows, clauses, *GRID]. members [rows, clauses, tokens]."""
     found: list[Tensor] = []

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from ...engine.bank import Bank
 from ...methods import Method
+from ...methods.prompt import LoRAWords
 from ..files.ensemble import Ensemble, LoRASpec
 from .banks import shared_bank
 from .cache import CacheSpec
@@ -25,6 +27,7 @@ from .reading import (
     read_ensemble,
     say_without_effect,
 )
+from .routes import Placing, Routed
 from .wrappers import install_wrappers
 
 log = logging.getLogger("lora_ensemble")
@@ -56,13 +59,14 @@ class Active:
 
 
 def apply_method(model, clip, ensemble: Ensemble, make: Callable[[Active], Method], node: str,
-                 rest_on_weights: bool = False):
+                 rest_on_weights: bool = False, placing: Placing | None = None):
     """A MODEL that composes the ensemble's LoRAs as a method says, and a CLIP with their text-encoder deltas merged.
 
     make              builds the method for the LoRAs that take part
     node              display name of the node, for messages
     rest_on_weights   what no forward can express goes into the weights through the host's own patches; right only for
                       a method whose single branch never changes
+    placing           where the LoRAs act; None: in their masks
     Raises ValueError for an empty ensemble and for files that cannot be used with this model.
     """
     reading, shared = _shared(model, clip, ensemble, node, rest_on_weights)
@@ -74,22 +78,37 @@ def apply_method(model, clip, ensemble: Ensemble, make: Callable[[Active], Metho
             new_model.add_patches(rest, part.spec.strength_model)
     active = [part.spec for part in reading.parts]
     method = make(Active(tuple(active), bank, model, problems))
-    masked = [spec.name for spec in active if spec.mask is not None]
-    if masked and not hasattr(method, "masks"):
-        problems.append(f"the mask of LoRA '{masked[0]}' is not used: this method cannot confine a LoRA to a region")
+    masks, routed = _placed(active, method, placing or Placing(), problems)
     for problem in problems:
         log.warning("%s: %s", node, problem)
     before = model.get_attachment(KEY)
-    masks = tuple(spec.mask.tensor if spec.mask is not None else None for spec in active)
     # Methods in a row may have one bank: it is on the MODEL once, or the host would load and count it twice.
     banks = list(new_model.get_additional_models_with_key(KEY))
     place = next((k for k, other in enumerate(banks) if other.model is bank), len(banks))
     new_model.set_additional_models(KEY, banks if place < len(banks) else [*banks, shared.clone()])
     applied = (*(before.applied if before is not None else ()),
-               Applied(method, bank.names, tuple(problems), masks, place))
+               Applied(method, bank.names, tuple(problems), masks, place, routed))
     new_model.set_attachments(KEY, Composition(applied, before.cache if before is not None else None))
     install_wrappers(new_model)
     return new_model, merge_clip(clip, reading)
+
+
+def _placed(active: list[LoRASpec], method: Method, placing: Placing, problems: list[str]
+            ) -> tuple[tuple[Tensor | None, ...], Routed | None]:
+    """(the masks of the LoRAs that take part, how their places are found by words)"""
+    masks = tuple(spec.mask.tensor if spec.mask is not None else None for spec in active)
+    given = [spec.name for spec in active if spec.mask is not None]
+    if placing.where == "everywhere":
+        problems += [f"the mask of LoRA '{name}' is not used: the LoRAs are to act everywhere" for name in given[:1]]
+        return (None,) * len(active), None
+    if not hasattr(method, "masks"):
+        problems += [f"the mask of LoRA '{name}' is not used: this method cannot confine a LoRA to a region"
+                     for name in given[:1]]
+        return masks, None
+    if placing.where == "masks":
+        return masks, None
+    words = tuple(LoRAWords(spec.name, getattr(spec, "words", ""), ()) for spec in active)
+    return masks, Routed(placing.routing, words, tuple(spec.role == "style" for spec in active), placing.blocks)
 
 
 def bake(model, clip, ensemble: Ensemble, node: str):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from itertools import product
 from uuid import UUID, uuid4
 
@@ -26,6 +27,7 @@ from ..families.row_order import one_row_only, row_order
 from .cache import BranchCache, CacheSpec, Combo
 from .control import Controls
 from .places import Area, MaskedLoRAs
+from .routes import Routed, RoutedLoRAs
 from .steps import StepTracker
 
 KEY = "lora_ensemble"
@@ -38,14 +40,25 @@ Free = Callable[[torch.device], float]
 @dataclass(frozen=True)
 class Applied:
     """One method node's share of a MODEL: its method, the names of its LoRAs, what it could not express at load, where
-    each LoRA may act (masks as users give them, [B, height, width] in pixels), and which of the MODEL's banks holds
-    them."""
+    each LoRA may act (masks as users give them, [B, height, width] in pixels), which of the MODEL's banks holds them,
+    and how their places are found by their words, if they are."""
 
     method: Method
     names: tuple[str, ...]
     problems: tuple[str, ...] = ()
     masks: tuple[Tensor | None, ...] = ()
     bank: int = 0
+    routed: Routed | None = None
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Where the LoRAs of one method acted at the end of a run: their names, maps [pictures, LoRAs, (frames,) height,
+    width] on the latent's grid, and what was found of their words (`RoutedLoRAs.found`)."""
+
+    names: tuple[str, ...]
+    maps: Tensor
+    found: tuple[dict, ...] = ()
 
 
 @dataclass
@@ -60,6 +73,7 @@ class Composition:
     applied: tuple[Applied, ...]
     cache: CacheSpec | None = None
     record: RunRecord | None = None
+    places: tuple[Placed, ...] = ()
     runs: list[Run] = field(default_factory=list)
     warn: Once = field(default_factory=lambda: Once(log.warning))
 
@@ -79,10 +93,11 @@ class Composition:
                       "dual-model guider, say): its LoRAs have no effect there. Bake them in with Merge instead.")
         return self.runs[-1] if self.runs else None
 
-    def begin(self, tracker: StepTracker, contexts: Sequence[RunContext], sides: Mapping[UUID, str], free: Free) -> Run:
-        """Start a run; its context per applied method, the side of guidance that each of the sampler's conds is on, and
-        what tells how much memory is left."""
-        run = Run(self.applied, tracker, contexts, sides, self.cache, free)
+    def begin(self, tracker: StepTracker, contexts: Sequence[RunContext], sides: Mapping[UUID, str], free: Free,
+              device: torch.device) -> Run:
+        """Start a run; its context per applied method, the side of guidance that each of the sampler's conds is on,
+        what tells how much memory is left, and where it samples."""
+        run = Run(self.applied, tracker, contexts, sides, self.cache, free, device)
         self.runs.append(run)
         self.record = run.record
         return run
@@ -90,10 +105,19 @@ class Composition:
     def end(self, run: Run, finished: bool) -> None:
         """The run is over, however it ended."""
         self.runs.remove(run)
+        self.places = tuple(
+            Placed(each.names, regions.maps.cpu(), tuple(getattr(regions, "found", ())))
+            for each, regions in zip(self.applied, run.regions, strict=True) if regions is not None)
         run.close(finished)
 
 
 APART = "every branch is evaluated in a batch of its own, which takes longer and changes nothing else"
+
+
+def places_of(model) -> tuple[Placed, ...]:
+    """Where the LoRAs of each method that confines them acted in the last run of a MODEL."""
+    composition = model.get_attachment(KEY)
+    return composition.places if composition is not None else ()
 
 
 def record_of(model) -> RunRecord | None:
@@ -123,9 +147,8 @@ class Run:
     """State of one sampling run: fresh at its start, gone at its end."""
 
     def __init__(self, applied: Sequence[Applied], tracker: StepTracker, contexts: Sequence[RunContext],
-                 sides: Mapping[UUID, str], cache: CacheSpec | None, free: Free):
-        self.sessions = [begin(each.method, context) for each, context in zip(applied, contexts, strict=True)]
-        self.tracker = tracker
+                 sides: Mapping[UUID, str], cache: CacheSpec | None, free: Free, device: torch.device):
+        self.applied, self.tracker = applied, tracker
         self.record = RunRecord([type(each.method).__name__ for each in applied],
                                 [list(each.names) for each in applied],
                                 problems=[problem for each in applied for problem in each.problems])
@@ -141,9 +164,17 @@ class Run:
         self._since = time.perf_counter()
         self._prompts: dict[int, tuple[nn.Module, list[Combo | None]]] = {}
         self.areas: dict[UUID | None, Area] = {}
-        self.masked = [MaskedLoRAs(context.masks, self._tell) if any(mask is not None for mask in context.masks)
-                       and getattr(each.method, "masks", "") == "layers" else None
-                       for each, context in zip(applied, contexts, strict=True)]
+        self.origins: dict[UUID | None, UUID | None] = {}
+        self.regions = [self._regions(each, context, device) for each, context in zip(applied, contexts, strict=True)]
+        self.routes = [regions for regions in self.regions if isinstance(regions, RoutedLoRAs)]
+        self.readers: list[RoutedLoRAs] = []
+        self.conds: Callable[[], dict[str, list[dict]]] = dict
+        self.probing = False
+        self.read: Combo | None = None
+        self.step: Step | None = None
+        self.sessions = [begin(each.method, replace(context, masks=regions.masks)
+                               if isinstance(regions, RoutedLoRAs) else context)
+                         for each, context, regions in zip(applied, contexts, self.regions, strict=True)]
         for each, context in zip(applied, contexts, strict=True):
             for name, mask, placed in zip(each.names, each.masks, context.masks, strict=False):
                 if mask is not None and placed is None and hasattr(each.method, "masks"):
@@ -155,6 +186,9 @@ class Run:
         if not self.record.steps or self.record.steps[-1].index != step.index:
             self._close_step()
             self.record.steps.append(StepRecord(step.index, step.sigma))
+        self.step = step
+        for regions in self.routes:
+            regions.begin(step)
         for session in self.sessions:
             session.observe(step, unpack(x, parts)[0])
         branches = tuple(session.branches(step) for session in self.sessions)
@@ -196,6 +230,7 @@ class Run:
         if key not in self._tags:
             self._tags[key] = uuid4()
             self.combos[self._tags[key]] = combo
+            self.origins[self._tags[key]] = cond
         return self._tags[key]
 
     def routed(self, root: nn.Module, banks: Callable[[], list[Bank]], reader: Callable[[str], Tensor | None],
@@ -230,8 +265,30 @@ class Run:
     def places(self, k: int, root: nn.Module, x: Tensor, conds: Mapping[str, object],
                uuids: Sequence[UUID | None]) -> Places | None:
         """Where the LoRAs of the k-th method may act in a batch of these conds; None: everywhere."""
-        masked = self.masked[k]
-        return None if masked is None else masked.places(root, x, conds, [self.areas.get(uuid) for uuid in uuids])
+        regions = self.regions[k]
+        if regions is None or getattr(self.applied[k].method, "masks", "") == "predictions":
+            return None
+        return regions.places(root, x, conds, [self.areas.get(uuid) for uuid in uuids],
+                              [self.origins.get(uuid, uuid) for uuid in uuids])
+
+    def confined(self, k: int, branch: Branch, uuid: UUID | None) -> Branch:
+        """The k-th method's branch for a cond's rows, as far as its LoRAs act there at all."""
+        regions = self.regions[k]
+        return regions.confined(self.origins.get(uuid, uuid), branch) if isinstance(regions, RoutedLoRAs) else branch
+
+    @contextmanager
+    def reading(self, regions: Sequence[RoutedLoRAs], combo: Combo | None = None) -> Iterator[None]:
+        """While open, the attention of these methods is read in the rows of one combination, None: in all."""
+        before, self.readers, self.read = (self.readers, self.read), list(regions), combo
+        try:
+            yield
+        finally:
+            self.readers, self.read = before
+
+    def to_read(self, uuids: Sequence[UUID | None], combos: Sequence[Combo | None]) -> list[UUID | None]:
+        """Which conds of a batch are read, by the caller's own names; None for the others."""
+        return [self.origins.get(uuid, uuid) if self.read is None or combo == self.read else None
+                for uuid, combo in zip(uuids, combos, strict=True)]
 
     def arrange(self, root: nn.Module, combos: list[Combo | None]) -> None:
         """Rows of these combinations come next. A model that keeps keys and values of its prompt from call to call
@@ -267,6 +324,16 @@ class Run:
             self._problem("all", missed[0], f"{len(missed)} layers were never called in this run; their LoRA keys had "
                                             "no effect")
 
+    def _regions(self, applied: Applied, context: RunContext, device: torch.device) -> MaskedLoRAs | None:
+        """Where the LoRAs of a method may act, if anything says so."""
+        if applied.routed is not None and len(context.shape) > 3:
+            return RoutedLoRAs(applied.routed, context.masks, context.shape, device, self._tell)
+        if applied.routed is not None:
+            self._tell("this latent has no height and width, so LoRAs act everywhere")
+        if any(mask is not None for mask in context.masks) and getattr(applied.method, "masks", "") == "layers":
+            return MaskedLoRAs(context.masks, self._tell)
+        return None
+
     def _problem(self, adapter: str, layer: str, reason: str) -> None:
         self._tell(f"{adapter}: {layer}: {reason}")
 
@@ -278,7 +345,9 @@ class Run:
             if self.cache is not None:
                 self.record.note("cache", self.cache.notes())
             for k, (name, session) in enumerate(zip(self.record.methods, self.sessions, strict=True)):
-                found = session.notes()
+                found = dict(session.notes())
+                if isinstance(self.regions[k], RoutedLoRAs):
+                    found |= self.regions[k].notes()
                 if found:
                     self.record.note(f"{name} {k + 1}" if name in self.record.methods[:k] else name, found)
         self._since = now

@@ -28,7 +28,9 @@ def method_contexts(context: RunContext, model, applied: Sequence[Applied]) -> l
     """The context per method applied to a MODEL: with the model's times, and with the masks of that method's LoRAs."""
     sampling = model.get_model_object("model_sampling")
     timed = replace(context, times=tuple(_times(sampling, context.sigmas)), span=_span(sampling, context.sigmas))
-    return [replace(timed, masks=tuple(on_latent(mask, context.shape) for mask in each.masks)) for each in applied]
+    device = model.load_device
+    placed = [[on_latent(mask, context.shape) for mask in each.masks] for each in applied]
+    return [replace(timed, masks=tuple(mask if mask is None else mask.to(device) for mask in masks)) for masks in placed]
 
 
 def guidance_context(context: RunContext, guider, sampler) -> RunContext:
@@ -63,11 +65,15 @@ def parts_of(conds: Sequence[list[dict] | None]) -> Parts:
 
 def on_latent(mask: Tensor | None, shape: Sequence[int]) -> Tensor | None:
     """A MASK [B, H, W] or [H, W] in pixels -> [pictures or 1, 1, h, w] in fp32 on the latent's grid; None for latents
-    without height and width."""
+    without height and width. Of one film, several masks are those of its frames, in equal parts of its length: [1, 1,
+    frames, h, w]."""
     if mask is None or len(shape) < 4:
         return None
     mask = mask.detach().float().reshape(-1, 1, *mask.shape[-2:])
     mask = torch.nn.functional.interpolate(mask, size=tuple(shape[-2:]), mode="area").clamp(0, 1)
+    if len(mask) > 1 and len(shape) == 5 and shape[0] == 1:
+        film = mask.transpose(0, 1)[None]
+        return torch.nn.functional.interpolate(film, size=tuple(shape[-3:]), mode="area")
     return mask if len(mask) == 1 else comfy.utils.repeat_to_batch_size(mask, shape[0])
 
 

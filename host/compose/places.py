@@ -1,8 +1,9 @@
-"""Masks of LoRAs as places of the batches that the host evaluates."""
+"""Where the LoRAs of one method may act in one run, as places of the batches that the host evaluates."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from uuid import UUID
 
 import torch
 from torch import Tensor, nn
@@ -10,53 +11,97 @@ from torch import Tensor, nn
 from ...engine.positions import Places, Segments
 from ...kernels.nested import unpack
 from ...kernels.patches import stacked
-from ..families.token_order import token_order
+from ..families.token_order import CallTokens, token_order
 
 Area = tuple[int, ...] | None
 """(sizes.., offsets..) of a cond's area on the latent, as the host has them; None: all of it."""
 
 
 class MaskedLoRAs:
-    """Where the LoRAs of one method may act in one run. Places are made once per kind of batch and kept.
+    """LoRAs with masks by hand. Places are made once per kind of batch and kept.
 
-    masks   per LoRA, as `RunContext.masks`: [pictures or 1, 1, height, width] on the latent's grid, None: everywhere
+    masks   per LoRA, as `RunContext.masks`: [pictures or 1, 1, (frames,) height, width] on the latent's grid, None:
+            everywhere
     tell    called with a sentence where the places of a model are not known
     """
 
     def __init__(self, masks: Sequence[Tensor | None], tell: Callable[[str], None]):
-        self.maps = stacked(masks).squeeze(2).transpose(0, 1)  # [pictures, LoRAs, height, width]
-        self._tell = tell
-        self._places: dict[Hashable, Places] = {}
+        self.maps = stacked(masks).squeeze(2).transpose(0, 1)  # [pictures, LoRAs, (frames,) height, width]
+        self.tell = tell
+        self.version = 0  # of the maps and words: what was made of earlier ones is brought up to date
+        self._places: dict[Hashable, tuple[Places, int]] = {}
 
-    def places(self, root: nn.Module, x: Tensor, conds: Mapping[str, object], areas: Sequence[Area]) -> Places:
+    def places(self, root: nn.Module, x: Tensor, conds: Mapping[str, object], areas: Sequence[Area],
+               uuids: Sequence[UUID | None]) -> Places:
         """The places of a batch: for each of its conds (areas, None where it has none) all pictures.
 
         x, conds   what the model is called with: the part of the latent that the areas hold, and values by name
+        uuids      the caller's own names of the conds
         """
         shapes = tuple((name, _shape(value)) for name, value in conds.items())
-        key = id(root), x.shape, x.device, shapes, tuple(areas)
+        parts = [(self.kind(uuid), area) for uuid, area in zip(uuids, areas, strict=True)]
+        key = id(root), x.shape, x.device, shapes, tuple(parts)
+        pictures, distinct = x.shape[0] // len(parts), list(dict.fromkeys(parts))
         if key not in self._places:
-            pictures = x.shape[0] // len(areas)
-            maps = self.maps if self.maps.shape[0] == 1 else self.maps[:pictures]
-            distinct = list(dict.fromkeys(areas))
-            cropped = torch.cat([_crop(maps, area) for area in distinct]).to(x.device)
-            index = [distinct.index(area) * len(maps) + p % len(maps) for area in areas for p in range(pictures)]
-            self._places[key] = Places(cropped, index, locate=self._locate(root, x, conds))
-        return self._places[key]
+            maps, words = self._of_batch(distinct, pictures, conds, root)
+            each = len(maps) // len(distinct)
+            index = [distinct.index(part) * each + p % each for part in parts for p in range(pictures)]
+            texts = [distinct.index(part) for part in parts for _ in range(pictures)]
+            places = Places(maps.to(x.device).clone(), index, None if words is None else words.to(x.device), texts,
+                            self._locate(root, x, conds))
+            self._places[key] = places, self.version
+        places, version = self._places[key]
+        if version != self.version:
+            maps, words = self._of_batch(distinct, pictures, conds, root)
+            places.update(maps.to(x.device), None if words is None else words.to(x.device))
+            self._places[key] = places, self.version
+        return places
+
+    def kind(self, uuid: UUID | None) -> Hashable:
+        """What tells the maps of a cond from those of others."""
+        return None
+
+    def of(self, kind: Hashable) -> Tensor:
+        """The maps of a kind of cond, on the grid of the whole latent."""
+        return self.maps
+
+    def text(self, kind: Hashable, root: nn.Module, tokens: int) -> Tensor | None:
+        """[LoRAs, tokens of the text as the model gets it]; None: all LoRAs act on all of them."""
+        return None
+
+    def _of_batch(self, kinds: Sequence[tuple[Hashable, Area]], pictures: int, conds: Mapping[str, object],
+                  root: nn.Module) -> tuple[Tensor, Tensor | None]:
+        maps = [self.of(kind) for kind, _ in kinds]
+        cropped = [crop(each if len(each) == 1 else each[:pictures], area)
+                   for each, (_, area) in zip(maps, kinds, strict=True)]
+        context = conds.get("context")
+        if not isinstance(context, Tensor):
+            return torch.cat(cropped), None
+        words = [self.text(kind, root, context.shape[1]) for kind, _ in kinds]
+        return torch.cat(cropped), None if words[0] is None else torch.stack(words)
 
     def _locate(self, root: nn.Module, x: Tensor, conds: Mapping[str, object]
                 ) -> Callable[[str, int], Segments | None]:
-        order = token_order(root)
-        if order is None or order.axis != 1:
-            self._tell(f"{type(root).__name__}: where its tokens lie in the picture is not known, so masks of LoRAs "
-                       "confine them in its convolutions alone")
+        tokens = call_tokens(root, x, conds)
+        if tokens is None or tokens.order.axis != 1:
+            self.tell(f"{type(root).__name__}: where its tokens lie in the picture is not known, so LoRAs are confined "
+                      "to their places in its convolutions alone")
             return lambda layer, tokens: ()
-        shapes = conds.get("latent_shapes") or ()
-        latents = unpack(x, tuple(tuple(shape[1:]) for shape in shapes) if len(shapes) > 1 else ())
-        return order.begin(latents if len(latents) > 1 else x, conds).segments
+        return tokens.segments
 
 
-def _crop(maps: Tensor, area: Area) -> Tensor:
+def call_tokens(root: nn.Module, x: Tensor, conds: Mapping[str, object]) -> CallTokens | None:
+    """The tokens of a call of the diffusion model with this latent, packed or not, and these values by name."""
+    order = token_order(root)
+    if order is None:
+        return None
+    shapes = conds.get("latent_shapes") or ()
+    latents = unpack(x, tuple(tuple(shape[1:]) for shape in shapes) if len(shapes) > 1 else ())
+    return order.begin(latents if len(latents) > 1 else x, conds)
+
+
+def crop(maps: Tensor, area: Area) -> Tensor:
+    """The part of maps [..., height, width] that an area holds, in place."""
     if area is None:
         return maps
     sizes, offsets = area[:len(area) // 2][-2:], area[len(area) // 2:][-2:]

@@ -19,6 +19,7 @@ from ...engine.layout import NotRows
 from .composition import KEY, Composition, Free, Plan, Run
 from .context import method_contexts, parts_of, run_context, sides_of
 from .control import CALLER_CONDS, caller_indexes
+from .probe import find_places, positives, readings, with_variants
 from .rows import in_range
 from .steps import tracked
 
@@ -40,13 +41,17 @@ def outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=No
     context = run_context(sigmas, noise, kwargs.get("latent_shapes"))
     tracker, callback = tracked(context.sigmas, callback)
     run = composition.begin(tracker, method_contexts(context, guider.model_patcher, composition.applied),
-                            sides_of(guider.conds), _free(guider.model_patcher))
+                            sides_of(guider.conds), _free(guider.model_patcher), guider.model_patcher.load_device)
+    added = with_variants(guider.conds) if any(each.contrasts for each in run.routes) else ()
+    run.conds = lambda: guider.conds
     finished = False
     try:
         out = executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, *args, **kwargs)
         finished = True
         return out
     finally:
+        for name in added:
+            guider.conds.pop(name, None)
         composition.end(run, finished)
 
 
@@ -56,8 +61,29 @@ def calc_cond_batch(executor, model, conds, x_in, timestep, model_options):
     if run is None:
         return executor(model, conds, x_in, timestep, model_options)
     plan, sides = run.plan(x_in, timestep, parts_of(conds)), run.sides(conds)
-    combos = plan.combos
     run.areas.update({entry.get("uuid"): entry.get("area") for cond in conds for entry in cond or ()})
+
+    def alone(conds, combo) -> list[Tensor]:
+        run.controls.begin(conds, 1)
+        return executor(model, [_branch_cond(run, cond, combo) for cond in conds], x_in, timestep,
+                        _caller_options(model_options, len(conds)))
+
+    if run.routes:
+        transformer_options = model_options.get("transformer_options", {})
+        compiled = _compiled(model.diffusion_model, transformer_options)
+        find_places(run, positives(conds, sides), alone, _unwrapped(model.diffusion_model), compiled)
+        with run.reading([] if compiled else [each for each in run.routes if each.reads(plan.step)],
+                         _to_read(plan.combos)):
+            out = _evaluated(executor, model, run, plan, conds, sides, x_in, timestep, model_options)
+        for each in run.routes:
+            each.commit()
+        return out
+    return _evaluated(executor, model, run, plan, conds, sides, x_in, timestep, model_options)
+
+
+def _evaluated(executor, model, run: Run, plan: Plan, conds, sides, x_in, timestep, model_options) -> list[Tensor]:
+    """The predictions of one call, every branch for every cond, mixed."""
+    combos = plan.combos
     parts = [combos]
     if run.cache is not None:
         parts = run.cache.parts(plan.step, combos, plan.fresh, timestep, partial(_identities, run, plan, conds))
@@ -112,11 +138,19 @@ def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, t
         for k, routed in enumerate(run.routed(root, partial(_banks, model), partial(read_weight, model.current_patcher),
                                               partial(_compiled, model.diffusion_model, options))):
             places = run.places(k, root, x, {"context": c_crossattn, **kwargs}, uuids)
-            stack.enter_context(routed.rows([combo[k] for combo in combos for _ in range(per_cond)], places))
-        if run.cache is not None:
+            rows = [run.confined(k, combo[k], uuid) for combo, uuid in zip(combos, uuids, strict=True)]
+            stack.enter_context(routed.rows([branch for branch in rows for _ in range(per_cond)], places))
+        found = readings(run.readers, root, x, {"context": c_crossattn, **kwargs}, run.to_read(uuids, combos)) \
+            if run.readers else ()
+        for reading in found:
+            options = reading.reader.options(options)
+        if run.cache is not None and not run.probing:
             control, options = stack.enter_context(run.cache.evaluate(
                 root, uuids, combos, x, c_crossattn, control, options))
-        return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+        out = executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+    for reading in found:
+        reading.done()
+    return out
 
 
 def _present(predictions: list[Tensor], conds) -> list[Tensor | None]:
@@ -156,12 +190,15 @@ def _unwrapped(module):
     return getattr(module, "_orig_mod", module)
 
 
+def _to_read(combos):
+    """The combination whose rows say where words are: the base model's where it is evaluated, else the first."""
+    return next((combo for combo in combos if all(branch.is_base for branch in combo)), combos[0])
+
+
 def _identities(run: Run, plan: Plan, conds, combo) -> list[UUID | None]:
     """Those under which the conds are evaluated for one combination, the ones in their range at this noise level."""
     uuids = [entry.get("uuid") for cond in conds for entry in cond or () if in_range(entry, plan.step.sigma)]
     return uuids if len(plan.combos) == 1 else [run.tag(uuid, combo) for uuid in uuids]
-
-
 
 
 def _branch_cond(run: Run, cond, combo):

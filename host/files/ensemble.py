@@ -32,6 +32,7 @@ class LoRASpec:
     strength_clip: float
     role: str = "auto"
     mask: Mask | None = None
+    words: str = ""
 
 
 Ensemble = tuple[LoRASpec, ...]

@@ -1,31 +1,21 @@
 """Where the tokens of every layer lie: what the table says, against which tokens move with a place of the picture, a
-word of the prompt and a reference.
-
-Attention answers with its queries here and what stands for a whole row with constants, so that no token learns of
-another: what moves, moves in its own place, through the whole model.
-"""
+word of the prompt and a reference."""
 
 from __future__ import annotations
 
 import re
-import sys
 from math import prod
 
 import pytest
 import torch
 from lora_ensemble.host.families.row_order import FAMILIES as ROWS
 from lora_ensemble.host.families.token_order import FAMILIES, token_order
-from torch import Tensor, nn
+from torch import Tensor
 
-from .blocks import Transformer, noise
-from .disturbed import newest, skipped_where_older, watching
+from .moved import WITHOUT, Seen, apart, at_place, move, moved, places, plain, size_of  # noqa: F401
 from .small_video import SMALL, built, forgotten, nothing_left  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("forgotten")
-
-WITHOUT = {"SVD", "Stable Cascade C", "Wan Animate 2", "Cosmos", "Stable Audio", "ACE-Step", "ACE-Step 1.5",
-           "Hunyuan3D", "Hunyuan3D 2.1", "TripoSplat"}
-"""Families without a token order: no picture, places not told from shapes alone, or rows that mix anyway."""
 
 OPEN = {
     "Chroma Radiance": r"nerf_.*",
@@ -51,105 +41,9 @@ UNETS = ["SD15", "SDXL"]
 known = pytest.mark.parametrize("name", [name for name in SMALL if name not in WITHOUT])
 
 
-def attend_to_nothing(q: Tensor, k: Tensor, v: Tensor, heads: int, *args, skip_reshape: bool = False,
-                      skip_output_reshape: bool = False, **kwargs) -> Tensor:
-    """Attention's answer in its shape, made of the queries alone (which may come in a container)."""
-    q = getattr(q, "tensor", q)
-    if skip_reshape:
-        return q if skip_output_reshape else q.transpose(1, 2).flatten(2)
-    return q.unflatten(2, (heads, -1)).transpose(1, 2) if skip_output_reshape else q
-
-
-@pytest.fixture
-def apart(monkeypatch):
-    """No token learns of another by attention."""
-    for module in [module for name, module in sys.modules.items() if name.startswith("comfy.ldm.")]:
-        for name in vars(module):
-            if name in ("optimized_attention", "optimized_attention_masked"):
-                monkeypatch.setattr(module, name, attend_to_nothing)
-
-
-class Seen:
-    """One call: what it was given, and each layer's segments and output."""
-
-    def __init__(self, kind: Transformer, model: nn.Module, change=lambda x, conds: (x, conds)):
-        self.order, self.layers = token_order(model), []
-
-        def begin(_, args, kwargs):
-            x, kwargs = change(args[0], kwargs)
-            self.x, self.conds, self.tokens = x, kwargs, self.order.begin(x, kwargs)
-            return (x, *args[1:]), kwargs
-
-        with model.register_forward_pre_hook(begin, with_kwargs=True), watching(model, self._see):
-            kind.call(model, {}, rows=1)
-
-    def _see(self, layer, geometry, x, out):
-        if geometry.is_norm and geometry.channel == 1:  # over groups of channels and all places
-            return x
-        entries = 1 if self.order.axis == 0 else out.shape[0]
-        count = out.numel() // (entries * out.shape[geometry.channel])
-        segments = self.tokens.segments(layer, count)
-        self.layers.append((layer, geometry, segments, out.clone(), count))
-        return noise(*out.shape, seed=2) if segments == () else None
-
-
-def plain(name: str) -> tuple[Transformer, nn.Module, Seen]:
-    kind, model = SMALL[name], built(name)
-    if name == "Wan references" and not newest():
-        pytest.skip("older releases know no context latents")
-    with skipped_where_older(name):
-        return kind, model, Seen(kind, model)
-
-
-def moved(before: Seen, after: Seen):
-    """(layer, segments, the tokens that are not what they were) of every layer with known tokens."""
-    for (layer, geometry, segments, old, count), (*_, new, _) in zip(before.layers, after.layers, strict=True):
-        if segments:
-            apart = (old != new).movedim(geometry.channel % old.ndim, -1).any(-1).reshape(-1, count).any(0)
-            yield layer, segments, set(apart.nonzero().flatten().tolist())
-
-
-def places(segments, kind: str, position) -> set[int]:
-    """The tokens of a kind that stand for a position in it: `position(segment)` -> index within the segment."""
-    starts = [sum(s.count for s in segments[:k]) for k in range(len(segments))]
-    return {start + position(s) for start, s in zip(starts, segments, strict=True) if s.kind == kind}
-
-
-def at_place(size: tuple[int, ...], place: tuple[int, ...]):
-    """The token of a place of the latent, counted frame by frame and row by row. No family joins frames."""
-    size, place = (1, *size)[-3:], (0, *place)[-3:]
-
-    def position(segment) -> int:
-        _, h, w = segment.grid
-        i, j = (p // -(-n // g) for n, g, p in zip(size[1:], (h, w), place[1:], strict=True))
-        return (place[0] * h + i) * w + j
-
-    return position
-
-
-def changed(latent: Tensor, place: tuple[int, ...]) -> Tensor:
-    latent = latent.clone()
-    latent[(slice(None), slice(None), *place)] += noise(latent.shape[1], seed=9)
-    return latent
-
-
-def move(place: tuple[int, ...], names: tuple[str, ...] = ("vace_context", "control_video")):
-    """A call whose latent is another at a place, and control films with it."""
-
-    def change(x, conds):
-        moved = {n: changed(conds[n].flatten(0, -5), place).view(conds[n].shape) for n in names if n in conds}
-        x = [changed(x[0], place), *x[1:]] if isinstance(x, list) else changed(x, place)
-        return x, {**conds, **moved}
-
-    return change
-
-
-def size_of(x: Tensor | list[Tensor]) -> tuple[int, ...]:
-    return tuple((x[0] if isinstance(x, list) else x).shape[2:])
-
-
+@pytest.mark.usefixtures("apart")
 @pytest.mark.parametrize("name", [name for name in SMALL if name not in {*WITHOUT, *UNETS}])
-def test_places_of_the_picture(name, apart):
+def test_places_of_the_picture(name):
     """The host fills a latent up to whole patches with its first rows and columns, which are therefore left alone, and
     the third frame of one film is a guide."""
     kind, model, before = plain(name)
@@ -161,8 +55,9 @@ def test_places_of_the_picture(name, apart):
             assert found == expected, f"{layer} at {place}: {sorted(found)} instead of {sorted(expected)}"
 
 
+@pytest.mark.usefixtures("apart")
 @pytest.mark.parametrize("name", UNETS)
-def test_places_of_the_picture_in_unets(name, apart):
+def test_places_of_the_picture_in_unets(name):
     """With convolutions that see their own place alone. What comes up from half the size covers two places by two."""
     kind = SMALL[name]
     model = kind.build()
@@ -177,8 +72,9 @@ def test_places_of_the_picture_in_unets(name, apart):
         assert expected[0] <= found <= set().union(*expected), layer
 
 
+@pytest.mark.usefixtures("apart")
 @known
-def test_words_of_the_prompt(name, apart):
+def test_words_of_the_prompt(name):
     """Several texts are one text for several encoders: HiDream's Llama, HunyuanDiT's T5."""
     (kind, model, before), word, reached = plain(name), 3, set()
 
@@ -196,8 +92,9 @@ def test_words_of_the_prompt(name, apart):
     assert reached or name == "Anima"
 
 
+@pytest.mark.usefixtures("apart")
 @known
-def test_references_and_sound(name, apart):
+def test_references_and_sound(name):
     """Nothing that is not the picture or the prompt lies where one of them does."""
     kind, model, before = plain(name)
     other = {"ref_latents", "reference_latent", "context_latents", "time_dim_concat", "clip_fea", "txt_byt5",

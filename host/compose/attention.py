@@ -1,0 +1,92 @@
+"""Reads, while a model runs, how much each place of its picture attends to the clauses of its prompt: through the
+host's own seam for attention, chained with whatever another node has put there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import prod
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...kernels.routing import clause_attention
+from ..families.attention import joint
+from ..families.token_streams import Streams
+
+OVERRIDE = "optimized_attention_override"
+
+
+class AttentionReader:
+    """One evaluation's attention to clauses, call by call in the order of the model's blocks.
+
+    root      the diffusion model
+    streams   the tokens of the evaluation (families/token_order.py)
+    rows      the rows of the batch that are read
+    members   [rows, clauses, tokens of the text as the model gets it]
+    wanted    numbers of the joining calls to read; None: all
+    """
+
+    def __init__(self, root: nn.Module, streams: Streams, rows: Sequence[int], members: Tensor,
+                 wanted: Sequence[int] | None = None):
+        self.root, self.streams, self._rows, self._members = root, streams, list(rows), members
+        self._wanted = None if wanted is None else frozenset(wanted)
+        self.count = 0
+        self.found: list[Tensor] = []  # per call [rows, clauses, frames, height, width]
+
+    def options(self, options: dict) -> dict:
+        """Transformer options under which attention is read."""
+        before: Callable | None = options.get(OVERRIDE)
+
+        def override(func: Callable, q: Tensor, k: Tensor, v: Tensor, heads: int, *args, **kwargs) -> Tensor:
+            self._see(q, k, heads, _mask(args, kwargs), bool(kwargs.get("skip_reshape", False)), kwargs.get("scale"))
+            if before is not None:
+                return before(func, q, k, v, heads, *args, **kwargs)
+            return func(q, k, v, heads, *args, **kwargs)
+
+        return {**options, OVERRIDE: override}
+
+    def mean(self, wanted: Sequence[int] | None = None) -> Tensor | None:
+        """Of those read, or of some of them by their place among those read: [rows, clauses, frames, height, width] on
+        the finest of their grids. None where nothing was read."""
+        found = self.found if wanted is None else [self.found[k] for k in wanted]
+        if not found:
+            return None
+        grid = max((each.shape[2:] for each in found), key=prod)
+        return torch.stack([each if each.shape[2:] == grid else F.interpolate(each, grid, mode="trilinear")
+                            for each in found]).mean(dim=0)
+
+    def _see(self, q: Tensor, k: Tensor, heads: int, mask: Tensor | None, split: bool, scale: float | None) -> None:
+        queries, keys = (q.shape[2], k.shape[2]) if split else (q.shape[1], k.shape[1])
+        where = joint(self.root, self.streams, queries, keys)
+        if where is None:
+            return
+        self.count += 1
+        if self._wanted is not None and self.count - 1 not in self._wanted or max(self._rows) >= len(q):
+            return
+        q, k = (t if split else t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k))
+        picture, text = slice(*where.picture), slice(*where.text)
+        read = clause_attention(q[self._rows][:, :, picture], k[self._rows], self._for(text.stop - text.start), text,
+                                _of_rows(mask, self._rows, len(q), picture, queries), scale)
+        self.found.append(read.unflatten(-1, where.grid))
+
+    def _for(self, count: int) -> Tensor:
+        """Members for as many tokens as the text has in this call: padding belongs to no clause."""
+        members = self._members[..., :count]
+        return F.pad(members, (0, count - members.shape[-1]))
+
+
+def _mask(args: tuple, kwargs: dict) -> Tensor | None:
+    mask = args[0] if args else kwargs.get("mask")
+    return mask if isinstance(mask, Tensor) else None
+
+
+def _of_rows(mask: Tensor | None, rows: list[int], batch: int, picture: slice, queries: int) -> Tensor | None:
+    """The part of an attention mask that the read rows and places have; it may come without rows, heads and queries."""
+    if mask is None:
+        return None
+    while mask.ndim < 4:
+        mask = mask.unsqueeze(0) if mask.ndim < 3 else mask.unsqueeze(1)
+    if mask.shape[0] == batch:
+        mask = mask[rows]
+    return mask[:, :, picture] if mask.shape[2] == queries and queries > 1 else mask

@@ -1,0 +1,139 @@
+"""Finds the places of LoRAs while a model is sampled: in evaluations that are made anyway, and in the first one that is
+made for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from uuid import UUID, uuid4
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...kernels.branch import Branch
+from ...methods.session import POSITIVE
+from ..families.attention import chosen
+from .attention import AttentionReader
+from .cache import Combo
+from .composition import Run
+from .places import call_tokens
+from .routes import RoutedLoRAs
+
+WITHOUT = "lora_ensemble_without"
+CONTRAST = "lora_ensemble_contrast"
+"""Prefix of the names under which a guider holds the prompts without one of their clauses."""
+
+
+@dataclass
+class Reading:
+    """The attention of one method's LoRAs in one evaluation: conds of the batch that are read, by their own names."""
+
+    regions: RoutedLoRAs
+    root: nn.Module
+    reader: AttentionReader
+    uuids: list[UUID]
+    pictures: int
+
+    def done(self) -> None:
+        """The evaluation is over: what was read goes to the method's places. Of one that left blocks out (a cache)
+        nothing is taken."""
+        regions, count = self.regions, self.reader.count
+        whole = regions.calls.setdefault(id(self.root), count)
+        if not count or count < whole:
+            return
+        wanted = None if len(self.reader.found) < count else chosen(self.root, count, regions.routed.blocks)
+        found = self.reader.mean(wanted)
+        for uuid, attention in zip(self.uuids, found.split(self.pictures), strict=True):
+            regions.see(uuid, attention)
+
+
+def readings(regions: Sequence[RoutedLoRAs], root: nn.Module, x: Tensor, conds: Mapping[str, object],
+             uuids: Sequence[UUID | None]) -> list[Reading]:
+    """What is to be read of a batch in which `uuids` names the conds to read, None those to pass over."""
+    context = conds.get("context")
+    if not isinstance(context, Tensor) or not any(uuids):
+        return []
+    tokens = call_tokens(root, x, conds)
+    if tokens is None:
+        return []
+    pictures, out = len(x) // len(uuids), []
+    for each in regions:
+        found = [(k, uuid, each.members(uuid, root, context.shape[1])) for k, uuid in enumerate(uuids)]
+        found = [(k, uuid, members) for k, uuid, members in found if members is not None]
+        if not found:
+            continue
+        most = max(len(members) for _, _, members in found)
+        members = torch.stack([F.pad(members, (0, 0, 0, most - len(members))) for _, _, members in found])
+        rows = [k * pictures + p for k, _, _ in found for p in range(pictures)]
+        known = each.calls.get(id(root))
+        wanted = None if known is None else chosen(root, known, each.routed.blocks)
+        reader = AttentionReader(root, tokens.streams, rows, members.repeat_interleave(pictures, dim=0), wanted)
+        out.append(Reading(each, root, reader, [uuid for _, uuid, _ in found], pictures))
+    return out
+
+
+def find_places(run: Run, positive: list[list[dict]], evaluate: Callable[[list[list[dict]], Combo], list[Tensor]],
+                root: nn.Module, compiled: bool) -> None:
+    """Look for the places of all methods that lack them, before the branches of a call are evaluated.
+
+    positive   the positive conds of the call; without one nothing is looked for
+    evaluate   predictions for conds under one combination of branches, [pictures, C, ...] each
+    compiled   whether torch.compile sees the model
+    """
+    for regions in run.routes:
+        regions.meet([entry for cond in positive for entry in cond])
+    due = [] if not positive else [regions for regions in run.routes if regions.probes(run.step)]
+    base = tuple(Branch((0.0,) * len(applied.names)) for applied in run.applied)
+    run.probing = True
+    for regions in due:
+        if regions.contrasts:
+            _compare(regions, positive, lambda conds: evaluate(conds, base), run.conds())
+    rest = [regions for regions in due if not regions.contrasts]
+    if rest and not compiled:
+        with run.reading(rest):
+            evaluate(positive, base)
+    run.probing = False
+    for regions in due:
+        regions.commit()
+        if not regions.routes.found:
+            regions.give_up(_why_not(regions, root, compiled))
+
+
+def _why_not(regions: RoutedLoRAs, root: nn.Module, compiled: bool) -> str:
+    if regions.contrasts:
+        return "the prompts come without what contrast compares: encode them with the CLIP of this method node"
+    reason = "torch.compile hides the attention of this model" if compiled else \
+        f"{type(root).__name__}: the attention of this kind of model cannot be read"
+    return f"{reason}. Mode 'contrast' finds places without it"
+
+
+def _compare(regions: RoutedLoRAs, positive: list[list[dict]], evaluate: Callable[[list[list[dict]]], list[Tensor]],
+             variants: Mapping[str, list[dict]]) -> None:
+    for entry in (entry for cond in positive for entry in cond):
+        names = [f"{CONTRAST} {entry.get(CONTRAST)} {k}" for k in range(len(entry.get(WITHOUT) or ()))]
+        if not names or any(name not in variants for name in names):
+            continue
+        area = {key: entry[key] for key in ("area",) if entry.get(key) is not None}
+        conds = [[{**entry}], *([{**variants[name][0], **area}] for name in names)]
+        whole, *parts = evaluate(conds)
+        regions.compare(entry["uuid"], whole, torch.stack(parts))
+
+
+def with_variants(conds: dict[str, list[dict]]) -> list[str]:
+    """Add the prompts without one clause to a guider's conds, each under a name of its own, so that the host prepares
+    them as it does the others; returns these names."""
+    added = []
+    for name in list(conds):
+        for entry in conds[name]:
+            for k, (_, (cross, options)) in enumerate(entry.get(WITHOUT) or ()):
+                entry.setdefault(CONTRAST, entry["uuid"].hex)
+                key = f"{CONTRAST} {entry[CONTRAST]} {k}"
+                conds[key] = [{**options, "cross_attn": cross, "model_conds": {}, "uuid": uuid4()}]
+                added.append(key)
+    return added
+
+
+def positives(conds: Sequence[list[dict] | None], sides: Sequence[str]) -> list[list[dict]]:
+    """The positive conds of a call."""
+    return [cond for cond, side in zip(conds, sides, strict=True) if cond and side == POSITIVE]

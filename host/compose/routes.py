@@ -1,0 +1,265 @@
+"""LoRAs that act where their words are: the places of one method in one run, found by the model that is sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from uuid import UUID
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...kernels.branch import Branch, Step
+from ...kernels.routing import contrast
+from ...methods.prompt import LoRAWords, PromptTokens, find_clauses
+from ...methods.routed import Clauses, Routes, Routing, clauses_of
+from .places import Area, MaskedLoRAs, crop
+
+PROMPT = "lora_ensemble_prompt"
+
+
+PLACES = ("masks", "words", "everywhere")
+"""Where LoRAs act: in their masks where they have one; where their words are, or in their masks; everywhere."""
+
+
+@dataclass(frozen=True)
+class Placing:
+    """What a method node says of places: one of PLACES, how words are found, and which share of the model's attention
+    is read, from 0 (its first blocks) to 1; None: as its family has it."""
+
+    where: str = "masks"
+    routing: Routing = Routing()
+    blocks: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Routed:
+    """How the places of a method's LoRAs are found: per LoRA its words and whether it is everywhere."""
+
+    routing: Routing
+    words: tuple[LoRAWords, ...]
+    everywhere: tuple[bool, ...]
+    blocks: tuple[float, float] | None = None
+
+
+@dataclass
+class _Prompt:
+    """A positive cond of the run: its clauses, which LoRAs have words in other prompts alone, and its own maps."""
+
+    clauses: Clauses
+    length: int
+    area: Area
+    elsewhere: tuple[bool, ...] = ()
+    maps: Tensor | None = None
+
+
+class RoutedLoRAs(MaskedLoRAs):
+    """The maps of one method's LoRAs, per positive cond by its own words; for all other conds the union of these.
+
+    A LoRA with a mask by hand acts in its mask, whatever its words say of places. One without words in any prompt acts
+    everywhere; with words in another prompt of the run alone, nowhere in this one.
+
+    shape    of the latent, [pictures, channels, (frames,) height, width]
+    device   where predictions are mixed
+    """
+
+    def __init__(self, routed: Routed, masks: Sequence[Tensor | None], shape: Sequence[int], device: torch.device,
+                 tell: Callable[[str], None]):
+        count = len(routed.words)
+        grid = tuple(shape[2:])
+        whole = torch.ones(shape[0], count, *grid, device=device)
+        super().__init__([whole[:, i:i + 1] for i in range(count)], tell)
+        self.maps = whole
+        self.routed, self.routes = routed, Routes(routed.routing)
+        self._masks = [None if mask is None else _on_grid(mask.to(device), grid)[:, 0] for mask in masks]
+        self._prompts: dict[UUID, _Prompt] = {}
+        self._pending: dict[UUID, Tensor] = {}
+        self._branches: dict[tuple, Branch] = {}
+        self._acted: bool | None = None
+        self._anywhere = [False] * count  # per LoRA whether some prompt has its words
+        self.calls: dict[int, int] = {}  # per diffusion model, how many of its calls of attention join text and picture
+        self.found: list[dict] = []
+        self._show()
+
+    @property
+    def masks(self) -> tuple[Tensor, ...]:
+        """Per LoRA where it acts, as `RunContext.masks`; they follow what is found."""
+        return tuple(self.maps[:, i:i + 1] for i in range(self.maps.shape[1]))
+
+    @property
+    def contrasts(self) -> bool:
+        return self.routes.routing.mode == "contrast"
+
+    @property
+    def idle(self) -> bool:
+        """Whether no LoRA has words in any prompt, so that there is nothing to look for."""
+        return not any(clause is not None and not wide for prompt in self._prompts.values()
+                       for clause, wide in zip(prompt.clauses.own, prompt.clauses.everywhere, strict=True))
+
+    def meet(self, entries: Sequence[dict]) -> None:
+        """Positive conds of a call; those that are new are searched for the LoRAs' words."""
+        new = [entry for entry in entries if entry.get("uuid") not in self._prompts]
+        for entry in new:
+            self._prompts[entry["uuid"]] = self._search(entry)
+        if new:
+            own = [[clause is not None for clause in prompt.clauses.own] for prompt in self._prompts.values()]
+            self._anywhere = anywhere = [any(column) for column in zip(*own, strict=True)]
+            for prompt, here in zip(self._prompts.values(), own, strict=True):
+                prompt.elsewhere = tuple(a and not h and mask is None
+                                         for a, h, mask in zip(anywhere, here, self._masks, strict=True))
+            for words, known in zip(self.routed.words, anywhere, strict=True):
+                if not known:
+                    self._say_missing(words)
+            self._show()
+
+    def begin(self, step: Step) -> None:
+        """A call of this step begins."""
+        if self._acted is not (acts := self.routes.acts(step)):
+            self._acted = acts
+            self._show()
+
+    def probes(self, step: Step) -> bool:
+        """Whether the base model has to be evaluated before this call, to find places."""
+        return not self.idle and self.routes.probes(step)
+
+    def reads(self, step: Step) -> bool:
+        """Whether attention is to be read in this call."""
+        return not self.idle and self.routes.reads(step)
+
+    def members(self, uuid: UUID, root: nn.Module, tokens: int) -> Tensor | None:
+        """[clauses, tokens of the text as the model gets it] of a cond; None for one that is not positive."""
+        prompt = self._prompts.get(uuid)
+        return None if prompt is None else _fitted(prompt.clauses.members, prompt.length, root, tokens, 0.0)
+
+    def see(self, uuid: UUID, attention: Tensor) -> None:
+        """Attention to a cond's clauses [pictures, clauses or more, frames, height, width], used from `commit` on."""
+        prompt = self._prompts[uuid]
+        found = prompt.clauses.places(attention[:, :len(prompt.clauses.members)], self.routes.routing.gamma)
+        grid = tuple(crop(self.maps, prompt.area).shape[2:])
+        found = found[:, :, 0] if len(grid) == 2 else found
+        whole = torch.zeros_like(self.maps)
+        crop(whole, prompt.area).copy_(_resized(found.to(whole.device), grid))
+        self._pending[uuid] = whole
+
+    def compare(self, uuid: UUID, whole: Tensor, without: Tensor) -> None:
+        """Predictions for a cond, and without each of its clauses in order: [pictures, C, ...], [clauses, ...]."""
+        apart = contrast(whole, without)
+        self.see(uuid, apart if apart.ndim == 5 else apart.unsqueeze(2))
+
+    def commit(self) -> None:
+        """What was seen in a call holds from now on."""
+        if not self._pending:
+            return
+        for uuid, maps in self._pending.items():
+            self._prompts[uuid].maps = maps
+        self._pending.clear()
+        self.routes.found = True
+        self._show()
+
+    def give_up(self, reason: str) -> None:
+        """Places cannot be found: LoRAs act everywhere, on their own words."""
+        self.tell(f"{reason}; the LoRAs act everywhere")
+        self.routes.found = True
+
+    def confined(self, uuid: UUID | None, branch: Branch) -> Branch:
+        """The branch of a cond's rows: without the LoRAs that act nowhere in it."""
+        prompt = self._prompts.get(uuid)
+        none = (True,) * len(branch.gains) if self._acted is False else getattr(prompt, "elsewhere", ())
+        if not any(none) or branch.is_base:
+            return branch
+        if (none, branch) not in self._branches:
+            def without(gains: tuple[float, ...]) -> tuple[float, ...]:
+                return tuple(0.0 if gone else gain for gain, gone in zip(gains, none, strict=True))
+
+            exceptions = tuple((module, without(gains)) for module, gains in branch.per_module)
+            self._branches[none, branch] = Branch(without(branch.gains), exceptions)
+        return self._branches[none, branch]
+
+    def kind(self, uuid: UUID | None) -> Hashable:
+        return uuid if uuid in self._prompts else None
+
+    def of(self, kind: Hashable) -> Tensor:
+        prompt = self._prompts.get(kind)
+        return self.maps if prompt is None else self._shown(prompt)
+
+    def text(self, kind: Hashable, root: nn.Module, tokens: int) -> Tensor:
+        prompt = self._prompts.get(kind)
+        if prompt is None:  # a negative: words that are a LoRA's are not in it
+            return (~torch.tensor(self._anywhere)).float()[:, None].expand(-1, tokens)
+        return _fitted(prompt.clauses.words, prompt.length, root, tokens, None)
+
+    def notes(self) -> dict[str, object]:
+        """places: per LoRA the share of the picture that it acts on."""
+        return {"places": self.maps.flatten(2).mean(dim=(0, 2))}
+
+    def _search(self, entry: Mapping[str, object]) -> _Prompt:
+        marks = entry.get(PROMPT)
+        loras, area = self.routed.words, entry.get("area")
+        if not isinstance(marks, PromptTokens) or not marks.words:
+            reason = getattr(marks, "reason", "") or ("it was not encoded with the CLIP of this pack's method node or "
+                                                      "its Ensemble Prompt, or another node dropped the mark")
+            self.tell(f"a prompt does not say where its words are: {reason}; LoRAs act everywhere for it")
+            length = getattr(entry.get("cross_attn"), "shape", (1, 1))[1]
+            return _Prompt(clauses_of(length, [()] * len(loras), [], self.routed.everywhere), length, area)
+        found = find_clauses(marks, loras)
+        for words, own in zip(loras, found.loras, strict=True):
+            self.found.append({"lora": words.name, "words": [clause.text for clause in own.clauses],
+                               "tokens": sum(len(clause.tokens) for clause in own.clauses), "why": own.reason})
+        phrases = [sorted({token for clause in own.clauses for token in clause.tokens}) for own in found.loras]
+        others = [clause.tokens for clause in found.others]
+        return _Prompt(clauses_of(marks.length, phrases, others, self.routed.everywhere), marks.length, area)
+
+    def _say_missing(self, words: LoRAWords) -> None:
+        why = next((each["why"] for each in self.found if each["lora"] == words.name and each["why"]), "")
+        if why:
+            self.tell(f"LoRA '{words.name}': {why}; it acts everywhere")
+
+    def _show(self) -> None:
+        """Bring the maps of all other conds up to date."""
+        shown = [self._shown(prompt) for prompt in self._prompts.values()]
+        union = torch.stack(shown).amax(dim=0) if shown else self._masked(torch.ones_like(self.maps))
+        self.maps.copy_(union if self._acted is not False else torch.zeros_like(union))
+        self.version += 1
+
+    def _shown(self, prompt: _Prompt) -> Tensor:
+        """The maps of a cond as they are used."""
+        if self._acted is False:
+            return torch.zeros_like(self.maps)
+        maps = torch.ones_like(self.maps) if prompt.maps is None else prompt.maps.clone()
+        if any(prompt.elsewhere):
+            maps[:, [i for i, gone in enumerate(prompt.elsewhere) if gone]] = 0
+        return self._masked(maps)
+
+    def _masked(self, maps: Tensor) -> Tensor:
+        for i, mask in enumerate(self._masks):
+            if mask is not None:
+                maps[:, i] = mask
+        return maps
+
+
+def _fitted(tokens: Tensor, length: int, root: nn.Module, count: int, padding: float | None) -> Tensor:
+    """[rows, length] for a text that the host has brought to `count` tokens: repeated, or padded.
+
+    padding   value of tokens that were added; None: 1 where a row is 1 everywhere, else 0
+    """
+    front = bool(getattr(getattr(root, "params", None), "global_modulation", False))  # Flux 2 pads in front
+    if count % length == 0 and not front:
+        return tokens.repeat(1, count // length)
+    more = max(count - length, 0)
+    if padding is None:
+        added = tokens.amin(dim=1, keepdim=True).expand(-1, more)
+    else:
+        added = tokens.new_full((len(tokens), more), padding)
+    return torch.cat([added, tokens] if front else [tokens, added], dim=1)[:, :count]
+
+
+def _on_grid(mask: Tensor, grid: tuple[int, ...]) -> Tensor:
+    """A mask [pictures or 1, 1, (frames,) height, width] for maps of this grid."""
+    return mask.unsqueeze(2) if mask.ndim == 4 and len(grid) == 3 else mask
+
+
+def _resized(maps: Tensor, grid: tuple[int, ...]) -> Tensor:
+    if tuple(maps.shape[2:]) == grid:
+        return maps
+    return F.interpolate(maps, grid, mode="bilinear" if len(grid) == 2 else "trilinear")

@@ -1,0 +1,285 @@
+"""LoRAs that act where their words are, in the host's own models: what is read, where it acts, and what it costs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lora_ensemble.host.compose.apply import apply_method
+from lora_ensemble.host.compose.attention import OVERRIDE
+from lora_ensemble.host.compose.composition import places_of, record_of
+from lora_ensemble.host.compose.routes import Placing
+from lora_ensemble.host.families.attention import chosen, joint
+from lora_ensemble.host.families.token_order import token_order
+from lora_ensemble.host.files.ensemble import LoRASpec, Mask
+from lora_ensemble.methods.composite import Composite
+from lora_ensemble.methods.loratorio import LoRAtorio
+from lora_ensemble.methods.merge import Merge
+from lora_ensemble.methods.prompt import PromptTokens
+from lora_ensemble.methods.routed import Routing
+from lora_ensemble.methods.switch import Switch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .builders import lora, plain, same, sample, shapes, stock
+from .models import FAMILIES, base
+from .test_masks import LAST
+
+TEXT = "ohwx cat, sks dog, a field"
+MARKS = PromptTokens(TEXT, 5, ((0, 4, (0,)), (5, 8, (1,)), (10, 13, (2,)), (14, 17, (3,)), (21, 26, (4,))))
+CLAUSES = torch.tensor([[1.0, 1, 0, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]])
+HALF = torch.zeros(1, 8, 8)
+HALF[..., :4] = 1
+
+
+def specs(model, loras, words=("ohwx", "sks"), wanted=lambda name: True, **options) -> list[LoRASpec]:
+    layers = shapes(model, wanted)
+    return [LoRASpec(loras(lora(layers, seed, 4)), strength, 0, words=typed, **options)
+            for seed, strength, typed in zip((1, 2), (0.8, 0.6), words, strict=True)]
+
+
+def routed(model, ensemble, make=Merge, **options):
+    return apply_method(model, None, tuple(ensemble), plain(make), "Routed LoRAs",
+                        placing=Placing("words", Routing(**options)))[0]
+
+
+def prompt(family: str = "SD15", marks: PromptTokens | None = MARKS, seed: int = 11, **options) -> list:
+    return FAMILIES[family].cond(seed, **({} if marks is None else {"lora_ensemble_prompt": marks}), **options)
+
+
+def bare(ensemble: list[LoRASpec]) -> list[LoRASpec]:
+    return [LoRASpec(spec.name, spec.strength_model, 0) for spec in ensemble]
+
+
+def read_by_hand(model, family: str, conds: list, gamma: float = 2.0, batch: int = 1) -> Tensor:
+    """Where the first two clauses are, [pictures, 2, height, width], from q and k of one evaluation of the base."""
+    root, calls, options = model.model.diffusion_model, [], []
+
+    def override(func, q, k, v, heads, *args, **kwargs):
+        split = kwargs.get("skip_reshape", False)
+        calls.append([t if split else t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k)])
+        return func(q, k, v, heads, *args, **kwargs)
+
+    def begin(_, args, kwargs):
+        options.append(token_order(root).begin(args[0], kwargs).streams)
+
+    seen = model.clone()
+    seen.model_options["transformer_options"][OVERRIDE] = override
+    with root.register_forward_pre_hook(begin, with_kwargs=True):
+        sample(seen, family, conds, steps=1, cfg=1.0, batch=batch)
+    found = [(where, q, k) for q, k in calls
+             if (where := joint(root, options[0], q.shape[2], k.shape[2])) is not None]
+    maps = []
+    for where, q, k in [found[i] for i in chosen(root, len(found))]:
+        share = (q.double() @ k.double().mT * q.shape[-1]**-0.5).softmax(-1).mean(1)
+        text = share[:, slice(*where.picture), slice(*where.text)]
+        maps.append(torch.einsum("rpt,ct->rcp", text, CLAUSES.double()).unflatten(-1, where.grid).float())
+    grid = max((each.shape[2:] for each in maps), key=lambda size: size.numel())
+    attention = torch.stack([F.interpolate(each, grid, mode="trilinear") for each in maps]).mean(0)
+    relative = attention / attention.flatten(2).amax(-1)[..., None, None, None]
+    shares = (relative / relative.amax(1, keepdim=True))[:, :2] ** gamma
+    return F.interpolate(shares, (grid[0], 8, 8), mode="trilinear")
+
+
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+@pytest.mark.parametrize("family", LAST)
+def test_each_lora_acts_where_its_clause_is(family, cfg, loras):
+    """In a layer behind all attention: base + sum of m_i times what LoRA i does there, for both sides of guidance."""
+    model, kind = base(family), FAMILIES[family]
+    ensemble = specs(model, loras, wanted=lambda name: name == LAST[family])
+    ours = routed(model, ensemble)
+    found = sample(ours, family, prompt(family), cfg=cfg, steps=1, batch=2)
+    maps = read_by_hand(model, family, prompt(family), batch=2)
+    alone = [sample(stock(model, [spec]), family, prompt(family), cfg=cfg, steps=1, batch=2) for spec in bare(ensemble)]
+    without = sample(model, family, prompt(family), cfg=cfg, steps=1, batch=2)
+    maps = maps if kind.frames else maps.squeeze(2)
+    if family in ("Flux", "SD3", "Wan"):  # the layer is one of patches of two by two places
+        patches = F.avg_pool3d(maps, (1, 2, 2)) if kind.frames else F.avg_pool2d(maps, 2)
+        maps = patches.repeat_interleave(2, -1).repeat_interleave(2, -2)
+    want = without + sum(maps[:, i:i + 1] * (picture - without) for i, picture in enumerate(alone))
+    same(found, want, without, 1e-4)
+    (placed,) = places_of(ours)
+    assert record_of(ours).problems == [] and placed.names == tuple(spec.name for spec in ensemble)
+    assert [(each["lora"], each["words"], each["tokens"]) for each in placed.found] == [
+        (ensemble[0].name, ["ohwx cat"], 2), (ensemble[1].name, ["sks dog"], 2)]
+
+
+@pytest.mark.parametrize("family", ["SD15", "Flux"])
+def test_words_have_the_lora_alone_in_layers_of_the_text(family, loras):
+    """y[t] = W x[t] + sum_i s_i [t in phrase_i] B_i A_i x[t], and nothing on the negative's words."""
+    names = {"SD15": r".attn2.to_k", "Flux": "txt_in"}
+    model = base(family)
+    ensemble = specs(model, loras, wanted=lambda name: names[family] in name)
+    plus = [stock(model, [spec]).patches for spec in bare(ensemble)]
+    layers = {key.removeprefix("diffusion_model.").removesuffix(".weight") for key in plus[0]}
+    root, handles = model.model.diffusion_model, []
+    deltas = [{name: delta(model, spec, name) for name in layers} for spec in ensemble]
+
+    def hook(name):
+        def add(module, args, out):
+            (x,), text = args[:1], CLAUSES[:2].to(out)
+            rows = x.shape[0] // 2 if x.shape[0] > 1 else 1
+            for i in range(2):
+                own = out.new_zeros(x.shape[0], x.shape[1], 1)
+                own[x.shape[0] - rows:, :, 0] = text[i]
+                out = out + own * (x @ deltas[i][name].T)
+            return out
+        return add
+
+    for name in layers:
+        handles.append(root.get_submodule(name).register_forward_hook(hook(name)))
+    try:
+        want = sample(model, family, prompt(family), steps=2)
+    finally:
+        for handle in handles:
+            handle.remove()
+    same(sample(routed(model, ensemble), family, prompt(family), steps=2), want,
+         sample(model, family, prompt(family), steps=2), 1e-4)
+
+
+def delta(model, spec: LoRASpec, layer: str) -> Tensor:
+    """What a LoRA adds to a layer's weight, by the host's own loader."""
+    key = f"diffusion_model.{layer}.weight"
+    patched = stock(model, [LoRASpec(spec.name, spec.strength_model, 0)])
+    import comfy.lora
+
+    weight = model.model.get_parameter(key).detach().clone()
+    return comfy.lora.calculate_weight(patched.patches[key], weight.clone(), key) - weight
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_words_it_is_merge(family, loras):
+    """No marks, or no words that are there: said, and one evaluation per step as ever."""
+    model = base(family)
+    ensemble = specs(model, loras)
+    want, without = sample(stock(model, bare(ensemble)), family, steps=2), sample(model, family, steps=2)
+    for conds, told in ((prompt(family, None), "does not say where its words are"),
+                        (prompt(family, PromptTokens("a cat", 5, ((0, 1, (0,)), (2, 5, (1,))))), "not in the prompt")):
+        ours = routed(model, ensemble)
+        same(sample(ours, family, conds, steps=2), want, without, 1e-4)
+        record = record_of(ours)
+        assert any(told in problem for problem in record.problems), record.problems
+        assert [step.rows for step in record.steps] == [2, 2]
+
+
+@pytest.mark.parametrize("family", ["SD15", "Flux", "Wan"])
+def test_maps_of_ones_are_the_chain_of_loaders(family, loras):
+    """gamma 0, and a prompt that is one LoRA's words alone."""
+    model = base(family)
+    marks = PromptTokens("ohwx cat on a mat", 5, tuple((3 * k, 3 * k + 2, (k,)) for k in range(5)), ((0, 17, 1),))
+    ensemble = specs(model, loras)[:1]
+    ours = routed(model, ensemble, gamma=0.0)
+    found = sample(ours, family, prompt(family, marks), cfg=1.0, steps=2)
+    same(found, sample(stock(model, bare(ensemble)), family, prompt(family, marks), cfg=1.0, steps=2),
+         sample(model, family, prompt(family, marks), cfg=1.0, steps=2), 1e-4)
+
+
+@pytest.mark.parametrize(("options", "rows"), [
+    ({"mode": "once"}, [3, 2, 2, 2, 2, 2, 2, 2, 2, 2]), ({"mode": "every step"}, [3, 2, 2, 2, 2, 2, 2, 2, 2, 2]),
+    ({"mode": "every step", "start": 0.1}, [2] * 10), ({"mode": "once", "start": 0.1}, [2] * 10)])
+def test_evaluations(options, rows, loras):
+    model = base("SD15")
+    ours = routed(model, specs(model, loras), **options)
+    sample(ours, conds := "SD15", prompt(conds), steps=10)
+    assert [step.rows for step in record_of(ours).steps] == rows
+    places = [tuple(step.notes["Merge"]["places"]) for step in record_of(ours).steps]
+    if options.get("start"):
+        assert places[0] == (0, 0)  # the base alone, whose attention says where
+    assert (len(set(places[1:])) > 1) is (options["mode"] == "every step")
+
+
+def test_before_the_start_the_base_draws(loras):
+    model = base("SD15")
+    ours = routed(model, specs(model, loras), start=0.5)
+    seen, want = [], []
+    sample(ours, "SD15", prompt(), steps=2, callback=lambda step, x0, x, total: seen.append(x0.clone()))
+    sample(model, "SD15", prompt(), steps=2, callback=lambda step, x0, x, total: want.append(x0.clone()))
+    assert torch.equal(seen[0], want[0]) and not torch.allclose(seen[1], want[1], atol=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["every step", "once"])
+def test_pictures_have_places_of_their_own(mode, loras):
+    model = base("SD15")
+    ours = routed(model, specs(model, loras), mode=mode)
+    noise = FAMILIES["SD15"].noise(3, seed=1)
+    both = sample(ours, "SD15", prompt(), batch=3, steps=3)
+    maps = places_of(ours)[0].maps
+    assert maps.shape == (3, 2, 8, 8) and not torch.allclose(maps[0], maps[1], atol=1e-3)
+    for i in range(3):
+        import comfy.sample
+
+        with torch.inference_mode():
+            alone = comfy.sample.sample(ours, noise[i:i + 1], 3, 3.0, "euler", "normal", prompt(),
+                                        FAMILIES["SD15"].cond(12), torch.zeros_like(noise[:1]), disable_pbar=True,
+                                        seed=1)
+        same(both[i:i + 1], alone, sample(model, "SD15", prompt(), batch=3, steps=3)[i:i + 1], 1e-3)
+
+
+def test_a_mask_by_hand_beats_the_words(loras):
+    model = base("SD15")
+    ensemble = specs(model, loras, wanted=lambda name: name == LAST["SD15"])
+    masked = [LoRASpec(ensemble[0].name, 0.8, 0, words="ohwx", mask=Mask(HALF)), ensemble[1]]
+    ours = routed(model, masked, mode="once")
+    sample(ours, "SD15", prompt(), steps=1)
+    first, second = places_of(ours)[0].maps[0]
+    other = routed(model, ensemble, mode="once")
+    sample(other, "SD15", prompt(), steps=1)
+    assert torch.equal(first, HALF[0]) and torch.equal(second, places_of(other)[0].maps[0, 1])
+
+
+def test_a_style_is_everywhere_and_does_not_compete(loras):
+    model = base("SD15")
+    ensemble = specs(model, loras)
+    ensemble[1] = LoRASpec(ensemble[1].name, 0.6, 0, "style", words="sks")
+    ours, one = (routed(model, each, mode="once") for each in (ensemble, ensemble[:1]))
+    sample(ours, "SD15", prompt(), steps=1)
+    sample(one, "SD15", prompt(), steps=1)
+    first, second = places_of(ours)[0].maps[0]
+    assert (second == 1).all()
+    # Of the one LoRA alone "sks dog" is a clause without a LoRA, which competes.
+    assert (first >= places_of(one)[0].maps[0, 0] - 1e-6).all() and not torch.equal(first, places_of(one)[0].maps[0, 0])
+
+
+def test_a_prompt_of_its_own_for_each_lora(loras):
+    """Two conds that are combined: in each, the other's LoRA does nothing; the negative has both."""
+    model = base("SD15")
+    ensemble = specs(model, loras)
+    one, two = (PromptTokens(text, 5, ((0, 4, (0, 1)), (6, 9, (2, 3)))) for text in ("ohwx, cat", "sks,  dog"))
+    areas = [*prompt("SD15", one, 5, area=(8, 4, 0, 0)), *prompt("SD15", two, 6, area=(8, 4, 0, 4))]
+    ours = routed(model, ensemble)
+    found = sample(ours, "SD15", areas, steps=1, cfg=1.0)
+    for k, half in enumerate((slice(0, 4), slice(4, 8))):
+        alone = routed(model, [ensemble[k]])
+        same(found[..., half], sample(alone, "SD15", areas, steps=1, cfg=1.0)[..., half],
+             sample(model, "SD15", areas, steps=1, cfg=1.0)[..., half], 1e-4)
+    maps = places_of(ours)[0].maps[0]
+    assert (maps[0, :, 4:] == 0).all() and (maps[1, :, :4] == 0).all() and maps[0, :, :4].max() == 1
+
+
+@pytest.mark.parametrize("make", [Switch, Composite, LoRAtorio], ids=lambda make: make.__name__)
+def test_other_methods_are_confined_too(make, loras):
+    model = base("SD15")
+    ensemble = specs(model, loras)
+    ours, wide = routed(model, ensemble, make), apply_method(model, None, tuple(ensemble), plain(make), "LoRAs")[0]
+    found = sample(ours, "SD15", prompt(), steps=3)
+    assert torch.isfinite(found).all() and record_of(ours).problems == []
+    assert not torch.allclose(found, sample(wide, "SD15", prompt(), steps=3), atol=1e-3)
+    maps = places_of(ours)[0].maps
+    assert 0 < maps.mean() < 1
+
+
+def test_an_override_of_another_node_still_runs(loras):
+    model, calls = base("SD15"), []
+
+    def doubled(func, q, k, v, heads, *args, **kwargs):
+        calls.append(q.shape)
+        return 0.5 * func(q, k, v, heads, *args, **kwargs)
+
+    before = model.clone()
+    before.model_options["transformer_options"][OVERRIDE] = doubled
+    ours = routed(before, specs(model, loras))
+    found = sample(ours, "SD15", prompt(), steps=2)
+    assert calls and record_of(ours).problems == []
+    after = routed(model, specs(model, loras))
+    after.model_options["transformer_options"][OVERRIDE] = doubled
+    assert torch.equal(sample(after, "SD15", prompt(), steps=2), found)
+    assert OVERRIDE not in model.model_options["transformer_options"]
