@@ -38,8 +38,8 @@ def parse_marks(text: str) -> tuple[str, tuple[tuple[int, int, int], ...]]:
         found = _MARK.match(text, at)
         if found:
             if not int(found[1]):
-                raise ValueError(f"The mark '{text[at:at + 40]}' in the prompt names row 0. Rows count from 1: [1: ...] "
-                                 "is for the first LoRA of the ensemble.")
+                raise ValueError(f"The mark '{text[at:at + 40]}' in the prompt names row 0. Rows count from 1: "
+                                 "[1: ...] is for the first LoRA of the ensemble.")
             open_.append((int(found[1]), len(out), at))
             at = found.end()
             continue

@@ -1,0 +1,117 @@
+"""A CLIP that tells the sampler which words of a prompt are where in its conditioning.
+
+It encodes what the CLIP that it was made of encodes, bit by bit, and adds keys to the dict of each conditioning:
+
+    PROMPT    a PromptTokens: the text, and the positions of its words
+    WITHOUT   ((index of a clause, conditioning without it), ...), where asked for
+    PROBE     the conditioning of the prompt with stand-in words for triggers, where there are any
+
+A conditioning here is [tensor, dict], and its dict has a PROMPT of its own. Clauses are counted as `clauses_of` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import comfy.sd
+from torch import Tensor
+
+from ...methods.prompt import Clause, Found, LoRAWords, find_clauses, parse_marks, stand_in, without
+from .notes import Note, NotedTokens, Texts, prompt_tokens
+from .spelling import by_encoder
+
+PROMPT = "lora_ensemble_prompt"
+WITHOUT = "lora_ensemble_without"
+PROBE = "lora_ensemble_probe"
+
+class Marked:
+    """What `marked` adds to the class of a CLIP."""
+
+    lora_ensemble_words: tuple[LoRAWords, ...] = ()
+    lora_ensemble_contrast: bool = False
+
+    def clone(self, *args: Any, **kwargs: Any) -> Any:
+        return _of(super().clone(*args, **kwargs), self.lora_ensemble_words, self.lora_ensemble_contrast)
+
+    def tokenize(self, text: str, return_word_ids: bool = False, **kwargs: Any) -> Any:
+        """As the CLIP does, without the marks in the text. Raises ValueError for a malformed mark."""
+        if not isinstance(text, str):
+            return super().tokenize(text, return_word_ids, **kwargs)
+        clean, rows = parse_marks(text)
+        options = {**self.tokenizer_options, **kwargs.get("tokenizer_options", {})}
+        return self._tokenized(Note(clean, rows, {**kwargs, "tokenizer_options": options} if options else kwargs),
+                               return_word_ids)
+
+    def _tokenized(self, note: Note, return_word_ids: bool = False) -> Any:
+        tokens = super().tokenize(note.text, return_word_ids, **note.arguments)
+        noted = {key: NotedTokens.of(sections, note) for key, sections in by_encoder(tokens).items()}
+        if isinstance(tokens, dict):
+            return {**tokens, **noted}
+        return noted.get(None, tokens)
+
+    def encode_from_tokens(self, tokens: Any, return_pooled: bool | str = False, return_dict: bool = False) -> Any:
+        out = super().encode_from_tokens(tokens, return_pooled, return_dict)
+        if return_dict:
+            out.update(self._told(tokens, out["cond"], return_pooled))
+        return out
+
+    def encode_from_tokens_scheduled(self, tokens: Any, unprojected: bool = False, *args: Any, **kwargs: Any) -> Any:
+        entries = super().encode_from_tokens_scheduled(tokens, unprojected, *args, **kwargs)
+        if any(PROMPT not in entry[1] for entry in entries):  # a schedule of hooks encodes without encode_from_tokens
+            told = self._told(tokens, entries[0][0], "unprojected" if unprojected else True)
+            for entry in entries:
+                entry[1].update(told)
+        return entries
+
+    def _told(self, tokens: Any, cond: Tensor, pooled: bool | str) -> dict[str, Any]:
+        """The keys of one conditioning."""
+        texts = Texts.of(tokens)
+        prompt = prompt_tokens(self, texts, cond)
+        told: dict[str, Any] = {PROMPT: prompt}
+        if prompt.words and self.lora_ensemble_contrast:
+            found = clauses_of(find_clauses(prompt, self.lora_ensemble_words))
+            rests = [without(prompt.text, clause.start, clause.end) for clause in found]
+            told[WITHOUT] = tuple((index, self._entry(texts.retold(self._tokenized, rest), pooled))
+                                  for index, rest in enumerate(rests))
+        instead = stand_in(prompt, self.lora_ensemble_words) if prompt.words else None
+        if instead:
+            told[PROBE] = self._entry(texts.retold(self._tokenized, *instead), pooled)
+        return told
+
+    def _entry(self, tokens: Any, pooled: bool | str) -> list:
+        """[tensor, dict] of tokens made of `Texts`, as the CLIP encodes them."""
+        out = super().encode_from_tokens(tokens, pooled, True)
+        cond = out.pop("cond")
+        return [cond, {**out, PROMPT: prompt_tokens(self, Texts.of(tokens), cond)}]
+
+
+@cache
+def _marked(kind: type) -> type:
+    return type("MarkedCLIP", (Marked, kind), {"__doc__": "A CLIP that tells where words are; see `marked`."})
+
+
+MarkedCLIP = _marked(comfy.sd.CLIP)
+
+
+def marked(clip: comfy.sd.CLIP, words: Sequence[LoRAWords] = (), contrast: bool = False) -> Any:
+    """A clone of a CLIP that tells where words are, and so do its clones. The CLIP itself does not change.
+
+    words      what is known of the LoRAs' words, in the order of the ensemble: for stand-ins and `contrast`
+    contrast   whether each conditioning also brings those of the prompt without each of its clauses
+    """
+    return _of(clip.clone(), words, contrast)
+
+
+def _of(clone: Any, words: Sequence[LoRAWords], contrast: bool) -> Any:
+    if not isinstance(clone, Marked):
+        plain, clone = clone, object.__new__(_marked(type(clone)))
+        clone.__dict__.update(plain.__dict__)
+    clone.lora_ensemble_words, clone.lora_ensemble_contrast = tuple(words), contrast
+    return clone
+
+
+def clauses_of(found: Found) -> tuple[Clause, ...]:
+    """All clauses of a prompt in the order in which they are counted: each LoRA's, then those of no LoRA."""
+    return (*(clause for lora in found.loras for clause in lora.clauses), *found.others)

@@ -1,0 +1,235 @@
+"""From the characters of a text to its tokens.
+
+The tokenizer of a text encoder is asked to do its work once more, on copies that remember what they were asked: which
+pieces of text went to the tokenizer underneath, and which of its tokens ended where. Templates, weights, chunks,
+padding, embeddings and pictures are then the host's own doing, whatever the text encoder.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from numbers import Integral
+from typing import Any
+
+from ...methods.prompt_text import Letter, Range, letters, pieces
+
+_STAND_IN = "qzxjkv"  # stands for the user's text, to see what a template puts around it
+_NEWLINE = re.compile(r"\s*\n\s*")
+_UNKNOWN = "the text encoder changes the prompt before it is tokenized"
+
+Place = tuple[int, int]
+"""(section, index) of a token among those of one encoder."""
+
+
+@dataclass(eq=False)
+class _Asked:
+    """One text that a tokenizer was given, or the name of an embedding; `at` counts them."""
+
+    text: str
+    at: int
+    by: object
+    ids: Sequence[int] = ()
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    embedding: bool = False
+
+    def spans(self) -> list[Range]:
+        """Where the characters of each token stand in the text."""
+        if self.embedding:
+            return [(0, len(self.text))]
+        if getattr(self.by, "is_fast", False):
+            offsets = self.by(self.text, **self.arguments, return_offsets_mapping=True)["offset_mapping"]
+            if len(offsets) == len(self.ids):
+                return [(start, end) for start, end in offsets]
+        return self._spans_of_beginnings()
+
+    def _spans_of_beginnings(self) -> list[Range]:
+        """The tokens of a text's beginning are the beginning of its tokens, as far as they agree."""
+        spans: list[Range] = [(0, 0)] * self._agree("")
+        edges = {end for _, end in pieces(self.text)} | {found.end() for found in _NEWLINE.finditer(self.text)}
+        before = 0
+        for edge in sorted(edges):
+            spans += [(before, edge)] * (self._agree(self.text[:edge]) - len(spans))
+            before = edge
+        return spans + [(before, len(self.text))] * (len(self.ids) - len(spans))
+
+    def _agree(self, beginning: str) -> int:
+        ids = self.by(beginning, **self.arguments)["input_ids"]
+        return next((at for at, (one, other) in enumerate(zip(ids, self.ids, strict=False)) if one != other),
+                    min(len(ids), len(self.ids)))
+
+
+class _Token(int):
+    """The number of a token that knows where it comes from."""
+
+    asked: _Asked
+    index: int
+
+    @classmethod
+    def of(cls, number: int, asked: _Asked, index: int) -> _Token:
+        token = cls(number)
+        token.asked, token.index = asked, index
+        return token
+
+
+class _Embedding:
+    """Stands for the tensor of an embedding, and for each of its rows."""
+
+    index = 0
+
+    def __init__(self, asked: _Asked, shape: Sequence[int]):
+        self.asked, self.shape = asked, shape
+
+    def __getitem__(self, _: int) -> _Embedding:
+        return self
+
+
+class _Listener:
+    """A tokenizer of the library underneath that notes what it is asked."""
+
+    def __init__(self, tokenizer: Any, log: list[_Asked]):
+        self._tokenizer, self._log = tokenizer, log
+
+    def __call__(self, text: str, **arguments: Any) -> dict[str, list[_Token]]:
+        ids = [int(number) for number in self._tokenizer(text, **arguments)["input_ids"]]
+        asked = _Asked(text, len(self._log), self._tokenizer, ids, arguments)
+        self._log.append(asked)
+        return {"input_ids": [_Token.of(number, asked, at) for at, number in enumerate(ids)]}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+
+def listening(tokenizer: Any, log: list[_Asked]) -> Any:
+    """A copy of a text encoder's tokenizer whose work is noted in `log`; the original does not change."""
+    copied = copy.copy(tokenizer)
+    for name, value in vars(tokenizer).items():
+        if hasattr(value, "tokenize_with_weights"):
+            setattr(copied, name, listening(value, log))
+        elif name == "tokenizer" and callable(value):
+            copied.tokenizer = _Listener(value, log)
+    find = getattr(tokenizer, "_try_get_embedding", None)
+    if find is not None:
+        def found(name: str) -> tuple[Any, str, str]:
+            embedding, clean, rest = find(name)
+            asked = _Asked("embedding:" + (clean.rstrip(",") if rest.startswith(",") else clean), len(log),
+                           copied.tokenizer._tokenizer, embedding=True)
+            log.append(asked)
+            return None if embedding is None else _Embedding(asked, embedding.shape), clean, rest
+
+        copied._try_get_embedding = found
+    return copied
+
+
+@dataclass(frozen=True)
+class Spelled:
+    """The tokens of one encoder: `numbers` by section, None for what is no number; `ranges` of the text by place."""
+
+    numbers: list[list[int | None]]
+    ranges: dict[Place, Range]
+    reason: str = ""
+
+    def is_of(self, tokens: Sequence[Sequence[tuple]]) -> bool:
+        """Whether these are the same tokens; further sections, as some nodes append, do not matter."""
+        return [[_number(entry) for entry in section] for section in tokens[:len(self.numbers)]] == self.numbers
+
+
+def spell(tokenizer: Any, text: str, arguments: Mapping[str, Any]) -> dict[str | None, Spelled]:
+    """The tokens of a text by encoder, as `tokenize_with_weights` names them; None where there is only one unnamed."""
+    tokens, log = _tokenized(tokenizer, text, arguments)
+    around, around_log = _tokenized(tokenizer, _STAND_IN, arguments)
+    out = {}
+    for key, sections in tokens.items():
+        asked = _asked_for(sections, log)
+        numbers = [[_number(entry) for entry in section] for section in sections]
+        before, after, there = _template(_asked_for(around.get(key, []), around_log))
+        places = _placed(asked, before, after, text) if there else {}
+        if places is None:
+            out[key] = Spelled(numbers, {}, _UNKNOWN)
+        else:
+            out[key] = Spelled(numbers, dict(_ranges(sections, places)))
+    return out
+
+
+def _tokenized(tokenizer: Any, text: str, arguments: Mapping[str, Any]) -> tuple[dict[str | None, list], list[_Asked]]:
+    log: list[_Asked] = []
+    return by_encoder(listening(tokenizer, log).tokenize_with_weights(text, **arguments)), log
+
+
+def by_encoder(tokens: Any) -> dict[str | None, list]:
+    """{encoder: its sections of tokens} of what a tokenizer returns, without what is not that."""
+    named = tokens if isinstance(tokens, dict) else {None: tokens}
+    return {key: sections for key, sections in named.items() if isinstance(sections, list) and all(
+        isinstance(section, list) and all(isinstance(entry, tuple) for entry in section) for section in sections)}
+
+
+def _number(entry: tuple) -> int | None:
+    return int(entry[0]) if isinstance(entry[0], Integral) else None
+
+
+def _asked_for(sections: Sequence[Sequence[tuple]], log: Sequence[_Asked]) -> list[_Asked]:
+    """What was asked for these tokens, what gave no token in between included."""
+    seen = [entry[0].asked for section in sections for entry in section if isinstance(entry[0], (_Token, _Embedding))]
+    if not seen:
+        return []
+    first, last, by = min(asked.at for asked in seen), max(asked.at for asked in seen), seen[0].by
+    return [asked for asked in log[first:last + 1] if asked.by is by]
+
+
+def _template(around: Sequence[_Asked]) -> tuple[str, str, bool]:
+    """(what stands before the user's text, what after it, whether it is in there at all)."""
+    parts = "".join(asked.text for asked in around).split(_STAND_IN)
+    return (parts[0], parts[1], True) if len(parts) == 2 else ("", "", False)
+
+
+def _placed(asked: Sequence[_Asked], before: str, after: str, text: str) -> dict[tuple[int, int], int] | None:
+    """{(number of what was asked, character of it): place in the text}, or None where they cannot be brought together.
+
+    The text is read with weights, without them, and as it is: what fits is what the text encoder did.
+    """
+    characters = [(one.at, at) for one in asked for at in range(len(one.text))]
+    whole = "".join(one.text for one in asked)
+    if len(whole) >= len(before) + len(after) and whole.startswith(before) and whole.endswith(after):
+        characters = characters[len(before):len(characters) - len(after)]
+        whole = whole[len(before):len(whole) - len(after)]
+    readings = [[letter for segment in letters(text) for letter in segment], letters(text, weights=False)[0],
+                [Letter(char, at) for at, char in enumerate(text)]]
+    for reading in readings:
+        places = _matched(whole, reading)
+        if places is not None:
+            return {characters[at]: place for at, place in places}
+    return None
+
+
+def _matched(whole: str, reading: Sequence[Letter]) -> list[tuple[int, int]] | None:
+    """[(place in `whole`, place in the text)]; only blanks may be on one side alone."""
+    out = []
+    at = next_ = 0
+    while at < len(whole) or next_ < len(reading):
+        if at < len(whole) and next_ < len(reading) and whole[at] == reading[next_].char:
+            out.append((at, reading[next_].at))
+            at, next_ = at + 1, next_ + 1
+        elif at < len(whole) and whole[at].isspace():
+            at += 1
+        elif next_ < len(reading) and reading[next_].char.isspace():
+            next_ += 1
+        else:
+            return None
+    return out
+
+
+def _ranges(sections: Sequence[Sequence[tuple]], places: Mapping[tuple[int, int], int]
+            ) -> Iterator[tuple[Place, Range]]:
+    spans: dict[int, list[Range]] = {}
+    for section, entries in enumerate(sections):
+        for index, (token, *_) in enumerate(entries):
+            if isinstance(token, (_Token, _Embedding)):
+                asked = token.asked
+                if asked.at not in spans:
+                    spans[asked.at] = asked.spans()
+                start, end = spans[asked.at][token.index]
+                found = [places[asked.at, at] for at in range(start, end) if (asked.at, at) in places]
+                if found:
+                    yield (section, index), (min(found), max(found) + 1)
