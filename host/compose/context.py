@@ -30,7 +30,8 @@ def method_contexts(context: RunContext, model, applied: Sequence[Applied]) -> l
     timed = replace(context, times=tuple(_times(sampling, context.sigmas)), span=_span(sampling, context.sigmas))
     device = model.load_device
     placed = [[on_latent(mask, context.shape) for mask in each.masks] for each in applied]
-    return [replace(timed, masks=tuple(mask if mask is None else mask.to(device) for mask in masks)) for masks in placed]
+    return [replace(timed, masks=tuple(mask if mask is None else mask.to(device) for mask in masks))
+            for masks in placed]
 
 
 def guidance_context(context: RunContext, guider, sampler) -> RunContext:

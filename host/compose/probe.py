@@ -14,15 +14,15 @@ from torch.nn import functional as F
 from ...kernels.branch import Branch
 from ...methods.session import POSITIVE
 from ..families.attention import chosen
+from ..words.marked import PROBE, WITHOUT
 from .attention import AttentionReader
 from .cache import Combo
 from .composition import Run
 from .places import call_tokens
 from .routes import RoutedLoRAs
 
-WITHOUT = "lora_ensemble_without"
 CONTRAST = "lora_ensemble_contrast"
-"""Prefix of the names under which a guider holds the prompts without one of their clauses."""
+"""Prefix of the names under which a guider holds what its prompts bring to be compared with: a name of their own."""
 
 
 @dataclass
@@ -91,13 +91,31 @@ def find_places(run: Run, positive: list[list[dict]], evaluate: Callable[[list[l
             _compare(regions, positive, lambda conds: evaluate(conds, base), run.conds())
     rest = [regions for regions in due if not regions.contrasts]
     if rest and not compiled:
+        variants = run.conds()
+        instead = [[_with_stand_ins(entry, rest, variants) for entry in cond] for cond in positive]
         with run.reading(rest):
-            evaluate(positive, base)
+            evaluate(instead, base)
     run.probing = False
     for regions in due:
         regions.commit()
         if not regions.routes.found:
             regions.give_up(_why_not(regions, root, compiled))
+
+
+def _with_stand_ins(entry: dict, regions: Sequence[RoutedLoRAs], variants: Mapping[str, list[dict]]) -> dict:
+    """The cond that says where the words of a cond are: itself, or the one with stand-in words in its prompt."""
+    name = f"{entry.get(CONTRAST)} {PROBE}"
+    if name not in variants:
+        return entry
+    other = _like(entry, variants[name][0])
+    for each in regions:
+        each.stand_in(entry["uuid"], other)
+    return other
+
+
+def _like(entry: dict, other: dict) -> dict:
+    """Another cond in the area of the first."""
+    return {**other, **{key: entry[key] for key in ("area",) if entry.get(key) is not None}}
 
 
 def _why_not(regions: RoutedLoRAs, root: nn.Module, compiled: bool) -> str:
@@ -111,26 +129,26 @@ def _why_not(regions: RoutedLoRAs, root: nn.Module, compiled: bool) -> str:
 def _compare(regions: RoutedLoRAs, positive: list[list[dict]], evaluate: Callable[[list[list[dict]]], list[Tensor]],
              variants: Mapping[str, list[dict]]) -> None:
     for entry in (entry for cond in positive for entry in cond):
-        names = [f"{CONTRAST} {entry.get(CONTRAST)} {k}" for k in range(len(entry.get(WITHOUT) or ()))]
+        names = [f"{entry.get(CONTRAST)} {k}" for k in range(len(entry.get(WITHOUT) or ()))]
         if not names or any(name not in variants for name in names):
             continue
-        area = {key: entry[key] for key in ("area",) if entry.get(key) is not None}
-        conds = [[{**entry}], *([{**variants[name][0], **area}] for name in names)]
-        whole, *parts = evaluate(conds)
+        whole, *parts = evaluate([[entry], *([_like(entry, variants[name][0])] for name in names)])
         regions.compare(entry["uuid"], whole, torch.stack(parts))
 
 
 def with_variants(conds: dict[str, list[dict]]) -> list[str]:
-    """Add the prompts without one clause to a guider's conds, each under a name of its own, so that the host prepares
-    them as it does the others; returns these names."""
+    """Add what prompts bring along (themselves without one clause, or with stand-in words) to a guider's conds, each
+    under a name of its own, so that the host prepares them as it does the others; returns these names."""
     added = []
-    for name in list(conds):
-        for entry in conds[name]:
-            for k, (_, (cross, options)) in enumerate(entry.get(WITHOUT) or ()):
-                entry.setdefault(CONTRAST, entry["uuid"].hex)
-                key = f"{CONTRAST} {entry[CONTRAST]} {k}"
-                conds[key] = [{**options, "cross_attn": cross, "model_conds": {}, "uuid": uuid4()}]
-                added.append(key)
+    for name, entries in list(conds.items()):
+        for number, entry in enumerate(entries):
+            more = [(str(index), other) for index, other in entry.get(WITHOUT) or ()]
+            more += [(PROBE, entry[PROBE])] if entry.get(PROBE) else []
+            if more:
+                entry[CONTRAST] = f"{CONTRAST} {name} {number}"
+            for key, (cross, options) in more:
+                added.append(f"{entry[CONTRAST]} {key}")
+                conds[added[-1]] = [{**options, "cross_attn": cross, "model_conds": {}, "uuid": uuid4()}]
     return added
 
 

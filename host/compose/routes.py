@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from uuid import UUID
 
 import torch
@@ -14,10 +15,8 @@ from ...kernels.branch import Branch, Step
 from ...kernels.routing import contrast
 from ...methods.prompt import LoRAWords, PromptTokens, find_clauses
 from ...methods.routed import Clauses, Routes, Routing, clauses_of
+from ..words.marked import PROMPT
 from .places import Area, MaskedLoRAs, crop
-
-PROMPT = "lora_ensemble_prompt"
-
 
 PLACES = ("masks", "words", "everywhere")
 """Where LoRAs act: in their masks where they have one; where their words are, or in their masks; everywhere."""
@@ -45,11 +44,17 @@ class Routed:
 
 @dataclass
 class _Prompt:
-    """A positive cond of the run: its clauses, which LoRAs have words in other prompts alone, and its own maps."""
+    """A positive cond of the run: its clauses, which LoRAs have words in other prompts alone, and its own maps.
+
+    parts   per row of the clauses, which clauses of the prompt it is made of, as they are counted in it
+    fixed   whether its places are those of a prompt with stand-in words: its own attention says nothing of them
+    """
 
     clauses: Clauses
     length: int
     area: Area
+    parts: tuple[tuple[int, ...], ...] = ()
+    fixed: bool = False
     elsewhere: tuple[bool, ...] = ()
     maps: Tensor | None = None
 
@@ -74,6 +79,7 @@ class RoutedLoRAs(MaskedLoRAs):
         self.routed, self.routes = routed, Routes(routed.routing)
         self._masks = [None if mask is None else _on_grid(mask.to(device), grid)[:, 0] for mask in masks]
         self._prompts: dict[UUID, _Prompt] = {}
+        self._instead: dict[UUID, tuple[UUID, _Prompt]] = {}
         self._pending: dict[UUID, Tensor] = {}
         self._branches: dict[tuple, Branch] = {}
         self._acted: bool | None = None
@@ -127,14 +133,21 @@ class RoutedLoRAs(MaskedLoRAs):
         """Whether attention is to be read in this call."""
         return not self.idle and self.routes.reads(step)
 
+    def stand_in(self, uuid: UUID, other: dict) -> None:
+        """The places of a cond are those of another, whose prompt has stand-in words."""
+        self._prompts[uuid].fixed = True
+        self._instead[other["uuid"]] = uuid, self._search(other)
+
     def members(self, uuid: UUID, root: nn.Module, tokens: int) -> Tensor | None:
-        """[clauses, tokens of the text as the model gets it] of a cond; None for one that is not positive."""
-        prompt = self._prompts.get(uuid)
-        return None if prompt is None else _fitted(prompt.clauses.members, prompt.length, root, tokens, 0.0)
+        """[clauses, tokens of the text as the model gets it] of a cond; None where its attention says nothing."""
+        prompt = self._instead[uuid][1] if uuid in self._instead else self._prompts.get(uuid)
+        if prompt is None or prompt.fixed:
+            return None
+        return _fitted(prompt.clauses.members, prompt.length, root, tokens, 0.0)
 
     def see(self, uuid: UUID, attention: Tensor) -> None:
         """Attention to a cond's clauses [pictures, clauses or more, frames, height, width], used from `commit` on."""
-        prompt = self._prompts[uuid]
+        uuid, prompt = self._instead.get(uuid) or (uuid, self._prompts[uuid])
         found = prompt.clauses.places(attention[:, :len(prompt.clauses.members)], self.routes.routing.gamma)
         grid = tuple(crop(self.maps, prompt.area).shape[2:])
         found = found[:, :, 0] if len(grid) == 2 else found
@@ -143,8 +156,10 @@ class RoutedLoRAs(MaskedLoRAs):
         self._pending[uuid] = whole
 
     def compare(self, uuid: UUID, whole: Tensor, without: Tensor) -> None:
-        """Predictions for a cond, and without each of its clauses in order: [pictures, C, ...], [clauses, ...]."""
+        """Predictions for a cond, and without each of its clauses as they are counted: [pictures, C, ...], [clauses,
+        pictures, C, ...]."""
         apart = contrast(whole, without)
+        apart = torch.stack([apart[:, list(part)].sum(dim=1) for part in self._prompts[uuid].parts], dim=1)
         self.see(uuid, apart if apart.ndim == 5 else apart.unsqueeze(2))
 
     def commit(self) -> None:
@@ -206,9 +221,13 @@ class RoutedLoRAs(MaskedLoRAs):
         for words, own in zip(loras, found.loras, strict=True):
             self.found.append({"lora": words.name, "words": [clause.text for clause in own.clauses],
                                "tokens": sum(len(clause.tokens) for clause in own.clauses), "why": own.reason})
-        phrases = [sorted({token for clause in own.clauses for token in clause.tokens}) for own in found.loras]
+        for note in found.notes:
+            self.tell(note)
         others = [clause.tokens for clause in found.others]
-        return _Prompt(clauses_of(marks.length, phrases, others, self.routed.everywhere), marks.length, area)
+        clauses = clauses_of(marks.length, [own.tokens for own in found.loras], others, self.routed.everywhere)
+        numbers = iter(range(sum(len(own.clauses) for own in found.loras) + len(others)))
+        counts = [len(own.clauses) for own in found.loras if own.clauses] + [1] * len(others)
+        return _Prompt(clauses, marks.length, area, tuple(tuple(islice(numbers, count)) for count in counts))
 
     def _say_missing(self, words: LoRAWords) -> None:
         why = next((each["why"] for each in self.found if each["lora"] == words.name and each["why"]), "")

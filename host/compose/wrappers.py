@@ -42,7 +42,7 @@ def outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=No
     tracker, callback = tracked(context.sigmas, callback)
     run = composition.begin(tracker, method_contexts(context, guider.model_patcher, composition.applied),
                             sides_of(guider.conds), _free(guider.model_patcher), guider.model_patcher.load_device)
-    added = with_variants(guider.conds) if any(each.contrasts for each in run.routes) else ()
+    added = with_variants(guider.conds) if run.routes else ()
     run.conds = lambda: guider.conds
     finished = False
     try:

@@ -283,3 +283,91 @@ def test_an_override_of_another_node_still_runs(loras):
     after.model_options["transformer_options"][OVERRIDE] = doubled
     assert torch.equal(sample(after, "SD15", prompt(), steps=2), found)
     assert OVERRIDE not in model.model_options["transformer_options"]
+
+
+@pytest.mark.parametrize("family", ["SD15", "Wan"])
+def test_contrast(family, loras):
+    """Places from what a prediction loses without a clause; a clause of two parts is both."""
+    model = base(family)
+    marks = PromptTokens("ohwx cat, sks dog, a field, ohwx hat", 5,
+                         ((0, 8, (0,)), (10, 17, (1,)), (19, 26, (2,)), (28, 36, (3, 4))))
+    others = [prompt(family, None, 20 + k)[0] for k in range(4)]  # two of the first LoRA, one, and the field
+    conds = prompt(family, marks, lora_ensemble_without=tuple(enumerate(others)))
+    ensemble = specs(model, loras, wanted=lambda name: name == LAST[family])
+    ours = routed(model, ensemble, mode="contrast")
+    found = sample(ours, family, conds, steps=2, cfg=1.0, batch=2)
+    assert record_of(ours).problems == [] and [step.rows for step in record_of(ours).steps] == [2 * 5 + 2, 2]
+
+    def predicted(cond):
+        seen = []
+        sample(model, family, [cond], steps=2, cfg=1.0, batch=2, callback=lambda i, x0, x, n: seen.append(x0.clone()))
+        return seen[0]
+
+    whole, without = predicted(conds[0]), torch.stack([predicted(other) for other in others])
+    apart = (without - whole).square().mean(2).sqrt().transpose(0, 1)
+    flat = F.avg_pool2d(apart.flatten(0, -3)[:, None], 3, 1, 1, count_include_pad=False).reshape(apart.shape)
+    clauses = torch.stack([flat[:, 0] + flat[:, 1], flat[:, 2], flat[:, 3]], dim=1)
+    relative = clauses / clauses.flatten(2).amax(-1).reshape(2, 3, *[1] * (clauses.ndim - 2))
+    maps = (relative / relative.amax(1, keepdim=True))[:, :2] ** 2
+    assert torch.allclose(places_of(ours)[0].maps, maps, atol=1e-4) and torch.isfinite(found).all()
+
+
+def test_contrast_without_what_it_compares(loras):
+    model = base("SD15")
+    ensemble = specs(model, loras)
+    ours = routed(model, ensemble, mode="contrast")
+    sample(ours, "SD15", prompt(), steps=2)
+    assert ["CLIP of this method node" in problem for problem in record_of(ours).problems] == [True]
+    assert (places_of(ours)[0].maps == 1).all()
+
+
+@pytest.mark.parametrize("mode", ["every step", "once"])
+def test_stand_in_words_say_where(mode, loras):
+    """The places are those of the prompt with ordinary words; the picture is drawn by the prompt as it is."""
+    model = base("SD15")
+    ensemble = specs(model, loras)
+    other = prompt("SD15", MARKS, 30)[0]
+    ours, likewise = routed(model, ensemble, mode=mode), routed(model, ensemble, mode="once")
+    bare_marks = PromptTokens("ohwx, sks dog, a field", 5, MARKS.words)
+    sample(ours, "SD15", prompt("SD15", bare_marks, lora_ensemble_probe=other), steps=3)
+    sample(likewise, "SD15", [other], steps=3)
+    assert torch.equal(places_of(ours)[0].maps, places_of(likewise)[0].maps)
+    assert [step.rows for step in record_of(ours).steps] == [3, 2, 2] and record_of(ours).problems == []
+
+
+def test_where_attention_cannot_be_read(loras):
+    """A model whose attention is called without the options: said, and merged."""
+    model = base("SD15")
+    ensemble = specs(model, loras)
+    ours = routed(model, ensemble)
+    ours.set_model_attn2_replace(lambda q, k, v, options: q, "middle", 0)
+    ours.model_options["transformer_options"]["patches_replace"]["attn2"] = {
+        (*place, index): (lambda q, k, v, options: q)
+        for place in (("input", 4), ("input", 3), ("middle", 0), ("output", 0), ("output", 1), ("output", 2),
+                      ("output", 3)) for index in range(1)}
+    sample(ours, "SD15", prompt(), steps=2)
+    (problem,) = record_of(ours).problems
+    assert "cannot be read" in problem and "contrast" in problem and (places_of(ours)[0].maps == 1).all()
+
+
+def test_negative_prompts_and_empty_ones(loras):
+    """A negative may have marks of its own; an empty prompt has no words, which is said."""
+    model, kind = base("SD15"), FAMILIES["SD15"]
+    ours = routed(model, specs(model, loras))
+    negative = kind.cond(12, lora_ensemble_prompt=MARKS)
+    found = sample(ours, "SD15", prompt(), negative, steps=2)
+    assert torch.equal(found, sample(ours, "SD15", prompt(), kind.cond(12), steps=2))
+    sample(ours, "SD15", prompt("SD15", PromptTokens("", 5)), steps=1)
+    assert any("does not say where its words are" in problem for problem in record_of(ours).problems)
+
+
+def test_the_sides_in_batches_of_their_own(loras, monkeypatch):
+    """As where memory is short: the negative's maps are of the step, not of the attention read in it."""
+    import comfy.samplers
+
+    model = base("SD15")
+    ours = routed(model, specs(model, loras))
+    want = sample(ours, "SD15", prompt(), steps=3)
+    monkeypatch.setattr(model.model, "memory_required", lambda *args, **kwargs: 1e30, raising=False)
+    same(sample(ours, "SD15", prompt(), steps=3), want, sample(model, "SD15", prompt(), steps=3), 1e-4)
+    assert [step.calls for step in record_of(ours).steps] == [3, 2, 2] and comfy.samplers
