@@ -12,7 +12,7 @@ from ..methods.composite import Composite
 from ..methods.merge import Merge
 from ..methods.switch import Switch
 from .order import OrderError, numbers_of, turns_of
-from .sockets import check_numbers, chosen, method_schema
+from .sockets import check_numbers, chosen, method_schema, placing
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -44,11 +44,16 @@ class LoRAEnsembleMerge(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model: ModelPatcher, ensemble: Ensemble, mode: str, clip: CLIP | None = None) -> io.NodeOutput:
+    def execute(cls, model: ModelPatcher, ensemble: Ensemble, mode: str, clip: CLIP | None = None,
+                place: str = "masks") -> io.NodeOutput:
+        where = placing(place, "Merge LoRAs")
         if chosen(mode, MODES, "Merge LoRAs: mode") == "baked":
+            if where.where == "words":
+                raise ValueError("Merge LoRAs: place is 'words', and mode is 'baked': what is in the weights acts "
+                                 "everywhere. Choose mode 'runtime'.")
             return io.NodeOutput(*bake(model, clip, ensemble, node="Merge LoRAs"))
         return io.NodeOutput(*apply_method(model, clip, ensemble, lambda active: Merge(active.strengths),
-                                           node="Merge LoRAs", rest_on_weights=True))
+                                           node="Merge LoRAs", rest_on_weights=where.where != "words", placing=where))
 
 
 class LoRAEnsembleSwitch(io.ComfyNode):
@@ -104,6 +109,7 @@ class LoRAEnsembleSwitch(io.ComfyNode):
         order: str,
         turns: str,
         clip: CLIP | None = None,
+        place: str = "masks",
     ) -> io.NodeOutput:
         check_numbers(cls, steps_per_lora=steps_per_lora)
         late = chosen(turns, TURNS, "Switch LoRAs: turns") == "released code"
@@ -111,7 +117,8 @@ class LoRAEnsembleSwitch(io.ComfyNode):
         def switch(active: Active) -> Switch:
             return Switch(active.strengths, steps_per_lora, turns_of(order, ensemble, active.specs), late)
 
-        return io.NodeOutput(*apply_method(model, clip, ensemble, switch, node="Switch LoRAs"))
+        return io.NodeOutput(*apply_method(model, clip, ensemble, switch, node="Switch LoRAs",
+                                           placing=placing(place, "Switch LoRAs")))
 
 
 class LoRAEnsembleComposite(io.ComfyNode):
@@ -126,9 +133,10 @@ class LoRAEnsembleComposite(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model: ModelPatcher, ensemble: Ensemble, clip: CLIP | None = None) -> io.NodeOutput:
+    def execute(cls, model: ModelPatcher, ensemble: Ensemble, clip: CLIP | None = None,
+                place: str = "masks") -> io.NodeOutput:
         return io.NodeOutput(*apply_method(model, clip, ensemble, lambda active: Composite(active.strengths),
-                                           node="Composite LoRAs"))
+                                           node="Composite LoRAs", placing=placing(place, "Composite LoRAs")))
 
 
 NODES: list[type[io.ComfyNode]] = [LoRAEnsembleMerge, LoRAEnsembleSwitch, LoRAEnsembleComposite]

@@ -11,7 +11,7 @@ from ..host.compose.cache import CacheSpec
 from ..host.compose.composition import KEY
 from ..host.files.ensemble import Ensemble
 from ..methods.cmlora import LOW_FREQUENCY, CMLoRA, oldest
-from .sockets import check_numbers, chosen, method_schema
+from .sockets import check_numbers, chosen, method_schema, placing
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -130,6 +130,7 @@ class LoRAEnsembleCMLoRA(io.ComfyNode):
         steps_per_lora: int,
         cache_depth: int,
         clip: CLIP | None = None,
+        place: str = "masks",
     ) -> io.NodeOutput:
         check_numbers(cls, boundary=boundary, threshold=threshold, dominance=dominance, c1=c1, c2=c2,
                       steps_per_lora=steps_per_lora, cache_depth=cache_depth)
@@ -142,7 +143,7 @@ class LoRAEnsembleCMLoRA(io.ComfyNode):
             return CMLoRA(active.strengths, high, order, boundary, threshold, dominance or None, decay, c1, c2,
                           cache_depth > 0, full, steps_per_lora)
 
-        composed, merged = apply_method(model, clip, ensemble, cmlora, node="CMLoRA")
+        composed, merged = apply_method(model, clip, ensemble, cmlora, node="CMLoRA", placing=placing(place, "CMLoRA"))
         if cache_depth > 0 and order != "switch-a":
             count = len(composed.get_attachment(KEY).applied[-1].names)
             composed = with_cache(composed, CacheSpec(max_age=oldest(count, c1, c2), depth=cache_depth))

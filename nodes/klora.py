@@ -11,7 +11,7 @@ from ..host.compose.measure import sizes_of, subjects_of
 from ..host.files.ensemble import Ensemble
 from ..methods.est import BALANCES, ESTLoRA
 from ..methods.klora import KLoRA
-from .sockets import check_numbers, chosen, method_schema
+from .sockets import check_numbers, chosen, method_schema, placing
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -91,6 +91,7 @@ class LoRAEnsembleKLoRA(io.ComfyNode):
         k: int,
         deltas: str,
         clip: CLIP | None = None,
+        place: str = "masks",
     ) -> io.NodeOutput:
         check_numbers(cls, alpha=alpha, beta=beta, k=k)
         star = chosen(pattern, PATTERNS, "K-LoRA: pattern") == "s*"
@@ -102,7 +103,8 @@ class LoRAEnsembleKLoRA(io.ComfyNode):
             return KLoRA.of(sizes_of(active, subjects, k, raw), active.strengths, subjects, alpha,
                             None if beta < 0 else beta, star, released, raw)
 
-        return io.NodeOutput(*apply_method(model, clip, ensemble, klora, node="K-LoRA"))
+        return io.NodeOutput(*apply_method(model, clip, ensemble, klora, node="K-LoRA",
+                                           placing=placing(place, "K-LoRA")))
 
 
 class LoRAEnsembleESTLoRA(io.ComfyNode):
@@ -146,6 +148,7 @@ class LoRAEnsembleESTLoRA(io.ComfyNode):
         style_discrepancy: float,
         balance: str,
         clip: CLIP | None = None,
+        place: str = "masks",
     ) -> io.NodeOutput:
         check_numbers(cls, alpha=alpha, style_discrepancy=style_discrepancy)
         chosen(balance, BALANCES, "EST-LoRA: balance")
@@ -155,7 +158,8 @@ class LoRAEnsembleESTLoRA(io.ComfyNode):
             return ESTLoRA.of(sizes_of(active, subjects, top=balance == "l1"), active.strengths, subjects, alpha,
                               style_discrepancy, balance)
 
-        return io.NodeOutput(*apply_method(model, clip, ensemble, est, node="EST-LoRA"))
+        return io.NodeOutput(*apply_method(model, clip, ensemble, est, node="EST-LoRA",
+                                           placing=placing(place, "EST-LoRA")))
 
 
 NODES: list[type[io.ComfyNode]] = [LoRAEnsembleKLoRA, LoRAEnsembleESTLoRA]

@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from ..host.compose.apply import Active, apply_method
 from ..host.files.ensemble import Ensemble
 from ..methods.loratorio import LoRAtorio
-from .sockets import check_numbers, chosen, method_schema
+from .sockets import check_numbers, chosen, method_schema, placing
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -118,6 +118,7 @@ class LoRAEnsembleLoRAtorio(io.ComfyNode):
         selection: str,
         recheck_every: int,
         clip: CLIP | None = None,
+        place: str = "masks",
     ) -> io.NodeOutput:
         check_numbers(cls, patch_size=patch_size, temperature=temperature, recenter_lambda=recenter_lambda,
                       top_k=top_k, recheck_every=recheck_every)
@@ -130,7 +131,8 @@ class LoRAEnsembleLoRAtorio(io.ComfyNode):
             return LoRAtorio(active.strengths, patch_size, temperature, unit, recenter_lambda, mode, space, top_k,
                              scope, recheck_every)
 
-        return io.NodeOutput(*apply_method(model, clip, ensemble, loratorio, node="LoRAtorio"))
+        return io.NodeOutput(*apply_method(model, clip, ensemble, loratorio, node="LoRAtorio",
+                                           placing=placing(place, "LoRAtorio")))
 
 
 NODES: list[type[io.ComfyNode]] = [LoRAEnsembleLoRAtorio]

@@ -9,6 +9,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..host.compose.routes import PLACES, Placing
+
 CATEGORY = "LoRA Ensemble"
 # Schema fields that the oldest supported ComfyUI refuses; leaving them out is harmless.
 NEWER_FIELDS = {"search_aliases"}
@@ -23,9 +25,10 @@ def schema(**fields: Any) -> io.Schema:
     return io.Schema(category=CATEGORY, **{name: value for name, value in fields.items() if name not in unknown})
 
 
-def method_schema(*, options: list[io.Input] | None = None, **fields: Any) -> io.Schema:
-    """The schema of a method node: model, ensemble, the method's own options, [clip] -> MODEL, CLIP."""
+def method_schema(*, options: list[io.Input] | None = None, place: bool = True, **fields: Any) -> io.Schema:
+    """The schema of a method node: model, ensemble, the method's own options, [clip], [place] -> MODEL, CLIP."""
     inputs = [model_input(), ensemble_input(), *(options or []), clip_input()]
+    inputs += [place_input()] if place else []
     return schema(inputs=inputs, outputs=[model_output(), clip_output()], **fields)
 
 
@@ -43,6 +46,24 @@ def clip_input() -> io.Input:
         tooltip="The text encoder, for LoRAs that also change it: their changes are merged into the CLIP output. "
         "Leave it unconnected for model-only LoRAs.",
     )
+
+
+def place_input() -> io.Input:
+    """The last input of a method node: workflows that were saved before there was one open as they did."""
+    return io.Combo.Input(
+        "place",
+        options=list(PLACES),
+        default="masks",
+        optional=True,
+        tooltip="Where the LoRAs act. masks: in their masks, everywhere without one. words: where the picture attends "
+        "to their words, in their masks where they have one; encode the prompts with the CLIP of this node. "
+        "everywhere: masks are not used.",
+    )
+
+
+def placing(place: str, node: str) -> Placing:
+    """What `apply_method` is told of the input `place`. Raises ValueError for one that there is not."""
+    return Placing(chosen(place, PLACES, f"{node}: place"))
 
 
 def ensemble_input() -> io.Input:

@@ -13,6 +13,7 @@ from ...engine.bank import Bank
 from ...methods import Method
 from ...methods.prompt import LoRAWords
 from ..files.ensemble import Ensemble, LoRASpec
+from ..words.marked import marked
 from .banks import shared_bank
 from .cache import CacheSpec
 from .composition import KEY, Applied, Composition
@@ -78,7 +79,8 @@ def apply_method(model, clip, ensemble: Ensemble, make: Callable[[Active], Metho
             new_model.add_patches(rest, part.spec.strength_model)
     active = [part.spec for part in reading.parts]
     method = make(Active(tuple(active), bank, model, problems))
-    masks, routed = _placed(active, method, placing or Placing(), problems)
+    placing = placing or Placing()
+    masks, routed = _placed(ensemble, active, method, placing, problems)
     for problem in problems:
         log.warning("%s: %s", node, problem)
     before = model.get_attachment(KEY)
@@ -90,10 +92,18 @@ def apply_method(model, clip, ensemble: Ensemble, make: Callable[[Active], Metho
                Applied(method, bank.names, tuple(problems), masks, place, routed))
     new_model.set_attachments(KEY, Composition(applied, before.cache if before is not None else None))
     install_wrappers(new_model)
-    return new_model, merge_clip(clip, reading)
+    new_clip = merge_clip(clip, reading)
+    if routed is not None and new_clip is not None:
+        new_clip = marked(new_clip, routed.words, placing.routing.mode == "contrast")
+    return new_model, new_clip
 
 
-def _placed(active: list[LoRASpec], method: Method, placing: Placing, problems: list[str]
+def words_of(ensemble: Ensemble) -> tuple[LoRAWords, ...]:
+    """What is known of the words of each LoRA: what was typed on it, and the trigger words that its file names."""
+    return tuple(LoRAWords(spec.name, spec.words, ()) for spec in ensemble)
+
+
+def _placed(ensemble: Ensemble, active: list[LoRASpec], method: Method, placing: Placing, problems: list[str]
             ) -> tuple[tuple[Tensor | None, ...], Routed | None]:
     """(the masks of the LoRAs that take part, how their places are found by words)"""
     masks = tuple(spec.mask.tensor if spec.mask is not None else None for spec in active)
@@ -104,11 +114,14 @@ def _placed(active: list[LoRASpec], method: Method, placing: Placing, problems: 
     if not hasattr(method, "masks"):
         problems += [f"the mask of LoRA '{name}' is not used: this method cannot confine a LoRA to a region"
                      for name in given[:1]]
+        if placing.where == "words":
+            problems.append("place is 'words', and this method cannot confine LoRAs: they act everywhere")
         return masks, None
     if placing.where == "masks":
         return masks, None
-    words = tuple(LoRAWords(spec.name, getattr(spec, "words", ""), ()) for spec in active)
-    return masks, Routed(placing.routing, words, tuple(spec.role == "style" for spec in active), placing.blocks)
+    numbers = tuple(next(k for k, other in enumerate(ensemble) if other is spec) for spec in active)
+    return masks, Routed(placing.routing, words_of(ensemble), numbers, tuple(spec.role == "style" for spec in active),
+                         placing.blocks)
 
 
 def bake(model, clip, ensemble: Ensemble, node: str):

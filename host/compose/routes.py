@@ -34,10 +34,17 @@ class Placing:
 
 @dataclass(frozen=True)
 class Routed:
-    """How the places of a method's LoRAs are found: per LoRA its words and whether it is everywhere."""
+    """How the places of a method's LoRAs are found.
+
+    words        of every LoRA of the ensemble, whose rows a prompt counts
+    active       which of them take part: the method's LoRAs, in its order
+    everywhere   per LoRA of the method whether it acts at all places
+    blocks       see `Placing`
+    """
 
     routing: Routing
     words: tuple[LoRAWords, ...]
+    active: tuple[int, ...]
     everywhere: tuple[bool, ...]
     blocks: tuple[float, float] | None = None
 
@@ -71,7 +78,7 @@ class RoutedLoRAs(MaskedLoRAs):
 
     def __init__(self, routed: Routed, masks: Sequence[Tensor | None], shape: Sequence[int], device: torch.device,
                  tell: Callable[[str], None]):
-        count = len(routed.words)
+        count = len(routed.active)
         grid = tuple(shape[2:])
         whole = torch.ones(shape[0], count, *grid, device=device)
         super().__init__([whole[:, i:i + 1] for i in range(count)], tell)
@@ -114,9 +121,9 @@ class RoutedLoRAs(MaskedLoRAs):
             for prompt, here in zip(self._prompts.values(), own, strict=True):
                 prompt.elsewhere = tuple(a and not h and mask is None
                                          for a, h, mask in zip(anywhere, here, self._masks, strict=True))
-            for words, known in zip(self.routed.words, anywhere, strict=True):
+            for index, known in zip(self.routed.active, anywhere, strict=True):
                 if not known:
-                    self._say_missing(words)
+                    self._say_missing(self.routed.words[index])
             self._show()
 
     def begin(self, step: Step) -> None:
@@ -210,24 +217,29 @@ class RoutedLoRAs(MaskedLoRAs):
 
     def _search(self, entry: Mapping[str, object]) -> _Prompt:
         marks = entry.get(PROMPT)
-        loras, area = self.routed.words, entry.get("area")
+        active, area = self.routed.active, entry.get("area")
         if not isinstance(marks, PromptTokens) or not marks.words:
             reason = getattr(marks, "reason", "") or ("it was not encoded with the CLIP of this pack's method node or "
                                                       "its Ensemble Prompt, or another node dropped the mark")
             self.tell(f"a prompt does not say where its words are: {reason}; LoRAs act everywhere for it")
             length = getattr(entry.get("cross_attn"), "shape", (1, 1))[1]
-            return _Prompt(clauses_of(length, [()] * len(loras), [], self.routed.everywhere), length, area)
-        found = find_clauses(marks, loras)
-        for words, own in zip(loras, found.loras, strict=True):
-            self.found.append({"lora": words.name, "words": [clause.text for clause in own.clauses],
-                               "tokens": sum(len(clause.tokens) for clause in own.clauses), "why": own.reason})
+            return _Prompt(clauses_of(length, [()] * len(active), [], self.routed.everywhere), length, area)
+        found = find_clauses(marks, self.routed.words)
         for note in found.notes:
             self.tell(note)
-        others = [clause.tokens for clause in found.others]
-        clauses = clauses_of(marks.length, [own.tokens for own in found.loras], others, self.routed.everywhere)
-        numbers = iter(range(sum(len(own.clauses) for own in found.loras) + len(others)))
-        counts = [len(own.clauses) for own in found.loras if own.clauses] + [1] * len(others)
-        return _Prompt(clauses, marks.length, area, tuple(tuple(islice(numbers, count)) for count in counts))
+        numbers = iter(range(sum(len(own.clauses) for own in found.loras) + len(found.others)))
+        each = [(own, tuple(islice(numbers, len(own.clauses)))) for own in found.loras]
+        ours = [each[index] for index in active]
+        for own, _ in ours:
+            self.found.append({"lora": own.name, "words": [clause.text for clause in own.clauses],
+                               "tokens": len(own.tokens), "why": own.reason})
+        # The words of LoRAs that take no part compete as those of no LoRA do.
+        rest = [(own.tokens, part) for index, (own, part) in enumerate(each) if part and index not in active]
+        rest += [(clause.tokens, (number,)) for clause, number in zip(found.others, numbers, strict=True)]
+        clauses = clauses_of(marks.length, [own.tokens for own, _ in ours], [tokens for tokens, _ in rest],
+                             self.routed.everywhere)
+        return _Prompt(clauses, marks.length, area,
+                       (*(part for _, part in ours if part), *(part for _, part in rest)))
 
     def _say_missing(self, words: LoRAWords) -> None:
         why = next((each["why"] for each in self.found if each["lora"] == words.name and each["why"]), "")
