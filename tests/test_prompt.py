@@ -113,7 +113,7 @@ def test_the_reason_says_what_is_missing():
     prompt = prompt_of("a woman, a dog")
     typed, trigger, nothing = find_clauses(prompt, [LoRAWords("x", "ohwx"), LoRAWords("y", "", ("trg",)),
                                                     LoRAWords("z")]).loras
-    assert 'its words "ohwx" are not in the prompt' == typed.reason
+    assert typed.reason == 'its words "ohwx" are not in the prompt'
     assert "trigger words of its file" in trigger.reason and "trg" in trigger.reason
     assert "no words were typed" in nothing.reason
     same = find_clauses(prompt, [LoRAWords("x", "woman"), LoRAWords("y", "woman")]).loras[1]
