@@ -13,6 +13,7 @@ from . import (
     guidance,
     klora,
     loratorio,
+    prompt,
     report,
     routed,
     selection,
@@ -21,7 +22,7 @@ from . import (
 
 NODES: list[type[io.ComfyNode]] = [
     *ensembles.NODES, *baselines.NODES, *cache.NODES, *cmlora.NODES, *guidance.NODES, *klora.NODES, *loratorio.NODES,
-    *routed.NODES, *report.NODES, *selection.NODES, *calibration.NODES, *spectrum.NODES,
+    *routed.NODES, *report.NODES, *selection.NODES, *calibration.NODES, *spectrum.NODES, *prompt.NODES,
 ]
 
 
