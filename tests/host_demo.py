@@ -26,7 +26,7 @@ from ..testbed.sampler import GUIDANCE, STEPS, Picture, Sampler
 from ..testbed.scene import CONCEPTS
 from ..testbed.weights import load_base, load_judge, load_loras, lora_path
 from .server import ROOT, Server, link
-from .workflows import EXAMPLES, Prompt, compose, find, load, on_testbed, widgets
+from .workflows import ON_TESTBED, Prompt, compose, find, load, on_testbed, widgets
 
 # Two programs, one formula, fp32: rounding differs and grows over the steps. A real fault changes pictures far more.
 ALLOWED = 3  # of 255 grey levels, in any pixel
@@ -65,16 +65,16 @@ def draw(server: Server, pictures: list[Picture], files: list[str]) -> Tensor:
 
 
 def examples(server: Server, files: list[str], out: Path, version: str) -> int:
-    """Every example workflow with the testbed's model and LoRAs in place of its checkpoint; returns their number."""
+    """Every example workflow that the testbed can stand for, with its model and LoRAs; returns their number."""
     task = next(task for task in demo.chosen_sets() if len(task.loras) == 3)
-    for path in EXAMPLES:
+    for path in ON_TESTBED:
         say(f"example workflow {path.stem}")
         prompt = on_testbed(load(path), [files[lora] for lora in task.loras], text=task.prompt())
         for k, pixels in enumerate(fetch(server, prompt)):
             picture, scale = Image.fromarray(pixels), max(256 // pixels.shape[0], 1)
             picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
             picture.save(out / f"comfyui-{version}-{path.stem}-{k + 1}.png")
-    return len(EXAMPLES)
+    return len(ON_TESTBED)
 
 
 def main(out: Path, comfyui: Path) -> None:

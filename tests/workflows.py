@@ -11,6 +11,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = sorted((ROOT / "example_workflows" / "api").glob("*.json"))
 TESTBED = sorted((ROOT / "tests" / "host" / "workflows").glob("*.json"))
+SMALL = {"sdxl_routed": "SDXL", "sdxl_routed_masks": "SDXL", "flux_routed": "Flux", "qwen_image_routed": "Qwen-Image",
+         "z_image_turbo_routed": "Z-Image", "krea2_routed": "Krea 2", "wan22_routed": "Wan"}
+"""Examples that are about words in the host's own text encoders: the family whose small model stands for theirs."""
+ON_TESTBED = [path for path in EXAMPLES if path.stem not in SMALL]
+LOADERS = {"CheckpointLoaderSimple": None, "UNETLoader": 0, "CLIPLoader": 1, "DualCLIPLoader": 1, "VAELoader": 2}
+"""Nodes that load files -> which output of MODEL, CLIP, VAE they have; None: all of them."""
 LATENTS = ("EmptyLatentImage", "EmptySD3LatentImage")
 # Nodes with a number of steps.
 SAMPLERS = ("KSampler", "BasicScheduler", "LoRAEnsembleKSampler", "LoRAEnsembleCalibrateGuidance",
@@ -46,6 +52,27 @@ def on_testbed(workflow: Prompt, loras: Sequence[str], text: str | None = None, 
                 source = prompt[inputs["positive"][0]]
                 source = prompt[source["inputs"]["conditioning"][0]] if "conditioning" in source["inputs"] else source
                 source["inputs"]["text"] = text
+    return prompt
+
+
+def on_small(workflow: Prompt, family: str, loras: Sequence[str]) -> Prompt:
+    """An example workflow with the small model of a family, its text encoder and a VAE in place of all files, at 64 by
+    64 pixels, its LoRAs, in order, by `loras`. Its prompts and steps stay as they are."""
+    prompt, names = {}, iter(loras)
+    slots = {key: LOADERS[node["class_type"]] for key, node in workflow.items() if node["class_type"] in LOADERS}
+    for key, node in copy.deepcopy(workflow).items():
+        inputs = node["inputs"]
+        if node["class_type"] in LOADERS:
+            continue
+        for name, value in inputs.items():
+            if isinstance(value, list) and value[0] in slots:
+                inputs[name] = ["small", value[1] if slots[value[0]] is None else slots[value[0]]]
+        if "batch_size" in inputs:
+            inputs.update({"width": 64, "height": 64} | ({"length": 9} if "length" in inputs else {}))
+        if node["class_type"] == "LoRAEnsembleLoRA":
+            inputs["lora_name"] = next(names)
+        prompt[key] = node
+    prompt["small"] = {"class_type": "LoRAEnsembleTestbedCheckpoint", "inputs": {"family": family}}
     return prompt
 
 

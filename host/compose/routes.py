@@ -121,8 +121,8 @@ class RoutedLoRAs(MaskedLoRAs):
             for prompt, here in zip(self._prompts.values(), own, strict=True):
                 prompt.elsewhere = tuple(a and not h and mask is None
                                          for a, h, mask in zip(anywhere, here, self._masks, strict=True))
-            for index, known in zip(self.routed.active, anywhere, strict=True):
-                if not known:
+            for index, known, wide in zip(self.routed.active, anywhere, self.routed.everywhere, strict=True):
+                if not known and not wide:
                     self._say_missing(self.routed.words[index])
             self._show()
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import ComfyExtension, io, ui
 
-from .families import FAMILIES, guidance_record, load_family
+from .families import CHECKPOINTS, FAMILIES, guidance_record, load_checkpoint, load_family
 from .vision import load_vision
 from .wrap import load_testbed, load_unet
 
@@ -123,6 +123,23 @@ class LoRAEnsembleTestbedFamily(io.ComfyNode):
         return io.NodeOutput(*load_family(family))
 
 
+class LoRAEnsembleTestbedCheckpoint(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LoRAEnsembleTestbedCheckpoint",
+            display_name="Load Testbed Checkpoint",
+            category="LoRA Ensemble/testbed",
+            description="ComfyUI's own model and text encoder of a family, tiny and with random weights.",
+            inputs=[io.Combo.Input("family", options=CHECKPOINTS, tooltip="The architecture.")],
+            outputs=[io.Model.Output(), io.Clip.Output(), io.Vae.Output()],
+        )
+
+    @classmethod
+    def execute(cls, family: str) -> io.NodeOutput:
+        return io.NodeOutput(*load_checkpoint(family))
+
+
 class LoRAEnsembleTestbedRecord(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -148,7 +165,7 @@ class TestbedExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [LoRAEnsembleTestbedLoader, LoRAEnsembleTestbedLatent, LoRAEnsembleTestbedStack,
                 LoRAEnsembleTestbedUNet, LoRAEnsembleTestbedVision, LoRAEnsembleTestbedFamily,
-                LoRAEnsembleTestbedRecord]
+                LoRAEnsembleTestbedCheckpoint, LoRAEnsembleTestbedRecord]
 
 
 async def comfy_entrypoint() -> TestbedExtension:

@@ -9,6 +9,7 @@ from typing import Any
 from .wrap import load_pack
 
 FAMILIES = ["SD15", "SD3", "Flux"]
+CHECKPOINTS = ["SDXL", "Flux", "Qwen-Image", "Z-Image", "Krea 2", "Wan"]
 
 
 def load_family(name: str) -> tuple[Any, ...]:
@@ -16,6 +17,13 @@ def load_family(name: str) -> tuple[Any, ...]:
     load_pack()
     models = importlib.import_module("lora_ensemble.tests.host.models")
     return models.base(name), *(models.FAMILIES[name].cond(seed) for seed in (11, 12, 13))
+
+
+def load_checkpoint(name: str) -> tuple[Any, ...]:
+    """MODEL, CLIP and VAE of a family, small, with random weights and the host's own tokenizer."""
+    load_pack()
+    checkpoints = importlib.import_module("lora_ensemble.tests.host.small_checkpoints")
+    return checkpoints.model(name), checkpoints.text_encoder(name), checkpoints.VAE()
 
 
 def guidance_record(model: Any) -> str:

@@ -17,7 +17,19 @@ from lora_ensemble.testbed.protocol import all_sets
 from lora_ensemble.testbed.sampler import GUIDANCE, STEPS, Picture, Sampler
 from lora_ensemble.testbed.weights import load_base, load_loras, lora_path
 from lora_ensemble.tests.server import PACK, PromptFailed, PromptRefused, Server, link
-from lora_ensemble.tests.workflows import EXAMPLES, ROOT, TESTBED, Prompt, compose, find, load, on_testbed, widgets
+from lora_ensemble.tests.workflows import (
+    EXAMPLES,
+    LOADERS,
+    ON_TESTBED,
+    ROOT,
+    TESTBED,
+    Prompt,
+    compose,
+    find,
+    load,
+    on_testbed,
+    widgets,
+)
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -133,11 +145,11 @@ def test_example_workflows_are_templates(server: Server):
 def test_example_misses_only_its_models(server: Server, path: Path):
     with pytest.raises(PromptRefused) as refused:
         server.queue(load(path))
-    loaders = [key for kind in ("CheckpointLoaderSimple", "CLIPVisionLoader") for key in find(load(path), kind)]
+    loaders = [key for kind in (*LOADERS, "CLIPVisionLoader") for key in find(load(path), kind)]
     assert set(refused.value.reasons) == set(loaders)
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", ON_TESTBED, ids=lambda path: path.stem)
 def test_example_on_the_testbed(server: Server, path: Path):
     prompt = on_testbed(load(path), GOOD, steps=6)
     saved = pictures(server, prompt)

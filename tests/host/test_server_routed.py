@@ -1,0 +1,134 @@
+"""Routed LoRAs and the report of a run on a real server: the example workflows on small models of their own families,
+with the host's text encoders, tokenizers and ordinary prompt nodes."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from lora_ensemble.tests.server import Server
+from lora_ensemble.tests.workflows import EXAMPLES, SMALL, Prompt, find, load, on_small
+from PIL import Image
+from safetensors.torch import save_file
+
+from .builders import lora, shapes
+from .small_checkpoints import lack_of, model
+
+HER, HIM = "ohwx woman with long red hair", "sks man with a grey beard"
+# name -> (the words of the LoRAs in the order of the ensemble, samples that the model evaluates in each step)
+EXPECTED = {
+    "sdxl_routed": ([[HER], [HIM], ["watercolor painting"]], [2] * 30),
+    "sdxl_routed_masks": ([[HER], [HIM], ["watercolor painting"]], [2] * 30),
+    "flux_routed": ([[f"An {HER}"], ["a fluffy sks dog"], ["watercolor painting"]], [1] * 20),
+    "qwen_image_routed": ([["An ohwx woman with long red hair in a green coat"],
+                           ["A sks man with a grey beard and round glasses"], []], [2] * 20),
+    "z_image_turbo_routed": ([[f"{HER} and a yellow umbrella"], [f"{HIM} and a dark coat"], []], [2] + [1] * 7),
+    "krea2_routed": ([[f"An {HER} sits"], ["a sks dog with a blue collar"], []], [2] + [1] * 7),
+    "wan22_routed": ([[HER], [HIM]], [3] + [2] * 9),
+}
+NAMES = tuple("abcd")
+
+
+@pytest.fixture(scope="module")
+def files(server: Server):
+    """`files(family)` -> names of LoRAs for its small model, where the server looks for them.
+
+    They change what has a place: the layers in which Krea 2 fuses its text have none, which is said.
+    """
+    made: dict[str, list[str]] = {}
+
+    def write(family: str) -> list[str]:
+        if reason := lack_of(family):
+            pytest.skip(reason)
+        if family not in made:
+            layers = shapes(model(family), lambda layer: "txtfusion" not in layer)
+            made[family] = [f"{family}_{name}.safetensors" for name in NAMES]
+            for seed, name in enumerate(made[family]):
+                save_file({key: value.contiguous() for key, value in lora(layers, seed).items()},
+                          server.base / "models" / "loras" / name)
+        return made[family]
+
+    return write
+
+
+def example(name: str, files) -> Prompt:
+    return on_small(load(next(path for path in EXAMPLES if path.stem == name)), SMALL[name], files(SMALL[name]))
+
+
+def run(server: Server, prompt: Prompt) -> tuple[dict, np.ndarray, dict[str, Any]]:
+    """(the report's text, its picture, what all nodes put out)"""
+    outputs = server.run(prompt)["outputs"]
+    (text,), (preview,) = find(prompt, "PreviewAny"), find(prompt, "PreviewImage")
+    (shown,) = outputs[preview]["images"]
+    file = server.get("/view", **{key: shown[key] for key in ("filename", "subfolder", "type")})
+    return json.loads(*outputs[text]["text"]), np.asarray(Image.open(io.BytesIO(file)).convert("RGB")), outputs
+
+
+def test_all_routed_examples_are_expected():
+    assert set(EXPECTED) == set(SMALL) == {path.stem for path in EXAMPLES if "routed" in path.stem}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_words_reach_the_sampler(server: Server, files, name: str):
+    """Through the ordinary CLIP Text Encode, and with as many evaluations as a merge has."""
+    prompt = example(name, files)
+    words, rows = EXPECTED[name]
+    found, picture, outputs = run(server, prompt)
+    assert found["problems"] == [] and found["finished"] is True
+    assert [each["words"] for each in found["words"][0]] == words
+    assert [step["rows"] for step in found["steps"]] == rows
+    assert picture.shape[1] == 1024 and len(np.unique(picture.reshape(-1, 3), axis=0)) > 50
+    places = [step["notes"]["Merge"]["places"] for step in found["steps"]][-1]
+    assert all(0 < share < 1 for share in places[:2]) and places[2:] == [1] * len(places[2:])
+    saved = next(iter(outputs[node] for node in (*find(prompt, "SaveImage"), *find(prompt, "SaveWEBM"))))
+    assert saved["images"]
+
+
+def test_it_evaluates_what_a_merge_does(server: Server, files):
+    """The same graph with Merge in its place: as many samples in as many calls, and another picture."""
+    routed = example("sdxl_routed", files)
+    merged = copy.deepcopy(routed)
+    (method,), (sampler,) = find(routed, "LoRAEnsembleRouted"), find(routed, "KSampler")
+    links = {name: value for name, value in merged[method]["inputs"].items() if isinstance(value, list)}
+    merged[method] = {"class_type": "LoRAEnsembleMerge", "inputs": {**links, "mode": "runtime", "place": "everywhere"}}
+    for prompt in (routed, merged):
+        prompt[sampler]["inputs"]["seed"] = 31
+    (ours, _, one), (theirs, sheet, other) = (run(server, prompt) for prompt in (routed, merged))
+    for count in ("calls", "rows"):
+        assert [step[count] for step in ours["steps"]] == [step[count] for step in theirs["steps"]]
+    assert theirs["words"] == [] and len(np.unique(sheet.reshape(-1, 3), axis=0)) < 300  # a text and no map
+    assert all(outputs[node]["images"] for outputs in (one, other) for node in find(routed, "SaveImage"))
+
+
+def test_place_words_of_another_method_is_the_same(server: Server, files):
+    """Merge with place 'words' is Routed with its defaults, but for the start."""
+    prompt = example("sdxl_routed", files)
+    (method,) = find(prompt, "LoRAEnsembleRouted")
+    links = {name: value for name, value in prompt[method]["inputs"].items() if isinstance(value, list)}
+    prompt[method] = {"class_type": "LoRAEnsembleMerge", "inputs": {**links, "mode": "runtime", "place": "words"}}
+    found, _, _ = run(server, prompt)
+    assert [each["words"] for each in found["words"][0]] == EXPECTED["sdxl_routed"][0] and found["problems"] == []
+    assert [step["rows"] for step in found["steps"]] == [3] + [2] * 29
+
+
+def test_prompts_of_another_clip_are_said(server: Server, files):
+    """Encoded with the loader's CLIP, a prompt does not say where its words are."""
+    prompt = example("sdxl_routed", files)
+    for node in find(prompt, "CLIPTextEncode"):
+        prompt[node]["inputs"]["clip"] = ["small", 1]
+    found, _, _ = run(server, prompt)
+    assert any("does not say where its words are" in problem for problem in found["problems"])
+    assert [step["notes"]["Merge"]["places"] for step in found["steps"]][-1] == [1, 1, 1]
+
+
+def test_the_report_of_a_model_that_was_not_sampled(server: Server, files):
+    """The loader's MODEL instead of the method's: a text and a picture say what to connect."""
+    prompt = example("sdxl_routed", files)
+    (report,) = find(prompt, "LoRAEnsembleReport")
+    prompt[report]["inputs"]["model"] = ["small", 0]
+    found, _, _ = run(server, prompt)
+    assert len(found["problems"]) == 1 and "Connect the MODEL that the sampler got" in found["problems"][0]
