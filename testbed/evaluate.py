@@ -208,8 +208,9 @@ def scores(sampler: Sampler, judge: Judge, sets: Sequence[LoraSet], recipe: Reci
                      for i in range(len(images))])
         for task in batch:
             parts = [task] if recipe is not None else [replace(task, concepts=(c,)) for c in task.concepts]
-            each = [(*score(part, answer), marks_right(part, answer)) for part, answer in zip(parts, islice(read, len(parts)),
-                                                                                              strict=True)]
+            answers = list(islice(read, len(parts)))
+            each = [(*score(part, answer), marks_right(part, answer))
+                    for part, answer in zip(parts, answers, strict=True)]
             shown = [one for concepts, *_ in each for one in concepts]
             leak, marks = (float(np.mean([one[k] for one in each])) for k in (1, 2))
             found.append(Score(len(task.concepts), float(np.mean(shown)), float(all(shown)), marks, leak, branches,
