@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from .prompt_text import Range, blanked, parse_loras, parse_marks, pieces, replaced, without
+from .prompt_text import Range, blanked, parse_loras, parse_marks, pieces, replaced, spoken, without
 
 __all__ = ["Clause", "Found", "LoRAClauses", "LoRAWords", "PromptTokens", "find_clauses", "parse_loras", "parse_marks",
            "stand_in", "without", "words_of"]
@@ -229,7 +229,7 @@ def find_clauses(prompt: PromptTokens, loras: Sequence[LoRAWords]) -> Found:
             sources[row - 1] = "marked"
             search.mentions.append(_Mention(start, end, row - 1, exact=True))
         else:
-            notes.append(f"[{row}: {_spoken(search.text, start, end)}] names row {row}, and the ensemble has "
+            notes.append(f"[{row}: {spoken(prompt.text, start, end)}] names row {row}, and the ensemble has "
                          f"{len(loras)}: the mark belongs to no LoRA.")
     wanted = []  # longer phrases first: "red hair" must not take the words of "woman with red hair"
     for index, lora in enumerate(loras):
@@ -243,7 +243,7 @@ def find_clauses(prompt: PromptTokens, loras: Sequence[LoRAWords]) -> Found:
         if other is None:
             search.mentions.append(_Mention(start, end, index))
         elif other.lora != index:
-            reasons[index] = (f"its words \"{_spoken(search.text, start, end)}\" belong to {loras[other.lora].name}: "
+            reasons[index] = (f"its words \"{spoken(prompt.text, start, end)}\" belong to {loras[other.lora].name}: "
                               f"mark in the prompt what is whose, as in [{index + 1}: ...]")
     own, rest = search.grown()
     return _resolved(prompt, search, loras, own, rest, sources, reasons, notes)
@@ -277,7 +277,7 @@ def _resolved(prompt: PromptTokens, search: _Search, loras: Sequence[LoRAWords],
                 tokens = tuple(token for token in tokens if owner.get(token, index) == index)
             owner |= {token: index for token in tokens if token not in owner}
             if tokens:
-                clauses.append(Clause(_spoken(search.text, start, end), tokens, start, end))
+                clauses.append(Clause(spoken(prompt.text, start, end), tokens, start, end))
         reason = ""
         if not clauses:
             lost = "the text encoder does not read as far as its words" if own.get(index) else ""
@@ -287,12 +287,8 @@ def _resolved(prompt: PromptTokens, search: _Search, loras: Sequence[LoRAWords],
     for start, end in rest:
         tokens = tuple(token for token in prompt.tokens(start, end) if token not in owner)
         if tokens:
-            others.append(Clause(_spoken(search.text, start, end), tokens, start, end))
+            others.append(Clause(spoken(prompt.text, start, end), tokens, start, end))
     return Found(tuple(found[index] for index in range(len(loras))), tuple(others), tuple(notes))
-
-
-def _spoken(text: str, start: int, end: int) -> str:
-    return " ".join(text[start:end].split())
 
 
 def stand_in(prompt: PromptTokens, loras: Sequence[LoRAWords]) -> tuple[str, tuple[tuple[int, int, int], ...]] | None:

@@ -104,12 +104,12 @@ def _lora(piece: str) -> tuple[str, float, float]:
 def joined(left: str, right: str) -> str:
     """Two halves of a text whose middle was taken out, without a doubled comma or space where it was."""
     left, right = left.rstrip(" \t"), right.lstrip(" \t")
-    if not left or left[-1] in ",\n":
+    if not left or left[-1] in ",\n(":
         while right.startswith(","):
             right = right[1:].lstrip(" \t")
-    if not right.strip():
-        return left.rstrip(", \t") + right.lstrip(" \t")
-    tight = not left or left[-1] in "\n([" or right[0] in ",.;:!?\n)]"
+    if not right.strip() or right[0] in ":)":
+        left = left.rstrip(", \t")
+    tight = not left or not right or left[-1] in "\n([" or right[0] in ",.;:!?\n)]"
     return left + right if tight else f"{left} {right}"
 
 
@@ -182,6 +182,12 @@ def blanked(text: str) -> str:
         for letter in segment:
             out[letter.at] = letter.char
     return "".join(out)
+
+
+def spoken(text: str, start: int, end: int) -> str:
+    """A range of a text for people: without what says weights, on one line."""
+    chars = zip(text[start:end], blanked(text)[start:end], strict=True)
+    return " ".join("".join(char for was, char in chars if was != "\\" or char == was).split())
 
 
 def pieces(text: str) -> list[Range]:

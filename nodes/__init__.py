@@ -4,11 +4,24 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import baselines, cache, calibration, cmlora, ensembles, guidance, klora, loratorio, routed, selection, spectrum
+from . import (
+    baselines,
+    cache,
+    calibration,
+    cmlora,
+    ensembles,
+    guidance,
+    klora,
+    loratorio,
+    prompt,
+    routed,
+    selection,
+    spectrum,
+)
 
 NODES: list[type[io.ComfyNode]] = [
     *ensembles.NODES, *baselines.NODES, *cache.NODES, *cmlora.NODES, *guidance.NODES, *klora.NODES, *loratorio.NODES,
-    *routed.NODES, *selection.NODES, *calibration.NODES, *spectrum.NODES,
+    *routed.NODES, *selection.NODES, *calibration.NODES, *spectrum.NODES, *prompt.NODES,
 ]
 
 

@@ -55,6 +55,15 @@ class LoRAEnsembleLoRA(io.ComfyNode):
                     tooltip="Where in the picture this LoRA may act: for every method but CMLoRA, which cannot "
                     "confine a LoRA to a region and says so, and Merge in mode baked.",
                 ),
+                io.String.Input(
+                    "words",
+                    default="",
+                    optional=True,
+                    tooltip="The LoRA's words in the prompt, separated by commas, for methods that let it act where "
+                    "these words are: each grows to the clause that holds it. Empty: the trigger words that its file "
+                    "names. 'ohwx = woman with red hair' looks for ohwx and lets ordinary words stand in for it where "
+                    "its place in the picture is sought.",
+                ),
             ],
             outputs=[ensemble_output()],
         )
@@ -83,12 +92,14 @@ class LoRAEnsembleLoRA(io.ComfyNode):
         role: str,
         ensemble: Ensemble | None = None,
         mask: torch.Tensor | None = None,
+        words: str = "",
     ) -> io.NodeOutput:
         check_file(lora_name)
         check_numbers(cls, strength_model=strength_model, strength_clip=strength_clip)
         role = chosen(role, ROLES, "LoRA (Ensemble): role")
         region = Mask(checked(mask, lora_name)) if mask is not None else None
-        return io.NodeOutput((*(ensemble or ()), LoRASpec(lora_name, strength_model, strength_clip, role, region)))
+        lora = LoRASpec(lora_name, strength_model, strength_clip, role, region, " ".join(words.split()))
+        return io.NodeOutput((*(ensemble or ()), lora))
 
 
 def checked(mask: torch.Tensor, name: str) -> torch.Tensor:

@@ -25,6 +25,7 @@ class LoRASpec:
     strength_clip    multiplies the delta of the text encoder
     role             what the LoRA depicts, one of ROLES
     mask             where in the picture it may act, for methods that can confine it; None: everywhere
+    words            its words in the prompt, as `methods.prompt.LoRAWords.typed` has them; empty: those of its file
     """
 
     name: str

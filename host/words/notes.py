@@ -148,8 +148,12 @@ def _words(text: str, spans: Sequence[tuple[Range, tuple[int, ...]]]) -> tuple[t
     tokens: list[set[int]] = [set() for _ in words]
     for (first, last), places in spans:
         touched = range(bisect_right(ends, first), bisect_left(starts, last))
-        if not touched and touched.start < len(words) and "\n" not in text[first:starts[touched.start]]:
+        if not touched and touched.start < len(words) and _is_blank(text[first:starts[touched.start]]):
             touched = range(touched.start, touched.start + 1)
         for word in touched:
             tokens[word].update(places)
     return tuple((start, end, tuple(sorted(own))) for (start, end), own in zip(words, tokens, strict=True))
+
+
+def _is_blank(text: str) -> bool:
+    return not text.strip() and "\n" not in text

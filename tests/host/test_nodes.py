@@ -15,6 +15,7 @@ from lora_ensemble.host.files.ensemble import ROLES, LoRASpec
 from lora_ensemble.nodes.baselines import LoRAEnsembleComposite, LoRAEnsembleMerge, LoRAEnsembleSwitch
 from lora_ensemble.nodes.ensembles import LoRAEnsembleFromStack, LoRAEnsembleLoRA, from_stack
 from lora_ensemble.nodes.order import OrderError, turns_of
+from lora_ensemble.nodes.prompt import LoRAEnsemblePrompt
 
 ROOT = Path(lora_ensemble.__file__).parent
 NODES = asyncio.run(asyncio.run(lora_ensemble.comfy_entrypoint()).get_node_list())
@@ -38,6 +39,7 @@ IDS = {
     "LoRAEnsembleCalibrateGuidance": "Calibrate Guidance",
     "LoRAEnsembleSaveCoeffs": "Save Guidance Coefficients",
     "LoRAEnsembleLoadCoeffs": "Load Guidance Coefficients",
+    "LoRAEnsemblePrompt": "Ensemble Prompt",
 }
 
 each_node = pytest.mark.parametrize("node", NODES, ids=lambda node: node.__name__)
@@ -91,7 +93,8 @@ def test_help_page_names_every_input(node):
     (inputs,) = re.findall(r"^## Inputs\n(.*?)^## ", text, flags=re.MULTILINE | re.DOTALL)
     rows = re.findall(r"^\| (\w+) \|", inputs, flags=re.MULTILINE)
     assert set(rows) - {"input"} == {part.id for part in node.GET_SCHEMA().inputs}
-    assert re.search(r"arxiv\.org/abs/\d{4}\.\d{5}", text) or node in (LoRAEnsembleLoRA, LoRAEnsembleFromStack)
+    assert re.search(r"arxiv\.org/abs/\d{4}\.\d{5}", text) or node in (
+        LoRAEnsembleLoRA, LoRAEnsembleFromStack, LoRAEnsemblePrompt)
 
 
 def test_no_help_page_without_a_node():
@@ -257,6 +260,7 @@ def test_sockets_have_the_types_that_other_packs_use():
     outputs = [part for node in NODES for part in node.GET_SCHEMA().outputs]
     assert {str(part.io_type) for part in outputs} == {
         "LORA_ENSEMBLE", "MODEL", "CLIP", "GUIDER", "LATENT", "STRING", "IMAGE", "FLOAT", "GUIDANCE_COEFFS",
+        "CONDITIONING",
     }  # fmt: skip
     assert str(LoRAEnsembleFromStack.GET_SCHEMA().inputs[0].io_type) == "LORA_STACK"
     assert all(issubclass(node, io.ComfyNode) for node in NODES)

@@ -1,0 +1,97 @@
+"""What a LoRA file says of itself: its trigger words and the tags that it was trained with.
+
+Anybody may have written it, so it is read as text and numbers alone, in bounded sizes; what is of another kind is left
+out. Only the header of the file is read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from .files import fingerprint, path_of
+
+HEADER_BYTES = 100_000_000  # as `check_file` allows
+TABLE_BYTES = 20_000_000  # of one entry: large sets of training pictures have large tables of tags
+WORDS, LETTERS, TAGS = 32, 200, 32  # no more trigger words, letters of one, and tags than this
+TRIGGERS = ("modelspec.trigger_phrase", "ss_trigger_words", "trigger_words", "trigger_word", "trigger",
+            "activation text", "instance_prompt", "ss_instance_prompt", "trainedWords")
+_KEPT = 64
+
+
+@dataclass(frozen=True)
+class Wording:
+    """The words of a file: `trigger` as its author named them, `tags` of its training with the most frequent first."""
+
+    trigger: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
+
+
+_read: OrderedDict[str, Wording] = OrderedDict()
+
+
+def wording(name: str) -> Wording:
+    """The words of a LoRA file by its name in the `loras` folders; none where the file names none, or is none.
+
+    Raises ValueError for a name that is in none of the folders.
+    """
+    key = fingerprint(name)
+    if key not in _read:
+        _read[key] = wording_of(_metadata(path_of(name)))
+        while len(_read) > _KEPT:
+            _read.popitem(last=False)
+    _read.move_to_end(key)
+    return _read[key]
+
+
+def wording_of(metadata: object) -> Wording:
+    """The words in the metadata of a safetensors header, whatever it holds."""
+    if not isinstance(metadata, dict):
+        return Wording()
+    trigger = dict.fromkeys(phrase for key in TRIGGERS for phrase in _phrases(metadata.get(key)))
+    return Wording(tuple(trigger)[:WORDS], tuple(_tags(metadata.get("ss_tag_frequency")))[:TAGS])
+
+
+def _metadata(path: str) -> object:
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = _parsed(file.read(length)) if 2 <= length <= HEADER_BYTES else None
+    except OSError:  # whoever loads the file says what is wrong with it
+        return None
+    return header.get("__metadata__") if isinstance(header, dict) else None
+
+
+def _parsed(text: bytes | str) -> object:
+    """JSON, or None for what is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _phrases(value: object) -> Iterator[str]:
+    """The phrases of an entry: text, a list, or either of them as JSON."""
+    if isinstance(value, str) and len(value) <= TABLE_BYTES and value.lstrip()[:1] in ("[", '"'):
+        parsed = _parsed(value)
+        value = parsed if isinstance(parsed, (list, str)) else value
+    for phrase in value if isinstance(value, list) else [value]:
+        if isinstance(phrase, str):
+            clean = " ".join(phrase.split()).strip(" ,")
+            if clean and len(clean) <= LETTERS and clean.isprintable() and clean.lower() not in ("none", "null"):
+                yield clean
+
+
+def _tags(value: object) -> Iterator[str]:
+    """The tags of `ss_tag_frequency`, {folder: {tag: count}}, most frequent first."""
+    if isinstance(value, str):
+        value = _parsed(value) if len(value) <= TABLE_BYTES else None
+    counts: Counter[str] = Counter()
+    for table in value.values() if isinstance(value, dict) else ():
+        for tag, count in table.items() if isinstance(table, dict) else ():
+            if isinstance(count, int) and count > 0:
+                for phrase in _phrases(tag):
+                    counts[phrase] += min(count, 2**31)
+    yield from (tag for tag, _ in counts.most_common(TAGS))

@@ -1,0 +1,47 @@
+"""LoRA files by the names that people write: without extension, without folder, in any case."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+
+import folder_paths
+
+from .files import FOLDER
+
+
+def resolved(written: str) -> str:
+    """The name in ComfyUI's list of LoRAs that is meant: the whole one, else one without extension, else without folder.
+
+    Raises ValueError where none is meant or several are, naming those that come close.
+    """
+    names = folder_paths.get_filename_list(FOLDER)
+    wanted = _plain(written)
+    for form in (_plain, _stem, lambda name: _stem(name).rpartition("/")[2]):
+        found = [name for name in names if form(name) == wanted]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            exact = [name for name in found if written in (name, name.rpartition(".")[0])]
+            if len(exact) == 1:
+                return exact[0]
+            raise ValueError(f"<lora:{written}> in the prompt may be {_list(found)}. Write the folder, too.")
+    stems = {_stem(name).rpartition("/")[2]: name for name in names} | {_stem(name): name for name in names}
+    close = dict.fromkeys(stems[stem] for stem in get_close_matches(_stem(wanted) or wanted, stems, 4, 0.5))
+    known = f"Close to it: {_list(list(close))}." if close else "No name in the list is close to it."
+    raise ValueError(f"<lora:{written}> in the prompt is not in any of the 'loras' folders. {known} Put the file there "
+                     "and refresh the list (R), or correct the name.")
+
+
+def _plain(name: str) -> str:
+    return name.replace("\\", "/").lower()
+
+
+def _stem(name: str) -> str:
+    """Without an extension of model files; "style.v2" has none."""
+    plain = _plain(name)
+    stem, _, extension = plain.rpartition(".")
+    return stem if extension in ("safetensors", "sft", "pt", "bin", "ckpt", "pth") else plain
+
+
+def _list(names: list[str]) -> str:
+    return ", ".join(f"'{name}'" for name in names[:6]) + (" and others" if len(names) > 6 else "")

@@ -1,0 +1,93 @@
+"""The node that encodes a prompt and tells which of its words are which LoRA's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io, ui
+
+from ..host.files.ensemble import Ensemble, LoRASpec
+from ..host.files.files import changes, check_file
+from ..host.files.names import resolved
+from ..host.words.known import lora_words, report
+from ..host.words.marked import PROMPT, marked
+from ..methods.prompt import find_clauses, parse_loras, parse_marks
+from .sockets import earlier_ensemble_input, ensemble_output, schema
+
+
+class LoRAEnsemblePrompt(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="LoRAEnsemblePrompt",
+            display_name="Ensemble Prompt",
+            description="Encodes a prompt and finds the words of each LoRA in it, for methods that let a LoRA act "
+            "where its words are. LoRAs may be named in the text: <lora:name:0.8>.",
+            search_aliases=["lora prompt", "prompt with loras", "clip text encode", "trigger words"],
+            inputs=[
+                io.Clip.Input(
+                    "clip",
+                    tooltip="The text encoder: of a method node, if LoRAs change it, or straight from its loader.",
+                ),
+                io.String.Input(
+                    "text",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    tooltip="The prompt. [2: ohwx woman] marks words for the LoRA of row 2; <lora:name:0.8:0.5> adds "
+                    "a LoRA with its strengths for the model and the text encoder. Neither is encoded.",
+                ),
+                earlier_ensemble_input(),
+            ],
+            outputs=[
+                io.Conditioning.Output(
+                    display_name="CONDITIONING",
+                    tooltip="The encoded prompt, as CLIP Text Encode makes it, with the places of its words.",
+                ),
+                ensemble_output(),
+                io.String.Output(
+                    display_name="found",
+                    tooltip="For each LoRA which words are its own and how many tokens they take, or why it has none.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, text: str | None = None) -> bool | str:
+        """Checks marks and names before the run; a text that comes over a link is not known yet."""
+        try:
+            if text is not None:
+                ensemble_of(text)
+        except ValueError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, **inputs: object) -> str:
+        """Run again when a file has been replaced; which ones are in the ensemble is not known yet."""
+        return str(changes())
+
+    @classmethod
+    def execute(cls, clip: Any, text: str, ensemble: Ensemble | None = None) -> io.NodeOutput:
+        if clip is None:
+            raise ValueError("Ensemble Prompt: there is no text encoder. The checkpoint that the clip input comes from "
+                             "has none; load one with a CLIP loader.")
+        text, named = ensemble_of(text)
+        ensemble = (*(ensemble or ()), *named)
+        words = lora_words(ensemble)
+        clip = marked(clip, words, getattr(clip, "lora_ensemble_contrast", False))
+        conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(text))
+        told = report(find_clauses(conditioning[0][1][PROMPT], words)) if conditioning else ""
+        return io.NodeOutput(conditioning, ensemble, told, ui=ui.PreviewText(told))
+
+
+def ensemble_of(text: str) -> tuple[str, Ensemble]:
+    """(the text without `<lora:...>`, the LoRAs that these name). Raises ValueError for malformed and unknown ones."""
+    text, loras = parse_loras(text)
+    parse_marks(text)
+    specs = tuple(LoRASpec(resolved(name), model, clip) for name, model, clip in loras)
+    for spec in specs:
+        check_file(spec.name)
+    return text, specs
+
+
+NODES: list[type[io.ComfyNode]] = [LoRAEnsemblePrompt]

@@ -1,0 +1,147 @@
+"""Which words are where in a conditioning: changing a word must change exactly the positions that are named for it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import takewhile
+
+import pytest
+import torch
+from lora_ensemble.host.words.marked import PROMPT, marked
+
+from .text_encoders import ENCODERS, clip, encoded
+
+ENDS = ("z", "x", "zq", "jx", "xkj", "jxv", "wvq", "zkqj", "vzkx", "qjxvz")
+OTHERS = ("blue", "cat", "house", "corgi", "sushi", "kimono", "graffiti", "ninja", "pikachu", "raccoon", "samurai",
+          "picasso", "norfolk", "minnesota", *(start + end for start in ("", "blue", "tree", "night") for end in ENDS))
+SIGNS = (":", ";", "?", "!", "-", "+")
+TEXT = "the red woman (with hair:1.2), ohwx dog, one red house"
+
+made: dict[str, object] = {}
+
+
+@pytest.fixture
+def small_clip(request):
+    """One text encoder, kept for the tests of its module that follow on each other."""
+    name = request.param
+    if name not in made:
+        if len(made) > 8:
+            made.clear()
+        made[name] = clip(name)
+    return made[name]
+
+
+each = pytest.mark.parametrize("small_clip", ENCODERS, indirect=True)
+
+
+def tensors(entry: list) -> dict:
+    """The conditioning and what goes beside it, [tokens, channels]."""
+    out = {None: entry[0][0].flatten(1)}
+    for key, value in entry[1].items():
+        if torch.is_tensor(value) and key.startswith("conditioning"):
+            out[key] = value.movedim(-2, 0).flatten(1)
+        elif key in ("t5xxl_ids", "text_input_ids"):
+            out[key] = value.flatten()[:, None]
+    return out
+
+
+def changed(entry: list, other: list) -> dict | None:
+    """Positions that differ, by tensor; None where the number of tokens does."""
+    one, two = tensors(entry), tensors(other)
+    if any(one[key].shape != two[key].shape for key in one):
+        return None
+    return {key: set((one[key] != two[key]).any(1).nonzero()[:, 0].tolist()) for key in one}
+
+
+def named(prompt, start: int, end: int) -> dict:
+    found = {None: set(prompt.tokens(start, end))}
+    return found | {key: set(beside.tokens(start, end)) for key, beside in prompt.beside}
+
+
+def make(tokens) -> list:
+    """How many tokens there are in each section, and how many of them are padding: alike at either end, or most."""
+    numbers = [[entry[0] if isinstance(entry[0], int) else None for entry in section] for section in sections(tokens)]
+    return [(len(section), len(list(takewhile(section[0].__eq__, section))),
+             len(list(takewhile(section[-1].__eq__, reversed(section)))),
+             max([count for count in Counter(section).values() if 2 * count > len(section)], default=0))
+            for section in numbers]
+
+
+def complete(seen: dict, own: dict) -> bool:
+    return seen == dict.fromkeys(seen, set()) | own
+
+
+def sections(tokens) -> list:
+    return [section for key in tokens for section in tokens[key]] if isinstance(tokens, dict) else tokens
+
+
+def check(small_clip, text: str, **arguments) -> int:
+    """How many words were tried. Every change must be within what is named, and make up all of it taken together."""
+    entry = encoded(marked(small_clip), text, **arguments)
+    prompt = entry[1][PROMPT]
+    assert prompt.text == text and not prompt.reason, prompt.reason
+    assert prompt.length == entry[0].shape[1]
+    before = make(small_clip.tokenize(text, **arguments))
+    tried = 0
+    for start, end, _ in prompt.words:
+        own = named(prompt, start, end)
+        seen: dict = {}
+        others = [text[:start] + other + text[end:] for other in (OTHERS if text[start].isalnum() else SIGNS)]
+        others = [other for other in others if make(small_clip.tokenize(other, **arguments)) == before]
+        for other in others[:40]:
+            for key, positions in changed(entry, encoded(small_clip, other, **arguments)).items():
+                assert positions <= own.get(key, set()), (text[start:end], other, key)
+                seen[key] = seen.get(key, set()) | positions
+            if complete(seen, own):
+                break
+        tried += bool(others)
+        # A sign may have a blank before it that is a token: no other sign changes it.
+        assert not others or complete(seen, own) or not text[start].isalnum() and any(seen.values()), (
+            text[start:end], seen, own, others[:40])
+    return tried
+
+
+@each
+def test_a_word_is_where_it_is_said_to_be(small_clip):
+    assert check(small_clip, TEXT) >= 8
+
+
+LONG = ", ".join(f"{word} {other}" for word in ("red", "blue", "green", "old", "new", "big", "tall")
+                 for other in ("house", "dog", "cat", "woman", "tree", "boat"))
+TEXTS = {
+    "over the borders of chunks": f"{LONG}, ohwx woman with red hair, {LONG}",
+    "lines": "red woman\nblue dog\n\nold house",
+    "weights in weights": "((red) woman:1.3), (blue (dog:0.5) house), (cat:-1)",
+    "parentheses that are none": "red \\(woman\\) house), blue (dog",
+    "quotes and hyphens": "the woman's 'red' half-dog, \"blue house\"",
+    "two mentions": "red woman, blue dog, red woman",
+    "break": "red woman BREAK blue dog",
+    "marks on text": "red woman: blue dog; <cat> [house] {tree}",
+}
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+@pytest.mark.parametrize("small_clip", ["SD1", "SDXL", "SD3, T5 alone", "Qwen-Image", "OmniGen2", "Wan", "LongCat-Image",
+                                        "HunyuanDiT"], indirect=True)
+def test_texts_of_all_kinds(small_clip, text):
+    if len(text) > 400 and not hasattr(small_clip.tokenizer, "clip_l"):
+        pytest.skip("only CLIP has chunks")
+    check(small_clip, text)
+
+
+@pytest.mark.parametrize("text", ["红色的女人，蓝色的狗", "une femme à la tête déjà grisée", "🙂 red 🐶 dog", "ＡＢ red"])
+@pytest.mark.parametrize("small_clip", ["SD1", "Flux", "Z-Image", "Wan"], indirect=True)
+def test_other_scripts_have_their_tokens(small_clip, text):
+    """All tokens of the text are some word's, and each word's come one after the other."""
+    prompt = encoded(marked(small_clip), text)[1][PROMPT]
+    assert not prompt.reason and prompt.text == text
+    places = [min(tokens) for _, _, tokens in prompt.words if tokens]
+    assert places == sorted(places) and prompt.tokens(0, len(text))
+
+
+@each
+def test_an_empty_prompt_has_no_words(small_clip):
+    for text in ("", " "):
+        entry = encoded(marked(small_clip), text)
+        assert entry[1][PROMPT].words == () and not entry[1][PROMPT].reason
+        assert entry[1][PROMPT].length == entry[0].shape[1]

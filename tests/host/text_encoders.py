@@ -1,0 +1,174 @@
+"""Small random models of the host's own text encoders, in which a token's output depends on that token alone.
+
+Their classes, tokenizers and code are the host's; only sizes are small. The output projections of all attention are
+zero, so that no token sees another: what changes with a word is where that word is.
+"""
+
+from __future__ import annotations
+
+import base64
+import inspect
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import comfy.sd
+import comfy.sd1_clip
+import comfy.text_encoders
+import pytest
+import torch
+
+FOLDER = Path(comfy.sd1_clip.__file__).parent / "text_encoders"
+LLAMA = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
+T5 = {"d_model": 16, "num_layers": 1, "num_heads": 2, "d_kv": 8, "d_ff": 16}
+CLIP = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 16}
+BERT = {**CLIP, "num_hidden_layers": 1}
+LLAMA3 = FOLDER / "llama_tokenizer" / "tokenizer.json"
+SMALL = {"CLIPTextModel": CLIP, "T5": T5, "BertModel": BERT, "XLMRobertaModel": BERT}
+NO_LOOK_AROUND = ("out_proj", "o_proj", "SelfAttention.o", "attention.output.dense")
+
+# name -> (tokenizer, model, what a function that makes the model's class is given, tensors of its own)
+ENCODERS: dict[str, tuple[str, str, dict[str, Any] | None, str]] = {
+    "SD1": ("comfy.sd1_clip.SD1Tokenizer", "comfy.sd1_clip.SD1ClipModel", None, ""),
+    "SD2": ("sd2_clip.SD2Tokenizer", "sd2_clip.SD2ClipModel", None, ""),
+    "SDXL": ("comfy.sdxl_clip.SDXLTokenizer", "comfy.sdxl_clip.SDXLClipModel", None, ""),
+    "SDXL refiner": ("comfy.sdxl_clip.SDXLTokenizer", "comfy.sdxl_clip.SDXLRefinerClipModel", None, ""),
+    "Stable Cascade": ("comfy.sdxl_clip.StableCascadeTokenizer", "comfy.sdxl_clip.StableCascadeClipModel", None, ""),
+    "SD3": ("sd3_clip.SD3Tokenizer", "sd3_clip.sd3_clip", {}, "wide"),
+    "SD3 without T5": ("sd3_clip.SD3Tokenizer", "sd3_clip.sd3_clip", {"t5": False}, ""),
+    "SD3, T5 alone": ("sd3_clip.SD3Tokenizer", "sd3_clip.sd3_clip", {"clip_l": False, "clip_g": False}, ""),
+    "Flux": ("flux.FluxTokenizer", "flux.flux_clip", {}, ""),
+    "Flux2": ("flux.Flux2Tokenizer", "flux.flux2_te", {}, "tekken"),
+    "Flux2 Klein": ("flux.KleinTokenizer", "flux.klein_te", {}, ""),
+    "HiDream": ("hidream.HiDreamTokenizer", "hidream.hidream_clip", {}, "llama"),
+    "HiDream-O1": ("hidream_o1.HiDreamO1Tokenizer", "hidream_o1.HiDreamO1TE", None, ""),
+    "HunyuanVideo": ("hunyuan_video.HunyuanVideoTokenizer", "hunyuan_video.hunyuan_video_clip", {}, "llama"),
+    "HunyuanVideo 1.5": ("hunyuan_video.HunyuanVideo15Tokenizer", "hunyuan_image.te", {"byt5": False}, ""),
+    "HunyuanImage": ("hunyuan_image.HunyuanImageTokenizer", "hunyuan_image.te", {"byt5": True}, ""),
+    "HunyuanDiT": ("hydit.HyditTokenizer", "hydit.HyditModel", None, "spiece"),
+    "Qwen-Image": ("qwen_image.QwenImageTokenizer", "qwen_image.te", {}, ""),
+    "LongCat-Image": ("longcat_image.LongCatImageTokenizer", "longcat_image.te", {}, ""),
+    "Kandinsky 5": ("kandinsky5.Kandinsky5Tokenizer", "kandinsky5.te", {}, ""),
+    "Krea 2": ("krea2.Krea2Tokenizer", "krea2.te", {}, ""),
+    "Ideogram 4": ("ideogram4.Ideogram4Tokenizer", "ideogram4.te", {}, ""),
+    "Boogu": ("boogu.BooguTokenizer", "boogu.te", {}, ""),
+    "JoyImage": ("joyimage.JoyImageTokenizer", "joyimage.te", {}, ""),
+    "Mage-Flow": ("mage_flow.MageFlowTokenizer", "mage_flow.te", {}, ""),
+    "Lumina2": ("lumina2.LuminaTokenizer", "lumina2.te", {}, "spiece"),
+    "Lumina2, Gemma 3": ("lumina2.NTokenizer", "lumina2.te", {"model_type": "gemma3_4b"}, "spiece"),
+    "NewBie": ("newbie.NewBieTokenizer", "newbie.te", {}, "spiece"),
+    "PixelDiT": ("pixeldit.PixelDiTGemma2Tokenizer", "pixeldit.pixeldit_te", {}, "spiece"),
+    "Z-Image": ("z_image.ZImageTokenizer", "z_image.te", {}, ""),
+    "OmniGen2": ("omnigen2.Omnigen2Tokenizer", "omnigen2.te", {}, ""),
+    "Ovis": ("ovis.OvisTokenizer", "ovis.te", {}, ""),
+    "Wan": ("wan.WanT5Tokenizer", "wan.te", {}, "spiece"),
+    "LTX": ("lt.LTXVT5Tokenizer", "lt.ltxv_te", {}, ""),
+    "LTX-2": ("lt.LTXAVGemmaTokenizer", "lt.ltxav_te", {"text_projection_type": "dual_linear"}, "spiece"),
+    "Mochi": ("genmo.MochiT5Tokenizer", "genmo.mochi_te", {}, ""),
+    "CogVideoX": ("cogvideo.CogVideoXTokenizer", "cogvideo.cogvideo_te", {}, ""),
+    "Cosmos": ("cosmos.CosmosT5Tokenizer", "cosmos.te", {}, ""),
+    "Anima": ("anima.AnimaTokenizer", "anima.te", {}, ""),
+    "AuraFlow": ("aura_t5.AuraT5Tokenizer", "aura_t5.AuraT5Model", None, ""),
+    "PixArt, Chroma": ("pixart_t5.PixArtTokenizer", "pixart_t5.pixart_te", {}, ""),
+    "Stable Audio": ("sa_t5.SAT5Tokenizer", "sa_t5.SAT5Model", None, ""),
+    "ACE-Step": ("ace.AceT5Tokenizer", "ace.AceT5Model", None, "spiece"),
+    "Ernie-Image": ("ernie.ErnieTokenizer", "ernie.te", {}, "tekken"),
+}
+
+
+def named(path: str) -> Any:
+    """The class or function, or a skip where this release has none."""
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(import_module(module if module.startswith("comfy.") else f"comfy.text_encoders.{module}"), name)
+    except (ImportError, AttributeError):
+        pytest.skip(f"this release has no {path}")
+
+
+class Vision(torch.nn.Module):
+    """Stands for the part that sees: some tokens per picture, as many as the real one would give."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__()
+
+    def forward(self, picture: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+        return torch.ones(int(grid.prod()) // 4, 16)
+
+
+@contextmanager
+def small(wide: bool = False) -> Iterator[None]:
+    """Text encoders made here are small. `wide`: with the widths that the code of SD3 takes for granted."""
+    init = comfy.sd1_clip.SDClipModel.__init__
+    signature = inspect.signature(init)
+
+    def smaller(self: Any, *args: Any, **kwargs: Any) -> None:
+        given = signature.bind(self, *args, **kwargs)
+        given.apply_defaults()
+        config, kind = given.arguments["textmodel_json_config"], given.arguments["model_class"].__name__
+        if config is None:
+            config = str(Path(comfy.sd1_clip.__file__).parent / "sd1_clip_config.json")
+        if not isinstance(config, dict):
+            config = json.loads(Path(config).read_text(encoding="utf-8"))
+        width = {"d_model": 4096} if wide and kind == "T5" else {}
+        given.arguments["textmodel_json_config"] = {**config, **SMALL.get(kind, LLAMA), **width}
+        init(*given.args, **given.kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comfy.sd1_clip.SDClipModel, "__init__", smaller)
+        for path in ("qwen_vl.Qwen2VLVisionTransformer", "qwen3vl.Qwen3VLVisionModel"):
+            module, name = path.split(".")
+            patch.setattr(f"comfy.text_encoders.{module}.{name}", Vision, raising=False) if (
+                FOLDER / f"{module}.py").is_file() else None
+        yield
+
+
+def clip(name: str, embeddings: Path | None = None) -> comfy.sd.CLIP:
+    """A CLIP of one of ENCODERS as the host makes it."""
+    tokenizer, model, options, needs = ENCODERS[name]
+    tokenizer, model = named(tokenizer), named(model)
+    if "llama" in needs and not LLAMA3.is_file():
+        pytest.skip("this checkout lacks Llama 3's tokenizer.json")
+    data = tokenizer_data(needs)
+    if options is not None:
+        model = model(**options)
+    with small(wide=needs == "wide"):
+        made = comfy.sd.CLIP(SimpleNamespace(params={}, clip=model, tokenizer=tokenizer), tokenizer_data=data,
+                             embedding_directory=str(embeddings) if embeddings else None,
+                             model_options={"dtype": torch.float16 if needs == "wide" else torch.float32})
+    for tokenizer in vars(made.tokenizer).values():
+        if getattr(tokenizer, "min_length", None) == 1024:  # the padding of LTX-2, which only takes time
+            tokenizer.min_length = 64
+    generator = torch.Generator().manual_seed(1)
+    for key, parameter in made.cond_stage_model.named_parameters():
+        parameter.data.normal_(std=0.3, generator=generator)
+        if any(f"{part}." in key for part in NO_LOOK_AROUND):
+            parameter.data.zero_()
+    return made
+
+
+def tokenizer_data(needs: str) -> dict[str, Any]:
+    """Models of tokenizers that come with checkpoints: the one that the host ships, or one made here."""
+    if needs == "spiece":
+        model = torch.tensor(list((FOLDER / "t5_pile_tokenizer" / "tokenizer.model").read_bytes()), dtype=torch.uint8)
+        return dict.fromkeys(("spiece_model", "mt5xl.spiece_model", "gemma_spiece_model", "jina_spiece_model"), model)
+    if needs == "tekken":
+        words = [bytes([code]) for code in range(256)]
+        for word in (" red", " woman", " dog", " blue", " a", " cat", " house", ", ", "red", "hair", " hair"):
+            words += [word[:end].encode() for end in range(2, len(word) + 1) if word[:end].encode() not in words]
+        vocabulary = [{"rank": at, "token_bytes": base64.b64encode(word).decode()} for at, word in enumerate(words)]
+        special = [{"rank": at, "token_str": text} for at, text in enumerate(
+            ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", *(f"<{at}>" for at in range(12)), "[SYSTEM_PROMPT]",
+             "[/SYSTEM_PROMPT]"])]
+        tekken = {"config": {"default_num_special_tokens": 1000, "default_vocab_size": 131072, "pattern": ""},
+                  "vocab": vocabulary, "special_tokens": special}
+        return {"tekken_model": torch.tensor(list(json.dumps(tekken).encode()), dtype=torch.uint8)}
+    return {}
+
+
+def encoded(clip: comfy.sd.CLIP, text: str, tokenize: Callable[..., Any] | None = None, **arguments: Any) -> list:
+    """[tensor, dict] of a text, as a node encodes it."""
+    return clip.encode_from_tokens_scheduled(clip.tokenize(text, **arguments))[0]

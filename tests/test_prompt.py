@@ -1,0 +1,223 @@
+"""Whose words are whose: twenty prompts of tags and twenty of sentences, with answers written by hand."""
+
+from __future__ import annotations
+
+import pytest
+from lora_ensemble.methods.prompt import (
+    LoRAWords,
+    PromptTokens,
+    find_clauses,
+    parse_loras,
+    parse_marks,
+    stand_in,
+    without,
+    words_of,
+)
+from lora_ensemble.methods.prompt_text import letters
+
+A, B, S = "ohwx", "sks", "ghibli style"
+
+# (prompt, words of the LoRAs, clauses of each LoRA, clauses of none)
+TAGS = [
+    ("ohwx woman, long red hair, sks dog, masterpiece", (A, B), [["ohwx woman"], ["sks dog"]],
+     ["long red hair", "masterpiece"]),
+    ("ohwx woman, (long red hair:1.2), sks dog", (A, B), [["ohwx woman"], ["sks dog"]], ["long red hair"]),
+    ("(ohwx woman:1.3), ((sks)) dog", (A, B), [["ohwx woman"], ["sks dog"]], []),
+    ("1girl, ohwx, red hair, ohwx, sks", (A, B), [["ohwx", "ohwx"], ["sks"]], ["1girl", "red hair"]),
+    ("OHWX Woman, smiling", (A,), [["OHWX Woman"]], ["smiling"]),
+    ("ohwx_woman, sks_dog", ("ohwx woman", "sks dog"), [["ohwx_woman"], ["sks_dog"]], []),
+    ("masterpiece, best quality, ohwx woman BREAK sks dog, park", (A, B), [["ohwx woman"], ["sks dog"]],
+     ["masterpiece", "best quality", "park"]),
+    ("ohwx woman,sks dog,ghibli style", (A, B, S), [["ohwx woman"], ["sks dog"], ["ghibli style"]], []),
+    ("ohwx woman\nsks dog\nin the rain", (A, B), [["ohwx woman"], ["sks dog"]], ["the rain"]),
+    ("ohwx \\(series\\), sks dog", (A, B), [["ohwx (series)"], ["sks dog"]], []),
+    ("embedding:easynegative, ohwx woman", (A,), [["ohwx woman"]], ["embedding:easynegative"]),
+    ("ohwx, red dress", ("ohwx, red dress",), [["ohwx", "red dress"]], []),
+    ("a photo of ohwx woman, blue eyes, sks", (A, B), [["a photo of ohwx woman"], ["sks"]], ["blue eyes"]),
+    ("ohwx woman | sks dog; night", (A, B), [["ohwx woman"], ["sks dog"]], ["night"]),
+    ("[ohwx woman], [sks dog]", (A, B), [["[ohwx woman]"], ["[sks dog]"]], []),
+    ("woman, dog", (A, B), [[], []], ["woman", "dog"]),
+    ("ohwxy woman, presks dog", (A, B), [[], []], ["ohwxy woman", "presks dog"]),
+    ("[1: woman, red hair], [2: dog]", (A, B), [["woman, red hair"], ["dog"]], []),
+    ("[2: ohwx woman], sks dog", (A, B), [[], ["ohwx woman"]], ["sks dog"]),
+    ("sks dog, red hair, ohwx woman, red hair", ("ohwx, red hair", B), [["red hair", "ohwx woman", "red hair"],
+                                                                        ["sks dog"]], []),
+]
+SENTENCES = [
+    ("ohwx woman with long red hair beside a sks dog, in ghibli style", (A, B, S),
+     [["ohwx woman with long red hair"], ["a sks dog"], ["ghibli style"]], []),
+    ("a photo of ohwx woman and a big sks dog", (A, B), [["a photo of ohwx woman"], ["a big sks dog"]], []),
+    ("ohwx woman holding a sks cup.", (A, B), [["ohwx woman holding"], ["a sks cup"]], []),
+    ("An ohwx woman sits on a chair. A sks dog sleeps under the table.", (A, B),
+     [["An ohwx woman sits"], ["A sks dog sleeps"]], ["a chair", "the table"]),
+    ("ohwx woman sks dog", (A, B), [["ohwx woman"], ["sks dog"]], []),
+    ("ohwx woman big brown sks dog", (A, B), [["ohwx woman big"], ["brown sks dog"]], []),
+    ("ohwx woman with red hair and blue eyes in front of the sks house", (A, B),
+     [["ohwx woman with red hair and blue eyes"], ["the sks house"]], []),
+    ("a sks dog to the left of ohwx woman", (A, B), [["ohwx woman"], ["a sks dog"]], []),
+    ("ohwx woman next to ohwx woman near the sea", (A,), [["ohwx woman", "ohwx woman"]], ["the sea"]),
+    ("ohwx woman and ohwx man talk in a cafe", (A,), [["ohwx woman and ohwx man talk"]], ["a cafe"]),
+    ("The cat in the hat sleeps behind a sks dog", ("cat in the hat", B), [["The cat in the hat sleeps"],
+                                                                         ["a sks dog"]], []),
+    ("a painting by ohwx of a sks dog", (A, B), [["ohwx"], ["a sks dog"]], ["a painting"]),
+    ("ohwx woman wearing her sks dress at night", (A, B), [["ohwx woman wearing"], ["her sks dress"]], ["night"]),
+    ("A (large ohwx woman:1.2) walks with a sks dog through the city", (A, B),
+     [["A large ohwx woman walks"], ["a sks dog"]], ["the city"]),
+    ("[1: the woman with red hair] walks beside [2: her dog] in the park", (A, B),
+     [["the woman with red hair"], ["her dog"]], ["walks", "the park"]),
+    ("[1: a woman] and the sks dog she loves", (A, B), [["a woman"], ["the sks dog she loves"]], []),
+    ("ohwx woman, and the sks dog!", (A, B), [["ohwx woman"], ["the sks dog"]], []),
+    ("Scene: ohwx woman — sks dog — sunset", (A, B), [["ohwx woman"], ["sks dog"]], ["Scene", "sunset"]),
+    ("her hair is version 1.5 of ohwx hair, in the background mountains", (A,),
+     [["her hair is version 1.5 of ohwx hair"]], ["mountains"]),
+    ("<|im_start|>user\nohwx woman in the rain<|im_end|>", (A,), [["ohwx woman"]], ["user", "the rain"]),
+]
+
+
+def prompt_of(text: str) -> PromptTokens:
+    """A token for each word and sign."""
+    clean, rows = parse_marks(text)
+    return PromptTokens(clean, 99, tuple((start, end, (at,)) for at, (start, end) in enumerate(words_of(clean))), rows)
+
+
+def loras_of(words: tuple[str, ...]) -> list[LoRAWords]:
+    return [LoRAWords(f"lora {at + 1}", typed) for at, typed in enumerate(words)]
+
+
+@pytest.mark.parametrize(("text", "words", "own", "others"), TAGS + SENTENCES, ids=lambda value: str(value)[:40])
+def test_clauses(text, words, own, others):
+    prompt = prompt_of(text)
+    found = find_clauses(prompt, loras_of(words))
+    assert [[clause.text for clause in lora.clauses] for lora in found.loras] == own
+    assert [clause.text for clause in found.others] == others
+    for lora in found.loras:
+        assert bool(lora.clauses) == bool(lora.source) != bool(lora.reason)
+    tokens = [token for lora in found.loras for token in lora.tokens] + [
+        token for clause in found.others for token in clause.tokens]
+    assert len(tokens) == len(set(tokens))
+    for clause in [clause for lora in found.loras for clause in lora.clauses]:
+        assert clause.tokens == prompt.tokens(clause.start, clause.end) != ()
+
+
+def test_marks_beat_typed_words_and_those_beat_the_files():
+    prompt = prompt_of("[1: a woman], ohwx person, trg dog")
+    lora = LoRAWords("x", "ohwx", ("trg",))
+    assert [clause.text for clause in find_clauses(prompt, [lora]).loras[0].clauses] == ["a woman"]
+    found = find_clauses(prompt_of("a woman, ohwx person, trg dog"), [lora]).loras[0]
+    assert (found.source, found.clauses[0].text) == ("typed", "ohwx person")
+    found = find_clauses(prompt_of("a woman, trg dog"), [lora]).loras[0]
+    assert (found.source, found.clauses[0].text) == ("trigger", "trg dog")
+
+
+def test_the_reason_says_what_is_missing():
+    prompt = prompt_of("a woman, a dog")
+    typed, trigger, nothing = find_clauses(prompt, [LoRAWords("x", "ohwx"), LoRAWords("y", "", ("trg",)),
+                                                    LoRAWords("z")]).loras
+    assert typed.reason == 'its words "ohwx" are not in the prompt'
+    assert "trigger words of its file" in trigger.reason and "trg" in trigger.reason
+    assert "no words were typed" in nothing.reason
+    same = find_clauses(prompt, [LoRAWords("x", "woman"), LoRAWords("y", "woman")]).loras[1]
+    assert "belong to x" in same.reason
+    cut = PromptTokens("a woman, a dog", 4, tuple((start, end, ()) for start, end in words_of("a woman, a dog")))
+    assert "does not read as far" in find_clauses(cut, [LoRAWords("x", "dog")]).loras[0].reason
+    lost = PromptTokens("a dog", 4, reason="it was lost")
+    assert find_clauses(lost, [LoRAWords("x", "dog")]).loras[0].reason == "it was lost"
+
+
+def test_a_mark_for_a_row_that_there_is_not_is_told():
+    found = find_clauses(prompt_of("[3: a woman]"), loras_of((A, B)))
+    assert "names row 3, and the ensemble has 2" in found.notes[0]
+
+
+def test_two_marks_may_share_words():
+    found = find_clauses(prompt_of("[1: woman with [2: a hat]]"), loras_of((A, B)))
+    assert [lora.clauses[0].text for lora in found.loras] == ["woman with a hat", "a hat"]
+    assert set(found.loras[1].tokens) < set(found.loras[0].tokens)
+
+
+@pytest.mark.parametrize(("text", "clean", "rows"), [
+    ("a woman", "a woman", ()),
+    ("[1: a woman] here", "a woman here", ((0, 7, 1),)),
+    ("x [12:a [red] dog ]", "x a [red] dog", ((2, 13, 12),)),
+    ("[cat:dog:0.5] [2]", "[cat:dog:0.5] [2]", ()),
+    ("([2: a dog]:1.2)", "(a dog:1.2)", ((1, 6, 2),)),
+    ("a ] b [", "a ] b [", ()),
+])
+def test_marks(text, clean, rows):
+    assert parse_marks(text) == (clean, rows)
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("x [2: a dog", "'[2: a dog' in the prompt is not closed"),
+    ("[2: a [dog]", "not closed"),
+    ("[1: ] dog", "'[1: ]' in the prompt is empty"),
+    ("[0: dog]", "row 0"),
+])
+def test_malformed_marks_are_named(text, message):
+    with pytest.raises(ValueError) as error:
+        parse_marks(text)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(("text", "clean", "loras"), [
+    ("a woman", "a woman", ()),
+    ("a, <lora:styles/foo:0.8>, b", "a, b", (("styles/foo", 0.8, 0.8),)),
+    ("<lora:x:1:0.5> a <LORA:y>", "a", (("x", 1.0, 0.5), ("y", 1.0, 1.0))),
+    ("a<lora:x:-0.5>\nb", "a\nb", (("x", -0.5, -0.5),)),
+    ("<lora:x>", "", (("x", 1.0, 1.0),)),
+])
+def test_loras_in_the_text(text, clean, loras):
+    assert parse_loras(text) == (clean, loras)
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("a <lora:x:0.8", "has no '>'"),
+    ("<lora:>", "names no file"),
+    ("<lora>", "names no file"),
+    ("<lora:x:strong>", "has 'strong' where a number belongs"),
+    ("<lora:x:nan>", "has 'nan' for a strength"),
+    ("<lora:x:1:1:lbw=0>", "more than two numbers"),
+])
+def test_malformed_loras_are_named(text, message):
+    with pytest.raises(ValueError) as error:
+        parse_loras(text)
+    assert message in str(error.value) and repr(text[text.index("<"):])[1:-1] in str(error.value)
+
+
+@pytest.mark.parametrize(("text", "typed", "rest"), [
+    ("ohwx woman, red hair", "ohwx", "red hair"),
+    ("night, ohwx woman, red hair", "ohwx", "night, red hair"),
+    ("night, (ohwx woman:1.2)", "ohwx", "night"),
+    ("night, ((ohwx woman:1.2)), red", "ohwx", "night, red"),
+    ("night, (ohwx woman, red:1.2)", "ohwx", "night, (red:1.2)"),
+    ("night, (red, ohwx woman:1.2)", "ohwx", "night, (red:1.2)"),
+    ("a dog beside ohwx woman.", "ohwx", "a dog beside."),
+])
+def test_a_prompt_without_a_clause(text, typed, rest):
+    clause = find_clauses(prompt_of(text), [LoRAWords("x", typed)]).loras[0].clauses[0]
+    assert without(text, clause.start, clause.end) == rest
+
+
+@pytest.mark.parametrize(("text", "typed", "instead", "rows"), [
+    ("ohwx beside a dog", "ohwx = woman with red hair", "woman with red hair beside a dog", ((0, 19, 1),)),
+    ("(ohwx:1.2) smiles, ohwx", "ohwx=tall man", "(tall man:1.2) smiles, tall man", ((1, 21, 1), (23, 31, 1))),
+    ("big ohwx (woman:1.2) here", "ohwx woman = girl", "big (girl:1.2) here", ((0, 19, 1),)),
+])
+def test_stand_ins(text, typed, instead, rows):
+    assert stand_in(prompt_of(text), [LoRAWords("x", typed)]) == (instead, rows)
+    found = find_clauses(prompt_of(text), [LoRAWords("x", typed)])
+    assert found.loras[0].source == "typed"
+
+
+def test_no_stand_ins_no_other_text():
+    assert stand_in(prompt_of("ohwx woman"), [LoRAWords("x", "ohwx")]) is None
+    assert stand_in(prompt_of("a woman"), [LoRAWords("x", "ohwx = girl")]) is None
+
+
+def test_letters_are_what_is_encoded():
+    text = "a (b:1.2) \\(c\\) ((d)) (e:x) f) (g"
+    segments = ["".join(letter.char for letter in segment) for segment in letters(text)]
+    assert "".join(segments) == "a b (c) d e:x f) (g"
+    for segment in letters(text):
+        for letter in segment:
+            assert text[letter.at] == letter.char
