@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ...engine.bank import Bank
 from ...methods import Method
-from ...methods.prompt import LoRAWords
 from ..files.ensemble import Ensemble, LoRASpec
+from ..words.known import lora_words
 from ..words.marked import marked
 from .banks import shared_bank
 from .cache import CacheSpec
@@ -98,11 +98,6 @@ def apply_method(model, clip, ensemble: Ensemble, make: Callable[[Active], Metho
     return new_model, new_clip
 
 
-def words_of(ensemble: Ensemble) -> tuple[LoRAWords, ...]:
-    """What is known of the words of each LoRA: what was typed on it, and the trigger words that its file names."""
-    return tuple(LoRAWords(spec.name, spec.words, ()) for spec in ensemble)
-
-
 def _placed(ensemble: Ensemble, active: list[LoRASpec], method: Method, placing: Placing, problems: list[str]
             ) -> tuple[tuple[Tensor | None, ...], Routed | None]:
     """(the masks of the LoRAs that take part, how their places are found by words)"""
@@ -120,7 +115,7 @@ def _placed(ensemble: Ensemble, active: list[LoRASpec], method: Method, placing:
     if placing.where == "masks":
         return masks, None
     numbers = tuple(next(k for k, other in enumerate(ensemble) if other is spec) for spec in active)
-    return masks, Routed(placing.routing, words_of(ensemble), numbers, tuple(spec.role == "style" for spec in active),
+    return masks, Routed(placing.routing, lora_words(ensemble), numbers, tuple(spec.role == "style" for spec in active),
                          placing.blocks)
 
 
