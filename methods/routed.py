@@ -48,7 +48,7 @@ class Routing:
 
     def first(self, total: int) -> int:
         """The step at which LoRAs begin to act."""
-        return min(round(self.start * total), total - 1)
+        return min(int(self.start * total + 0.5), total - 1)
 
 
 @dataclass(frozen=True)

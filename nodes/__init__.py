@@ -14,14 +14,15 @@ from . import (
     klora,
     loratorio,
     prompt,
+    report,
     routed,
     selection,
     spectrum,
 )
 
 NODES: list[type[io.ComfyNode]] = [
-    *ensembles.NODES, *baselines.NODES, *cache.NODES, *cmlora.NODES, *guidance.NODES, *klora.NODES, *loratorio.NODES,
-    *routed.NODES, *selection.NODES, *calibration.NODES, *spectrum.NODES, *prompt.NODES,
+    *ensembles.NODES, *prompt.NODES, *routed.NODES, *baselines.NODES, *cache.NODES, *cmlora.NODES, *guidance.NODES,
+    *klora.NODES, *loratorio.NODES, *selection.NODES, *calibration.NODES, *spectrum.NODES, *report.NODES,
 ]
 
 

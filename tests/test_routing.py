@@ -142,7 +142,8 @@ def test_when_a_run_looks():
     assert [once.reads(step) for step in steps(4)] == [True, True, False, False]
     once.found = True
     assert once.reads(steps(4)[0])  # the latest before they act is the best
-    assert Routing(start=0.99).first(3) == 2 and Routing(start=0.05).first(4) == 0
+    assert Routing(start=0.99).first(3) == 2 and Routing(start=0.05).first(9) == 0
+    assert Routing(start=0.05).first(10) == 1  # half a step is a step
 
 
 @pytest.mark.parametrize("wrong", [{"mode": "often"}, {"gamma": -1.0}, {"gamma": float("nan")}, {"start": 1.0},

@@ -81,17 +81,20 @@ def find_places(run: Run, positive: list[list[dict]], evaluate: Callable[[list[l
     evaluate   predictions for conds under one combination of branches, [pictures, C, ...] each
     compiled   whether torch.compile sees the model
     """
+    entries, variants = [entry for cond in positive for entry in cond], run.conds()
     for regions in run.routes:
-        regions.meet([entry for cond in positive for entry in cond])
+        regions.meet(entries)
+        for entry in () if regions.contrasts else entries:
+            if _stand_in(entry) in variants:
+                regions.await_stand_in(entry["uuid"])
     due = [] if not positive else [regions for regions in run.routes if regions.probes(run.step)]
     base = tuple(Branch((0.0,) * len(applied.names)) for applied in run.applied)
     run.probing = True
     for regions in due:
         if regions.contrasts:
-            _compare(regions, positive, lambda conds: evaluate(conds, base), run.conds())
+            _compare(regions, positive, lambda conds: evaluate(conds, base), variants)
     rest = [regions for regions in due if not regions.contrasts]
     if rest and not compiled:
-        variants = run.conds()
         instead = [[_with_stand_ins(entry, rest, variants) for entry in cond] for cond in positive]
         with run.reading(rest):
             evaluate(instead, base)
@@ -104,13 +107,17 @@ def find_places(run: Run, positive: list[list[dict]], evaluate: Callable[[list[l
 
 def _with_stand_ins(entry: dict, regions: Sequence[RoutedLoRAs], variants: Mapping[str, list[dict]]) -> dict:
     """The cond that says where the words of a cond are: itself, or the one with stand-in words in its prompt."""
-    name = f"{entry.get(CONTRAST)} {PROBE}"
-    if name not in variants:
+    if _stand_in(entry) not in variants:
         return entry
-    other = _like(entry, variants[name][0])
+    other = _like(entry, variants[_stand_in(entry)][0])
     for each in regions:
         each.stand_in(entry["uuid"], other)
     return other
+
+
+def _stand_in(entry: dict) -> str:
+    """The name under which a guider holds the cond with stand-in words, if there is one."""
+    return f"{entry.get(CONTRAST)} {PROBE}"
 
 
 def _like(entry: dict, other: dict) -> dict:

@@ -140,9 +140,14 @@ class RoutedLoRAs(MaskedLoRAs):
         """Whether attention is to be read in this call."""
         return not self.idle and self.routes.reads(step)
 
+    def await_stand_in(self, uuid: UUID) -> None:
+        """The places of a cond will be those of another, yet to be evaluated: its own attention is not read."""
+        if not self._prompts[uuid].fixed:
+            self._prompts[uuid].fixed = True
+            self.routes.found = False
+
     def stand_in(self, uuid: UUID, other: dict) -> None:
         """The places of a cond are those of another, whose prompt has stand-in words."""
-        self._prompts[uuid].fixed = True
         self._instead[other["uuid"]] = uuid, self._search(other)
 
     def members(self, uuid: UUID, root: nn.Module, tokens: int) -> Tensor | None:
@@ -176,7 +181,7 @@ class RoutedLoRAs(MaskedLoRAs):
         for uuid, maps in self._pending.items():
             self._prompts[uuid].maps = maps
         self._pending.clear()
-        self.routes.found = True
+        self.routes.found = all(prompt.maps is not None for prompt in self._prompts.values() if prompt.fixed)
         self._show()
 
     def give_up(self, reason: str) -> None:

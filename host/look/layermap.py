@@ -8,10 +8,11 @@ from itertools import groupby
 from math import isfinite, log2
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from ...methods.selection import Selection
 from ..compose.composition import KEY
+from .letters import fitted, font
 
 WARM = ("#E69F00", "#D55E00", "#CC79A7", "#8C564B")  # subjects; told apart from the styles by colour-blind eyes too
 COOL = ("#0072B2", "#56B4E9", "#009E73", "#6A5ACD")  # styles
@@ -103,7 +104,7 @@ def draw(of: LayerMap) -> Image.Image:
     left, top = MARGIN + LABELS, MARGIN + LINE * (3 + len(of.names)) + SHARES
     sheet = Image.new("RGB", (WIDTH, top + height + 3 * LINE), PAPER)
     pen, colours = ImageDraw.Draw(sheet), of.colours()
-    pen.text((MARGIN, MARGIN), of.title, INK, _font(18))
+    pen.text((MARGIN, MARGIN), of.title, INK, font(18))
     _legend(pen, of, colours)
     _shares(sheet, of, colours, (left, top - SHARES - LINE // 2))
     palette = np.array([_rgb(colour) for colour in colours], dtype=np.uint8).reshape(-1, 3)
@@ -113,8 +114,8 @@ def draw(of: LayerMap) -> Image.Image:
     for percent in (0, 25, 50, 75, 100):
         x = left + MAP * percent / 100
         pen.line((x, top + height, x, top + height + 5), INK)
-        pen.text((x, top + height + 7), f"{percent} %", INK, _font(13), anchor="ma")
-    pen.text((left + MAP / 2, top + height + LINE + 4), "progress of the run", INK, _font(14), anchor="ma")
+        pen.text((x, top + height + 7), f"{percent} %", INK, font(13), anchor="ma")
+    pen.text((left + MAP / 2, top + height + LINE + 4), "progress of the run", INK, font(14), anchor="ma")
     _blocks(pen, of, (left, top), row)
     _ratios(pen, of, colours, (left + MAP + GAP, top), row)
     return sheet
@@ -127,23 +128,14 @@ def _legend(pen: ImageDraw.ImageDraw, of: LayerMap, colours: list[str]) -> None:
         share = 100 * float((of.acting == i).mean()) if of.layers else 0
         pen.rectangle((MARGIN, y + 2, MARGIN + 28, y + 16), colour)
         rest = f"   ({'subject' if side else 'style'}, {share:.0f} % of layers and time)"
-        room = WIDTH - 2 * MARGIN - 38 - pen.textlength(f"{i}   {rest}", _font(15))
-        pen.text((MARGIN + 38, y), f"{i}   {_fitted(pen, name, room)}{rest}", INK, _font(15))
-
-
-def _fitted(pen: ImageDraw.ImageDraw, name: str, room: float) -> str:
-    """A name with as much of its middle left out as it takes to fit."""
-    kept, text = len(name), name
-    while pen.textlength(text, _font(15)) > room and kept > 2:
-        kept -= 1
-        text = f"{name[:(kept + 1) // 2]} ... {name[-(kept // 2):]}"
-    return text
+        room = WIDTH - 2 * MARGIN - 38 - pen.textlength(f"{i}   {rest}", font(15))
+        pen.text((MARGIN + 38, y), f"{i}   {fitted(pen, name, room, 15)}{rest}", INK, font(15))
 
 
 def _shares(sheet: Image.Image, of: LayerMap, colours: list[str], at: tuple[int, int]) -> None:
     """A stacked strip: at each progress, which part of the layers each LoRA has, subjects above styles."""
     pen = ImageDraw.Draw(sheet)
-    pen.text((at[0] - 10, at[1] + SHARES / 2 - 8), "share of layers", INK, _font(14), anchor="ra")
+    pen.text((at[0] - 10, at[1] + SHARES / 2 - 8), "share of layers", INK, font(14), anchor="ra")
     if not of.layers:
         return
     order = sorted(range(len(of.names)), key=lambda i: not of.sides[i])
@@ -166,7 +158,7 @@ def _blocks(pen: ImageDraw.ImageDraw, of: LayerMap, at: tuple[int, int], row: in
         if y - below >= 15:
             pen.line((MARGIN, y, left - 1, y), FAINT)
             pen.line((left + MAP, y, left + MAP + GAP + RATIOS, y), FAINT)
-            pen.text((MARGIN, y + 2), section.replace("_", " "), INK, _font(14))
+            pen.text((MARGIN, y + 2), section.replace("_", " "), INK, font(14))
             below = y
         last, line, end = -99, start, y + row * len(members)
         for block, inner in groupby(members, key=_block):
@@ -175,7 +167,7 @@ def _blocks(pen: ImageDraw.ImageDraw, of: LayerMap, at: tuple[int, int], row: in
             if block is not None:
                 pen.line((left - 8, y, left - 1, y), FAINT)
                 if y + 14 <= end and (y - last >= 14 and count * row >= 10 or y - last >= 28):
-                    pen.text((left - 12, y), block, INK, _font(12), anchor="ra")
+                    pen.text((left - 12, y), block, INK, font(12), anchor="ra")
                     last = y
             line += count
         start += len(members)
@@ -195,8 +187,8 @@ def _ratios(pen: ImageDraw.ImageDraw, of: LayerMap, colours: list[str], at: tupl
         x = middle + unit * octave
         pen.line((x, top, x, bottom), INK if octave == 0 else FAINT)
         label = f"1/{2**-octave}" if octave < 0 else str(2**octave)
-        pen.text((x, bottom + 7), label, INK, _font(13), anchor="ma")
-    pen.text((middle, bottom + LINE + 4), "ratio, subject / style", INK, _font(14), anchor="ma")
+        pen.text((x, bottom + 7), label, INK, font(13), anchor="ma")
+    pen.text((middle, bottom + LINE + 4), "ratio, subject / style", INK, font(14), anchor="ma")
     for i, (ratio, (subject, style)) in enumerate(zip(of.ratios, of.rivals, strict=True)):
         if not isfinite(ratio) or subject is None or style is None:
             continue
@@ -208,10 +200,3 @@ def _ratios(pen: ImageDraw.ImageDraw, of: LayerMap, colours: list[str], at: tupl
 
 def _rgb(colour: str) -> tuple[int, ...]:
     return tuple(bytes.fromhex(colour[1:]))
-
-
-def _font(size: int) -> ImageFont.ImageFont:
-    try:
-        return ImageFont.load_default(size)
-    except TypeError:  # Pillow before 10.1 has one size
-        return ImageFont.load_default()

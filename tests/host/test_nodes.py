@@ -25,6 +25,8 @@ IDS = {
     "LoRAEnsembleMerge": "Merge LoRAs",
     "LoRAEnsembleSwitch": "Switch LoRAs",
     "LoRAEnsembleComposite": "Composite LoRAs",
+    "LoRAEnsembleRouted": "Routed LoRAs",
+    "LoRAEnsembleReport": "Ensemble Report",
     "LoRAEnsembleLoRAtorio": "LoRAtorio",
     "LoRAEnsembleCMLoRA": "CMLoRA",
     "LoRAEnsembleSpectrum": "LoRA Spectrum",

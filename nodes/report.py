@@ -1,0 +1,54 @@
+"""Ensemble Report: what a run did, and where each LoRA acted in it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from comfy_api.latest import io
+
+from ..host.look.report import report
+from .sockets import schema
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+    from torch import Tensor
+
+
+class LoRAEnsembleReport(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="LoRAEnsembleReport",
+            display_name="Ensemble Report",
+            description="Shows where in the picture each LoRA acted, which of its words were found in the prompt, and "
+            "what the run did: steps, evaluations, and whatever could not be done as asked.",
+            search_aliases=["lora map", "attention map", "lora mask preview", "debug lora", "visualize lora"],
+            inputs=[
+                io.Model.Input("model", tooltip="The MODEL that was sampled: the one that the sampler node got."),
+                io.Latent.Input(
+                    "latent",
+                    tooltip="What the sampler made of it: makes this node wait for the run, and is handed on.",
+                ),
+                io.Image.Input(
+                    "image",
+                    optional=True,
+                    tooltip="The decoded picture, or the frames of a film: the maps are laid over it. Leave it "
+                    "unconnected to see the maps alone.",
+                ),
+            ],
+            outputs=[
+                io.Latent.Output(display_name="LATENT", tooltip="The latent as it came."),
+                io.Image.Output(
+                    display_name="IMAGE",
+                    tooltip="A map for each LoRA and picture, bright where it acts, with the words that were found.",
+                ),
+                io.String.Output(display_name="text", tooltip="The record of the run as JSON text."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model: ModelPatcher, latent: dict, image: Tensor | None = None) -> io.NodeOutput:
+        return io.NodeOutput(latent, *report(model, image))
+
+
+NODES: list[type[io.ComfyNode]] = [LoRAEnsembleReport]
