@@ -21,13 +21,11 @@ from ..methods.loratorio import LoRAtorio
 from ..methods.merge import Merge
 from ..methods.selection import Sizes, sides
 from ..methods.switch import Switch
-from .base import Base
+from .body import Body
 from .judge import Judge
 from .loras import RANK
 from .protocol import LoraSet
-from .report import number
 from .sampler import Picture, Sampler
-from .worlds import leaked
 
 
 @dataclass(frozen=True)
@@ -104,8 +102,7 @@ class Score:
 
 def score(task: LoraSet, read: Mapping[str, int]) -> tuple[list[bool], bool]:
     """Of one picture: which concepts of its set it shows, and whether any of their worlds leaked into it."""
-    shown = [read[concept.category] == number(concept) for concept in task.concepts]
-    return shown, any(leaked(concept, task.asked, read) for concept in task.concepts)
+    return task.shown(read), bool(task.leaks(read))
 
 
 def interval(values: np.ndarray, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
@@ -138,8 +135,7 @@ def scores(sampler: Sampler, judge: Judge, sets: Sequence[LoraSet], factory: Fac
                      for i in range(len(images))])
         for task in batch:
             if factory is None:
-                parts = [LoraSet(task.index, (c,), task.asked, task.seed) for c in task.concepts]
-                marks = [score(part, next(read)) for part in parts]
+                marks = [score(task.only(concept), next(read)) for concept in task.concepts]
                 shown, leak = [m[0][0] for m in marks], float(np.mean([m[1] for m in marks]))
             else:
                 shown, leak = score(task, next(read))
@@ -148,7 +144,7 @@ def scores(sampler: Sampler, judge: Judge, sets: Sequence[LoraSet], factory: Fac
     return found
 
 
-def evaluate(regime: str, name: str, factory: Factory | None, sets: Sequence[LoraSet], base: Base,
+def evaluate(regime: str, name: str, factory: Factory | None, sets: Sequence[LoraSet], base: Body,
              judge: Judge, loras: Sequence[Mapping[str, Tensor]], strength: float) -> Iterator[Row]:
     """One row per size of set, and one over all sizes."""
     with Sampler(base, loras) as sampler:

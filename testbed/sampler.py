@@ -20,10 +20,9 @@ from ..kernels.branch import Branch, Step
 from ..methods import Method
 from ..methods.merge import Merge
 from ..methods.session import POSITIVE, UNCONDITIONAL, Call, RunContext, begin
-from .base import Base
+from .body import Body
 from .loras import PREFIX
-from .model import LATENT, decode
-from .text import tokenize
+from .model import decode
 
 STEPS, GUIDANCE, ROWS = 20, 2.0, 96
 
@@ -59,11 +58,11 @@ class Picture:
 class Sampler:
     """The base with a bank of LoRAs installed; use as a context manager, which takes the bank off again."""
 
-    def __init__(self, base: Base, loras: Sequence[Mapping[str, Tensor]]):
+    def __init__(self, base: Body, loras: Sequence[Mapping[str, Tensor]]):
         self.base, self.count = base, len(loras)
         self.device = next(base.parameters()).device
         self.bank = Bank([low_rank(tensors) for tensors in loras]).to(self.device)
-        self.routed = RoutedForwards(base.unet, self.bank)
+        self.routed = RoutedForwards(base.net, self.bank)
         self.evaluations = 0  # branches evaluated since the start, each with both sides of guidance
 
     def __enter__(self) -> Sampler:
@@ -91,21 +90,22 @@ class Sampler:
             rows = torch.tensor(order[start:start + ROWS], device=x.device)
             sigmas = torch.full((len(rows),), sigma, device=x.device)
             with self.routed.rows([branches[r] for r in order[start:start + ROWS]]):
-                out[rows] = self.base.unet(x[pictures[rows]], sigmas, contexts[rows])
+                out[rows] = self.base.velocity(x[pictures[rows]], sigmas, contexts[rows])
         return out
 
     @torch.inference_mode()
     def draw(self, pictures: Sequence[Picture], steps: int = STEPS, guidance: float = GUIDANCE,
              guides: Sequence[Guide] | None = None) -> Tensor:
-        """float32 [n, 3, 32, 32] in [0, 1]. The same picture comes out whatever it is batched with, up to rounding.
+        """float32 [n, 3, height, width] in [0, 1]. The same picture comes out whatever it is batched with, up to
+        rounding.
 
         guides   one per picture: what takes the negative prediction's place in each step
         """
-        noise = [torch.randn(LATENT, generator=torch.Generator().manual_seed(p.seed)) for p in pictures]
+        noise = [torch.randn(self.base.latent, generator=torch.Generator().manual_seed(p.seed)) for p in pictures]
         x = torch.stack(noise).to(self.device)
-        context = self.base.text(tokenize(["", *(p.prompt for p in pictures)]).to(self.device))
+        context = self.base.contexts(["", *(p.prompt for p in pictures)])
         sigmas = torch.linspace(1, 0, steps + 1).tolist()
-        run = RunContext(tuple(sigmas), tuple(sigmas[:-1]), (1, *LATENT))
+        run = RunContext(tuple(sigmas), tuple(sigmas[:-1]), (1, *self.base.latent))
         sessions = [begin(picture.method or Merge((0.0,) * len(picture.loras)), run) for picture in pictures]
         for index in range(steps):
             step = Step(index, steps, sigmas[index])

@@ -23,6 +23,8 @@ import torch
 from .base import Base, train_base
 from .judge import train_judge
 from .loras import save_lora, train_lora
+from .model import encode
+from .render import render
 from .report import report
 from .scene import CONCEPTS
 from .weights import WEIGHTS, load_base, lora_path, save_module
@@ -65,7 +67,8 @@ def main(arguments: list[str] | None = None) -> int:
                     continue
                 begin = time.time()
                 steps = LONGER.get((regime, concept.name), LORA_STEPS[regime])
-                tensors = train_lora(base, collection(regime, concept), steps, rate=LORA_RATE)
+                lessons = collection(regime, concept)
+                tensors = train_lora(base, encode(render(lessons.scenes)), lessons.prompts, steps, rate=LORA_RATE)
                 save_lora(tensors, lora_path(regime, concept), concept.name)
                 say(f"lora {regime} {concept.name} {time.time() - begin:.0f} s")
     if "report" in options.stages:
