@@ -31,24 +31,26 @@ from dataclasses import asdict, replace
 
 import torch
 
+from ..testbed.beds import BEDS, JOINT, UNET, Bed
 from ..testbed.evaluate import METHODS, Row, evaluate, summary
-from ..testbed.protocol import LoraSet, all_sets, some_sets
-from ..testbed.weights import load_base, load_judge, load_loras
+from ..testbed.joint.protocol import pairs
+from ..testbed.protocol import LoraSet, some_of
 from ..testbed.worlds import REGIMES
 
 
-def style_pairs(seeds: int) -> list[LoraSet]:
+def style_pairs(bed: Bed, seeds: int) -> list[LoraSet]:
     """The sets of a character and a style, what K-LoRA and EST-LoRA were made for, each with several seeds."""
-    pairs = [task for task in all_sets((2,)) if {c.category for c in task.concepts} == {"character", "style"}]
-    return [replace(task, seed=task.seed + 1_000_000 * k) for task in pairs for k in range(seeds)]
+    found = [task for task in bed.all_sets()
+             if len(task.concepts) == 2 and {c.category for c in task.concepts} == {"character", "style"}]
+    return [replace(task, seed=task.seed + 1_000_000 * k) for task in found for k in range(seeds)]
 
 
 def run(chosen: Sequence[LoraSet], regimes: Sequence[str], methods: Sequence[str], strength: float, device: str,
-        tell: Callable[[Row], None]) -> list[Row]:
+        tell: Callable[[Row], None], bed: Bed = UNET) -> list[Row]:
     """All rows of the table; `tell` sees each as soon as it is there."""
-    base, judge, rows = load_base(device), load_judge(device), []
+    base, judge, rows = bed.load_base(device), bed.load_judge(device), []
     for regime in regimes:
-        loras = load_loras(regime)
+        loras = bed.load_loras(regime)
         for name in methods:
             for row in evaluate(regime, name, METHODS.get(name), chosen, base, judge, loras, strength):
                 rows.append(row)
@@ -58,6 +60,9 @@ def run(chosen: Sequence[LoraSet], regimes: Sequence[str], methods: Sequence[str
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--body", choices=BEDS, default="unet", help="the testbed's model and world")
+    parser.add_argument("--two", action="store_true", help="joint body: the sets with two characters")
+    parser.add_argument("--bare", action="store_true", help="joint body: rare words without the ordinary ones")
     parser.add_argument("--sets", type=int, help="a fixed random sample of this many sets, in equal parts per N")
     parser.add_argument("--pairs", type=int, metavar="SEEDS",
                         help="only the sets of a character and a style, with this many seeds each")
@@ -73,8 +78,13 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.write(json.dumps({"benchmark": "quality"} | asdict(row)) + "\n")
         sys.stdout.flush()
 
-    chosen = style_pairs(options.pairs) if options.pairs else some_sets(options.sets)
-    rows = run(chosen, regimes, options.methods, options.strength, options.device, tell)
+    bed = BEDS[options.body]
+    if (options.two or options.bare) and bed is not JOINT:
+        parser.error("--two and --bare are for --body joint")
+    chosen = pairs() if options.two else some_of(bed.all_sets(), options.sets)
+    chosen = style_pairs(bed, options.pairs) if options.pairs else chosen
+    chosen = [task.said_bare() for task in chosen] if options.bare else chosen
+    rows = run(chosen, regimes, options.methods, options.strength, options.device, tell, bed)
     sys.stdout.write("\n" + summary(rows) + "\n")
     return 0
 

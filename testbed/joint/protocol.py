@@ -40,6 +40,10 @@ class JointSet(LoraSet):
                  if not (self.bare and a.rpartition(".")[0] in named)}
         return caption(words, {part: c.name for part, c in named.items()})
 
+    def said_bare(self) -> JointSet:
+        """The same task, its rare words without the ordinary ones."""
+        return replace(self, bare=True)
+
     def only(self, concept: Concept) -> JointSet:
         return replace(self, concepts=(concept,), parts=(self.parts[self.concepts.index(concept)],))
 

@@ -1,4 +1,4 @@
-"""The testbed's second body is the host's own Flux, small: its weights load into that class and give the same output."""
+"""The second body of the testbed is the host's own Flux, small: its weights load there and give the same output."""
 
 from __future__ import annotations
 
