@@ -148,6 +148,8 @@ def test_attention_can_be_read(base):
     assert list(seen) == ["double_blocks.0", "double_blocks.1", "single_blocks.0", "single_blocks.1", "single_blocks.2"]
     tokens = text.LENGTH + 8 * 12
     assert all(q.shape == k.shape == (2, 4, tokens, 32) for q, k in seen.values())
+    attended = model.to_text(*seen["single_blocks.1"], text.LENGTH)
+    assert attended.shape == (2, 8 * 12, text.LENGTH) and 0 < attended.sum(-1).min() <= attended.sum(-1).max() <= 1
 
 
 def test_training_rounds_no_more_than_bfloat16_does():

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import comfy.ldm.flux.model
-import comfy.ops
+import comfy.sample
+import comfy.samplers
 import pytest
 import torch
+from lora_ensemble.testbed.beds import JOINT
 from lora_ensemble.testbed.joint import model
 from lora_ensemble.testbed.joint.base import JointBase
+from lora_ensemble.testbed.sampler import Picture, Sampler
+from lora_ensemble.tests.comfy_testbed.wrap import host_flux, load_testbed
 
-
-def hosts(flux: model.Flux) -> torch.nn.Module:
-    """The host's class with our weights. Older releases call the scales of query and key norms differently."""
-    theirs = comfy.ldm.flux.model.Flux(dtype=torch.float32, operations=comfy.ops.disable_weight_init,
-                                       **{k: v for k, v in model.CONFIG.items() if k in known()})
-    names = {name.replace("_norm.scale", "_norm.weight"): name for name in theirs.state_dict()}
-    theirs.load_state_dict({names[name]: tensor for name, tensor in flux.state_dict().items()})
-    return theirs.eval()
-
-
-def known() -> set[str]:
-    return set(comfy.ldm.flux.model.FluxParams.__dataclass_fields__)
+PROMPT = "red pointed creature left, blue robe left, yellow round creature right, green ball, white wavy backdrop"
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +30,7 @@ def agree(base: JointBase, size: tuple[int, int] = model.LATENT[1:]) -> None:
     context = base.contexts(["", "vexa red pointed creature left, blue ball", "momu creature right"])
     with torch.inference_mode():
         ours = base.velocity(x, sigma, context)
-        theirs = hosts(base.flux)(x, sigma, context, context.mean(1))
+        theirs = host_flux(base.flux).eval()(x, sigma, context, context.mean(1))
     assert ours.std() > 0.1
     assert torch.allclose(ours, theirs, atol=1e-4, rtol=1e-4), (ours - theirs).abs().max()
 
@@ -49,3 +41,18 @@ def test_any_weights_give_the_hosts_output(random_body):
 
 def test_and_at_another_size(random_body):
     agree(random_body, (8, 12))
+
+
+def test_the_trained_weights_do():
+    agree(JOINT.load_base())
+
+
+def test_host_draws_what_the_standalone_sampler_draws():
+    """Twenty steps with guidance, through the host's own conditionings and sampler."""
+    patcher, clip, vae = load_testbed("joint")
+    conds = [clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (PROMPT, "")]
+    noise = torch.randn(1, *model.LATENT, generator=torch.manual_seed(4))
+    latent = comfy.sample.sample(patcher, noise, 20, 2.0, "euler", "simple", *conds, torch.zeros_like(noise), seed=4)
+    with Sampler(JOINT.load_base(), []) as sampler:
+        drawn = sampler.draw([Picture(PROMPT, 4)])
+    assert (vae.decode(latent).movedim(-1, 1) - drawn).abs().max() < 0.02
