@@ -32,10 +32,11 @@ from dataclasses import asdict, replace
 
 import torch
 
+from ..testbed.beds import BEDS, JOINT, UNET, Bed
 from ..testbed.evaluate import RECIPES, Row, evaluate, summary
-from ..testbed.protocol import SEED, LoraSet, all_sets, some_sets
+from ..testbed.joint.protocol import pairs
+from ..testbed.protocol import SEED, LoraSet, some_of
 from ..testbed.sampler import STEPS
-from ..testbed.weights import load_base, load_judge, load_loras
 from ..testbed.worlds import REGIMES
 
 LAYOUTS = ("said", "unsaid", "both")
@@ -43,19 +44,20 @@ DEFAULT = ("Alone", "Merge", "Merge 0.6", "Routed", "Routed once", "Routed contr
            "LoRAtorio", "KLoRA", "ESTLoRA")
 
 
-def style_pairs(seeds: int, seed: int = SEED) -> list[LoraSet]:
+def style_pairs(bed: Bed, seeds: int, seed: int = SEED) -> list[LoraSet]:
     """The sets of a character and a style, what K-LoRA and EST-LoRA were made for, each with several seeds."""
-    pairs = [task for task in all_sets((2,), seed) if {c.category for c in task.concepts} == {"character", "style"}]
-    return [replace(task, seed=task.seed + 1_000_000 * k) for task in pairs for k in range(seeds)]
+    found = [task for task in bed.all_sets(seed=seed)
+             if len(task.concepts) == 2 and {c.category for c in task.concepts} == {"character", "style"}]
+    return [replace(task, seed=task.seed + 1_000_000 * k) for task in found for k in range(seeds)]
 
 
 def run(chosen: Sequence[LoraSet], regimes: Sequence[str], methods: Sequence[str], strength: float, device: str,
-        tell: Callable[[Row], None], steps: int = STEPS) -> list[Row]:
+        tell: Callable[[Row], None], bed: Bed = UNET, steps: int = STEPS) -> list[Row]:
     """All rows of the table; `tell` sees each as soon as it is there. The renderer's masks are known of the sets alone
     whose prompts say the layout."""
-    base, judge, rows = load_base(device), load_judge(device), []
+    base, judge, rows = bed.load_base(device), bed.load_judge(device), []
     for regime in regimes:
-        loras = load_loras(regime)
+        loras = bed.load_loras(regime)
         for name in methods:
             recipe = RECIPES.get(name)
             sets = [task for task in chosen if task.laid_out] if recipe and recipe.place == "masks" else chosen
@@ -67,6 +69,9 @@ def run(chosen: Sequence[LoraSet], regimes: Sequence[str], methods: Sequence[str
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--body", choices=BEDS, default="unet", help="the testbed's model and world")
+    parser.add_argument("--two", action="store_true", help="joint body: the sets with two characters")
+    parser.add_argument("--bare", action="store_true", help="joint body: rare words without the ordinary ones")
     parser.add_argument("--sets", type=int, help="a fixed random sample of this many sets, in equal parts per N")
     parser.add_argument("--pairs", type=int, metavar="SEEDS",
                         help="only the sets of a character and a style, with this many seeds each")
@@ -89,9 +94,14 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.write(json.dumps({"benchmark": "quality"} | asdict(row)) + "\n")
         sys.stdout.flush()
 
-    chosen = style_pairs(options.pairs, options.seed) if options.pairs else some_sets(options.sets, options.seed)
+    bed = BEDS[options.body]
+    if (options.two or options.bare) and bed is not JOINT:
+        parser.error("--two and --bare are for --body joint")
+    chosen = pairs(options.seed) if options.two else some_of(bed.all_sets(seed=options.seed), options.sets)
+    chosen = style_pairs(bed, options.pairs, options.seed) if options.pairs else chosen
     chosen = [task for task in chosen if options.layout == "both" or task.laid_out is (options.layout == "said")]
-    rows = run(chosen, regimes, options.methods, options.strength, options.device, tell, options.steps)
+    chosen = [task.said_bare() for task in chosen] if options.bare else chosen
+    rows = run(chosen, regimes, options.methods, options.strength, options.device, tell, bed, options.steps)
     sys.stdout.write("\n" + summary(rows) + "\n")
     return 0
 

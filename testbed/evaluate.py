@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 
@@ -23,14 +23,12 @@ from ..methods.merge import Merge
 from ..methods.routed import Routing
 from ..methods.selection import Sizes, sides
 from ..methods.switch import Switch
-from .base import Base
+from .body import Body
 from .judge import Judge
 from .loras import RANK
-from .protocol import UNSAID, LoraSet, true_masks
-from .report import number
+from .protocol import UNSAID, LoraSet
 from .routing import Placed
 from .sampler import STEPS, Picture, Sampler
-from .worlds import leaked
 
 START = 0.05  # share of the steps after which LoRAs are routed: as the node has it
 
@@ -94,9 +92,9 @@ class Recipe:
 
     def picture(self, task: LoraSet, bank: Bank, strength: float = 1.0) -> Picture:
         """A picture of a set."""
-        of = lineup(task, self.strength * strength, bank)
-        method = self.make(of)
-        return Picture(task.prompt(bare=self.bare), task.seed, task.loras, method, self._placed(task, method))
+        method = self.make(lineup(task, self.strength * strength, bank))
+        prompt = (task.said_bare() if self.bare else task).prompt()
+        return Picture(prompt, task.seed, task.loras, method, self._placed(task, method))
 
     def _placed(self, task: LoraSet, method: Method) -> Placed | None:
         if self.place == "everywhere":
@@ -104,10 +102,7 @@ class Recipe:
         words = tuple(f"{concept.name} = {concept.name} {task.ordinary(concept)}" if self.stand_in else concept.name
                       for concept in task.concepts)
         wide = tuple(concept.category == "style" for concept in task.concepts)
-        masks = ()
-        if self.place == "masks":
-            true = true_masks(task)
-            masks = tuple(true[concept.category] for concept in task.concepts)
+        masks = task.masks() if self.place == "masks" else ()
         return Placed(self.routing, words, wide, masks, getattr(method, "masks", "") == "layers")
 
 
@@ -168,8 +163,7 @@ class Score:
 
 def score(task: LoraSet, read: Mapping[str, int]) -> tuple[list[bool], bool]:
     """Of one picture: which concepts of its set it shows, and whether any of their worlds leaked into it."""
-    shown = [read[concept.category] == number(concept) for concept in task.concepts]
-    return shown, any(leaked(concept, task.asked, read) for concept in task.concepts)
+    return task.shown(read), bool(task.leaks(read))
 
 
 def marks_right(task: LoraSet, read: Mapping[str, int]) -> float:
@@ -207,7 +201,7 @@ def scores(sampler: Sampler, judge: Judge, sets: Sequence[LoraSet], recipe: Reci
         read = iter([{h: int(v[i]) for h, v in answers.items()} for answers in [judge.read(images)]
                      for i in range(len(images))])
         for task in batch:
-            parts = [task] if recipe is not None else [replace(task, concepts=(c,)) for c in task.concepts]
+            parts = [task] if recipe is not None else [task.only(c) for c in task.concepts]
             answers = list(islice(read, len(parts)))
             each = [(*score(part, answer), marks_right(part, answer))
                     for part, answer in zip(parts, answers, strict=True)]
@@ -218,7 +212,7 @@ def scores(sampler: Sampler, judge: Judge, sets: Sequence[LoraSet], recipe: Reci
     return found
 
 
-def evaluate(regime: str, name: str, recipe: Recipe | None, sets: Sequence[LoraSet], base: Base, judge: Judge,
+def evaluate(regime: str, name: str, recipe: Recipe | None, sets: Sequence[LoraSet], base: Body, judge: Judge,
              loras: Sequence[Mapping[str, Tensor]], strength: float, steps: int = STEPS) -> Iterator[Row]:
     """One row per size of set, and one over all sizes."""
     with Sampler(base, loras) as sampler:

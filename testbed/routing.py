@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..engine.positions import Places, Segment, Segments
+from ..engine.positions import Places
 from ..kernels.branch import Step
 from ..kernels.routing import clause_attention, contrast
 from ..methods.prompt import Found, LoRAWords, PromptTokens, find_clauses, stand_in, without
 from ..methods.routed import Clauses, Routes, Routing, clauses_of
-from .model import LATENT, UNet
-from .text import LENGTH
-
-GRID = (LATENT[1] // 2, LATENT[2] // 2)
-BLOCKS = ("down_attn", "mid_attn", "up_attn")
+from .body import Body
 
 
 @dataclass(frozen=True)
@@ -40,21 +35,14 @@ class Placed:
     layers: bool = True
 
 
-def tokens_of(prompt: str, rows: tuple[tuple[int, int, int], ...] = ()) -> PromptTokens:
-    """The prompt and the positions of its words."""
+def tokens_of(prompt: str, rows: tuple[tuple[int, int, int], ...] = (), length: int = 0) -> PromptTokens:
+    """The prompt and the positions of its words, in a text of so many tokens."""
     words, at = [], 0
     for number, word in enumerate(prompt.split()):
         at = prompt.index(word, at)
-        words.append((at, at + len(word.rstrip(",")), (number,) if number < LENGTH else ()))
+        words.append((at, at + len(word.rstrip(",")), (number,) if number < length else ()))
         at += len(word)
-    return PromptTokens(prompt, LENGTH, tuple(words), rows)
-
-
-def located(layer: str, tokens: int) -> Segments:
-    """What the tokens of a layer are."""
-    if ".attn2.to_k" in layer or ".attn2.to_v" in layer:
-        return (Segment("text", tokens),)
-    return (Segment("picture", tokens, (1, *GRID)),) if "attn" in layer or ".ff" in layer else ()
+    return PromptTokens(prompt, length, tuple(words), rows)
 
 
 class Routed:
@@ -64,29 +52,32 @@ class Routed:
     prompts   of each picture
     loras     per picture, which adapters of the bank are its LoRAs
     count     adapters in the bank
+    body      the model that draws them
     """
 
     def __init__(self, placed: Sequence[Placed | None], prompts: Sequence[str], loras: Sequence[Sequence[int]],
-                 count: int):
+                 count: int, body: Body):
+        self.body, length = body, body.length
         self.placed, self.loras = [each or Placed() for each in placed], loras
         self.routes = [None if each.routing is None else Routes(each.routing) for each in self.placed]
         words = [tuple(LoRAWords(str(lora), typed) for lora, typed in zip(own, each.words, strict=False))
                  for own, each in zip(loras, self.placed, strict=True)]
-        instead = [stand_in(tokens_of(prompt), own) for prompt, own in zip(prompts, words, strict=True)]
+        instead = [stand_in(tokens_of(prompt, length=length), own) for prompt, own in zip(prompts, words, strict=True)]
         self.probes = [prompt if other is None else other[0] for prompt, other in zip(prompts, instead, strict=True)]
         self.fixed = [other is not None for other in instead]
-        self._found = [find_clauses(tokens_of(*(other or (prompt,))), own)
+        self._found = [find_clauses(tokens_of(*(other or (prompt, ())), length), own)
                        for prompt, other, own in zip(prompts, instead, words, strict=True)]
-        self.clauses = [_clauses(found, each.everywhere)
+        self.clauses = [_clauses(found, each.everywhere, length)
                         for found, each in zip(self._found, self.placed, strict=True)]
         n, most = len(prompts), max(len(each.members) for each in self.clauses)
-        self.maps = torch.ones(n, count, *LATENT[1:])
-        self.words = torch.ones(2 * n, count, LENGTH)  # of the prompts, then of the negatives beside them
-        self.members = torch.zeros(n, most, LENGTH)
+        self.maps = torch.ones(n, count, *body.latent[1:])
+        self.words = torch.ones(2 * n, count, length)  # of the prompts, then of the negatives beside them
+        self.members = torch.zeros(n, most, length)
         for i, (found, route, prompt) in enumerate(zip(self.clauses, self.routes, prompts, strict=True)):
             self.members[i, :len(found.members)] = found.members
             if route is not None:
-                drawn = _clauses(find_clauses(tokens_of(prompt), words[i]), self.placed[i].everywhere)
+                drawn = _clauses(find_clauses(tokens_of(prompt, length=length), words[i]), self.placed[i].everywhere,
+                                 length)
                 self.words[i, list(loras[i])] = drawn.words
                 self.words[n + i, [lora for lora, own in zip(loras[i], drawn.own, strict=True) if own is not None]] = 0
             self._mask(i)
@@ -107,7 +98,7 @@ class Routed:
             maps, words = maps.clone(), words.clone()
             maps[wide], words[wide + [len(self.placed) + i for i in wide]] = 1, 1
         if key not in self._places:
-            self._places[key] = Places(maps.clone(), pictures, words.clone(), texts, located)
+            self._places[key] = Places(maps.clone(), pictures, words.clone(), texts, self.body.locate)
         else:
             self._places[key].update(maps, words)
         return self._places[key]
@@ -132,7 +123,7 @@ class Routed:
         """Attention to the clauses of a picture's prompt, [clauses or more, h, w]."""
         known = self.clauses[picture]
         maps = known.places(attention[None, :len(known.members)], self.placed[picture].routing.gamma)
-        self.maps[picture, list(self.loras[picture])] = F.interpolate(maps, LATENT[1:], mode="bilinear")[0]
+        self.maps[picture, list(self.loras[picture])] = F.interpolate(maps, self.body.latent[1:], mode="bilinear")[0]
         self._mask(picture)
         self.routes[picture].found = True
 
@@ -158,26 +149,26 @@ class Routed:
                 self.maps[picture, lora] = mask
 
 
-def _clauses(found: Found, everywhere: tuple[bool, ...]) -> Clauses:
-    return clauses_of(LENGTH, [own.tokens for own in found.loras], [clause.tokens for clause in found.others],
+def _clauses(found: Found, everywhere: tuple[bool, ...], length: int) -> Clauses:
+    return clauses_of(length, [own.tokens for own in found.loras], [clause.tokens for clause in found.others],
                       everywhere)
 
 
-@contextmanager
-def attention(unet: UNet, rows: Sequence[int], members: Tensor, blocks: Sequence[str] = BLOCKS
-              ) -> Iterator[list[Tensor]]:
-    """While open, the attention of the batch's `rows` to the clauses of their prompts is collected: per block
-    [rows, clauses, *GRID]. members [rows, clauses, tokens]."""
-    found: list[Tensor] = []
+class Seen:
+    """Reads the attention of a batch's `rows` to the clauses of their prompts: what `Body.velocity` shows q and k to.
 
-    def observe(q: Tensor, k: Tensor) -> None:
-        found.append(clause_attention(q[rows], k[rows], members, slice(0, LENGTH)).unflatten(-1, GRID))
+    members   [rows, clauses, tokens]
+    grid      height and width of the places
+    """
 
-    layers = [getattr(unet, block).attn2 for block in blocks]
-    for layer in layers:
-        layer.observe = observe
-    try:
-        yield found
-    finally:
-        for layer in layers:
-            del layer.observe
+    def __init__(self, rows: Sequence[int], members: Tensor, grid: tuple[int, int]):
+        self._rows, self._members, self._grid = rows, members, grid
+        self._found: list[Tensor] = []
+
+    def __call__(self, q: Tensor, k: Tensor, text: slice) -> None:
+        found = clause_attention(q[self._rows], k[self._rows], self._members, text)
+        self._found.append(found.unflatten(-1, self._grid))
+
+    def mean(self) -> Tensor:
+        """Over all blocks, [rows, clauses, *grid]."""
+        return torch.stack(self._found).mean(dim=0)

@@ -7,7 +7,6 @@ branches, and the two sides of guidance are all evaluated together.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext as nothing
 from dataclasses import dataclass, replace
 from types import TracebackType
 
@@ -21,11 +20,10 @@ from ..kernels.branch import Branch, Step
 from ..methods import Method
 from ..methods.merge import Merge
 from ..methods.session import POSITIVE, UNCONDITIONAL, Call, RunContext, begin
-from .base import Base
+from .body import Body
 from .loras import PREFIX
-from .model import LATENT, decode
-from .routing import Placed, Routed, attention
-from .text import tokenize
+from .model import decode
+from .routing import Placed, Routed, Seen
 
 STEPS, GUIDANCE, ROWS = 20, 2.0, 96
 
@@ -63,11 +61,11 @@ class Picture:
 class Sampler:
     """The base with a bank of LoRAs installed; use as a context manager, which takes the bank off again."""
 
-    def __init__(self, base: Base, loras: Sequence[Mapping[str, Tensor]]):
+    def __init__(self, base: Body, loras: Sequence[Mapping[str, Tensor]]):
         self.base, self.count = base, len(loras)
         self.device = next(base.parameters()).device
         self.bank = Bank([low_rank(tensors) for tensors in loras]).to(self.device)
-        self.routed = RoutedForwards(base.unet, self.bank)
+        self.routed = RoutedForwards(base.net, self.bank)
         self.evaluations = 0  # branches evaluated since the start, each with both sides of guidance
 
     def __enter__(self) -> Sampler:
@@ -98,29 +96,31 @@ class Sampler:
             rows = torch.tensor(numbers, device=x.device)
             sigmas = torch.full((len(rows),), sigma, device=x.device)
             owners = pictures[rows].tolist()
-            places, seen = None, [k for k, r in enumerate(numbers) if r in read]
+            places, see = None, None
             if routed is not None:
                 half = len(branches) // 2
                 places = routed.places(owners, [i + len(x) * (r >= half) for r, i in zip(numbers, owners, strict=True)])
-            looked = attention(self.base.unet, seen, routed.members[[owners[k] for k in seen]]) if seen else nothing()
-            with self.routed.rows([branches[r] for r in numbers], places), looked as found:
-                out[rows] = self.base.unet(x[pictures[rows]], sigmas, contexts[rows])
-            for k, each in zip(seen, torch.stack(found).mean(dim=0) if seen else (), strict=True):
-                routed.found(owners[k], each)
+                seen = [k for k, r in enumerate(numbers) if r in read]
+                see = Seen(seen, routed.members[[owners[k] for k in seen]], self.base.grid) if seen else None
+            with self.routed.rows([branches[r] for r in numbers], places):
+                out[rows] = self.base.velocity(x[pictures[rows]], sigmas, contexts[rows], see)
+            if see is not None:
+                for k, each in zip(seen, see.mean(), strict=True):
+                    routed.found(owners[k], each)
         return out
 
     def _probe(self, step: Step, x: Tensor, routed: Routed) -> None:
         """Find the places that are needed before the step, from evaluations of the base model."""
         by_contrast, base = routed.contrasting(step), Branch((0.0,) * self.count)
         for i in by_contrast:
-            texts = self.base.text(tokenize([routed.probes[i], *routed.without(i)]).to(self.device))
+            texts = self.base.contexts([routed.probes[i], *routed.without(i)])
             sigmas = torch.full((len(texts),), step.sigma, device=self.device)
-            whole, *parts = self.base.unet(x[i:i + 1].expand(len(texts), -1, -1, -1), sigmas, texts)
+            whole, *parts = self.base.velocity(x[i:i + 1].expand(len(texts), -1, -1, -1), sigmas, texts)
             routed.contrasted(i, whole, torch.stack(parts))
             self.evaluations += len(texts) / 2
         others = [i for i in routed.probing(step) if i not in by_contrast]
         if others:
-            texts = self.base.text(tokenize([routed.probes[i] for i in others]).to(self.device))
+            texts = self.base.contexts([routed.probes[i] for i in others])
             self._predict(x, step.sigma, texts, torch.tensor(others, device=self.device), [base] * len(others), routed,
                           range(len(others)))
             self.evaluations += len(others) / 2
@@ -128,19 +128,20 @@ class Sampler:
     @torch.inference_mode()
     def draw(self, pictures: Sequence[Picture], steps: int = STEPS, guidance: float = GUIDANCE,
              guides: Sequence[Guide] | None = None) -> Tensor:
-        """float32 [n, 3, 32, 32] in [0, 1]. The same picture comes out whatever it is batched with, up to rounding.
+        """float32 [n, 3, height, width] in [0, 1]. The same picture comes out whatever it is batched with, up to
+        rounding.
 
         guides   one per picture: what takes the negative prediction's place in each step
         """
-        noise = [torch.randn(LATENT, generator=torch.Generator().manual_seed(p.seed)) for p in pictures]
+        noise = [torch.randn(self.base.latent, generator=torch.Generator().manual_seed(p.seed)) for p in pictures]
         x = torch.stack(noise).to(self.device)
-        context = self.base.text(tokenize(["", *(p.prompt for p in pictures)]).to(self.device))
+        context = self.base.contexts(["", *(p.prompt for p in pictures)])
         sigmas = torch.linspace(1, 0, steps + 1).tolist()
-        run = RunContext(tuple(sigmas), tuple(sigmas[:-1]), (1, *LATENT))
+        run = RunContext(tuple(sigmas), tuple(sigmas[:-1]), (1, *self.base.latent))
         routed = None
         if any(picture.placed is not None for picture in pictures):
             routed = Routed([p.placed for p in pictures], [p.prompt for p in pictures], [p.loras for p in pictures],
-                            self.count)
+                            self.count, self.base)
         sessions = [begin(picture.method or Merge((0.0,) * len(picture.loras)),
                           run if routed is None else replace(run, masks=routed.masks(i)))
                     for i, picture in enumerate(pictures)]

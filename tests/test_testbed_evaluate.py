@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from lora_ensemble.testbed import evaluate, protocol, report, weights, worlds
+from lora_ensemble.testbed import evaluate, protocol, scene, weights, worlds
 from lora_ensemble.testbed.sampler import Sampler
 
 
@@ -15,7 +15,7 @@ def task():
 
 def reading(task, shown: int) -> dict[str, int]:
     """What a judge says of a picture that follows the prompt and shows the first `shown` concepts of the set."""
-    return dict(task.asked) | {c.category: report.number(c) if i < shown else 0 for i, c in enumerate(task.concepts)}
+    return dict(task.asked) | {c.category: scene.number(c) if i < shown else 0 for i, c in enumerate(task.concepts)}
 
 
 def test_score_counts_concepts_and_leaks(task):
