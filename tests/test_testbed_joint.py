@@ -10,6 +10,7 @@ import pytest
 import torch
 from lora_ensemble.engine.positions import Places
 from lora_ensemble.kernels.branch import Branch
+from lora_ensemble.kernels.routing import clause_attention
 from lora_ensemble.methods.merge import Merge
 from lora_ensemble.testbed import loras, report
 from lora_ensemble.testbed import model as first_model
@@ -138,18 +139,19 @@ def test_lora_files_map_onto_the_model(base):
 
 
 def test_attention_can_be_read(base):
-    seen = {}
+    seen = []
     x = torch.randn(2, *model.LATENT, generator=torch.Generator().manual_seed(0))
     context = base.contexts(["red pointed creature left, blue ball", ""])
     with torch.inference_mode():
         plain = base.velocity(x, torch.tensor([0.9, 0.4]), context)
-        watched = base.velocity(x, torch.tensor([0.9, 0.4]), context, lambda block, q, k: seen.update({block: (q, k)}))
-    assert torch.equal(plain, watched)
-    assert list(seen) == ["double_blocks.0", "double_blocks.1", "single_blocks.0", "single_blocks.1", "single_blocks.2"]
-    tokens = text.LENGTH + 8 * 12
-    assert all(q.shape == k.shape == (2, 4, tokens, 32) for q, k in seen.values())
-    attended = model.to_text(*seen["single_blocks.1"], text.LENGTH)
-    assert attended.shape == (2, 8 * 12, text.LENGTH) and 0 < attended.sum(-1).min() <= attended.sum(-1).max() <= 1
+        watched = base.velocity(x, torch.tensor([0.9, 0.4]), context, lambda *seen_: seen.append(seen_))
+    assert torch.equal(plain, watched) and len(seen) == 5
+    places, tokens = 8 * 12, text.LENGTH + 8 * 12
+    for q, k, where in seen:
+        assert q.shape == (2, 4, places, 32) and k.shape == (2, 4, tokens, 32) and where == slice(0, text.LENGTH)
+        attended = clause_attention(q, k, torch.eye(text.LENGTH)[None], where)
+        assert attended.shape == (2, text.LENGTH, places)
+        assert 0 < attended.sum(1).min() <= attended.sum(1).max() <= 1
 
 
 def test_training_rounds_no_more_than_bfloat16_does():

@@ -32,13 +32,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, pe: Tensor, observer: Observer | Non
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
-def to_text(q: Tensor, k: Tensor, text: int) -> Tensor:
-    """What an observer sees -> [n, places, text tokens]: how much each place of the picture attends to each token of
-    the text, the mean over heads. Tokens of the picture have their part in the softmax."""
-    weights = (q[:, :, text:] @ k.mT / q.shape[-1]**0.5).softmax(-1)
-    return weights[..., :text].mean(1)
-
-
 def rotate(x: Tensor, pe: Tensor) -> Tensor:
     """Each pair of channels turned by its token's angle; pe [2, tokens, d / 2]: cosines and sines."""
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
