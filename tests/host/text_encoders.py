@@ -99,6 +99,13 @@ class Vision(torch.nn.Module):
         return torch.ones(int(grid.prod()) // 4, 16)
 
 
+class DeepVision(Vision):
+    """Of Qwen3-VL: with features for deeper layers, here none."""
+
+    def forward(self, picture: torch.Tensor, grid: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        return super().forward(picture, grid), []
+
+
 @contextmanager
 def small(wide: bool = False) -> Iterator[None]:
     """Text encoders made here are small. `wide`: with the widths that the code of SD3 takes for granted."""
@@ -119,10 +126,10 @@ def small(wide: bool = False) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(comfy.sd1_clip.SDClipModel, "__init__", smaller)
-        for path in ("qwen_vl.Qwen2VLVisionTransformer", "qwen3vl.Qwen3VLVisionModel"):
-            module, name = path.split(".")
-            patch.setattr(f"comfy.text_encoders.{module}.{name}", Vision, raising=False) if (
-                FOLDER / f"{module}.py").is_file() else None
+        for module, name, vision in (("qwen_vl", "Qwen2VLVisionTransformer", Vision),
+                                     ("qwen3vl", "Qwen3VLVisionModel", DeepVision)):
+            if (FOLDER / f"{module}.py").is_file():
+                patch.setattr(f"comfy.text_encoders.{module}.{name}", vision)
         yield
 
 
