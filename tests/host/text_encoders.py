@@ -138,6 +138,10 @@ def clip(name: str, embeddings: Path | None = None) -> comfy.sd.CLIP:
     """A CLIP of one of ENCODERS as the host makes it."""
     tokenizer, model, options, needs = ENCODERS[name]
     tokenizer, model = named(tokenizer), named(model)
+    if needs == "tekken" and not (FOLDER / "bpe_tokenizer.py").is_file():
+        pytest.skip("this release reads Mistral's tokenizer by a converter that the installed transformers lacks")
+    if name == "LTX-2" and "text_encoder_model" not in inspect.signature(model).parameters:
+        pytest.skip("LTX-2 of this release has fixed widths")
     data = tokenizer_data(needs)
     if options is not None:
         model = model(**options)
