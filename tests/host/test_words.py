@@ -48,7 +48,12 @@ def changed(entry: list, other: list) -> dict | None:
     one, two = tensors(entry), tensors(other)
     if any(one[key].shape != two[key].shape for key in one):
         return None
-    return {key: set((one[key] != two[key]).any(1).nonzero()[:, 0].tolist()) for key in one}
+    return {key: set(differing(one[key], two[key]).any(1).nonzero()[:, 0].tolist()) for key in one}
+
+
+def differing(one: torch.Tensor, two: torch.Tensor) -> torch.Tensor:
+    """NaN is NaN: OmniGen2 of older releases gives it for tokens with weights."""
+    return (one != two) & ~(one.isnan() & two.isnan()) if one.is_floating_point() else one != two
 
 
 def named(prompt, start: int, end: int) -> dict:
@@ -111,6 +116,10 @@ def check(small_clip, text: str, every: int = 1, signs: bool = True, **arguments
 @each
 def test_a_word_is_where_it_is_said_to_be(small_clip):
     assert check(small_clip, TEXT) >= 6
+    for text in ("", " "):
+        entry = encoded(marked(small_clip), text)
+        assert entry[1][PROMPT].words == () and not entry[1][PROMPT].reason
+        assert entry[1][PROMPT].length == entry[0].shape[1]
 
 
 LONG = ", ".join(f"{word} {other}" for word in ("red", "blue", "green", "old", "new", "big", "tall")
@@ -144,11 +153,3 @@ def test_other_scripts_have_their_tokens(small_clip, text):
     assert not prompt.reason and prompt.text == text
     places = [min(tokens) for _, _, tokens in prompt.words if tokens]
     assert places == sorted(places) and prompt.tokens(0, len(text))
-
-
-@each
-def test_an_empty_prompt_has_no_words(small_clip):
-    for text in ("", " "):
-        entry = encoded(marked(small_clip), text)
-        assert entry[1][PROMPT].words == () and not entry[1][PROMPT].reason
-        assert entry[1][PROMPT].length == entry[0].shape[1]
