@@ -1,0 +1,75 @@
+"""What the loaders of the example workflows give, small: a model of the family with random weights, the host's own text
+encoder with its tokenizer, and something that makes pictures of latents."""
+
+from __future__ import annotations
+
+import comfy.supported_models
+import comfy.text_encoders
+import torch
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import text_encoders
+from .models import UNET, Family, build, patcher, randomize
+
+WIDTH = 16  # of every text encoder that `text_encoders` makes
+FLUX = dict(image_model="flux", in_channels=16, out_channels=16, vec_in_dim=WIDTH, context_in_dim=WIDTH, hidden_size=64,
+            mlp_ratio=4.0, num_heads=2, depth=1, depth_single_blocks=2, axes_dim=[8, 12, 12], theta=10000, patch_size=2,
+            qkv_bias=True, guidance_embed=True)
+CHECKPOINTS = {
+    "SDXL": (Family("SDXL", "SDXL", dict(UNET, use_linear_in_transformer=True, num_classes="sequential",
+                                         adm_in_channels=1536 + WIDTH, context_dim=2 * WIDTH), 4, 2 * WIDTH, WIDTH),
+             "SDXL"),
+    "Flux": (Family("Flux", "Flux", FLUX, 16, WIDTH, WIDTH), "Flux"),
+    "Qwen-Image": (Family("Qwen-Image", "QwenImage", dict(
+        image_model="qwen_image", num_layers=2, attention_head_dim=24, num_attention_heads=2, in_channels=64,
+        joint_attention_dim=WIDTH, axes_dims_rope=(8, 8, 8)), 16, WIDTH), "Qwen-Image"),
+    "Z-Image": (Family("Z-Image", "ZImage", dict(
+        image_model="lumina2", patch_size=2, in_channels=16, dim=256, n_layers=2, n_refiner_layers=1, n_heads=8,
+        n_kv_heads=8, multiple_of=16, cap_feat_dim=WIDTH, axes_dims=[16, 8, 8], axes_lens=[300, 64, 64], qk_norm=True,
+        z_image_modulation=True, pad_tokens_multiple=8, time_scale=1000.0), 16, WIDTH), "Z-Image"),
+    "Krea 2": (Family("Krea 2", "Krea2", dict(
+        image_model="krea2", features=64, tdim=32, txtdim=WIDTH, heads=4, kvheads=2, multiplier=2, layers=2,
+        txtlayers=12, txtheads=2, txtkvheads=2), 16, 12 * WIDTH), "Krea 2"),
+    "Wan": (Family("Wan", "WAN21_T2V", dict(image_model="wan2.1", model_type="t2v", dim=48, ffn_dim=64, num_heads=2,
+                                            num_layers=2, text_dim=WIDTH, in_dim=16, out_dim=16), 16, WIDTH, frames=3),
+            "Wan"),
+}
+"""Name -> (the model, its text encoder in `text_encoders.ENCODERS`)."""
+
+
+def lack_of(name: str) -> str:
+    """Why the running release has no such family; nothing where it has."""
+    family, encoder = CHECKPOINTS[name]
+    if not hasattr(comfy.supported_models, family.kind):
+        return f"this release has no {family.kind}"
+    return ""
+
+
+@torch.inference_mode(False)  # of ordinary tensors, wherever it is first asked for
+def model(name: str) -> ModelPatcher:
+    """A MODEL."""
+    made = build(CHECKPOINTS[name][0])
+    randomize(made)
+    return patcher(made)
+
+
+@torch.inference_mode(False)
+def text_encoder(name: str):
+    """A CLIP."""
+    return text_encoders.clip(CHECKPOINTS[name][1])
+
+
+class VAE:
+    """Pictures [n, 8 h, 8 w, 3] in [0, 1] of latents [n, channels, (frames,) h, w], by the first three channels."""
+
+    def decode(self, samples: Tensor) -> Tensor:
+        planes = samples[:, :3] if samples.ndim == 4 else samples[:, :3].movedim(2, 1).flatten(0, 1)
+        pictures = F.interpolate(planes.float().sigmoid(), scale_factor=8).movedim(1, -1)
+        return pictures if samples.ndim == 4 else pictures.unflatten(0, (len(samples), -1))
+
+    def spacial_compression_encode(self) -> int:
+        return 8
+
+    spacial_compression_decode = spacial_compression_encode
