@@ -38,7 +38,8 @@ def node_classes() -> dict[str, Any]:
 
     known = dict(host_nodes.NODE_CLASS_MAPPINGS)
     v3 = list(NODES)
-    for name in ("custom_sampler", "flux", "hunyuan", "images", "mask", "model_advanced", "preview_any", "sd3", "video"):
+    for name in ("custom_sampler", "flux", "hunyuan", "images", "mask", "model_advanced", "preview_any", "sd3",
+                 "video"):
         module = importlib.import_module(f"comfy_extras.nodes_{name}")
         known.update(getattr(module, "NODE_CLASS_MAPPINGS", {}))
         if hasattr(module, "comfy_entrypoint"):
