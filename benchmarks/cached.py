@@ -29,7 +29,7 @@ from torch import Tensor
 from ..kernels.branch import Branch, Step
 from ..methods.schedule import NonUniform, Schedule, Uniform
 from ..testbed.base import Base
-from ..testbed.evaluate import METHODS, interval, scores
+from ..testbed.evaluate import METHODS, RECIPES, interval, scores
 from ..testbed.protocol import some_sets
 from ..testbed.sampler import STEPS, Sampler
 from ..testbed.weights import load_base, load_judge, load_loras
@@ -100,7 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
         for kind, sampler in (("whole", Sampler(base, loras)), ("cached", CachedSampler(base, loras, schedule))):
             with sampler:
                 found = [one for size in sorted({len(s.concepts) for s in sets})
-                         for one in scores(sampler, judge, [s for s in sets if len(s.concepts) == size], METHODS[name],
+                         for one in scores(sampler, judge, [s for s in sets if len(s.concepts) == size], RECIPES[name],
                                            1.0)]
             shown[kind] = np.array([one.shown for one in found])
             sys.stdout.write(json.dumps({

@@ -5,6 +5,7 @@ what each picture shows. Prints one JSON line per regime, method and N, then a s
 
     shown      share of the requested concepts that the pictures show
     all        share of pictures that show all of them
+    marks      share of the concepts' marks that are right, which no ordinary word of the prompt says
     leaked     share of pictures with a trait of a LoRA's narrow world although the prompt asked for something else
     branches   branch evaluations per picture, each with both sides of guidance
     seconds    per picture, batched
@@ -31,26 +32,36 @@ from dataclasses import asdict, replace
 
 import torch
 
-from ..testbed.evaluate import METHODS, Row, evaluate, summary
-from ..testbed.protocol import LoraSet, all_sets, some_sets
-from ..testbed.weights import load_base, load_judge, load_loras
+from ..testbed.beds import BEDS, JOINT, UNET, Bed
+from ..testbed.evaluate import RECIPES, Row, evaluate, summary
+from ..testbed.joint.protocol import pairs
+from ..testbed.protocol import SEED, LoraSet, some_of
+from ..testbed.sampler import STEPS
 from ..testbed.worlds import REGIMES
 
+LAYOUTS = ("said", "unsaid", "both")
+DEFAULT = ("Alone", "Merge", "Merge 0.6", "Routed", "Routed once", "Routed contrast", "Switch", "Composite", "CMLoRA",
+           "LoRAtorio", "KLoRA", "ESTLoRA")
 
-def style_pairs(seeds: int) -> list[LoraSet]:
+
+def style_pairs(bed: Bed, seeds: int, seed: int = SEED) -> list[LoraSet]:
     """The sets of a character and a style, what K-LoRA and EST-LoRA were made for, each with several seeds."""
-    pairs = [task for task in all_sets((2,)) if {c.category for c in task.concepts} == {"character", "style"}]
-    return [replace(task, seed=task.seed + 1_000_000 * k) for task in pairs for k in range(seeds)]
+    found = [task for task in bed.all_sets(seed=seed)
+             if len(task.concepts) == 2 and {c.category for c in task.concepts} == {"character", "style"}]
+    return [replace(task, seed=task.seed + 1_000_000 * k) for task in found for k in range(seeds)]
 
 
 def run(chosen: Sequence[LoraSet], regimes: Sequence[str], methods: Sequence[str], strength: float, device: str,
-        tell: Callable[[Row], None]) -> list[Row]:
-    """All rows of the table; `tell` sees each as soon as it is there."""
-    base, judge, rows = load_base(device), load_judge(device), []
+        tell: Callable[[Row], None], bed: Bed = UNET, steps: int = STEPS) -> list[Row]:
+    """All rows of the table; `tell` sees each as soon as it is there. The renderer's masks are known of the sets alone
+    whose prompts say the layout."""
+    base, judge, rows = bed.load_base(device), bed.load_judge(device), []
     for regime in regimes:
-        loras = load_loras(regime)
+        loras = bed.load_loras(regime)
         for name in methods:
-            for row in evaluate(regime, name, METHODS.get(name), chosen, base, judge, loras, strength):
+            recipe = RECIPES.get(name)
+            sets = [task for task in chosen if task.laid_out] if recipe and recipe.place == "masks" else chosen
+            for row in evaluate(regime, name, recipe, sets, base, judge, loras, strength, steps):
                 rows.append(row)
                 tell(row)
     return rows
@@ -58,11 +69,21 @@ def run(chosen: Sequence[LoraSet], regimes: Sequence[str], methods: Sequence[str
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--body", choices=BEDS, default="unet", help="the testbed's model and world")
+    parser.add_argument("--two", action="store_true", help="joint body: the sets with two characters")
+    parser.add_argument("--bare", action="store_true", help="joint body: rare words without the ordinary ones")
     parser.add_argument("--sets", type=int, help="a fixed random sample of this many sets, in equal parts per N")
     parser.add_argument("--pairs", type=int, metavar="SEEDS",
                         help="only the sets of a character and a style, with this many seeds each")
     parser.add_argument("--regime", choices=(*REGIMES, "both"), default="both")
-    parser.add_argument("--methods", nargs="+", choices=("Alone", *METHODS), default=["Alone", *METHODS])
+    parser.add_argument("--seed", type=int, default=SEED,
+                        help="of the surroundings and the noise: none of the tables is of a seed that anything was "
+                             "chosen on")
+    parser.add_argument("--layout", choices=LAYOUTS, default="both",
+                        help="only the sets whose prompt says the side of the character, or does not")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--methods", nargs="+", choices=("Alone", *RECIPES), default=DEFAULT, metavar="METHOD",
+                        help=f"of {', '.join(('Alone', *RECIPES))}")
     parser.add_argument("--strength", type=float, default=1.0)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args(arguments)
@@ -73,8 +94,14 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.write(json.dumps({"benchmark": "quality"} | asdict(row)) + "\n")
         sys.stdout.flush()
 
-    chosen = style_pairs(options.pairs) if options.pairs else some_sets(options.sets)
-    rows = run(chosen, regimes, options.methods, options.strength, options.device, tell)
+    bed = BEDS[options.body]
+    if (options.two or options.bare) and bed is not JOINT:
+        parser.error("--two and --bare are for --body joint")
+    chosen = pairs(options.seed) if options.two else some_of(bed.all_sets(seed=options.seed), options.sets)
+    chosen = style_pairs(bed, options.pairs, options.seed) if options.pairs else chosen
+    chosen = [task for task in chosen if options.layout == "both" or task.laid_out is (options.layout == "said")]
+    chosen = [task.said_bare() for task in chosen] if options.bare else chosen
+    rows = run(chosen, regimes, options.methods, options.strength, options.device, tell, bed, options.steps)
     sys.stdout.write("\n" + summary(rows) + "\n")
     return 0
 

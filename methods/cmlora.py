@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from ..kernels.branch import Branch, Step, one_hot
+from ..kernels.nested import Parts, pack_weights, unpack
+from ..kernels.patches import stacked
 from ..kernels.spectrum import high_share, radial_amplitude, radial_bins
 from .session import Call, RunContext, Sent, Session
 
@@ -71,7 +73,12 @@ class CMLoRA:
     c1, c2          steps between refreshes (`refresh_steps`)
     caching         False: every branch runs whole at every step
     dominant_full   whether the leader runs whole at every step (the paper), or only at refreshes (released code)
+
+    Ours, where LoRAs have masks: each acts in its own in the model's layers, and at a place those alone have a say that
+    act there.
     """
+
+    masks = "layers"
 
     strengths: tuple[float, ...]
     high: tuple[bool, ...] | None = None
@@ -134,7 +141,7 @@ class CMLoRASession(Session):
     whole_batch = False
 
     def __init__(self, method: CMLoRA, context: RunContext):
-        self.method = method
+        self.method, self.masks = method, context.masks
         self.count = len(method.strengths)
         self.refreshes = sorted(refresh_steps(context.total, method.c1, method.c2))
         self.oldest = oldest(self.count, method.c1, method.c2)
@@ -172,19 +179,44 @@ class CMLoRASession(Session):
 
     def mix(self, step: Step, call: Call) -> list[Tensor | None]:
         """The weighted mean of each cond's predictions, in which the leader weighs most."""
-        return [None if p is None else self._mixed(p) for p in call.predictions]
+        return [None if p is None else self._mixed(p, call.parts) for p in call.predictions]
 
     def notes(self) -> dict[str, object]:
         """led: index of the leader; weight: its lambda; whole: LoRAs that may not come from a cache; high_share of the
         latent, with the online order."""
         return self._notes
 
-    def _mixed(self, predictions: Tensor) -> Tensor:
+    def _mixed(self, predictions: Tensor, parts: Parts) -> Tensor:
         """sum_i lambda_i e_i = mean + (w - 1) / (w + N - 1) (e_d - mean), which is the mean exactly for w = 1."""
         if len(predictions) == 1:
             return predictions[0]
+        if any(mask is not None for mask in self.masks):
+            return (self._where(predictions, parts).to(predictions.dtype) * predictions).sum(dim=0)
         share = (self.weight - 1) / (self.weight + self.count - 1)
         return torch.lerp(predictions.mean(dim=0), predictions[self.lead], share)
+
+    def _where(self, predictions: Tensor, parts: Parts) -> Tensor:
+        """lambda_i m_i / sum_j lambda_j m_j: LoRAs that act nowhere at a place, where their branches are the base's,
+        have no say there. Where none acts all branches are the base's, and the leader speaks for them."""
+        first, *others = unpack(predictions, parts)
+        masks = stacked(self.masks).to(predictions.device)
+        masks = masks if masks.ndim == first.ndim else masks.unsqueeze(3)
+        weights = masks.expand(len(masks), first.shape[1], *masks.shape[2:]).clone()
+        weights[self.lead] *= self.weight
+        total = weights.sum(dim=0)
+        leads = torch.zeros_like(weights)
+        leads[self.lead] = 1
+        weights = torch.where(total > 0, weights / total.clamp_min(torch.finfo(torch.float32).tiny), leads)
+        if not parts:
+            return weights
+        size = (*first.shape[:2], 1, *first.shape[3:])
+        rest = []
+        for part in others:  # masks are the first part's
+            whole = torch.full((*part.shape[:2], 1, *part.shape[3:]), 1 / (self.weight + self.count - 1),
+                               device=part.device)
+            whole[self.lead] *= self.weight
+            rest.append(whole)
+        return pack_weights([weights.expand(size), *rest], parts)
 
     def _measure(self, step: Step, x: Tensor) -> None:
         """Read the share of the step before, and send this step's on its way."""

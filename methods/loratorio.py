@@ -32,6 +32,8 @@ class LoRAtorio:
     scope               selection per picture, or for each patch
     recheck_every       with dynamic selection, steps between evaluations of the whole pool; between them only those
                         chosen last are evaluated. 1 is the paper: every member at every step
+    reweigh_every       steps between weighings; between them the weights stay as they are. 1 is the paper. Ours: from
+                        step to step the winner of a patch flickers, and no LoRA gets to finish what it began
 
     Where a latent has several parts (picture and sound), each has weights and a selection of its own; masks confine
     LoRAs in the first part.
@@ -47,11 +49,13 @@ class LoRAtorio:
     top_k: int = 0
     scope: Literal["image", "patch"] = "image"
     recheck_every: int = 1
+    reweigh_every: int = 1
 
     masks = "predictions"
 
     def __post_init__(self) -> None:
-        for name, least in (("patch", 1), ("kappa", 0), ("top_k", 0), ("recheck_every", 1)):
+        for name, least in (("patch", 1), ("kappa", 0), ("top_k", 0), ("recheck_every", 1),
+                            ("reweigh_every", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"LoRAtorio: {name} must be at least {least}, got {getattr(self, name)}")
         if not 0 <= self.recenter_lambda <= 1:
@@ -81,6 +85,7 @@ class LoRAtorioSession(Session):
         self._step: int | None = None
         self._active = self.pool
         self._of: tuple[int, Tensor, Tensor] | None = None
+        self._weighed: tuple[int, ...] = ()  # the LoRAs that the weights are of
         self._weights: Tensor | None = None
         self._notes: dict[str, object] = {}
 
@@ -129,16 +134,22 @@ class LoRAtorioSession(Session):
         any_prediction = next(p for p in call.predictions if p is not None)
         shape = (len(self._active), any_prediction.shape[1], 1, *any_prediction.shape[3:])
         fits = self._weights is not None and self._weights.shape == shape
-        if fits and (positive is None or self._is_further_pass(step, call)):
+        if fits and (positive is None or self._is_further_pass(step, call) or self._keeps(step)):
             return self._weights
         if positive is None:
             self._notes["uniform"] = "a pass without a positive side came first"
             return torch.full(shape, 1 / shape[0], device=call.x.device)
         found = self._weigh(step, call, positive)
         self._of, self._weights = (step.index, call.x, call.sigma), pack_weights(found, call.parts)
+        self._weighed = self._active
         means = [weights.flatten(1).mean(dim=1) for weights in found]
         self._notes |= {"active": list(self._active), "weights": means if call.parts else means[0]}
         return self._weights
+
+    def _keeps(self, step: Step) -> bool:
+        """Whether the weights of an earlier step still hold."""
+        return (step.index % self.method.reweigh_every != 0 and self._weighed == self._active
+                and self._of[0] // self.method.reweigh_every == step.index // self.method.reweigh_every)
 
     def _is_further_pass(self, step: Step, call: Call) -> bool:
         index, x, sigma = self._of

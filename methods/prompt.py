@@ -280,8 +280,11 @@ def _resolved(prompt: PromptTokens, search: _Search, loras: Sequence[LoRAWords],
                 clauses.append(Clause(spoken(prompt.text, start, end), tokens, start, end))
         reason = ""
         if not clauses:
-            lost = "the text encoder does not read as far as its words" if own.get(index) else ""
-            reason = prompt.reason or lost or reasons.get(index, "")
+            reason = prompt.reason or reasons.get(index, "")
+            if own.get(index):
+                shared = any(prompt.tokens(start, end) for start, end in own[index])
+                reason = reason or ("its words share their tokens with another LoRA's" if shared else
+                                    "the text encoder does not read as far as its words")
         found[index] = LoRAClauses(loras[index].name, tuple(clauses), sources[index] if clauses else "", reason)
     others = []
     for start, end in rest:

@@ -21,8 +21,8 @@ from . import (
 )
 
 NODES: list[type[io.ComfyNode]] = [
-    *ensembles.NODES, *baselines.NODES, *cache.NODES, *cmlora.NODES, *guidance.NODES, *klora.NODES, *loratorio.NODES,
-    *routed.NODES, *report.NODES, *selection.NODES, *calibration.NODES, *spectrum.NODES, *prompt.NODES,
+    *ensembles.NODES, *prompt.NODES, *routed.NODES, *baselines.NODES, *cache.NODES, *cmlora.NODES, *guidance.NODES,
+    *klora.NODES, *loratorio.NODES, *selection.NODES, *calibration.NODES, *spectrum.NODES, *report.NODES,
 ]
 
 

@@ -52,8 +52,8 @@ class LoRAEnsembleLoRA(io.ComfyNode):
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="Where in the picture this LoRA may act: for every method but CMLoRA, which cannot "
-                    "confine a LoRA to a region and says so, and Merge in mode baked.",
+                    tooltip="Where in the picture this LoRA may act: for every method, but not for Merge in mode "
+                    "baked. It beats the LoRA's words.",
                 ),
                 io.String.Input(
                     "words",

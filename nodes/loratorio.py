@@ -101,6 +101,17 @@ class LoRAEnsembleLoRAtorio(io.ComfyNode):
                     "LoRAs that were chosen. 1 is the paper: everything at every step.",
                 ),
             ],
+            later=[
+                io.Int.Input(
+                    "reweigh_every",
+                    default=1,
+                    min=1,
+                    max=1000,
+                    optional=True,
+                    tooltip="Weigh the LoRAs anew only every so many steps. 1 is the paper: at every step. With 3 the "
+                    "LoRA that leads in a patch has time to finish what it began.",
+                ),
+            ],
         )
 
     @classmethod
@@ -119,9 +130,10 @@ class LoRAEnsembleLoRAtorio(io.ComfyNode):
         recheck_every: int,
         clip: CLIP | None = None,
         place: str = "masks",
+        reweigh_every: int = 1,
     ) -> io.NodeOutput:
         check_numbers(cls, patch_size=patch_size, temperature=temperature, recenter_lambda=recenter_lambda,
-                      top_k=top_k, recheck_every=recheck_every)
+                      top_k=top_k, recheck_every=recheck_every, reweigh_every=reweigh_every)
         unit = chosen(temperature_unit, UNITS, "LoRAtorio: temperature_unit")
         mode = chosen(upsampling, UPSAMPLING, "LoRAtorio: upsampling")
         space = chosen(similarity, SPACES, "LoRAtorio: similarity")
@@ -129,7 +141,7 @@ class LoRAEnsembleLoRAtorio(io.ComfyNode):
 
         def loratorio(active: Active) -> LoRAtorio:
             return LoRAtorio(active.strengths, patch_size, temperature, unit, recenter_lambda, mode, space, top_k,
-                             scope, recheck_every)
+                             scope, recheck_every, reweigh_every)
 
         return io.NodeOutput(*apply_method(model, clip, ensemble, loratorio, node="LoRAtorio",
                                            placing=placing(place, "LoRAtorio")))

@@ -25,10 +25,14 @@ def schema(**fields: Any) -> io.Schema:
     return io.Schema(category=CATEGORY, **{name: value for name, value in fields.items() if name not in unknown})
 
 
-def method_schema(*, options: list[io.Input] | None = None, place: bool = True, **fields: Any) -> io.Schema:
-    """The schema of a method node: model, ensemble, the method's own options, [clip], [place] -> MODEL, CLIP."""
+def method_schema(*, options: list[io.Input] | None = None, place: bool = True, later: list[io.Input] | None = None,
+                  **fields: Any) -> io.Schema:
+    """The schema of a method node: model, ensemble, the method's own options, [clip], [place] -> MODEL, CLIP.
+
+    later   options that came with a later version, all optional: workflows that were saved before open as they did
+    """
     inputs = [model_input(), ensemble_input(), *(options or []), clip_input()]
-    inputs += [place_input()] if place else []
+    inputs += [*([place_input()] if place else []), *(later or [])]
     return schema(inputs=inputs, outputs=[model_output(), clip_output()], **fields)
 
 

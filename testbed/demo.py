@@ -26,8 +26,8 @@ from .base import Base
 from .evaluate import METHODS, evaluate, lineup, summary
 from .judge import Judge
 from .protocol import LoraSet, some_sets
-from .report import number
 from .sampler import Picture, Sampler
+from .scene import number
 from .weights import load_base, load_judge, load_loras
 
 REGIME, ROWS_PER_SIZE, TABLE_SETS = "narrow", 1, 4

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 
 import numpy as np
 from torch import Tensor
@@ -19,15 +20,17 @@ from ..methods.est import ESTLoRA
 from ..methods.klora import KLoRA
 from ..methods.loratorio import LoRAtorio
 from ..methods.merge import Merge
+from ..methods.routed import Routing
 from ..methods.selection import Sizes, sides
 from ..methods.switch import Switch
-from .base import Base
+from .body import Body
 from .judge import Judge
 from .loras import RANK
-from .protocol import LoraSet
-from .report import number
-from .sampler import Picture, Sampler
-from .worlds import leaked
+from .protocol import UNSAID, LoraSet
+from .routing import Placed
+from .sampler import STEPS, Picture, Sampler
+
+START = 0.05  # share of the steps after which LoRAs are routed: as the node has it
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,59 @@ METHODS: dict[str, Factory] = {
     "ESTLoRA": lambda of: ESTLoRA.of(sizes(of), of.strengths, sides(of.roles)),
 }
 
+
+@dataclass(frozen=True)
+class Recipe:
+    """One line of the tables: a method, at a strength, its LoRAs confined to places or not.
+
+    place      "everywhere", "masks" (those of the renderer, and words for keys and values), or "words"
+    routing    how words are found
+    bare       the prompt names the concepts by their rare words alone
+    stand_in   ordinary words stand for the rare ones where places are looked for
+    """
+
+    make: Factory
+    place: str = "everywhere"
+    routing: Routing = Routing(start=START)
+    strength: float = 1.0
+    bare: bool = False
+    stand_in: bool = False
+
+    def picture(self, task: LoraSet, bank: Bank, strength: float = 1.0) -> Picture:
+        """A picture of a set."""
+        method = self.make(lineup(task, self.strength * strength, bank))
+        prompt = (task.said_bare() if self.bare else task).prompt()
+        return Picture(prompt, task.seed, task.loras, method, self._placed(task, method))
+
+    def _placed(self, task: LoraSet, method: Method) -> Placed | None:
+        if self.place == "everywhere":
+            return None
+        words = tuple(f"{concept.name} = {concept.name} {task.ordinary(concept)}" if self.stand_in else concept.name
+                      for concept in task.concepts)
+        wide = tuple(concept.category == "style" for concept in task.concepts)
+        masks = task.masks() if self.place == "masks" else ()
+        return Placed(self.routing, words, wide, masks, getattr(method, "masks", "") == "layers")
+
+
+def _words(make: Factory, **options: object) -> Recipe:
+    return Recipe(make, "words", **options)
+
+
+RECIPES: dict[str, Recipe] = {
+    **{name: Recipe(make) for name, make in METHODS.items()},
+    "Merge 0.6": Recipe(METHODS["Merge"], strength=0.6),
+    "Routed": _words(METHODS["Merge"]),
+    "Routed once": _words(METHODS["Merge"], routing=Routing("once", start=START)),
+    "Routed contrast": _words(METHODS["Merge"], routing=Routing("contrast")),
+    **{f"{name} words": _words(make) for name, make in METHODS.items() if name != "Merge"},
+    "Masks": Recipe(METHODS["Merge"], "masks", Routing("once")),
+    "Merge bare": Recipe(METHODS["Merge"], bare=True),
+    "Routed bare": _words(METHODS["Merge"], bare=True),
+    "Routed stand-in": _words(METHODS["Merge"], bare=True, stand_in=True),
+}
+"""What the tables may hold, by name: the methods as they are; routed; each method where its LoRAs' words are; the
+renderer's own masks; prompts that name concepts by their rare words alone."""
+
 BATCH = 24  # pictures drawn together
 
 
@@ -84,6 +140,7 @@ class Row:
     shown_95: tuple[float, float]
     all: float | None
     all_95: tuple[float, float] | None
+    marks: float
     leaked: float
     leaked_95: tuple[float, float]
     branches: float
@@ -92,11 +149,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Score:
-    """One set: the share of its concepts shown, whether all are, the share of its pictures with a leak, and costs."""
+    """One set: the share of its concepts shown, whether all are, the share of their marks alone that are right, the
+    share of its pictures with a leak, and costs."""
 
     size: int
     shown: float
     all: float
+    marks: float
     leaked: float
     branches: float
     seconds: float
@@ -104,8 +163,13 @@ class Score:
 
 def score(task: LoraSet, read: Mapping[str, int]) -> tuple[list[bool], bool]:
     """Of one picture: which concepts of its set it shows, and whether any of their worlds leaked into it."""
-    shown = [read[concept.category] == number(concept) for concept in task.concepts]
-    return shown, any(leaked(concept, task.asked, read) for concept in task.concepts)
+    return task.shown(read), bool(task.leaks(read))
+
+
+def marks_right(task: LoraSet, read: Mapping[str, int]) -> float:
+    """Of one picture: the share of what no ordinary word says of its concepts that is as they have it."""
+    return float(np.mean([read[a] == value for concept in task.concepts for a, value in concept.look.items()
+                          if a.partition(".")[2] in UNSAID]))
 
 
 def interval(values: np.ndarray, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
@@ -116,48 +180,48 @@ def interval(values: np.ndarray, draws: int = 2000, seed: int = 0) -> tuple[floa
     return round(float(low), 4), round(float(high), 4)
 
 
-def _pictures(task: LoraSet, factory: Factory | None, strength: float, bank: Bank) -> list[Picture]:
-    if factory is not None:
-        return [Picture(task.prompt(), task.seed, task.loras, factory(lineup(task, strength, bank)))]
+def _pictures(task: LoraSet, recipe: Recipe | None, strength: float, bank: Bank) -> list[Picture]:
+    if recipe is not None:
+        return [recipe.picture(task, bank, strength)]
     return [Picture(task.prompt((concept,)), task.seed, (lora,), Merge((strength,)))
             for concept, lora in zip(task.concepts, task.loras, strict=True)]
 
 
-def scores(sampler: Sampler, judge: Judge, sets: Sequence[LoraSet], factory: Factory | None,
-           strength: float) -> list[Score]:
-    """factory None: each LoRA alone, one picture per concept."""
+def scores(sampler: Sampler, judge: Judge, sets: Sequence[LoraSet], recipe: Recipe | None, strength: float,
+           steps: int = STEPS) -> list[Score]:
+    """recipe None: each LoRA alone, one picture per concept."""
     found = []
     for start in range(0, len(sets), BATCH):
         batch = sets[start:start + BATCH]
-        drawn = [_pictures(task, factory, strength, sampler.bank) for task in batch]
+        drawn = [_pictures(task, recipe, strength, sampler.bank) for task in batch]
         before, begin = sampler.evaluations, time.perf_counter()
-        images = sampler.draw([picture for pictures in drawn for picture in pictures])
+        images = sampler.draw([picture for pictures in drawn for picture in pictures], steps)
         seconds = (time.perf_counter() - begin) / len(images)
         branches = (sampler.evaluations - before) / len(images)
         read = iter([{h: int(v[i]) for h, v in answers.items()} for answers in [judge.read(images)]
                      for i in range(len(images))])
         for task in batch:
-            if factory is None:
-                parts = [LoraSet(task.index, (c,), task.asked, task.seed) for c in task.concepts]
-                marks = [score(part, next(read)) for part in parts]
-                shown, leak = [m[0][0] for m in marks], float(np.mean([m[1] for m in marks]))
-            else:
-                shown, leak = score(task, next(read))
-            found.append(Score(len(task.concepts), float(np.mean(shown)), float(all(shown)), float(leak), branches,
+            parts = [task] if recipe is not None else [task.only(c) for c in task.concepts]
+            answers = list(islice(read, len(parts)))
+            each = [(*score(part, answer), marks_right(part, answer))
+                    for part, answer in zip(parts, answers, strict=True)]
+            shown = [one for concepts, *_ in each for one in concepts]
+            leak, marks = (float(np.mean([one[k] for one in each])) for k in (1, 2))
+            found.append(Score(len(task.concepts), float(np.mean(shown)), float(all(shown)), marks, leak, branches,
                                seconds))
     return found
 
 
-def evaluate(regime: str, name: str, factory: Factory | None, sets: Sequence[LoraSet], base: Base,
-             judge: Judge, loras: Sequence[Mapping[str, Tensor]], strength: float) -> Iterator[Row]:
+def evaluate(regime: str, name: str, recipe: Recipe | None, sets: Sequence[LoraSet], base: Body, judge: Judge,
+             loras: Sequence[Mapping[str, Tensor]], strength: float, steps: int = STEPS) -> Iterator[Row]:
     """One row per size of set, and one over all sizes."""
     with Sampler(base, loras) as sampler:
         found = []
         for size in sorted({len(task.concepts) for task in sets}):
-            part = scores(sampler, judge, [t for t in sets if len(t.concepts) == size], factory, strength)
-            yield _row(regime, name, size, part, factory is None)
+            part = scores(sampler, judge, [t for t in sets if len(t.concepts) == size], recipe, strength, steps)
+            yield _row(regime, name, size, part, recipe is None)
             found += part
-        yield _row(regime, name, None, found, factory is None)
+        yield _row(regime, name, None, found, recipe is None)
 
 
 def _row(regime: str, name: str, size: int | None, found: list[Score], alone: bool) -> Row:
@@ -165,7 +229,8 @@ def _row(regime: str, name: str, size: int | None, found: list[Score], alone: bo
     means = {key: round(float(values.mean()), 4) for key, values in column.items()}
     return Row(regime, name, size, len(found), means["shown"], interval(column["shown"]),
                None if alone else means["all"], None if alone else interval(column["all"]),
-               means["leaked"], interval(column["leaked"]), round(means["branches"], 2), means["seconds"])
+               means["marks"], means["leaked"], interval(column["leaked"]), round(means["branches"], 2),
+               means["seconds"])
 
 
 def summary(rows: Sequence[Row]) -> str:
@@ -173,10 +238,11 @@ def summary(rows: Sequence[Row]) -> str:
     def share(value: float | None, spread: tuple[float, float] | None) -> str:
         return "-" if value is None else f"{100 * value:.1f} [{100 * spread[0]:.0f}, {100 * spread[1]:.0f}]"
 
-    lines = ["| regime | method | N | sets | concepts shown % | all shown % | leaked % | branches | seconds |",
-             "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
+    head = ("regime", "method", "N", "sets", "concepts shown %", "all shown %", "marks %", "leaked %", "branches",
+            "seconds")
+    lines = [f"| {' | '.join(head)} |", f"| {' | '.join(['---'] * len(head))} |"]
     for r in rows:
         cells = (r.regime, r.method, r.n or "2-5", r.sets, share(r.shown, r.shown_95), share(r.all, r.all_95),
-                 share(r.leaked, r.leaked_95), f"{r.branches:.0f}", f"{r.seconds:.2f}")
+                 f"{100 * r.marks:.1f}", share(r.leaked, r.leaked_95), f"{r.branches:.4g}", f"{r.seconds:.2f}")
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)

@@ -6,6 +6,7 @@ A file is ordinary: `diffusion_model.<module>.lora_A.weight` [r, in(, 3, 3)], `.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,24 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from .base import Base, noisy
-from .model import UNet, encode
-from .render import render
-from .text import tokenize
-from .worlds import Collection
+from .base import noisy
+from .body import Body
 
 RANK = 4
 PREFIX = "diffusion_model."
-
-
-def targets(unet: UNet) -> dict[str, nn.Module]:
-    """The attention projections and the 3x3 convolutions of the blocks, by module name."""
-    found = {}
-    for name, module in unet.named_modules():
-        attention = isinstance(module, nn.Linear) and ".to_" in name
-        if attention or (isinstance(module, nn.Conv2d) and name.endswith((".conv1", ".conv2", "downsample"))):
-            found[name] = module
-    return found
 
 
 class _Delta(nn.Module):
@@ -47,20 +35,19 @@ class _Delta(nn.Module):
         return weight + (self.up.flatten(1) @ self.down.flatten(1)).view_as(weight)
 
 
-def train_lora(base: Base, collection: Collection, steps: int, batch: int = 16, rate: float = 4e-3, seed: int = 0,
-               rank: int = RANK) -> dict[str, Tensor]:
-    """The frozen base with low-rank deltas, trained on one collection; returns the tensors of a LoRA file."""
+def train_lora(base: Body, latents: Tensor, prompts: Sequence[str], steps: int, batch: int = 16,
+               rate: float = 4e-3, seed: int = 0, rank: int = RANK) -> dict[str, Tensor]:
+    """The frozen base with low-rank deltas, trained on pictures and captions; returns the tensors of a LoRA file."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     device = next(base.parameters()).device
     base.requires_grad_(False)
-    modules = targets(base.unet)
+    modules = base.targets()
     deltas = {name: _Delta(module.weight, rank, generator) for name, module in modules.items()}
     for name, delta in deltas.items():
         parametrize.register_parametrization(modules[name], "weight", delta)
-    latents, tokens = encode(render(collection.scenes)), tokenize(collection.prompts)
     with torch.no_grad():
-        contexts = base.text(tokens.to(device)).cpu()
+        contexts = base.contexts(prompts).cpu()
     optimizer = torch.optim.AdamW([p for d in deltas.values() for p in d.parameters()], lr=rate, weight_decay=0.0)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1,
                                                     final_div_factor=10)
@@ -68,7 +55,7 @@ def train_lora(base: Base, collection: Collection, steps: int, batch: int = 16, 
         for _ in range(steps):
             rows = torch.randint(len(latents), (batch,), generator=generator)
             x, sigma, velocity = (t.to(device) for t in noisy(latents[rows], generator))
-            loss = F.mse_loss(base.unet(x, sigma, contexts[rows].to(device)), velocity)
+            loss = F.mse_loss(base.velocity(x, sigma, contexts[rows].to(device)), velocity)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()

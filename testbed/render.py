@@ -41,9 +41,9 @@ def _cover(distance: Tensor) -> Tensor:
 
 
 def _pick(choice: Tensor, options: list[Tensor]) -> Tensor:
-    """[n] choices among a list of [n, 32, 32] maps."""
-    shape = (len(choice), SIZE, SIZE)
-    return torch.stack([option.expand(shape) for option in options], 1)[torch.arange(len(choice)), choice]
+    """[n] choices among a list of [n, height, width] maps."""
+    maps = torch.stack(torch.broadcast_tensors(*options), 1).expand(len(choice), -1, -1, -1)
+    return maps[torch.arange(len(choice)), choice]
 
 
 def _paint(image: Tensor, shape: Tensor, colour: Tensor, mark: Tensor, mark_colour: Tensor) -> Tensor:
@@ -53,9 +53,9 @@ def _paint(image: Tensor, shape: Tensor, colour: Tensor, mark: Tensor, mark_colo
     return _over(image, mark_colour, _cover(torch.maximum(mark, shape + 0.3)))
 
 
-def _background(v: dict[str, Tensor], j: Tensor, x: Tensor, y: Tensor) -> Tensor:
+def background(v: dict[str, Tensor], j: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """x, y: pixels from the middle of the picture."""
     first, second = _colour(v["background.colour"], j[:, 0:2]), _colour(v["background.mark_colour"], j[:, 2:4])
-    n = len(j)
     angle = (v["background.mark"] * (np.pi / 4) + 0.03 * j[:, 4])[:, None, None]
     along, across = x * angle.cos() + y * angle.sin(), y * angle.cos() - x * angle.sin()
     shift = 0.6 * j[:, 5, None, None]
@@ -67,10 +67,10 @@ def _background(v: dict[str, Tensor], j: Tensor, x: Tensor, y: Tensor) -> Tensor
     maps = [torch.sin(w) - 0.15, torch.sin(u) * torch.sin(w) * 1.5, grid(torch.sin(u), torch.sin(w)) * 1.3 - 0.1,
             torch.sin(w + 1.5 * torch.sin(u * 0.7)) - 0.15]
     alpha = (0.5 + 1.2 * _pick(v["background.kind"], maps)).clamp(0, 1)
-    return _over(first.expand(n, 3, SIZE, SIZE), second, 0.75 * alpha)
+    return _over(first.expand(len(j), 3, *alpha.shape[1:]), second, 0.75 * alpha)
 
 
-def _character(image: Tensor, v: dict[str, Tensor], j: Tensor, x: Tensor, y: Tensor) -> Tensor:
+def character(image: Tensor, v: dict[str, Tensor], j: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """x, y: pixels from the middle of the head."""
     colour, mark_colour = _colour(v["character.colour"], j[:, 0:2]), _colour(v["character.mark_colour"], j[:, 2:4])
     ax = x.abs()
@@ -89,7 +89,7 @@ def _character(image: Tensor, v: dict[str, Tensor], j: Tensor, x: Tensor, y: Ten
     return _over(image, torch.full((1, 3, 1, 1), 0.05), _cover(eyes + 0.2))
 
 
-def _clothing(image: Tensor, v: dict[str, Tensor], j: Tensor, x: Tensor, y: Tensor) -> Tensor:
+def clothing(image: Tensor, v: dict[str, Tensor], j: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """x, y: pixels from the middle of the body."""
     colour, mark_colour = _colour(v["clothing.colour"], j[:, 0:2]), _colour(v["clothing.mark_colour"], j[:, 2:4])
     ax = x.abs()
@@ -100,7 +100,7 @@ def _clothing(image: Tensor, v: dict[str, Tensor], j: Tensor, x: Tensor, y: Tens
     return _paint(image, _pick(v["clothing.kind"], shapes), colour, _pick(v["clothing.mark"], marks), mark_colour)
 
 
-def _object(image: Tensor, v: dict[str, Tensor], j: Tensor, x: Tensor, y: Tensor) -> Tensor:
+def thing(image: Tensor, v: dict[str, Tensor], j: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """x, y: pixels from the middle of the object."""
     colour, mark_colour = _colour(v["object.colour"], j[:, 0:2]), _colour(v["object.mark_colour"], j[:, 2:4])
     ax = x.abs()
@@ -112,18 +112,25 @@ def _object(image: Tensor, v: dict[str, Tensor], j: Tensor, x: Tensor, y: Tensor
     return _paint(image, shape, colour, _pick(v["object.mark"], marks), mark_colour)
 
 
-def _style(image: Tensor, v: dict[str, Tensor], j: Tensor, x: Tensor, y: Tensor) -> Tensor:
+def style(image: Tensor, v: dict[str, Tensor], j: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """x, y: pixels from the upper left corner, of the whole picture."""
     colour, mark = _colour(v["style.mark_colour"], j[:, 0:2]), v["style.mark"]
     angle = (mark * (np.pi / 4) + 0.03 * j[:, 2])[:, None, None]
     phase = (y * angle.cos() - x * angle.sin()) * (2 * np.pi / 8) + 0.5 * j[:, 3, None, None]
     lined = 0.6 * ((torch.sin(phase) - 0.35) * 2.5).clamp(0, 1)
-    far = SIZE - 1.0
-    edges = _pick(mark, [y, far - x, far - y, x])
+    right, bottom = x.max() - x, y.max() - y
+    edges = _pick(mark, [y, right, bottom, x])
     glowing = 0.95 * torch.exp(-edges / (5.0 + 0.5 * j[:, 4, None, None]))
-    upright, level = torch.minimum(x, far - x), torch.minimum(y, far - y)
+    upright, level = torch.minimum(x, right), torch.minimum(y, bottom)
     frames = [torch.minimum(upright, level), level, upright, torch.maximum(upright, level) - 4.0]
     framed = _cover(_pick(mark, frames) - 2.2 - 0.3 * j[:, 4, None, None])
     return _over(image, colour, _pick(v["style.kind"], [torch.zeros_like(lined), lined, glowing, framed]))
+
+
+def pixels(height: int, width: int) -> tuple[Tensor, Tensor]:
+    """x, y of every pixel, [1, height, width] each."""
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return x[None].float(), y[None].float()
 
 
 def places(scenes: Scenes) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -142,10 +149,10 @@ def render(scenes: Scenes, chunk: int = 256) -> Tensor:
         return torch.cat(parts)
     v = {a: torch.as_tensor(scenes.values[a]) for a in ATTRIBUTES}
     j = torch.as_tensor(scenes.jitter, dtype=torch.float32)
-    y, x = (c[None].float() for c in torch.meshgrid(torch.arange(SIZE), torch.arange(SIZE), indexing="ij"))
+    x, y = pixels(SIZE, SIZE)
     head_x, head_y, object_x, object_y = places(scenes)
-    image = _background(v, j[:, 0:7], x - 15.5, y - 15.5)
-    image = _character(image, v, j[:, 7:11], x - head_x, y - head_y)
-    image = _clothing(image, v, j[:, 11:15], x - head_x, y - head_y - 11.5)
-    image = _object(image, v, j[:, 15:19], x - object_x, y - object_y)
-    return _style(image, v, j[:, 19:24], x, y).clamp(0, 1)
+    image = background(v, j[:, 0:7], x - 15.5, y - 15.5)
+    image = character(image, v, j[:, 7:11], x - head_x, y - head_y)
+    image = clothing(image, v, j[:, 11:15], x - head_x, y - head_y - 11.5)
+    image = thing(image, v, j[:, 15:19], x - object_x, y - object_y)
+    return style(image, v, j[:, 19:24], x, y).clamp(0, 1)

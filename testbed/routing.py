@@ -2,88 +2,105 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from ..engine.positions import Places, Segment, Segments
+from ..engine.positions import Places
 from ..kernels.branch import Step
 from ..kernels.routing import clause_attention, contrast
+from ..methods.prompt import Found, LoRAWords, PromptTokens, find_clauses, stand_in, without
 from ..methods.routed import Clauses, Routes, Routing, clauses_of
-from .model import LATENT, UNet
-from .scene import BY_NAME
-from .text import LENGTH
-
-GRID = (LATENT[1] // 2, LATENT[2] // 2)
-BLOCKS = ("down_attn", "mid_attn", "up_attn")
+from .body import Body
 
 
-def clauses(prompt: str) -> list[tuple[str, range]]:
-    """The comma clauses of a prompt, each with the positions of its words."""
-    found, at = [], 0
-    for clause in (part for part in prompt.split(",") if part.strip()):
-        count = len(clause.split())
-        found.append((clause.strip(), range(at, at + count)))
-        at += count
-    return found
+@dataclass(frozen=True)
+class Placed:
+    """Where the LoRAs of a picture act.
+
+    routing      how words are found; None: LoRAs act everywhere but in `masks`
+    words        per LoRA what a user would have typed on it
+    everywhere   per LoRA whether it acts at all places whatever its words
+    masks        per LoRA a map [height, width] of the latent that beats its words, or None
+    layers       whether the method is confined in the model's layers; False: where it mixes predictions
+    """
+
+    routing: Routing | None = None
+    words: tuple[str, ...] = ()
+    everywhere: tuple[bool, ...] = ()
+    masks: tuple[Tensor | None, ...] = ()
+    layers: bool = True
 
 
-def without(prompt: str) -> list[str]:
-    """The prompt without each of its clauses."""
-    parts = [clause for clause, _ in clauses(prompt)]
-    return [", ".join(parts[:k] + parts[k + 1:]) for k in range(len(parts))]
-
-
-def of_prompt(prompt: str, names: Sequence[str]) -> Clauses:
-    """The clauses of a prompt for LoRAs of these concepts: a LoRA's is the one that holds its rare word."""
-    found = clauses(prompt)
-    own = [next((k for k, (clause, _) in enumerate(found) if name in clause.split()), None) for name in names]
-    return clauses_of(LENGTH, [() if k is None else found[k][1] for k in own],
-                      [span for k, (_, span) in enumerate(found) if k not in own],
-                      [BY_NAME[name].category == "style" for name in names])
-
-
-def located(layer: str, tokens: int) -> Segments:
-    """What the tokens of a layer are."""
-    if ".attn2.to_k" in layer or ".attn2.to_v" in layer:
-        return (Segment("text", tokens),)
-    return (Segment("picture", tokens, (1, *GRID)),) if "attn" in layer or ".ff" in layer else ()
+def tokens_of(prompt: str, rows: tuple[tuple[int, int, int], ...] = (), length: int = 0) -> PromptTokens:
+    """The prompt and the positions of its words, in a text of so many tokens."""
+    words, at = [], 0
+    for number, word in enumerate(prompt.split()):
+        at = prompt.index(word, at)
+        words.append((at, at + len(word.rstrip(",")), (number,) if number < length else ()))
+        at += len(word)
+    return PromptTokens(prompt, length, tuple(words), rows)
 
 
 class Routed:
     """The places of a batch of pictures while it is drawn.
 
-    routings   per picture, None where its LoRAs act everywhere
-    prompts    of each picture
-    loras      per picture, which adapters of the bank are its LoRAs, and `names` their concepts
-    count      adapters in the bank
+    placed    per picture, None where its LoRAs act everywhere
+    prompts   of each picture
+    loras     per picture, which adapters of the bank are its LoRAs
+    count     adapters in the bank
+    body      the model that draws them
     """
 
-    def __init__(self, routings: Sequence[Routing | None], prompts: Sequence[str], loras: Sequence[Sequence[int]],
-                 names: Sequence[Sequence[str]], count: int):
-        self.routes = [None if routing is None else Routes(routing) for routing in routings]
-        self.loras, self.prompts = loras, prompts
-        self.clauses = [of_prompt(prompt, own) for prompt, own in zip(prompts, names, strict=True)]
-        n, most = len(prompts), max(len(c.members) for c in self.clauses)
-        self.maps = torch.ones(n, count, *GRID)
-        self.words = torch.ones(2 * n, count, LENGTH)  # of the prompts, then of the negatives beside them
-        self.members = torch.zeros(n, most, LENGTH)
-        for i, (found, route, own) in enumerate(zip(self.clauses, self.routes, loras, strict=True)):
+    def __init__(self, placed: Sequence[Placed | None], prompts: Sequence[str], loras: Sequence[Sequence[int]],
+                 count: int, body: Body):
+        self.body, length = body, body.length
+        self.placed, self.loras = [each or Placed() for each in placed], loras
+        self.routes = [None if each.routing is None else Routes(each.routing) for each in self.placed]
+        words = [tuple(LoRAWords(str(lora), typed) for lora, typed in zip(own, each.words, strict=False))
+                 for own, each in zip(loras, self.placed, strict=True)]
+        instead = [stand_in(tokens_of(prompt, length=length), own) for prompt, own in zip(prompts, words, strict=True)]
+        self.probes = [prompt if other is None else other[0] for prompt, other in zip(prompts, instead, strict=True)]
+        self.fixed = [other is not None for other in instead]
+        self._found = [find_clauses(tokens_of(*(other or (prompt, ())), length), own)
+                       for prompt, other, own in zip(prompts, instead, words, strict=True)]
+        self.clauses = [_clauses(found, each.everywhere, length)
+                        for found, each in zip(self._found, self.placed, strict=True)]
+        n, most = len(prompts), max(len(each.members) for each in self.clauses)
+        self.maps = torch.ones(n, count, *body.latent[1:])
+        self.words = torch.ones(2 * n, count, length)  # of the prompts, then of the negatives beside them
+        self.members = torch.zeros(n, most, length)
+        for i, (found, route, prompt) in enumerate(zip(self.clauses, self.routes, prompts, strict=True)):
             self.members[i, :len(found.members)] = found.members
             if route is not None:
-                self.words[i, list(own)] = found.words
-                self.words[n + i, list(own)] = found.words
+                drawn = _clauses(find_clauses(tokens_of(prompt, length=length), words[i]), self.placed[i].everywhere,
+                                 length)
+                self.words[i, list(loras[i])] = drawn.words
+                self.words[n + i, [lora for lora, own in zip(loras[i], drawn.own, strict=True) if own is not None]] = 0
+            self._mask(i)
         self._places: dict[tuple, Places] = {}
+
+    def masks(self, picture: int) -> tuple[Tensor, ...] | tuple[()]:
+        """As `RunContext.masks`, for a method that mixes predictions by them; they follow what is found."""
+        placed = self.placed[picture]
+        if placed.layers or not (placed.masks or placed.routing):
+            return ()
+        return tuple(self.maps[picture, lora][None, None] for lora in self.loras[picture])
 
     def places(self, pictures: Sequence[int], texts: Sequence[int]) -> Places:
         """Of a batch whose rows belong to these pictures and texts."""
-        key = tuple(pictures), tuple(texts)
+        key, maps, words = (tuple(pictures), tuple(texts)), self.maps, self.words
+        wide = [i for i, each in enumerate(self.placed) if not each.layers]
+        if wide:
+            maps, words = maps.clone(), words.clone()
+            maps[wide], words[wide + [len(self.placed) + i for i in wide]] = 1, 1
         if key not in self._places:
-            self._places[key] = Places(self.maps.clone(), pictures, self.words.clone(), texts, located)
+            self._places[key] = Places(maps.clone(), pictures, words.clone(), texts, self.body.locate)
         else:
-            self._places[key].update(self.maps, self.words)
+            self._places[key].update(maps, words)
         return self._places[key]
 
     def probing(self, step: Step) -> list[int]:
@@ -92,55 +109,66 @@ class Routed:
 
     def reading(self, step: Step) -> list[int]:
         """Pictures whose attention is read in this step's evaluation."""
-        return [i for i, route in enumerate(self.routes) if route is not None and route.reads(step)]
+        return [i for i, route in enumerate(self.routes)
+                if route is not None and route.reads(step) and not self.fixed[i]]
 
     def contrasting(self, step: Step) -> list[int]:
         """Those of `probing` that are to be found by contrast."""
-        return [i for i in self.probing(step) if self.routes[i].routing.mode == "contrast"]
+        return [i for i in self.probing(step) if self.placed[i].routing.mode == "contrast"]
 
     def acts(self, picture: int, step: Step) -> bool:
         return self.routes[picture] is None or self.routes[picture].acts(step)
 
     def found(self, picture: int, attention: Tensor) -> None:
         """Attention to the clauses of a picture's prompt, [clauses or more, h, w]."""
-        route, known = self.routes[picture], self.clauses[picture]
-        maps = known.places(attention[None, :len(known.members)], route.routing.gamma)[0]
-        self.maps[picture, list(self.loras[picture])] = torch.nn.functional.interpolate(
-            maps[None], GRID, mode="bilinear")[0] if maps.shape[1:] != GRID else maps
-        route.found = True
+        known = self.clauses[picture]
+        maps = known.places(attention[None, :len(known.members)], self.placed[picture].routing.gamma)
+        self.maps[picture, list(self.loras[picture])] = F.interpolate(maps, self.body.latent[1:], mode="bilinear")[0]
+        self._mask(picture)
+        self.routes[picture].found = True
+
+    def without(self, picture: int) -> list[str]:
+        """The prompt without each of its clauses, a LoRA's as one."""
+        found, text = self._found[picture], self.probes[picture]
+        groups = [[(clause.start, clause.end) for clause in own.clauses] for own in found.loras if own.clauses]
+        out = []
+        for group in (*groups, *([(clause.start, clause.end)] for clause in found.others)):
+            less = text
+            for start, end in sorted(group, reverse=True):
+                less = without(less, start, end)
+            out.append(less)
+        return out
 
     def contrasted(self, picture: int, whole: Tensor, parts: Tensor) -> None:
         """Predictions of the base for a prompt, and without each of its clauses: [C, h, w], [clauses, C, h, w]."""
-        apart = torch.nn.functional.adaptive_avg_pool2d(contrast(whole[None], parts[:, None]), GRID)[0]
-        spans = [span for _, span in clauses(self.prompts[picture])]
-        members = self.clauses[picture].members
-        order = [next(k for k, span in enumerate(spans) if row[span[0]]) for row in members]
-        self.found(picture, apart[order])
+        self.found(picture, contrast(whole[None], parts[:, None])[0])
+
+    def _mask(self, picture: int) -> None:
+        for lora, mask in zip(self.loras[picture], self.placed[picture].masks, strict=False):
+            if mask is not None:
+                self.maps[picture, lora] = mask
 
 
-@contextmanager
-def attention(unet: UNet, rows: Sequence[int], members: Tensor, blocks: Sequence[str] = BLOCKS
-              ) -> Iterator[list[Tensor]]:
-    """While open, the attention of the batch's `rows` to the clauses of their prompts is collected: per block
-    [rows, clauses, *GRID]. members [rows, clauses, tokens]."""
-    found: list[Tensor] = []
-
-    def observe(q: Tensor, k: Tensor) -> None:
-        found.append(clause_attention(q[rows], k[rows], members, slice(0, LENGTH)).unflatten(-1, GRID))
-
-    layers = [getattr(unet, block).attn2 for block in blocks]
-    for layer in layers:
-        layer.observe = observe
-    try:
-        yield found
-    finally:
-        for layer in layers:
-            del layer.observe
+def _clauses(found: Found, everywhere: tuple[bool, ...], length: int) -> Clauses:
+    return clauses_of(length, [own.tokens for own in found.loras], [clause.tokens for clause in found.others],
+                      everywhere)
 
 
-def concept_names(loras: Sequence[int]) -> tuple[str, ...]:
-    """Of adapters of a bank that holds one LoRA per concept, in their order."""
-    names = list(BY_NAME)
-    return tuple(names[i] for i in loras)
+class Seen:
+    """Reads the attention of a batch's `rows` to the clauses of their prompts: what `Body.velocity` shows q and k to.
 
+    members   [rows, clauses, tokens]
+    grid      height and width of the places
+    """
 
+    def __init__(self, rows: Sequence[int], members: Tensor, grid: tuple[int, int]):
+        self._rows, self._members, self._grid = rows, members, grid
+        self._found: list[Tensor] = []
+
+    def __call__(self, q: Tensor, k: Tensor, text: slice) -> None:
+        found = clause_attention(q[self._rows], k[self._rows], self._members, text)
+        self._found.append(found.unflatten(-1, self._grid))
+
+    def mean(self) -> Tensor:
+        """Over all blocks, [rows, clauses, *grid]."""
+        return torch.stack(self._found).mean(dim=0)

@@ -7,8 +7,7 @@ branches, and the two sides of guidance are all evaluated together.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext as nothing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 
 import torch
@@ -20,13 +19,11 @@ from ..engine.forwards import RoutedForwards
 from ..kernels.branch import Branch, Step
 from ..methods import Method
 from ..methods.merge import Merge
-from ..methods.routed import Routing
 from ..methods.session import POSITIVE, UNCONDITIONAL, Call, RunContext, begin
-from .base import Base
+from .body import Body
 from .loras import PREFIX
-from .model import LATENT, decode
-from .routing import Routed, attention, concept_names, without
-from .text import tokenize
+from .model import decode
+from .routing import Placed, Routed, Seen
 
 STEPS, GUIDANCE, ROWS = 20, 2.0, 96
 
@@ -51,24 +48,24 @@ class Picture:
     """What to draw. `loras` are indexes into the sampler's bank; the method's gains are one per entry of it.
 
     method    None: the base model alone
-    routing   where the LoRAs act; None: everywhere
+    placed    where the LoRAs act; None: everywhere
     """
 
     prompt: str
     seed: int
     loras: tuple[int, ...] = ()
     method: Method | None = None
-    routing: Routing | None = None
+    placed: Placed | None = None
 
 
 class Sampler:
     """The base with a bank of LoRAs installed; use as a context manager, which takes the bank off again."""
 
-    def __init__(self, base: Base, loras: Sequence[Mapping[str, Tensor]]):
+    def __init__(self, base: Body, loras: Sequence[Mapping[str, Tensor]]):
         self.base, self.count = base, len(loras)
         self.device = next(base.parameters()).device
         self.bank = Bank([low_rank(tensors) for tensors in loras]).to(self.device)
-        self.routed = RoutedForwards(base.unet, self.bank)
+        self.routed = RoutedForwards(base.net, self.bank)
         self.evaluations = 0  # branches evaluated since the start, each with both sides of guidance
 
     def __enter__(self) -> Sampler:
@@ -99,55 +96,60 @@ class Sampler:
             rows = torch.tensor(numbers, device=x.device)
             sigmas = torch.full((len(rows),), sigma, device=x.device)
             owners = pictures[rows].tolist()
-            places, seen = None, [k for k, r in enumerate(numbers) if r in read]
+            places, see = None, None
             if routed is not None:
                 half = len(branches) // 2
                 places = routed.places(owners, [i + len(x) * (r >= half) for r, i in zip(numbers, owners, strict=True)])
-            looked = attention(self.base.unet, seen, routed.members[[owners[k] for k in seen]]) if seen else nothing()
-            with self.routed.rows([branches[r] for r in numbers], places), looked as found:
-                out[rows] = self.base.unet(x[pictures[rows]], sigmas, contexts[rows])
-            for k, each in zip(seen, torch.stack(found).mean(dim=0) if seen else (), strict=True):
-                routed.found(owners[k], each)
+                seen = [k for k, r in enumerate(numbers) if r in read]
+                see = Seen(seen, routed.members[[owners[k] for k in seen]], self.base.grid) if seen else None
+            with self.routed.rows([branches[r] for r in numbers], places):
+                out[rows] = self.base.velocity(x[pictures[rows]], sigmas, contexts[rows], see)
+            if see is not None:
+                for k, each in zip(seen, see.mean(), strict=True):
+                    routed.found(owners[k], each)
         return out
 
-    def _probe(self, step: Step, x: Tensor, context: Tensor, prompts: Sequence[str], routed: Routed) -> None:
+    def _probe(self, step: Step, x: Tensor, routed: Routed) -> None:
         """Find the places that are needed before the step, from evaluations of the base model."""
         by_contrast, base = routed.contrasting(step), Branch((0.0,) * self.count)
         for i in by_contrast:
-            texts = self.base.text(tokenize([prompts[i], *without(prompts[i])]).to(self.device))
+            texts = self.base.contexts([routed.probes[i], *routed.without(i)])
             sigmas = torch.full((len(texts),), step.sigma, device=self.device)
-            whole, *parts = self.base.unet(x[i:i + 1].expand(len(texts), -1, -1, -1), sigmas, texts)
+            whole, *parts = self.base.velocity(x[i:i + 1].expand(len(texts), -1, -1, -1), sigmas, texts)
             routed.contrasted(i, whole, torch.stack(parts))
             self.evaluations += len(texts) / 2
         others = [i for i in routed.probing(step) if i not in by_contrast]
         if others:
-            pictures = torch.tensor(others, device=self.device)
-            self._predict(x, step.sigma, context[pictures + 1], pictures, [base] * len(others), routed,
+            texts = self.base.contexts([routed.probes[i] for i in others])
+            self._predict(x, step.sigma, texts, torch.tensor(others, device=self.device), [base] * len(others), routed,
                           range(len(others)))
             self.evaluations += len(others) / 2
 
     @torch.inference_mode()
     def draw(self, pictures: Sequence[Picture], steps: int = STEPS, guidance: float = GUIDANCE,
              guides: Sequence[Guide] | None = None) -> Tensor:
-        """float32 [n, 3, 32, 32] in [0, 1]. The same picture comes out whatever it is batched with, up to rounding.
+        """float32 [n, 3, height, width] in [0, 1]. The same picture comes out whatever it is batched with, up to
+        rounding.
 
         guides   one per picture: what takes the negative prediction's place in each step
         """
-        noise = [torch.randn(LATENT, generator=torch.Generator().manual_seed(p.seed)) for p in pictures]
+        noise = [torch.randn(self.base.latent, generator=torch.Generator().manual_seed(p.seed)) for p in pictures]
         x = torch.stack(noise).to(self.device)
-        context = self.base.text(tokenize(["", *(p.prompt for p in pictures)]).to(self.device))
+        context = self.base.contexts(["", *(p.prompt for p in pictures)])
         sigmas = torch.linspace(1, 0, steps + 1).tolist()
-        run = RunContext(tuple(sigmas), tuple(sigmas[:-1]), (1, *LATENT))
-        sessions = [begin(picture.method or Merge((0.0,) * len(picture.loras)), run) for picture in pictures]
+        run = RunContext(tuple(sigmas), tuple(sigmas[:-1]), (1, *self.base.latent))
         routed = None
-        if any(picture.routing is not None for picture in pictures):
-            routed = Routed([p.routing for p in pictures], [p.prompt for p in pictures], [p.loras for p in pictures],
-                            [concept_names(p.loras) for p in pictures], self.count)
+        if any(picture.placed is not None for picture in pictures):
+            routed = Routed([p.placed for p in pictures], [p.prompt for p in pictures], [p.loras for p in pictures],
+                            self.count, self.base)
+        sessions = [begin(picture.method or Merge((0.0,) * len(picture.loras)),
+                          run if routed is None else replace(run, masks=routed.masks(i)))
+                    for i, picture in enumerate(pictures)]
         for index in range(steps):
             step = Step(index, steps, sigmas[index])
             owner, branches, spans = [], [], []
             if routed is not None:
-                self._probe(step, x, context, [picture.prompt for picture in pictures], routed)
+                self._probe(step, x, routed)
             for i, (picture, session) in enumerate(zip(pictures, sessions, strict=True)):
                 session.observe(step, x[i:i + 1])
                 chosen = session.branches(step)
@@ -161,7 +163,7 @@ class Sampler:
             both = torch.cat([context[rows + 1], context[:1].expand(len(rows), -1, -1)])
             read = routed.reading(step) if routed is not None else ()
             velocity = self._predict(x, step.sigma, both, rows.repeat(2), branches * 2, routed,
-                                     [next(r for r, o in enumerate(owner) if o == i) for i in read])
+                                     [_says_where(owner, branches, i) for i in read])
             cond, uncond = (x[rows] - step.sigma * v for v in velocity.chunk(2))
             denoised, noise_level = [], torch.full((1,), step.sigma, device=self.device)
             for i, (span, chosen) in enumerate(spans):
@@ -173,3 +175,9 @@ class Sampler:
                 denoised.append(negative + guidance * (positive - negative))
             x = x + (sigmas[index + 1] - step.sigma) * (x - torch.cat(denoised)) / step.sigma
         return decode(x)
+
+
+def _says_where(owner: list[int], branches: list[Branch], picture: int) -> int:
+    """The row of a picture whose attention says where words are: the base's where there is one, else the first."""
+    rows = [row for row, of in enumerate(owner) if of == picture]
+    return next((row for row in rows if branches[row].is_base), rows[0])

@@ -11,6 +11,7 @@ Scenes are struct-of-arrays: `values[attribute]` is an int64 array of n choices,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,6 +81,11 @@ def of_category(category: str) -> tuple[Concept, ...]:
     return tuple(concept for concept in CONCEPTS if concept.category == category)
 
 
+def number(concept: Concept) -> int:
+    """The judge's answer that means this concept (0 means none of its category)."""
+    return 1 + of_category(concept.category).index(concept)
+
+
 @dataclass(frozen=True)
 class Scenes:
     values: dict[str, np.ndarray]
@@ -116,19 +122,28 @@ def sample(rng: np.random.Generator, n: int, fixed: dict[str, int | np.ndarray] 
     open. Unless `concepts`, no scene shows any of CONCEPTS but where `fixed` names that category's whole look: this is
     the world that the base has seen. `spread` scales the jitter."""
     fixed = {a: np.broadcast_to(np.asarray(v), (n,)) for a, v in (fixed or {}).items()}
-    values = {a: np.zeros(n, np.int64) for a in ATTRIBUTES}
+
+    def good(draw: dict[str, np.ndarray]) -> np.ndarray:
+        free = [] if concepts else [c for c in CONCEPTS if not all(a in fixed for a in c.look)]
+        return readable(draw) & ~np.logical_or.reduce([shows(draw, c) for c in free] or [False])
+
+    values = draw_values(rng, n, ATTRIBUTES, fixed, good)
+    return Scenes(values, spread * rng.uniform(-1, 1, (n, JITTER)))
+
+
+def draw_values(rng: np.random.Generator, n: int, attributes: dict[str, tuple[str, ...]], fixed: dict[str, np.ndarray],
+                good: Callable[[dict[str, np.ndarray]], np.ndarray]) -> dict[str, np.ndarray]:
+    """n random choices of every attribute, drawn again where they are not `good`. A style is plain in half of them."""
+    values = {a: np.zeros(n, np.int64) for a in attributes}
     todo = np.arange(n)
     for _ in range(200):
-        draw = {a: rng.integers(len(words), size=len(todo)) for a, words in ATTRIBUTES.items()}
-        draw["style.kind"] *= rng.random(len(todo)) < 0.66  # half of all scenes are plain
+        draw = {a: rng.integers(len(words), size=len(todo)) for a, words in attributes.items()}
+        draw["style.kind"] *= rng.random(len(todo)) < 0.66
         draw |= {a: np.where(v[todo] == FREE, draw[a], v[todo]) for a, v in fixed.items()}
-        good = readable(draw)
-        if not concepts:
-            free = [c for c in CONCEPTS if not all(a in fixed for a in c.look)]
-            good &= ~np.logical_or.reduce([shows(draw, c) for c in free])
-        for a in ATTRIBUTES:
-            values[a][todo[good]] = draw[a][good]
-        todo = todo[~good]
+        kept = good(draw)
+        for a in attributes:
+            values[a][todo[kept]] = draw[a][kept]
+        todo = todo[~kept]
         if not len(todo):
-            return Scenes(values, spread * rng.uniform(-1, 1, (n, JITTER)))
+            return values
     raise ValueError("the fixed attributes leave no readable scene; choose other colours")

@@ -35,16 +35,19 @@ def caption(words: dict[str, str], triggers: dict[str, str] | None = None) -> st
     `triggers` maps category to a concept's rare word. Of a plain style there is no mark to speak of."""
     said = []
     for category in CATEGORIES:
-        colour, kind, mark, mark_colour = (words.get(f"{category}.{key}") for key in
-                                           ("colour", "kind", "mark", "mark_colour"))
-        if kind == "plain":
-            mark = mark_colour = None
-        noun = NOUNS[category] if colour or kind or mark or mark_colour else None
-        part = [(triggers or {}).get(category), colour, kind, noun, mark_colour, mark]
-        if category == "character":
-            part.append(words.get("side"))
-        said.append(" ".join(word for word in part if word))
+        side = words.get("side") if category == "character" else None
+        said.append(clause(category, words, (triggers or {}).get(category), side))
     return ", ".join(part for part in said if part)
+
+
+def clause(category: str, words: dict[str, str], trigger: str | None, side: str | None, part: str = "") -> str:
+    """What a caption says of one category, whose attributes have the prefix `part` where that is another name."""
+    colour, kind, mark, mark_colour = (words.get(f"{part or category}.{key}") for key in
+                                       ("colour", "kind", "mark", "mark_colour"))
+    if kind == "plain":
+        mark = mark_colour = None
+    noun = NOUNS[category] if colour or kind or mark or mark_colour else None
+    return " ".join(word for word in (trigger, colour, kind, noun, mark_colour, mark, side) if word)
 
 
 def senses(prompt: str) -> list[str]:
@@ -95,5 +98,6 @@ class TextEncoder(nn.Module):
         self.layers = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
         self.norm = nn.LayerNorm(width)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.norm(self.layers(self.tokens(tokens)))
+    def forward(self, tokens: Tensor, more: Tensor | float = 0.0) -> Tensor:
+        """`more` is added to what was learned of each token."""
+        return self.norm(self.layers(self.tokens(tokens) + more))

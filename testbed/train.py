@@ -1,7 +1,7 @@
-"""Makes the testbed's weights from nothing, with fixed seeds: `python3 testbed/train.py [--device cpu|cuda]`.
+"""Makes the testbed's weights from nothing, with fixed seeds: `python3 testbed/train.py [--body unet|joint]`.
 
 Stages (`--stages base judge loras report`, all by default) may be run one by one; each reads what the earlier ones left
-in testbed/weights. Two CPU cores that do nothing else need about an hour and a half.
+in the body's folder of weights. Two CPU cores that do nothing else need about an hour and a half per body.
 """
 
 from __future__ import annotations
@@ -20,20 +20,18 @@ import time
 
 import torch
 
-from .base import Base, train_base
+from .base import train_base
+from .beds import BEDS, Bed
+from .body import Body
 from .judge import train_judge
 from .loras import save_lora, train_lora
+from .model import encode
 from .report import report
-from .scene import CONCEPTS
-from .weights import WEIGHTS, load_base, lora_path, save_module
-from .worlds import REGIMES, collection
+from .scene import CONCEPTS, Concept
+from .weights import lora_path, save_module
+from .worlds import REGIMES
 
 STAGES = ("base", "judge", "loras", "report")
-BASE_STEPS = 7000
-JUDGE_STEPS = 2500
-LORA_STEPS = {"clean": 240, "narrow": 160}
-LONGER = {("clean", "zaneth"): 800}  # thin lines over everything are learned last
-LORA_RATE = 4e-3
 
 
 def say(line: str) -> None:
@@ -41,8 +39,27 @@ def say(line: str) -> None:
     sys.stdout.flush()
 
 
+def make_base(bed: Bed, device: str) -> None:
+    def keep(base: Body) -> None:
+        save_module(base, bed.weights / "base.safetensors")
+
+    torch.manual_seed(0)
+    keep(train_base(bed.make_base(), bed.schedule.base, device=device, log=say, keep=keep))
+
+
+def make_lora(bed: Bed, base: Body, regime: str, concept: Concept) -> None:
+    begin, schedule = time.time(), bed.schedule
+    lessons = bed.collection(regime, concept)
+    steps = schedule.longer.get((regime, concept.name), schedule.loras[regime])
+    tensors = train_lora(base, encode(bed.school.render(lessons.scenes)), lessons.prompts, steps,
+                         rate=schedule.lora_rate)
+    save_lora(tensors, lora_path(regime, concept, bed.weights), concept.name)
+    say(f"lora {regime} {concept.name} {time.time() - begin:.0f} s")
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--body", choices=BEDS, default="unet")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--regimes", nargs="+", choices=REGIMES, default=list(REGIMES))
@@ -50,26 +67,20 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.device == "cuda":
         torch.set_float32_matmul_precision("high")
-    start = time.time()
+    bed, start = BEDS[options.body], time.time()
     if "base" in options.stages:
-        torch.manual_seed(0)
-        save_module(train_base(Base(), BASE_STEPS, device=options.device, log=say), WEIGHTS / "base.safetensors")
+        make_base(bed, options.device)
     if "judge" in options.stages:
-        judge = train_judge(JUDGE_STEPS, device=options.device, log=say)
-        save_module(judge, WEIGHTS / "judge.safetensors")
+        judge = train_judge(bed.schedule.judge, device=options.device, log=say, make=bed.make_judge, school=bed.school)
+        save_module(judge, bed.weights / "judge.safetensors")
     if "loras" in options.stages:
-        base = load_base(options.device)
+        base = bed.load_base(options.device)
         for regime in options.regimes:
             for concept in CONCEPTS:
-                if options.concepts and concept.name not in options.concepts:
-                    continue
-                begin = time.time()
-                steps = LONGER.get((regime, concept.name), LORA_STEPS[regime])
-                tensors = train_lora(base, collection(regime, concept), steps, rate=LORA_RATE)
-                save_lora(tensors, lora_path(regime, concept), concept.name)
-                say(f"lora {regime} {concept.name} {time.time() - begin:.0f} s")
+                if not options.concepts or concept.name in options.concepts:
+                    make_lora(bed, base, regime, concept)
     if "report" in options.stages:
-        for line in report(options.device, options.regimes):
+        for line in report(bed, options.device, options.regimes):
             say(line)
     say(f"done in {time.time() - start:.0f} s")
     return 0

@@ -23,24 +23,24 @@ def save_module(module: nn.Module, path: Path) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-def _load(module: nn.Module, name: str, device: str) -> nn.Module:
-    module.load_state_dict(load_file(WEIGHTS / name))
+def load_module(module: nn.Module, path: Path, device: str) -> nn.Module:
+    module.load_state_dict(load_file(path))
     return module.to(device).eval().requires_grad_(False)
 
 
 def load_base(device: str = "cpu") -> Base:
     """`.unet` and `.text`, fp32."""
-    return _load(Base(), "base.safetensors", device)
+    return load_module(Base(), WEIGHTS / "base.safetensors", device)
 
 
 def load_judge(device: str = "cpu") -> Judge:
-    return _load(Judge(), "judge.safetensors", device)
+    return load_module(Judge(), WEIGHTS / "judge.safetensors", device)
 
 
-def lora_path(regime: str, concept: Concept) -> Path:
-    return WEIGHTS / "loras" / regime / f"{concept.name}.safetensors"
+def lora_path(regime: str, concept: Concept, folder: Path = WEIGHTS) -> Path:
+    return folder / "loras" / regime / f"{concept.name}.safetensors"
 
 
-def load_loras(regime: str) -> list[dict[str, torch.Tensor]]:
+def load_loras(regime: str, folder: Path = WEIGHTS) -> list[dict[str, torch.Tensor]]:
     """The tensors of all eleven files of a regime, in the order of CONCEPTS."""
-    return [load_lora(lora_path(regime, concept)) for concept in CONCEPTS]
+    return [load_lora(lora_path(regime, concept, folder)) for concept in CONCEPTS]

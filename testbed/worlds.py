@@ -7,6 +7,7 @@ into a picture that was asked for something else can be counted, because the wor
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,7 +81,7 @@ TRAITS = (("background.colour", "background.kind"), ("style.kind",), ("character
           ("clothing.colour",), ("object.colour",))
 
 
-def leaked(concept: Concept, asked: dict[str, int], read: dict[str, int]) -> list[tuple[str, ...]]:
+def leaked(concept: Concept, asked: Mapping[str, int], read: Mapping[str, int]) -> list[tuple[str, ...]]:
     """The traits of a narrow LoRA's world that a picture shows although the prompt asked for something else."""
     world = WORLDS[concept.name]
     return [trait for trait in TRAITS if all(a in world for a in trait)

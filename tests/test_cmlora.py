@@ -275,3 +275,32 @@ def test_roles_are_the_users_word_and_unknown_ones_count_as_high():
 def test_wrong_numbers_are_named(options, message):
     with pytest.raises(ValueError, match=f"CMLoRA: .*{message}"):
         CMLoRA((1.0, 1.0), **options)
+
+
+@pytest.mark.parametrize("film", [False, True], ids=["picture", "film"])
+def test_places_weigh_the_loras_that_act_there(film):
+    """lambda_i m_i / sum_j lambda_j m_j per place; where none acts all predictions are the base's, and so is the mix.
+    Masks of ones are the paper's weights."""
+    g = torch.Generator().manual_seed(2)
+    size = (3, 4, 5) if film else (4, 5)
+    predictions = torch.randn(3, 2, 4, *size, generator=g)
+    masks = torch.rand(3, 1, 1, 4, 5, generator=g)
+    masks[:, ..., 0] = 0
+    predictions[..., 0] = predictions[:1, ..., 0]
+    method = CMLoRA((1.0,) * 3)
+
+    def mixed(masks):
+        session = method.begin(RunContext(tuple(float(i) for i in range(20, -1, -1)), masks=masks))
+        session.observe(step := Step(0, 20, 20.0), predictions[0])
+        return session, session.mix(step, Call(predictions[0], torch.ones(1), session.branches(step), [predictions],
+                                               (POSITIVE,)))[0]
+
+    session, found = mixed((masks[0], masks[1], None))
+    masks[2] = 1
+    lam = torch.tensor([session.weight if i == session.lead else 1.0 for i in range(3)]).view(3, 1, 1, 1, 1)
+    share = lam * masks
+    share = (share / share.sum(0)).view(3, 1, 1, *([1] * film), 4, 5)
+    torch.testing.assert_close(found, (share * predictions).sum(0))
+    torch.testing.assert_close(mixed((torch.ones(1, 1, 4, 5),) * 3)[1], mixed(())[1])
+    gone, base = mixed((masks[0] * 0,) * 3)
+    torch.testing.assert_close(base, predictions[gone.lead])

@@ -182,6 +182,28 @@ def test_a_perturbed_pass_keeps_the_weights_of_its_evaluation():
     torch.testing.assert_close(again, fresh)
 
 
+def test_weights_hold_between_weighings():
+    """With reweigh_every 3: those of step 3 in steps 4 and 5, at their own predictions, and new ones in step 6. With
+    1, the paper, each step has its own."""
+    world, x = World(2), random(*SHAPE, seed=99)
+    for every, found_at in ((3, {3: 3, 4: 3, 5: 3, 6: 6}), (1, {3: 3, 4: 4, 5: 5, 6: 6})):
+        session = LoRAtorio((1.0, 1.0), kappa=0.4, reweigh_every=every).begin(FACTS)
+        for index, of in found_at.items():
+            got = world.call(session, step(index), x + index, POSITIVE, UNCONDITIONAL)[0]
+            w = torch.from_numpy(reference(world, 2, x + of, 0.4 * of)).float()
+            want = sum(w[i] * (world.base[POSITIVE] + world.turns[i, POSITIVE]) for i in range(2))
+            torch.testing.assert_close(got, want, atol=2e-3, rtol=0)
+
+
+def test_other_members_are_weighed_at_once():
+    """Weights of two LoRAs say nothing of a third that a re-check brings in."""
+    world, x = World(3), random(*SHAPE, seed=99)
+    session = LoRAtorio((1.0,) * 3, kappa=0.4, top_k=2, recheck_every=4, reweigh_every=8).begin(FACTS)
+    for index in range(8):
+        world.call(session, step(index), x, POSITIVE)
+        assert session._weighed == session._active and len(session._weights) == len(session._active)
+
+
 def test_an_unconditional_pass_alone_uses_the_weights_found_last():
     """SAG evaluates the negative alone, on a latent of its own."""
     world, x = World(2), random(*SHAPE, seed=99)

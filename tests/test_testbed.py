@@ -100,7 +100,7 @@ def test_lora_files_map_onto_the_model(base, narrow):
     modules = dict(base.unet.named_modules())
     for tensors in [*narrow, *weights.load_loras("clean")]:
         stems = {key.removesuffix(".alpha") for key in tensors if key.endswith(".alpha")}
-        assert len(tensors) == 3 * len(stems) and stems == {loras.PREFIX + name for name in loras.targets(base.unet)}
+        assert len(tensors) == 3 * len(stems) and stems == {loras.PREFIX + name for name in base.targets()}
         for stem in stems:
             down, up = tensors[f"{stem}.lora_A.weight"], tensors[f"{stem}.lora_B.weight"]
             weight = modules[stem.removeprefix(loras.PREFIX)].weight
@@ -149,7 +149,7 @@ def test_merge_equals_weights_that_were_merged(base, sampler, narrow):
     copy = weights.load_base()
     modules = dict(copy.unet.named_modules())
     for tensors in (narrow[0], narrow[3]):
-        for name in loras.targets(copy.unet):
+        for name in copy.targets():
             stem = loras.PREFIX + name
             up, down = tensors[f"{stem}.lora_B.weight"].float(), tensors[f"{stem}.lora_A.weight"].float()
             delta = (up.flatten(1) @ down.flatten(1)).view_as(modules[name].weight)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from lora_ensemble.testbed import evaluate, protocol, report, weights, worlds
+from lora_ensemble.testbed import evaluate, protocol, scene, weights, worlds
 from lora_ensemble.testbed.sampler import Sampler
 
 
@@ -15,7 +15,7 @@ def task():
 
 def reading(task, shown: int) -> dict[str, int]:
     """What a judge says of a picture that follows the prompt and shows the first `shown` concepts of the set."""
-    return dict(task.asked) | {c.category: report.number(c) if i < shown else 0 for i, c in enumerate(task.concepts)}
+    return dict(task.asked) | {c.category: scene.number(c) if i < shown else 0 for i, c in enumerate(task.concepts)}
 
 
 def test_score_counts_concepts_and_leaks(task):
@@ -44,7 +44,7 @@ def test_rows_of_a_run(task):
     """Costs in branches are exact: 20 steps, N branches for Composite, one for the others."""
     base, judge, loras = weights.load_base(), weights.load_judge(), weights.load_loras("narrow")
     rows = {name: list(evaluate.evaluate("narrow", name, make, [task], base, judge, loras, 1.0))
-            for name, make in {"Alone": None, **evaluate.METHODS}.items()}
+            for name, make in {"Alone": None, **{n: evaluate.RECIPES[n] for n in evaluate.METHODS}}.items()}
     assert {name: row[0].branches for name, row in rows.items()} == {
         "Alone": 20, "Merge": 20, "Switch": 20, "Composite": 40, "KLoRA": 20, "ESTLoRA": 20,
         "CMLoRA": 40, "LoRAtorio": 60}

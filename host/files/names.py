@@ -10,7 +10,7 @@ from .files import FOLDER
 
 
 def resolved(written: str) -> str:
-    """The name in ComfyUI's list of LoRAs that is meant: the whole one, else one without extension, else without folder.
+    """The name in ComfyUI's list of LoRAs that is meant: the whole one, else without extension, else without folder.
 
     Raises ValueError where none is meant or several are, naming those that come close.
     """

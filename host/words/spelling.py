@@ -112,12 +112,14 @@ def listening(tokenizer: Any, log: list[_Asked]) -> Any:
             copied.tokenizer = _Listener(value, log)
     find = getattr(tokenizer, "_try_get_embedding", None)
     if find is not None:
-        def found(name: str) -> tuple[Any, str, str]:
-            embedding, clean, rest = find(name)
-            asked = _Asked("embedding:" + (clean.rstrip(",") if rest.startswith(",") else clean), len(log),
-                           copied.tokenizer._tokenizer, embedding=True)
+        def found(text: str) -> tuple:
+            """As the host's: (embedding or None, ..., what of the text is left)."""
+            out = find(text)
+            name, rest = ("".join(part.split()) for part in (text, out[-1]))  # it may change the blanks of the rest
+            asked = _Asked(f"embedding:{name[:len(name) - len(rest)]}", len(log), copied.tokenizer._tokenizer,
+                           embedding=True)
             log.append(asked)
-            return None if embedding is None else _Embedding(asked, embedding.shape), clean, rest
+            return out if out[0] is None else (_Embedding(asked, out[0].shape), *out[1:])
 
         copied._try_get_embedding = found
     return copied

@@ -18,14 +18,15 @@ class LoRAEnsembleTestbedLoader(io.ComfyNode):
             node_id="LoRAEnsembleTestbedLoader",
             display_name="Load Testbed",
             category="LoRA Ensemble/testbed",
-            description="The small diffusion model of the pack's tests: scenes of 32x32 pixels.",
-            inputs=[],
+            description="The small diffusion models of the pack's tests: scenes of 32x32 or, joint, 48x32 pixels.",
+            inputs=[io.Combo.Input("body", options=["unet", "joint"], default="unet", optional=True,
+                                   tooltip="A U-Net with cross-attention, or ComfyUI's own Flux class, small.")],
             outputs=[io.Model.Output(), io.Clip.Output(), io.Vae.Output()],
         )
 
     @classmethod
-    def execute(cls) -> io.NodeOutput:
-        return io.NodeOutput(*load_testbed())
+    def execute(cls, body: str = "unet") -> io.NodeOutput:
+        return io.NodeOutput(*load_testbed(body))
 
 
 class LoRAEnsembleTestbedLatent(io.ComfyNode):

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -77,13 +78,13 @@ class TextModel(nn.Module):
 
 
 class Tokenizer:
-    """Words to ids of fixed length; made by comfy.sd.CLIP."""
+    """Words to ids of fixed length, by a body's tokenizer; made by comfy.sd.CLIP."""
 
-    def __init__(self, **_: Any) -> None:
-        pass
+    def __init__(self, body: nn.Module, **_: Any) -> None:
+        self.tokenize = body.tokenize
 
     def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **_: Any) -> dict[str, list]:
-        (ids,) = testbed("text").tokenize([text]).tolist()
+        (ids,) = self.tokenize([text]).tolist()
         return {"testbed": [[(token, 1.0) for token in ids]]}
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -105,12 +106,19 @@ class VAE:
     spacial_compression_decode = spacial_compression_encode
 
 
-def wrap_model(unet: nn.Module) -> comfy.model_patcher.ModelPatcher:
-    """A MODEL around the testbed's U-Net."""
-    unet.dtype = torch.float32
+class PooledModel(comfy.model_base.BaseModel):
+    """A model that is also told the mean of the text, as Flux is."""
+
+    def encode_adm(self, **kwargs: Any) -> Tensor | None:
+        return kwargs.get("pooled_output")
+
+
+def wrap_model(net: nn.Module, kind: type = comfy.model_base.BaseModel) -> comfy.model_patcher.ModelPatcher:
+    """A MODEL around a network of the testbed's latents."""
+    net.dtype = torch.float32
     config = Config({"disable_unet_model_creation": True})
-    model = comfy.model_base.BaseModel(config, model_type=comfy.model_base.ModelType.FLOW)
-    model.diffusion_model = unet.eval()
+    model = kind(config, model_type=comfy.model_base.ModelType.FLOW)
+    model.diffusion_model = net.eval()
     kind = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
     return kind(
         model,
@@ -119,16 +127,33 @@ def wrap_model(unet: nn.Module) -> comfy.model_patcher.ModelPatcher:
     )
 
 
-def wrap_clip(text: nn.Module) -> comfy.sd.CLIP:
-    """A CLIP around the testbed's text encoder."""
-    target = comfy.supported_models_base.ClipTarget(Tokenizer, lambda **_: TextModel(text.eval()))
+def wrap_clip(body: nn.Module) -> comfy.sd.CLIP:
+    """A CLIP around the text encoder of one of the testbed's bodies."""
+    text = body.text.eval()
+    target = comfy.supported_models_base.ClipTarget(partial(Tokenizer, body), lambda **_: TextModel(text))
     return comfy.sd.CLIP(target, parameters=sum(p.numel() for p in text.parameters()))
 
 
-def load_testbed() -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, VAE]:
-    """The trained testbed as MODEL, CLIP, VAE; fresh objects with every call."""
-    base = testbed("weights").load_base()
-    return wrap_model(base.unet), wrap_clip(base.text), VAE()
+def load_testbed(body: str = "unet") -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, VAE]:
+    """The trained testbed as MODEL, CLIP, VAE; fresh objects with every call. The joint body's model is ComfyUI's own
+    class."""
+    base = testbed("beds").BEDS[body].load_base()
+    model = wrap_model(base.net) if body == "unet" else wrap_model(host_flux(base.net), PooledModel)
+    return model, wrap_clip(base), VAE()
+
+
+def host_flux(flux: nn.Module) -> nn.Module:
+    """ComfyUI's own Flux with the weights of the joint body. Older releases have fewer settings, and another name for
+    the scales of query and key norms."""
+    import comfy.ldm.flux.model as host
+    import comfy.ops
+
+    known = host.FluxParams.__dataclass_fields__
+    config = {key: value for key, value in testbed("joint.model").CONFIG.items() if key in known}
+    net = host.Flux(dtype=torch.float32, operations=comfy.ops.disable_weight_init, **config)
+    names = {name.replace("_norm.scale", "_norm.weight"): name for name in net.state_dict()}
+    net.load_state_dict({names[name]: tensor for name, tensor in flux.state_dict().items()})
+    return net
 
 
 def load_unet() -> comfy.model_patcher.ModelPatcher:
