@@ -17,6 +17,7 @@ the clock: use them where other programs are busy.
     selection   a step with the LoRA that K-LoRA or EST-LoRA chooses at each layer over a step with one LoRA (Merge)
     mixing      LoRAtorio's weights and CMLoRA's spectrum: their seconds per step over those of the step's forward
     guidance    what Adaptive Guidance and LinearAG add to a step, over the step's forward of one picture
+    routed      a step of Routed LoRAs over one of Merge: with places that are found once, and read in every step
     cache       steps of Composite over the same steps with the branch cache, interval 3 and depth 2; the relative error
                 of the final latent, and the bytes held
     saving      a run with guidance over the same run with Adaptive Guidance that saves a quarter, and with LinearAG
@@ -61,11 +62,12 @@ from .deciding import bench_deciding, bench_saving
 from .measure import Peak, Results, Seconds, alternate, median
 from .mixing import bench_mixing
 from .models import STRENGTH, bank_of, compose
+from .routing import bench_routed
 from .whole import bench_floor, bench_stack
 
 PARITY = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 2e-2}
 USUAL = ("composite", "tax", "selection", "mixing", "guidance")
-PARTS = (*USUAL, "cache", "saving", "stack", "floor")
+PARTS = (*USUAL, "routed", "cache", "saving", "stack", "floor")
 
 
 @dataclass(frozen=True)
@@ -231,6 +233,14 @@ class Bench:
         for name, found in shares.items():
             self.tell("guidance", policy=name, **found)
         return f"guidance takes at most {100 * max(found['share'] for found in shares.values()):.2f} % of a step"
+
+    def routed(self, count: int) -> str:
+        options = self.options
+        found = bench_routed(self.model, self.files[:count], self.conds, self.noise, max(options.steps, 4),
+                             options.rounds, self.cfg)
+        for name, each in found.items():
+            self.tell("routed", n=count, mode=name, **each)
+        return ", ".join(f"routed, {name}, {each['cpu_ratio']:.3f} of a merge" for name, each in found.items())
 
     def cache(self, count: int) -> str:
         """Composite with every branch whole over Composite with the branch cache (interval 3, depth 2): seconds of the

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -77,15 +78,28 @@ class TextModel(nn.Module):
         return context, context.mean(dim=1)
 
 
+class Words:
+    """A body's tokenizer with the interface of those of the library that ComfyUI uses: one token per word."""
+
+    is_fast = True
+
+    def __init__(self, body: nn.Module) -> None:
+        self.tokenize = body.tokenize
+
+    def __call__(self, text: str, **_: Any) -> dict[str, list]:
+        (ids,) = self.tokenize([text]).tolist()
+        words = [found.span() for found in re.finditer(r"[^\s,]+", text)][:len(ids)]
+        return {"input_ids": ids, "offset_mapping": words + [(0, 0)] * (len(ids) - len(words))}
+
+
 class Tokenizer:
     """Words to ids of fixed length, by a body's tokenizer; made by comfy.sd.CLIP."""
 
     def __init__(self, body: nn.Module, **_: Any) -> None:
-        self.tokenize = body.tokenize
+        self.tokenizer = Words(body)
 
     def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **_: Any) -> dict[str, list]:
-        (ids,) = self.tokenize([text]).tolist()
-        return {"testbed": [[(token, 1.0) for token in ids]]}
+        return {"testbed": [[(token, 1.0) for token in self.tokenizer(text)["input_ids"]]]}
 
     def state_dict(self) -> dict[str, Tensor]:
         return {}

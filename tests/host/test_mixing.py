@@ -18,7 +18,7 @@ from lora_ensemble.methods.cmlora import CMLoRA
 from lora_ensemble.methods.loratorio import LoRAtorio
 from torch import Tensor
 
-from .builders import composite, guided, lora, merge, method, same, sample, schedule, shapes, three
+from .builders import composite, guided, lora, merge, method, same, sample, schedule, shapes, stock, three
 from .models import FAMILIES, base
 
 SD15 = FAMILIES["SD15"]
@@ -245,17 +245,26 @@ def test_a_mask_confines_its_lora(make, loras):
     torch.testing.assert_close(got[..., 6:], ground[..., 6:], rtol=1e-4, atol=1e-4)
 
 
-def test_a_mask_that_a_method_cannot_use_is_named(loras):
+def test_every_method_can_use_a_mask(loras):
     model = base("SD15")
     spec = LoRASpec(loras(lora(shapes(model), 1, 4)), 0.7, 0, mask=Mask(torch.ones(1, 8, 8)))
-    ours = cmlora(model, (spec,))
-    sample(ours, steps=1)
-    (problem,) = record_of(ours).problems
-    assert "mask" in problem and spec.name in problem
-    for make in (composite, loratorio, merge):
+    for make in (cmlora, composite, loratorio, merge):
         ours = make(model, (spec,))
         sample(ours, steps=1)
         assert record_of(ours).problems == []
+
+
+def test_cmlora_has_each_lora_in_its_region(loras):
+    """The left half of the picture is that of one LoRA alone, the right half that of the other."""
+    model = base("SD15")
+    left = torch.zeros(1, 8, 8)
+    left[..., :4] = 1
+    files = [loras(lora(shapes(model, lambda name: name == "out.2"), seed, 4)) for seed in (1, 2)]
+    both = tuple(LoRASpec(file, 0.7, 0, mask=Mask(mask)) for file, mask in zip(files, (left, 1 - left), strict=True))
+    found, plain = sample(cmlora(model, both), steps=1), sample(model, steps=1)
+    for k, half in enumerate((slice(0, 4), slice(4, 8))):
+        alone = sample(stock(model, [LoRASpec(files[k], 0.7, 0)]), steps=1)
+        same(found[..., half], alone[..., half], plain[..., half], 1e-4)
 
 
 def test_masks_are_compared_by_identity():
