@@ -54,11 +54,12 @@ class Applied:
 @dataclass(frozen=True)
 class Placed:
     """Where the LoRAs of one method acted at the end of a run: their names, maps [pictures, LoRAs, (frames,) height,
-    width] on the latent's grid, and what was found of their words (`RoutedLoRAs.found`)."""
+    width] on the latent's grid, what was found of their words (`RoutedLoRAs.found`), and which have a mask by hand."""
 
     names: tuple[str, ...]
     maps: Tensor
     found: tuple[dict, ...] = ()
+    masked: tuple[bool, ...] = ()
 
 
 @dataclass
@@ -106,7 +107,8 @@ class Composition:
         """The run is over, however it ended."""
         self.runs.remove(run)
         self.places = tuple(
-            Placed(each.names, regions.maps.cpu(), tuple(getattr(regions, "found", ())))
+            Placed(each.names, regions.maps.cpu(), tuple(getattr(regions, "found", ())),
+                   tuple(mask is not None for mask in each.masks))
             for each, regions in zip(self.applied, run.regions, strict=True) if regions is not None)
         run.close(finished)
 

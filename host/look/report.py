@@ -193,13 +193,14 @@ def _run(record: RunRecord) -> str:
 def _words(placed: Placed, i: int, maps: Tensor) -> str:
     """What was found of a LoRA's words in all prompts. `found` has the LoRAs in order, prompt by prompt."""
     own = placed.found[i::len(placed.names)]
-    words = list(dict.fromkeys(f'"{text}"' for each in own for text in each["words"]))
+    words = ", ".join(dict.fromkeys(f'"{text}"' for each in own for text in each["words"]))
+    if any(placed.masked[i:i + 1]):
+        return f"in its mask; its words: {words}" if words else "in its mask"
     if words:
-        return ", ".join(words)
+        return words
     why = next((each["why"] for each in own if each["why"]), "")
-    if (maps == 1).all():
-        return f"everywhere: {why}" if why else "everywhere"
-    return why or "where its mask is"
+    everywhere = "everywhere" if (maps == 1).all() else ""
+    return ": ".join(part for part in (everywhere, why) if part)
 
 
 def _picture(images: Tensor, picture: int, pictures: int, frame: int, frames: int) -> np.ndarray:

@@ -17,7 +17,8 @@ PLACEHOLDERS = {"ckpt_name", "unet_name", "clip_name", "clip_name1", "clip_name2
                 "coeffs_name"}  # files that a user chooses
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 VIRTUAL = {"MarkdownNote", "Note"}  # known to the front end alone
-LATER = {"words"}  # widgets that workflows saved with earlier versions lack: the front end fills in their defaults
+LATER = {"words", "place", "reweigh_every"}
+"""Widgets that workflows saved with earlier versions lack: the front end fills in their defaults."""
 BYPASSED = 4
 ANY = "*"
 WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
@@ -154,13 +155,15 @@ def test_workflows_of_the_first_version_open(path):
     """What came later stands last on its node: every value that was saved is still that of its widget."""
     graph = json.loads(path.read_text(encoding="utf-8"))
     new = as_api(graph)
+    defaults = {name: spec[1]["default"] for node in new.values()
+                for name, spec in host_inputs(node["class_type"]).items() if name in LATER}
     for node in graph["nodes"]:
-        if node["type"] == "LoRAEnsembleLoRA":
-            node["widgets_values"] = node["widgets_values"][:4]
+        if node["type"].startswith("LoRAEnsemble"):
+            later = [name for name in host_inputs(node["type"]) if name in LATER]
+            node["widgets_values"] = node["widgets_values"][:len(node["widgets_values"]) - len(later)]
     old = as_api(graph)
     for key, node in new.items():
-        if node["class_type"] == "LoRAEnsembleLoRA":
-            node["inputs"]["words"] = ""
+        node["inputs"] |= {name: defaults[name] for name in node["inputs"] if name in defaults}
         assert node == old[key]
 
 

@@ -90,6 +90,12 @@ def test_sheets_are_legible_and_end(loras, pictures):
     assert blank[:, :20].all() and blank[:, -20:].all() and blank[-10:].all()
 
 
+def test_a_mask_by_hand_beats_words():
+    cells = cells_of(Placed(NAMES, halves(), FOUND, (True, False)))
+    assert [cell.words for cell in cells] == ['in its mask; its words: "ohwx woman with red hair"',
+                                              "everywhere: its words are not in the prompt"]
+
+
 def test_what_is_cut_is_said(monkeypatch):
     said = []
     write = ImageDraw.ImageDraw.text
@@ -142,7 +148,7 @@ def test_a_run_with_masks_and_another_method(loras):
     ours = apply_method(model, None, tuple(ensemble), plain(lambda s: Switch(s, 1)), "Switch LoRAs")[0]
     sample(ours, "SD15", steps=2)
     (placed,) = places_of(ours)
-    assert [cell.words for cell in cells_of(placed)] == ["where its mask is"] * 2
+    assert [cell.words for cell in cells_of(placed)] == ["in its mask"] * 2
     assert json.loads(LoRAEnsembleReport.execute(ours, {}).args[2])["words"] == [[]]
 
 
