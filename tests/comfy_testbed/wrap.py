@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -76,15 +77,27 @@ class TextModel(nn.Module):
         return context, context.mean(dim=1)
 
 
+class Words:
+    """The testbed's tokenizer, called as those of transformers are: one token for each word."""
+
+    is_fast = True
+
+    def __call__(self, text: str, return_offsets_mapping: bool = False) -> dict[str, list]:
+        spans = [found.span() for found in re.finditer(r"[^,\s]+", text)][:testbed("text").LENGTH]
+        (ids,) = testbed("text").tokenize([text]).tolist()
+        return {"input_ids": ids[:len(spans)]} | ({"offset_mapping": spans} if return_offsets_mapping else {})
+
+
 class Tokenizer:
     """Words to ids of fixed length; made by comfy.sd.CLIP."""
 
     def __init__(self, **_: Any) -> None:
-        pass
+        self.tokenizer = Words()
 
     def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **_: Any) -> dict[str, list]:
-        (ids,) = testbed("text").tokenize([text]).tolist()
-        return {"testbed": [[(token, 1.0) for token in ids]]}
+        ids = self.tokenizer(text)["input_ids"]
+        padding = [testbed("text").PAD] * (testbed("text").LENGTH - len(ids))
+        return {"testbed": [[(token, 1.0) for token in [*ids, *padding]]]}
 
     def state_dict(self) -> dict[str, Tensor]:
         return {}

@@ -224,3 +224,16 @@ def test_the_text_encoder_is_not_touched():
     assert before.keys() == after.keys()
     for name, (module, fields) in before.items():
         assert after[name][0] is module and after[name][1] == fields, name
+
+
+def test_the_testbed_s_own_tokenizer_tells_its_words():
+    """One that is none of the host's, but asks another one as those do."""
+    from lora_ensemble.testbed.text import TextEncoder
+    from lora_ensemble.tests.comfy_testbed.wrap import wrap_clip
+
+    text = "red pointed creature, blue robe, vexa"
+    plain = wrap_clip(TextEncoder())
+    entry = encoded(marked(plain), text)
+    assert not entry[1][PROMPT].reason
+    assert words(entry[1][PROMPT], "red pointed creature", "blue", "robe", "vexa") == [(0, 1, 2), (3,), (4,), (5,)]
+    assert torch.equal(entry[0], encoded(plain, text)[0])
