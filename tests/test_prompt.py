@@ -28,6 +28,7 @@ TAGS = [
     ("1girl, ohwx, red hair, ohwx, sks", (A, B), [["ohwx", "ohwx"], ["sks"]], ["1girl", "red hair"]),
     ("OHWX Woman, smiling", (A,), [["OHWX Woman"]], ["smiling"]),
     ("ohwx_woman, sks_dog", ("ohwx woman", "sks dog"), [["ohwx_woman"], ["sks_dog"]], []),
+    ("ohwx_woman, the_sks_dog", (A, B), [["ohwx_woman"], ["the_sks_dog"]], []),
     ("masterpiece, best quality, ohwx woman BREAK sks dog, park", (A, B), [["ohwx woman"], ["sks dog"]],
      ["masterpiece", "best quality", "park"]),
     ("ohwx woman,sks dog,ghibli style", (A, B, S), [["ohwx woman"], ["sks dog"], ["ghibli style"]], []),
