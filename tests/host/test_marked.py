@@ -207,6 +207,13 @@ def test_stand_ins_have_a_conditioning_of_their_own():
     assert PROBE not in encoded(marked(made("SD1"), WORDS), "a red woman")[1]
 
 
+def test_what_a_node_adds_is_in_all_of_them():
+    one = marked(made("Flux"), WORDS, contrast=True)
+    entry = run(comfy_extras.nodes_flux.CLIPTextEncodeFlux, clip=one, clip_l="ohwx", t5xxl="ohwx, dog", guidance=2.5)[0]
+    others = [entry[1][PROBE], *(other for _, other in entry[1][WITHOUT])]
+    assert len(others) == 3 and all(other[1]["guidance"] == entry[1]["guidance"] == 2.5 for other in others)
+
+
 def test_texts_of_several_encoders_lose_a_clause_each_in_its_own():
     one = marked(made("SDXL"), [LoRAWords("x", "woman")], contrast=True)
     tokens = {**one.tokenize("red woman, house"), "l": one.tokenize("blue dog, woman")["l"]}
