@@ -135,7 +135,7 @@ class _Search:
         """Every mention of a phrase, whatever its case; blanks and underscores are one."""
         parts = [re.escape(part) for part in re.split(r"[\s_]+", phrase) if part]
         if parts:
-            edges = [r"(?<!\w)" if phrase[0].isascii() else "", r"(?!\w)" if phrase[-1].isascii() else ""]
+            edges = [r"(?<![^\W_])" if phrase[0].isascii() else "", r"(?![^\W_])" if phrase[-1].isascii() else ""]
             pattern = edges[0] * phrase[0].isalnum() + r"[\s_]+".join(parts) + edges[1] * phrase[-1].isalnum()
             yield from (found.span() for found in re.finditer(pattern, self.text, re.IGNORECASE))
 

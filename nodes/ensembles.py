@@ -92,13 +92,13 @@ class LoRAEnsembleLoRA(io.ComfyNode):
         role: str,
         ensemble: Ensemble | None = None,
         mask: torch.Tensor | None = None,
-        words: str = "",
+        words: str | None = "",
     ) -> io.NodeOutput:
         check_file(lora_name)
         check_numbers(cls, strength_model=strength_model, strength_clip=strength_clip)
         role = chosen(role, ROLES, "LoRA (Ensemble): role")
         region = Mask(checked(mask, lora_name)) if mask is not None else None
-        lora = LoRASpec(lora_name, strength_model, strength_clip, role, region, " ".join(words.split()))
+        lora = LoRASpec(lora_name, strength_model, strength_clip, role, region, " ".join((words or "").split()))
         return io.NodeOutput((*(ensemble or ()), lora))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import pytest
 from lora_ensemble.methods.prompt import (
     LoRAWords,
@@ -26,6 +28,7 @@ TAGS = [
     ("1girl, ohwx, red hair, ohwx, sks", (A, B), [["ohwx", "ohwx"], ["sks"]], ["1girl", "red hair"]),
     ("OHWX Woman, smiling", (A,), [["OHWX Woman"]], ["smiling"]),
     ("ohwx_woman, sks_dog", ("ohwx woman", "sks dog"), [["ohwx_woman"], ["sks_dog"]], []),
+    ("ohwx_woman, the_sks_dog", (A, B), [["ohwx_woman"], ["the_sks_dog"]], []),
     ("masterpiece, best quality, ohwx woman BREAK sks dog, park", (A, B), [["ohwx woman"], ["sks dog"]],
      ["masterpiece", "best quality", "park"]),
     ("ohwx woman,sks dog,ghibli style", (A, B, S), [["ohwx woman"], ["sks dog"], ["ghibli style"]], []),
@@ -221,3 +224,31 @@ def test_letters_are_what_is_encoded():
     for segment in letters(text):
         for letter in segment:
             assert text[letter.at] == letter.char
+
+
+PARTS = ("(", ")", "\\(", ":", ":1.2)", "[", "]", "[1: ", "[2:", " ", "\n", ", ", ". ", "ohwx", "sks", "dog", " and ",
+         " a ", " in ", " next to ", "BREAK", "<lora:x:1>", "犬", "embedding:x", "= ", " with ")
+
+
+def test_no_text_is_too_strange():
+    """Marks are well-formed or refused; clauses are within the text, and tokens are one LoRA's."""
+    random = Random(1)
+    loras = [LoRAWords("one", "ohwx = a red cat, a dog"), LoRAWords("two", "sks"),
+             LoRAWords("three", "", ("dog, sks",))]
+    for _ in range(5000):
+        text = "".join(random.choice(PARTS) for _ in range(random.randint(1, 16)))
+        try:
+            prompt = prompt_of(text)
+        except ValueError:
+            continue
+        found = find_clauses(prompt, loras)
+        owners = [token for lora in found.loras if lora.source != "marked" for token in lora.tokens]
+        assert len(owners) == len(set(owners))
+        for clause in [clause for lora in found.loras for clause in lora.clauses] + list(found.others):
+            assert 0 <= clause.start < clause.end <= len(prompt.text) and clause.text, text
+            rest = without(prompt.text, clause.start, clause.end)
+            assert rest != prompt.text, (text, clause)
+        instead = stand_in(prompt, loras)
+        if instead:
+            for start, end, row in instead[1]:
+                assert 0 <= start < end <= len(instead[0]) and 1 <= row <= 3, (text, instead)

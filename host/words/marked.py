@@ -11,7 +11,7 @@ A conditioning here is [tensor, dict], and its dict has a PROMPT of its own. Cla
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -25,6 +25,7 @@ from .spelling import by_encoder
 PROMPT = "lora_ensemble_prompt"
 WITHOUT = "lora_ensemble_without"
 PROBE = "lora_ensemble_probe"
+
 
 class Marked:
     """What `marked` adds to the class of a CLIP."""
@@ -57,12 +58,17 @@ class Marked:
             out.update(self._told(tokens, out["cond"], return_pooled))
         return out
 
-    def encode_from_tokens_scheduled(self, tokens: Any, unprojected: bool = False, *args: Any, **kwargs: Any) -> Any:
-        entries = super().encode_from_tokens_scheduled(tokens, unprojected, *args, **kwargs)
+    def encode_from_tokens_scheduled(self, tokens: Any, unprojected: bool = False,
+                                     add_dict: Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
+        add_dict = dict(add_dict or {})
+        entries = super().encode_from_tokens_scheduled(tokens, unprojected, add_dict, **kwargs)
         if any(PROMPT not in entry[1] for entry in entries):  # a schedule of hooks encodes without encode_from_tokens
             told = self._told(tokens, entries[0][0], "unprojected" if unprojected else True)
             for entry in entries:
                 entry[1].update(told)
+        for _, extra in entries:  # what a node adds, as Flux's guidance, belongs to all of them
+            for _, other in [*(one for _, one in extra.get(WITHOUT, ())), *([extra[PROBE]] if PROBE in extra else [])]:
+                other.update(add_dict)
         return entries
 
     def _told(self, tokens: Any, cond: Tensor, pooled: bool | str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from itertools import takewhile
 from numbers import Integral
 from typing import Any
 
@@ -98,12 +99,20 @@ def _echoing(model: nn.Module) -> nn.Module:
 def positions(model: nn.Module, tokens: Any, key: str | None, length: int) -> Read:
     """Where the tokens of one encoder are in a conditioning of this length. Raises Unknown, saying why."""
     if LEFT_CUT & {kind.__name__ for kind in type(model).__mro__}:
-        entries = (tokens if key is None else tokens[key])[0]
-        cut = len(entries) - length
-        return {None: (length, {(0, at): (at - cut,) for at in range(max(cut, 0), len(entries))})}
+        return {None: (length, _left_cut((tokens if key is None else tokens[key])[0], length))}
     if not isinstance(model, SDClipModel) and not any(isinstance(child, SDClipModel) for child in model.children()):
         return _straight(tokens, key, length)
     return _echoed(model, tokens, key, length)
+
+
+def _left_cut(entries: Sequence[tuple], length: int) -> Positions:
+    """For tokens whose padding, numbers 0 on the left, is cut off; what follows them, if anything, is no text."""
+    if not all(isinstance(entry[0], Integral) for entry in entries):
+        raise Unknown("the sizes of the pictures in the prompt are not known")
+    cut = len(list(takewhile(lambda entry: entry[0] == 0, entries)))
+    if len(entries) - cut > length:
+        raise Unknown(f"the conditioning has {length} tokens, and the prompt {len(entries) - cut}")
+    return {(0, at): (at - cut,) for at in range(cut, len(entries))}
 
 
 def _straight(tokens: Any, key: str | None, length: int) -> Read:

@@ -193,9 +193,11 @@ def _placed(asked: Sequence[_Asked], before: str, after: str, text: str) -> dict
     """
     characters = [(one.at, at) for one in asked for at in range(len(one.text))]
     whole = "".join(one.text for one in asked)
-    if len(whole) >= len(before) + len(after) and whole.startswith(before) and whole.endswith(after):
-        characters = characters[len(before):len(characters) - len(after)]
-        whole = whole[len(before):len(whole) - len(after)]
+    for head in (before, before.rstrip()):  # older releases take the blank before an embedding for a part of its name
+        if len(whole) >= len(head) + len(after) and whole.startswith(head) and whole.endswith(after):
+            end = len(whole) - len(after)
+            characters, whole = characters[len(head):end], whole[len(head):end]
+            break
     readings = [[letter for segment in letters(text) for letter in segment], letters(text, weights=False)[0],
                 [Letter(char, at) for at, char in enumerate(text)]]
     for reading in readings:

@@ -207,6 +207,13 @@ def test_stand_ins_have_a_conditioning_of_their_own():
     assert PROBE not in encoded(marked(made("SD1"), WORDS), "a red woman")[1]
 
 
+def test_what_a_node_adds_is_in_all_of_them():
+    one = marked(made("Flux"), WORDS, contrast=True)
+    entry = run(comfy_extras.nodes_flux.CLIPTextEncodeFlux, clip=one, clip_l="ohwx", t5xxl="ohwx, dog", guidance=2.5)[0]
+    others = [entry[1][PROBE], *(other for _, other in entry[1][WITHOUT])]
+    assert len(others) == 3 and all(other[1]["guidance"] == entry[1]["guidance"] == 2.5 for other in others)
+
+
 def test_texts_of_several_encoders_lose_a_clause_each_in_its_own():
     one = marked(made("SDXL"), [LoRAWords("x", "woman")], contrast=True)
     tokens = {**one.tokenize("red woman, house"), "l": one.tokenize("blue dog, woman")["l"]}
@@ -224,3 +231,16 @@ def test_the_text_encoder_is_not_touched():
     assert before.keys() == after.keys()
     for name, (module, fields) in before.items():
         assert after[name][0] is module and after[name][1] == fields, name
+
+
+def test_the_testbed_s_own_tokenizer_tells_its_words():
+    """One that is none of the host's, but asks another one as those do."""
+    from lora_ensemble.testbed.text import TextEncoder
+    from lora_ensemble.tests.comfy_testbed.wrap import wrap_clip
+
+    text = "red pointed creature, blue robe, vexa"
+    plain = wrap_clip(TextEncoder())
+    entry = encoded(marked(plain), text)
+    assert not entry[1][PROMPT].reason
+    assert words(entry[1][PROMPT], "red pointed creature", "blue", "robe", "vexa") == [(0, 1, 2), (3,), (4,), (5,)]
+    assert torch.equal(entry[0], encoded(plain, text)[0])
