@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -18,11 +18,13 @@ class Segment:
     kind    text, picture, or other (registers, padding, reference pictures, sound)
     count   tokens
     grid    of a picture: (frames, height, width), frames first and rows of the picture before its columns
+    source  of a text that is not the model's first one: its name among the words (`Places`)
     """
 
     kind: str
     count: int
     grid: tuple[int, ...] = ()
+    source: str = ""
 
 
 Segments = tuple[Segment, ...]
@@ -40,23 +42,28 @@ class Places:
     pictures  per row of the batch, its index into maps
     words     [texts, adapters, tokens] or None: the same for each token of the text
     texts     per row, its index into words. A text whose tokens were repeated to the length of another is repeated here
+    more      words of further texts of the model, by their source: a text of a source that is not there gets all of the
+              delta
     locate    what the tokens of a layer are
 
     Tokens that are neither picture nor text, and rows of layers that have no tokens, get all of the delta.
     """
 
     def __init__(self, maps: Tensor, pictures: Sequence[int], words: Tensor | None = None, texts: Sequence[int] = (),
-                 locate: Locate = lambda layer, tokens: None):
+                 locate: Locate = lambda layer, tokens: None, more: Mapping[str, Tensor] | None = None):
         self.maps, self.pictures, self.words, self.texts = maps, tuple(pictures), words, tuple(texts)
+        self.more = dict(more or {})
         self.locate = locate
         self._kept: dict[Hashable, tuple[Tensor, Callable[[], Tensor]]] = {}
 
-    def update(self, maps: Tensor, words: Tensor | None = None) -> None:
+    def update(self, maps: Tensor, words: Tensor | None = None, more: Mapping[str, Tensor] | None = None) -> None:
         """Other maps and words of the same shapes: everything made of the earlier ones is brought up to date in place,
         in the order in which it was made."""
         self.maps.copy_(maps)
         if words is not None:
             self.words.copy_(words)
+        for source, tensor in (more or {}).items():
+            self.more[source].copy_(tensor)
         for tensor, make in self._kept.values():
             tensor.copy_(make())
 
@@ -91,8 +98,8 @@ class Places:
             if segment.kind == "picture":
                 grid = segment.grid if segment.grid[0] > 1 else segment.grid[1:]
                 part = self.on_grid(grid, rows).flatten(2).mT
-            elif segment.kind == "text" and self.words is not None:
-                words = self.words[[self.texts[row] for row in rows]]
+            elif segment.kind == "text" and (known := self._of(segment)) is not None:
+                words = known[[self.texts[row] for row in rows]]
                 part = words.repeat(1, 1, max(segment.count // words.shape[2], 1)).mT
                 if part.shape[1] < segment.count:  # padding behind the text
                     part = F.pad(part, (0, 0, 0, segment.count - part.shape[1]), value=1.0)
@@ -101,6 +108,9 @@ class Places:
                 part = self.maps.new_ones(len(rows), segment.count, self.maps.shape[1])
             parts.append(part)
         return torch.cat(parts, dim=1)
+
+    def _of(self, text: Segment) -> Tensor | None:
+        return self.more.get(text.source) if text.source else self.words
 
     def _resized(self, grid: tuple[int, ...]) -> Tensor:
         """The maps on another grid: averages over areas where it is coarser, linear between places where it is finer.

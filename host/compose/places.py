@@ -17,6 +17,10 @@ Area = tuple[int, ...] | None
 """(sizes.., offsets..) of a cond's area on the latent, as the host has them; None: all of it."""
 
 
+SOURCES = {"encoder_hidden_states_llama3": 2, "encoder_hidden_states_t5": 1}
+"""Further texts of a prompt, as models are called with them: which dimension counts their tokens."""
+
+
 class MaskedLoRAs:
     """LoRAs with masks by hand. Places are made once per kind of batch and kept.
 
@@ -43,17 +47,15 @@ class MaskedLoRAs:
         key = id(root), x.shape, x.device, shapes, tuple(parts)
         pictures, distinct = x.shape[0] // len(parts), list(dict.fromkeys(parts))
         if key not in self._places:
-            maps, words = self._of_batch(distinct, pictures, conds, root)
+            maps, words, more = self._of_batch(distinct, pictures, conds, root, x.device)
             each = len(maps) // len(distinct)
             index = [distinct.index(part) * each + p % each for part in parts for p in range(pictures)]
             texts = [distinct.index(part) for part in parts for _ in range(pictures)]
-            places = Places(maps.to(x.device).clone(), index, None if words is None else words.to(x.device), texts,
-                            self._locate(root, x, conds))
+            places = Places(maps.clone(), index, words, texts, self._locate(root, x, conds), more)
             self._places[key] = places, self.version
         places, version = self._places[key]
         if version != self.version:
-            maps, words = self._of_batch(distinct, pictures, conds, root)
-            places.update(maps.to(x.device), None if words is None else words.to(x.device))
+            places.update(*self._of_batch(distinct, pictures, conds, root, x.device))
             self._places[key] = places, self.version
         return places
 
@@ -65,20 +67,27 @@ class MaskedLoRAs:
         """The maps of a kind of cond, on the grid of the whole latent."""
         return self.maps
 
-    def text(self, kind: Hashable, root: nn.Module, tokens: int) -> Tensor | None:
-        """[LoRAs, tokens of the text as the model gets it]; None: all LoRAs act on all of them."""
+    def text(self, kind: Hashable, root: nn.Module, tokens: int, source: str = "") -> Tensor | None:
+        """[LoRAs, tokens of the text as the model gets it]; None: all LoRAs act on all of them.
+
+        source   of a further text of the model, as it is named among what the model is called with
+        """
         return None
 
     def _of_batch(self, kinds: Sequence[tuple[Hashable, Area]], pictures: int, conds: Mapping[str, object],
-                  root: nn.Module) -> tuple[Tensor, Tensor | None]:
+                  root: nn.Module, device: torch.device) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        """(maps, words of the prompts, words of the model's further texts) on a device"""
         maps = [self.of(kind) for kind, _ in kinds]
         cropped = [crop(each if len(each) == 1 else each[:pictures], area)
                    for each, (_, area) in zip(maps, kinds, strict=True)]
-        context = conds.get("context")
-        if not isinstance(context, Tensor):
-            return torch.cat(cropped), None
-        words = [self.text(kind, root, context.shape[1]) for kind, _ in kinds]
-        return torch.cat(cropped), None if words[0] is None else torch.stack(words)
+        found = {}
+        for source, axis in (("", 1), *SOURCES.items()):
+            text = conds.get(source or "context")
+            words = [self.text(kind, root, text.shape[axis], source) for kind, _ in kinds] \
+                if isinstance(text, Tensor) else [None]
+            if all(each is not None for each in words):
+                found[source] = torch.stack(words).to(device)
+        return torch.cat(cropped).to(device), found.pop("", None), found
 
     def _locate(self, root: nn.Module, x: Tensor, conds: Mapping[str, object]
                 ) -> Callable[[str, int], Segments | None]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from uuid import UUID
 
 import torch
@@ -13,10 +12,10 @@ from torch.nn import functional as F
 
 from ...kernels.branch import Branch, Step
 from ...kernels.routing import contrast
-from ...methods.prompt import LoRAWords, PromptTokens, find_clauses
-from ...methods.routed import Clauses, Routes, Routing, clauses_of
-from ..words.marked import PROMPT
-from .places import Area, MaskedLoRAs, crop
+from ...methods.prompt import LoRAWords
+from ...methods.routed import Routes, Routing
+from .places import MaskedLoRAs, crop
+from .prompts import BESIDE, Prompt, fitted, search
 
 PLACES = ("masks", "words", "everywhere")
 """Where LoRAs act: in their masks where they have one; where their words are, or in their masks; everywhere."""
@@ -49,23 +48,6 @@ class Routed:
     blocks: tuple[float, float] | None = None
 
 
-@dataclass
-class _Prompt:
-    """A positive cond of the run: its clauses, which LoRAs have words in other prompts alone, and its own maps.
-
-    parts   per row of the clauses, which clauses of the prompt it is made of, as they are counted in it
-    fixed   whether its places are those of a prompt with stand-in words: its own attention says nothing of them
-    """
-
-    clauses: Clauses
-    length: int
-    area: Area
-    parts: tuple[tuple[int, ...], ...] = ()
-    fixed: bool = False
-    elsewhere: tuple[bool, ...] = ()
-    maps: Tensor | None = None
-
-
 class RoutedLoRAs(MaskedLoRAs):
     """The maps of one method's LoRAs, per positive cond by its own words; for all other conds the union of these.
 
@@ -85,8 +67,8 @@ class RoutedLoRAs(MaskedLoRAs):
         self.maps = whole
         self.routed, self.routes = routed, Routes(routed.routing)
         self._masks = [None if mask is None else _on_grid(mask.to(device), grid)[:, 0] for mask in masks]
-        self._prompts: dict[UUID, _Prompt] = {}
-        self._instead: dict[UUID, tuple[UUID, _Prompt]] = {}
+        self._prompts: dict[UUID, Prompt] = {}
+        self._instead: dict[UUID, tuple[UUID, Prompt]] = {}
         self._pending: dict[UUID, Tensor] = {}
         self._branches: dict[tuple, Branch] = {}
         self._acted: bool | None = None
@@ -114,7 +96,7 @@ class RoutedLoRAs(MaskedLoRAs):
         """Positive conds of a call; those that are new are searched for the LoRAs' words."""
         new = [entry for entry in entries if entry.get("uuid") not in self._prompts]
         for entry in new:
-            self._prompts[entry["uuid"]] = self._search(entry)
+            self._prompts[entry["uuid"]] = self._searched(entry)
         if new:
             own = [[clause is not None for clause in prompt.clauses.own] for prompt in self._prompts.values()]
             self._anywhere = anywhere = [any(column) for column in zip(*own, strict=True)]
@@ -148,14 +130,14 @@ class RoutedLoRAs(MaskedLoRAs):
 
     def stand_in(self, uuid: UUID, other: dict) -> None:
         """The places of a cond are those of another, whose prompt has stand-in words."""
-        self._instead[other["uuid"]] = uuid, self._search(other)
+        self._instead[other["uuid"]] = uuid, self._searched(other)
 
     def members(self, uuid: UUID, root: nn.Module, tokens: int) -> Tensor | None:
         """[clauses, tokens of the text as the model gets it] of a cond; None where its attention says nothing."""
         prompt = self._instead[uuid][1] if uuid in self._instead else self._prompts.get(uuid)
         if prompt is None or prompt.fixed:
             return None
-        return _fitted(prompt.clauses.members, prompt.length, root, tokens, 0.0)
+        return fitted(prompt.clauses.members, prompt.length, root, tokens, 0.0)
 
     def see(self, uuid: UUID, attention: Tensor) -> None:
         """Attention to a cond's clauses [pictures, clauses or more, frames, height, width], used from `commit` on."""
@@ -210,41 +192,25 @@ class RoutedLoRAs(MaskedLoRAs):
         prompt = self._prompts.get(kind)
         return self.maps if prompt is None else self._shown(prompt)
 
-    def text(self, kind: Hashable, root: nn.Module, tokens: int) -> Tensor:
+    def text(self, kind: Hashable, root: nn.Module, tokens: int, source: str = "") -> Tensor | None:
         prompt = self._prompts.get(kind)
         if prompt is None:  # a negative: words that are a LoRA's are not in it
             return (~torch.tensor(self._anywhere)).float()[:, None].expand(-1, tokens)
-        return _fitted(prompt.clauses.words, prompt.length, root, tokens, None)
+        if not source:
+            return fitted(prompt.clauses.words, prompt.length, root, tokens, None)
+        words = prompt.beside.get(BESIDE.get(source, ""))
+        return None if words is None else fitted(words, words.shape[1], root, tokens, None)
 
     def notes(self) -> dict[str, object]:
         """places: per LoRA the share of the picture that it acts on."""
         return {"places": self.maps.flatten(2).mean(dim=(0, 2))}
 
-    def _search(self, entry: Mapping[str, object]) -> _Prompt:
-        marks = entry.get(PROMPT)
-        active, area = self.routed.active, entry.get("area")
-        if not isinstance(marks, PromptTokens) or not marks.words:
-            reason = getattr(marks, "reason", "") or ("it was not encoded with the CLIP of this pack's method node or "
-                                                      "its Ensemble Prompt, or another node dropped the mark")
-            self.tell(f"a prompt does not say where its words are: {reason}; LoRAs act everywhere for it")
-            length = getattr(entry.get("cross_attn"), "shape", (1, 1))[1]
-            return _Prompt(clauses_of(length, [()] * len(active), [], self.routed.everywhere), length, area)
-        found = find_clauses(marks, self.routed.words)
-        for note in found.notes:
-            self.tell(note)
-        numbers = iter(range(sum(len(own.clauses) for own in found.loras) + len(found.others)))
-        each = [(own, tuple(islice(numbers, len(own.clauses)))) for own in found.loras]
-        ours = [each[index] for index in active]
-        for own, _ in ours:
-            self.found.append({"lora": own.name, "words": [clause.text for clause in own.clauses],
-                               "tokens": len(own.tokens), "why": own.reason})
-        # The words of LoRAs that take no part compete as those of no LoRA do.
-        rest = [(own.tokens, part) for index, (own, part) in enumerate(each) if part and index not in active]
-        rest += [(clause.tokens, (number,)) for clause, number in zip(found.others, numbers, strict=True)]
-        clauses = clauses_of(marks.length, [own.tokens for own, _ in ours], [tokens for tokens, _ in rest],
-                             self.routed.everywhere)
-        return _Prompt(clauses, marks.length, area,
-                       (*(part for _, part in ours if part), *(part for _, part in rest)))
+    def _searched(self, entry: Mapping[str, object]) -> Prompt:
+        prompt, told = search(entry, self.routed.words, self.routed.active, self.routed.everywhere)
+        self.found += prompt.found
+        for line in told:
+            self.tell(line)
+        return prompt
 
     def _say_missing(self, words: LoRAWords) -> None:
         why = next((each["why"] for each in self.found if each["lora"] == words.name and each["why"]), "")
@@ -258,7 +224,7 @@ class RoutedLoRAs(MaskedLoRAs):
         self.maps.copy_(union if self._acted is not False else torch.zeros_like(union))
         self.version += 1
 
-    def _shown(self, prompt: _Prompt) -> Tensor:
+    def _shown(self, prompt: Prompt) -> Tensor:
         """The maps of a cond as they are used."""
         if self._acted is False:
             return torch.zeros_like(self.maps)
@@ -272,22 +238,6 @@ class RoutedLoRAs(MaskedLoRAs):
             if mask is not None:
                 maps[:, i] = mask
         return maps
-
-
-def _fitted(tokens: Tensor, length: int, root: nn.Module, count: int, padding: float | None) -> Tensor:
-    """[rows, length] for a text that the host has brought to `count` tokens: repeated, or padded.
-
-    padding   value of tokens that were added; None: 1 where a row is 1 everywhere, else 0
-    """
-    front = bool(getattr(getattr(root, "params", None), "global_modulation", False))  # Flux 2 pads in front
-    if count % length == 0 and not front:
-        return tokens.repeat(1, count // length)
-    more = max(count - length, 0)
-    if padding is None:
-        added = tokens.amin(dim=1, keepdim=True).expand(-1, more)
-    else:
-        added = tokens.new_full((len(tokens), more), padding)
-    return torch.cat([added, tokens] if front else [tokens, added], dim=1)[:, :count]
 
 
 def _on_grid(mask: Tensor, grid: tuple[int, ...]) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from torch import Tensor, nn
@@ -41,7 +41,10 @@ class CallTokens:
         if stream == ROW:
             return ()
         found = {segments for segments in self.streams.get(stream, ()) if sum(s.count for s in segments) == tokens}
-        return found.pop() if len(found) == 1 else None
+        if len({tuple(replace(s, source="") for s in segments) for segments in found}) != 1:
+            return None
+        # Texts of one length that only their source tells apart: the first one's words are the prompt's.
+        return min(found, key=lambda segments: [s.source for s in segments])
 
 
 class TokenOrder:

@@ -95,10 +95,13 @@ HUNYUAN_DIT = Family(_hunyuan_dit, (
     ("txt", r"blocks\.\d+\.attn2\.(kv_proj|k_norm)"), ("img", r"x_embedder\.proj|blocks\..*|final_layer\..*")))
 
 
+LLAMA = "encoder_hidden_states_llama3"
+
+
 def _hidream(root: nn.Module, call: Call) -> Streams:
     """The picture stands first; the text three times, once by T5 and twice by Llama."""
     target, t5 = picture(call.shape(), root.patch_size), call.text()
-    llama = Segment("text", call.conds["encoder_hidden_states_llama3"].shape[2])
+    llama = Segment("text", call.conds[LLAMA].shape[2], source=LLAMA)
     text = (t5, llama, llama)
     return {"img": ((target,),), "txt": (text,), "joint": ((target, *text),), "parts": ((t5,), (llama,))}
 

@@ -30,7 +30,7 @@ class Call:
         return tuple((self.x[part] if isinstance(self.x, (list, tuple)) else self.x).shape[2:])
 
     def text(self, name: str = "context") -> Segment:
-        return Segment("text", self.length(name))
+        return Segment("text", self.length(name), source="" if name == "context" else name)
 
     def length(self, name: str) -> int:
         """Tokens of a conditioning [rows, tokens, channels]; 0 where there is none."""

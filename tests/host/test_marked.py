@@ -235,11 +235,11 @@ def test_the_text_encoder_is_not_touched():
 
 def test_the_testbed_s_own_tokenizer_tells_its_words():
     """One that is none of the host's, but asks another one as those do."""
-    from lora_ensemble.testbed.text import TextEncoder
+    from lora_ensemble.testbed.base import Base
     from lora_ensemble.tests.comfy_testbed.wrap import wrap_clip
 
     text = "red pointed creature, blue robe, vexa"
-    plain = wrap_clip(TextEncoder())
+    plain = wrap_clip(Base())
     entry = encoded(marked(plain), text)
     assert not entry[1][PROMPT].reason
     assert words(entry[1][PROMPT], "red pointed creature", "blue", "robe", "vexa") == [(0, 1, 2), (3,), (4,), (5,)]

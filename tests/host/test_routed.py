@@ -375,3 +375,52 @@ def test_the_sides_in_batches_of_their_own(loras, monkeypatch):
     monkeypatch.setattr(model.model, "memory_required", lambda *args, **kwargs: 1e30, raising=False)
     same(sample(ours, "SD15", prompt(), steps=3), want, sample(model, "SD15", prompt(), steps=3), 1e-4)
     assert [step.calls for step in record_of(ours).steps] == [3, 2, 2] and comfy.samplers
+
+
+def test_text_that_was_added_is_nobodys(loras):
+    """Conditioning Concat: the marks are of the first part, what is behind it is not taken for a repetition."""
+    model = base("SD15")
+    ours = routed(model, specs(model, loras))
+    (tensor, options), = prompt()
+    joined = [[torch.cat([tensor, FAMILIES["SD15"].cond(40)[0][0]], dim=1), options]]
+    found = sample(ours, "SD15", joined, steps=2)
+    assert torch.isfinite(found).all() and any("5 tokens were added" in line for line in record_of(ours).problems)
+    wide = PromptTokens(TEXT, 10, MARKS.words)
+    other = routed(model, specs(model, loras))
+    assert torch.equal(found, sample(other, "SD15", [[joined[0][0], {"lora_ensemble_prompt": wide}]], steps=2))
+
+
+@pytest.mark.parametrize(("marks", "tokens", "lead", "root"), [
+    ([[1, 0, 0], [1, 1, 1]], 6, [1, 0, 0, 1, 0, 0], None), ([[1, 0, 0], [1, 1, 1]], 5, [1, 0, 0, 0, 0], None),
+    ([[1, 0, 0], [1, 1, 1]], 6, [0, 0, 0, 1, 0, 0], "front"), ([[1, 0, 0], [1, 1, 1]], 2, [1, 0], None)])
+def test_texts_that_the_host_repeats_or_fills_up(marks, tokens, lead, root):
+    """In front for Flux 2, behind or over and over elsewhere. A LoRA without words acts on what was added, too."""
+    from types import SimpleNamespace
+
+    from lora_ensemble.host.compose.prompts import fitted
+
+    model = torch.nn.Module()
+    model.params = SimpleNamespace(global_modulation=root == "front")
+    found = fitted(torch.tensor(marks).float(), 3, model, tokens, None)
+    assert found.tolist() == [lead, [1] * tokens]
+    assert fitted(torch.tensor(marks).float(), 3, model, 5, 0.0)[1].sum() == 3
+
+
+def test_further_texts_have_words_of_their_own(loras):
+    """HiDream's Llama reads the prompt in tokens of its own, so the words stand elsewhere there."""
+    from lora_ensemble.engine.positions import Places, Segment
+    from lora_ensemble.host.compose.prompts import search
+
+    beside = PromptTokens(TEXT, 7, ((0, 4, (2,)), (5, 8, (3, 4)), (10, 13, (5,)), (14, 17, (6,))))
+    marks = PromptTokens(TEXT, 5, MARKS.words, beside=(("conditioning_llama3", beside),))
+    model = base("SD15")
+    ensemble = routed(model, specs(model, loras)).get_attachment("lora_ensemble").applied[0].routed
+    found, told = search({"lora_ensemble_prompt": marks, "cross_attn": torch.zeros(1, 5, 8)}, ensemble.words,
+                         ensemble.active, ensemble.everywhere)
+    assert told == [] and found.clauses.words.tolist() == [[1, 1, 0, 0, 0], [0, 0, 1, 1, 0]]
+    words = found.beside["conditioning_llama3"]
+    assert words.tolist() == [[0, 0, 1, 1, 1, 0, 0], [0, 0, 0, 0, 0, 1, 1]]
+    places = Places(torch.ones(1, 2, 2, 2), (0,), found.clauses.words[None], (0,), more={"llama": words[None]})
+    segments = (Segment("text", 5), Segment("text", 7, source="llama"), Segment("text", 2, source="other"))
+    assert torch.equal(places.on_tokens(segments, (0,))[0].T,
+                       torch.cat([found.clauses.words, words, torch.ones(2, 2)], dim=1))

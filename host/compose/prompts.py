@@ -1,0 +1,102 @@
+"""Prompts as they come to the sampler: whose words are where among the tokens that a model gets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+
+import torch
+from torch import Tensor, nn
+
+from ...methods.prompt import LoRAClauses, LoRAWords, PromptTokens, find_clauses
+from ...methods.routed import Clauses, clauses_of
+from ..words.marked import PROMPT
+from .places import Area
+
+BESIDE = {"encoder_hidden_states_llama3": "conditioning_llama3", "encoder_hidden_states_t5": "conditioning_mt5xl"}
+"""Further texts of a prompt: what models are called with -> what a conditioning calls it."""
+
+
+@dataclass
+class Prompt:
+    """A positive cond of a run: its clauses, which LoRAs have words in other prompts alone, and its own maps.
+
+    length   tokens of the conditioning
+    parts    per row of the clauses, which clauses of the prompt it is made of, as they are counted in it
+    beside   for each further text that the model gets, by its name in the conditioning: which tokens each LoRA acts on
+             [LoRAs, tokens]
+    found    per LoRA what was found of its words, for the report
+    fixed    whether its places are those of a prompt with stand-in words: its own attention says nothing of them
+    """
+
+    clauses: Clauses
+    length: int
+    area: Area
+    parts: tuple[tuple[int, ...], ...] = ()
+    beside: dict[str, Tensor] = field(default_factory=dict)
+    found: list[dict] = field(default_factory=list)
+    fixed: bool = False
+    elsewhere: tuple[bool, ...] = ()
+    maps: Tensor | None = None
+
+
+def search(entry: Mapping[str, object], words: Sequence[LoRAWords], active: Sequence[int],
+           everywhere: Sequence[bool]) -> tuple[Prompt, list[str]]:
+    """(the prompt of a cond as the host processed it, what the user should know).
+
+    words        of every LoRA of the ensemble, whose rows a prompt counts
+    active       which of them take part
+    everywhere   per LoRA that takes part whether it acts at all places
+    """
+    marks, area = entry.get(PROMPT), entry.get("area")
+    shape = getattr(entry.get("cross_attn"), "shape", None)
+    if not isinstance(marks, PromptTokens) or not marks.words:
+        reason = getattr(marks, "reason", "") or ("it was not encoded with the CLIP of this pack's method node or its "
+                                                  "Ensemble Prompt, or another node dropped the mark")
+        length = shape[1] if shape is not None else 1
+        return (Prompt(clauses_of(length, [()] * len(active), [], everywhere), length, area),
+                [f"a prompt does not say where its words are: {reason}; LoRAs act everywhere for it"])
+    found, told = find_clauses(marks, words), []
+    length = marks.length if shape is None else shape[1]
+    if length > marks.length:
+        told.append(f"{length - marks.length} tokens were added to a prompt after it was encoded (Conditioning "
+                    "Concat): no LoRA acts on them, and they compete for no place")
+    numbers = iter(range(sum(len(own.clauses) for own in found.loras) + len(found.others)))
+    each = [(own, tuple(islice(numbers, len(own.clauses)))) for own in found.loras]
+    ours = [each[index] for index in active]
+    # The words of LoRAs that take no part compete as those of no LoRA do.
+    rest = [(own.tokens, part) for index, (own, part) in enumerate(each) if part and index not in active]
+    rest += [(clause.tokens, (number,)) for clause, number in zip(found.others, numbers, strict=True)]
+    clauses = clauses_of(length, [own.tokens for own, _ in ours], [tokens for tokens, _ in rest], everywhere)
+    return Prompt(clauses, length, area, (*(part for _, part in ours if part), *(part for _, part in rest)),
+                  {name: _words(other, [own for own, _ in ours]) for name, other in marks.beside},
+                  [{"lora": own.name, "words": [clause.text for clause in own.clauses], "tokens": len(own.tokens),
+                    "why": own.reason} for own, _ in ours]), [*told, *found.notes]
+
+
+def _words(text: PromptTokens, loras: Sequence[LoRAClauses]) -> Tensor:
+    """[LoRAs, tokens]: which tokens of another tensor of the prompt each LoRA acts on."""
+    out = torch.zeros(len(loras), text.length)
+    for row, own in zip(out, loras, strict=True):
+        tokens = {token for clause in own.clauses for token in text.tokens(clause.start, clause.end)}
+        row[sorted(tokens)] = 1.0
+        if not own.clauses:
+            row[:] = 1.0
+    return out
+
+
+def fitted(tokens: Tensor, length: int, root: nn.Module, count: int, padding: float | None) -> Tensor:
+    """[rows, length] for a text that the host has brought to `count` tokens: repeated, or padded.
+
+    padding   value of tokens that were added; None: 1 where a row is 1 everywhere, else 0
+    """
+    front = bool(getattr(getattr(root, "params", None), "global_modulation", False))  # Flux 2 pads in front
+    if count % length == 0 and not front:
+        return tokens.repeat(1, count // length)
+    more = max(count - length, 0)
+    if padding is None:
+        added = tokens.amin(dim=1, keepdim=True).expand(-1, more)
+    else:
+        added = tokens.new_full((len(tokens), more), padding)
+    return torch.cat([added, tokens] if front else [tokens, added], dim=1)[:, :count]
