@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from lora_ensemble.host.compose.composition import places_of, record_of
 from lora_ensemble.methods.composite import Composite
 from lora_ensemble.methods.merge import Merge
 from lora_ensemble.methods.switch import Switch
@@ -73,3 +74,22 @@ def test_no_more_graphs_than_the_plain_model_has(keys, loras, monkeypatch):
         assert len(graphs) - alone <= alone * (2 if make is Composite else 1)
     same(plain, sample(model, DEEP.name), sample(stock(model, ensemble), DEEP.name), 1e-4)
     assert not [node for graph in graphs for node in graph.graph.nodes if "route_" in str(node.target)]
+
+
+def test_routed_loras_in_a_compiled_model(loras):
+    """Attention inside a graph is not read: said, and the LoRAs act everywhere on their own words. Contrast needs
+    predictions alone, and finds the places that it finds without the compiler."""
+    from .test_routed import prompt, routed, specs
+
+    model, others = base("SD3"), [prompt("SD3", None, 20 + k)[0] for k in range(3)]
+    ensemble = specs(model, loras)
+    read = compiled(routed(model, ensemble))
+    found, plain = sample(read, "SD3", prompt("SD3")), sample(model, "SD3", prompt("SD3"))
+    (problem,) = record_of(read).problems
+    assert "torch.compile" in problem and "contrast" in problem and (places_of(read)[0].maps == 1).all()
+    same(found, sample(routed(model, ensemble, gamma=0.0), "SD3", prompt("SD3")), plain, 1e-3)
+    conds = prompt("SD3", lora_ensemble_without=tuple(enumerate(others)))
+    apart = routed(model, ensemble, mode="contrast")
+    want = sample(apart, "SD3", conds)
+    same(sample(compiled(apart), "SD3", conds), want, plain, 1e-3)
+    assert record_of(apart).problems == [] and places_of(apart)[0].maps.min() < 1
