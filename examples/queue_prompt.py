@@ -21,7 +21,8 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,22 @@ HTTP = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # straight 
 
 class Problem(Exception):
     """What went wrong, in words for the person at the terminal."""
+
+
+class Unreachable(Problem):
+    """The server does not answer, so that there is no use in asking it for anything else."""
+
+
+@contextmanager
+def speaking_to(server: str, timeout: float) -> Iterator[None]:
+    """What goes wrong between here and the server is raised as Unreachable."""
+    try:
+        yield
+    except TimeoutError:
+        raise Unreachable(f"Nothing heard from {server} for {timeout:.0f} s.") from None
+    except (OSError, ValueError) as error:
+        raise Unreachable(f"No ComfyUI reachable at {server}: {error}. "
+                          "Start it, or name it with --server HOST:PORT.") from None
 
 
 class WebSocket:
@@ -126,8 +143,8 @@ def load_workflow(path: Path, changes: list[str]) -> dict[str, Any]:
     return workflow
 
 
-def follow(socket_: WebSocket, prompt_id: str, workflow: dict[str, Any]) -> None:
-    """Show which node runs and how far it is, until the prompt ends. Raises Problem when a node fails."""
+def follow(socket_: WebSocket, prompt_id: str, workflow: dict[str, Any], tell: Callable[[str], object]) -> None:
+    """Tell which node runs and how far it is, until the prompt ends. Raises Problem when a node fails."""
     node = None
     for message in socket_.messages():
         data = message.get("data", {})
@@ -139,40 +156,45 @@ def follow(socket_: WebSocket, prompt_id: str, workflow: dict[str, Any]) -> None
             if node is None and "prompt_id" in data:
                 return
             if node in workflow:
-                print(f"  {node}: {workflow[node]['class_type']}")
+                tell(f"  {node}: {workflow[node]['class_type']}")
         elif kind == "progress":
-            print(f"    {data['value']} of {data['max']}")
+            tell(f"    {data['value']} of {data['max']}")
         elif kind == "execution_error":
             raise Problem(f"Node {data['node_id']} ({data['node_type']}) failed: {data['exception_message'].strip()}")
         elif kind == "execution_interrupted":
             raise Problem("The run was interrupted on the server.")
 
 
-def save_images(server: str, prompt_id: str, out: Path) -> list[Path]:
-    """Fetch what the prompt left in /history and write it to `out`."""
-    entry = json.loads(call(server, f"/history/{prompt_id}"))[prompt_id]
+def fetched(server: str, image: dict[str, str]) -> bytes:
+    """An image file that a prompt left, as its entry of /history names it."""
+    query = urllib.parse.urlencode({key: image[key] for key in ("filename", "subfolder", "type")})
+    return call(server, f"/view?{query}")
+
+
+def save_images(server: str, entry: dict[str, Any], out: Path) -> list[Path]:
+    """Write the images of an entry of /history to `out`."""
     out.mkdir(parents=True, exist_ok=True)
     saved = []
     for output in entry["outputs"].values():
         for image in output.get("images", ()):
-            query = urllib.parse.urlencode({key: image[key] for key in ("filename", "subfolder", "type")})
             path = out / Path(image["filename"]).name
-            path.write_bytes(call(server, f"/view?{query}"))
+            path.write_bytes(fetched(server, image))
             saved.append(path)
     return saved
 
 
-def run(server: str, workflow: dict[str, Any], out: Path, timeout: float) -> list[Path]:
-    """Queue `workflow` and return the images that it saved."""
+def finished(server: str, workflow: dict[str, Any], timeout: float,
+             tell: Callable[[str], object] = print) -> dict[str, Any]:
+    """Queue `workflow`, wait for its end and return its entry of /history. Raises Problem where it fails."""
     client = uuid.uuid4().hex
     live = WebSocket(server, f"/ws?clientId={client}", timeout)  # before queueing, so that no message is missed
     try:
         prompt_id = json.loads(call(server, "/prompt", {"prompt": workflow, "client_id": client}))["prompt_id"]
-        print(f"queued {prompt_id}")
-        follow(live, prompt_id, workflow)
+        tell(f"queued {prompt_id}")
+        follow(live, prompt_id, workflow, tell)
     finally:
         live.close()
-    return save_images(server, prompt_id, out)
+    return json.loads(call(server, f"/history/{prompt_id}"))[prompt_id]
 
 
 def main() -> None:
@@ -185,13 +207,10 @@ def main() -> None:
     options = parser.parse_args()
     try:
         workflow = load_workflow(options.workflow, options.changes)
-        saved = run(options.server, workflow, options.out, options.timeout)
+        with speaking_to(options.server, options.timeout):
+            saved = save_images(options.server, finished(options.server, workflow, options.timeout), options.out)
     except Problem as problem:
         sys.exit(str(problem))
-    except TimeoutError:
-        sys.exit(f"Nothing heard from {options.server} for {options.timeout:.0f} s.")
-    except (OSError, ValueError) as error:
-        sys.exit(f"No ComfyUI reachable at {options.server}: {error}. Start it, or name it with --server HOST:PORT.")
     print("\n".join(f"saved {path}" for path in saved) or "The workflow ran, but it saved no image.")
 
 
