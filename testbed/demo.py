@@ -23,13 +23,15 @@ from torch import Tensor
 from ..engine.bank import Bank
 from ..methods.merge import Merge
 from .base import Base
-from .evaluate import METHODS, evaluate, lineup, summary
+from .evaluate import METHODS, RECIPES, evaluate, summary
 from .judge import Judge
 from .protocol import LoraSet, some_sets
 from .sampler import Picture, Sampler
 from .scene import number
 from .weights import load_base, load_judge, load_loras
 
+SHOWN = ("Merge", "Routed", *(name for name in METHODS if name != "Merge"))
+"""What the demo draws: what everybody does today, what this pack is for, and the published methods."""
 REGIME, ROWS_PER_SIZE, TABLE_SETS = "narrow", 1, 4
 CELL, TEXT, MARGIN, LEFT = 128, 44, 8, 190
 
@@ -41,13 +43,12 @@ def chosen_sets() -> list[LoraSet]:
 
 
 def cells(tasks: list[LoraSet], bank: Bank) -> list[list[Picture]]:
-    """Per set: each LoRA alone, padded with the base to five, then every method."""
+    """Per set: each LoRA alone, then every method."""
     rows = []
     for task in tasks:
         alone = [Picture(task.prompt((concept,)), task.seed, (lora,), Merge((1.0,)))
                  for concept, lora in zip(task.concepts, task.loras, strict=True)]
-        of = lineup(task, 1.0, bank)
-        rows.append(alone + [Picture(task.prompt(), task.seed, task.loras, make(of)) for make in METHODS.values()])
+        rows.append(alone + [RECIPES[name].picture(task, bank) for name in SHOWN])
     return rows
 
 
@@ -62,12 +63,12 @@ def grid(tasks: list[LoraSet], rows: list[list[Picture]], images: Tensor,
          answers: dict[str, np.ndarray]) -> Image.Image:
     """Rows: sets. Columns: each LoRA alone, then the methods. Under each picture, what the judge sees in it."""
     most = max(len(task.concepts) for task in tasks)
-    columns = most + len(METHODS)
+    columns = most + len(SHOWN)
     font = ImageFont.load_default()
     height = TEXT + len(tasks) * (CELL + TEXT)
     sheet = Image.new("RGB", (LEFT + columns * (CELL + MARGIN), height), "white")
     pen = ImageDraw.Draw(sheet)
-    titles = [f"LoRA {i + 1} alone" for i in range(most)] + list(METHODS)
+    titles = [f"LoRA {i + 1} alone" for i in range(most)] + list(SHOWN)
     for column, title in enumerate(titles):
         pen.text((LEFT + column * (CELL + MARGIN), TEXT // 2), title, "black", font)
     pixels, i = (images.cpu().numpy() * 255).round().astype(np.uint8).transpose(0, 2, 3, 1), 0
@@ -107,8 +108,8 @@ def main(out_dir: str | Path) -> None:
     pictures(base, judge).save(out / "grid.png")
     done("grid.png")
     loras, sets, table = load_loras(REGIME), some_sets(TABLE_SETS), []
-    for name, make in {"Alone": None, **METHODS}.items():
-        table += evaluate(REGIME, name, make, sets, base, judge, loras, 1.0)
+    for name, recipe in {"Alone": None, **{name: RECIPES[name] for name in SHOWN}}.items():
+        table += evaluate(REGIME, name, recipe, sets, base, judge, loras, 1.0)
         done(f"table: {name}")
     text = f"{len(sets)} of the protocol's 480 sets; benchmarks/quality.py runs all of them.\n\n{summary(table)}\n"
     (out / "table.md").write_text(text, encoding="utf-8")

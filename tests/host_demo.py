@@ -56,10 +56,11 @@ def draw(server: Server, pictures: list[Picture], files: list[str]) -> Tensor:
     for number, picture in enumerate(pictures):
         if number % 10 == 0:
             say(f"picture {number + 1} of {len(pictures)}")
-        node = f"LoRAEnsemble{type(picture.method).__name__}"
+        node = f"LoRAEnsemble{type(picture.method).__name__ if picture.placed is None else 'Routed'}"
         names = [files[lora] for lora in picture.loras]
         roles = [CONCEPTS[lora].category for lora in picture.loras]
-        prompt = compose(node, widgets(info[node]), names, roles, picture.prompt, picture.seed, STEPS, GUIDANCE)
+        prompt = compose(node, widgets(info[node]), names, roles, picture.prompt, picture.seed, STEPS, GUIDANCE,
+                         picture.placed.words if picture.placed is not None else ())
         drawn += fetch(server, prompt)
     return torch.tensor(np.stack(drawn)).movedim(-1, 1).float() / 255
 

@@ -95,15 +95,18 @@ def widgets(node_info: dict[str, Any]) -> dict[str, Any]:
 
 def compose(
     method: str, options: dict[str, Any], loras: Sequence[str], roles: Sequence[str], text: str, seed: int, steps: int,
-    cfg: float
+    cfg: float, words: Sequence[str] = ()
 ) -> Prompt:
-    """A testbed workflow: `loras` at strength 1 through the node `method` with `options`, sampled along the flow."""
+    """A testbed workflow: `loras` at strength 1 through the node `method` with `options`, sampled along the flow;
+    `words` typed on each."""
     prompt = load(ROOT / "tests" / "host" / "workflows" / "merge.json")
     first, second = prompt.pop("lora1"), prompt.pop("lora2")
     for i, (name, role) in enumerate(zip(loras, roles, strict=True)):
         node = copy.deepcopy(second if i else first)
         node["inputs"] |= {"lora_name": name, "role": role} | ({"ensemble": [f"lora{i}", 0]} if i else {})
         prompt[f"lora{i + 1}"] = node
+    for i, typed in enumerate(words):
+        prompt[f"lora{i + 1}"]["inputs"]["words"] = typed
     prompt["method"]["class_type"] = method
     links = {name: value for name, value in prompt["method"]["inputs"].items() if isinstance(value, list)}
     prompt["method"]["inputs"] = links | {"ensemble": [f"lora{len(loras)}", 0]} | options

@@ -155,6 +155,7 @@ class Run:
                                 [list(each.names) for each in applied],
                                 problems=[problem for each in applied for problem in each.problems])
         self._tell = into(self.record.problems)
+        self._layers: dict[tuple[str, str], list[str]] = {}
         self.cache = BranchCache(cache, self._tell, free) if cache is not None and cache.oldest > 1 else None
         self.combos: dict[UUID, Combo] = {}
         self.single: Combo | None = None
@@ -318,6 +319,7 @@ class Run:
         self.record.finished = finished
         for routed in forwards:
             self._unseen(routed)
+        self._summed_up()
 
     def _unseen(self, routed: RoutedForwards) -> None:
         """Name layers that hold adapters but were never called: the model reads their weights in another way."""
@@ -337,7 +339,21 @@ class Run:
         return None
 
     def _problem(self, adapter: str, layer: str, reason: str) -> None:
+        """One line for a reason, with the first layer that it is true of; `_summed_up` counts the others."""
+        if self._layers.setdefault((adapter, reason), []):
+            self._layers[adapter, reason].append(layer)
+            return
+        self._layers[adapter, reason].append(layer)
         self._tell(f"{adapter}: {layer}: {reason}")
+
+    def _summed_up(self) -> None:
+        """Say in the record how many layers a reason is true of."""
+        problems = self.record.problems
+        for (adapter, reason), (first, *others) in self._layers.items():
+            line = f"{adapter}: {first}: {reason}"
+            if others and line in problems:
+                problems[problems.index(line)] = (f"{adapter}: {first} and {len(others)} more "
+                                                  f"layer{'s' * (len(others) > 1)}: {reason}")
 
     def _close_step(self) -> None:
         """The sessions' notes go in under their method's name; the second of a kind has its place as well."""

@@ -21,6 +21,8 @@ import comfy.supported_models_base
 import torch
 from torch import Tensor, nn
 
+from .readable import readable
+
 ROOT = Path(os.environ.get("LORA_ENSEMBLE_ROOT") or Path(__file__).resolve().parents[2])
 
 
@@ -152,7 +154,7 @@ def load_testbed(body: str = "unet") -> tuple[comfy.model_patcher.ModelPatcher, 
     """The trained testbed as MODEL, CLIP, VAE; fresh objects with every call. The joint body's model is ComfyUI's own
     class."""
     base = testbed("beds").BEDS[body].load_base()
-    model = wrap_model(base.net) if body == "unet" else wrap_model(host_flux(base.net), PooledModel)
+    model = wrap_model(readable(base.net)) if body == "unet" else wrap_model(host_flux(base.net), PooledModel)
     return model, wrap_clip(base), VAE()
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lora_ensemble.testbed.evaluate import METHODS, lineup
+from lora_ensemble.testbed.evaluate import METHODS, RECIPES
 from lora_ensemble.testbed.model import UNet
 from lora_ensemble.testbed.protocol import all_sets
-from lora_ensemble.testbed.sampler import GUIDANCE, STEPS, Picture, Sampler
+from lora_ensemble.testbed.sampler import GUIDANCE, STEPS, Sampler
 from lora_ensemble.testbed.weights import load_base, load_loras, lora_path
 from lora_ensemble.tests.server import PACK, PromptFailed, PromptRefused, Server, link
 from lora_ensemble.tests.workflows import (
@@ -201,20 +201,22 @@ def test_merge_is_the_stock_chain(server: Server, name: str):
     assert difference(pictures(server, WORKFLOWS[name]), pictures(server, WORKFLOWS["stock_chain"])) <= GREY_LEVEL
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, "Routed"])
 def test_server_draws_what_the_standalone_sampler_draws(server: Server, lora_files: Path, node_info: dict, method: str):
     """Trained weights, three LoRAs, 20 steps: two programs that share nothing but the methods' formulas."""
     task = all_sets((3,))[0]
     with Sampler(load_base(), load_loras("narrow")) as sampler:
-        of = lineup(task, 1.0, sampler.bank)
-        drawn = sampler.draw([Picture(task.prompt(), task.seed, task.loras, METHODS[method](of))])
+        picture = RECIPES[method].picture(task, sampler.bank)
+        drawn = sampler.draw([picture])
     files = [lora_path("narrow", concept) for concept in task.concepts]
     for file in files:
         if not (lora_files / file.name).exists():
             link(file, lora_files / file.name)
     node = f"LoRAEnsemble{method}"
     names = [file.name for file in files]
-    prompt = compose(node, widgets(node_info[node]), names, of.roles, task.prompt(), task.seed, STEPS, GUIDANCE)
+    roles = [concept.category for concept in task.concepts]
+    words = picture.placed.words if picture.placed is not None else ()
+    prompt = compose(node, widgets(node_info[node]), names, roles, task.prompt(), task.seed, STEPS, GUIDANCE, words)
     assert difference(pictures(server, prompt)[0], drawn[0].movedim(0, -1).numpy() * 255) <= 2.5
 
 
