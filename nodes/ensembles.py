@@ -46,7 +46,8 @@ class LoRAEnsembleLoRA(io.ComfyNode):
                     default="auto",
                     tooltip="What the LoRA depicts. For K-LoRA and EST-LoRA, characters, clothing and objects are "
                     "subjects, styles and backgrounds styles; auto goes by order. For CMLoRA, backgrounds lead late. "
-                    "Merge, Switch, Composite and LoRAtorio do not ask.",
+                    "With words, styles act everywhere. always: part of the model rather than of the composition, in "
+                    "every step and at every place; for LoRAs that make few steps do (Lightning, Turbo, LCM).",
                 ),
                 earlier_ensemble_input(),
                 io.Mask.Input(

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from ...engine.bank import Bank
 from ...methods import Method
-from ..files.ensemble import Ensemble, LoRASpec
+from ...methods.merge import Merge
+from ..files.ensemble import ALWAYS, Ensemble, LoRASpec
+from ..files.metadata import for_few_steps
 from ..words.known import lora_words
 from ..words.marked import marked
 from .banks import shared_bank
@@ -68,8 +70,28 @@ def apply_method(model, clip, ensemble: Ensemble, make: Callable[[Active], Metho
     rest_on_weights   what no forward can express goes into the weights through the host's own patches; right only for
                       a method whose single branch never changes
     placing           where the LoRAs act; None: in their masks
+
+    LoRAs of role ALWAYS are merged beneath the method, which does not know of them: they act in all of its branches,
+    the base model's included, on both sides of guidance and at all places.
     Raises ValueError for an empty ensemble and for files that cannot be used with this model.
     """
+    check_some(ensemble, node)
+    always = tuple(spec for spec in ensemble if spec.role == ALWAYS)
+    rest = tuple(spec for spec in ensemble if spec.role != ALWAYS)
+    if always:
+        lasting = tuple(replace(spec, mask=None) for spec in always)
+        model, clip = _applied(model, clip, lasting, _merge, f"{node}, always on", True, Placing(), ensemble)
+    return _applied(model, clip, rest, make, node, rest_on_weights, placing or Placing(), ensemble) if rest \
+        else (model, clip)
+
+
+def _merge(active: Active) -> Method:
+    return Merge(active.strengths)
+
+
+def _applied(model, clip, ensemble: Ensemble, make: Callable[[Active], Method], node: str, rest_on_weights: bool,
+             placing: Placing, listed: Ensemble):
+    """`apply_method` for LoRAs of one kind; `listed` are all of the user's, whose rows a prompt counts."""
     reading, shared = _shared(model, clip, ensemble, node, rest_on_weights)
     new_model, bank, problems = model.clone(), shared.model, list(reading.problems)
     for part in reading.parts:
@@ -79,8 +101,11 @@ def apply_method(model, clip, ensemble: Ensemble, make: Callable[[Active], Metho
             new_model.add_patches(rest, part.spec.strength_model)
     active = [part.spec for part in reading.parts]
     method = make(Active(tuple(active), bank, model, problems))
-    placing = placing or Placing()
-    masks, routed = _placed(ensemble, active, method, placing, problems)
+    masks, routed = _placed(listed, active, method, placing, problems)
+    if not isinstance(method, Merge) or routed is not None:
+        problems += [f"LoRA '{spec.name}' looks like one for few steps: with the role '{ALWAYS}' it would be part of "
+                     "the model; now it is composed as the others are" for spec in active
+                     if spec.role == "auto" and for_few_steps(spec.name)]
     for problem in problems:
         log.warning("%s: %s", node, problem)
     before = model.get_attachment(KEY)

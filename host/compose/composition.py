@@ -175,6 +175,7 @@ class Run:
         self.probing = False
         self.read: Combo | None = None
         self.step: Step | None = None
+        self.branches: tuple[tuple[Branch, ...], ...] = ()
         self.sessions = [begin(each.method, replace(context, masks=regions.masks)
                                if isinstance(regions, RoutedLoRAs) else context)
                          for each, context, regions in zip(applied, contexts, self.regions, strict=True)]
@@ -194,7 +195,7 @@ class Run:
             regions.begin(step)
         for session in self.sessions:
             session.observe(step, unpack(x, parts)[0])
-        branches = tuple(session.branches(step) for session in self.sessions)
+        branches = self.branches = tuple(session.branches(step) for session in self.sessions)
         combos = tuple(product(*branches))
         fresh = tuple(any(flags) for flags in product(*(session.refresh(step) for session in self.sessions)))
         entry = self.record.steps[-1]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...kernels.branch import Branch
+from ...methods.merge import Merge
 from ...methods.session import POSITIVE
 from ..families.attention import chosen
 from ..words.marked import PROBE, WITHOUT
@@ -88,7 +89,8 @@ def find_places(run: Run, positive: list[list[dict]], evaluate: Callable[[list[l
             if _stand_in(entry) in variants:
                 regions.await_stand_in(entry["uuid"])
     due = [] if not positive else [regions for regions in run.routes if regions.probes(run.step)]
-    base = tuple(Branch((0.0,) * len(applied.names)) for applied in run.applied)
+    base = tuple(_base(regions, branches, applied) for regions, branches, applied
+                 in zip(run.regions, run.branches, run.applied, strict=True))
     run.probing = True
     for regions in due:
         if regions.contrasts:
@@ -103,6 +105,13 @@ def find_places(run: Run, positive: list[list[dict]], evaluate: Callable[[list[l
         regions.commit()
         if not regions.routes.found:
             regions.give_up(_why_not(regions, root, compiled))
+
+
+def _base(regions: object, branches: Sequence[Branch], applied) -> Branch:
+    """The branch of a method in which words are looked for: without its LoRAs, where it confines them or takes turns;
+    as it is where it has one branch at all times, as LoRAs have that are always on."""
+    constant = len(branches) == 1 and isinstance(applied.method, Merge) and not isinstance(regions, RoutedLoRAs)
+    return branches[0] if constant else Branch((0.0,) * len(applied.names))
 
 
 def _with_stand_ins(entry: dict, regions: Sequence[RoutedLoRAs], variants: Mapping[str, list[dict]]) -> dict:

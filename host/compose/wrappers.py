@@ -73,7 +73,7 @@ def calc_cond_batch(executor, model, conds, x_in, timestep, model_options):
         compiled = _compiled(model.diffusion_model, transformer_options)
         find_places(run, positives(conds, sides), alone, _unwrapped(model.diffusion_model), compiled)
         with run.reading([] if compiled else [each for each in run.routes if each.reads(plan.step)],
-                         _to_read(plan.combos)):
+                         _to_read(run, plan.combos)):
             out = _evaluated(executor, model, run, plan, conds, sides, x_in, timestep, model_options)
         for each in run.routes:
             each.commit()
@@ -190,9 +190,11 @@ def _unwrapped(module):
     return getattr(module, "_orig_mod", module)
 
 
-def _to_read(combos):
-    """The combination whose rows say where words are: the base model's where it is evaluated, else the first."""
-    return next((combo for combo in combos if all(branch.is_base for branch in combo)), combos[0])
+def _to_read(run: Run, combos):
+    """The combination whose rows say where words are: the one without the LoRAs that are confined where it is
+    evaluated, else the first."""
+    routed = [k for k, regions in enumerate(run.regions) if regions in run.routes]
+    return next((combo for combo in combos if all(combo[k].is_base for k in routed)), combos[0])
 
 
 def _identities(run: Run, plan: Plan, conds, combo) -> list[UUID | None]:

@@ -6,7 +6,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-ROLES = ("auto", "character", "clothing", "object", "style", "background")
+ALWAYS = "always"
+"""The role of a LoRA that is no part of the composition but of the model: it acts in all of it, in every step. Such
+are LoRAs for few steps (Lightning, Turbo, LCM)."""
+ROLES = ("auto", "character", "clothing", "object", "style", "background", ALWAYS)
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,6 +7,7 @@ out. Only the header of the file is read.
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,15 +19,21 @@ TABLE_BYTES = 20_000_000  # of one entry: large sets of training pictures have l
 WORDS, LETTERS, TAGS = 32, 200, 32  # no more trigger words, letters of one, and tags than this
 TRIGGERS = ("modelspec.trigger_phrase", "ss_trigger_words", "trigger_words", "trigger_word", "trigger",
             "activation text", "instance_prompt", "ss_instance_prompt", "trainedWords")
+FEW_STEPS = re.compile(r"lightning|lightx2v|turbo|(?<![a-z])lcm(?![a-z])|hyper[-_ ]?(sd|flux|\d)|causvid"
+                       r"|distill?(ed|ation)?(?![a-z])|(?<!\d)[1248][-_ ]?steps?(?![a-z])|self[-_ ]?forcing",
+                       re.IGNORECASE)
+TITLES = ("modelspec.title", "ss_output_name", "name")
 _KEPT = 64
 
 
 @dataclass(frozen=True)
 class Wording:
-    """The words of a file: `trigger` as its author named them, `tags` of its training with the most frequent first."""
+    """The words of a file: `trigger` as its author named them, `tags` of its training with the most frequent first,
+    and the `titles` that it gives itself."""
 
     trigger: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
+    titles: tuple[str, ...] = ()
 
 
 _read: OrderedDict[str, Wording] = OrderedDict()
@@ -46,12 +53,18 @@ def wording(name: str) -> Wording:
     return _read[key]
 
 
+def for_few_steps(name: str) -> bool:
+    """Whether a file is, by its name or by what its header calls it, a LoRA that lets a model draw in few steps."""
+    return any(FEW_STEPS.search(title) for title in (name, *wording(name).titles))
+
+
 def wording_of(metadata: object) -> Wording:
     """The words in the metadata of a safetensors header, whatever it holds."""
     if not isinstance(metadata, dict):
         return Wording()
     trigger = dict.fromkeys(phrase for key in TRIGGERS for phrase in _phrases(metadata.get(key)))
-    return Wording(tuple(trigger)[:WORDS], tuple(_tags(metadata.get("ss_tag_frequency")))[:TAGS])
+    titles = tuple(phrase for key in TITLES for phrase in _phrases(metadata.get(key)))[:len(TITLES)]
+    return Wording(tuple(trigger)[:WORDS], tuple(_tags(metadata.get("ss_tag_frequency")))[:TAGS], titles)
 
 
 def _metadata(path: str) -> object:

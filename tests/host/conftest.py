@@ -100,12 +100,12 @@ def raw(lora_folder: Path):
 
 @pytest.fixture
 def loras(raw, lora_folder: Path):
-    """Writes LoRA files: `loras(tensors)` -> name in ComfyUI's list."""
+    """Writes LoRA files: `loras(tensors)` -> name in ComfyUI's list; with `metadata` in the header."""
     from safetensors.torch import save
 
-    def write(tensors: dict, name: str | None = None) -> str:
+    def write(tensors: dict, name: str | None = None, metadata: dict | None = None) -> str:
         name = name or f"lora_{len(list(lora_folder.iterdir()))}.safetensors"
-        return raw(save({key: value.contiguous() for key, value in tensors.items()}), name)
+        return raw(save({key: value.contiguous() for key, value in tensors.items()}, metadata), name)
 
     return write
 
