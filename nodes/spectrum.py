@@ -8,7 +8,7 @@ import comfy.samplers
 import comfy.utils
 from comfy_api.latest import io
 
-from ..host.files.ensemble import Ensemble
+from ..host.files.ensemble import ALWAYS, Ensemble
 from ..host.look.line_plot import line_plot
 from ..host.look.spectrum import Sampling, profiles, report, with_measured_roles
 from .sockets import ensemble_input, ensemble_output, model_input, schema
@@ -67,7 +67,7 @@ class LoRAEnsembleSpectrum(io.ComfyNode):
         scheduler: str,
     ) -> io.NodeOutput:
         how = Sampling(positive, negative, latent_image["samples"], seed, steps, cfg, sampler_name, scheduler)
-        pictures = 1 + sum(spec.strength_model != 0 for spec in ensemble)
+        pictures = 1 + sum(spec.strength_model != 0 and spec.role != ALWAYS for spec in ensemble)
         bar = comfy.utils.ProgressBar(steps * pictures)
         found = profiles(model, ensemble, how, lambda: bar.update(1))
         plot = line_plot([(profile.name, profile.shares) for profile in found],

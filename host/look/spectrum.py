@@ -14,7 +14,7 @@ from ...kernels.spectrum import high_share, late_change, radial_amplitude, radia
 from ...methods.cmlora import LOW_FREQUENCY, frequency_class
 from ...methods.merge import Merge
 from ..compose.apply import apply_method
-from ..files.ensemble import Ensemble
+from ..files.ensemble import ALWAYS, Ensemble
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ class Profile:
 
 
 def profiles(model, ensemble: Ensemble, how: Sampling, progress: Callable[[], None] = lambda: None) -> list[Profile]:
-    """The base model first, then every LoRA with a model strength, each in a run of its own on the same noise.
+    """The base model first, then every LoRA with a model strength, each in a run of its own on the same noise. LoRAs
+    that are always on belong to the base model.
 
     progress   called after every sampling step
     Raises ValueError for an empty ensemble, and for files that cannot be used with this model, before
@@ -64,7 +65,10 @@ def profiles(model, ensemble: Ensemble, how: Sampling, progress: Callable[[], No
     """
     if not ensemble:
         raise ValueError("LoRA Spectrum: the ensemble is empty. Connect at least one 'LoRA (Ensemble)' node to it.")
-    active = [spec for spec in ensemble if spec.strength_model != 0]
+    active = [spec for spec in ensemble if spec.strength_model != 0 and spec.role != ALWAYS]
+    always = tuple(spec for spec in ensemble if spec.role == ALWAYS)
+    if always:
+        model = apply_method(model, None, always, lambda all_: Merge(all_.strengths), node="LoRA Spectrum")[0]
     models = [apply_method(model, None, (replace(spec, mask=None),), lambda one: Merge(one.strengths),
                            node="LoRA Spectrum")[0] for spec in active]
     base = _shares(model, how, progress)
