@@ -26,6 +26,7 @@ from ...methods.session import OTHER, POSITIVE, UNCONDITIONAL, Call, RunContext,
 from ..families.row_order import one_row_only, row_order
 from .cache import BranchCache, CacheSpec, Combo
 from .control import Controls
+from .fused import as_before, call_routed_layers
 from .places import Area, MaskedLoRAs
 from .routes import Routed, RoutedLoRAs
 from .steps import StepTracker
@@ -99,6 +100,7 @@ class Composition:
         """Start a run; its context per applied method, the side of guidance that each of the sampler's conds is on,
         what tells how much memory is left, and where it samples."""
         run = Run(self.applied, tracker, contexts, sides, self.cache, free, device)
+        call_routed_layers()
         self.runs.append(run)
         self.record = run.record
         return run
@@ -106,6 +108,7 @@ class Composition:
     def end(self, run: Run, finished: bool) -> None:
         """The run is over, however it ended."""
         self.runs.remove(run)
+        as_before()
         self.places = tuple(
             Placed(each.names, regions.maps.cpu(), tuple(getattr(regions, "found", ())),
                    tuple(mask is not None for mask in each.masks))
