@@ -15,7 +15,8 @@ class Switch:
     from 0 that is order[(j // tau) mod k].
 
     strengths       one per adapter
-    steps_per_lora  tau, sampling steps before the next adapter takes over
+    steps_per_lora  tau, sampling steps before the next adapter takes over. 0: as the run has steps, so that each
+                    adapter has two turns where that can be, of 5 steps (the paper's) at most
     order           adapter indexes in the order of their turns; None: as listed
     late            True reproduces the released code, whose callback runs at the end of a step whose index is a
                     positive multiple of tau: every turn ends one step later, so the first one lasts tau + 1 steps
@@ -24,26 +25,30 @@ class Switch:
     masks = "layers"
 
     strengths: tuple[float, ...]
-    steps_per_lora: int = 5
+    steps_per_lora: int = 0
     order: tuple[int, ...] | None = None
     late: bool = False
 
     def __post_init__(self) -> None:
-        if self.steps_per_lora < 1:
-            raise ValueError(f"Switch: steps_per_lora must be at least 1, got {self.steps_per_lora}")
+        if self.steps_per_lora < 0:
+            raise ValueError(f"Switch: steps_per_lora must be at least 0, got {self.steps_per_lora}")
         if self.order is not None and sorted(self.order) != list(range(len(self.strengths))):
             raise ValueError(f"Switch: order must name each of the {len(self.strengths)} LoRAs once, got {self.order}")
 
-    def active(self, index: int) -> int:
-        """The adapter whose turn it is at step `index` (0 = first step)."""
+    def turn(self, total: int) -> int:
+        """tau in a run of so many steps."""
+        return self.steps_per_lora or min(max(total // (2 * max(len(self.strengths), 1)), 1), 5)
+
+    def active(self, step: Step) -> int:
+        """The adapter whose turn it is at a step."""
         order = self.order or tuple(range(len(self.strengths)))
-        turn = max(index - 1, 0) if self.late else index
-        return order[turn // self.steps_per_lora % len(order)]
+        index = max(step.index - 1, 0) if self.late else step.index
+        return order[index // self.turn(step.total) % len(order)]
 
     def branches(self, step: Step) -> tuple[Branch, ...]:
         if not self.strengths:
             return (Branch(()),)
-        return (one_hot(self.strengths, self.active(step.index)),)
+        return (one_hot(self.strengths, self.active(step)),)
 
     def mix(self, step: Step, predictions: Tensor) -> Tensor:
         return predictions[0]

@@ -68,11 +68,11 @@ class LoRAEnsembleSwitch(io.ComfyNode):
             options=[
                 io.Int.Input(
                     "steps_per_lora",
-                    default=5,
-                    min=1,
+                    default=0,
+                    min=0,
                     max=10000,
-                    tooltip="Sampling steps before the next LoRA takes over. Choose it so that each LoRA gets several "
-                    "turns: 5 for 50 steps or more, 2 or 3 for 20 to 30. 1 tends to distort the image.",
+                    tooltip="Sampling steps before the next LoRA takes over. 0 goes by the number of steps: two turns "
+                    "for each LoRA where that can be, of 5 steps at most. The paper uses 5, with 100 steps and more.",
                 ),
                 io.String.Input(
                     "order",

@@ -14,6 +14,7 @@ if not __package__:  # started as a file: run it as a module of the pack
 import json
 import textwrap
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 
 import numpy as np
@@ -42,13 +43,13 @@ def chosen_sets() -> list[LoraSet]:
     return [task for size in (2, 3, 4, 5) for task in [s for s in sets if len(s.concepts) == size][:ROWS_PER_SIZE]]
 
 
-def cells(tasks: list[LoraSet], bank: Bank) -> list[list[Picture]]:
+def cells(tasks: list[LoraSet], bank: Bank, shown: Sequence[str] = SHOWN) -> list[list[Picture]]:
     """Per set: each LoRA alone, then every method."""
     rows = []
     for task in tasks:
         alone = [Picture(task.prompt((concept,)), task.seed, (lora,), Merge((1.0,)))
                  for concept, lora in zip(task.concepts, task.loras, strict=True)]
-        rows.append(alone + [RECIPES[name].picture(task, bank) for name in SHOWN])
+        rows.append(alone + [RECIPES[name].picture(task, bank) for name in shown])
     return rows
 
 
@@ -59,16 +60,16 @@ def verdict(task: LoraSet, answers: dict[str, np.ndarray], i: int, only: int | N
     return f"shows {len(seen)} of {len(concepts)}" + (": " + " ".join(seen) if seen and only is None else "")
 
 
-def grid(tasks: list[LoraSet], rows: list[list[Picture]], images: Tensor,
-         answers: dict[str, np.ndarray]) -> Image.Image:
+def grid(tasks: list[LoraSet], rows: list[list[Picture]], images: Tensor, answers: dict[str, np.ndarray],
+         shown: Sequence[str] = SHOWN) -> Image.Image:
     """Rows: sets. Columns: each LoRA alone, then the methods. Under each picture, what the judge sees in it."""
     most = max(len(task.concepts) for task in tasks)
-    columns = most + len(SHOWN)
+    columns = most + len(shown)
     font = ImageFont.load_default()
     height = TEXT + len(tasks) * (CELL + TEXT)
     sheet = Image.new("RGB", (LEFT + columns * (CELL + MARGIN), height), "white")
     pen = ImageDraw.Draw(sheet)
-    titles = [f"LoRA {i + 1} alone" for i in range(most)] + list(SHOWN)
+    titles = [f"LoRA {i + 1} alone" for i in range(most)] + list(shown)
     for column, title in enumerate(titles):
         pen.text((LEFT + column * (CELL + MARGIN), TEXT // 2), title, "black", font)
     pixels, i = (images.cpu().numpy() * 255).round().astype(np.uint8).transpose(0, 2, 3, 1), 0
@@ -87,16 +88,15 @@ def grid(tasks: list[LoraSet], rows: list[list[Picture]], images: Tensor,
     return sheet
 
 
-def pictures(base: Base, judge: Judge) -> Image.Image:
-    tasks = chosen_sets()
+def pictures(base: Base, judge: Judge, tasks: list[LoraSet], shown: Sequence[str] = SHOWN) -> Image.Image:
     with Sampler(base, load_loras(REGIME)) as sampler:
-        rows = cells(tasks, sampler.bank)
+        rows = cells(tasks, sampler.bank, shown)
         images = sampler.draw([picture for row in rows for picture in row])
-    return grid(tasks, rows, images, judge.read(images))
+    return grid(tasks, rows, images, judge.read(images), shown)
 
 
 def main(out_dir: str | Path) -> None:
-    """Writes grid.png, table.md and table.json into out_dir."""
+    """Writes grid.png, row.png (five LoRAs, merged and routed), table.md and table.json into out_dir."""
     out, start = Path(out_dir), time.time()
     out.mkdir(parents=True, exist_ok=True)
     base, judge = load_base(), load_judge()
@@ -105,8 +105,10 @@ def main(out_dir: str | Path) -> None:
         sys.stdout.write(f"{time.time() - start:5.0f} s  {what}\n")
         sys.stdout.flush()
 
-    pictures(base, judge).save(out / "grid.png")
-    done("grid.png")
+    tasks = chosen_sets()
+    pictures(base, judge, tasks).save(out / "grid.png")
+    pictures(base, judge, tasks[-1:], ("Merge", "Routed")).save(out / "row.png")
+    done("grid.png, row.png")
     loras, sets, table = load_loras(REGIME), some_sets(TABLE_SETS), []
     for name, recipe in {"Alone": None, **{name: RECIPES[name] for name in SHOWN}}.items():
         table += evaluate(REGIME, name, recipe, sets, base, judge, loras, 1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from itertools import permutations
 
@@ -133,23 +134,35 @@ def released_switch(total: int, k: int, tau: int) -> list[int]:
 @pytest.mark.parametrize("total", [1, 4, 20, 53])
 def test_switch_follows_the_formula_and_late_the_released_code(k, tau, total):
     exact, late = Switch((1.0,) * k, tau), Switch((1.0,) * k, tau, late=True)
-    assert [exact.active(j) for j in range(total)] == [paper_switch(j + 1, k, tau) - 1 for j in range(total)]
-    assert [late.active(j) for j in range(total)] == released_switch(total, k, tau)
+    turns = [exact.active(step(j, total)) for j in range(total)]
+    assert turns == [paper_switch(j + 1, k, tau) - 1 for j in range(total)]
+    assert [late.active(step(j, total)) for j in range(total)] == released_switch(total, k, tau)
     for j in range(total):
         (branch,) = exact.branches(step(j, total))
-        assert [i for i, g in enumerate(branch.gains) if g] == [exact.active(j)]
+        assert [i for i, g in enumerate(branch.gains) if g] == [exact.active(step(j, total))]
 
 
 def test_switch_takes_turns_in_the_given_order():
     switch = Switch(STRENGTHS, 2, order=(2, 0, 1))
-    assert [switch.active(j) for j in range(8)] == [2, 2, 0, 0, 1, 1, 2, 2]
+    assert [switch.active(step(j, 8)) for j in range(8)] == [2, 2, 0, 0, 1, 1, 2, 2]
     assert switch.branches(step(0))[0].gains == (0.0, 0.0, 1.2)
 
 
-@pytest.mark.parametrize("tau", [0, -3])
-def test_switch_refuses_turns_without_steps(tau):
-    with pytest.raises(ValueError, match=f"steps_per_lora must be at least 1, got {tau}"):
-        Switch(STRENGTHS, tau)
+@pytest.mark.parametrize(("total", "count", "tau"), [(200, 2, 5), (50, 3, 5), (30, 3, 5), (20, 2, 5), (20, 3, 3),
+                                                     (20, 5, 2), (8, 2, 2), (8, 4, 1), (4, 2, 1), (4, 4, 1), (3, 5, 1)])
+def test_turns_go_by_the_number_of_steps(total, count, tau):
+    """Each LoRA has two turns where there are steps for it, and one where there are steps enough for that."""
+    switch = Switch((1.0,) * count)
+    assert switch.turn(total) == tau
+    turns = [switch.active(step(j, total)) for j in range(total)]
+    assert set(turns) == set(range(min(count, total)))
+    if total >= 2 * count:
+        assert sum(a != b for a, b in itertools.pairwise(turns)) >= 2 * count - 1
+
+
+def test_switch_refuses_turns_without_steps():
+    with pytest.raises(ValueError, match="steps_per_lora must be at least 0, got -3"):
+        Switch(STRENGTHS, -3)
 
 
 @pytest.mark.parametrize("order", [(0, 1), (0, 1, 1), (1, 2, 3), (0, 1, 2, 2)], ids=str)

@@ -159,6 +159,7 @@ class Run:
                                 problems=[problem for each in applied for problem in each.problems])
         self._tell = into(self.record.problems)
         self._layers: dict[tuple[str, str], list[str]] = {}
+        self._acted: list[set[int]] = [set() for _ in applied]
         self.cache = BranchCache(cache, self._tell, free) if cache is not None and cache.oldest > 1 else None
         self.combos: dict[UUID, Combo] = {}
         self.single: Combo | None = None
@@ -201,6 +202,9 @@ class Run:
         branches = self.branches = tuple(session.branches(step) for session in self.sessions)
         combos = tuple(product(*branches))
         fresh = tuple(any(flags) for flags in product(*(session.refresh(step) for session in self.sessions)))
+        for acted, chosen in zip(self._acted, branches, strict=True):
+            acted |= {i for branch in chosen for gains in (branch.gains, *(g for _, g in branch.per_module))
+                      for i, gain in enumerate(gains) if gain} if len(acted) < len(chosen[0].gains) else set()
         entry = self.record.steps[-1]
         entry.branches = entry.branches or [[list(branch.gains) for branch in combo] for combo in combos]
         return Plan(step, x, timestep, branches, combos, fresh, parts)
@@ -323,6 +327,7 @@ class Run:
         self.record.finished = finished
         for routed in forwards:
             self._unseen(routed)
+        self._idle()
         self._summed_up()
 
     def _unseen(self, routed: RoutedForwards) -> None:
@@ -349,6 +354,15 @@ class Run:
             return
         self._layers[adapter, reason].append(layer)
         self._tell(f"{adapter}: {layer}: {reason}")
+
+    def _idle(self) -> None:
+        """Name LoRAs that a method never let act: of those that take turns, there may be more than a run has steps."""
+        steps = len(self.record.steps)
+        for each, acted in zip(self.applied, self._acted, strict=True):
+            for i, name in enumerate(each.names) if self.record.finished and steps else ():
+                if i not in acted:
+                    self._tell(f"LoRA '{name}' did not act in any of the {steps} steps: {type(each.method).__name__} "
+                               "gave it no turn")
 
     def _summed_up(self) -> None:
         """Say in the record how many layers a reason is true of."""

@@ -102,3 +102,15 @@ def test_it_is_proposed_and_not_done(loras):
     merged = composed(model, [named, *bare(specs(model, loras))], Merge)
     sample(merged)
     assert record_of(merged).problems == []
+
+
+def test_loras_without_a_turn_are_named(loras):
+    """Three LoRAs and two steps."""
+    model = base("SD15")
+    ensemble = [*bare(specs(model, loras)), LoRASpec(loras(lora(shapes(model), 5, 4)), 0.5, 0)]
+    ours = composed(model, ensemble, Switch)
+    sample(ours, steps=2)
+    (line,) = record_of(ours).problems
+    assert ensemble[2].name in line and "any of the 2 steps" in line
+    sample(ours, steps=3)
+    assert record_of(ours).problems == []
