@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .transfer import on_device
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -55,6 +57,7 @@ class Places:
         self.more = dict(more or {})
         self.locate = locate
         self._kept: dict[Hashable, tuple[Tensor, Callable[[], Tensor]]] = {}
+        self._indexes: dict[tuple[int, ...], Tensor] = {}
 
     def update(self, maps: Tensor, words: Tensor | None = None, more: Mapping[str, Tensor] | None = None) -> None:
         """Other maps and words of the same shapes: everything made of the earlier ones is brought up to date in place,
@@ -73,6 +76,13 @@ class Places:
             self._kept[key] = (make().contiguous(), make)
         return self._kept[key][0]
 
+    def index(self, numbers: Sequence[int]) -> Tensor:
+        """Numbers to take entries by, on the maps' device, sent there once: an update sends nothing."""
+        key = tuple(numbers)
+        if key not in self._indexes:
+            self._indexes[key] = on_device(key, self.maps.device, torch.int64)
+        return self._indexes[key]
+
     def on_grid(self, grid: tuple[int, ...], rows: tuple[int, ...]) -> Tensor:
         """Gains of the places of a picture: [entries, adapters, *grid] for entries that belong to `rows`.
 
@@ -85,12 +95,12 @@ class Places:
         return self.keep(("tokens", segments, rows), lambda: self._on_tokens(segments, rows))
 
     def _on_grid(self, grid: tuple[int, ...], rows: tuple[int, ...]) -> Tensor:
-        pictures = [self.pictures[row] for row in rows]
+        pictures = self.index([self.pictures[row] for row in rows])
         frames = len(rows) // len(set(rows)) if len(grid) == 2 and self.maps.ndim == 5 else 0
         maps = self._resized((frames, *grid) if frames else grid)
         if not frames:
-            return maps[pictures]
-        return maps[pictures, :, [sum(r == row for r in rows[:e]) for e, row in enumerate(rows)]]
+            return maps.index_select(0, pictures)
+        return maps[pictures, :, self.index([sum(r == row for r in rows[:e]) for e, row in enumerate(rows)])]
 
     def _on_tokens(self, segments: Segments, rows: tuple[int, ...]) -> Tensor:
         parts = []
@@ -99,7 +109,7 @@ class Places:
                 grid = segment.grid if segment.grid[0] > 1 else segment.grid[1:]
                 part = self.on_grid(grid, rows).flatten(2).mT
             elif segment.kind == "text" and (known := self._of(segment)) is not None:
-                words = known[[self.texts[row] for row in rows]]
+                words = known.index_select(0, self.index([self.texts[row] for row in rows]))
                 part = words.repeat(1, 1, max(segment.count // words.shape[2], 1)).mT
                 if part.shape[1] < segment.count:  # padding behind the text
                     part = F.pad(part, (0, 0, 0, segment.count - part.shape[1]), value=1.0)

@@ -172,12 +172,13 @@ class Programs:
         def where(entries: Entries, slots: Sequence[Slot], numbers: Numbers) -> Tensor:
             rows = tuple(owners[entry] for entry in entries)
             columns = tuple(slot.adapter for slot in slots for _ in range(slot.width))
+            # Made once: what is made anew when places change comes from the device alone.
+            gain, index = gain_tensor(slots, numbers, spatial, len(grid), like), places.index(columns)
 
             def make() -> Tensor:
-                gain = gain_tensor(slots, numbers, spatial, len(grid), like)
                 if spatial:
-                    return places.on_grid(grid, rows)[:, columns].to(gain) * gain
-                return places.on_tokens(segments, rows)[..., columns].to(gain).unflatten(1, grid) * gain
+                    return places.on_grid(grid, rows).index_select(1, index).to(gain) * gain
+                return places.on_tokens(segments, rows).index_select(-1, index).to(gain).unflatten(1, grid) * gain
 
             return places.keep((segments, grid, rows, columns, numbers, like.dtype), make)
 

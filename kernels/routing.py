@@ -64,7 +64,7 @@ def compete(attention: Tensor, own: Sequence[int | None], rivals: Sequence[int],
     relative = attention / top.reshape(*top.shape, *[1] * (attention.ndim - 2))
     if not rivals:
         return relative.new_ones(len(relative), len(own), *relative.shape[2:])
-    best = relative[:, list(rivals)].amax(dim=1)
+    best = torch.stack([relative[:, clause] for clause in rivals]).amax(dim=0)
     shares = [torch.ones_like(best) if clause is None else
               torch.where(best > 0, relative[:, clause] / best.clamp_min(tiny), 1.0).clamp(max=1) ** gamma
               for clause in own]

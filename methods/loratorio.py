@@ -176,7 +176,9 @@ class LoRAtorioSession(Session):
 
     def _masks_like(self, weights: Tensor) -> Tensor:
         """Masks of the active LoRAs as they are now, [N, 1 or B, 1, (frames or 1,) h, w] on the weights' device."""
-        masks = stacked(self.context.masks)[list(self._active)].to(weights.device)
+        masks = stacked(self.context.masks).to(weights.device)
+        if len(self._active) < len(self.pool):
+            masks = torch.stack([masks[i] for i in self._active])
         return masks.unsqueeze(3) if masks.ndim < weights.ndim else masks
 
     def _members(self, step: Step) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...kernels.routing import clause_attention
-from ..families.attention import joint
+from ..families.attention import Joint, joint
 from ..families.token_streams import Streams
 
 OVERRIDE = "optimized_attention_override"
@@ -22,15 +22,17 @@ class AttentionReader:
 
     root      the diffusion model
     streams   the tokens of the evaluation (families/token_order.py)
-    rows      the rows of the batch that are read
-    members   [rows, clauses, tokens of the text as the model gets it]
+    rows      the rows of the batch that are read: those in succession as a slice, others as a tensor
+    members   [rows, clauses, tokens of the text as the model gets it]; both on the device of the batch
     wanted    numbers of the joining calls to read; None: all
     """
 
-    def __init__(self, root: nn.Module, streams: Streams, rows: Sequence[int], members: Tensor,
+    def __init__(self, root: nn.Module, streams: Streams, rows: slice | Tensor, members: Tensor,
                  wanted: Sequence[int] | None = None):
-        self.root, self.streams, self._rows, self._members = root, streams, list(rows), members
+        self.root, self.streams, self._rows, self._members = root, streams, rows, members
+        self._last = int(rows.max()) if isinstance(rows, Tensor) else rows.stop - 1
         self._wanted = None if wanted is None else frozenset(wanted)
+        self._joint: dict[tuple[int, int], Joint | None] = {}
         self.count = 0
         self.found: list[Tensor] = []  # per call [rows, clauses, frames, height, width]
 
@@ -58,17 +60,34 @@ class AttentionReader:
 
     def _see(self, q: Tensor, k: Tensor, heads: int, mask: Tensor | None, split: bool, scale: float | None) -> None:
         queries, keys = (q.shape[2], k.shape[2]) if split else (q.shape[1], k.shape[1])
-        where = joint(self.root, self.streams, queries, keys)
+        if (queries, keys) not in self._joint:
+            self._joint[queries, keys] = joint(self.root, self.streams, queries, keys)
+        where = self._joint[queries, keys]
         if where is None:
             return
         self.count += 1
-        if self._wanted is not None and self.count - 1 not in self._wanted or max(self._rows) >= len(q):
+        if self._wanted is not None and self.count - 1 not in self._wanted or self._last >= len(q):
             return
         q, k = (t if split else t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k))
         picture, text = slice(*where.picture), slice(*where.text)
-        read = clause_attention(q[self._rows][:, :, picture], k[self._rows], self._for(text.stop - text.start), text,
-                                _of_rows(mask, self._rows, len(q), picture, queries), scale)
+        read = clause_attention(self._of(q)[:, :, picture], self._of(k), self._for(text.stop - text.start), text,
+                                self._masked(mask, len(q), picture, queries), scale)
         self.found.append(read.unflatten(-1, where.grid))
+
+    def _of(self, tensor: Tensor) -> Tensor:
+        """The rows that are read."""
+        return tensor[self._rows] if isinstance(self._rows, slice) else tensor.index_select(0, self._rows)
+
+    def _masked(self, mask: Tensor | None, batch: int, picture: slice, queries: int) -> Tensor | None:
+        """The part of an attention mask that the read rows and places have; it may come without rows, heads and
+        queries."""
+        if mask is None:
+            return None
+        while mask.ndim < 4:
+            mask = mask.unsqueeze(0) if mask.ndim < 3 else mask.unsqueeze(1)
+        if mask.shape[0] == batch:
+            mask = self._of(mask)
+        return mask[:, :, picture] if mask.shape[2] == queries and queries > 1 else mask
 
     def _for(self, count: int) -> Tensor:
         """Members for as many tokens as the text has in this call: padding belongs to no clause."""
@@ -79,14 +98,3 @@ class AttentionReader:
 def _mask(args: tuple, kwargs: dict) -> Tensor | None:
     mask = args[0] if args else kwargs.get("mask")
     return mask if isinstance(mask, Tensor) else None
-
-
-def _of_rows(mask: Tensor | None, rows: list[int], batch: int, picture: slice, queries: int) -> Tensor | None:
-    """The part of an attention mask that the read rows and places have; it may come without rows, heads and queries."""
-    if mask is None:
-        return None
-    while mask.ndim < 4:
-        mask = mask.unsqueeze(0) if mask.ndim < 3 else mask.unsqueeze(1)
-    if mask.shape[0] == batch:
-        mask = mask[rows]
-    return mask[:, :, picture] if mask.shape[2] == queries and queries > 1 else mask

@@ -30,6 +30,7 @@ from .fused import as_before, call_routed_layers
 from .places import Area, MaskedLoRAs
 from .routes import Routed, RoutedLoRAs
 from .steps import StepTracker
+from .summary import idle, sum_up
 
 KEY = "lora_ensemble"
 log = logging.getLogger("lora_ensemble")
@@ -178,6 +179,7 @@ class Run:
         self.conds: Callable[[], dict[str, list[dict]]] = dict
         self.probing = False
         self.read: Combo | None = None
+        self._seen_compiled: dict[int, bool] = {}
         self.step: Step | None = None
         self.branches: tuple[tuple[Branch, ...], ...] = ()
         self.sessions = [begin(each.method, replace(context, masks=regions.masks)
@@ -301,6 +303,12 @@ class Run:
         return [self.origins.get(uuid, uuid) if self.read is None or combo == self.read else None
                 for uuid, combo in zip(uuids, combos, strict=True)]
 
+    def compiled(self, root: nn.Module, look: Callable[[], bool]) -> bool:
+        """Whether torch.compile sees a model: looked at once."""
+        if id(root) not in self._seen_compiled:
+            self._seen_compiled[id(root)] = look()
+        return self._seen_compiled[id(root)]
+
     def arrange(self, root: nn.Module, combos: list[Combo | None]) -> None:
         """Rows of these combinations come next. A model that keeps keys and values of its prompt from call to call
         (HiDream-O1) knows them by the prompt alone: it must forget them where the LoRAs of its rows change."""
@@ -327,8 +335,9 @@ class Run:
         self.record.finished = finished
         for routed in forwards:
             self._unseen(routed)
-        self._idle()
-        self._summed_up()
+        for line in idle(self.applied, self._acted, self.record):
+            self._tell(line)
+        sum_up(self._layers, self.record.problems)
 
     def _unseen(self, routed: RoutedForwards) -> None:
         """Name layers that hold adapters but were never called: the model reads their weights in another way."""
@@ -348,30 +357,12 @@ class Run:
         return None
 
     def _problem(self, adapter: str, layer: str, reason: str) -> None:
-        """One line for a reason, with the first layer that it is true of; `_summed_up` counts the others."""
+        """One line for a reason, with the first layer that it is true of; `sum_up` counts the others."""
         if self._layers.setdefault((adapter, reason), []):
             self._layers[adapter, reason].append(layer)
             return
         self._layers[adapter, reason].append(layer)
         self._tell(f"{adapter}: {layer}: {reason}")
-
-    def _idle(self) -> None:
-        """Name LoRAs that a method never let act: of those that take turns, there may be more than a run has steps."""
-        steps = len(self.record.steps)
-        for each, acted in zip(self.applied, self._acted, strict=True):
-            for i, name in enumerate(each.names) if self.record.finished and steps else ():
-                if i not in acted:
-                    self._tell(f"LoRA '{name}' did not act in any of the {steps} steps: {type(each.method).__name__} "
-                               "gave it no turn")
-
-    def _summed_up(self) -> None:
-        """Say in the record how many layers a reason is true of."""
-        problems = self.record.problems
-        for (adapter, reason), (first, *others) in self._layers.items():
-            line = f"{adapter}: {first}: {reason}"
-            if others and line in problems:
-                problems[problems.index(line)] = (f"{adapter}: {first} and {len(others)} more "
-                                                  f"layer{'s' * (len(others) > 1)}: {reason}")
 
     def _close_step(self) -> None:
         """The sessions' notes go in under their method's name; the second of a kind has its place as well."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...engine.positions import Places, Segments
+from ...engine.transfer import on_device
 from ...kernels.nested import unpack
 from ...kernels.patches import stacked
 from ..families.token_order import CallTokens, token_order
@@ -32,8 +33,9 @@ class MaskedLoRAs:
     def __init__(self, masks: Sequence[Tensor | None], tell: Callable[[str], None]):
         self.maps = stacked(masks).squeeze(2).transpose(0, 1)  # [pictures, LoRAs, (frames,) height, width]
         self.tell = tell
-        self.version = 0  # of the maps and words: what was made of earlier ones is brought up to date
-        self._places: dict[Hashable, tuple[Places, int]] = {}
+        self.version = 0  # of the maps, and
+        self.texts = 0  # of the words: what was made of earlier ones is brought up to date
+        self._places: dict[Hashable, tuple[Places, int, int]] = {}
 
     def places(self, root: nn.Module, x: Tensor, conds: Mapping[str, object], areas: Sequence[Area],
                uuids: Sequence[UUID | None]) -> Places:
@@ -47,16 +49,18 @@ class MaskedLoRAs:
         key = id(root), x.shape, x.device, shapes, tuple(parts)
         pictures, distinct = x.shape[0] // len(parts), list(dict.fromkeys(parts))
         if key not in self._places:
-            maps, words, more = self._of_batch(distinct, pictures, conds, root, x.device)
+            maps, (words, more) = self._of_batch(distinct, pictures, x.device), self._texts(distinct, conds, root, x)
             each = len(maps) // len(distinct)
             index = [distinct.index(part) * each + p % each for part in parts for p in range(pictures)]
             texts = [distinct.index(part) for part in parts for _ in range(pictures)]
             places = Places(maps.clone(), index, words, texts, self._locate(root, x, conds), more)
-            self._places[key] = places, self.version
-        places, version = self._places[key]
+            self._places[key] = places, self.version, self.texts
+        places, version, texts = self._places[key]
         if version != self.version:
-            places.update(*self._of_batch(distinct, pictures, conds, root, x.device))
-            self._places[key] = places, self.version
+            same = texts == self.texts
+            words = (None, None) if same else self._texts(distinct, conds, root, x)
+            places.update(self._of_batch(distinct, pictures, x.device), *words)
+            self._places[key] = places, self.version, self.texts
         return places
 
     def kind(self, uuid: UUID | None) -> Hashable:
@@ -74,20 +78,22 @@ class MaskedLoRAs:
         """
         return None
 
-    def _of_batch(self, kinds: Sequence[tuple[Hashable, Area]], pictures: int, conds: Mapping[str, object],
-                  root: nn.Module, device: torch.device) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
-        """(maps, words of the prompts, words of the model's further texts) on a device"""
+    def _of_batch(self, kinds: Sequence[tuple[Hashable, Area]], pictures: int, device: torch.device) -> Tensor:
         maps = [self.of(kind) for kind, _ in kinds]
-        cropped = [crop(each if len(each) == 1 else each[:pictures], area)
-                   for each, (_, area) in zip(maps, kinds, strict=True)]
+        return torch.cat([crop(each if len(each) == 1 else each[:pictures], area)
+                          for each, (_, area) in zip(maps, kinds, strict=True)]).to(device)
+
+    def _texts(self, kinds: Sequence[tuple[Hashable, Area]], conds: Mapping[str, object], root: nn.Module, x: Tensor
+               ) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """(words of the prompts, words of the model's further texts)"""
         found = {}
         for source, axis in (("", 1), *SOURCES.items()):
             text = conds.get(source or "context")
             words = [self.text(kind, root, text.shape[axis], source) for kind, _ in kinds] \
                 if isinstance(text, Tensor) else [None]
             if all(each is not None for each in words):
-                found[source] = torch.stack(words).to(device)
-        return torch.cat(cropped).to(device), found.pop("", None), found
+                found[source] = on_device(torch.stack(words), x.device)
+        return found.pop("", None), found
 
     def _locate(self, root: nn.Module, x: Tensor, conds: Mapping[str, object]
                 ) -> Callable[[str, int], Segments | None]:

@@ -9,7 +9,6 @@ from uuid import UUID, uuid4
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ...kernels.branch import Branch
 from ...methods.merge import Merge
@@ -64,12 +63,10 @@ def readings(regions: Sequence[RoutedLoRAs], root: nn.Module, x: Tensor, conds: 
         found = [(k, uuid, members) for k, uuid, members in found if members is not None]
         if not found:
             continue
-        most = max(len(members) for _, _, members in found)
-        members = torch.stack([F.pad(members, (0, 0, 0, most - len(members))) for _, _, members in found])
-        rows = [k * pictures + p for k, _, _ in found for p in range(pictures)]
         known = each.calls.get(id(root))
         wanted = None if known is None else chosen(root, known, each.routed.blocks)
-        reader = AttentionReader(root, tokens.streams, rows, members.repeat_interleave(pictures, dim=0), wanted)
+        rows, members = each.rows_to_read(found, pictures, x.device)
+        reader = AttentionReader(root, tokens.streams, rows, members, wanted)
         out.append(Reading(each, root, reader, [uuid for _, uuid, _ in found], pictures))
     return out
 
@@ -92,15 +89,17 @@ def find_places(run: Run, positive: list[list[dict]], evaluate: Callable[[list[l
     base = tuple(_base(regions, branches, applied) for regions, branches, applied
                  in zip(run.regions, run.branches, run.applied, strict=True))
     run.probing = True
-    for regions in due:
-        if regions.contrasts:
-            _compare(regions, positive, lambda conds: evaluate(conds, base), variants)
-    rest = [regions for regions in due if not regions.contrasts]
-    if rest and not compiled:
-        instead = [[_with_stand_ins(entry, rest, variants) for entry in cond] for cond in positive]
-        with run.reading(rest):
-            evaluate(instead, base)
-    run.probing = False
+    try:
+        for regions in due:
+            if regions.contrasts:
+                _compare(regions, positive, lambda conds: evaluate(conds, base), variants)
+        rest = [regions for regions in due if not regions.contrasts]
+        if rest and not compiled:
+            instead = [[_with_stand_ins(entry, rest, variants) for entry in cond] for cond in positive]
+            with run.reading(rest):
+                evaluate(instead, base)
+    finally:
+        run.probing = False
     for regions in due:
         regions.commit()
         if not regions.routes.found:

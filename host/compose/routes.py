@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...engine.transfer import on_device
 from ...kernels.branch import Branch, Step
 from ...kernels.routing import contrast
 from ...methods.prompt import LoRAWords
@@ -71,6 +72,7 @@ class RoutedLoRAs(MaskedLoRAs):
         self._instead: dict[UUID, tuple[UUID, Prompt]] = {}
         self._pending: dict[UUID, Tensor] = {}
         self._branches: dict[tuple, Branch] = {}
+        self._reading: dict[tuple, tuple[slice | Tensor, Tensor]] = {}
         self._acted: bool | None = None
         self._anywhere = [False] * count  # per LoRA whether some prompt has its words
         self.calls: dict[int, int] = {}  # per diffusion model, how many of its calls of attention join text and picture
@@ -98,6 +100,7 @@ class RoutedLoRAs(MaskedLoRAs):
         for entry in new:
             self._prompts[entry["uuid"]] = self._searched(entry)
         if new:
+            self.texts += 1
             own = [[clause is not None for clause in prompt.clauses.own] for prompt in self._prompts.values()]
             self._anywhere = anywhere = [any(column) for column in zip(*own, strict=True)]
             for prompt, here in zip(self._prompts.values(), own, strict=True):
@@ -133,11 +136,28 @@ class RoutedLoRAs(MaskedLoRAs):
         self._instead[other["uuid"]] = uuid, self._searched(other)
 
     def members(self, uuid: UUID, root: nn.Module, tokens: int) -> Tensor | None:
-        """[clauses, tokens of the text as the model gets it] of a cond; None where its attention says nothing."""
+        """[clauses, tokens of the text as the model gets it] of a cond, on the CPU; None where its attention says
+        nothing."""
         prompt = self._instead[uuid][1] if uuid in self._instead else self._prompts.get(uuid)
         if prompt is None or prompt.fixed:
             return None
         return fitted(prompt.clauses.members, prompt.length, root, tokens, 0.0)
+
+    def rows_to_read(self, found: Sequence[tuple[int, UUID, Tensor]], pictures: int, device: torch.device
+                     ) -> tuple[slice | Tensor, Tensor]:
+        """(the rows of a batch, the members of their clauses [rows, clauses, tokens]) on its device, sent there once.
+
+        found   (place in the batch, name, members) of the conds that are read
+        """
+        key = tuple((k, uuid, members.shape) for k, uuid, members in found), pictures, device
+        if key not in self._reading:
+            most = max(len(members) for _, _, members in found)
+            members = torch.stack([F.pad(members, (0, 0, 0, most - len(members))) for _, _, members in found])
+            rows = [k * pictures + p for k, _, _ in found for p in range(pictures)]
+            succession = rows == list(range(rows[0], rows[0] + len(rows)))
+            self._reading[key] = (slice(rows[0], rows[-1] + 1) if succession else on_device(rows, device),
+                                  on_device(members.repeat_interleave(pictures, dim=0), device))
+        return self._reading[key]
 
     def see(self, uuid: UUID, attention: Tensor) -> None:
         """Attention to a cond's clauses [pictures, clauses or more, frames, height, width], used from `commit` on."""
@@ -229,8 +249,9 @@ class RoutedLoRAs(MaskedLoRAs):
         if self._acted is False:
             return torch.zeros_like(self.maps)
         maps = torch.ones_like(self.maps) if prompt.maps is None else prompt.maps.clone()
-        if any(prompt.elsewhere):
-            maps[:, [i for i, gone in enumerate(prompt.elsewhere) if gone]] = 0
+        for i, gone in enumerate(prompt.elsewhere):
+            if gone:
+                maps[:, i] = 0
         return self._masked(maps)
 
     def _masked(self, maps: Tensor) -> Tensor:

@@ -42,10 +42,10 @@ def outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=No
     tracker, callback = tracked(context.sigmas, callback)
     run = composition.begin(tracker, method_contexts(context, guider.model_patcher, composition.applied),
                             sides_of(guider.conds), _free(guider.model_patcher), guider.model_patcher.load_device)
-    added = with_variants(guider.conds) if run.routes else ()
-    run.conds = lambda: guider.conds
-    finished = False
+    finished, added = False, []
     try:
+        added += with_variants(guider.conds) if run.routes else []
+        run.conds = lambda: guider.conds
         out = executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, *args, **kwargs)
         finished = True
         return out
@@ -69,9 +69,10 @@ def calc_cond_batch(executor, model, conds, x_in, timestep, model_options):
                         _caller_options(model_options, len(conds)))
 
     if run.routes:
-        transformer_options = model_options.get("transformer_options", {})
-        compiled = _compiled(model.diffusion_model, transformer_options)
-        find_places(run, positives(conds, sides), alone, _unwrapped(model.diffusion_model), compiled)
+        root = _unwrapped(model.diffusion_model)
+        compiled = run.compiled(root, partial(_compiled, model.diffusion_model,
+                                              model_options.get("transformer_options", {})))
+        find_places(run, positives(conds, sides), alone, root, compiled)
         with run.reading([] if compiled else [each for each in run.routes if each.reads(plan.step)],
                          _to_read(run, plan.combos)):
             out = _evaluated(executor, model, run, plan, conds, sides, x_in, timestep, model_options)

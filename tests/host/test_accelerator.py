@@ -14,7 +14,9 @@ from lora_ensemble.engine import products
 from lora_ensemble.host.files.ensemble import LoRASpec, Mask
 from lora_ensemble.host.guidance.calibrate import calibrate
 from lora_ensemble.methods.cmlora import CMLoRA
+from lora_ensemble.methods.composite import Composite
 from lora_ensemble.methods.loratorio import LoRAtorio
+from lora_ensemble.methods.merge import Merge
 from lora_ensemble.methods.switch import Switch
 from lora_ensemble.tests.accelerator import DEVICE
 
@@ -26,6 +28,7 @@ from .models import FAMILIES, base, build, patcher
 from .test_calibration import STEPS as CALIBRATED
 from .test_calibration import guide, paths
 from .test_kinds import KERNEL, LINEAR, POINTWISE, file_of, weights
+from .test_routed import prompt, routed, specs
 from .test_selection import est, klora, pair
 
 STEPS, KNOWN = 6, 4
@@ -107,6 +110,20 @@ def test_every_method(name, family, loras, transfers):
     got, late = run(model, family, transfers)
     # Bit for bit but for enlarged weights: on the pretended device torch computes those in parts of its own.
     torch.testing.assert_close(got, want, rtol=0, atol=1e-5 * want.abs().max().item() if "LoRAtorio" in name else 0)
+    assert harmless(late) == []
+    assert "double" not in {t.kind for t in transfers if t.ours}
+
+
+@pytest.mark.parametrize("mode", ["every step", "once"])
+@pytest.mark.parametrize("make", [Merge, Composite, LoRAtorio], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("family", ["SD15", "Flux"])
+def test_places_by_words(family, make, mode, loras, transfers):
+    """Attention is read, and places are renewed, on the device alone."""
+    ensemble = specs(base(family), loras)
+    want, _ = run(routed(base(family), ensemble, make, mode=mode), family, positive=prompt(family))
+    transfers.clear()
+    got, late = run(routed(on_device(family), ensemble, make, mode=mode), family, transfers, positive=prompt(family))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
     assert harmless(late) == []
     assert "double" not in {t.kind for t in transfers if t.ours}
 

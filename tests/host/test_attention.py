@@ -85,7 +85,7 @@ class Read:
 
         def begin(_, args, kwargs):
             streams = order.begin(args[0], kwargs).streams
-            self.reader = AttentionReader(model, streams, [0, 1], self.members)
+            self.reader = AttentionReader(model, streams, slice(0, 2), self.members)
             kwargs["transformer_options"] = self.reader.options({**kwargs["transformer_options"], OVERRIDE: earlier})
             return args, kwargs
 
@@ -115,6 +115,24 @@ def test_reads_the_shares_of_clauses(name):
         text = share[:, slice(*where.picture), slice(*where.text)][..., :5]
         want = torch.einsum("rpt,rct->rcp", text, read.members.double()).unflatten(-1, where.grid)
         assert torch.allclose(found.double(), want, atol=1e-5), name
+
+
+def test_rows_that_do_not_follow_each_other():
+    """Of a batch with the negative between: a tensor of rows is read as a slice is."""
+    kind, model, _ = plain("SD15")
+    seen = []
+    for rows in (torch.tensor([0, 2]), slice(0, 3)):
+        members = torch.ones(2 if isinstance(rows, torch.Tensor) else 3, 1, 5)
+
+        def begin(_, args, kwargs, rows=rows, members=members):
+            streams = token_order(model).begin(args[0], kwargs).streams
+            seen.append(AttentionReader(model, streams, rows, members))
+            kwargs["transformer_options"] = seen[-1].options(kwargs["transformer_options"])
+            return args, kwargs
+
+        with model.register_forward_pre_hook(begin, with_kwargs=True):
+            kind.call(model, {}, rows=3)
+    assert torch.equal(seen[0].mean(), seen[1].mean()[[0, 2]])
 
 
 @pytest.mark.parametrize("name", sorted(UNREAD))
