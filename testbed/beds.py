@@ -31,9 +31,13 @@ from .worlds import Collection
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long everything trains. `longer`: (regime, concept) -> steps of a LoRA that needs more than the others."""
+    """How long everything trains.
 
-    base: int
+    base     rounds of (steps, learning rate), each from what the one before has left
+    longer   (regime, concept) -> steps of a LoRA that needs more than the others
+    """
+
+    base: tuple[tuple[int, float], ...]
     judge: int
     loras: Mapping[str, int]
     lora_rate: float
@@ -72,9 +76,10 @@ class Bed:
 
 
 UNET = Bed("unet", WEIGHTS, Base, Judge, FIRST, scene, text, scene.CATEGORIES, worlds.collection, protocol.all_sets,
-           protocol.alone_set, Schedule(7000, 2500, {"clean": 240, "narrow": 160}, 4e-3,
+           protocol.alone_set, Schedule(((7000, 3e-3),), 2500, {"clean": 240, "narrow": 160}, 4e-3,
                                         {("clean", "zaneth"): 800}))  # thin lines over everything are learned last
 JOINT = Bed("joint", WEIGHTS.parent / "joint" / "weights", JointBase, joint_judge.make, joint_judge.SCHOOL, joint_scene,
             joint_text, joint_scene.PARTS, joint_worlds.collection, joint_protocol.all_sets, joint_protocol.alone_set,
-            Schedule(4600, 2000, {"clean": 200, "narrow": 160}, 4e-3))
+            Schedule(((4600, 3e-3), (1400, 3e-3)), 2000, {"clean": 140, "narrow": 100}, 3e-3,
+                     {("clean", "zaneth"): 300}))
 BEDS = {bed.name: bed for bed in (UNET, JOINT)}

@@ -51,6 +51,7 @@ def train_lora(base: Body, latents: Tensor, prompts: Sequence[str], steps: int, 
     optimizer = torch.optim.AdamW([p for d in deltas.values() for p in d.parameters()], lr=rate, weight_decay=0.0)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1,
                                                     final_div_factor=10)
+    base.train()
     try:
         for _ in range(steps):
             rows = torch.randint(len(latents), (batch,), generator=generator)
@@ -61,6 +62,7 @@ def train_lora(base: Body, latents: Tensor, prompts: Sequence[str], steps: int, 
             optimizer.step()
             scheduler.step()
     finally:
+        base.eval()
         for module in modules.values():
             parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
     tensors = {}

@@ -18,14 +18,14 @@ LENGTH = 32
 PAD, UNKNOWN = 0, 1
 NOUNS = {"character": "creature", "clothing": None, "object": None, "background": "backdrop", "style": "finish"}
 # What a word that belongs to one category only says of a colour before it: it is that category's, or its mark's.
-_SENSE: dict[str, str] = {}
+SENSE: dict[str, str] = {}
 for _category, _noun in NOUNS.items():
     _mark, _own = f"{_category}.mark_colour", f"{_category}.colour"
     _own = _own if _own in ATTRIBUTES else _mark
-    _SENSE |= dict.fromkeys(ATTRIBUTES[f"{_category}.mark"], _mark)
-    _SENSE |= dict.fromkeys((*ATTRIBUTES[f"{_category}.kind"], *([_noun] if _noun else [])), _own)
-_WORDS = sorted({*_SENSE, *COLOURS, *ATTRIBUTES["side"]})
-_COLOURED = sorted(f"{colour} {sense}" for colour in COLOURS for sense in set(_SENSE.values()))
+    SENSE |= dict.fromkeys(ATTRIBUTES[f"{_category}.mark"], _mark)
+    SENSE |= dict.fromkeys((*ATTRIBUTES[f"{_category}.kind"], *([_noun] if _noun else [])), _own)
+_WORDS = sorted({*SENSE, *COLOURS, *ATTRIBUTES["side"]})
+_COLOURED = sorted(f"{colour} {sense}" for colour in COLOURS for sense in set(SENSE.values()))
 VOCABULARY = ("<pad>", "<unknown>", *_WORDS, *_COLOURED, *(concept.name for concept in CONCEPTS))
 _INDEX = {word: i for i, word in enumerate(VOCABULARY)}
 
@@ -57,7 +57,7 @@ def senses(prompt: str) -> list[str]:
     for clause in prompt.lower().split(","):
         sense, words = None, []
         for word in reversed(clause.split()):
-            sense = _SENSE.get(word, sense)
+            sense = SENSE.get(word, sense)
             words.append(f"{word} {sense}" if word in COLOURS and sense else word)
         out += reversed(words)
     return out

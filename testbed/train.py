@@ -44,7 +44,10 @@ def make_base(bed: Bed, device: str) -> None:
         save_module(base, bed.weights / "base.safetensors")
 
     torch.manual_seed(0)
-    keep(train_base(bed.make_base(), bed.schedule.base, device=device, log=say, keep=keep))
+    base = bed.make_base()
+    for seed, (steps, rate) in enumerate(bed.schedule.base):
+        base = train_base(base, steps, rate=rate, seed=seed, device=device, log=say, keep=keep)
+        keep(base)
 
 
 def make_lora(bed: Bed, base: Body, regime: str, concept: Concept) -> None:

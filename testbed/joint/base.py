@@ -13,7 +13,7 @@ from ..model import encode
 from .model import LATENT, Flux, start
 from .render import render
 from .scene import sample
-from .text import LENGTH, SidedText, meaningless, sparse_caption, tokenize
+from .text import LENGTH, TopicText, meaningless, sparse_caption, tokenize
 
 BARE = 0.3
 """How often a rare word stands alone in captions, for the base, which learns to pass over it, and for LoRAs."""
@@ -26,7 +26,7 @@ class JointBase(Body):
 
     def __init__(self) -> None:
         super().__init__()
-        self.flux, self.text = start(Flux()), SidedText()
+        self.flux, self.text = start(Flux()), TopicText()
 
     @property
     def net(self) -> Flux:

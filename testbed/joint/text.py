@@ -1,7 +1,8 @@
 """Prompts of the second body: the first body's words, and a tokenizer that also tells left from right.
 
 Words of a figure end with its side ("vexa red pointed creature left, drosh blue robe left"). A token is what the first
-body's tokenizer makes of a word, and the side of the clause in which it stands.
+body's tokenizer makes of a word, and what its clause is about: the figure on a side, the object, the background, the
+style, or something that no word of it tells.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from ..scene import CONCEPTS
-from ..text import PAD, UNKNOWN, VOCABULARY, TextEncoder, clause, senses
+from ..text import PAD, SENSE, UNKNOWN, VOCABULARY, TextEncoder, clause, senses
 from .scene import PARTS, SIDES, category_of
 
 LENGTH = 36
+TOPICS = ("", *SIDES, "object", "background", "style")
 _INDEX = {word: i for i, word in enumerate(VOCABULARY)}
 
 
@@ -37,13 +39,18 @@ def caption(words: Mapping[str, str], triggers: Mapping[str, str] | None = None)
     return ", ".join(text for text in said if text)
 
 
+def about(text: str) -> int:
+    """The index in TOPICS of what a clause is about, 0 where that is not told."""
+    words = text.split()
+    told = [word for word in words if word in SIDES]
+    told = told or [SENSE[word].partition(".")[0] for word in words if word in SENSE]
+    return TOPICS.index(told[0]) if told and told[0] in TOPICS else 0
+
+
 def tokens(prompt: str) -> list[int]:
-    """A token per word: its index in the vocabulary, plus as many vocabularies as its side says."""
-    ids = []
-    for text in prompt.lower().split(","):
-        side = next((1 + SIDES.index(word) for word in text.split() if word in SIDES), 0)
-        ids += [_INDEX.get(word, UNKNOWN) + side * len(VOCABULARY) for word in senses(text)]
-    return ids
+    """A token per word: its index in the vocabulary, plus as many vocabularies as its clause's topic says."""
+    return [_INDEX.get(word, UNKNOWN) + about(text) * len(VOCABULARY)
+            for text in prompt.lower().split(",") for word in senses(text)]
 
 
 def tokenize(prompts: Iterable[str]) -> Tensor:
@@ -77,15 +84,14 @@ def meaningless(rng: np.random.Generator) -> dict[str, str]:
     return {PARTS[rng.integers(len(PARTS))]: CONCEPTS[rng.integers(len(CONCEPTS))].name}
 
 
-class SidedText(nn.Module):
-    """tokens int64 [n, LENGTH] -> context float [n, LENGTH, width]: what was learned of a word and of a side, added,
+class TopicText(nn.Module):
+    """tokens int64 [n, LENGTH] -> context float [n, LENGTH, width]: what was learned of a word and of a topic, added,
     and the first body's encoder over both."""
 
     def __init__(self, width: int = 96):
         super().__init__()
         self.words = TextEncoder(width)
-        self.sides = nn.Embedding(1 + len(SIDES), width)
+        self.topics = nn.Embedding(len(TOPICS), width)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        sides = self.sides(tokens // len(VOCABULARY))
-        return self.words(tokens % len(VOCABULARY), sides)
+        return self.words(tokens % len(VOCABULARY), self.topics(tokens // len(VOCABULARY)))
