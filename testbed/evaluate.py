@@ -26,7 +26,7 @@ from ..methods.switch import Switch
 from .body import Body
 from .judge import Judge
 from .loras import RANK
-from .protocol import UNSAID, LoraSet
+from .protocol import LoraSet
 from .routing import Placed
 from .sampler import STEPS, Picture, Sampler
 
@@ -166,12 +166,6 @@ def score(task: LoraSet, read: Mapping[str, int]) -> tuple[list[bool], bool]:
     return task.shown(read), bool(task.leaks(read))
 
 
-def marks_right(task: LoraSet, read: Mapping[str, int]) -> float:
-    """Of one picture: the share of what no ordinary word says of its concepts that is as they have it."""
-    return float(np.mean([read[a] == value for concept in task.concepts for a, value in concept.look.items()
-                          if a.partition(".")[2] in UNSAID]))
-
-
 def interval(values: np.ndarray, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
     """95 % bootstrap interval of the mean."""
     rng = np.random.default_rng(seed)
@@ -203,7 +197,7 @@ def scores(sampler: Sampler, judge: Judge, sets: Sequence[LoraSet], recipe: Reci
         for task in batch:
             parts = [task] if recipe is not None else [task.only(c) for c in task.concepts]
             answers = list(islice(read, len(parts)))
-            each = [(*score(part, answer), marks_right(part, answer))
+            each = [(*score(part, answer), part.marks_right(answer))
                     for part, answer in zip(parts, answers, strict=True)]
             shown = [one for concepts, *_ in each for one in concepts]
             leak, marks = (float(np.mean([one[k] for one in each])) for k in (1, 2))

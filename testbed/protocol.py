@@ -98,6 +98,15 @@ class LoraSet:
         """Of a picture in which the judge reads this: which concepts it shows."""
         return [read[concept.category] == number(concept) for concept in self.concepts]
 
+    def looks(self) -> list[dict[str, int]]:
+        """Per concept what it looks like, in the attributes of a scene."""
+        return [concept.look for concept in self.concepts]
+
+    def marks_right(self, read: Mapping[str, int]) -> float:
+        """The share of what no ordinary word says of its concepts that a picture shows as they have it."""
+        return float(np.mean([read[a] == value for look in self.looks() for a, value in look.items()
+                              if a.rpartition(".")[2] in UNSAID]))
+
     def leaks(self, read: Mapping[str, int]) -> list[tuple[str, ...]]:
         """The traits of the worlds of its LoRAs that it shows although the prompt asked for something else."""
         return [trait for concept in self.concepts for trait in leaked(concept, self.asked, read)]

@@ -55,6 +55,9 @@ class JointSet(LoraSet):
     def only(self, concept: Concept) -> JointSet:
         return replace(self, concepts=(concept,), parts=(self.parts[self.concepts.index(concept)],))
 
+    def looks(self) -> list[dict[str, int]]:
+        return [look(c, part) for part, c in zip(self.parts, self.concepts, strict=True)]
+
     def shown(self, read: Mapping[str, int]) -> list[bool]:
         return [read[part] == number(c) for part, c in zip(self.parts, self.concepts, strict=True)]
 
