@@ -50,19 +50,20 @@ class LoRAEnsembleRouted(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "start",
-                    default=0.05,
+                    default=0.0,
                     min=0.0,
                     max=0.9,
                     step=0.01,
                     tooltip="The share of the steps that the base model draws alone, and whose attention says where "
-                    "the words are. Where that is no whole step, places are found in an evaluation of their own.",
+                    "the words are. 0: the LoRAs act from the first step on, and places are found in an evaluation of "
+                    "their own before it.",
                 ),
                 io.String.Input(
                     "blocks",
                     default="",
-                    placeholder="auto, or 0.2-0.8",
+                    placeholder="auto, or 0.2-0.6",
                     tooltip="Which part of the model's attention is read, from 0 (its first blocks) to 1 (its last): "
-                    "0.2-0.8. Empty: as it is known for the kind of model. Look at the maps in the Ensemble Report.",
+                    "0.2-0.6. Empty: as it is known for the kind of model. Look at the maps in the Ensemble Report.",
                 ),
             ],
             place=False,
@@ -87,7 +88,7 @@ class LoRAEnsembleRouted(io.ComfyNode):
 
 
 def share_of(blocks: str) -> tuple[float, float] | None:
-    """"0.2-0.8" as numbers, None for nothing. Raises ValueError for anything else."""
+    """"0.2-0.6" as numbers, None for nothing. Raises ValueError for anything else."""
     if not blocks.strip() or blocks.strip().lower() == "auto":
         return None
     try:
@@ -95,7 +96,7 @@ def share_of(blocks: str) -> tuple[float, float] | None:
     except ValueError:
         first, last = 1.0, 0.0
     if not 0 <= first <= last <= 1:
-        raise ValueError(f"{NODE}: blocks is '{blocks}'. Write two numbers from 0 to 1, as 0.2-0.8, or nothing.")
+        raise ValueError(f"{NODE}: blocks is '{blocks}'. Write two numbers from 0 to 1, as 0.2-0.6, or nothing.")
     return first, last
 
 

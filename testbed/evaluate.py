@@ -30,9 +30,6 @@ from .protocol import LoraSet
 from .routing import Placed
 from .sampler import STEPS, Picture, Sampler
 
-START = 0.05  # share of the steps after which LoRAs are routed: as the node has it
-
-
 @dataclass(frozen=True)
 class Lineup:
     """The LoRAs of one picture, what a method is made from: a strength and a role each, and `loras`, where they are in
@@ -85,7 +82,7 @@ class Recipe:
 
     make: Factory
     place: str = "everywhere"
-    routing: Routing = Routing(start=START)
+    routing: Routing = Routing()
     strength: float = 1.0
     bare: bool = False
     stand_in: bool = False
@@ -114,7 +111,7 @@ RECIPES: dict[str, Recipe] = {
     **{name: Recipe(make) for name, make in METHODS.items()},
     "Merge 0.6": Recipe(METHODS["Merge"], strength=0.6),
     "Routed": _words(METHODS["Merge"]),
-    "Routed once": _words(METHODS["Merge"], routing=Routing("once", start=START)),
+    "Routed once": _words(METHODS["Merge"], routing=Routing("once")),
     "Routed contrast": _words(METHODS["Merge"], routing=Routing("contrast")),
     **{f"{name} words": _words(make) for name, make in METHODS.items() if name != "Merge"},
     "Masks": Recipe(METHODS["Merge"], "masks", Routing("once")),

@@ -19,6 +19,11 @@ BARE = 0.3
 """How often a rare word stands alone in captions, for the base, which learns to pass over it, and for LoRAs."""
 
 
+READ = ("double_blocks.1", "single_blocks.0")
+"""The blocks whose attention says best where words are, by pictures of two characters: what ComfyUI's model of this
+class is read at, too (`host/families/attention.py`)."""
+
+
 class JointBase(Body):
     """The transformer and its text encoder."""
 
@@ -38,8 +43,9 @@ class JointBase(Body):
     def velocity(self, x: Tensor, sigma: Tensor, context: Tensor, see: See | None = None) -> Tensor:
         text = context.shape[1]
 
-        def observer(_: str, q: Tensor, k: Tensor) -> None:
-            see(q[:, :, text:], k, slice(0, text))
+        def observer(block: str, q: Tensor, k: Tensor) -> None:
+            if block in READ:
+                see(q[:, :, text:], k, slice(0, text))
 
         return self.flux(x, sigma, context, context.mean(1), None if see is None else observer)
 

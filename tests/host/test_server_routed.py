@@ -105,7 +105,7 @@ def test_it_evaluates_what_a_merge_does(server: Server, files):
 
 
 def test_place_words_of_another_method_is_the_same(server: Server, files):
-    """Merge with place 'words' is Routed with its defaults, but for the start."""
+    """Merge with place 'words' is Routed with its defaults."""
     prompt = example("sdxl_routed", files)
     (method,) = find(prompt, "LoRAEnsembleRouted")
     links = {name: value for name, value in prompt[method]["inputs"].items() if isinstance(value, list)}
