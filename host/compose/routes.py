@@ -90,9 +90,10 @@ class RoutedLoRAs(MaskedLoRAs):
 
     @property
     def idle(self) -> bool:
-        """Whether no LoRA has words in any prompt, so that there is nothing to look for."""
-        return not any(clause is not None and not wide for prompt in self._prompts.values()
-                       for clause, wide in zip(prompt.clauses.own, prompt.clauses.everywhere, strict=True))
+        """Whether no LoRA without a mask of its own has words in any prompt, so that there is nothing to look for."""
+        return not any(clause is not None and not wide and mask is None for prompt in self._prompts.values()
+                       for clause, wide, mask in zip(prompt.clauses.own, prompt.clauses.everywhere, self._masks,
+                                                     strict=True))
 
     def meet(self, entries: Sequence[dict]) -> None:
         """Positive conds of a call; those that are new are searched for the LoRAs' words."""

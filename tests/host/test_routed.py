@@ -226,6 +226,15 @@ def test_a_mask_by_hand_beats_the_words(loras):
     assert torch.equal(first, HALF[0]) and torch.equal(second, places_of(other)[0].maps[0, 1])
 
 
+def test_masks_for_all_need_no_looking(loras):
+    model = base("SD15")
+    ours = routed(model, [LoRASpec(spec.name, spec.strength_model, 0, words=spec.words, mask=Mask(mask))
+                          for spec, mask in zip(specs(model, loras), (HALF, 1 - HALF), strict=True)])
+    sample(ours, "SD15", prompt(), steps=2)
+    assert [step.rows for step in record_of(ours).steps] == [2, 2] and record_of(ours).problems == []
+    assert torch.equal(places_of(ours)[0].maps[0], torch.cat([HALF, 1 - HALF]))
+
+
 def test_a_style_is_everywhere_and_does_not_compete(loras):
     model = base("SD15")
     ensemble = specs(model, loras)
