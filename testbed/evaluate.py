@@ -30,6 +30,7 @@ from .protocol import LoraSet
 from .routing import Placed
 from .sampler import STEPS, Picture, Sampler
 
+
 @dataclass(frozen=True)
 class Lineup:
     """The LoRAs of one picture, what a method is made from: a strength and a role each, and `loras`, where they are in
