@@ -17,7 +17,7 @@ from .models import base
 
 
 @pytest.mark.parametrize("make", [lambda model, ensemble: model, merge, composite,
-                                  lambda model, ensemble: method(model, ensemble, Switch),
+                                  lambda model, ensemble: method(model, ensemble, lambda s: Switch(s, 5)),
                                   lambda model, ensemble: composite(merge(model, ensemble[:1]), ensemble[1:])],
                          ids=["no method", "Merge", "Composite", "Switch", "Merge, Composite"])
 def test_after_every_method(make, loras):
