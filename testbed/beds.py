@@ -80,6 +80,7 @@ UNET = Bed("unet", WEIGHTS, Base, Judge, FIRST, scene, text, scene.CATEGORIES, w
                                         {("clean", "zaneth"): 800}))  # thin lines over everything are learned last
 JOINT = Bed("joint", WEIGHTS.parent / "joint" / "weights", JointBase, joint_judge.make, joint_judge.SCHOOL, joint_scene,
             joint_text, joint_scene.PARTS, joint_worlds.collection, joint_protocol.all_sets, joint_protocol.alone_set,
-            Schedule(((4600, 3e-3), (1400, 3e-3)), 2000, {"clean": 140, "narrow": 100}, 3e-3,
-                     {("clean", "zaneth"): 300}))
+            Schedule(((4600, 3e-3), (1500, 3e-3)), 2000, {"clean": 100, "narrow": 130}, 3e-3,
+                     {(regime, concept.name): 240 for regime in worlds.REGIMES for concept in scene.CONCEPTS
+                      if concept.category in ("background", "style")}))  # what fills the picture is learned last
 BEDS = {bed.name: bed for bed in (UNET, JOINT)}
