@@ -82,5 +82,6 @@ JOINT = Bed("joint", WEIGHTS.parent / "joint" / "weights", JointBase, joint_judg
             joint_text, joint_scene.PARTS, joint_worlds.collection, joint_protocol.all_sets, joint_protocol.alone_set,
             Schedule(((4600, 3e-3), (1500, 3e-3)), 2000, {"clean": 100, "narrow": 130}, 3e-3,
                      {(regime, concept.name): 240 for regime in worlds.REGIMES for concept in scene.CONCEPTS
-                      if concept.category in ("background", "style")}))  # what fills the picture is learned last
+                      if concept.category in ("background", "style")}  # what fills the picture is learned last
+                     | {("narrow", "zaneth"): 500, ("narrow", "orvu"): 500, ("clean", "zaneth"): 450}))
 BEDS = {bed.name: bed for bed in (UNET, JOINT)}
