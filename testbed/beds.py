@@ -83,5 +83,5 @@ JOINT = Bed("joint", WEIGHTS.parent / "joint" / "weights", JointBase, joint_judg
             Schedule(((4600, 3e-3), (1500, 3e-3)), 2000, {"clean": 100, "narrow": 130}, 3e-3,
                      {(regime, concept.name): 240 for regime in worlds.REGIMES for concept in scene.CONCEPTS
                       if concept.category in ("background", "style")}  # what fills the picture is learned last
-                     | {("narrow", "zaneth"): 500, ("narrow", "orvu"): 500, ("clean", "zaneth"): 450}))
+                     | {("narrow", "zaneth"): 500, ("clean", "zaneth"): 450}))
 BEDS = {bed.name: bed for bed in (UNET, JOINT)}
