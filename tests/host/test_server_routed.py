@@ -22,7 +22,7 @@ HER, HIM = "ohwx woman with long red hair", "sks man with a grey beard"
 # name -> (the words of the LoRAs in the order of the ensemble, samples that the model evaluates in each step)
 EXPECTED = {
     "sdxl_routed": ([[HER], [HIM], ["watercolor painting"]], [3] + [2] * 29),
-    "sdxl_routed_masks": ([[HER], [HIM], ["watercolor painting"]], [2] * 30),
+    "sdxl_routed_masks": ([[HER], [HIM], ["watercolor painting"]], [3] + [2] * 29),
     "flux_routed": ([[f"An {HER}"], ["a fluffy sks dog"], ["watercolor painting"]], [2] + [1] * 19),
     "qwen_image_routed": ([["An ohwx woman with long red hair in a green coat"],
                            ["A sks man with a grey beard and round glasses"], []], [3] + [2] * 19),
