@@ -294,60 +294,6 @@ def test_an_override_of_another_node_still_runs(loras):
     assert OVERRIDE not in model.model_options["transformer_options"]
 
 
-@pytest.mark.parametrize("family", ["SD15", "Wan"])
-def test_contrast(family, loras):
-    """Places from what a prediction loses without a clause; a clause of two parts is both."""
-    model = base(family)
-    marks = PromptTokens("ohwx cat, sks dog, a field, ohwx hat", 5,
-                         ((0, 8, (0,)), (10, 17, (1,)), (19, 26, (2,)), (28, 36, (3, 4))))
-    others = [prompt(family, None, 20 + k)[0] for k in range(4)]  # two of the first LoRA, one, and the field
-    conds = prompt(family, marks, lora_ensemble_without=tuple(enumerate(others)))
-    ensemble = specs(model, loras, wanted=lambda name: name == LAST[family])
-    ours = routed(model, ensemble, mode="contrast")
-    found = sample(ours, family, conds, steps=2, cfg=1.0, batch=2)
-    assert record_of(ours).problems == [] and [step.rows for step in record_of(ours).steps] == [2 * 5 + 2, 2]
-
-    def predicted(cond):
-        seen = []
-        sample(model, family, [cond], steps=2, cfg=1.0, batch=2, callback=lambda i, x0, x, n: seen.append(x0.clone()))
-        return seen[0]
-
-    whole, without = predicted(conds[0]), torch.stack([predicted(other) for other in others])
-    apart = (without - whole).square().mean(2).sqrt().transpose(0, 1)
-    flat = F.avg_pool2d(apart.flatten(0, -3)[:, None], 3, 1, 1, count_include_pad=False).reshape(apart.shape)
-    clauses = torch.stack([flat[:, 0] + flat[:, 1], flat[:, 2], flat[:, 3]], dim=1)
-    relative = clauses / clauses.flatten(2).amax(-1).reshape(2, 3, *[1] * (clauses.ndim - 2))
-    maps = (relative / relative.amax(1, keepdim=True))[:, :2] ** 2
-    assert torch.allclose(places_of(ours)[0].maps, maps, atol=1e-4) and torch.isfinite(found).all()
-
-
-def test_contrast_without_what_it_compares(loras):
-    model = base("SD15")
-    ensemble = specs(model, loras)
-    ours = routed(model, ensemble, mode="contrast")
-    sample(ours, "SD15", prompt(), steps=2)
-    assert ["CLIP of this method node" in problem for problem in record_of(ours).problems] == [True]
-    assert (places_of(ours)[0].maps == 1).all()
-
-
-@pytest.mark.parametrize(("start", "rows"), [(0.0, [3, 2, 2]), (0.3, [2, 3, 2])])
-@pytest.mark.parametrize("mode", ["every step", "once"])
-def test_stand_in_words_say_where(mode, start, rows, loras):
-    """The places are those of the prompt with ordinary words, also where a step of the base model could be read; the
-    picture is drawn by the prompt as it is."""
-    model = base("SD15")
-    ensemble = specs(model, loras)
-    other = prompt("SD15", MARKS, 30)[0]
-    ours, likewise = routed(model, ensemble, mode=mode, start=start), routed(model, ensemble, mode="once", start=start)
-    bare_marks = PromptTokens("ohwx, sks dog, a field", 5, MARKS.words)
-    sample(ours, "SD15", prompt("SD15", bare_marks, lora_ensemble_probe=other), steps=3)
-    sample(likewise, "SD15", [other], steps=3)
-    if not start:  # later, the pictures are different ones by then
-        assert torch.equal(places_of(ours)[0].maps, places_of(likewise)[0].maps)
-    assert not (places_of(ours)[0].maps == 1).all()
-    assert [step.rows for step in record_of(ours).steps] == rows and record_of(ours).problems == []
-
-
 def test_where_attention_cannot_be_read(loras):
     """A model whose attention is called without the options: said, and merged."""
     model = base("SD15")
