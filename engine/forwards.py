@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -52,11 +52,12 @@ class RoutedForwards:
     order      how the rows of a batch lie in the entries of a layer (layout.py)
     compiled   whether torch.compile sees the model: gains are then tensors that stay where they are (compiled.py).
                Where it does although this is False, all that adapters add is an opaque operator
+    lasting    a context for tensors that are kept beyond the layer that runs, as a host may ask for
     """
 
     def __init__(self, root: nn.Module, bank: Bank, reader: Reader | None = None,
                  report: Callable[[str, str, str], None] | None = None, position: int = 0, order: Order = folded,
-                 compiled: bool = False):
+                 compiled: bool = False, lasting: Callable[[], AbstractContextManager] = nullcontext):
         self.root, self.bank, self.position, self.order, self.compiled = root, bank, position, order, compiled
         say = Once(report or (lambda adapter, layer, reason: None))
         # Not a method: programs hold it, and a circle would keep the model of a run that is over.
@@ -65,7 +66,7 @@ class RoutedForwards:
         self._installed: list[_Installed] = []
         self._layers: list[Layer] = []
         self._layouts: dict[Hashable, Layout] = {}
-        self._programs = Programs(bank, reader or (lambda name: _read(root, name)), self._tell)
+        self._programs = Programs(bank, reader or (lambda name: _read(root, name)), self._tell, lasting)
         self._addresses: list[int] = []
         self._traced: dict[int, TracedGains] = {}
 

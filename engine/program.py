@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -47,12 +48,14 @@ class Layer(NamedTuple):
 class Programs:
     """Makes the programs of one bank's layers, and keeps them and what they are made of, for one run.
 
-    tell   called as tell(adapter name, layer, reason) for what cannot be expressed
+    tell     called as tell(adapter name, layer, reason) for what cannot be expressed
+    lasting  a context for tensors that are kept beyond the layer that runs
     """
 
-    def __init__(self, bank: Bank, reader: Reader, tell: Callable[[str, str, str], None]):
+    def __init__(self, bank: Bank, reader: Reader, tell: Callable[[str, str, str], None],
+                 lasting: Callable[[], AbstractContextManager] = nullcontext):
         self.bank, self.seen = bank, set()
-        self._reader, self._tell = reader, tell
+        self._reader, self._tell, self._lasting = reader, tell, lasting
         self._programs: dict[Hashable, Program] = {}
         self._made: dict[Hashable, object] = {}
 
@@ -77,7 +80,8 @@ class Programs:
             gains = tuple(gains[row] for row in owners)
         key = name, gains, x.shape, x.dtype, x.device, places, owners if places is not None else None
         if key not in self._programs:
-            self._programs[key] = self._program(layer, gains, y, x, places, owners)
+            with self._lasting():
+                self._programs[key] = self._program(layer, gains, y, x, places, owners)
         return self._programs[key]
 
     def _owners(self, layout: Layout, name: str, y: Tensor, x: Tensor) -> Entries | None:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from ...kernels.routing import clause_attention
 from ..families.attention import Joint, joint
+from ..families.lasting import lasting
 from ..families.token_streams import Streams
 
 OVERRIDE = "optimized_attention_override"
@@ -70,8 +71,9 @@ class AttentionReader:
             return
         q, k = (t if split else t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k))
         picture, text = slice(*where.picture), slice(*where.text)
-        read = clause_attention(self._of(q)[:, :, picture], self._of(k), self._for(text.stop - text.start), text,
-                                self._masked(mask, len(q), picture, queries), scale)
+        with lasting():
+            read = clause_attention(self._of(q)[:, :, picture], self._of(k), self._for(text.stop - text.start), text,
+                                    self._masked(mask, len(q), picture, queries), scale)
         self.found.append(read.unflatten(-1, where.grid))
 
     def _of(self, tensor: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import product
+from math import prod
 from uuid import UUID, uuid4
 
 import torch
@@ -23,10 +24,12 @@ from ...kernels.branch import Branch, Step
 from ...kernels.nested import Parts, unpack
 from ...methods import Method
 from ...methods.session import OTHER, POSITIVE, UNCONDITIONAL, Call, RunContext, begin
+from ..families.lasting import lasting
 from ..families.row_order import one_row_only, row_order
 from .cache import BranchCache, CacheSpec, Combo
 from .control import Controls
 from .fused import as_before, call_routed_layers
+from .kept import KeptBetweenCalls
 from .places import Area, MaskedLoRAs
 from .routes import Routed, RoutedLoRAs
 from .steps import StepTracker
@@ -170,11 +173,13 @@ class Run:
         self._routed: dict[int, tuple[nn.Module, list[RoutedForwards]]] = {}
         self._apart: dict[int, tuple[nn.Module, bool]] = {}
         self._since = time.perf_counter()
-        self._prompts: dict[int, tuple[nn.Module, list[Combo | None]]] = {}
         self.areas: dict[UUID | None, Area] = {}
         self.origins: dict[UUID | None, UUID | None] = {}
         self.regions = [self._regions(each, context, device) for each, context in zip(applied, contexts, strict=True)]
         self.routes = [regions for regions in self.regions if isinstance(regions, RoutedLoRAs)]
+        self.kept = KeptBetweenCalls(self._tell, "LoRAs act in places of the picture" if
+                                     any(regions is not None for regions in self.regions) else
+                                     "the Branch Cache keeps tokens of its own" if self.cache is not None else "")
         self.readers: list[RoutedLoRAs] = []
         self.conds: Callable[[], dict[str, list[dict]]] = dict
         self.probing = False
@@ -252,7 +257,7 @@ class Run:
         have modules of their own)."""
         if id(root) not in self._routed:
             order, seen = row_order(root) or _unknown, compiled()
-            forwards = [RoutedForwards(root, bank, reader, self._problem, k, order, seen)
+            forwards = [RoutedForwards(root, bank, reader, self._problem, k, order, seen, lasting)
                         for k, bank in enumerate(banks())]
             self._routed[id(root)] = (root, forwards)
             for routed in forwards:
@@ -309,12 +314,13 @@ class Run:
             self._seen_compiled[id(root)] = look()
         return self._seen_compiled[id(root)]
 
-    def arrange(self, root: nn.Module, combos: list[Combo | None]) -> None:
-        """Rows of these combinations come next. A model that keeps keys and values of its prompt from call to call
-        (HiDream-O1) knows them by the prompt alone: it must forget them where the LoRAs of its rows change."""
-        if hasattr(root, "clear_kv_cache") and self._prompts.get(id(root), (root, None))[1] != combos:
-            root.clear_kv_cache()
-            self._prompts[id(root)] = (root, combos)
+    def keeping(self, root: nn.Module, options: dict, combos: Sequence[Combo | None], uuids: Sequence[UUID | None]
+                ) -> dict:
+        """Transformer options for a batch of these conds, as far as the model keeps something from call to call."""
+        acting = [combo and tuple(self.confined(k, branch, uuid) for k, branch in enumerate(combo))
+                  for combo, uuid in zip(combos, uuids, strict=True)]
+        words = tuple(regions.texts for regions in self.regions if regions is not None)
+        return self.kept.arrange(root, options, tuple((each, words) for each in acting), prod(map(len, self.branches)))
 
     def close(self, finished: bool) -> None:
         """Leave the models as they were, whatever becomes of the record: an accelerator that has failed raises where
@@ -326,8 +332,7 @@ class Run:
         for routed in forwards:
             routed.remove()
         self._routed.clear()
-        for root, _ in self._prompts.values():
-            root.clear_kv_cache()
+        self.kept.close()
         self._close_step()
         if self.cache is not None:
             self.cache.close()

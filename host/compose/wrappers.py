@@ -126,15 +126,13 @@ def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, t
     if run is None:
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
     uuids = options.get("uuids") or [None]
-    combos = [run.combos.get(uuid, run.single) for uuid in uuids]
-    run.arrange(_unwrapped(model.diffusion_model), combos)
+    combos, root = [run.combos.get(uuid, run.single) for uuid in uuids], _unwrapped(model.diffusion_model)
     if None in combos:
         # A node called the model on its own while several branches are open: none of them is meant.
-        return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
-    options = caller_indexes(options)
+        return executor(x, t, c_concat, c_crossattn, control, run.keeping(root, options, combos, uuids), **kwargs)
+    options = caller_indexes(run.keeping(root, options, combos, uuids))
     per_cond = x.shape[0] // len(combos)
     run.record.count(x.shape[0])
-    root = _unwrapped(model.diffusion_model)
     with ExitStack() as stack:
         for k, routed in enumerate(run.routed(root, partial(_banks, model), partial(read_weight, model.current_patcher),
                                               partial(_compiled, model.diffusion_model, options))):

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-
-import comfy.model_management
 import pytest
 import torch
 from lora_ensemble.engine.cache import FeatureCache
@@ -117,27 +114,3 @@ def test_what_the_device_cannot_hold_is_kept_in_main_memory(family, transfers, l
         assert torch.equal(sample(tight, family, steps=4), wanted)
         assert homes[:6] == [DEVICE] * rows + [torch.device("cpu")] * (6 - rows)
         assert steps_of(tight)[1]["reused"] == 6 and not record_of(tight).problems
-
-
-@pytest.mark.parametrize("family", ["SD15", "Flux"])
-def test_the_compiler_of_the_host_looks_away(family, loras, monkeypatch):
-    """Features outlive the block that made them: a host that gives out a block's memory again must not count it."""
-    model = composite(base(family), three(base(family), loras))
-    open_, kept, put = [], [], FeatureCache.put
-
-    @contextmanager
-    def pause_malloc_graph():
-        open_.append(1)
-        yield
-        open_.pop()
-
-    def watched(store, *arguments):
-        kept.append(bool(open_))
-        return put(store, *arguments)
-
-    stand_in = getattr(comfy, "model_prefetch", None) or type("prefetch", (), {})()
-    monkeypatch.setattr(comfy, "model_prefetch", stand_in, raising=False)
-    monkeypatch.setattr(stand_in, "pause_malloc_graph", pause_malloc_graph, raising=False)
-    monkeypatch.setattr(FeatureCache, "put", watched)
-    sample(cached(model), family, steps=3)
-    assert kept == [True] * 6 and not open_
