@@ -10,8 +10,8 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..host.compose.routes import PLACES, Placing
+from .menu import advanced, category
 
-CATEGORY = "LoRA Ensemble"
 # Schema fields that the oldest supported ComfyUI refuses; leaving them out is harmless.
 NEWER_FIELDS = {"search_aliases"}
 
@@ -20,9 +20,14 @@ LoRAStack = io.Custom("LORA_STACK")
 
 
 def schema(**fields: Any) -> io.Schema:
-    """io.Schema in this pack's category, without those NEWER_FIELDS that the running ComfyUI does not know."""
+    """io.Schema at the node's place in the menu, without those NEWER_FIELDS that the running ComfyUI does not know."""
     unknown = NEWER_FIELDS - set(inspect.signature(io.Schema).parameters)
-    return io.Schema(category=CATEGORY, **{name: value for name, value in fields.items() if name not in unknown})
+    later = advanced(fields["node_id"])
+    for part in fields.get("inputs", ()):
+        if part.id in later:
+            part.advanced = True  # ComfyUI 0.3.64 does not look at it and shows the input
+    return io.Schema(category=category(fields["node_id"]),
+                     **{name: value for name, value in fields.items() if name not in unknown})
 
 
 def method_schema(*, options: list[io.Input] | None = None, place: bool = True, later: list[io.Input] | None = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import re
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from comfy_api.latest import io
 from lora_ensemble.host.files.ensemble import ROLES, LoRASpec
 from lora_ensemble.nodes.baselines import LoRAEnsembleComposite, LoRAEnsembleMerge, LoRAEnsembleSwitch
 from lora_ensemble.nodes.ensembles import LoRAEnsembleFromStack, LoRAEnsembleLoRA, from_stack
+from lora_ensemble.nodes.menu import SHELVES, advanced
 from lora_ensemble.nodes.order import OrderError, turns_of
 from lora_ensemble.nodes.prompt import LoRAEnsemblePrompt
 
@@ -69,10 +71,38 @@ def test_the_pack_offers_the_v3_entry_point_alone():
 @each_node
 def test_everything_on_a_node_is_explained(node):
     schema = node.GET_SCHEMA()
-    assert schema.category == "LoRA Ensemble"
     assert schema.description
     for part in (*schema.inputs, *schema.outputs):
         assert part.tooltip and part.tooltip.endswith("."), f"{schema.node_id}: {part.id or part.display_name}"
+
+
+def test_the_menu_has_every_node_on_a_shelf_and_no_other():
+    listed = [f"LoRAEnsemble{name}" for names in SHELVES.values() for name in names]
+    assert len(listed) == len(set(listed)) and set(IDS) <= set(listed)
+    for node in NODES:
+        schema = node.GET_SCHEMA()
+        assert schema.category in {f"LoRA Ensemble/{shelf}" for shelf in SHELVES}, schema.node_id
+
+
+@each_node
+def test_what_beginners_need_not_see_waits_behind_advanced(node):
+    """Only widgets that are there: a socket would go on showing. Some widget of every node stays in sight."""
+    schema = node.GET_SCHEMA()
+    later = advanced(schema.node_id)
+    shown = node.INPUT_TYPES()
+    options = {name: spec[1] for part in ("required", "optional") for name, spec in shown.get(part, {}).items()}
+    widgets = {part.id for part in schema.inputs if isinstance(part, io.WidgetInput)}
+    assert later <= widgets and (not later or later < widgets)
+    knows = "advanced" in inspect.signature(io.Combo.Input).parameters
+    assert {name for name in options if options[name].get("advanced")} == (later if knows else set())
+
+
+@each_node
+def test_no_node_meets_a_beginner_with_a_wall_of_widgets(node):
+    schema = node.GET_SCHEMA()
+    own = [part.id for part in schema.inputs if isinstance(part, io.WidgetInput)]
+    stock = {"seed", "steps", "cfg", "sampler_name", "scheduler", "denoise"}
+    assert len(set(own) - advanced(schema.node_id) - stock) <= 6
 
 
 @each_node
