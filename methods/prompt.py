@@ -50,11 +50,14 @@ class LoRAWords:
     name      as messages call it
     typed     the user's words, separated by commas; `ohwx = woman with red hair` gives ohwx a stand-in (`stand_in`)
     trigger   the trigger words that its file names
+    usual     ordinary words for what it depicts, which stand in for a trigger that stands alone in its clause; none if
+              nothing is known of it
     """
 
     name: str
     typed: str = ""
     trigger: tuple[str, ...] = ()
+    usual: str = ""
 
     @property
     def phrases(self) -> tuple[tuple[str, str], ...]:
@@ -75,12 +78,16 @@ class Clause:
 
 @dataclass(frozen=True)
 class LoRAClauses:
-    """The clauses of one LoRA and their source, "marked", "typed" or "trigger"; without clauses the reason."""
+    """The clauses of one LoRA and their source, "marked", "typed" or "trigger"; without clauses the reason.
+
+    instead   (trigger, the ordinary words that stand in for it where its place is sought): see `stand_in`
+    """
 
     name: str
     clauses: tuple[Clause, ...] = ()
     source: str = ""
     reason: str = ""
+    instead: tuple[tuple[str, str], ...] = ()
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -114,6 +121,8 @@ _ARTICLE = re.compile(_ARTICLES, re.IGNORECASE)
 _LINK = re.compile(r"and|or|with|but|plus|of|&", re.IGNORECASE)
 _EMPTY = re.compile(rf"{_ARTICLES}|{_LINK.pattern}|is|are|was|were|be|has|have|it|he|she|they|there|who|which|to|as",
                     re.IGNORECASE)
+
+_SIDE = re.compile(r"left|right|middle|cent(?:er|re)", re.IGNORECASE)
 
 
 @dataclass
@@ -207,9 +216,13 @@ class _Search:
             others.append((edge, end))
         return own, [span for span in (self.trimmed(*span) for span in others) if self.says_something(*span)]
 
-    def says_something(self, start: int, end: int) -> bool:
-        words = _WORD.findall(self.text, start, end) if start < end else []
-        return any(not _EMPTY.fullmatch(word) and any(map(str.isalnum, word)) for word in words)
+    def says_something(self, start: int, end: int, but: Sequence[Range] = ()) -> bool:
+        """Whether a range holds a word that means something; with `but` one that says more than what is in those ranges
+        and on which side it is."""
+        words = _WORD.finditer(self.text, start, end) if start < end else ()
+        return any(not _EMPTY.fullmatch(word[0]) and any(map(str.isalnum, word[0]))
+                   and not (but and _SIDE.fullmatch(word[0]))
+                   and not any(first <= word.start() < last for first, last in but) for word in words)
 
 
 def find_clauses(prompt: PromptTokens, loras: Sequence[LoRAWords]) -> Found:
@@ -285,7 +298,8 @@ def _resolved(prompt: PromptTokens, search: _Search, loras: Sequence[LoRAWords],
                 shared = any(prompt.tokens(start, end) for start, end in own[index])
                 reason = reason or ("its words share their tokens with another LoRA's" if shared else
                                     "the text encoder does not read as far as its words")
-        found[index] = LoRAClauses(loras[index].name, tuple(clauses), sources[index] if clauses else "", reason)
+        found[index] = LoRAClauses(loras[index].name, tuple(clauses), sources[index] if clauses else "", reason,
+                                   _instead(search, loras, index, clauses))
     others = []
     for start, end in rest:
         tokens = tuple(token for token in prompt.tokens(start, end) if token not in owner)
@@ -294,20 +308,37 @@ def _resolved(prompt: PromptTokens, search: _Search, loras: Sequence[LoRAWords],
     return Found(tuple(found[index] for index in range(len(loras))), tuple(others), tuple(notes))
 
 
+def _instead(search: _Search, loras: Sequence[LoRAWords], index: int,
+             clauses: Sequence[Clause]) -> tuple[tuple[str, str], ...]:
+    """(phrase, what stands in for it) of a LoRA: as typed; else its usual words for a trigger of one word, if its
+    clauses say nothing else and no other LoRA has the same usual words, which could not be told apart."""
+    lora = loras[index]
+    typed = tuple((phrase, other) for phrase, other in lora.phrases if other)
+    if typed or not clauses or not lora.usual:
+        return typed
+    if any(other.usual.lower() == lora.usual.lower() for at, other in enumerate(loras) if at != index):
+        return ()
+    triggers = [part.strip() for phrase in lora.trigger for part in phrase.split(",") if len(part.split()) == 1]
+    spans = [span for trigger in triggers for span in search.spans(trigger)]
+    if any(search.says_something(clause.start, clause.end, spans) for clause in clauses):
+        return ()
+    return tuple((trigger, lora.usual) for trigger in triggers)
+
+
 def stand_in(prompt: PromptTokens, loras: Sequence[LoRAWords]) -> tuple[str, tuple[tuple[int, int, int], ...]] | None:
     """(the text with stand-in words in place of triggers, the LoRAs' clauses in it as rows), or None without any.
 
     A trigger that means nothing to the base model says nothing about a place; ordinary words in its stead do. In the
     prompt `ohwx beside a dog`, with `ohwx = woman with red hair` typed on the first LoRA, the clause of row 1 becomes
-    `woman with red hair`.
+    `woman with red hair`. Without typed ones a LoRA's usual words stand in for a trigger that is all its clause says.
     """
     found = find_clauses(prompt, loras)
     search = _Search(blanked(prompt.text))
     changes = []
-    for lora, clauses in zip(loras, found.loras, strict=True):
-        for phrase, other in lora.phrases:
-            changes += [(start, end, other) for start, end in search.spans(phrase) if other
-                        and any(clause.start < end and clause.end > start for clause in clauses.clauses)]
+    for lora in found.loras:
+        for phrase, other in lora.instead:
+            changes += [(start, end, other) for start, end in search.spans(phrase)
+                        if any(clause.start < end and clause.end > start for clause in lora.clauses)]
     text = prompt.text
     edges = [[clause.start, clause.end, row + 1] for row, lora in enumerate(found.loras) for clause in lora.clauses]
     done = len(text)

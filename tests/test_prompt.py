@@ -217,6 +217,26 @@ def test_no_stand_ins_no_other_text():
     assert stand_in(prompt_of("a woman"), [LoRAWords("x", "ohwx = girl")]) is None
 
 
+CAT, DOG = LoRAWords("x", "", ("ohwx",), "cat red fur"), LoRAWords("y", "", ("sks, sks_x",), "dog")
+
+
+@pytest.mark.parametrize(("text", "loras", "instead"), [
+    ("ohwx, a field", [CAT], "cat red fur, a field"),
+    ("a ohwx left, (sks:1.2) right", [CAT, DOG], "a cat red fur left, (dog:1.2) right"),
+    ("[1: ohwx] beside the sks dog", [CAT, DOG], "cat red fur beside the sks dog"),  # the other clause says more
+    ("ohwx, ohwx with a hat", [CAT], None),
+    ("ohwx beside sks", [CAT, LoRAWords("y", "", ("sks",), "Cat red fur")], None),  # could not be told apart
+    ("ohwx woman", [LoRAWords("x", "", ("ohwx woman",), "1girl")], None),  # says something by itself
+    ("ohwx", [LoRAWords("x", "ohwx", (), "cat")], None),  # nothing says that it means nothing
+    ("ohwx", [LoRAWords("x", "ohwx = tiger", ("ohwx",), "cat")], "tiger"),
+    ("ohwx", [LoRAWords("x", "", ("ohwx",))], None),
+])
+def test_usual_words_stand_in_for_a_trigger_that_stands_alone(text, loras, instead):
+    found = stand_in(prompt_of(text), loras)
+    assert (found and found[0]) == instead
+    assert any(lora.instead for lora in find_clauses(prompt_of(text), loras).loras) == (instead is not None)
+
+
 def test_letters_are_what_is_encoded():
     text = "a (b:1.2) \\(c\\) ((d)) (e:x) f) (g"
     segments = ["".join(letter.char for letter in segment) for segment in letters(text)]

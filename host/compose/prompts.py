@@ -72,7 +72,8 @@ def search(entry: Mapping[str, object], words: Sequence[LoRAWords], active: Sequ
     return Prompt(clauses, length, area, (*(part for _, part in ours if part), *(part for _, part in rest)),
                   {name: _words(other, [own for own, _ in ours]) for name, other in marks.beside},
                   [{"lora": own.name, "words": [clause.text for clause in own.clauses], "tokens": len(own.tokens),
-                    "why": own.reason} for own, _ in ours]), [*told, *found.notes]
+                    "why": own.reason, "sought_as": [other for _, other in own.instead]} for own, _ in ours],
+                  ), [*told, *found.notes]
 
 
 def _words(text: PromptTokens, loras: Sequence[LoRAClauses]) -> Tensor:

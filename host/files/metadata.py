@@ -22,6 +22,9 @@ TRIGGERS = ("modelspec.trigger_phrase", "ss_trigger_words", "trigger_words", "tr
 FEW_STEPS = re.compile(r"lightning|lightx2v|turbo|(?<![a-z])lcm(?![a-z])|hyper[-_ ]?(sd|flux|\d)|causvid"
                        r"|distill?(ed|ation)?(?![a-z])|(?<!\d)[1248][-_ ]?steps?(?![a-z])|self[-_ ]?forcing",
                        re.IGNORECASE)
+NEARLY_ALL = 0.8
+"""A tag that is so often there as the most frequent one describes what all pictures of the training show. A LoRA learns
+such a thing with its trigger, and its base knows it by the tag."""
 TITLES = ("modelspec.title", "ss_output_name", "name")
 _KEPT = 64
 
@@ -29,11 +32,12 @@ _KEPT = 64
 @dataclass(frozen=True)
 class Wording:
     """The words of a file: `trigger` as its author named them, `tags` of its training with the most frequent first,
-    and the `titles` that it gives itself."""
+    `usual`, those of them that nearly all of its pictures have, and the `titles` that it gives itself."""
 
     trigger: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
     titles: tuple[str, ...] = ()
+    usual: tuple[str, ...] = ()
 
 
 _read: OrderedDict[str, Wording] = OrderedDict()
@@ -64,7 +68,9 @@ def wording_of(metadata: object) -> Wording:
         return Wording()
     trigger = dict.fromkeys(phrase for key in TRIGGERS for phrase in _phrases(metadata.get(key)))
     titles = tuple(phrase for key in TITLES for phrase in _phrases(metadata.get(key)))[:len(TITLES)]
-    return Wording(tuple(trigger)[:WORDS], tuple(_tags(metadata.get("ss_tag_frequency")))[:TAGS], titles)
+    tags = _tags(metadata.get("ss_tag_frequency"))
+    usual = [tag for tag, count in tags if count >= NEARLY_ALL * tags[0][1]]
+    return Wording(tuple(trigger)[:WORDS], tuple(tag for tag, _ in tags), titles, tuple(usual))
 
 
 def _metadata(path: str) -> object:
@@ -97,8 +103,8 @@ def _phrases(value: object) -> Iterator[str]:
                 yield clean
 
 
-def _tags(value: object) -> Iterator[str]:
-    """The tags of `ss_tag_frequency`, {folder: {tag: count}}, most frequent first."""
+def _tags(value: object) -> list[tuple[str, int]]:
+    """The tags of `ss_tag_frequency`, {folder: {tag: count}}, most frequent first, and how often they are there."""
     if isinstance(value, str):
         value = _parsed(value) if len(value) <= TABLE_BYTES else None
     counts: Counter[str] = Counter()
@@ -107,4 +113,4 @@ def _tags(value: object) -> Iterator[str]:
             if isinstance(count, int) and count > 0:
                 for phrase in _phrases(tag):
                     counts[phrase] += min(count, 2**31)
-    yield from (tag for tag, _ in counts.most_common(TAGS))
+    return counts.most_common(TAGS)

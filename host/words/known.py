@@ -6,9 +6,11 @@ from collections.abc import Sequence
 
 from ...methods.prompt import Clause, Found, LoRAWords
 from ..files.ensemble import Ensemble
-from ..files.metadata import wording
+from ..files.metadata import Wording, wording
 
 _SOURCES = {"marked": "marked in the prompt", "typed": "its words", "trigger": "trigger words of its file"}
+
+USUAL = 6  # words that stand in for a trigger: a clause, not a caption
 
 
 def lora_words(ensemble: Ensemble) -> tuple[LoRAWords, ...]:
@@ -16,7 +18,16 @@ def lora_words(ensemble: Ensemble) -> tuple[LoRAWords, ...]:
 
     Raises ValueError for a name that is in none of the `loras` folders.
     """
-    return tuple(LoRAWords(lora.name, lora.words, wording(lora.name).trigger) for lora in ensemble)
+    known = [wording(lora.name) for lora in ensemble]
+    return tuple(LoRAWords(lora.name, lora.words, words.trigger, usual(words))
+                 for lora, words in zip(ensemble, known, strict=True))
+
+
+def usual(words: Wording) -> str:
+    """Ordinary words for what a LoRA depicts: the tags that nearly all pictures of its training have, without its
+    trigger words; at most USUAL of them."""
+    triggers = {part.strip().lower() for phrase in words.trigger for part in phrase.split(",")}
+    return " ".join([tag for tag in words.usual if tag.lower() not in triggers][:USUAL])
 
 
 def report(found: Found) -> str:
@@ -25,6 +36,8 @@ def report(found: Found) -> str:
     for row, lora in enumerate(found.loras, 1):
         if lora.clauses:
             lines.append(f"{row}  {lora.name}: {_list(lora.clauses)} ({_SOURCES[lora.source]})")
+            lines += [f"   its place is sought with \"{other}\" for \"{phrase}\""
+                      for phrase, other in lora.instead if other.strip()]
         else:
             lines.append(f"{row}  {lora.name}: none, because {lora.reason}")
     if found.others:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import comfy.hooks
 import comfy.sd
 import comfy_extras.nodes_clip_sdxl
@@ -9,6 +11,8 @@ import comfy_extras.nodes_flux
 import comfy_extras.nodes_sd3
 import pytest
 import torch
+from lora_ensemble.host.files.ensemble import LoRASpec
+from lora_ensemble.host.words.known import lora_words, report
 from lora_ensemble.host.words.marked import PROBE, PROMPT, WITHOUT, MarkedCLIP, NotedTokens, clauses_of, marked
 from lora_ensemble.methods.prompt import LoRAWords, find_clauses
 from safetensors.torch import save_file
@@ -205,6 +209,18 @@ def test_stand_ins_have_a_conditioning_of_their_own():
     assert [lora.clauses[0].text for lora in found.loras] == ["the blue cat", "the dog"]
     assert [lora.tokens for lora in found.loras] == [(1, 2, 3), (5, 6)]
     assert PROBE not in encoded(marked(made("SD1"), WORDS), "a red woman")[1]
+
+
+def test_tags_of_a_file_stand_in_for_its_trigger(lora_folder):
+    """From the file's header to the conditioning that is read for places."""
+    metadata = {"modelspec.trigger_phrase": "ohwx", "ss_tag_frequency": json.dumps({"a": {"ohwx": 9, "blue cat": 9}})}
+    save_file({"x": torch.zeros(1)}, lora_folder / "tagged.safetensors", metadata)
+    known = lora_words([LoRASpec("tagged.safetensors", 1.0, 1.0)])
+    entry = encoded(marked(made("SD1"), known), "ohwx beside the dog")
+    assert torch.equal(entry[1][PROBE][0], encoded(made("SD1"), "blue cat beside the dog")[0])
+    assert torch.equal(entry[0], encoded(made("SD1"), "ohwx beside the dog")[0])
+    assert '"blue cat" for "ohwx"' in report(find_clauses(entry[1][PROMPT], known))
+    assert PROBE not in encoded(marked(made("SD1"), known), "ohwx cat beside the dog")[1]
 
 
 def test_what_a_node_adds_is_in_all_of_them():

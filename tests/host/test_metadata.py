@@ -6,6 +6,7 @@ import json
 
 import pytest
 from lora_ensemble.host.files.metadata import LETTERS, TAGS, WORDS, Wording, wording, wording_of
+from lora_ensemble.host.words.known import USUAL, usual
 
 
 def header(metadata: object) -> bytes:
@@ -17,7 +18,20 @@ def test_the_words_of_a_file(raw):
     tags = {"10_ohwx": {"ohwx woman": 20, "red hair ": 12, "smile": 3}, "5_reg": {"red hair": 20, "night": 1}}
     name = raw(header({"modelspec.trigger_phrase": "ohwx woman, ", "ss_tag_frequency": json.dumps(tags),
                        "ss_trigger_words": json.dumps(["ohwx", "red\n hair"])}))
-    assert wording(name) == Wording(("ohwx woman", "ohwx", "red hair"), ("red hair", "ohwx woman", "smile", "night"))
+    assert wording(name) == Wording(("ohwx woman", "ohwx", "red hair"), ("red hair", "ohwx woman", "smile", "night"),
+                                    (), ("red hair",))
+
+
+@pytest.mark.parametrize(("counts", "trigger", "words"), [
+    ({"ohwx": 20, "1girl": 20, "red hair": 16, "smile": 15}, "ohwx", "1girl red hair"),
+    ({"ohwx": 20, "1girl": 10}, "ohwx", ""),
+    ({"OHWX ": 20, "cat": 20}, "ohwx, sks", "cat"),
+    ({f"tag {at}": 9 for at in range(20)}, "ohwx", " ".join(f"tag {at}" for at in range(USUAL))),
+    ({}, "ohwx", ""),
+])
+def test_what_nearly_all_pictures_show_is_usual(counts, trigger, words):
+    assert usual(wording_of({"modelspec.trigger_phrase": trigger,
+                             "ss_tag_frequency": json.dumps({"a": counts})})) == words
 
 
 def test_a_file_that_is_replaced_is_read_again(raw):
