@@ -47,11 +47,13 @@ def products(a: Tensor, b: Tensor) -> Tensor:
 
 
 def least_squares(gram: Tensor, cross: Tensor, ridge: float = 1e-6) -> Tensor:
-    """Semantics: b = (G + ridge tr(G) / n I)^-1 y, the coefficients of a target on n features.
+    """Semantics: b = (G + ridge tr(G) / n I)^-1 y, the coefficients of a target on n features; 0 where those are.
 
     gram: [n, n] = <f_a, f_b>, cross: [n] = <f_a, target>, both float64, added up over all paths.  Returns float64 [n].
     """
     n = gram.shape[0]
+    if not gram.diagonal().any():
+        return torch.zeros_like(cross)
     identity = torch.eye(n, dtype=gram.dtype, device=gram.device)
     return torch.linalg.solve(gram + ridge * gram.diagonal().mean() * identity, cross)
 

@@ -10,7 +10,7 @@ import comfy.utils
 import folder_paths
 from comfy_api.latest import io, ui
 
-from ..host.guidance import coeffs as files
+from ..host.guidance import files
 from ..host.guidance.calibrate import Paths, calibrate
 from ..host.look.plot import plot, summary
 from .guidance import GuidanceCoeffs, latent_input, negative_input, schedule_inputs
@@ -18,6 +18,8 @@ from .sockets import check_numbers, model_input, schema
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
+
+    from ..host.guidance.coeffs import GuidanceCoeffs as Coeffs
 
 
 class LoRAEnsembleCalibrateGuidance(io.ComfyNode):
@@ -71,7 +73,8 @@ class LoRAEnsembleCalibrateGuidance(io.ComfyNode):
         paths = Paths(positive, negative, latent, steps, cfg, sampler_name, scheduler, denoise, seed, seeds, batch_size)
         rounds = len(positive) * math.ceil(seeds / batch_size) * (1 + second_round)
         bar = comfy.utils.ProgressBar(rounds * steps)
-        coeffs = calibrate(model, paths, second_round, intercept, lambda: bar.update(1))
+        coeffs = calibrate(model, paths, second_round, intercept, lambda: bar.update(1),
+                           lambda done, calls: comfy.utils.ProgressBar(calls).update_absolute(done))
         return io.NodeOutput(coeffs, summary(coeffs), plot(coeffs))
 
 
@@ -95,16 +98,17 @@ class LoRAEnsembleSaveCoeffs(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, filename: str | None = None) -> bool | str:
-        """Checks the name before a long calibration; one that comes over a link is checked during the run."""
+        """Checks the name and its place before a long calibration; a name that comes over a link is checked during the
+        run."""
         try:
             if filename is not None:
-                files.check_name(filename)
-        except files.CoeffsError as error:
+                files.check_place(filename)
+        except ValueError as error:
             return str(error)
         return True
 
     @classmethod
-    def execute(cls, coeffs: files.GuidanceCoeffs, filename: str) -> io.NodeOutput:
+    def execute(cls, coeffs: Coeffs, filename: str) -> io.NodeOutput:
         name = files.save(coeffs, filename)
         return io.NodeOutput(name, ui=ui.PreviewText(f"saved as {name}"))
 
@@ -134,7 +138,7 @@ class LoRAEnsembleLoadCoeffs(io.ComfyNode):
         try:
             if coeffs_name is not None:
                 files.load(coeffs_name)
-        except files.CoeffsError as error:
+        except ValueError as error:
             return str(error)
         return True
 

@@ -124,7 +124,7 @@ def _load(name: str, path: str) -> LoRAFile:
     try:
         tensors = comfy.utils.load_torch_file(path, safe_load=True)
     # The host's reader looks for a text in the error's first argument: it ends in TypeError where that is a number.
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+    except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"LoRA '{name}' cannot be read ({error}). Unless memory or the disk ran short, download it "
                          "again.") from error
     try:

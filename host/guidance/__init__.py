@@ -5,7 +5,8 @@
     run.py         one run: at each model call, what the rule's session needs is evaluated
     call.py        one model call, and what keeps other nodes' formulas right in it
     calibrate.py   sampled paths, and what is found along them
-    coeffs.py      what was found: whether it fits a run, and its files
+    coeffs.py      what was found, and whether it fits a run
+    files.py       its files
     identity.py    a name for what was calibrated
 
 The rules themselves know no ComfyUI: methods/guidance/.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,13 +13,17 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from ...methods.guidance.adaptive import SPACES
-from ...methods.guidance.calibration import Calibration, CalibrationSession, NormalEquations
+from ...methods.guidance.calibration import CALLS, Calibration, CalibrationSession, NormalEquations
 from ...methods.guidance.linear import LinearAG
 from ...methods.guidance.session import Tell
 from ...methods.session import RunContext
 from .apply import Guidance, apply_guidance
-from .coeffs import CoeffsError, GuidanceCoeffs
-from .identity import describe_model
+from .coeffs import GuidanceCoeffs
+from .identity import describe_kind, describe_model
+
+EVALUATED = 2**22
+"""Steps of all paths together, at most: what is kept of each is a few numbers."""
+log = logging.getLogger("lora_ensemble")
 
 
 @dataclass(frozen=True)
@@ -70,28 +76,62 @@ class _Collector:
 
 
 def calibrate(model, paths: Paths, on_policy: bool = False, intercept: bool = False,
-              progress: Callable[[], None] = lambda: None) -> GuidanceCoeffs:
+              progress: Callable[[], None] = lambda: None,
+              solving: Callable[[int, int], None] = lambda done, calls: None) -> GuidanceCoeffs:
     """Coefficients and similarity curves from all paths.
 
     on_policy   sample a second round along LinearAG's own trajectories, and fit what it predicts to those
     progress    called after every sampling step
-    Raises CoeffsError where there is nothing to calibrate, and whatever stops sampling.
+    solving     called before every solve for a model call: (solved, of how many)
+    What it takes is logged before it begins. Raises ValueError where there is nothing to calibrate, or more than can
+    be, and whatever stops sampling; it can be interrupted at any time.
     """
     if abs(paths.cfg - 1) < 1e-6:
-        raise CoeffsError("Calibrate Guidance: at cfg 1 no negative is evaluated, so there is nothing to calibrate. "
-                          "Set cfg to the value that you sample with.")
+        raise ValueError("Calibrate Guidance: at cfg 1 no negative is evaluated, so there is nothing to calibrate. "
+                         "Set cfg to the value that you sample with.")
     if paths.denoise <= 0:
-        raise CoeffsError("Calibrate Guidance: at denoise 0 nothing is sampled, so there is nothing to calibrate. Set "
-                          "denoise to the value that you sample with.")
+        raise ValueError("Calibrate Guidance: at denoise 0 nothing is sampled, so there is nothing to calibrate. Set "
+                         "denoise to the value that you sample with.")
+    log.info("Calibrate Guidance: %s", cost(paths, 1 + on_policy))
+
+    def solve(done: int, calls: int) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        solving(done, calls)
+
     first = _round(model, paths, None, progress)
-    coefficients, r2 = first.equations.solve(intercept)
+    coefficients, r2 = first.equations.solve(intercept, progress=solve)
     found = Calibration(coefficients, first.steps, r2,
                         {space: torch.cat(curves) for space, curves in first.gamma.items()})
     if on_policy:
         second = _round(model, paths, found.policy(), progress)
-        found = found.refitted(second.equations, first.context.total, intercept)
+        found = found.refitted(second.equations, first.context.total, intercept, solve)
     run = first.context
-    return GuidanceCoeffs(describe_model(model), run.sampler, run.sigmas, run.cfg, found)
+    coeffs = GuidanceCoeffs(describe_model(model), run.sampler, run.sigmas, run.cfg, found, describe_kind(model))
+    try:
+        coeffs.check_whole()
+    except ValueError as error:
+        raise ValueError(f"Calibrate Guidance: what was found is of no use: {error}. Sample a picture with these "
+                         "settings and see whether it is as it should be.") from None
+    return coeffs
+
+
+def cost(paths: Paths, rounds: int) -> str:
+    """What a calibration takes, in words. Raises ValueError where that is more than can be."""
+    count = len(paths.positive) * paths.seeds
+    if not count:
+        raise ValueError("Calibrate Guidance: there is no prompt. Connect at least one conditioning to 'positive'.")
+    if paths.steps > CALLS or count * paths.steps > EVALUATED:
+        raise ValueError(f"Calibrate Guidance: {count:,} paths of {paths.steps:,} steps are more than can be solved: "
+                         f"at most {CALLS:,} steps, and {EVALUATED:,} of all paths. Lower steps or seeds.")
+    evaluations = 2 * rounds * count * paths.steps
+    kept = 2 * paths.steps * min(paths.batch, paths.seeds) * math.prod(paths.latent.shape[1:]) * 4
+    memory = comfy.model_management.get_total_memory(torch.device("cpu"))
+    if kept > memory:
+        raise ValueError(f"Calibrate Guidance: the predictions of {min(paths.batch, paths.seeds):,} paths of "
+                         f"{paths.steps:,} steps at a time take {kept / 2**30:,.0f} GB, and this machine has "
+                         f"{memory / 2**30:,.0f}. Lower batch_size, steps or the size of the latent.")
+    return (f"{count:,} paths of {paths.steps:,} steps, {evaluations:,} evaluations of the model or more, "
+            f"{kept / 2**30:.2f} GB for the predictions of {min(paths.batch, paths.seeds):,} paths at a time")
 
 
 def _round(model, paths: Paths, policy: LinearAG | None, progress: Callable[[], None]) -> _Collector:
@@ -100,7 +140,7 @@ def _round(model, paths: Paths, policy: LinearAG | None, progress: Callable[[], 
     for prompt in paths.positive:
         for start in range(0, paths.seeds, paths.batch):
             comfy.model_management.throw_exception_if_processing_interrupted()
-            seeds = range(paths.seed + start, paths.seed + min(start + paths.batch, paths.seeds))
+            seeds = [(paths.seed + k) % 2**64 for k in range(start, min(start + paths.batch, paths.seeds))]
             # A path is the same whatever it is batched with: every one has the noise of its own seed.
             noise = torch.cat([comfy.sample.prepare_noise(paths.latent, seed) for seed in seeds])
             comfy.sample.sample(guided, noise, paths.steps, paths.cfg, paths.sampler_name, paths.scheduler, [prompt],
@@ -108,11 +148,11 @@ def _round(model, paths: Paths, policy: LinearAG | None, progress: Callable[[], 
                                 denoise=paths.denoise, seed=seeds[0], disable_pbar=True,
                                 callback=lambda *_: progress())
             if not collector.session.targets:
-                raise CoeffsError("Calibrate Guidance: this model was sampled without evaluating a negative; there is "
-                                  "nothing to calibrate.")
+                raise ValueError("Calibrate Guidance: this model was sampled without evaluating a negative; there is "
+                                 "nothing to calibrate.")
             try:
                 collector.collect()
             except ValueError as error:
-                raise CoeffsError(f"Calibrate Guidance: {error}. Coefficients need a sampler whose number of calls is "
-                                  "fixed; choose another one.") from None
+                raise ValueError(f"Calibrate Guidance: {error}. Coefficients need a sampler whose number of calls is "
+                                 "fixed; choose another one.") from None
     return collector

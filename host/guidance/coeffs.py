@@ -1,31 +1,18 @@
-"""Calibrated guidance: what it was fitted on, whether it fits a run, and its files."""
+"""Calibrated guidance: what it was fitted on, and whether it fits a run."""
 
 from __future__ import annotations
 
-import json
-import os
+import math
 from dataclasses import dataclass
 
-import folder_paths
 import torch
 from comfy.model_patcher import ModelPatcher
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from ...methods.guidance.adaptive import SPACES
 from ...methods.guidance.calibration import Calibration
 from ...methods.guidance.linear import LinearAG
 from ...methods.guidance.session import Tell
 from ...methods.session import RunContext
-from .identity import describe_model
-
-FOLDER, FORMAT = "guidance_coeffs", "lora-ensemble-guidance-1"
-folder_paths.folder_names_and_paths.setdefault(
-    FOLDER, ([os.path.join(folder_paths.models_dir, FOLDER)], {".safetensors"}))
-
-
-class CoeffsError(ValueError):
-    """Coefficients that cannot be used. The message says why and what to do."""
+from .identity import describe_kind, describe_model
 
 
 @dataclass(frozen=True)
@@ -35,6 +22,7 @@ class GuidanceCoeffs:
     model     the model it was calibrated on, as `describe_model` names it
     sampler   name of the sampler's function with its options
     sigmas    the schedule, with the final 0
+    kind      the model as `describe_kind` names it; empty for files that do not know it
     """
 
     model: str
@@ -42,11 +30,29 @@ class GuidanceCoeffs:
     sigmas: tuple[float, ...]
     cfg: float
     found: Calibration
+    kind: str = ""
+
+    def check_whole(self) -> None:
+        """Raises ValueError where this is not what a calibration can find: the message says which part is wrong."""
+        self.found.check()
+        if not math.isfinite(self.cfg):
+            raise ValueError("its cfg is no number")
+        if len(self.sigmas) < 2 or not all(math.isfinite(sigma) and sigma >= 0 for sigma in self.sigmas):
+            raise ValueError("its schedule holds values that are not noise levels")
+        if any(later > earlier for earlier, later in zip(self.sigmas, self.sigmas[1:], strict=False)):
+            raise ValueError("its schedule rises")
+        if max(self.found.steps) > len(self.sigmas) - 2:
+            raise ValueError("it has more steps than its schedule")
+
+    def other_strengths(self, model: ModelPatcher) -> bool:
+        """Whether a MODEL has the LoRAs that this was calibrated with, at other strengths."""
+        return bool(self.kind) and describe_model(model) != self.model and describe_kind(model) == self.kind
 
     def differences(self, model: ModelPatcher, run: RunContext) -> list[str]:
-        """How a run of a MODEL differs from what this was calibrated on, in words; empty where it does not."""
+        """How a run of a MODEL differs from what this was calibrated on, in words, other strengths of its LoRAs left
+        out; empty where it does not."""
         out = []
-        if (here := describe_model(model)) != self.model:
+        if (here := describe_model(model)) != self.model and not self.other_strengths(model):
             out.append(f"model '{self.model}', here '{here}'")
         if run.sampler != self.sampler:
             out.append(f"sampler {self.sampler}, here {run.sampler}")
@@ -60,13 +66,17 @@ class GuidanceCoeffs:
         return out
 
     def check(self, model: ModelPatcher, run: RunContext, nearest: bool, tell: Tell) -> None:
-        """Raises CoeffsError where it does not fit a run of a MODEL; `nearest`: tells what differs and lets it pass."""
+        """Raises ValueError where it does not fit a run of a MODEL; `nearest`: tells what differs and lets it pass, as
+        it does with other strengths of the same LoRAs in any case."""
+        if self.other_strengths(model):
+            tell(f"the guidance coefficients were calibrated with other strengths of the LoRAs: '{self.model}', here "
+                 f"'{describe_model(model)}'. They fit less well; calibrate again if the difference is large")
         differences = self.differences(model, run)
         if not differences:
             return
         text = "the guidance coefficients were calibrated for " + "; ".join(differences)
         if not nearest:
-            raise CoeffsError(f"Adaptive Guidance: {text}. Calibrate with these settings (Calibrate Guidance), or set "
+            raise ValueError(f"Adaptive Guidance: {text}. Calibrate with these settings (Calibrate Guidance), or set "
                               "if_different to 'nearest' to use them all the same.")
         tell(text)
 
@@ -77,7 +87,7 @@ class GuidanceCoeffs:
         if len(sigmas) == len(self.sigmas):
             return policy
         if len(set(self.found.steps)) != len(self.found.steps):
-            raise CoeffsError("Adaptive Guidance: coefficients of a sampler that calls the model several times in a "
+            raise ValueError("Adaptive Guidance: coefficients of a sampler that calls the model several times in a "
                               "step cannot be used with another number of steps. Calibrate with this number.")
         here, there = sigmas[:-1], [self.sigmas[step] for step in self.found.steps]
         nearest_there = [min(range(len(there)), key=lambda k: abs(there[k] - sigma)) for sigma in here]
@@ -92,71 +102,3 @@ class GuidanceCoeffs:
             row[-1] = policy.coefficients[twin][-1]
             rows.append(tuple(row))
         return LinearAG(tuple(rows), tuple(range(len(here))))
-
-
-# --- files ---
-
-
-def check_name(name: str) -> str:
-    """The name with its ending. Raises CoeffsError for one that leaves the folder or that no file can have."""
-    name = name.strip()
-    name = name if name.endswith(".safetensors") else f"{name}.safetensors"
-    parts = name.replace("\\", "/").split("/")
-    # A file system takes 255 bytes, of which a number may need some.
-    fits = name.isprintable() and all(len(part.encode()) <= 200 for part in parts)
-    if name == ".safetensors" or os.path.isabs(name) or ".." in parts or not fits:
-        raise CoeffsError(f"Guidance coefficients: '{name}' is not a name for a file in models/{FOLDER}. Use letters, "
-                          "digits and folders below it, such as sd15/dpmpp_2m_20.")
-    return name
-
-
-def save(coeffs: GuidanceCoeffs, name: str) -> str:
-    """Write a file into the first `guidance_coeffs` folder and return its name there; a number is added where the name
-    is taken."""
-    folder = folder_paths.get_folder_paths(FOLDER)[0]
-    stem, ending = os.path.splitext(check_name(name))
-    free, number = stem + ending, 2
-    while os.path.exists(os.path.join(folder, free)):
-        free, number = f"{stem}_{number}{ending}", number + 1
-    path = os.path.join(folder, free)
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    found = coeffs.found
-    tensors = {"coefficients": found.coefficients, "r2": found.r2, "sigmas": torch.tensor(coeffs.sigmas),
-               "steps": torch.tensor(found.steps), **{f"gamma.{space}": found.gamma[space] for space in SPACES}}
-    metadata = {"format": FORMAT, "model": coeffs.model, "sampler": coeffs.sampler, "cfg": json.dumps(coeffs.cfg)}
-    save_file({key: value.contiguous() for key, value in tensors.items()}, path, metadata)
-    folder_paths.filename_list_cache.pop(FOLDER, None)
-    return free
-
-
-def path_of(name: str) -> str:
-    """Full path of a file of coefficients. Raises CoeffsError where there is none."""
-    path = folder_paths.get_full_path(FOLDER, name)
-    if path is None:
-        raise CoeffsError(f"Guidance coefficients '{name}' are not in any of the '{FOLDER}' folders. Make them with "
-                          "Calibrate Guidance and Save Guidance Coefficients, or choose another file.")
-    return path
-
-
-def fingerprint(name: str) -> str:
-    """Changes whenever the file does."""
-    stat = os.stat(path_of(name))
-    return f"{stat.st_size} {stat.st_mtime_ns}"
-
-
-def load(name: str) -> GuidanceCoeffs:
-    """Read a file of coefficients. Raises CoeffsError for a missing, damaged or foreign file."""
-    try:
-        with safe_open(path_of(name), "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError) as error:
-        raise CoeffsError(f"Guidance coefficients '{name}' cannot be read ({error}). Calibrate again.") from None
-    needed = {"coefficients", "r2", "sigmas", "steps", *(f"gamma.{space}" for space in SPACES)}
-    if metadata.get("format") != FORMAT or needed - set(tensors):
-        raise CoeffsError(f"'{name}' does not hold guidance coefficients of this pack. Choose a file that Save "
-                          "Guidance Coefficients has written.")
-    found = Calibration(tensors["coefficients"].double(), tuple(tensors["steps"].tolist()), tensors["r2"].double(),
-                        {space: tensors[f"gamma.{space}"] for space in SPACES})
-    return GuidanceCoeffs(metadata["model"], metadata["sampler"], tuple(tensors["sigmas"].tolist()),
-                          json.loads(metadata["cfg"]), found)

@@ -17,14 +17,23 @@ def describe_model(model) -> str:
 
     Only small unquantized tensors are read, as they are without patches; nothing is moved or loaded.
     """
+    return _described(model, strengths=True)
+
+
+def describe_kind(model) -> str:
+    """As `describe_model`, but equal for the same LoRAs at any strengths."""
+    return _described(model, strengths=False)
+
+
+def _described(model, strengths: bool) -> str:
     parts = [f"{type(model.model).__name__} {_digest(_weights(model))}"]
     if model.patches:
-        parts.append(f"patches {_digest(_patches(model))}")
+        parts.append(f"patches {_digest(_patches(model, strengths))}")
     composition = model.get_attachment(KEY)
     for applied in composition.applied if composition is not None else ():
-        strengths = getattr(applied.method, "strengths", ())
-        loras = ", ".join(f"{name} {s:g}" for name, s in zip(applied.names, strengths, strict=False)) or "no LoRA"
-        parts.append(f"{type(applied.method).__name__} ({loras})")
+        known = getattr(applied.method, "strengths", ())
+        loras = [f"{name} {s:g}" if strengths else name for name, s in zip(applied.names, known, strict=False)]
+        parts.append(f"{type(applied.method).__name__} ({', '.join(loras) or 'no LoRA'})")
     return " + ".join(parts)
 
 
@@ -42,10 +51,10 @@ def _weights(model) -> list[bytes]:
     return out
 
 
-def _patches(model) -> list[bytes]:
+def _patches(model, strengths: bool) -> list[bytes]:
     out = []
     for n, (key, patches) in enumerate(sorted(model.patches.items(), key=lambda item: str(item[0]))):
-        out.append(f"{key} {[float(patch[0]) for patch in patches]}".encode())
+        out.append(f"{key} {[float(patch[0]) if strengths else '' for patch in patches]}".encode())
         if n < SAMPLED:
             out += [value for patch in patches for value in _values(getattr(patch[1], "weights", patch[1]))]
     return out

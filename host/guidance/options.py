@@ -12,7 +12,7 @@ from ...methods.guidance.linear import LinearSession
 from ...methods.guidance.session import Tell
 from ...methods.session import RunContext
 from .apply import Guidance
-from .coeffs import CoeffsError, GuidanceCoeffs
+from .coeffs import GuidanceCoeffs
 
 MODES = ("threshold", "saving", "LinearAG")
 
@@ -37,12 +37,12 @@ class GuidanceOptions:
 
 
 def guidance_of(options: GuidanceOptions) -> Guidance:
-    """The attachment for a node's options. Raises CoeffsError where they need coefficients and have none."""
+    """The attachment for a node's options. Raises ValueError where they need coefficients and have none."""
     if options.mode == "threshold":
         return Guidance(_words(options.policy),
                         lambda model, context, tell: AdaptiveSession(options.policy, options.exact, tell))
     if options.coeffs is None:
-        raise CoeffsError(f"Adaptive Guidance: mode '{options.mode}' needs guidance coefficients. Connect Load "
+        raise ValueError(f"Adaptive Guidance: mode '{options.mode}' needs guidance coefficients. Connect Load "
                           "Guidance Coefficients or Calibrate Guidance to 'coeffs', or choose mode 'threshold'.")
     return _saving(options) if options.mode == "saving" else _linear(options)
 
@@ -66,7 +66,7 @@ def _saving(options: GuidanceOptions) -> Guidance:
 def _linear(options: GuidanceOptions) -> Guidance:
     def begin(model: ModelPatcher, context: RunContext, tell: Tell) -> LinearSession:
         if context.negatives != 1:
-            raise CoeffsError(f"LinearAG predicts one negative, and this guider has {context.negatives}. Use CFGGuider "
+            raise ValueError(f"LinearAG predicts one negative, and this guider has {context.negatives}. Use CFGGuider "
                               "or KSampler, or another mode of Adaptive Guidance.")
         options.coeffs.check(model, context, options.nearest, tell)
         return LinearSession(options.coeffs.linear(context.sigmas), tell)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,6 +13,12 @@ from ...kernels.guidance import cosine, least_squares, products, similarity_term
 from .adaptive import SPACES
 from .linear import LinearAG, LinearSession
 from .session import FULL, Need, Tell, noise_of
+
+CALLS = 1000
+"""Model calls of a path, at most. The sums of a path take their square, and the solve their fourth power: on one core
+0.04 s at 50, 13 s at 500 and minutes at this number."""
+LARGEST = 1e6
+"""No coefficient is larger: on predictions that are alike at all they are of the order of 1."""
 
 
 class CalibrationSession(LinearSession):
@@ -28,7 +34,11 @@ class CalibrationSession(LinearSession):
         self._need = FULL
 
     def begin(self, step: Step, pictures: int = 1, windowed: bool = False) -> Need:
-        """As LinearAG, but every negative that it foretells is evaluated as well."""
+        """As LinearAG, but every negative that it foretells is evaluated as well. Raises ValueError after CALLS calls.
+        """
+        if len(self.steps) >= CALLS:
+            raise ValueError(f"Calibrate Guidance: the sampler calls the model more than {CALLS:,} times on one path. "
+                             "Lower steps, or choose another sampler.")
         if self.policy is None:
             self.steps.append(step.index)
             self._windowed = windowed
@@ -66,6 +76,33 @@ class Calibration:
     r2: Tensor
     gamma: dict[str, Tensor]
 
+    def check(self) -> None:
+        """Raises ValueError where this is not what a calibration can find: the message says which part is wrong."""
+        calls = len(self.steps)
+        if not 1 <= calls <= CALLS:
+            raise ValueError(f"{calls} model calls, where there are 1 to {CALLS}")
+        if any(earlier > later for earlier, later in zip((0, *self.steps), self.steps, strict=False)):
+            raise ValueError("the steps of its calls do not follow each other")
+        shapes = {"coefficients": (self.coefficients, (calls, 2 * calls + 1)), "r2": (self.r2, (calls,))}
+        for space in SPACES:
+            if space not in self.gamma:
+                raise ValueError(f"no similarities of {space}")
+            curves = self.gamma[space]
+            shapes[f"gamma.{space}"] = curves, (*curves.shape[:1], calls)
+            if not len(curves):
+                raise ValueError(f"gamma.{space} has no path")
+        for name, (values, shape) in shapes.items():
+            if tuple(values.shape) != shape:
+                raise ValueError(f"{name} has the shape {list(values.shape)} instead of {list(shape)}")
+            if not values.is_floating_point() or not values.isfinite().all():
+                raise ValueError(f"{name} holds values that are not numbers")
+        if (self.coefficients.abs() > LARGEST).any():
+            raise ValueError(f"coefficients larger than {LARGEST:g}")
+        if any(row[2 * n + 1:-1].any() for n, row in enumerate(self.coefficients)):
+            raise ValueError("coefficients of predictions that are not yet made")
+        if any((curve.abs() > 1 + 1e-3).any() for curve in self.gamma.values()):
+            raise ValueError("similarities beyond 1")
+
     def policy(self) -> LinearAG:
         """LinearAG with these coefficients."""
         return LinearAG(tuple(map(tuple, self.coefficients.tolist())), self.steps)
@@ -74,10 +111,11 @@ class Calibration:
         """Similarity at the first call of each step, the one that decides: [paths, steps]."""
         return self.gamma[space][:, [self.steps.index(step) for step in sorted(set(self.steps))]]
 
-    def refitted(self, equations: NormalEquations, total: int, intercept: bool) -> Calibration:
+    def refitted(self, equations: NormalEquations, total: int, intercept: bool,
+                 progress: Callable[[int, int], None] | None = None) -> Calibration:
         """With the coefficients of the predicted calls of `total` steps taken from paths that LinearAG itself has led;
         those end with the last call that had a negative."""
-        coefficients, r2 = equations.solve(intercept)
+        coefficients, r2 = equations.solve(intercept, progress=progress)
         kept, kept_r2 = self.coefficients.clone(), self.r2.clone()
         for call in range(len(r2)):
             if LinearAG.kind_at(self.steps[call], total) == "predicted":
@@ -116,12 +154,23 @@ class NormalEquations:
         else:
             self.gram, self.cross, self.energy = self.gram + gram, self.cross + cross, self.energy + energy
 
-    def solve(self, intercept: bool = False, ridge: float = 1e-6) -> tuple[Tensor, Tensor]:
-        """(coefficients [E, 2E + 1], r2 [E]); call n is foretold from c_0..c_n and u_0..u_{n-1}, 2n + 1 features."""
+    def solve(self, intercept: bool = False, ridge: float = 1e-6,
+              progress: Callable[[int, int], None] | None = None) -> tuple[Tensor, Tensor]:
+        """(coefficients [E, 2E + 1], r2 [E]); call n is foretold from c_0..c_n and u_0..u_{n-1}, 2n + 1 features.
+
+        progress   (calls solved, of how many), before each of them: each takes the cube of its number of features, and
+                   what this raises stops the solve
+        Raises ValueError where the sums are not numbers.
+        """
         calls = len(self.energy)
+        if not all(sums.isfinite().all() for sums in (self.gram, self.cross, self.energy)):
+            raise ValueError("Calibrate Guidance: the model predicted values that are not numbers (NaN or infinite). "
+                             "Sample a picture with these settings and see what makes it so.")
         coefficients = torch.zeros(calls, 2 * calls + 1, dtype=torch.float64)
         r2 = torch.zeros(calls, dtype=torch.float64)
         for n in range(calls):
+            if progress is not None:
+                progress(n, calls)
             index = torch.tensor([*range(2 * n + 1), *([2 * calls] if intercept else [])])
             gram, cross = self.gram[index][:, index], self.cross[n, index]
             b = least_squares(gram, cross, ridge)
