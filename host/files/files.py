@@ -5,6 +5,7 @@ All errors are ValueErrors that name the file and say what to do.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -125,6 +126,8 @@ def _load(name: str, path: str) -> LoRAFile:
         tensors = comfy.utils.load_torch_file(path, safe_load=True)
     # The host's reader looks for a text in the error's first argument: it ends in TypeError where that is a number.
     except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        if os.strerror(errno.ENOMEM) in str(error):
+            raise  # the file may be whole: no word about it
         raise ValueError(f"LoRA '{name}' cannot be read ({error}). Unless memory or the disk ran short, download it "
                          "again.") from error
     try:

@@ -236,7 +236,8 @@ def test_only_tensors_with_a_place_in_the_model_are_read(raw):
     assert torch.equal(sample(composite(base("SD15"), [odd])), sample(composite(base("SD15"), [good])))
 
 
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("unable to mmap 99 bytes: Cannot allocate memory (12)")])
+@pytest.mark.parametrize("error", [MemoryError(), OSError(12, "Cannot allocate memory"),
+                                   RuntimeError("unable to mmap 99 bytes: Cannot allocate memory (12)")])
 def test_a_lack_of_memory_is_not_a_damaged_file(error, loras, monkeypatch):
     name = loras(small())
     monkeypatch.setattr(comfy.utils, "load_torch_file", lambda *_, **__: (_ for _ in ()).throw(error))
