@@ -12,9 +12,9 @@ from comfy_api.latest import io, ui
 
 from ..host.guidance import files
 from ..host.guidance.calibrate import Paths, calibrate
-from ..host.look.plot import plot, summary
+from ..host.look.calibration import plot, summary
 from .guidance import GuidanceCoeffs, latent_input, negative_input, schedule_inputs
-from .sockets import check_numbers, model_input, schema
+from .sockets import check_numbers, model_input, schema, theme_input, theme_of
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -54,6 +54,7 @@ class LoRAEnsembleCalibrateGuidance(io.ComfyNode):
                 io.Boolean.Input("intercept", default=False,
                                  tooltip="For LinearAG: let a constant take part in the prediction. The paper's "
                                  "formula has none."),
+                theme_input(),
             ],
             outputs=[
                 GuidanceCoeffs.Output(display_name="COEFFS", tooltip="For Adaptive Guidance, and for Save Guidance "
@@ -67,7 +68,8 @@ class LoRAEnsembleCalibrateGuidance(io.ComfyNode):
     @classmethod
     def execute(cls, model: ModelPatcher, positive: Any, negative: Any, latent_image: dict, seed: int, seeds: int,
                 batch_size: int, steps: int, cfg: float, sampler_name: str, scheduler: str, denoise: float,
-                second_round: bool, intercept: bool) -> io.NodeOutput:
+                second_round: bool, intercept: bool, theme: str = "light") -> io.NodeOutput:
+        colours = theme_of(theme, "Calibrate Guidance")
         check_numbers(cls, seeds=seeds, batch_size=batch_size)
         latent = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"])[:1]
         paths = Paths(positive, negative, latent, steps, cfg, sampler_name, scheduler, denoise, seed, seeds, batch_size)
@@ -75,7 +77,7 @@ class LoRAEnsembleCalibrateGuidance(io.ComfyNode):
         bar = comfy.utils.ProgressBar(rounds * steps)
         coeffs = calibrate(model, paths, second_round, intercept, lambda: bar.update(1),
                            lambda done, calls: comfy.utils.ProgressBar(calls).update_absolute(done))
-        return io.NodeOutput(coeffs, summary(coeffs), plot(coeffs))
+        return io.NodeOutput(coeffs, summary(coeffs), plot(coeffs, colours))
 
 
 class LoRAEnsembleSaveCoeffs(io.ComfyNode):

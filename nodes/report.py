@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from comfy_api.latest import io
 
 from ..host.look.report import report
-from .sockets import schema
+from .sockets import schema, theme_input, theme_of
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -35,6 +35,7 @@ class LoRAEnsembleReport(io.ComfyNode):
                     tooltip="The decoded picture, or the frames of a film: the maps are laid over it. Leave it "
                     "unconnected to see the maps alone.",
                 ),
+                theme_input(),
             ],
             outputs=[
                 io.Latent.Output(display_name="LATENT", tooltip="The latent as it came."),
@@ -47,8 +48,9 @@ class LoRAEnsembleReport(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model: ModelPatcher, latent: dict, image: Tensor | None = None) -> io.NodeOutput:
-        return io.NodeOutput(latent, *report(model, image))
+    def execute(cls, model: ModelPatcher, latent: dict, image: Tensor | None = None,
+                theme: str = "light") -> io.NodeOutput:
+        return io.NodeOutput(latent, *report(model, image, theme_of(theme, "Ensemble Report")))
 
 
 NODES: list[type[io.ComfyNode]] = [LoRAEnsembleReport]

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
 from comfy_api.latest import io
 
 from ..host.files.ensemble import Ensemble
 from ..host.look.layermap import draw, layer_map
+from ..host.look.sheet import as_image
 from ..host.look.vision import similarity
 from .klora import LoRAEnsembleKLoRA
-from .sockets import LoRAEnsemble, schema
+from .sockets import LoRAEnsemble, schema, theme_input, theme_of
 
 if TYPE_CHECKING:
     from comfy.clip_vision import ClipVisionModel
@@ -38,6 +37,7 @@ class LoRAEnsembleLayerMap(io.ComfyNode):
                     tooltip="Connect it to see what K-LoRA with the paper's settings would do with these LoRAs on the "
                     "model. Leave it unconnected for a model that K-LoRA or EST-LoRA has made.",
                 ),
+                theme_input(),
             ],
             outputs=[
                 io.Image.Output(
@@ -50,11 +50,12 @@ class LoRAEnsembleLayerMap(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model: ModelPatcher, ensemble: Ensemble | None = None) -> io.NodeOutput:
+    def execute(cls, model: ModelPatcher, ensemble: Ensemble | None = None, theme: str = "light") -> io.NodeOutput:
+        colours = theme_of(theme, "LoRA Layer Map")
         if ensemble is not None:
             model = LoRAEnsembleKLoRA.execute(model, ensemble, 1.5, -1.0, "s", "paper", 0, "as applied").args[0]
         found = layer_map(model)
-        return io.NodeOutput(torch.from_numpy(np.asarray(draw(found), dtype=np.float32) / 255)[None], found.as_json())
+        return io.NodeOutput(as_image(draw(found, colours)), found.as_json())
 
 
 class LoRAEnsembleStyleDiscrepancy(io.ComfyNode):

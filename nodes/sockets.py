@@ -10,6 +10,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..host.compose.routes import PLACES, Placing
+from ..host.look.theme import THEMES, Theme
 from .menu import advanced, category
 
 # Schema fields that the oldest supported ComfyUI refuses; leaving them out is harmless.
@@ -112,6 +113,18 @@ def check_numbers(node: type[io.ComfyNode], **values: object) -> None:
             if not isinstance(value, Integral if whole else Real) or not part.min <= value <= part.max:
                 raise ValueError(f"{schema.display_name}: {part.id} is {value!r}. It must be a "
                                  f"{'whole ' if whole else ''}number from {part.min} to {part.max}.")
+
+
+def theme_input() -> io.Input:
+    """The last input of a node that draws a picture of figures."""
+    return io.Combo.Input("theme", options=list(THEMES), default="light", optional=True,
+                          tooltip="Light or dark paper for the picture. The colours of the LoRAs are ones that "
+                          "colour-blind eyes tell apart.")
+
+
+def theme_of(theme: str, node: str) -> Theme:
+    """What the input `theme` means. Raises ValueError for one that there is not."""
+    return THEMES[chosen(theme, tuple(THEMES), f"{node}: theme")]
 
 
 def strength_input(name: str, tooltip: str) -> io.Input:

@@ -9,9 +9,8 @@ import comfy.utils
 from comfy_api.latest import io
 
 from ..host.files.ensemble import ALWAYS, Ensemble
-from ..host.look.line_plot import line_plot
-from ..host.look.spectrum import Sampling, profiles, report, with_measured_roles
-from .sockets import ensemble_input, ensemble_output, model_input, schema
+from ..host.look.spectrum import Sampling, plot, profiles, report, with_measured_roles
+from .sockets import ensemble_input, ensemble_output, model_input, schema, theme_input, theme_of
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -44,6 +43,7 @@ class LoRAEnsembleSpectrum(io.ComfyNode):
                 io.Float.Input("cfg", default=7.0, min=0.0, max=100.0, step=0.1, tooltip="Scale of the guidance."),
                 io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, tooltip="As in KSampler."),
                 io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, tooltip="As in KSampler."),
+                theme_input(),
             ],
             outputs=[
                 io.Image.Output(display_name="plot", tooltip="The high-frequency share over progress, by LoRA."),
@@ -65,14 +65,14 @@ class LoRAEnsembleSpectrum(io.ComfyNode):
         cfg: float,
         sampler_name: str,
         scheduler: str,
+        theme: str = "light",
     ) -> io.NodeOutput:
+        colours = theme_of(theme, "LoRA Spectrum")
         how = Sampling(positive, negative, latent_image["samples"], seed, steps, cfg, sampler_name, scheduler)
         pictures = 1 + sum(spec.strength_model != 0 and spec.role != ALWAYS for spec in ensemble)
         bar = comfy.utils.ProgressBar(steps * pictures)
         found = profiles(model, ensemble, how, lambda: bar.update(1))
-        plot = line_plot([(profile.name, profile.shares) for profile in found],
-                         "High-frequency share of the latent (H_0.2), each LoRA alone", "progress")
-        return io.NodeOutput(plot, report(found), with_measured_roles(ensemble, found))
+        return io.NodeOutput(plot(found, colours), report(found), with_measured_roles(ensemble, found))
 
 
 NODES: list[type[io.ComfyNode]] = [LoRAEnsembleSpectrum]

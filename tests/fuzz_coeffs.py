@@ -30,7 +30,7 @@ from ..host.guidance import files
 from ..host.guidance.apply import apply_guidance
 from ..host.guidance.coeffs import GuidanceCoeffs
 from ..host.guidance.options import MODES, GuidanceOptions, guidance_of
-from ..host.look.plot import plot, summary
+from ..host.look.calibration import plot, summary
 from ..methods.guidance.adaptive import SPACES, AdaptiveGuidance
 from .host.builders import sample, schedule
 from .host.models import base

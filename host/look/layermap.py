@@ -12,11 +12,13 @@ from PIL import Image, ImageDraw
 
 from ...methods.selection import Selection
 from ..compose.composition import KEY
+from .chart import Series, Stack
 from .letters import fitted, font
+from .sheet import Place
+from .theme import BLUE, GREEN, LIGHT, ORANGE, PINK, RED, SKY, Theme, rgb
 
-WARM = ("#E69F00", "#D55E00", "#CC79A7", "#8C564B")  # subjects; told apart from the styles by colour-blind eyes too
-COOL = ("#0072B2", "#56B4E9", "#009E73", "#6A5ACD")  # styles
-INK, PAPER, FAINT = "#222222", "#FFFFFF", "#BBBBBB"
+WARM = (ORANGE, RED, PINK, "#8C564B")  # subjects; told apart from the styles by colour-blind eyes too
+COOL = (BLUE, SKY, GREEN, "#6A5ACD")  # styles
 MARGIN, LABELS, MAP, GAP, RATIOS, SHARES, LINE = 24, 190, 720, 56, 300, 90, 24
 WIDTH = MARGIN + LABELS + MAP + GAP + RATIOS + MARGIN
 OCTAVES = 3  # the ratio's axis ends at 1/8 and 8
@@ -97,31 +99,31 @@ def layer_map(model, points: int = MAP) -> LayerMap:
                     tuple((contest.subjects[i], contest.styles[i]) for i in order))
 
 
-def draw(of: LayerMap) -> Image.Image:
+def draw(of: LayerMap, theme: Theme = LIGHT) -> Image.Image:
     """The map, the share of layers per LoRA above it, and the ratios beside it."""
     row = max(2, min(24, 900 // max(len(of.layers), 1)))
     height = row * len(of.layers)
     left, top = MARGIN + LABELS, MARGIN + LINE * (3 + len(of.names)) + SHARES
-    sheet = Image.new("RGB", (WIDTH, top + height + 3 * LINE), PAPER)
+    sheet = Image.new("RGB", (WIDTH, top + height + 3 * LINE), theme.paper)
     pen, colours = ImageDraw.Draw(sheet), of.colours()
-    pen.text((MARGIN, MARGIN), of.title, INK, font(18))
-    _legend(pen, of, colours)
-    _shares(sheet, of, colours, (left, top - SHARES - LINE // 2))
-    palette = np.array([_rgb(colour) for colour in colours], dtype=np.uint8).reshape(-1, 3)
+    pen.text((MARGIN, MARGIN), of.title, theme.ink, font(18))
+    _legend(pen, of, colours, theme)
+    _shares(sheet, of, colours, theme, (left, top - SHARES - LINE // 2))
+    palette = np.array([rgb(colour) for colour in colours], dtype=np.uint8).reshape(-1, 3)
     if height:
         pixels = palette[of.acting].repeat(row, axis=0)
         sheet.paste(Image.fromarray(pixels).resize((MAP, height), Image.Resampling.NEAREST), (left, top))
     for percent in (0, 25, 50, 75, 100):
         x = left + MAP * percent / 100
-        pen.line((x, top + height, x, top + height + 5), INK)
-        pen.text((x, top + height + 7), f"{percent} %", INK, font(13), anchor="ma")
-    pen.text((left + MAP / 2, top + height + LINE + 4), "progress of the run", INK, font(14), anchor="ma")
-    _blocks(pen, of, (left, top), row)
-    _ratios(pen, of, colours, (left + MAP + GAP, top), row)
+        pen.line((x, top + height, x, top + height + 5), theme.ink)
+        pen.text((x, top + height + 7), f"{percent} %", theme.ink, font(13), anchor="ma")
+    pen.text((left + MAP / 2, top + height + LINE + 4), "progress of the run", theme.ink, font(14), anchor="ma")
+    _blocks(pen, of, theme, (left, top), row)
+    _ratios(pen, of, colours, theme, (left + MAP + GAP, top), row)
     return sheet
 
 
-def _legend(pen: ImageDraw.ImageDraw, of: LayerMap, colours: list[str]) -> None:
+def _legend(pen: ImageDraw.ImageDraw, of: LayerMap, colours: list[str], theme: Theme) -> None:
     """A line per LoRA: its number as in the text, which tells names apart that the font has no letters for."""
     for i, (name, side, colour) in enumerate(zip(of.names, of.sides, colours, strict=True)):
         y = MARGIN + LINE * (i + 1) + 8
@@ -129,45 +131,38 @@ def _legend(pen: ImageDraw.ImageDraw, of: LayerMap, colours: list[str]) -> None:
         pen.rectangle((MARGIN, y + 2, MARGIN + 28, y + 16), colour)
         rest = f"   ({'subject' if side else 'style'}, {share:.0f} % of layers and time)"
         room = WIDTH - 2 * MARGIN - 38 - pen.textlength(f"{i}   {rest}", font(15))
-        pen.text((MARGIN + 38, y), f"{i}   {fitted(pen, name, room, 15)}{rest}", INK, font(15))
+        pen.text((MARGIN + 38, y), f"{i}   {fitted(pen, name, room, 15)}{rest}", theme.ink, font(15))
 
 
-def _shares(sheet: Image.Image, of: LayerMap, colours: list[str], at: tuple[int, int]) -> None:
+def _shares(sheet: Image.Image, of: LayerMap, colours: list[str], theme: Theme, at: Place) -> None:
     """A stacked strip: at each progress, which part of the layers each LoRA has, subjects above styles."""
     pen = ImageDraw.Draw(sheet)
-    pen.text((at[0] - 10, at[1] + SHARES / 2 - 8), "share of layers", INK, font(14), anchor="ra")
-    if not of.layers:
-        return
-    order = sorted(range(len(of.names)), key=lambda i: not of.sides[i])
-    counts = np.stack([(of.acting == i).mean(axis=0) for i in order])
-    ends = np.round(np.cumsum(counts, axis=0) * (SHARES - LINE)).astype(int)
-    for x in range(MAP):
-        column, start = ends[:, min(x * ends.shape[1] // MAP, ends.shape[1] - 1)], 0
-        for i, end in zip(order, column, strict=True):
-            if end > start:
-                pen.line((at[0] + x, at[1] + start, at[0] + x, at[1] + end - 1), colours[i])
-            start = end
+    pen.text((at[0] - 10, at[1] + SHARES / 2 - 8), "share of layers", theme.ink, font(14), anchor="ra")
+    if of.layers:
+        order = sorted(range(len(of.names)), key=lambda i: of.sides[i])
+        strip = [Series("", (of.acting == i).mean(axis=0).tolist(), colours[i]) for i in order]
+        Stack("", strip, tall=SHARES - LINE).panel(sheet, theme, at, MAP)
 
 
-def _blocks(pen: ImageDraw.ImageDraw, of: LayerMap, at: tuple[int, int], row: int) -> None:
+def _blocks(pen: ImageDraw.ImageDraw, of: LayerMap, theme: Theme, at: Place, row: int) -> None:
     """Names of the model's sections and numbers of their blocks, each where there is room for it."""
     (left, top), start, below = at, 0, -99
     for section, members in groupby(of.layers, key=lambda name: name.split(".")[0]):
         members = list(members)
         y = top + row * start
         if y - below >= 15:
-            pen.line((MARGIN, y, left - 1, y), FAINT)
-            pen.line((left + MAP, y, left + MAP + GAP + RATIOS, y), FAINT)
-            pen.text((MARGIN, y + 2), section.replace("_", " "), INK, font(14))
+            pen.line((MARGIN, y, left - 1, y), theme.grid)
+            pen.line((left + MAP, y, left + MAP + GAP + RATIOS, y), theme.grid)
+            pen.text((MARGIN, y + 2), section.replace("_", " "), theme.ink, font(14))
             below = y
         last, line, end = -99, start, y + row * len(members)
         for block, inner in groupby(members, key=_block):
             count = len(list(inner))
             y = top + row * line
             if block is not None:
-                pen.line((left - 8, y, left - 1, y), FAINT)
+                pen.line((left - 8, y, left - 1, y), theme.grid)
                 if y + 14 <= end and (y - last >= 14 and count * row >= 10 or y - last >= 28):
-                    pen.text((left - 12, y), block, INK, font(12), anchor="ra")
+                    pen.text((left - 12, y), block, theme.ink, font(12), anchor="ra")
                     last = y
             line += count
         start += len(members)
@@ -178,17 +173,18 @@ def _block(layer: str) -> str | None:
     return parts[1] if len(parts) > 1 and parts[1].isdecimal() else None
 
 
-def _ratios(pen: ImageDraw.ImageDraw, of: LayerMap, colours: list[str], at: tuple[int, int], row: int) -> None:
+def _ratios(pen: ImageDraw.ImageDraw, of: LayerMap, colours: list[str], theme: Theme, at: Place,
+            row: int) -> None:
     """A bar per layer from ratio 1: to the right in the colour of its subject where that is larger, else to the left
     in that of its style. No bar where only one side has the layer."""
     top, middle = at[1], at[0] + RATIOS / 2
     unit, bottom = RATIOS / 2 / OCTAVES, top + row * len(of.layers)
     for octave in range(-OCTAVES, OCTAVES + 1):
         x = middle + unit * octave
-        pen.line((x, top, x, bottom), INK if octave == 0 else FAINT)
+        pen.line((x, top, x, bottom), theme.ink if octave == 0 else theme.grid)
         label = f"1/{2**-octave}" if octave < 0 else str(2**octave)
-        pen.text((x, bottom + 7), label, INK, font(13), anchor="ma")
-    pen.text((middle, bottom + LINE + 4), "ratio, subject / style", INK, font(14), anchor="ma")
+        pen.text((x, bottom + 7), label, theme.ink, font(13), anchor="ma")
+    pen.text((middle, bottom + LINE + 4), "ratio, subject / style", theme.ink, font(14), anchor="ma")
     for i, (ratio, (subject, style)) in enumerate(zip(of.ratios, of.rivals, strict=True)):
         if not isfinite(ratio) or subject is None or style is None:
             continue
@@ -197,6 +193,3 @@ def _ratios(pen: ImageDraw.ImageDraw, of: LayerMap, colours: list[str], at: tupl
         pen.rectangle((min(middle, middle + length), y, max(middle, middle + length), y + thick - 1),
                       colours[subject if length > 0 else style])
 
-
-def _rgb(colour: str) -> tuple[int, ...]:
-    return tuple(bytes.fromhex(colour[1:]))

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from PIL import ImageDraw, ImageFont
+from bisect import bisect_left
+from collections.abc import Sequence
+from functools import cache
+from pathlib import PurePath
+from unicodedata import combining, normalize
+
+from PIL import Image, ImageDraw, ImageFont
 
 
 def font(size: int) -> ImageFont.ImageFont:
@@ -13,13 +19,46 @@ def font(size: int) -> ImageFont.ImageFont:
         return ImageFont.load_default()
 
 
+@cache
+def measure() -> ImageDraw.ImageDraw:
+    """A pen to measure text with."""
+    return ImageDraw.Draw(Image.new("RGB", (1, 1)))
+
+
+def labels(names: Sequence[str]) -> list[str]:
+    """LoRAs as charts call them: their files without folder and ending, as far as that tells them apart, without the
+    accents that the font lacks. What it has no letters for, and what is still alike, is called by its number."""
+    whole = [name if has_letters(name) else plain(name) for name in names]
+    short = [PurePath(name.replace("\\", "/")).stem for name in whole]
+    found = [one if short.count(one) == 1 else name for one, name in zip(short, whole, strict=True)]
+    return [name if has_letters(name) and found.count(name) == 1 else f"LoRA {i + 1}" for i, name in enumerate(found)]
+
+
+def plain(text: str) -> str:
+    """Letters without their accents, where they have any."""
+    return "".join(letter for letter in normalize("NFKD", text) if not combining(letter))
+
+
+def has_letters(text: str) -> bool:
+    """Whether the font can write a text; it draws the same box for all that it cannot."""
+    return all(letter.isascii() or _drawn(letter) != _drawn("\uffff") for letter in set(text))
+
+
+@cache
+def _drawn(letter: str) -> bytes:
+    return bytes(font(15).getmask(letter))
+
+
 def fitted(pen: ImageDraw.ImageDraw, name: str, room: float, size: int) -> str:
     """A name with as much of its middle left out as it takes to fit."""
-    kept, text = len(name), name
-    while pen.textlength(text, font(size)) > room and kept > 2:
-        kept -= 1
-        text = f"{name[:(kept + 1) // 2]} ... {name[-(kept // 2):]}"
-    return text
+    if pen.textlength(name, font(size)) <= room:
+        return name
+
+    def cut(kept: int) -> str:
+        return f"{name[:(kept + 1) // 2]} ... {name[len(name) - kept // 2:]}"
+
+    most = bisect_left(range(3, len(name)), True, key=lambda kept: pen.textlength(cut(kept), font(size)) > room)
+    return cut(max(most + 2, min(len(name), 2)))
 
 
 def wrapped(pen: ImageDraw.ImageDraw, text: str, room: float, size: int, most: int) -> list[str]:

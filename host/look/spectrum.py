@@ -15,6 +15,10 @@ from ...methods.cmlora import LOW_FREQUENCY, frequency_class
 from ...methods.merge import Merge
 from ..compose.apply import apply_method
 from ..files.ensemble import ALWAYS, Ensemble
+from .chart import Lines, Series
+from .letters import labels
+from .sheet import as_image, sheet
+from .theme import LIGHT, Theme
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,18 @@ def with_measured_roles(ensemble: Ensemble, found: Sequence[Profile]) -> Ensembl
     low = {profile.name for profile in found[1:] if profile.low}
     return tuple(replace(spec, role=LOW_FREQUENCY[0]) if spec.role == "auto" and spec.name in low else spec
                  for spec in ensemble)
+
+
+def plot(found: Sequence[Profile], theme: Theme = LIGHT) -> Tensor:
+    """The shares over the progress of the run, a line each, as an IMAGE [1, height, width, 3]."""
+    base, *loras = found
+    lines = [Series(base.name, base.shares, theme.neutral)]
+    lines += [Series(name, profile.shares, theme.colour(i)) for i, (name, profile) in
+              enumerate(zip(labels([profile.name for profile in loras]), loras, strict=True))]
+    chart = Lines("High-frequency share of the latent (H_0.2) while each LoRA acts alone", lines, tall=420, ends=True,
+                  across=("progress of the run", ((0, "0 %"), (0.25, "25 %"), (0.5, "50 %"), (0.75, "75 %"),
+                                                  (1, "100 %"))))
+    return as_image(sheet([chart], "LoRA Spectrum", theme=theme))
 
 
 def report(found: Sequence[Profile]) -> str:

@@ -17,7 +17,7 @@ PLACEHOLDERS = {"ckpt_name", "unet_name", "clip_name", "clip_name1", "clip_name2
                 "coeffs_name"}  # files that a user chooses
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 VIRTUAL = {"MarkdownNote", "Note"}  # known to the front end alone
-LATER = {"words", "place", "reweigh_every"}
+LATER = {"words", "place", "reweigh_every", "theme"}
 """Widgets that workflows saved with earlier versions lack: the front end fills in their defaults."""
 BYPASSED = 4
 ANY = "*"

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 from lora_ensemble.host.compose.composition import KEY, Applied, Composition
-from lora_ensemble.host.look.layermap import FAINT, GAP, LABELS, MAP, MARGIN, RATIOS, LayerMap, draw, layer_map
+from lora_ensemble.host.look.layermap import GAP, LABELS, LINE, MAP, MARGIN, RATIOS, SHARES, LayerMap, draw, layer_map
+from lora_ensemble.host.look.theme import DARK, LIGHT, rgb
 from lora_ensemble.host.look.vision import similarity
 from lora_ensemble.methods.merge import Merge
 from lora_ensemble.methods.selection import Contest, Selection
@@ -31,10 +32,6 @@ def made(count: int, sides=(True, False)) -> LayerMap:
     return LayerMap("K-LoRA", ("a.safetensors", "b.safetensors"), sides, layers, ratios,
                     acting.reshape(count, MAP).astype(np.int64),
                     tuple((0, None if np.isinf(ratio) else 1) for ratio in ratios))
-
-
-def rgb(colour: str) -> tuple[int, ...]:
-    return tuple(bytes.fromhex(colour[1:]))
 
 
 # --- data ---
@@ -140,11 +137,20 @@ def test_the_strip_shows_the_share_of_layers():
     of = made(60)
     picture, colours = np.asarray(draw(of)), [rgb(colour) for colour in of.colours()]
     x = MARGIN + LABELS + MAP // 4
-    pixels = [tuple(pixel) for pixel in picture[:, x]]
-    first = next(y for y, pixel in enumerate(pixels) if pixel in colours and y > 100)
-    end = next(y for y in range(first, len(pixels)) if pixels[y] not in colours)
-    strip = Counter(pixels[first:end])
-    assert strip[colours[0]] / (end - first) == pytest.approx((of.acting[:, MAP // 4] == 0).mean(), abs=0.03)
+    top = MARGIN + LINE * (3 + len(of.names)) - LINE // 2
+    strip = Counter(tuple(pixel) for pixel in picture[top:top + SHARES - LINE, x])
+    share = strip[colours[0]] / (strip[colours[0]] + strip[colours[1]])
+    assert share == pytest.approx((of.acting[:, MAP // 4] == 0).mean(), abs=0.03) and 0 < share < 1
+    assert strip[colours[0]] + strip[colours[1]] >= SHARES - LINE - 1  # a line between them
+    assert tuple(picture[top, x]) == colours[0]
+
+
+def test_dark_paper_changes_the_paper_alone():
+    of = made(12)
+    light, dark = (np.asarray(draw(of, theme)) for theme in (LIGHT, DARK))
+    assert tuple(dark[2, 2]) == rgb(DARK.paper) and tuple(light[2, 2]) == rgb(LIGHT.paper)
+    own = (light == rgb(of.colours()[0])).all(axis=-1)
+    assert own.sum() > 1000 and (dark[own] == rgb(of.colours()[0])).all()
 
 
 def test_bars_have_the_colour_of_the_lora_that_is_larger():
@@ -171,8 +177,8 @@ def test_a_section_without_room_has_no_line_through_another_ones_name():
     of = made(60)
     names = ("img_in", "time_in.in_layer", "txt_in", *of.layers[3:])
     picture = np.asarray(draw(replace(of, layers=names)))
-    first = next(y for y, pixel in enumerate(picture[:, MARGIN + 100]) if tuple(pixel) == rgb(FAINT))
-    lines = [y for y in range(first, first + 15) if tuple(picture[y, MARGIN + 100]) == rgb(FAINT)]
+    first = next(y for y, pixel in enumerate(picture[:, MARGIN + 100]) if tuple(pixel) == rgb(LIGHT.grid))
+    lines = [y for y in range(first, first + 15) if tuple(picture[y, MARGIN + 100]) == rgb(LIGHT.grid)]
     assert lines == [first]
 
 

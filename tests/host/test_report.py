@@ -12,7 +12,8 @@ from lora_ensemble.host.compose.apply import apply_method
 from lora_ensemble.host.compose.composition import Placed, places_of, record_of
 from lora_ensemble.host.files.ensemble import Mask
 from lora_ensemble.host.look.heat import COVER, GREY, RAMP, coloured, overlay
-from lora_ensemble.host.look.report import CELLS, NEVER, NOWHERE, PROBLEMS, WIDTH, WITHOUT, cells_of, draw
+from lora_ensemble.host.look.report import CELLS, NEVER, NOWHERE, PROBLEMS, WITHOUT, draw, maps_of
+from lora_ensemble.host.look.sheet import WIDTH
 from lora_ensemble.methods.switch import Switch
 from lora_ensemble.nodes.report import LoRAEnsembleReport
 from PIL import ImageDraw
@@ -68,10 +69,10 @@ def test_a_picture_shows_through_without_its_colours():
 
 
 def test_each_lora_has_its_map_at_its_place():
-    cells = cells_of(Placed(NAMES, halves(), FOUND))
+    cells = maps_of(Placed(NAMES, halves(), FOUND))
     assert [(cell.lora, cell.title, cell.words, cell.share) for cell in cells] == [
-        (0, "1  a.safetensors", '"ohwx woman with red hair"', 0.5),
-        (1, "2  b.safetensors", "everywhere: its words are not in the prompt", 1.0)]
+        (0, "a", '"ohwx woman with red hair"', 0.5),
+        (1, "b", "everywhere: its words are not in the prompt", 1.0)]
     sheet = draw(RunRecord(["Merge"], [list(NAMES)], finished=True), [("Maps", cells)])
     hot, cold = (drawn(sheet, colour) for colour in (HOT, COLD))
     rows = np.flatnonzero(hot[:, WIDTH * 3 // 4])
@@ -83,7 +84,7 @@ def test_each_lora_has_its_map_at_its_place():
 @pytest.mark.parametrize(("loras", "pictures"), [(1, 1), (1, 9), (2, 1), (2, 3), (2, 40), (3, 2), (5, 3), (40, 2)])
 def test_sheets_are_legible_and_end(loras, pictures):
     names = tuple(f"{'long ' * i}{i}.safetensors" for i in range(loras))
-    cells = cells_of(Placed(names, torch.rand(pictures, loras, 8, 8)))
+    cells = maps_of(Placed(names, torch.rand(pictures, loras, 8, 8)))
     sheet = draw(RunRecord(["Merge"], [list(names)], problems=["a problem " * 40] * 20), [("Maps", cells)])
     assert sheet.width == WIDTH and 300 < sheet.height < 3600
     blank = (np.asarray(sheet) == 255).all(axis=-1)
@@ -91,7 +92,7 @@ def test_sheets_are_legible_and_end(loras, pictures):
 
 
 def test_a_mask_by_hand_beats_words():
-    cells = cells_of(Placed(NAMES, halves(), FOUND, (True, False)))
+    cells = maps_of(Placed(NAMES, halves(), FOUND, (True, False)))
     assert [cell.words for cell in cells] == ['in its mask; its words: "ohwx woman with red hair"',
                                               "everywhere: its words are not in the prompt"]
 
@@ -101,7 +102,7 @@ def test_what_is_cut_is_said(monkeypatch):
     write = ImageDraw.ImageDraw.text
     monkeypatch.setattr(ImageDraw.ImageDraw, "text",
                         lambda pen, at, text, *rest, **more: (said.append(text), write(pen, at, text, *rest, **more)))
-    cells = cells_of(Placed(NAMES, halves(20)))
+    cells = maps_of(Placed(NAMES, halves(20)))
     record = RunRecord(["Merge"], [list(NAMES)], problems=[f"problem {i}" for i in range(PROBLEMS + 3)])
     draw(record, [("Maps", cells[:4]), ("More", cells)])
     assert "Maps" in said and f"More; {4 + len(cells) - CELLS} of {len(cells)} maps are not shown" in said
@@ -113,16 +114,16 @@ def test_films_show_the_first_frame_and_the_middle_one():
     maps = halves(2, 5)
     maps[:, 0, 2] = 0.25
     images = torch.arange(34.0)[:, None, None, None].expand(-1, 4, 6, 3) / 34
-    cells = cells_of(Placed(NAMES, maps), images)
-    assert [cell.title for cell in cells[:4]] == [f"{i}  {name}, picture 1, frame {frame} of 5" for frame in (1, 3)
-                                                  for i, name in ((1, NAMES[0]), (2, NAMES[1]))]
+    cells = maps_of(Placed(NAMES, maps), images)
+    assert [cell.title for cell in cells[:4]] == [f"{name}, picture 1, frame {frame} of 5" for frame in (1, 3)
+                                                  for name in "ab"]
     assert cells[2].map.max() == 0.25 and cells[0].map.max() == 1
     assert [round(float(cell.under.mean()) * 34) for cell in cells[::2]] == [0, 8, 17, 25]
     assert [cell.share for cell in cells[::2]] == [pytest.approx((0.5 * 4 + 0.25) / 5)] * 4
 
 
 def test_one_picture_serves_all_maps():
-    cells = cells_of(Placed(NAMES, halves(3)), torch.full((1, 4, 6, 3), 0.5))
+    cells = maps_of(Placed(NAMES, halves(3)), torch.full((1, 4, 6, 3), 0.5))
     assert all(float(cell.under.mean()) == 0.5 for cell in cells)
 
 
@@ -148,7 +149,7 @@ def test_a_run_with_masks_and_another_method(loras):
     ours = apply_method(model, None, tuple(ensemble), plain(lambda s: Switch(s, 1)), "Switch LoRAs")[0]
     sample(ours, "SD15", steps=2)
     (placed,) = places_of(ours)
-    assert [cell.words for cell in cells_of(placed)] == ["in its mask"] * 2
+    assert [cell.words for cell in maps_of(placed)] == ["in its mask"] * 2
     assert json.loads(LoRAEnsembleReport.execute(ours, {}).args[2])["words"] == [[]]
 
 

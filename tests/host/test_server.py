@@ -155,7 +155,8 @@ def test_example_on_the_testbed(server: Server, path: Path):
     saved = pictures(server, prompt)
     side_by_side = 1 + len(find(prompt, "ImageStitch"))
     if find(prompt, "LoRAEnsembleSpectrum"):
-        assert saved.shape == (1, 600, 960, 3) and len(np.unique(saved.reshape(-1, 3), axis=0)) > 4, "no plot"
+        assert saved.shape[0] == 1 and saved.shape[2] == 1024, "no plot"
+        assert len(np.unique(saved.reshape(-1, 3), axis=0)) > 4, "an empty plot"
         return
     assert saved.shape == (len(find(prompt, "SaveImage")), 32, 32 * side_by_side, 3)
     saved = np.concatenate(np.split(saved, side_by_side, axis=2))

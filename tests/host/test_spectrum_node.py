@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import comfy.sample
 import comfy.utils
+import numpy as np
 import pytest
 import torch
 from lora_ensemble.host.files.ensemble import LoRASpec
 from lora_ensemble.host.look import spectrum
-from lora_ensemble.host.look.line_plot import line_plot
-from lora_ensemble.host.look.spectrum import Profile, Sampling, profiles, report, with_measured_roles
+from lora_ensemble.host.look.spectrum import Profile, Sampling, plot, profiles, report, with_measured_roles
+from lora_ensemble.host.look.theme import LIGHT, rgb
 from lora_ensemble.kernels.spectrum import high_share, radial_amplitude, radial_bins
 from lora_ensemble.nodes.spectrum import LoRAEnsembleSpectrum
 from lora_ensemble.tests.devices import Plain
@@ -136,7 +137,9 @@ def test_an_empty_ensemble_is_refused():
 
 
 def test_the_plot_shows_every_line():
-    plain, two = (line_plot([("a", values), ("b", (0.1, 0.1))], "t", "x") for values in ((0.5, 0.5), (0.5, 0.9)))
-    assert (plain - two).abs().sum() > 0
-    one = line_plot([("a", (0.5,))], "t", "x")
-    assert one.shape == plain.shape and torch.isfinite(one).all()
+    picture = (plot(FOUND)[0].numpy() * 255).round().astype(int)
+    for colour in (LIGHT.neutral, *LIGHT.colours[:4]):
+        drawn = (np.abs(picture - rgb(colour)) < 40).all(axis=-1)
+        assert drawn[:, 100:].any(axis=0).sum() > 150, colour  # more than its legend; one curve may hide another
+    one = plot([Profile("base model", "", (0.5,))])
+    assert one.shape[2] == picture.shape[1] and torch.isfinite(one).all()
