@@ -53,6 +53,8 @@ class RoutedForwards:
     compiled   whether torch.compile sees the model: gains are then tensors that stay where they are (compiled.py).
                Where it does although this is False, all that adapters add is an opaque operator
     lasting    a context for tensors that are kept beyond the layer that runs, as a host may ask for
+
+    `acted` says whether any batch had adapters that act in it.
     """
 
     def __init__(self, root: nn.Module, bank: Bank, reader: Reader | None = None,
@@ -63,6 +65,7 @@ class RoutedForwards:
         # Not a method: programs hold it, and a circle would keep the model of a run that is over.
         self._tell = lambda adapter, layer, reason: say(adapter, layer, reason, about=(adapter, layer))
         self._state = _State()
+        self.acted = False
         self._installed: list[_Installed] = []
         self._layers: list[Layer] = []
         self._layouts: dict[Hashable, Layout] = {}
@@ -124,6 +127,7 @@ class RoutedForwards:
             layout.programs = [_UNMET] * len(self._layers)
         state = self._state
         before, state.current = state.current, None if layout.base else layout
+        self.acted |= not layout.base
         self._trace(state.current)
         try:
             yield

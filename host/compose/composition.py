@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import product
 from math import prod
@@ -168,6 +168,7 @@ class Run:
         self.combos: dict[UUID, Combo] = {}
         self.single: Combo | None = None
         self.controls = Controls()
+        self.texts = ExitStack()  # open while the host prepares conds
         self._sides = sides
         self._tags: dict[tuple[UUID, Combo], UUID] = {}
         self._routed: dict[int, tuple[nn.Module, list[RoutedForwards]]] = {}
@@ -325,6 +326,7 @@ class Run:
     def close(self, finished: bool) -> None:
         """Leave the models as they were, whatever becomes of the record: an accelerator that has failed raises where
         its numbers are read."""
+        self.texts.close()
         forwards = [routed for _, each in self._routed.values() for routed in reversed(each)]
         if log.isEnabledFor(logging.DEBUG):
             for line in (line for routed in forwards for line in routed.explain()):
@@ -345,9 +347,10 @@ class Run:
         sum_up(self._layers, self.record.problems)
 
     def _unseen(self, routed: RoutedForwards) -> None:
-        """Name layers that hold adapters but were never called: the model reads their weights in another way."""
-        missed = [name for name in routed.bank.sites if routed.seen and name not in routed.seen]
-        if missed and self.record.finished:
+        """Name layers that hold adapters but were never called while some acted: the model reads their weights in
+        another way, or calls them before it is evaluated."""
+        missed = [name for name in routed.bank.sites if name not in routed.seen]
+        if missed and routed.acted and self.record.finished:
             self._problem("all", missed[0], f"{len(missed)} layers were never called in this run; their LoRA keys had "
                                             "no effect")
 

@@ -11,11 +11,13 @@ import comfy.lora
 import comfy.model_management
 import comfy.model_patcher
 import torch
-from comfy.patcher_extension import WrappersMP
+from comfy.patcher_extension import CallbacksMP, WrappersMP
 from torch import Tensor
 
 from ...engine.bank import Bank
 from ...engine.layout import NotRows
+from ...kernels.branch import Branch
+from ...methods.merge import Merge
 from .composition import KEY, Composition, Free, Plan, Run
 from .context import method_contexts, parts_of, run_context, sides_of
 from .control import CALLER_CONDS, caller_indexes
@@ -30,6 +32,8 @@ def install_wrappers(model) -> None:
                           (WrappersMP.APPLY_MODEL, apply_model)):
         if not model.get_wrappers(kind, KEY):
             model.add_wrapper_with_key(kind, KEY, wrapper)
+    if not model.get_callbacks(CallbacksMP.ON_PRE_RUN, KEY):
+        model.add_callback_with_key(CallbacksMP.ON_PRE_RUN, KEY, pre_run)
 
 
 def outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=None, callback=None, *args, **kwargs):
@@ -55,11 +59,29 @@ def outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=No
         composition.end(run, finished)
 
 
+def pre_run(patcher) -> None:
+    """The host is about to prepare the conds of a run. Some models have layers for that (`preprocess_text_embeds` of
+    LTX-2, Anima and MiniMax H3), which no evaluation comes to any more: until the first one they do what methods ask
+    that have one branch at all times and places."""
+    composition: Composition | None = patcher.get_attachment(KEY)
+    model, root = patcher.model, _unwrapped(patcher.model.diffusion_model)
+    if composition is None or not composition.runs or not hasattr(root, "preprocess_text_embeds") \
+            or getattr(patcher, "is_multigpu_base_clone", False):  # of several devices one prepares for all
+        return
+    run = composition.runs[-1]
+    forwards = run.routed(root, partial(_banks, model), partial(read_weight, patcher),
+                          partial(_compiled, model.diffusion_model, {"wrappers": patcher.wrappers}))
+    for applied, regions, routed in zip(run.applied, run.regions, forwards, strict=True):
+        if isinstance(applied.method, Merge) and regions is None:
+            run.texts.enter_context(routed.rows([Branch(applied.method.strengths)]))
+
+
 def calc_cond_batch(executor, model, conds, x_in, timestep, model_options):
     """Evaluate every branch of this step for every cond of the caller, in the host's own batches, and mix."""
     run = _active(model)
     if run is None:
         return executor(model, conds, x_in, timestep, model_options)
+    run.texts.close()
     plan, sides = run.plan(x_in, timestep, parts_of(conds)), run.sides(conds)
     run.areas.update({entry.get("uuid"): entry.get("area") for cond in conds for entry in cond or ()})
 
