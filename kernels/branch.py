@@ -46,6 +46,14 @@ def one_hot(strengths: tuple[float, ...], i: int) -> Branch:
     return Branch(tuple(s if k == i else 0.0 for k, s in enumerate(strengths)))
 
 
+def scaled(branch: Branch, shares: tuple[float, ...]) -> Branch:
+    """The branch with each adapter's gains times its share."""
+    def of(gains: tuple[float, ...]) -> tuple[float, ...]:
+        return tuple(gain * share for gain, share in zip(gains, shares, strict=True))
+
+    return Branch(of(branch.gains), tuple((module, of(gains)) for module, gains in branch.per_module))
+
+
 @dataclass(frozen=True)
 class Step:
     """Where a run stands when the model is called.

@@ -7,6 +7,7 @@ released code is followed in its numbers and not in its faults (tests/test_cmlor
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -75,7 +76,8 @@ class CMLoRA:
     dominant_full   whether the leader runs whole at every step (the paper), or only at refreshes (released code)
 
     Ours, where LoRAs have masks: each acts in its own in the model's layers, and at a place those alone have a say that
-    act there.
+    act there. Where they have windows in time, a step knows those alone that are open: they take the turns and share
+    the weights, and N is their number.
     """
 
     masks = "layers"
@@ -112,14 +114,14 @@ class CMLoRA:
         high = self.high or (True,) * len(self.strengths)
         return tuple(i for i, h in enumerate(high) if h), tuple(i for i, h in enumerate(high) if not h)
 
-    @property
-    def first_weight(self) -> float:
-        """w at the first step."""
-        return max(len(self.strengths) - 0.5, 1.0) if self.start is None else self.start
+    def first_weight(self, count: int) -> float:
+        """w at the first step, of so many LoRAs."""
+        return max(count - 0.5, 1.0) if self.start is None else self.start
 
-    def group(self, step: Step, share: float = 1.0) -> tuple[int, ...]:
-        """The LoRAs that take turns at a step; `share` is the measured high-frequency share of the online order."""
-        high, low = self.classes
+    def group(self, step: Step, share: float = 1.0, may: Collection[int] | None = None) -> tuple[int, ...]:
+        """The LoRAs that take turns at a step; `share` is the measured high-frequency share of the online order, `may`
+        those whose windows are open, at least one; None: all."""
+        high, low = (tuple(i for i in each if may is None or i in may) for each in self.classes)
         early = share >= self.threshold if self.order == "online" else step.index <= self.boundary * step.total
         if self.order == "async" or (self.order == "switch-a" and not early):
             return high + low
@@ -141,14 +143,16 @@ class CMLoRASession(Session):
     whole_batch = False
 
     def __init__(self, method: CMLoRA, context: RunContext):
-        self.method, self.masks = method, context.masks
+        self.method, self.context = method, context
         self.count = len(method.strengths)
+        self.open = tuple(range(self.count))
         self.refreshes = sorted(refresh_steps(context.total, method.c1, method.c2))
         self.oldest = oldest(self.count, method.c1, method.c2)
         self.lead: int | None = None
-        self.weight = method.first_weight
+        self.weight = method.first_weight(self.count)
         self._step: int | None = None
         self._made = [-1] * self.count
+        self._gains: list[float | None] = [None] * self.count  # with which what is cached was made
         self._fresh: tuple[bool, ...] = ()
         self._share = 1.0
         self._sent: Sent | None = None
@@ -161,21 +165,23 @@ class CMLoRASession(Session):
             return
         self._step = step.index
         self._notes = {}
+        self.open = self.context.open(step.index, self.count)
         if self.method.order == "online":
             self._measure(step, x)
-        self._take_turn(step)
+        if self.open:
+            self._take_turn(step)
 
     def branches(self, step: Step) -> tuple[Branch, ...]:
-        """Every LoRA alone; with order "switch-a" the leader alone."""
-        if not self.count:
-            return (Branch(()),)
+        """Every LoRA alone whose window is open; with order "switch-a" the leader alone. The base where none is."""
+        if not self.open:
+            return (Branch((0.0,) * self.count),)
         if self.method.order == "switch-a":
             return (one_hot(self.method.strengths, self.lead),)
-        return tuple(one_hot(self.method.strengths, i) for i in range(self.count))
+        return tuple(one_hot(self.method.strengths, i) for i in self.open)
 
     def refresh(self, step: Step) -> tuple[bool, ...]:
         """The leader runs whole as `dominant_full` says, another LoRA where what is cached of it is too old."""
-        return self._fresh if self.count and self.method.order != "switch-a" else (True,)
+        return self._fresh if self.open and self.method.order != "switch-a" else (True,)
 
     def mix(self, step: Step, call: Call) -> list[Tensor | None]:
         """The weighted mean of each cond's predictions, in which the leader weighs most."""
@@ -190,31 +196,33 @@ class CMLoRASession(Session):
         """sum_i lambda_i e_i = mean + (w - 1) / (w + N - 1) (e_d - mean), which is the mean exactly for w = 1."""
         if len(predictions) == 1:
             return predictions[0]
-        if any(mask is not None for mask in self.masks):
-            return (self._where(predictions, parts).to(predictions.dtype) * predictions).sum(dim=0)
-        share = (self.weight - 1) / (self.weight + self.count - 1)
-        return torch.lerp(predictions.mean(dim=0), predictions[self.lead], share)
+        lead = self.open.index(self.lead)
+        masks = [self.context.masks[i] for i in self.open] if self.context.masks else []
+        if any(mask is not None for mask in masks):
+            return (self._where(predictions, lead, masks, parts).to(predictions.dtype) * predictions).sum(dim=0)
+        share = (self.weight - 1) / (self.weight + len(self.open) - 1)
+        return torch.lerp(predictions.mean(dim=0), predictions[lead], share)
 
-    def _where(self, predictions: Tensor, parts: Parts) -> Tensor:
+    def _where(self, predictions: Tensor, lead: int, masks: list[Tensor | None], parts: Parts) -> Tensor:
         """lambda_i m_i / sum_j lambda_j m_j: LoRAs that act nowhere at a place, where their branches are the base's,
         have no say there. Where none acts all branches are the base's, and the leader speaks for them."""
         first, *others = unpack(predictions, parts)
-        masks = stacked(self.masks).to(predictions.device)
+        masks = stacked(masks).to(predictions.device)
         masks = masks if masks.ndim == first.ndim else masks.unsqueeze(3)
         weights = masks.expand(len(masks), first.shape[1], *masks.shape[2:]).clone()
-        weights[self.lead] *= self.weight
+        weights[lead] *= self.weight
         total = weights.sum(dim=0)
         leads = torch.zeros_like(weights)
-        leads[self.lead] = 1
+        leads[lead] = 1
         weights = torch.where(total > 0, weights / total.clamp_min(torch.finfo(torch.float32).tiny), leads)
         if not parts:
             return weights
         size = (*first.shape[:2], 1, *first.shape[3:])
         rest = []
         for part in others:  # masks are the first part's
-            whole = torch.full((*part.shape[:2], 1, *part.shape[3:]), 1 / (self.weight + self.count - 1),
+            whole = torch.full((*part.shape[:2], 1, *part.shape[3:]), 1 / (self.weight + len(self.open) - 1),
                                device=part.device)
-            whole[self.lead] *= self.weight
+            whole[lead] *= self.weight
             rest.append(whole)
         return pack_weights([weights.expand(size), *rest], parts)
 
@@ -232,13 +240,16 @@ class CMLoRASession(Session):
     def _take_turn(self, step: Step) -> None:
         method, now = self.method, step.index
         done = sum(at <= now for at in self.refreshes)
-        lead = method.leader(step, method.group(step, self._share), done - 1)
+        lead = method.leader(step, method.group(step, self._share, self.open), done - 1)
         passed_on = now in self.refreshes or lead != self.lead
         self.lead = lead
-        self.weight = dominance(method.first_weight, done - 1, method.decay)
+        self.weight = dominance(method.first_weight(len(self.open)), done - 1, method.decay)
         leads_whole = method.dominant_full == "every_step" or passed_on
-        self._fresh = tuple(not method.caching or made < 0 or now - made >= self.oldest or (i == lead and leads_whole)
-                            for i, made in enumerate(self._made))
-        self._made = [now if fresh else made for fresh, made in zip(self._fresh, self._made, strict=True)]
-        share = 1.0 if method.order == "switch-a" else self.weight / (self.weight + self.count - 1)
-        self._notes |= {"led": lead, "weight": share, "whole": [i for i, fresh in enumerate(self._fresh) if fresh]}
+        gains = self.context.gains[now] if self.context.gains else (1.0,) * self.count
+        whole = [i for i in self.open if not method.caching or self._made[i] < 0 or now - self._made[i] >= self.oldest
+                 or self._gains[i] != gains[i] or (i == lead and leads_whole)]
+        for i in whole:
+            self._made[i], self._gains[i] = now, gains[i]
+        self._fresh = tuple(i in whole for i in self.open)
+        share = 1.0 if method.order == "switch-a" else self.weight / (self.weight + len(self.open) - 1)
+        self._notes |= {"led": lead, "weight": share, "whole": whole}

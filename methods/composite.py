@@ -19,7 +19,8 @@ class Composite:
     and the unconditional predictions before it, which is the same.
 
     Ours, where LoRAs have masks: e = e_0 + sum_i w_i (e_i - e_0), w_i = m_i / max(sum_j m_j, 1), e_0 the base model's.
-    Without a mask m_i is 1, so that LoRAs without masks are averaged as ever.
+    Without a mask m_i is 1, so that LoRAs without masks are averaged as ever. Where they have windows in time, those
+    that are open are composed; where none is, the base model predicts.
     """
 
     strengths: tuple[float, ...]
@@ -33,30 +34,43 @@ class Composite:
         return predictions.mean(dim=0)
 
     def begin(self, context: RunContext) -> Session:
-        masked = any(mask is not None for mask in context.masks)
-        return MaskedComposite(self, context) if masked else PlainSession(self)
+        confined = context.gains or any(mask is not None for mask in context.masks)
+        return ConfinedComposite(self, context) if confined else PlainSession(self)
 
 
-class MaskedComposite(Session):
-    """One run with masks: every LoRA in its region, the base where there is none."""
+class ConfinedComposite(Session):
+    """One run with masks or windows: every LoRA in its region and its time, the base where there is none."""
 
     whole_batch = False
 
     def __init__(self, method: Composite, context: RunContext):
-        self.method, self.masks = method, context.masks
+        self.method, self.context = method, context
 
     def branches(self, step: Step) -> tuple[Branch, ...]:
-        """The LoRAs, and the base last."""
-        return (*self.method.branches(step), Branch((0.0,) * len(self.method.strengths)))
+        """The LoRAs whose windows are open, and the base last where there are masks or no LoRA."""
+        may = self._open(step)
+        base = (Branch((0.0,) * len(self.method.strengths)),) if self._masks(may) or not may else ()
+        return (*(one_hot(self.method.strengths, i) for i in may), *base)
 
     def mix(self, step: Step, call: Call) -> list[Tensor | None]:
-        return [None if p is None else weighted(p[-1], p[:-1], self._like(p, call.parts)) for p in call.predictions]
+        masks = self._masks(self._open(step))
+        if not masks:
+            return [None if p is None else self.method.mix(step, p) for p in call.predictions]
+        return [None if p is None else weighted(p[-1], p[:-1], self._like(p, masks, call.parts))
+                for p in call.predictions]
 
-    def _like(self, predictions: Tensor, parts: Parts) -> Tensor:
-        """Weights that broadcast over the LoRAs' predictions, of the masks as they are now. Of latents of several parts
-        masks are the first's."""
+    def _open(self, step: Step) -> tuple[int, ...]:
+        return self.context.open(step.index, len(self.method.strengths))
+
+    def _masks(self, may: tuple[int, ...]) -> list[Tensor | None]:
+        """Of these LoRAs as they are now; none where none of them has one."""
+        masks = [self.context.masks[i] for i in may] if self.context.masks else []
+        return masks if any(mask is not None for mask in masks) else []
+
+    def _like(self, predictions: Tensor, masks: list[Tensor | None], parts: Parts) -> Tensor:
+        """Weights that broadcast over the LoRAs' predictions. Of latents of several parts masks are the first's."""
         first, *others = unpack(predictions[:-1], parts)
-        masks = stacked(self.masks).to(predictions.device)
+        masks = stacked(masks).to(predictions.device)
         weights = masks / masks.sum(dim=0).clamp_min(1)
         weights = weights if first.ndim == weights.ndim else weights.unsqueeze(3)
         if not parts:

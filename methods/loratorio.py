@@ -35,6 +35,8 @@ class LoRAtorio:
     reweigh_every       steps between weighings; between them the weights stay as they are. 1 is the paper. Ours: from
                         step to step the winner of a patch flickers, and no LoRA gets to finish what it began
 
+    Where LoRAs have windows in time, a step knows those alone that are open; where none is, the base predicts.
+
     Where a latent has several parts (picture and sound), each has weights and a selection of its own; masks confine
     LoRAs in the first part.
     """
@@ -84,6 +86,8 @@ class LoRAtorioSession(Session):
         self._newest: Sent | None = None
         self._step: int | None = None
         self._active = self.pool
+        self._asked: tuple[int, ...] = ()  # those open when the pool was last evaluated
+        self._asking = False  # whether this step does so
         self._of: tuple[int, Tensor, Tensor] | None = None
         self._weighed: tuple[int, ...] = ()  # the LoRAs that the weights are of
         self._weights: Tensor | None = None
@@ -96,8 +100,6 @@ class LoRAtorioSession(Session):
 
     def branches(self, step: Step) -> tuple[Branch, ...]:
         """The LoRAs that take part, and the base last."""
-        if not self.pool:
-            return (Branch(()),)
         if step.index != self._step:
             self._step = step.index
             self._active = self._members(step)
@@ -108,7 +110,7 @@ class LoRAtorioSession(Session):
     def mix(self, step: Step, call: Call) -> list[Tensor | None]:
         """Each cond's predictions by the weights per place of the positive side; an unconditional one re-centred on
         the base."""
-        if not self.pool:
+        if not self._active:
             return [None if p is None else p[0] for p in call.predictions]
         weights = self._weights_for(step, call)
         recentred = UNCONDITIONAL in (side for side, p in zip(call.sides, call.predictions, strict=True)
@@ -133,7 +135,7 @@ class LoRAtorioSession(Session):
                          if p is not None and side == POSITIVE), None)
         any_prediction = next(p for p in call.predictions if p is not None)
         shape = (len(self._active), any_prediction.shape[1], 1, *any_prediction.shape[3:])
-        fits = self._weights is not None and self._weights.shape == shape
+        fits = self._weights is not None and self._weights.shape == shape and self._weighed == self._active
         if fits and (positive is None or self._is_further_pass(step, call) or self._keeps(step)):
             return self._weights
         if positive is None:
@@ -148,7 +150,7 @@ class LoRAtorioSession(Session):
 
     def _keeps(self, step: Step) -> bool:
         """Whether the weights of an earlier step still hold."""
-        return (step.index % self.method.reweigh_every != 0 and self._weighed == self._active
+        return (step.index % self.method.reweigh_every != 0
                 and self._of[0] // self.method.reweigh_every == step.index // self.method.reweigh_every)
 
     def _is_further_pass(self, step: Step, call: Call) -> bool:
@@ -169,7 +171,7 @@ class LoRAtorioSession(Session):
         keep = None
         if self.dynamic:
             keep = most_divergent(similarity, method.top_k, method.scope)
-            if step.index % method.recheck_every == 0 and method.recheck_every > 1:
+            if self._asking and method.recheck_every > 1:
                 self._report(step, keep)
         weights = log_softmin(similarity, method.inverse_temperature(step, self.context.times), keep).exp()
         return upsample(weights, tuple(vectors.shape[3:]), method.patch, method.upsampling)
@@ -182,12 +184,18 @@ class LoRAtorioSession(Session):
         return masks.unsqueeze(3) if masks.ndim < weights.ndim else masks
 
     def _members(self, step: Step) -> tuple[int, ...]:
-        """The pool at every re-check; between two, those chosen at the last one whose outcome is known."""
+        """Those whose windows are open, at every re-check and when they are others than before; between two, those
+        chosen at the last one whose outcome is known."""
+        may = self.context.open(step.index, len(self.pool))
+        if may != self._asked:
+            self._asked, self._chosen, self._newest = may, may, None
+            self._asking = True
+            return may
         if self._newest is not None and self._newest.step + 2 <= step.index:
-            kept = self._newest.read()
-            self._chosen = tuple(i for i in self.pool if kept[i])
+            self._chosen = tuple(i for i, kept in zip(may, self._newest.read(), strict=True) if kept)
             self._newest = None
-        return self.pool if not self.dynamic or step.index % self.method.recheck_every == 0 else self._chosen
+        self._asking = step.index % self.method.recheck_every == 0
+        return may if self._asking or not self.dynamic else self._chosen
 
     def _report(self, step: Step, keep: Tensor) -> None:
         """Send the outcome of a re-check to the host, of all its calls and parts together. It is read two steps later,

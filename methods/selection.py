@@ -10,7 +10,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import inf
 
@@ -88,6 +88,7 @@ class Contest:
                  minus infinity where no subject does: what only one side has is that side's at any time
     sides        per LoRA, whether it is a subject
     subject_ties whether the subject acts where ratio and scale are equal
+    scores       per layer, the balanced score of each LoRA that acts on it, by number
     """
 
     strengths: tuple[float, ...]
@@ -97,7 +98,9 @@ class Contest:
     ratios: tuple[float, ...] = ()
     sides: tuple[bool, ...] = ()
     subject_ties: bool = True
+    scores: tuple[Mapping[int, float], ...] = field(default=(), repr=False)
     _branches: dict[int, Branch] = field(default_factory=dict, compare=False, repr=False)
+    _among: dict[tuple[int, ...], Contest] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def between(cls, sizes: Sizes, strengths: Sequence[float], subjects: Sequence[bool],
@@ -107,18 +110,24 @@ class Contest:
         subjects   per LoRA, whether it is a subject
         units      per LoRA, what its scores are divided by
         """
-        best: dict[bool, list[int | None]] = {True: [], False: []}
-        ratios = []
-        for layer in sizes.values():
-            scores = {i: score(size) / units[i] for i, size in layer.items()}
-            for side, winners in best.items():
-                winners.append(max((i for i in scores if subjects[i] == side), key=scores.__getitem__, default=None))
-            ratios.append(_ratio(*(scores.get(best[side][-1]) for side in (True, False))))
-        return cls(tuple(strengths), tuple(sizes), tuple(best[True]), tuple(best[False]), tuple(ratios),
-                   tuple(subjects), subject_ties)
+        scores = tuple({i: score(size) / units[i] for i, size in layer.items()} for layer in sizes.values())
+        best = _best(scores, subjects)
+        return cls(tuple(strengths), tuple(sizes), *best, tuple(subjects), subject_ties, scores)
 
-    def acting(self, scale: float) -> tuple[int, ...]:
-        """Per layer, the LoRA that acts at a scale: the subject where ratio >= scale, else the style."""
+    def among(self, loras: tuple[int, ...]) -> Contest:
+        """The contest between some of the LoRAs, as balanced between all of them. The same object for the same ones."""
+        if len(loras) == len(self.strengths):
+            return self
+        if loras not in self._among:
+            scores = tuple({i: score for i, score in layer.items() if i in loras} for layer in self.scores)
+            subjects, styles, ratios = _best(scores, self.sides)
+            self._among[loras] = replace(self, subjects=subjects, styles=styles, ratios=ratios, scores=scores,
+                                         _branches={}, _among={})
+        return self._among[loras]
+
+    def acting(self, scale: float) -> tuple[int | None, ...]:
+        """Per layer, the LoRA that acts at a scale: the subject where ratio >= scale, else the style. None where none
+        of those in the contest has the layer."""
         return tuple(subject if ratio > scale or (ratio == scale and self.subject_ties) else style
                      for subject, style, ratio in zip(self.subjects, self.styles, self.ratios, strict=True))
 
@@ -142,12 +151,25 @@ class Contest:
         return tuple(tuple(s if k == i else 0.0 for k, s in enumerate(self.strengths))
                      for i in range(len(self.strengths)))
 
-    def _branch(self, acting: Sequence[int]) -> Branch:
-        if not acting:
+    def _branch(self, acting: Sequence[int | None]) -> Branch:
+        counts = Counter(i for i in acting if i is not None)
+        if not counts:
             return Branch((0.0,) * len(self.strengths))
-        most = Counter(acting).most_common(1)[0][0]
+        most = counts.most_common(1)[0][0]
         return Branch(self._alone[most], tuple((layer, self._alone[i]) for layer, i in
-                                               zip(self.layers, acting, strict=True) if i != most))
+                                               zip(self.layers, acting, strict=True) if i not in (most, None)))
+
+
+def _best(scores: Sequence[Mapping[int, float]], subjects: Sequence[bool]
+          ) -> tuple[tuple[int | None, ...], tuple[int | None, ...], tuple[float, ...]]:
+    """(subjects, styles, ratios) of `Contest`."""
+    best: dict[bool, list[int | None]] = {True: [], False: []}
+    ratios = []
+    for layer in scores:
+        for side, winners in best.items():
+            winners.append(max((i for i in layer if subjects[i] == side), key=layer.__getitem__, default=None))
+        ratios.append(_ratio(*(layer.get(best[side][-1]) for side in (True, False))))
+    return tuple(best[True]), tuple(best[False]), tuple(ratios)
 
 
 def _ratio(subject: float | None, style: float | None) -> float:
@@ -207,12 +229,13 @@ class SelectionSession(Session):
     whole_batch = False
 
     def __init__(self, method: Selection, context: RunContext):
-        self.method, self.context, self._scale = method, context, 0.0
+        self.method, self.context, self._scale, self._contest = method, context, 0.0, method.contest
 
     def branches(self, step: Step) -> tuple[Branch, ...]:
-        """The one branch of this progress."""
+        """The one branch of this progress, among the LoRAs whose windows are open."""
         self._scale = self.method.scale(self.context.progress(step))
-        return (self.method.contest.branch(self._scale),)
+        self._contest = self.method.contest.among(self.context.open(step.index, len(self.method.strengths)))
+        return (self._contest.branch(self._scale),)
 
     def mix(self, step: Step, call: Call) -> list[Tensor | None]:
         """There is one prediction per cond, and that is it."""
@@ -220,5 +243,5 @@ class SelectionSession(Session):
 
     def notes(self) -> dict[str, object]:
         """Per LoRA, the number of layers at which it acted."""
-        acting = Counter(self.method.contest.acting(self._scale))
+        acting = Counter(self._contest.acting(self._scale))
         return {"layers": [acting[i] for i in range(len(self.method.contest.strengths))]}

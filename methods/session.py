@@ -34,8 +34,11 @@ class RunContext:
     shape    of the latent, [pictures, channels, ..., height, width]; of the first part where it has several
     masks    per LoRA: where it may act, in [0, 1], [pictures or 1, 1, (frames,) height, width] on the latent's grid;
              None: everywhere. What they hold may change from call to call
+    gains    per step and LoRA: the share of its strength that its window in time lets act, 0 where that is shut
+             (windows.py); (): all of it in every step. Whoever evaluates branches multiplies by them; a method has to
+             know who is there
 
-    `times`, `span` and `masks` are known to composition methods alone; to guidance alone:
+    `times`, `span`, `masks` and `gains` are known to composition methods alone; to guidance alone:
 
     sampler      name of the sampler's function, with its options where it has any
     cfg          scale of guidance; None where a guider has no single one
@@ -46,6 +49,7 @@ class RunContext:
     times: tuple[float, ...] = ()
     shape: tuple[int, ...] = ()
     masks: tuple[Tensor | None, ...] = ()
+    gains: tuple[tuple[float, ...], ...] = ()
     span: tuple[float, float] = (0.0, 1.0)
     sampler: str = ""
     cfg: float | None = None
@@ -55,6 +59,10 @@ class RunContext:
     def total(self) -> int:
         """Number of steps."""
         return max(len(self.sigmas) - 1, 1)
+
+    def open(self, index: int, count: int) -> tuple[int, ...]:
+        """Which of `count` LoRAs may act at a step: those whose windows are open."""
+        return tuple(i for i, gain in enumerate(self.gains[index]) if gain) if self.gains else tuple(range(count))
 
     def progress(self, step: Step) -> float:
         """The methods' normalised time u: 0 at the first step of a full run, 1 at its last, in equal parts per step."""

@@ -65,6 +65,7 @@ class LoRAEnsembleLoRA(io.ComfyNode):
                     "names. 'ohwx = woman with red hair' looks for ohwx and lets ordinary words stand in for it where "
                     "its place in the picture is sought.",
                 ),
+                *window_inputs(),
             ],
             outputs=[ensemble_output()],
         )
@@ -94,13 +95,47 @@ class LoRAEnsembleLoRA(io.ComfyNode):
         ensemble: Ensemble | None = None,
         mask: torch.Tensor | None = None,
         words: str | None = "",
+        start: float = 0.0,
+        end: float = 1.0,
+        fade: float = 0.0,
     ) -> io.NodeOutput:
         check_file(lora_name)
-        check_numbers(cls, strength_model=strength_model, strength_clip=strength_clip)
+        check_numbers(cls, strength_model=strength_model, strength_clip=strength_clip, start=start, end=end, fade=fade)
         role = chosen(role, ROLES, "LoRA (Ensemble): role")
         region = Mask(checked(mask, lora_name)) if mask is not None else None
-        lora = LoRASpec(lora_name, strength_model, strength_clip, role, region, " ".join((words or "").split()))
+        lora = LoRASpec(lora_name, strength_model, strength_clip, role, region, " ".join((words or "").split()),
+                        start, end, fade)
+        check_window(lora)
         return io.NodeOutput((*(ensemble or ()), lora))
+
+
+def window_inputs() -> list[io.Input]:
+    """When a LoRA acts."""
+    return [
+        io.Float.Input(
+            "start", optional=True, default=0.0, min=0.0, max=1.0, step=0.01,
+            tooltip="When the LoRA begins to act, from 0 to 1, counted as a ControlNet's start_percent is: "
+            "by the noise level, 0 the noisiest. 0: from the first step on.",
+        ),
+        io.Float.Input(
+            "end", optional=True, default=1.0, min=0.0, max=1.0, step=0.01,
+            tooltip="When it stops: steps from here on are without it. 1: it acts to the last step. A LoRA outside its "
+            "window costs nothing and takes no turn.",
+        ),
+        io.Float.Input(
+            "fade", optional=True, default=0.0, min=0.0, max=1.0, step=0.01,
+            tooltip="How long its strength takes to rise from 0 behind start and to fall to 0 before end, on the same "
+            "scale. 0: at once.",
+        ),
+    ]
+
+
+def check_window(lora: LoRASpec) -> None:
+    """Raises ValueError where a LoRA's window is never open."""
+    try:
+        lora.window  # noqa: B018  (made to be checked)
+    except ValueError as error:
+        raise ValueError(f"LoRA (Ensemble): '{lora.name}': {error}.") from None
 
 
 def checked(mask: torch.Tensor, name: str) -> torch.Tensor:

@@ -13,6 +13,7 @@ SHELVES = {
 
 _GUIDANCE = {"space", "decision", "min_guided_steps", "ramp_steps", "read_back", "if_different"}
 _ADVANCED = {
+    "LoRA": {"start", "end", "fade"},
     "Routed": {"start", "blocks"},
     "Switch": {"turns"},
     "CMLoRA": {"boundary", "threshold", "dominance", "decay", "c1", "c2", "dominant_full", "steps_per_lora"},

@@ -12,6 +12,7 @@ from torch import Tensor
 from ...engine.bank import Bank
 from ...methods import Method
 from ...methods.merge import Merge
+from ...methods.windows import Window
 from ..files.ensemble import ALWAYS, Ensemble, LoRASpec
 from ..files.metadata import for_few_steps
 from ..words.known import lora_words
@@ -95,8 +96,9 @@ def _applied(model, clip, ensemble: Ensemble, make: Callable[[Active], Method], 
     reading, shared = _shared(model, clip, ensemble, node, rest_on_weights)
     new_model, bank, problems = model.clone(), shared.model, list(reading.problems)
     for part in reading.parts:
-        problems += left_out(part, rest_on_weights)
-        if rest_on_weights and part.parsed.left_out:
+        on_weights = rest_on_weights and part.spec.window.whole
+        problems += left_out(part, on_weights)
+        if on_weights and part.parsed.left_out:
             rest = {key: part.patches.found[key] for key, _ in part.parsed.left_out}
             new_model.add_patches(rest, part.spec.strength_model)
     active = [part.spec for part in reading.parts]
@@ -114,13 +116,18 @@ def _applied(model, clip, ensemble: Ensemble, make: Callable[[Active], Method], 
     place = next((k for k, other in enumerate(banks) if other.model is bank), len(banks))
     new_model.set_additional_models(KEY, banks if place < len(banks) else [*banks, shared.clone()])
     applied = (*(before.applied if before is not None else ()),
-               Applied(method, bank.names, tuple(problems), masks, place, routed))
+               Applied(method, bank.names, tuple(problems), masks, place, routed, _windows(active)))
     new_model.set_attachments(KEY, Composition(applied, before.cache if before is not None else None))
     install_wrappers(new_model)
     new_clip = merge_clip(clip, reading)
     if routed is not None and new_clip is not None:
         new_clip = marked(new_clip, routed.words, placing.routing.mode == "contrast")
     return new_model, new_clip
+
+
+def _windows(active: list[LoRASpec]) -> tuple[Window, ...]:
+    windows = tuple(spec.window for spec in active)
+    return () if all(window.whole for window in windows) else windows
 
 
 def _placed(ensemble: Ensemble, active: list[LoRASpec], method: Method, placing: Placing, problems: list[str]
@@ -145,7 +152,15 @@ def _placed(ensemble: Ensemble, active: list[LoRASpec], method: Method, placing:
 
 
 def bake(model, clip, ensemble: Ensemble, node: str):
-    """The ordinary merge through the host's own weight patches: what a chain of its LoRA loaders does."""
+    """The ordinary merge through the host's own weight patches: what a chain of its LoRA loaders does.
+
+    Raises ValueError where a LoRA has a window in time, besides what `apply_method` does.
+    """
+    for spec in ensemble:
+        if spec.strength_model != 0 and not spec.window.whole:
+            raise ValueError(f"{node}: LoRA '{spec.name}' has a window in time, from {spec.start:g} to {spec.end:g}, "
+                             "and what is baked into the weights acts in every step. Choose mode 'runtime', or set "
+                             "its start to 0 and its end to 1.")
     reading = read_ensemble(model, clip, ensemble, node, on_weights=True)
     say_without_effect(reading, ensemble, node)
     new_model = model.clone()

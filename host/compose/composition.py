@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -24,6 +24,7 @@ from ...kernels.branch import Branch, Step
 from ...kernels.nested import Parts, unpack
 from ...methods import Method
 from ...methods.session import OTHER, POSITIVE, UNCONDITIONAL, Call, RunContext, begin
+from ...methods.windows import InTime, Window
 from ..families.lasting import lasting
 from ..families.row_order import one_row_only, row_order
 from .cache import BranchCache, CacheSpec, Combo
@@ -46,7 +47,7 @@ Free = Callable[[torch.device], float]
 class Applied:
     """One method node's share of a MODEL: its method, the names of its LoRAs, what it could not express at load, where
     each LoRA may act (masks as users give them, [B, height, width] in pixels), which of the MODEL's banks holds them,
-    and how their places are found by their words, if they are."""
+    how their places are found by their words, if they are, and when each may act, () for LoRAs that always do."""
 
     method: Method
     names: tuple[str, ...]
@@ -54,6 +55,7 @@ class Applied:
     masks: tuple[Tensor | None, ...] = ()
     bank: int = 0
     routed: Routed | None = None
+    windows: tuple[Window, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -164,6 +166,7 @@ class Run:
         self._tell = into(self.record.problems)
         self._layers: dict[tuple[str, str], list[str]] = {}
         self._acted: list[set[int]] = [set() for _ in applied]
+        self._in_time = [InTime(context.gains) for context in contexts]
         self.cache = BranchCache(cache, self._tell, free) if cache is not None and cache.oldest > 1 else None
         self.combos: dict[UUID, Combo] = {}
         self.single: Combo | None = None
@@ -207,7 +210,8 @@ class Run:
             regions.begin(step)
         for session in self.sessions:
             session.observe(step, unpack(x, parts)[0])
-        branches = self.branches = tuple(session.branches(step) for session in self.sessions)
+        branches = self.branches = tuple(in_time(step, session.branches(step)) for in_time, session
+                                         in zip(self._in_time, self.sessions, strict=True))
         combos = tuple(product(*branches))
         fresh = tuple(any(flags) for flags in product(*(session.refresh(step) for session in self.sessions)))
         for acted, chosen in zip(self._acted, branches, strict=True):
@@ -257,7 +261,7 @@ class Run:
         """The routed forwards on one live diffusion model, installed on first sight (delegates and multi-GPU clones
         have modules of their own)."""
         if id(root) not in self._routed:
-            order, seen = row_order(root) or _unknown, compiled()
+            order, seen = row_order(root) or (lambda layer, entries, rows: None), compiled()
             forwards = [RoutedForwards(root, bank, reader, self._problem, k, order, seen, lasting)
                         for k, bank in enumerate(banks())]
             self._routed[id(root)] = (root, forwards)
@@ -324,8 +328,7 @@ class Run:
         return self.kept.arrange(root, options, tuple((each, words) for each in acting), prod(map(len, self.branches)))
 
     def close(self, finished: bool) -> None:
-        """Leave the models as they were, whatever becomes of the record: an accelerator that has failed raises where
-        its numbers are read."""
+        """Leave the models as they were, whatever becomes of the record: a failed accelerator raises there."""
         self.texts.close()
         forwards = [routed for _, each in self._routed.values() for routed in reversed(each)]
         if log.isEnabledFor(logging.DEBUG):
@@ -342,13 +345,12 @@ class Run:
         self.record.finished = finished
         for routed in forwards:
             self._unseen(routed)
-        for line in idle(self.applied, self._acted, self.record):
-            self._tell(line)
+        self.tell(idle(self.applied, self._acted, self._in_time, self.record))
         sum_up(self._layers, self.record.problems)
 
     def _unseen(self, routed: RoutedForwards) -> None:
-        """Name layers that hold adapters but were never called while some acted: the model reads their weights in
-        another way, or calls them before it is evaluated."""
+        """Name layers that were never called while adapters acted: the model reads their weights in another way, or
+        calls them before it is evaluated."""
         missed = [name for name in routed.bank.sites if name not in routed.seen]
         if missed and routed.acted and self.record.finished:
             self._problem("all", missed[0], f"{len(missed)} layers were never called in this run; their LoRA keys had "
@@ -364,13 +366,17 @@ class Run:
             return MaskedLoRAs(context.masks, self._tell)
         return None
 
+    def tell(self, lines: Iterable[str]) -> None:
+        """Lines for the record, each once."""
+        for line in lines:
+            self._tell(line)
+
     def _problem(self, adapter: str, layer: str, reason: str) -> None:
         """One line for a reason, with the first layer that it is true of; `sum_up` counts the others."""
-        if self._layers.setdefault((adapter, reason), []):
-            self._layers[adapter, reason].append(layer)
-            return
-        self._layers[adapter, reason].append(layer)
-        self._tell(f"{adapter}: {layer}: {reason}")
+        found = self._layers.setdefault((adapter, reason), [])
+        found.append(layer)
+        if len(found) == 1:
+            self._tell(f"{adapter}: {layer}: {reason}")
 
     def _close_step(self) -> None:
         """The sessions' notes go in under their method's name; the second of a kind has its place as well."""
@@ -386,10 +392,6 @@ class Run:
                 if found:
                     self.record.note(f"{name} {k + 1}" if name in self.record.methods[:k] else name, found)
         self._since = now
-
-
-def _unknown(layer: str, entries: int, rows: int) -> None:
-    return None
 
 
 def _values(conds: Sequence[list[dict] | None]) -> dict[str, object]:

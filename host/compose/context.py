@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...kernels.nested import Parts
 from ...methods.session import OTHER, POSITIVE, UNCONDITIONAL, RunContext
+from ...methods.windows import gains_of
 from .composition import Applied
 
 SIDES = {"positive": POSITIVE, "negative": UNCONDITIONAL, "empty_negative_prompt": UNCONDITIONAL}
@@ -25,13 +26,16 @@ def run_context(sigmas: Tensor, noise: Tensor, shapes: Sequence[Sequence[int]] |
 
 
 def method_contexts(context: RunContext, model, applied: Sequence[Applied]) -> list[RunContext]:
-    """The context per method applied to a MODEL: with the model's times, and with the masks of that method's LoRAs."""
+    """The context per method applied to a MODEL: with the model's times, and with the masks and the windows of that
+    method's LoRAs."""
     sampling = model.get_model_object("model_sampling")
     timed = replace(context, times=tuple(_times(sampling, context.sigmas)), span=_span(sampling, context.sigmas))
     device = model.load_device
     placed = [[on_latent(mask, context.shape) for mask in each.masks] for each in applied]
-    return [replace(timed, masks=tuple(mask if mask is None else mask.to(device) for mask in masks))
-            for masks in placed]
+    windowed = any(each.windows for each in applied)
+    times = [_percent(sampling, sigma) for sigma in context.sigmas[:-1]] if windowed else ()
+    return [replace(timed, masks=tuple(mask if mask is None else mask.to(device) for mask in masks),
+                    gains=gains_of(each.windows, times)) for masks, each in zip(placed, applied, strict=True)]
 
 
 def guidance_context(context: RunContext, guider, sampler) -> RunContext:

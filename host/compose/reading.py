@@ -71,7 +71,8 @@ def read_ensemble(model, clip, ensemble: Ensemble, node: str, on_weights: bool) 
         try:
             patches = load(file, model_keys, base, enlarged)
             text = load(file, clip_keys, clip.cond_stage_model, {}) if clip is not None else Patches()
-            _check_enlarged(model, patches, text, on_weights)
+            lasting = on_weights and spec.window.whole  # what is in the weights follows no window
+            _check_enlarged(model, patches, text, lasting)
         except Broken as reason:
             raise ValueError(f"{node}: LoRA '{spec.name}' {reason}, or remove it from the ensemble.") from None
         unused = _unused(file, patches, text, clip is not None)
@@ -80,7 +81,7 @@ def read_ensemble(model, clip, ensemble: Ensemble, node: str, on_weights: bool) 
             raise ValueError(f"{node}: LoRA '{spec.name}' {wrong}, or remove it from the ensemble.")
         if spec.strength_model != 0 and patches.found:
             found.append((spec, patches))
-            if on_weights:
+            if lasting:
                 enlarged |= patches.enlarged
         if spec.strength_clip != 0:
             texts.append((spec, text))
@@ -99,8 +100,8 @@ def check_some(ensemble: Ensemble, node: str) -> None:
 
 def facts_of(model, clip, specs: Sequence[LoRASpec], on_weights: bool) -> Hashable:
     """What `read_ensemble` goes by besides the layers of the model: equal facts, equal reading."""
-    files = tuple((spec.name, fingerprint(spec.name), spec.strength_model != 0, spec.strength_clip != 0)
-                  for spec in specs)
+    files = tuple((spec.name, fingerprint(spec.name), spec.strength_model != 0, spec.strength_clip != 0,
+                   not on_weights or spec.window.whole) for spec in specs)
     routed = frozenset(_FIRST_LAYERS) & _routed(model)
     return (files, None if clip is None else layers_of(clip.cond_stage_model), on_weights,
             frozenset(_enlarged_before(model).items()), routed)
@@ -116,7 +117,12 @@ def say_without_effect(reading: Reading, ensemble: Ensemble, node: str) -> None:
 
 def left_out(part: Part, on_weights: bool) -> list[str]:
     """One line per reason for what no forward can express of a LoRA, with what is done instead."""
-    done = "merged into the weight instead" if on_weights else "left out (Merge in mode 'baked' can apply it)"
+    if on_weights:
+        done = "merged into the weight instead"
+    elif part.spec.window.whole:
+        done = "left out (Merge in mode 'baked' can apply it)"
+    else:
+        done = "left out, since it could not follow this LoRA's window in time"
     return _lines(part.spec, part.parsed.left_out, done)
 
 

@@ -1,21 +1,37 @@
-"""What is said of a run when it is over: LoRAs without a turn, and for how many layers a problem is true."""
+"""What is said of a run when it is over: LoRAs that had no turn, and for how many layers a problem is true."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from ...engine.forwards import RoutedForwards
 from ...engine.record import RunRecord
+from ...methods.windows import InTime
 
 
-def idle(applied: Sequence, acted: Sequence[set[int]], record: RunRecord) -> Iterator[str]:
-    """LoRAs that a method never let act in a finished run: of those that take turns, there may be more than there are
-    steps. `acted` holds the indexes of the others, per method."""
+def idle(applied: Sequence, acted: Sequence[set[int]], in_time: Sequence[InTime], record: RunRecord) -> Iterator[str]:
+    """LoRAs that never acted in a finished run: their windows were shut, or of those that take turns there are more
+    than steps. `acted` holds the indexes of the others, per method."""
     steps = len(record.steps) if record.finished else 0
-    for each, known in zip(applied, acted, strict=True):
+    for each, known, windows in zip(applied, acted, in_time, strict=True):
         for i, name in enumerate(each.names) if steps else ():
-            if i not in known:
-                yield (f"LoRA '{name}' did not act in any of the {steps} steps: {type(each.method).__name__} gave it "
-                       "no turn")
+            if i in known:
+                continue
+            why = f"{type(each.method).__name__} gave it no turn"
+            if windows.shut(i):
+                window = each.windows[i]
+                why = f"none of them is in its window from {window.start:g} to {window.end:g}"
+            yield f"LoRA '{name}' did not act in any of the {steps} steps: {why}"
+
+
+def without_prompt(applied, routed: RoutedForwards) -> Iterator[str]:
+    """LoRAs with a window in time that have layers among those called so far, with which the host prepares conds: that
+    is done once for all steps."""
+    for i, window in enumerate(applied.windows if not routed.compiled else ()):
+        count = sum(bool(routed.bank.sites[name].all_ops(i)) for name in routed.seen) if not window.whole else 0
+        if count:
+            yield (f"LoRA '{applied.names[i]}': {count} layer{'s' * (count > 1)} that prepare the prompt once for all "
+                   "steps did without it, since it has a window in time")
 
 
 def sum_up(layers: Mapping[tuple[str, str], Sequence[str]], problems: list[str]) -> None:

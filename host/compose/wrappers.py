@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...engine.bank import Bank
 from ...engine.layout import NotRows
-from ...kernels.branch import Branch
+from ...kernels.branch import Branch, scaled
 from ...methods.merge import Merge
 from .composition import KEY, Composition, Free, Plan, Run
 from .context import method_contexts, parts_of, run_context, sides_of
@@ -24,6 +24,7 @@ from .control import CALLER_CONDS, caller_indexes
 from .probe import find_places, positives, readings, with_variants
 from .rows import in_range
 from .steps import tracked
+from .summary import without_prompt
 
 
 def install_wrappers(model) -> None:
@@ -73,7 +74,11 @@ def pre_run(patcher) -> None:
                           partial(_compiled, model.diffusion_model, {"wrappers": patcher.wrappers}))
     for applied, regions, routed in zip(run.applied, run.regions, forwards, strict=True):
         if isinstance(applied.method, Merge) and regions is None:
-            run.texts.enter_context(routed.rows([Branch(applied.method.strengths)]))
+            run.texts.callback(lambda *of: run.tell(without_prompt(*of)), applied, routed)
+            branch = Branch(applied.method.strengths)
+            if applied.windows:  # what is prepared serves all steps
+                branch = scaled(branch, tuple(float(window.whole) for window in applied.windows))
+            run.texts.enter_context(routed.rows([branch]))
 
 
 def calc_cond_batch(executor, model, conds, x_in, timestep, model_options):

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ...methods.windows import Window
+
 ALWAYS = "always"
 """The role of a LoRA that is no part of the composition but of the model: it acts in all of it, in every step. Such
 are LoRAs for few steps (Lightning, Turbo, LCM)."""
@@ -29,6 +31,7 @@ class LoRASpec:
     role             what the LoRA depicts, one of ROLES
     mask             where in the picture it may act, for methods that can confine it; None: everywhere
     words            its words in the prompt, as `methods.prompt.LoRAWords.typed` has them; empty: those of its file
+    start, end, fade when it acts, as `methods.windows.Window` has them
     """
 
     name: str
@@ -37,6 +40,14 @@ class LoRASpec:
     role: str = "auto"
     mask: Mask | None = None
     words: str = ""
+    start: float = 0.0
+    end: float = 1.0
+    fade: float = 0.0
+
+    @property
+    def window(self) -> Window:
+        """When it acts. Raises ValueError where that would be never."""
+        return Window(self.start, self.end, self.fade)
 
 
 Ensemble = tuple[LoRASpec, ...]

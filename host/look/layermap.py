@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from math import isfinite, log2
@@ -11,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from ...methods.selection import Selection
+from ...methods.windows import Window
 from ..compose.composition import KEY
 from .chart import Series, Stack
 from .letters import fitted, font
@@ -33,7 +35,8 @@ class LayerMap:
     sides    per LoRA, whether it is a subject
     layers   their names
     ratios   per layer, score of its subject / score of its style; infinite where only one side acts
-    acting   [layers, points]: the number of the LoRA that acts, at equal distances of progress from 0 to 1
+    acting   [layers, points]: the number of the LoRA that acts, at equal distances of progress from 0 to 1; -1: none,
+             since their windows in time are shut
     rivals   per layer, the numbers of that subject and that style, None where a side has none
     """
 
@@ -47,14 +50,15 @@ class LayerMap:
 
     def as_json(self) -> str:
         """The same as text. `acts`: [from, to, number of the LoRA] along the progress; `ratio`: of the LoRAs with the
-        numbers `subject` and `style`, null where only one side has this layer."""
+        numbers `subject` and `style`, null where only one side has this layer. `acts` has null for no LoRA."""
         def number(i: int) -> float:
             return round(i / self.acting.shape[1], 3)
 
         layers = []
         for name, ratio, (subject, style), row in zip(self.layers, self.ratios, self.rivals, self.acting, strict=True):
             ends = [0, *(np.flatnonzero(np.diff(row)) + 1).tolist(), len(row)]
-            acts = [[number(a), number(b), int(row[a])] for a, b in zip(ends, ends[1:], strict=False)]
+            acts = [[number(a), number(b), int(row[a]) if row[a] >= 0 else None]
+                    for a, b in zip(ends, ends[1:], strict=False)]
             layers.append({"layer": name, "ratio": round(ratio, 4) if isfinite(ratio) else None, "subject": subject,
                            "style": style, "acts": acts})
         shares = [round(float((self.acting == i).mean()), 4) if layers else 0.0 for i in range(len(self.names))]
@@ -89,7 +93,7 @@ def layer_map(model, points: int = MAP) -> LayerMap:
     contest = method.contest
     place = {name: i for i, (name, _) in enumerate(model.model.diffusion_model.named_modules())}
     order = sorted(range(len(contest.layers)), key=lambda i: place.get(contest.layers[i], len(place)))
-    columns = [contest.acting(method.scale(u)) for u in np.linspace(0, 1, points)]
+    columns = [_column(method, found[-1].windows, u) for u in np.linspace(0, 1, points)]
     acting = np.array(columns, dtype=np.int64).reshape(points, len(order)).T[order]
     label = {"KLoRA": "K-LoRA", "ESTLoRA": "EST-LoRA"}.get(type(method).__name__, type(method).__name__)
     least = "at least" if contest.subject_ties else "more than"
@@ -97,6 +101,12 @@ def layer_map(model, points: int = MAP) -> LayerMap:
     return LayerMap(title, names, contest.sides, tuple(contest.layers[i] for i in order),
                     tuple(contest.ratios[i] for i in order), acting,
                     tuple((contest.subjects[i], contest.styles[i]) for i in order))
+
+
+def _column(method: Selection, windows: Sequence[Window], progress: float) -> list[int]:
+    """Who acts at each layer at one progress, among the LoRAs whose windows are open."""
+    may = tuple(i for i in range(len(method.strengths)) if not windows or windows[i].gain(progress))
+    return [-1 if i is None else i for i in method.contest.among(may).acting(method.scale(progress))]
 
 
 def draw(of: LayerMap, theme: Theme = LIGHT) -> Image.Image:
@@ -109,7 +119,7 @@ def draw(of: LayerMap, theme: Theme = LIGHT) -> Image.Image:
     pen.text((MARGIN, MARGIN), of.title, theme.ink, font(18))
     _legend(pen, of, colours, theme)
     _shares(sheet, of, colours, theme, (left, top - SHARES - LINE // 2))
-    palette = np.array([rgb(colour) for colour in colours], dtype=np.uint8).reshape(-1, 3)
+    palette = np.array([rgb(colour) for colour in (*colours, theme.paper)], dtype=np.uint8)
     if height:
         pixels = palette[of.acting].repeat(row, axis=0)
         sheet.paste(Image.fromarray(pixels).resize((MAP, height), Image.Resampling.NEAREST), (left, top))

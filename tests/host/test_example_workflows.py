@@ -16,9 +16,12 @@ from .test_nodes import IDS, NODES, ROOT
 PLACEHOLDERS = {"ckpt_name", "unet_name", "clip_name", "clip_name1", "clip_name2", "vae_name", "lora_name",
                 "coeffs_name"}  # files that a user chooses
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
+SEEDS = {"seed", "noise_seed"}  # each with a widget of the front end's own behind it
 VIRTUAL = {"MarkdownNote", "Note"}  # known to the front end alone
-LATER = {"words", "place", "reweigh_every", "theme"}
-"""Widgets that workflows saved with earlier versions lack: the front end fills in their defaults."""
+LATER = {"LoRA": {"words", "start", "end", "fade"}, "LoRAtorio": {"place", "reweigh_every"},
+         **{node: {"place"} for node in ("Merge", "Switch", "Composite", "CMLoRA", "KLoRA", "ESTLoRA")},
+         **{node: {"theme"} for node in ("Report", "LayerMap", "Spectrum", "CalibrateGuidance")}}
+"""Widgets that workflows saved with earlier versions lack, per node: the front end fills in their defaults."""
 BYPASSED = 4
 ANY = "*"
 WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
@@ -46,6 +49,10 @@ def node_classes() -> dict[str, Any]:
         if hasattr(module, "comfy_entrypoint"):
             v3 += asyncio.run(asyncio.run(module.comfy_entrypoint()).get_node_list())
     return {**known, **{node.GET_SCHEMA().node_id: node for node in v3}}
+
+
+def later(class_type: str) -> set[str]:
+    return LATER.get(class_type.removeprefix("LoRAEnsemble"), set())
 
 
 def is_widget(kind: Any) -> bool:
@@ -87,13 +94,18 @@ def as_api(graph: dict) -> dict:
         values, inputs = iter(node["widgets_values"]), {}
         for name, (kind, options) in host_inputs(node["type"]).items():
             if is_widget(kind):
-                inputs[name] = next(values, options["default"]) if name in LATER else next(values)
-                if name in ("seed", "noise_seed"):
+                inputs[name] = next(values, options["default"]) if name in later(node["type"]) else next(values)
+                if name in SEEDS:
                     assert next(values) in ("fixed", "increment", "decrement", "randomize")
         assert not list(values), f"{node['type']} has more widget values than widgets"
         inputs |= {entry["name"]: source(entry["link"]) for entry in node["inputs"] if entry["link"] is not None}
         prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
     return prompt
+
+
+def defaults_of_later(class_type: str) -> dict[str, Any]:
+    """What the host takes for the optional inputs that a prompt need not hold."""
+    return {name: spec[1]["default"] for name, spec in host_inputs(class_type).items() if name in later(class_type)}
 
 
 def check_graph(graph: dict) -> None:
@@ -146,7 +158,8 @@ def test_example_workflows_agree_with_the_schemas(path):
         pytest.skip(f"this release has no text encoder of type {', '.join(unknown)}")
     check_graph(graph)
     check_prompt(prompt)
-    assert {key: {k: v for k, v in node.items() if k != "_meta"} for key, node in prompt.items()} == as_api(graph)
+    assert {key: {"class_type": node["class_type"], "inputs": defaults_of_later(node["class_type"]) | node["inputs"]}
+            for key, node in prompt.items()} == as_api(graph)
     assert not overlaps(graph)
 
 
@@ -155,16 +168,15 @@ def test_workflows_of_the_first_version_open(path):
     """What came later stands last on its node: every value that was saved is still that of its widget."""
     graph = json.loads(path.read_text(encoding="utf-8"))
     new = as_api(graph)
-    defaults = {name: spec[1]["default"] for node in new.values()
-                for name, spec in host_inputs(node["class_type"]).items() if name in LATER}
     for node in graph["nodes"]:
-        if node["type"].startswith("LoRAEnsemble"):
-            later = [name for name in host_inputs(node["type"]) if name in LATER]
-            node["widgets_values"] = node["widgets_values"][:len(node["widgets_values"]) - len(later)]
+        if added := later(node["type"]):
+            widgets = [name for name, (kind, _) in host_inputs(node["type"]).items() if is_widget(kind)]
+            assert set(widgets[-len(added):]) == added
+            earlier = len(widgets) + sum(name in SEEDS for name in widgets) - len(added)
+            node["widgets_values"] = node["widgets_values"][:earlier]
     old = as_api(graph)
     for key, node in new.items():
-        node["inputs"] |= {name: defaults[name] for name in node["inputs"] if name in defaults}
-        assert node == old[key]
+        assert node | {"inputs": node["inputs"] | defaults_of_later(node["class_type"])} == old[key]
 
 
 def test_the_checks_notice_what_is_wrong():

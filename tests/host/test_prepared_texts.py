@@ -92,6 +92,19 @@ def test_always_under_a_method_with_branches(model, loras):
     assert [line for line in record_of(ours).problems if "never called" in line]
 
 
+def test_what_has_a_window_in_time_is_not_in_the_prompt(model, loras):
+    """It is prepared once for all steps."""
+    ensemble = prompts(model, loras)
+    late = replace(ensemble[1], end=0.5)
+    ours = merge(model, [ensemble[0], late])
+    same(drawn(ours), drawn(stock(model, ensemble[:1])), drawn(model))
+    (line,) = record_of(ours).problems
+    assert late.name in line and "once for all steps" in line
+    ours = merge(model, [late])
+    assert torch.equal(drawn(ours), drawn(model))
+    assert ["never called" in line for line in record_of(ours).problems] == [True]
+
+
 def test_nothing_stays_open_where_preparing_fails(model, loras, monkeypatch, nothing_left):
     ours = merge(model, prompts(model, loras))
     monkeypatch.setattr(type(model.model.diffusion_model), "preprocess_text_embeds",

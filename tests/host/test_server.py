@@ -268,6 +268,40 @@ def test_branch_cache(server: Server, lora_files: Path):
     assert all(np.abs(found[n] - whole).mean() < 25 for n in (2, 3))
 
 
+@pytest.mark.parametrize("name", ["merge", "switch", "composite"])
+def test_windows_in_time(server: Server, name: str):
+    """One LoRA behind the other is another picture than both; a workflow without the inputs is as it was, and so is one
+    whose windows are whole."""
+    before = pictures(server, changed(name))
+    whole = changed(name, filename_prefix="whole")
+    apart = changed(name, filename_prefix="apart")
+    for key, start, end in (("lora1", 0.0, 0.5), ("lora2", 0.5, 1.0)):
+        whole[key]["inputs"] |= {"start": 0.0, "end": 1.0, "fade": 0.5}
+        apart[key]["inputs"] |= {"start": start, "end": end, "fade": 0.0}
+    assert difference(pictures(server, whole), before) == 0
+    found = pictures(server, apart)
+    assert difference(found, before) > 20
+    apart["lora2"]["inputs"]["fade"] = 0.5
+    assert difference(pictures(server, apart), found) > 2
+
+
+def test_windows_that_cannot_be(server: Server):
+    prompt = changed("merge")
+    prompt["lora2"]["inputs"] |= {"start": 0.6, "end": 0.4}
+    with pytest.raises(PromptFailed) as failed:
+        server.run(prompt)
+    assert GOOD[1] in failed.value.message and "start is 0.6 and end is 0.4" in failed.value.message
+    prompt["lora2"]["inputs"] |= {"start": 0.0}
+    baked = changed("merge_baked")
+    baked["lora2"]["inputs"] |= {"end": 0.4}
+    with pytest.raises(PromptFailed) as failed:
+        server.run(baked)
+    assert GOOD[1] in failed.value.message and "runtime" in failed.value.message
+    prompt["lora2"]["inputs"] |= {"end": 1.5}
+    with pytest.raises(PromptRefused):
+        server.run(prompt)
+
+
 # --- wrong input -----------------------------------------------------------------------------------------------------
 
 
