@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from math import isfinite
 from typing import NamedTuple
 
 _MARK = re.compile(r"\[[ \t]*(\d+)[ \t]*:\s*")
@@ -95,8 +94,8 @@ def _lora(piece: str) -> tuple[str, float, float]:
             strengths.append(float(part))
         except ValueError:
             raise wrong(f"has '{part.strip()}' where a number belongs") from None
-        if not isfinite(strengths[-1]):
-            raise wrong(f"has '{part.strip()}' for a strength")
+        if not abs(strengths[-1]) <= 100:  # as in ComfyUI's own loader; a NaN is not, either
+            raise wrong(f"has '{part.strip()[:20]}' for a strength, which goes from -100 to 100")
     model = strengths[0] if strengths else 1.0
     return parts[0].strip(), model, strengths[1] if len(strengths) > 1 else model
 

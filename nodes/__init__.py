@@ -19,11 +19,14 @@ from . import (
     selection,
     spectrum,
 )
+from .border import guard
 
 NODES: list[type[io.ComfyNode]] = [
     *ensembles.NODES, *prompt.NODES, *routed.NODES, *baselines.NODES, *cache.NODES, *cmlora.NODES, *guidance.NODES,
     *klora.NODES, *loratorio.NODES, *selection.NODES, *calibration.NODES, *spectrum.NODES, *report.NODES,
 ]
+for node in NODES:
+    guard(node)
 
 
 class LoRAEnsembleExtension(ComfyExtension):

@@ -11,7 +11,7 @@ from ..host.files.ensemble import Ensemble
 from ..methods.composite import Composite
 from ..methods.merge import Merge
 from ..methods.switch import Switch
-from .order import OrderError, numbers_of, turns_of
+from .order import numbers_of, turns_of
 from .sockets import check_numbers, chosen, method_schema, placing
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class LoRAEnsembleSwitch(io.ComfyNode):
         """Checks the notation before the run; which numbers there are is only known during it."""
         try:
             numbers_of(order or "")
-        except OrderError as error:
+        except ValueError as error:
             return str(error)
         return True
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from math import isfinite
 
 import folder_paths
 import torch
@@ -13,6 +12,9 @@ from comfy_api.latest import io
 from ..host.files.ensemble import ROLES, Ensemble, LoRASpec, Mask
 from ..host.files.files import FOLDER, changes, check_file, fingerprint
 from .sockets import LoRAStack, check_numbers, chosen, earlier_ensemble_input, ensemble_output, schema, strength_input
+
+LARGEST = 100.0
+"""No strength of ComfyUI's own loader is larger."""
 
 
 class LoRAEnsembleLoRA(io.ComfyNode):
@@ -186,7 +188,7 @@ class LoRAEnsembleFromStack(io.ComfyNode):
 def from_stack(stack: Sequence[tuple[str, float, float] | None] | None) -> Ensemble:
     """The LoRAs of a LORA_STACK, without its empty entries; none of a stacker that is switched off and hands on None.
 
-    Raises ValueError where an entry is not (file, model strength, clip strength).
+    Raises ValueError where an entry is not (file, model strength, clip strength), with strengths that a loader takes.
     """
     loras = []
     for entry in stack or ():
@@ -196,13 +198,13 @@ def from_stack(stack: Sequence[tuple[str, float, float] | None] | None) -> Ensem
             name, strength_model, strength_clip = entry
             if name not in (None, "", "None"):
                 strengths = float(strength_model), float(strength_clip)
-                if not all(map(isfinite, strengths)):
+                if not all(abs(strength) <= LARGEST for strength in strengths):  # which a NaN is not, either
                     raise ValueError
                 loras.append(LoRASpec(relative_name(name), *strengths))
         except (TypeError, ValueError, AttributeError):
             raise ValueError(
-                f"LoRA Stack to Ensemble: {entry!r} is not (file, model strength, clip strength). "
-                "Connect a LORA_STACK output of a LoRA stacker or manager."
+                f"LoRA Stack to Ensemble: {str(entry)[:200]} is not (file, model strength, clip strength), strengths "
+                f"from -{LARGEST:g} to {LARGEST:g}. Connect a LORA_STACK output of a LoRA stacker or manager."
             ) from None
     return tuple(loras)
 

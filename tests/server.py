@@ -42,6 +42,7 @@ class PromptRefused(RuntimeError):
             node: "; ".join(f"{error['message']}: {error['details']}" for error in entry["errors"])
             for node, entry in (answer.get("node_errors") or {}).items()
         }
+        self.answer = answer
         super().__init__(f"{answer['error']['message']} {self.reasons or answer['error']['details']}")
 
 

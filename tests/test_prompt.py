@@ -178,7 +178,7 @@ def test_loras_in_the_text(text, clean, loras):
     ("<lora:>", "names no file"),
     ("<lora>", "names no file"),
     ("<lora:x:strong>", "has 'strong' where a number belongs"),
-    ("<lora:x:nan>", "has 'nan' for a strength"),
+    ("<lora:x:nan>", "has 'nan' for a strength"), ("<lora:x:1:-1e9>", "which goes from -100 to 100"),
     ("<lora:x:1:1:lbw=0>", "more than two numbers"),
 ])
 def test_malformed_loras_are_named(text, message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -19,6 +20,8 @@ from .chart import Lines, Series
 from .letters import labels
 from .sheet import as_image, sheet
 from .theme import LIGHT, Theme
+
+log = logging.getLogger("lora_ensemble")
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ def profiles(model, ensemble: Ensemble, how: Sampling, progress: Callable[[], No
         model = apply_method(model, None, always, lambda all_: Merge(all_.strengths), node="LoRA Spectrum")[0]
     models = [apply_method(model, None, (replace(spec, mask=None),), lambda one: Merge(one.strengths),
                            node="LoRA Spectrum")[0] for spec in active]
+    log.info("LoRA Spectrum: %d pictures of %d steps, one after the other", 1 + len(models), how.steps)
     base = _shares(model, how, progress)
     return [_profile("base model", "", base, base),
             *(_profile(spec.name, spec.role, _shares(alone, how, progress), base)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from comfy_api.latest import ComfyExtension, io, ui
@@ -141,6 +142,31 @@ class LoRAEnsembleTestbedCheckpoint(io.ComfyNode):
         return io.NodeOutput(*load_checkpoint(family))
 
 
+class LoRAEnsembleTestbedValue(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LoRAEnsembleTestbedValue",
+            display_name="Testbed Value",
+            category="LoRA Ensemble/testbed",
+            description="Any value over a link of any type, as other packs' nodes for all types hand them on.",
+            inputs=[io.String.Input("text", tooltip="The value as JSON, or the name of an odd tensor.")],
+            outputs=[io.AnyType.Output()],
+        )
+
+    @classmethod
+    def execute(cls, text: str) -> io.NodeOutput:
+        import torch
+
+        odd = {"empty": torch.zeros(0, 8, 8), "nan": torch.full((1, 8, 8), float("nan")), "number": torch.tensor(1.0),
+               "picture": torch.zeros(1, 8, 8, 3), "no pixel": torch.zeros(1, 0, 0, 3),
+               "nan picture": torch.full((1, 8, 8, 3), float("nan")),
+               "latent": {"samples": torch.full((1, 12, 16, 16), float("nan"))},
+               "no latent": {"samples": torch.zeros(0, 12, 16, 16)}, "flat latent": {"samples": torch.zeros(16)},
+               "condition": [[torch.zeros(1, 3, 5), {}]], "no condition": []}
+        return io.NodeOutput(odd[text] if text in odd else json.loads(text))
+
+
 class LoRAEnsembleTestbedRecord(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -166,7 +192,7 @@ class TestbedExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [LoRAEnsembleTestbedLoader, LoRAEnsembleTestbedLatent, LoRAEnsembleTestbedStack,
                 LoRAEnsembleTestbedUNet, LoRAEnsembleTestbedVision, LoRAEnsembleTestbedFamily,
-                LoRAEnsembleTestbedCheckpoint, LoRAEnsembleTestbedRecord]
+                LoRAEnsembleTestbedCheckpoint, LoRAEnsembleTestbedRecord, LoRAEnsembleTestbedValue]
 
 
 async def comfy_entrypoint() -> TestbedExtension:

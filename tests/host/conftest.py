@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 COMFYUI = os.environ.get("COMFYUI_UNDER_TEST")
-HOST_API = {"test_always", "test_apply", "test_attention", "test_banks", "test_compile", "test_composlora",
+HOST_API = {"test_always", "test_apply", "test_attention", "test_banks", "test_border", "test_compile",
+            "test_composlora",
             "test_control", "test_example_workflows", "test_files", "test_fused", "test_guidance",
             "test_guidance_guiders", "test_hazards", "test_inner_code", "test_kept", "test_keymaps", "test_kinds",
             "test_lasting", "test_lifecycle", "test_marked", "test_masks", "test_memory", "test_models",

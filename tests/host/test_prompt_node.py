@@ -97,7 +97,7 @@ def test_a_name_that_may_be_several_is_refused(files, raw):
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("<lora:Dog:x>", "where a number belongs"), ("<lora:nowhere>", "not in any of the 'loras' folders"),
+    ("<lora:Dog:x>", "where a number belongs"), ("<lora:nowhere>", "not in any of the \u201cloras\u201d folders"),
     ("[1: ", "not closed"),
 ])
 def test_what_is_wrong_is_said_before_the_run(files, text, message):

@@ -26,6 +26,7 @@ HOT, COLD = ((COVER * np.array(RAMP[k]) + (1 - COVER) * GREY).round() for k in (
 FOUND = ({"lora": "a.safetensors", "words": ["ohwx woman with red hair"], "tokens": 5, "why": ""},
          {"lora": "b.safetensors", "words": [], "tokens": 0, "why": "its words are not in the prompt"})
 NAMES = ("a.safetensors", "b.safetensors")
+LATENT = {"samples": torch.zeros(1, 4, 8, 8)}
 
 
 def halves(pictures: int = 1, frames: int = 0) -> torch.Tensor:
@@ -150,7 +151,7 @@ def test_a_run_with_masks_and_another_method(loras):
     sample(ours, "SD15", steps=2)
     (placed,) = places_of(ours)
     assert [cell.words for cell in maps_of(placed)] == ["in its mask"] * 2
-    assert json.loads(LoRAEnsembleReport.execute(ours, {}).args[2])["words"] == [[]]
+    assert json.loads(LoRAEnsembleReport.execute(ours, LATENT).args[2])["words"] == [[]]
 
 
 @pytest.mark.parametrize("case", ["never", "without", "nowhere"])
@@ -161,8 +162,8 @@ def test_nothing_to_show_is_a_picture_and_a_text(case, loras):
             "nowhere": lambda: composite(model, tuple(specs(model, loras)))}[case]()
     if case == "nowhere":
         sample(ours, "SD15", steps=1)
-    latent, image, text = LoRAEnsembleReport.execute(ours, {"samples": 1}).args
-    assert latent == {"samples": 1} and image.shape[2] == WIDTH and image.min() < 0.5
+    latent, image, text = LoRAEnsembleReport.execute(ours, LATENT).args
+    assert latent is LATENT and image.shape[2] == WIDTH and image.min() < 0.5
     found = json.loads(text)
     wanted = {"never": [NEVER], "without": [WITHOUT], "nowhere": []}[case]
     assert found["problems"] == wanted and (NOWHERE and found.get("words") == ([] if case == "nowhere" else None))

@@ -1,0 +1,36 @@
+"""Damaged API workflows from seeds (tests/fuzz_api.py) on a real server: a tenth of the 700 that its own command makes,
+unless LORA_ENSEMBLE_FUZZ asks for another number."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from lora_ensemble.tests.fuzz_api import Failure, Fuzz
+from lora_ensemble.tests.server import Server
+
+COUNT = 7 * int(os.environ.get("LORA_ENSEMBLE_FUZZ", "200")) // 20
+SHARE = 35
+
+
+@pytest.fixture(scope="module")
+def fuzz(server: Server) -> Fuzz:
+    return Fuzz(server)
+
+
+@pytest.mark.parametrize("first", range(0, COUNT, SHARE))
+def test_damaged_workflows(first, fuzz):
+    """Each runs, or is refused in words; the next good one is drawn as ever."""
+    found = {fuzz.check(seed)[1] for seed in range(first, min(first + SHARE, COUNT))}
+    assert {"works", "refused in the run", "refused before the run"} <= found
+    fuzz.unharmed()
+
+
+@pytest.mark.parametrize(("kind", "last"), [("AttributeError", "custom_nodes/lora-ensemble/host/x.py"),
+                                            ("RuntimeError", "site-packages/torch/nn/functional.py"),
+                                            ("ValueError", "site-packages/numpy/x.py")])
+def test_the_judge_sees_what_is_no_error_of_ours(kind, last, fuzz):
+    trace = ['File "/x/custom_nodes/lora-ensemble/nodes/x.py", line 1', f'File "/x/{last}", line 2']
+    with pytest.raises(Failure, match=kind):
+        fuzz.failed({"node_type": "LoRAEnsembleMerge", "exception_type": kind, "exception_message": "?",
+                     "traceback": trace})
