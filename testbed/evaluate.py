@@ -115,13 +115,15 @@ RECIPES: dict[str, Recipe] = {
     "Routed once": _words(METHODS["Merge"], routing=Routing("once")),
     "Routed contrast": _words(METHODS["Merge"], routing=Routing("contrast")),
     **{f"{name} words": _words(make) for name, make in METHODS.items() if name != "Merge"},
+    "LoRAtorio every 3": Recipe(lambda of: LoRAtorio(of.strengths, reweigh_every=3)),
     "Masks": Recipe(METHODS["Merge"], "masks", Routing("once")),
     "Merge bare": Recipe(METHODS["Merge"], bare=True),
     "Routed bare": _words(METHODS["Merge"], bare=True),
     "Routed stand-in": _words(METHODS["Merge"], bare=True, stand_in=True),
 }
-"""What the tables may hold, by name: the methods as they are; routed; each method where its LoRAs' words are; the
-renderer's own masks; prompts that name concepts by their rare words alone."""
+"""What the tables may hold, by name: the methods as they are; routed; each method where its LoRAs' words are;
+LoRAtorio with weights renewed every third step; the renderer's own masks; prompts that name concepts by their rare
+words alone."""
 
 BATCH = 24  # pictures drawn together
 
