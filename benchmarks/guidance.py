@@ -1,11 +1,12 @@
-"""Guidance on the testbed, measured: `python3 benchmarks/guidance.py [--sets K] [--regime clean|narrow]`.
+"""Guidance on the testbed, measured: `python3 benchmarks/guidance.py [--sets K] [--seed S] [--regime clean|narrow]`.
 
-For every composition method: full guidance (CFG), Adaptive Guidance at the threshold that saves a quarter, LinearAG,
-and fewer steps at as many evaluations. Thresholds and coefficients are calibrated on other seeds of half of the sets.
-Prints one JSON line per row, then a table:
+For every composition method and number of steps: full guidance (CFG), extrapolated guidance, full guidance with fewer
+steps at as many evaluations, Adaptive Guidance at the threshold that saves a quarter, and LinearAG. Thresholds and
+coefficients are calibrated on other seeds of half of the sets. Prints one JSON line per row, then a table:
 
     evaluations   per picture, both sides of guidance together, after the branches were mixed
-    ssim, error   of the picture against full guidance with all steps: structural similarity, relative L2 error
+    error         of the picture to the true solution, full guidance in 60 steps: relative L2
+    same steps    the same to full guidance in as many steps
     shown, all    as in quality.py: share of concepts shown, share of pictures that show all of them
 """
 
@@ -32,15 +33,16 @@ from ..kernels.branch import Step
 from ..kernels.guidance import threshold_for
 from ..methods.guidance.adaptive import SPACES, AdaptiveGuidance, AdaptiveSession
 from ..methods.guidance.calibration import Calibration, CalibrationSession, NormalEquations
+from ..methods.guidance.extrapolated import ExtrapolatedSession, Extrapolation
 from ..methods.guidance.linear import LinearSession
 from ..methods.guidance.session import GuidanceSession
-from ..testbed.evaluate import METHODS, Factory, lineup, score
-from ..testbed.protocol import LoraSet, some_sets
-from ..testbed.sampler import STEPS, Guide, Picture, Sampler
-from ..testbed.weights import load_base, load_judge, load_loras
+from ..testbed.beds import BEDS
+from ..testbed.evaluate import BATCH, RECIPES, Recipe, score
+from ..testbed.protocol import SEED, LoraSet, some_of
+from ..testbed.sampler import Guide, Sampler
 from ..testbed.worlds import REGIMES
 
-SAVING, BATCH = 0.25, 24
+EXACT, AG_SAVING = 60, 0.25
 SPACE = "x0"  # along this model's flow the similarity of velocities rises and falls again; that of x0 only rises
 
 
@@ -52,8 +54,8 @@ class Row:
     guidance: str
     steps: int
     evaluations: float
-    ssim: float
     error: float
+    same_steps: float
     shown: float
     all: float
 
@@ -85,74 +87,72 @@ class Ruled(Full):
             self.session.keep(x, c, {"negative": u}, sigma)
         if need.rows == ():
             u = self.session.replace("negative", x, c, sigma)
+        self.session.end()
         return torch.lerp(c, u, self.session.weigh(c)) if self.session.fades else u
 
 
-def ssim(a: Tensor, b: Tensor, size: int = 7) -> Tensor:
-    """Structural similarity of pictures [n, 3, h, w] in [0, 1], uniform windows (Wang et al. 2004), per picture."""
-    def mean(t: Tensor) -> Tensor:
-        return torch.nn.functional.avg_pool2d(t, size, stride=1)
-
-    ma, mb = mean(a), mean(b)
-    va, vb, cov = mean(a * a) - ma**2, mean(b * b) - mb**2, mean(a * b) - ma * mb
-    c1, c2 = 0.01**2, 0.03**2
-    return ((2 * ma * mb + c1) * (2 * cov + c2) / ((ma**2 + mb**2 + c1) * (va + vb + c2))).flatten(1).mean(1)
-
-
-def drawn(sampler: Sampler, factory: Factory, sets: Sequence[LoraSet], guides: Sequence[Guide], steps: int) -> Tensor:
+def drawn(sampler: Sampler, recipe: Recipe, sets: Sequence[LoraSet], guides: Sequence[Guide], steps: int) -> Tensor:
     """The pictures of the sets, with a guide each."""
-    pictures = [Picture(task.prompt(), task.seed, task.loras, factory(lineup(task, 1.0, sampler.bank)))
-                for task in sets]
+    pictures = [recipe.picture(task, sampler.bank) for task in sets]
     return torch.cat([sampler.draw(pictures[i:i + BATCH], steps, guides=guides[i:i + BATCH])
                       for i in range(0, len(sets), BATCH)])
 
 
-def calibrated(sampler: Sampler, factory: Factory, sets: Sequence[LoraSet]) -> Calibration:
+def calibrated(sampler: Sampler, recipe: Recipe, sets: Sequence[LoraSet], steps: int) -> Calibration:
     """Curves and coefficients from other seeds of the given sets."""
     sessions = [CalibrationSession() for _ in sets]
-    drawn(sampler, factory, [replace(task, seed=task.seed + 10**6) for task in sets],
-          [Ruled(session) for session in sessions], STEPS)
+    drawn(sampler, recipe, [replace(task, seed=task.seed + 10**6) for task in sets],
+          [Ruled(session) for session in sessions], steps)
     equations = NormalEquations()
     for session in sessions:
         equations.add(session.features, session.targets)
     coefficients, r2 = equations.solve()
     gamma = {space: torch.stack([torch.cat(session.gamma[space]) for session in sessions]) for space in SPACES}
-    return Calibration(coefficients, tuple(range(STEPS)), r2, gamma)
+    return Calibration(coefficients, tuple(range(steps)), r2, gamma)
 
 
-def rows_of(name: str, sampler: Sampler, judge, sets: Sequence[LoraSet], calibration: Sequence[LoraSet],
-            tell: Callable[[Row], None]) -> list[Row]:
+def apart(images: Tensor, others: Tensor) -> float:
+    """Mean relative L2 distance of pictures from others."""
+    return float(((images - others).flatten(1).norm(dim=1) / others.flatten(1).norm(dim=1)).mean())
+
+
+def arms(found: Calibration, steps: int, policy: Extrapolation) -> list[tuple[str, Callable[[], Full], int]]:
+    """Name, guide and number of steps of every row."""
+    threshold = threshold_for(found.gamma[SPACE], AG_SAVING)
+    as_many = -(-(steps + len(policy.steps(steps))) // 2)
+    return [("CFG", Full, steps), ("extrapolated", lambda: Ruled(ExtrapolatedSession(policy, flow=True)), steps),
+            ("CFG, fewer steps, as extrapolated", Full, as_many),
+            ("AG", lambda: Ruled(AdaptiveSession(AdaptiveGuidance(threshold, SPACE))), steps),
+            ("LinearAG", lambda: Ruled(LinearSession(found.policy())), steps)]
+
+
+def rows_of(name: str, sampler: Sampler, judge, sets: Sequence[LoraSet], all_steps: Sequence[int],
+            policy: Extrapolation, tell: Callable[[Row], None]) -> list[Row]:
     """All rows of one composition method."""
-    found = calibrated(sampler, METHODS[name], calibration)
-    threshold = threshold_for(found.gamma[SPACE], SAVING)
-    arms: list[tuple[str, Callable[[], Full], int]] = [
-        ("CFG", Full, STEPS), ("AG", lambda: Ruled(AdaptiveSession(AdaptiveGuidance(threshold, SPACE))), STEPS),
-        ("LinearAG", lambda: Ruled(LinearSession(found.policy())), STEPS),
-        ("CFG, fewer steps, as AG", Full, round(STEPS * (1 - SAVING))),
-        ("CFG, fewer steps, as LinearAG", Full, -(-STEPS * 25 // 40)),
-    ]  # fmt: skip
-    rows, whole = [], None
-    for guidance, make, steps in arms:
-        guides = [make() for _ in sets]
-        images = drawn(sampler, METHODS[name], sets, guides, steps)
-        whole = images if whole is None else whole
-        read = judge.read(images)
-        shown = [score(task, {h: int(v[i]) for h, v in read.items()})[0] for i, task in enumerate(sets)]
-        row = Row(name, guidance, steps, round(sum(guide.evaluations for guide in guides) / len(sets), 2),
-                  round(float(ssim(images, whole).mean()), 4),
-                  round(float(((images - whole).flatten(1).norm(dim=1) / whole.flatten(1).norm(dim=1)).mean()), 4),
-                  round(sum(sum(each) / len(each) for each in shown) / len(sets), 4),
-                  round(sum(map(all, shown)) / len(sets), 4))
-        rows.append(row)
-        tell(row)
+    recipe, rows = RECIPES[name], []
+    exact = drawn(sampler, recipe, sets, [Full() for _ in sets], EXACT)
+    for steps in all_steps:
+        whole = None
+        for guidance, make, count in arms(calibrated(sampler, recipe, sets[::2], steps), steps, policy):
+            guides = [make() for _ in sets]
+            images = drawn(sampler, recipe, sets, guides, count)
+            whole = images if whole is None else whole
+            read = judge.read(images)
+            shown = [score(task, {h: int(v[i]) for h, v in read.items()})[0] for i, task in enumerate(sets)]
+            row = Row(name, guidance, count, round(sum(guide.evaluations for guide in guides) / len(sets), 2),
+                      round(apart(images, exact), 5), round(apart(images, whole), 5),
+                      round(sum(sum(each) / len(each) for each in shown) / len(sets), 4),
+                      round(sum(map(all, shown)) / len(sets), 4))
+            rows.append(row)
+            tell(row)
     return rows
 
 
 def summary(rows: Sequence[Row]) -> str:
     """A Markdown table."""
-    lines = ["| method | guidance | steps | evaluations | SSIM to CFG | relative error | shown % | all % |",
+    lines = ["| method | guidance | steps | evaluations | error to 60 steps | to as many steps | shown % | all % |",
              "| --- | --- | --- | --- | --- | --- | --- | --- |"]
-    lines += [f"| {r.method} | {r.guidance} | {r.steps} | {r.evaluations:.1f} | {r.ssim:.3f} | {r.error:.3f} | "
+    lines += [f"| {r.method} | {r.guidance} | {r.steps} | {r.evaluations:.1f} | {r.error:.4f} | {r.same_steps:.4f} | "
               f"{100 * r.shown:.1f} | {100 * r.all:.1f} |" for r in rows]
     return "\n".join(lines)
 
@@ -160,13 +160,20 @@ def summary(rows: Sequence[Row]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Measure and print; see the head of this file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--body", choices=BEDS, default="unet", help="the testbed's model and world")
     parser.add_argument("--sets", type=int, default=96, help="sets that are drawn; half as many calibrate")
+    parser.add_argument("--seed", type=int, default=SEED, help="of the surroundings and the noise")
     parser.add_argument("--regime", choices=REGIMES, default="narrow")
-    parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=tuple(RECIPES), default=["Merge", "Composite", "Routed"],
+                        metavar="METHOD", help=f"of {', '.join(RECIPES)}")
+    parser.add_argument("--steps", nargs="+", type=int, default=[8, 20, 40])
+    parser.add_argument("--saving", type=float, default=0.3, help="share that extrapolated guidance is to save")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args(arguments)
-    base, judge = load_base(options.device), load_judge(options.device)
-    sets = some_sets(options.sets)
+    torch.manual_seed(0)
+    bed, policy = BEDS[options.body], Extrapolation(options.saving)
+    base, judge = bed.load_base(options.device), bed.load_judge(options.device)
+    sets = some_of(bed.all_sets(seed=options.seed), options.sets)
 
     def tell(row: Row) -> None:
         sys.stdout.write(json.dumps({"benchmark": "guidance", "regime": options.regime} | asdict(row)) + "\n")
@@ -174,8 +181,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     rows = []
     for name in options.methods:
-        with Sampler(base, load_loras(options.regime)) as sampler:
-            rows += rows_of(name, sampler, judge, sets, sets[::2], tell)
+        with Sampler(base, bed.load_loras(options.regime)) as sampler:
+            rows += rows_of(name, sampler, judge, sets, options.steps, policy, tell)
     sys.stdout.write("\n" + summary(rows) + "\n")
     return 0
 

@@ -1,4 +1,4 @@
-"""Algebra of guidance that is skipped or extrapolated (Castillo et al. 2023, arXiv 2312.12487).
+"""Algebra of guidance that is skipped or foretold (Castillo et al. 2023, arXiv 2312.12487), or extrapolated.
 
 c and u stand for the prediction with the prompt and with the negative one, in noise or velocity: (x - x0) / sigma.
 """
@@ -98,3 +98,33 @@ def threshold_for(gamma: Tensor, saving: float, min_steps: int = 0, ramp_steps: 
         return abs(float(unguided.mean()) / (2 * steps) - saving)
 
     return min(candidates, key=miss)
+
+
+def line(d0: Tensor, d1: Tensor, t0: Tensor, t1: Tensor, t: Tensor) -> Tensor:
+    """Semantics: d[b] = d1[b] + (d1[b] - d0[b]) (t[b] - t1[b]) / (t1[b] - t0[b]), the line through two points at a
+    third place; d1[b] where both points are at one place.
+
+    d0, d1: [B, ...] of one floating dtype, which the result has.  t0, t1, t: [B], floating.  No host synchronisation.
+    """
+    apart = t1 - t0
+    share = torch.where(apart == 0, 0.0, (t - t1) / torch.where(apart == 0, 1.0, apart))
+    return torch.lerp(d1, d0, -share.to(d1.dtype).view(-1, *[1] * (d1.ndim - 1)))
+
+
+def relative_miss(guess: Tensor, found: Tensor) -> Tensor:
+    """Semantics: m[b] = |guess_b - found_b| / |found_b|; 0 where both are zero.  guess, found: [B, ...].  [B], fp32."""
+    apart = (guess - found).flatten(1).float().norm(dim=1)
+    size = found.flatten(1).float().norm(dim=1)
+    return torch.where(apart > 0, apart / size.clamp_min(torch.finfo(size.dtype).tiny), 0.0)
+
+
+def spread_steps(total: int, evaluated: int) -> tuple[int, ...]:
+    """The steps that see a term when it is to be seen `evaluated` times in `total` steps: the first two, which give it
+    a slope, and others at equal distances up to the end.
+
+    With evaluated = 1 + total / k these are 0, 1 and every k-th.  1 <= evaluated <= total, or all steps.
+    """
+    if evaluated >= total or total < 3:
+        return tuple(range(total))
+    later = ((i * total - 1) // (evaluated - 1) + 1 for i in range(1, evaluated - 1))  # ceil(i total / (evaluated - 1))
+    return (0, *dict.fromkeys((1, *later)))

@@ -56,12 +56,10 @@ def whole_only(conds: list, options: dict, composition: Composition | None) -> s
         if any(mask is not None and mask.ndim > 2 and mask.shape[0] > 1 for mask in applied.masks):
             return "a LoRA has a mask for each picture"
     inner = options.get("transformer_options", {})
-    if any(name.endswith("output_patch") for name in inner.get("patches", {})):
-        return "a patch of attention outputs (NAG) looks at both sides of a batch"
+    if (reason := sides_together(options)) is not None:
+        return reason
     if any(name.startswith("attn") and found for name, found in inner.get("patches_replace", {}).items()):
         return "a patch in the place of attention (IP-Adapter, Self-Attention Guidance) may know the rows of its batch"
-    if getattr(inner.get("easycache"), "name", None) == "EasyCache":  # LazyCache keeps whole steps, which is no matter
-        return "EasyCache keeps outputs of whole batches"
     if options.get("context_handler") is not None:
         return "context windows cut the batch themselves"
     for entry in (entry for cond in conds if cond for entry in cond):
@@ -71,4 +69,15 @@ def whole_only(conds: list, options: dict, composition: Composition | None) -> s
             if not isinstance(hint, Tensor) or hint.shape[0] > 1:
                 return "a ControlNet has a hint for each picture"
             control = getattr(control, "previous_controlnet", None)
+    return None
+
+
+def sides_together(options: dict) -> str | None:
+    """Why both sides must be evaluated in the same steps: the conditional one is another without the negative beside
+    it, or they would be of unequal age. None where there is no reason."""
+    inner = options.get("transformer_options", {})
+    if any(name.endswith("output_patch") for name in inner.get("patches", {})):
+        return "a patch of attention outputs (NAG) looks at both sides of a batch"
+    if getattr(inner.get("easycache"), "name", None) == "EasyCache":  # LazyCache keeps whole steps, which is no matter
+        return "EasyCache keeps outputs of whole batches"
     return None

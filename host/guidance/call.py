@@ -21,6 +21,7 @@ class GuidedCall:
     x              the noisy latent, [B, C, ...]
     c              the conditional prediction, once known
     has_negative   whether its negatives were answered for
+    shown_whole    the session sees whole predictions before the formula, and not those of its context windows
     """
 
     need: Need
@@ -28,6 +29,7 @@ class GuidedCall:
     x: Tensor
     c: Tensor | None = None
     has_negative: bool = False
+    shown_whole: bool = False
 
 
 def unguided(options: dict) -> dict:
@@ -62,3 +64,18 @@ def guarded(options: dict, call: GuidedCall, session: GuidanceSession) -> dict:
     if formula is not None:
         changed[CFG] = shape
     return changed
+
+
+def completed(options: dict, call: GuidedCall, session: GuidanceSession) -> dict:
+    """Model options under which the session sees the whole predictions that context windows were put together to, and
+    puts in the negative that it has, before any node shapes them."""
+    def complete(args: dict) -> list:
+        c, u, *others = args["conds_out"]
+        if not call.has_negative:
+            return args["conds_out"]
+        if call.rows == ():
+            return [c, session.replace("negative", args["input"], c, args["sigma"]), *others]
+        session.keep(args["input"], c, {"negative": u}, args["sigma"])
+        return args["conds_out"]
+
+    return {**options, PRE_CFG: [complete, *options.get(PRE_CFG, ())]}

@@ -4,28 +4,33 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import comfy.model_sampling
 from comfy.model_patcher import ModelPatcher
 
 from ...kernels.guidance import threshold_for
 from ...methods.guidance.adaptive import AdaptiveGuidance, AdaptiveSession
+from ...methods.guidance.extrapolated import ExtrapolatedSession, Extrapolation
 from ...methods.guidance.linear import LinearSession
 from ...methods.guidance.session import Tell
 from ...methods.session import RunContext
 from .apply import Guidance
 from .coeffs import GuidanceCoeffs
 
-MODES = ("threshold", "saving", "LinearAG")
+MODES = ("extrapolate", "threshold", "saving", "LinearAG")
+ADAPTIVE = "dpm_adaptive"
 
 
 @dataclass(frozen=True)
 class GuidanceOptions:
     """The options of a guidance node.
 
-    mode      "threshold": as `policy` says; "saving": its threshold is the one that saves `saving` on the calibrated
-              paths; "LinearAG": as calibrated
-    saving    share of all evaluations, at most 0.5
-    exact     the host waits for each step's similarity, on accelerators
-    nearest   coefficients that were calibrated for something else are used all the same
+    mode       "extrapolate": the negative's term is extrapolated, of `policy` its min_steps and per_sample are used;
+               "threshold": as `policy` says; "saving": its threshold is the one that saves `saving` on the calibrated
+               paths; "LinearAG": as calibrated
+    saving     share of all evaluations, at most 0.5
+    exact      the host waits for each step's similarity, on accelerators
+    nearest    coefficients that were calibrated for something else are used all the same
+    tolerance  above 0, in mode "extrapolate": the relative error of the term to go by, instead of `saving`
     """
 
     mode: str
@@ -34,10 +39,13 @@ class GuidanceOptions:
     exact: bool = False
     coeffs: GuidanceCoeffs | None = None
     nearest: bool = False
+    tolerance: float = 0.0
 
 
 def guidance_of(options: GuidanceOptions) -> Guidance:
     """The attachment for a node's options. Raises ValueError where they need coefficients and have none."""
+    if options.mode == "extrapolate":
+        return _extrapolated(options)
     if options.mode == "threshold":
         return Guidance(_words(options.policy),
                         lambda model, context, tell: AdaptiveSession(options.policy, options.exact, tell))
@@ -72,6 +80,22 @@ def _linear(options: GuidanceOptions) -> Guidance:
         return LinearSession(options.coeffs.linear(context.sigmas), tell)
 
     return Guidance("LinearAG", begin)
+
+
+def _extrapolated(options: GuidanceOptions) -> Guidance:
+    policy = Extrapolation(options.saving, options.tolerance or None, max(options.policy.min_steps, 2),
+                           options.policy.per_sample)
+
+    def begin(model: ModelPatcher, context: RunContext, tell: Tell) -> ExtrapolatedSession:
+        flow = isinstance(model.get_model_object("model_sampling"), comfy.model_sampling.CONST)
+        if ADAPTIVE in context.sampler:
+            tell(f"Extrapolated guidance: {ADAPTIVE} chooses its steps by the error that it sees, of which an "
+                 "extrapolation would be a part; the negative was evaluated in every step")
+            return ExtrapolatedSession(Extrapolation(0.0), flow, tell)
+        return ExtrapolatedSession(policy, flow, tell)
+
+    goal = f"a tolerance of {policy.tolerance:g}" if policy.tolerance else f"to save {100 * policy.saving:g} %"
+    return Guidance(f"Extrapolated guidance, {goal}", begin)
 
 
 def _words(policy: AdaptiveGuidance) -> str:

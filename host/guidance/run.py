@@ -20,9 +20,9 @@ from ...kernels.branch import Step
 from ...methods.guidance.record import GuidanceRecord, GuidanceStep
 from ...methods.guidance.session import GuidanceSession, Tell
 from ..compose.composition import KEY as COMPOSITION
-from ..compose.rows import narrowed, whole_only
+from ..compose.rows import narrowed, sides_together, whole_only
 from ..compose.steps import StepTracker
-from .call import GuidedCall, guarded, unguided
+from .call import GuidedCall, completed, guarded, unguided
 
 
 class GuidedRun:
@@ -54,14 +54,18 @@ class GuidedRun:
         options = model_options if model_options is not None else {}
         step, session = self.tracker.step(timestep), self.session
         windowed = options.get("context_handler") is not None
-        need = session.begin(step, len(x), windowed)
-        self.call = call = GuidedCall(need, need.rows, x)
+        # A guider of the host's own formula shows it whole predictions, whatever windows they came from.
+        shown_whole = windowed and session.tracks and not self.own_math
+        need = session.begin(step, len(x), windowed and not shown_whole)
+        self.call = call = GuidedCall(need, need.rows, x, shown_whole=shown_whole)
         self._open_step(step)
         try:
             if not need.guided:
                 return self._conditional(executor, x, timestep, options, seed)
             if session.fades and not self.own_math:
                 options = guarded(options, call, session)
+            if shown_whole:
+                options = completed(options, call, session)
             out = executor(x, timestep, options, seed)
             session.end()
             if session.fades and self.own_math and not windowed and call.c is not None:
@@ -101,10 +105,7 @@ class GuidedRun:
         if extra:  # a node's own pass with the negative alone
             return executor(model, conds, x, timestep, options)
         call.has_negative = True
-        if call.rows and (reason := whole_only(conds, options, self.composition)) is not None:
-            call.rows = None
-            self.tell(f"Adaptive Guidance: {reason}; the negative is evaluated for the whole batch until every picture "
-                      "is done with it")
+        self._widen(conds, options, negatives, call.x if call.shown_whole else x)
         whole = call.need.watch or call.rows is None
         outs = executor(model, conds if whole else [c if i == positive else None for i, c in enumerate(conds)],
                         x, timestep, options) if whole or positive is not None else [None] * len(conds)
@@ -118,11 +119,31 @@ class GuidedRun:
                 outs[i] = call.c.clone()
         return outs
 
+    def _widen(self, conds, options, negatives: dict[int, str], x: Tensor) -> None:
+        """Evaluate all negatives where a part of them, or none, will not do."""
+        call, session, reason = self.call, self.session, None
+        if call.rows is None or not call.need.guided:
+            return
+        if call.rows and (reason := whole_only(conds, options, self.composition)) is not None:
+            self.tell(f"Adaptive Guidance: {reason}; the negative is evaluated for the whole batch until every picture "
+                      "is done with it" if session.fades else f"Guidance: {reason}; the negative is evaluated for the "
+                      "whole batch when it is one picture's turn")
+        elif session.tracks and (reason := sides_together(options)) is not None:
+            self.tell(f"Extrapolated guidance: {reason}; the negative is evaluated in every step")
+        if reason is not None or not session.ready(negatives.values(), x):
+            call.rows = None
+            session.widen()
+
     def _guide(self, outs: list, negatives: dict[int, str], executor, model, conds, x, timestep, options) -> None:
         """Complete `outs`, of which the negatives are there if the whole batch of them was evaluated: let the session
         see those that it asked for, put in what it has for the others, and let guidance fade as it says."""
         call, session = self.call, self.session
         c = call.c
+        if call.shown_whole:  # parts are completed when they have become whole ones
+            for i in negatives if call.rows == () else ():
+                outs[i] = c.clone()
+                self.record.steps[-1].predicted += x.shape[0]
+            return
         if call.rows:
             places = {i: session.replace(name, x, c, timestep) for i, name in negatives.items()}
             for i, out in self._in_part(executor, model, conds, places, x, timestep, options).items():
@@ -182,7 +203,11 @@ class GuidedRun:
         """Where the caller has its positive, and where which negatives. Identities survive what else is done to conds.
         """
         if self.roles is None:
-            self.roles = {entry.get("uuid"): name for name, cond in self.guider.conds.items() for entry in cond}
+            # First entries first: behind its own ones a cond may have the other sides' areas, copied with their names.
+            entries = [(k, name, entry) for name, cond in self.guider.conds.items() for k, entry in enumerate(cond)]
+            self.roles = {}
+            for _, name, entry in sorted(entries, key=lambda each: each[0] > 0):
+                self.roles.setdefault(entry.get("uuid"), name)
             if "positive" not in self.guider.conds:
                 self.tell(f"Adaptive Guidance: {type(self.guider).__name__} has no 'positive'; it is left alone")
         names = [self.roles.get(cond[0].get("uuid")) if cond else None for cond in conds]

@@ -12,8 +12,10 @@ class GuidanceStep:
     calls        model calls of the sampler
     rows         pictures x calls: what the conditional side costs
     negative     pictures x calls (x negatives) whose negative was evaluated
-    predicted    pictures x calls whose negative was predicted instead (LinearAG)
+    predicted    pictures x calls whose negative was predicted instead (LinearAG, extrapolated guidance)
     gamma        similarity per picture; None where it was not measured
+    missed       extrapolated guidance: by how much the line through the last two terms missed this step's, relatively,
+                 per picture; None where it was not measured
     """
 
     index: int
@@ -23,6 +25,7 @@ class GuidanceStep:
     negative: int = 0
     predicted: int = 0
     gamma: list[float | None] = field(default_factory=list)
+    missed: list[float | None] = field(default_factory=list)
 
 
 @dataclass
@@ -60,6 +63,8 @@ class GuidanceRecord:
             if step.negative and step.negative < step.rows:
                 side = f"{step.negative} of {step.rows}"
             known = ", ".join("-" if g is None else f"{g:.6f}" for g in step.gamma)
+            missed = ", ".join("-" if m is None else f"{100 * m:.1f} %" for m in step.missed)
             lines.append(f"step {step.index + 1}, sigma {step.sigma:.4g}: negative {side}"
-                         + (f", similarity {known}" if known else ""))
+                         + (f", similarity {known}" if known else "")
+                         + (f", its term missed by {missed}" if missed else ""))
         return "\n".join(lines + self.problems)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -47,9 +47,13 @@ class GuidanceSession(ABC):
 
     fades   whether `weigh` may be below 1. A row that such a rule leaves out has faded: it comes out conditional,
             whatever other nodes make of two equal predictions. Of other rules a row that is left out is predicted
+    tracks  whether it goes by the difference of the two sides, seen at some calls, at the others: the conditional side
+            must then be the same with the negative beside it and without. In context windows of a guider whose whole
+            predictions the host shows, it sees those
     """
 
     fades = False
+    tracks = False
 
     def __init__(self, tell: Tell | None = None):
         self.tell: Tell = tell if tell is not None else lambda problem: None
@@ -58,6 +62,13 @@ class GuidanceSession(ABC):
     def begin(self, step: Step, pictures: int = 1, windowed: bool = False) -> Need:
         """A model call begins, for so many pictures; `windowed`: the host evaluates it in context windows, so that the
         predictions that follow are those of parts."""
+
+    def ready(self, names: Iterable[str], x: Tensor) -> bool:
+        """Whether `replace` can stand in for these negatives; else they are evaluated, after `widen`."""
+        return True
+
+    def widen(self) -> None:  # noqa: B027
+        """What this step needed in part, or not at all, is evaluated in full."""
 
     def replace(self, name: str, x: Tensor, c: Tensor, sigma: Tensor) -> Tensor:
         """What stands in for a negative that is not evaluated; by default the conditional prediction c, between which

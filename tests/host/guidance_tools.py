@@ -1,4 +1,4 @@
-"""What the tests of guidance share: the node's own policy on a small model, a reference, a spy, guiders, neighbours."""
+"""What the tests of guidance share: the node's own policies on small models, references, a spy, guiders, neighbours."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
 from lora_ensemble.host.guidance.apply import Guidance, apply_guidance, guidance_record_of
+from lora_ensemble.host.guidance.options import GuidanceOptions, guidance_of
 from lora_ensemble.host.guidance.run import GuidedRun
 from lora_ensemble.methods.guidance import adaptive
 from lora_ensemble.methods.guidance.adaptive import AdaptiveGuidance, AdaptiveSession
@@ -40,6 +41,12 @@ def same(ours: Tensor, wanted: Tensor, plain: Tensor, tolerance: float = 2e-3) -
 def ag(model, threshold: float = 0.9, exact: bool = True, **options):
     policy = AdaptiveGuidance(threshold, **options)
     return apply_guidance(model, Guidance("test", lambda model, context, tell: AdaptiveSession(policy, exact, tell)))
+
+
+def extrapolated(model, saving: float = 0.3, tolerance: float = 0.0, first: int = 0):
+    """As the node has it."""
+    policy = AdaptiveGuidance(min_steps=first)
+    return apply_guidance(model, guidance_of(GuidanceOptions("extrapolate", policy, saving, tolerance=tolerance)))
 
 
 def runs() -> list[GuidedRun]:
@@ -93,6 +100,57 @@ def reference(model, threshold: float, space: str = "noise", per_sample: bool = 
     return model
 
 
+class Standing:
+    """Extrapolated guidance written down again, in float64: both sides are always evaluated, and in all steps but
+    `turns` the negative is replaced by the prompt's prediction less the term on the line through the first calls of the
+    last two turns. `sigmas`: the schedule, for samplers that call several times per step."""
+
+    def __init__(self, turns, flow: bool = False, sigmas: list[float] | None = None):
+        self.turns, self.flow, self.sigmas = turns, flow, sigmas
+        self.step, self.level, self.points = -1, None, {}
+
+    def __call__(self, name, c: Tensor, u: Tensor, sigma: float) -> Tensor:
+        if self.sigmas is not None:
+            step = max((i for i, level in enumerate(self.sigmas[:-1]) if level >= sigma * (1 - 1e-4)), default=0)
+        else:
+            step = self.step + (sigma != self.level)
+        points = self.points.setdefault(name, [])
+        self.step, self.level = step, sigma
+        t = sigma if self.flow else sigma / (1 + sigma)
+        if step in self.turns:
+            if not points or points[-1][0] != step:
+                points.append((step, t, (u.double() - c.double()) / t))
+            return u
+        (_, t0, d0), (_, t1, d1) = points[-2:]
+        return (c.double() + t * (d1 + (d1 - d0) * (t - t1) / (t1 - t0))).to(c)
+
+
+def standing(model, turns, flow: bool = False, sigmas: list[float] | None = None):
+    """The rule before all nodes that shape guidance."""
+    model, rule = model.clone(), Standing(turns, flow, sigmas)
+
+    def pre_cfg(args):
+        c, u = args["conds_out"]
+        return [c, rule("negative", c, u, float(args["sigma"][0]))]
+
+    options = model.model_options
+    options["sampler_pre_cfg_function"] = [pre_cfg, *options.get("sampler_pre_cfg_function", [])]
+    return model
+
+
+def stood_in(model, turns, positive: int):
+    """The rule on predictions as they come, for guiders that have their positive at this place of their conds."""
+    model, rule = model.clone(), Standing(turns)
+
+    def calc(executor, inner, conds, x, timestep, options):
+        outs = executor(inner, conds, x, timestep, options)
+        return [out if i == positive else rule(i, outs[positive], out, float(timestep[0]))
+                for i, out in enumerate(outs)]
+
+    model.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, "rule", calc)
+    return model
+
+
 def gammas(model, **options) -> list[list[float]]:
     """Similarities of each step under full guidance."""
     watched = ag(model, 1.5)
@@ -135,12 +193,12 @@ def perp_neg(model):
     return guider
 
 
-def dual_model(model):
+def dual_model(model, cfg: float = 12.0):
     if not hasattr(extras, "Guider_DualModel"):
         pytest.skip("this ComfyUI has no DualModelGuider")
     guider = extras.Guider_DualModel(model, base("SD15"))
     guider.set_conds(SD15.cond(11), SD15.cond(12))
-    guider.set_cfg(12.0)
+    guider.set_cfg(cfg)
     return guider
 
 

@@ -216,6 +216,19 @@ def test_conds_of_each_picture_stay_with_it():
     assert any(0 < step.negative < 3 for step in guidance_record_of(ours).steps)
 
 
+@pytest.mark.parametrize("where", ["positive", "negative", "both"])
+def test_regional_prompts(where):
+    """Of a cond with an area the host gives the other side a copy under the same identity."""
+    area = {"area": (8, 4, 0, 0), "strength": 1.0}
+    left = {side: [[SD15.cond(seed)[0][0], area]] if where in (side, "both") else []
+            for side, seed in (("positive", 14), ("negative", 15))}
+    conds = {"positive": [*left["positive"], *SD15.cond(11)], "negative": [*left["negative"], *SD15.cond(12)]}
+    ours = ag(base("SD15"), -1.0)
+    same(sample(ours, steps=4, **conds), sample(base("SD15"), steps=4, cfg=1.0, **conds),
+         sample(base("SD15"), steps=4, **conds))
+    assert [step.negative for step in guidance_record_of(ours).steps] == [1, 0, 0, 0]
+
+
 def test_a_threshold_passed_at_once_is_named():
     model = ag(base("SD15"), -1.0, min_steps=1)
     sample(model, steps=3)

@@ -1,0 +1,248 @@
+"""Extrapolated guidance: the negative is evaluated at some steps, and between them the term of guidance moves on along
+the line through the last two.
+
+    d = e(c) - e(u)        d(t) = d1 + (d1 - d0) (t - t1) / (t1 - t0)        e = e(c) + (w - 1) d(t)
+
+Ours: by noise level and not by step, so that any sampler and schedule will do, without a calibration, for any number of
+negatives. What others reuse of guidance is held (FasterCache, arXiv 2410.19355) or fitted (LinearAG, see linear.py);
+what each costs is in testbed/README.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ...kernels.branch import Step
+from ...kernels.guidance import line, relative_miss, spread_steps
+from ..session import Sent
+from .record import GuidanceRecord
+from .session import FULL, REPLACED, GuidanceSession, Need, Rows, Tell
+
+WIDEST = 4
+"""Steps from one evaluation to the next at most. In short runs fewer: see `widest`."""
+NEAR = 1e-4
+"""Noise levels that differ by less, relatively, are one."""
+
+
+def widest(total: int) -> int:
+    """Steps from one evaluation to the next at most, in a run of so many: beyond a quarter of the run, and in one of
+    fewer than six steps beyond 1, fewer steps are nearer to the true solution at the same cost (testbed/README.md)."""
+    return 1 if total < 6 else min(max(total // 4, 2), WIDEST)
+
+
+@dataclass(frozen=True)
+class Extrapolation:
+    """Which steps evaluate the negative.
+
+    saving       share of all evaluations to save at most, two per step; the rest is spread evenly (`spread_steps`), no
+                 farther apart than `widest`
+    tolerance    None, or instead of `saving`: the relative error of the term that is accepted. A picture's next
+                 evaluation is as far off as the last error allows, which grows with the square of the distance
+    first        steps at the start that are evaluated in any case, at least 2
+    per_sample   with a tolerance, every picture of a batch decides for itself
+    """
+
+    saving: float = 0.3
+    tolerance: float | None = None
+    first: int = 2
+    per_sample: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.saving <= 0.5:
+            raise ValueError(f"Extrapolated guidance: saving must be from 0 to 0.5, got {self.saving}.")
+        if self.tolerance is not None and not self.tolerance > 0:
+            raise ValueError(f"Extrapolated guidance: tolerance must be above 0, got {self.tolerance}.")
+
+    def steps(self, total: int) -> tuple[int, ...]:
+        """The steps of a run of so many that evaluate the negative, for `saving`. All of them where nothing can be
+        saved."""
+        head = min(max(self.first - 2, 0), total)  # before the two that the first line goes through
+        rest, gap = total - head, widest(total)
+        fewest = rest if gap == 1 else 1 + -(-rest // gap)
+        spread = spread_steps(rest, max(math.ceil(total * (1 - 2 * self.saving) - 1e-9) - head, fewest))
+        return (*range(head), *(head + index for index in spread))
+
+
+@dataclass
+class Line:
+    """The last two terms of a negative and their times, per picture: d0, d1 [B, ...] in fp32; t0, t1 [B]."""
+
+    d0: Tensor
+    d1: Tensor
+    t0: Tensor
+    t1: Tensor
+
+    def at(self, t: Tensor) -> Tensor:
+        """The term at time t [B]."""
+        return line(self.d0, self.d1, self.t0, self.t1, t)
+
+    def move(self, d: Tensor, t: Tensor, rows: Rows | None) -> None:
+        """Take in a new term for some rows, or all; at the time of the last one it takes that one's place."""
+        on = (t - self.t1).abs() > NEAR * self.t1
+        known = torch.ones_like(on)
+        if rows is not None:
+            known.zero_()
+            for row in rows:
+                known[row] = True
+        wide = (len(t), *[1] * (d.ndim - 1))
+        on = on & known
+        self.d0, self.t0 = torch.where(on.view(wide), self.d1, self.d0), torch.where(on, self.t1, self.t0)
+        self.d1, self.t1 = torch.where(known.view(wide), d, self.d1), torch.where(known, t, self.t1)
+
+
+class ExtrapolatedSession(GuidanceSession):
+    """Extrapolated guidance in one run. A decision is taken once per step, for all its model calls; a line goes through
+    the first calls of its two steps.
+
+    It starts anew, with two steps in full, where the noise level rises (restarts) and where guidance was off for longer
+    than an extrapolation reaches (schedules of cfg).
+
+    flow   whether sigma is the time of a flow; else that time is sigma / (1 + sigma), and the term that of the velocity
+           of the same path, so that a model is extrapolated alike in both forms
+    """
+
+    tracks = True
+
+    def __init__(self, policy: Extrapolation, flow: bool, tell: Tell | None = None):
+        super().__init__(tell)
+        self.policy, self.flow = policy, flow
+        self.misses: dict[int, list[float | None]] = {}  # step -> relative error per picture, None where not known
+        self._lines: dict[str, Line] = {}
+        self._step: Step | None = None  # with the noise level of its first call
+        self._need, self._parts = FULL, False
+        self._kept = False  # whether this step's terms are in the lines
+        self._origin = 0  # the step that the lines begin at
+        self._planned: frozenset[int] = frozenset()
+        self._widest = WIDEST
+        self._last: list[int] = []  # per picture, the step that was evaluated last; empty: none was
+        self._gaps: list[int] = []  # per picture, steps from there to the next
+        self._measured: Tensor | None = None
+        self._evaluated: Rows = ()
+        self._sent: list[tuple[Rows, list[int], Sent]] = []
+
+    def begin(self, step: Step, pictures: int = 1, windowed: bool = False) -> Need:
+        """The negatives of the pictures whose turn it is."""
+        self._parts = windowed
+        if windowed:
+            self.tell("Extrapolated guidance: this guider has a formula of its own, and in context windows it shows no "
+                      "whole predictions; the negative was evaluated in every step")
+            return FULL
+        if self._step is None or step.index != self._step.index:
+            self._kept = False
+            self._read(step.index - 2)
+            rises = self._step is not None and step.sigma > self._step.sigma * (1 + NEAR)
+            self._step = step
+            known = len(self._last) == pictures and not rises
+            if known and step.index - min(self._last) <= self._widest:
+                self._need = self._turn(step.index)
+            else:
+                self._begin_anew(step, pictures)
+        return self._need
+
+    def ready(self, names: Iterable[str], x: Tensor) -> bool:
+        """Whether each of these negatives has a line."""
+        return all(name in self._lines and self._lines[name].d1.shape == x.shape for name in names)
+
+    def widen(self) -> None:
+        """It is every picture's turn."""
+        self._need = FULL
+
+    def replace(self, name: str, x: Tensor, c: Tensor, sigma: Tensor) -> Tensor:
+        """c less the extrapolated term."""
+        t = self._time(sigma)
+        return torch.addcmul(c.float(), self._lines[name].at(t), _wide(t, c)).to(c.dtype)
+
+    def keep(self, x: Tensor, c: Tensor, negatives: Mapping[str, Tensor], sigma: Tensor) -> None:
+        """Move the lines on, and measure by how much they missed."""
+        if self._parts or self._kept:
+            return
+        rows, t = self._need.rows, self._time(sigma)
+        for name, u in negatives.items():
+            d = (u.float() - c.float()) / _wide(t, c)  # e(c) - e(u), since e = (x - x0) / t
+            known = self._lines.get(name)
+            if known is None or known.d1.shape != d.shape:
+                self._lines[name] = Line(d, d, t, t)
+                continue
+            if self._step.index > self._origin + 1:
+                miss = relative_miss(known.at(t), d)
+                self._measured = miss if self._measured is None else torch.maximum(self._measured, miss)
+            known.move(d, t, rows)
+        self._evaluated = tuple(range(len(c))) if rows is None else rows
+
+    def end(self) -> None:
+        """The step's turns are taken, and what was measured is on its way."""
+        if not (taken := self._evaluated):
+            return
+        index = self._step.index
+        self._last = self._last or [index] * len(self._gaps)
+        if self._measured is not None:
+            gaps = [index - last for last in self._last]
+            self._sent.append((taken, gaps, Sent(index, self._measured)))
+        for row in taken:
+            self._last[row] = index
+        self._kept, self._evaluated, self._measured = True, (), None
+
+    def summary(self, record: GuidanceRecord) -> None:
+        """By how much the extrapolated terms missed, where that was seen; and what there was to save."""
+        self._read(None)
+        for step in record.steps:
+            step.missed = self.misses.get(step.index, [])
+        if record.finished:
+            self._saved(record)
+
+    def _saved(self, record: GuidanceRecord) -> None:
+        policy, full = self.policy, record.full
+        if not any(step.negative for step in record.steps):
+            self.tell("Extrapolated guidance: no negative was evaluated (at cfg 1 there is none), so there was nothing "
+                      "to save")
+        elif record.evaluations == full:
+            self.tell("Extrapolated guidance: nothing was saved, and the picture is that of full guidance")
+        elif policy.tolerance is None and record.evaluations > (1 - policy.saving + 0.5 / len(record.steps)) * full:
+            self.tell(f"Extrapolated guidance: {1 - record.evaluations / full:.0%} were saved and not "
+                      f"{policy.saving:.0%}: the first two steps need the negative, also after a restart, and so does "
+                      "a step of every few; saving more than that, fewer steps are better")
+
+    # --- whose turn it is ---
+
+    def _begin_anew(self, step: Step, pictures: int) -> None:
+        policy, left = self.policy, step.total - step.index
+        self._origin, self._need = step.index, FULL
+        self._lines, self._last, self._gaps = {}, [], [2] * pictures
+        self._widest = widest(left)
+        if policy.tolerance is None:
+            steps = policy.steps(left) if not step.index else replace(policy, first=2).steps(left)
+            self._planned = frozenset(step.index + each for each in steps)
+
+    def _turn(self, index: int) -> Need:
+        policy, last = self.policy, self._last
+        if policy.tolerance is None:  # a step that was planned may have been left out by another node
+            return FULL if any(step in self._planned for step in range(last[0] + 1, index + 1)) else REPLACED
+        if index < max(self._origin + 2, policy.first):
+            return FULL
+        rows = tuple(row for row, gap in enumerate(self._gaps) if index - last[row] >= gap)
+        return FULL if len(rows) == len(last) or (rows and not policy.per_sample) else Need(rows)
+
+    def _read(self, index: int | None) -> None:
+        """What was measured in steps up to `index`. One step later than could be, also where there is no device to wait
+        for: turns must not depend on it."""
+        while self._sent and (index is None or self._sent[0][-1].step <= index):
+            rows, gaps, sent = self._sent.pop(0)
+            misses = sent.read()
+            self.misses[sent.step] = [miss if row in rows else None for row, miss in enumerate(misses)]
+            if self.policy.tolerance is not None and len(misses) == len(self._gaps):
+                for row in rows:
+                    reach = gaps[row] * math.sqrt(self.policy.tolerance / max(misses[row], 1e-6))
+                    self._gaps[row] = min(max(int(reach), 1), self._widest) if reach > 0 else 1  # nan
+
+    def _time(self, sigma: Tensor) -> Tensor:
+        sigma = sigma.float().clamp_min(torch.finfo(torch.float32).tiny)
+        return sigma if self.flow else sigma / (1 + sigma)
+
+
+def _wide(t: Tensor, like: Tensor) -> Tensor:
+    return t.view(-1, *[1] * (like.ndim - 1))
