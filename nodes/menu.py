@@ -11,7 +11,7 @@ SHELVES = {
 }
 """Shelf of the menu -> the nodes on it, by their ids without `LoRAEnsemble`."""
 
-_GUIDANCE = {"space", "decision", "min_guided_steps", "ramp_steps", "read_back", "if_different"}
+_GUIDANCE = {"space", "decision", "min_guided_steps", "ramp_steps", "read_back", "if_different", "tolerance"}
 _ADVANCED = {
     "LoRA": {"start", "end", "fade"},
     "Routed": {"start", "blocks"},

@@ -29,7 +29,7 @@ from torch import Tensor
 from ..host.guidance import files
 from ..host.guidance.apply import apply_guidance
 from ..host.guidance.coeffs import GuidanceCoeffs
-from ..host.guidance.options import MODES, GuidanceOptions, guidance_of
+from ..host.guidance.options import CALIBRATED, GuidanceOptions, guidance_of
 from ..host.look.calibration import plot, summary
 from ..methods.guidance.adaptive import SPACES, AdaptiveGuidance
 from .host.builders import sample, schedule
@@ -166,7 +166,7 @@ class Fuzz:
         """Everything that a file is for."""
         if not torch.isfinite(plot(coeffs)).all() or "nan" in summary(coeffs):
             raise Failure("its plot or its text holds values that are not numbers")
-        mode, steps = dice.choice(MODES[1:]), dice.choice([4, 4, 3, 5])
+        mode, steps = dice.choice(CALIBRATED), dice.choice([4, 4, 3, 5])
         policy = AdaptiveGuidance(space=dice.choice(SPACES))
         guidance = guidance_of(GuidanceOptions(mode, policy, 0.25, True, coeffs, nearest=True))
         try:

@@ -16,7 +16,8 @@ from ...methods.session import RunContext
 from .apply import Guidance
 from .coeffs import GuidanceCoeffs
 
-MODES = ("extrapolate", "threshold", "saving", "LinearAG")
+CALIBRATED = ("saving", "LinearAG")
+MODES = ("extrapolate", "threshold", *CALIBRATED)
 ADAPTIVE = "dpm_adaptive"
 
 

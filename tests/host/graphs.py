@@ -37,7 +37,11 @@ class Graph:
         return [key, 0]
 
     def ours(self, model: Link, threshold: float) -> Link:
-        return self.add("LoRAEnsembleAdaptiveGuidance", model=model, threshold=threshold)
+        return self.add("LoRAEnsembleAdaptiveGuidance", model=model, mode="threshold", threshold=threshold)
+
+    def extrapolated(self, model: Link, saving: float) -> Link:
+        """Ours as a new node is, but for the saving."""
+        return self.add("LoRAEnsembleAdaptiveGuidance", model=model, saving=saving)
 
     # --- sampling ---
 

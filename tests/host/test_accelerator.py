@@ -12,6 +12,7 @@ import pytest
 import torch
 from lora_ensemble.engine import products
 from lora_ensemble.host.files.ensemble import LoRASpec, Mask
+from lora_ensemble.host.guidance.apply import guidance_record_of
 from lora_ensemble.host.guidance.calibrate import calibrate
 from lora_ensemble.methods.cmlora import CMLoRA
 from lora_ensemble.methods.composite import Composite
@@ -22,7 +23,7 @@ from lora_ensemble.tests.accelerator import DEVICE
 
 from .builders import composite, merge, method, sample, three
 from .caches import cached, cmlora
-from .guidance_tools import ag
+from .guidance_tools import ag, extrapolated
 from .kinds import CONVOLUTIONS, EVERYWHERE
 from .models import FAMILIES, base, build, patcher
 from .test_calibration import STEPS as CALIBRATED
@@ -145,6 +146,17 @@ def test_adaptive_guidance(space, exact, loras, transfers):
     got, late = run(ag(composite(on_device("SD15"), ensemble), 0.9, exact, space=space), "SD15", transfers, cfg=12.0)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
     assert harmless(late) == []
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 0.1])
+def test_extrapolated_guidance(tolerance, loras, transfers):
+    """Nothing is waited for, whether turns are planned or found."""
+    ensemble = three(base("SD15"), loras)
+    want, _ = run(extrapolated(composite(base("SD15"), ensemble), tolerance=tolerance), "SD15", cfg=12.0)
+    ours = extrapolated(composite(on_device("SD15"), ensemble), tolerance=tolerance)
+    got, late = run(ours, "SD15", transfers, cfg=12.0)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
+    assert harmless(late) == [] and not all(step.negative for step in guidance_record_of(ours).steps)
 
 
 def test_calibration_and_linear_ag(loras, transfers):

@@ -20,7 +20,8 @@ SEEDS = {"seed", "noise_seed"}  # each with a widget of the front end's own behi
 VIRTUAL = {"MarkdownNote", "Note"}  # known to the front end alone
 LATER = {"LoRA": {"words", "start", "end", "fade"}, "LoRAtorio": {"place", "reweigh_every"},
          **{node: {"place"} for node in ("Merge", "Switch", "Composite", "CMLoRA", "KLoRA", "ESTLoRA")},
-         **{node: {"theme"} for node in ("Report", "LayerMap", "Spectrum", "CalibrateGuidance")}}
+         **{node: {"theme"} for node in ("Report", "LayerMap", "Spectrum", "CalibrateGuidance")},
+         **{node: {"tolerance"} for node in ("AdaptiveGuidance", "AdaptiveGuider", "KSampler")}}
 """Widgets that workflows saved with earlier versions lack, per node: the front end fills in their defaults."""
 BYPASSED = 4
 ANY = "*"

@@ -124,6 +124,40 @@ def test_neighbour_before_and_after(server: Server, info: dict, name: str):
             stops_at(record, step)
 
 
+@pytest.mark.parametrize("name", NEIGHBOURS)
+def test_neighbour_of_extrapolated_guidance(server: Server, info: dict, name: str):
+    """Identical where nothing is to be saved. Else the order of the nodes makes no difference, the negative is left out
+    at one step of six, and the picture stays nearer to that of full guidance than the prompt alone is."""
+    neighbour = NEIGHBOURS[name]
+    if neighbour.kind not in info:
+        pytest.skip(f"this ComfyUI has no {neighbour.kind}")
+    graph = Graph(info, neighbour.family)
+    guided = on(graph, neighbour, graph.model)
+    graph.save("guided", graph.ksampler(guided))
+    graph.save("alone", graph.guided(graph.prompt_alone(guided if neighbour.after == "itself" else graph.model)))
+    for saving in (0.0, 0.3):
+        model = graph.extrapolated(on(graph, neighbour, graph.model), saving)
+        graph.save(f"after it {saving}", graph.ksampler(model), model)
+        model = on(graph, neighbour, graph.extrapolated(graph.model, saving))
+        graph.save(f"before it {saving}", graph.ksampler(model), model)
+    latents, records = graph.run(server)
+    wanted, ours = latents["guided"], latents["after it 0.3"]
+    assert torch.equal(latents["after it 0.0"], wanted) and torch.equal(latents["before it 0.0"], wanted)
+    assert torch.equal(ours, latents["before it 0.3"]) and ours.isfinite().all()
+    for name_of, record in records.items():
+        assert record["finished"]
+        if name in ("NAG", "EasyCache"):
+            assert all(entry["negative"] == entry["rows"] for entry in record["steps"])
+            assert any(name in said for said in record["problems"]) or name_of.endswith("0.0")
+        elif name_of.endswith("0.3") and name != "LazyCache":
+            assert [entry["negative"] for entry in record["steps"]] == [1, 1, 1, 0, 1, 0]
+    if name in ("NAG", "EasyCache"):
+        assert torch.equal(ours, wanted)
+    elif name != "LazyCache":  # which leaves out whole steps, of which guidance then knows nothing
+        assert not torch.equal(ours, wanted)
+        assert (ours - wanted).norm() < (latents["alone"] - wanted).norm()
+
+
 def test_samplers_draw_the_same(server: Server, info: dict):
     """Four samplers of the host with our MODEL, our guider and our sampler; RescaleCFG before us, PAG and FreeU after.
     """
@@ -139,8 +173,8 @@ def test_samplers_draw_the_same(server: Server, info: dict):
             graph.save(name, sampled(model), model)
         model = lasting(graph, before)
         graph.save("AdaptiveGuider", graph.guided(graph.guider(model, "LoRAEnsembleAdaptiveGuider",
-                                                               threshold=threshold)))
-        drawn, _ = graph.ksampler(model, "LoRAEnsembleKSampler", threshold=threshold)
+                                                               mode="threshold", threshold=threshold)))
+        drawn, _ = graph.ksampler(model, "LoRAEnsembleKSampler", mode="threshold", threshold=threshold)
         graph.save("our KSampler", [drawn, 0], text=[drawn, 1])
 
     def lasting(graph: Graph, model: Link) -> Link:

@@ -1,0 +1,204 @@
+"""Extrapolated guidance without ComfyUI: kernels against plain definitions, which steps are evaluated, a run's state.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lora_ensemble.kernels.branch import Step
+from lora_ensemble.kernels.guidance import line, relative_miss, spread_steps
+from lora_ensemble.methods.guidance import extrapolated
+from lora_ensemble.methods.guidance.extrapolated import ExtrapolatedSession, Extrapolation, widest
+from lora_ensemble.methods.guidance.record import GuidanceRecord, GuidanceStep
+from lora_ensemble.methods.guidance.session import FULL, REPLACED, Need
+from lora_ensemble.tests.devices import Far
+from torch import Tensor
+
+
+def rand(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# --- kernels ---
+
+
+def test_line():
+    """Per sample, against one number at a time."""
+    d0, d1 = rand(3, 2, 4), rand(3, 2, 4, seed=1)
+    t0, t1, t = torch.tensor([1.0, 0.8, 0.5]), torch.tensor([0.9, 0.8, 0.2]), torch.tensor([0.7, 0.3, 0.1])
+    found = line(d0, d1, t0, t1, t)
+    for b in range(3):
+        slope = (d1[b] - d0[b]) / (t1[b] - t0[b]) if t0[b] != t1[b] else 0.0
+        assert torch.allclose(found[b], d1[b] + slope * (t[b] - t1[b]), atol=1e-5)
+    assert torch.equal(line(d0, d1, t0, t1, t1), d1)
+
+
+def test_relative_miss():
+    a, b = rand(3, 5), rand(3, 5, seed=1)
+    b[2] = a[2] = 0
+    found = relative_miss(a, b)
+    assert found[:2].tolist() == pytest.approx([((a - b)[i].norm() / b[i].norm()).item() for i in range(2)])
+    assert found[2] == 0 and relative_miss(a, a).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(("total", "evaluated", "wanted"), [
+    (20, 8, (0, 1, 3, 6, 9, 12, 15, 18)), (20, 11, (0, 1, 2, 4, 6, 8, 10, 12, 14, 16, 18)), (8, 5, (0, 1, 2, 4, 6)),
+    (8, 2, (0, 1)), (2, 2, (0, 1)), (1, 1, (0,)), (3, 3, (0, 1, 2))])
+def test_spread_steps(total, evaluated, wanted):
+    assert spread_steps(total, evaluated) == wanted
+
+
+@pytest.mark.parametrize("total", range(1, 60))
+def test_as_many_steps_as_asked_for(total):
+    """In order, each once, the first two among them, evenly: two gaps differ by no more than one step."""
+    for evaluated in range(min(2, total), total + 1):
+        found = spread_steps(total, evaluated) if total > 2 or evaluated == total else tuple(range(total))
+        assert len(found) == evaluated and list(found) == sorted(set(found)) and found[:2] == (0, 1)[:total]
+        gaps = [b - a for a, b in zip(found[2:], found[3:], strict=False)]
+        assert max(gaps, default=0) - min(gaps, default=0) <= 1 and found[-1] < total
+
+
+# --- which steps ---
+
+
+@pytest.mark.parametrize("total", range(1, 60))
+@pytest.mark.parametrize("saving", [0.0, 0.1, 0.3, 0.5])
+@pytest.mark.parametrize("first", [2, 5])
+def test_steps(total, saving, first):
+    steps = Extrapolation(saving, first=first).steps(total)
+    assert steps[:first] == tuple(range(min(first, total)))
+    assert total - len(steps) <= 2 * total * saving + 1e-9, "no more than asked for"
+    assert max((b - a for a, b in zip(steps, (*steps[1:], total), strict=True)), default=1) <= widest(total)
+    if saving == 0 or total < 6:
+        assert steps == tuple(range(total))
+
+
+def test_options_out_of_range():
+    for options in ({"saving": 0.6}, {"saving": -0.1}, {"tolerance": 0.0}, {"tolerance": -1.0}):
+        with pytest.raises(ValueError, match="Extrapolated guidance"):
+            Extrapolation(**options)
+
+
+# --- a run ---
+
+
+def drive(session: ExtrapolatedSession, sigmas: list[float], term, batch: int = 1, calls: int = 1) -> list:
+    """A run whose negative is x0_c + t term(t), as far as it is asked for: what was needed, and every negative."""
+    needs, negatives = [], []
+    for index, sigma in enumerate(sigmas[:-1]):
+        for call in range(calls):
+            level = torch.full((batch,), sigma * (1 - 0.1 * call))
+            t = (level if session.flow else level / (1 + level)).view(-1, 1)
+            need = session.begin(Step(index, len(sigmas) - 1, sigma), batch)
+            x, c = rand(batch, 6, seed=index), rand(batch, 6, seed=99)
+            true = c + t * term(t)
+            given = session.replace("negative", x, c, level) if need.rows is not None and \
+                session.ready(["negative"], x) else true
+            rows = range(batch) if need.rows is None else need.rows
+            out = torch.stack([true[row] if row in rows else given[row] for row in range(batch)])
+            if need.rows != ():
+                session.keep(x, c, {"negative": out}, level)
+            session.end()
+            needs.append(need)
+            negatives.append((out, true))
+    return [needs, negatives]
+
+
+SIGMAS = torch.linspace(1, 0, 21).tolist()
+
+
+@pytest.mark.parametrize("flow", [True, False])
+@pytest.mark.parametrize("calls", [1, 2])
+def test_a_term_on_a_straight_line_is_exact(flow, calls):
+    a, b = rand(1, 6, seed=3), rand(1, 6, seed=4)
+    session = ExtrapolatedSession(Extrapolation(), flow)
+    needs, negatives = drive(session, SIGMAS if flow else [14 * s for s in SIGMAS], lambda t: a + b * t, calls=calls)
+    evaluated = Extrapolation().steps(20)
+    assert [need.rows for need in needs[::calls]] == [None if i in evaluated else () for i in range(20)]
+    for out, true in negatives:
+        assert torch.allclose(out, true, atol=1e-5)
+    record = GuidanceRecord("", [GuidanceStep(i, 0.0, 1, 1, int(i in evaluated)) for i in range(20)], 40, finished=True)
+    session.summary(record)
+    assert all(step.missed[0] < 1e-4 for step in record.steps if step.missed)
+    assert [step.index for step in record.steps if step.missed] == list(evaluated[2:])
+
+
+def test_a_miss_is_measured():
+    """Against the line through the two terms before."""
+    a = rand(1, 6, seed=3)
+    session = ExtrapolatedSession(Extrapolation(), True)
+    drive(session, SIGMAS, lambda t: a * (1 + t**2))
+    session.summary(record := GuidanceRecord("", [GuidanceStep(i, 0.0) for i in range(20)]))
+    t = [1 - i / 20 for i in (3, 6, 9)]
+    values = [1 + s**2 for s in t]
+    guess = values[1] + (values[1] - values[0]) * (t[2] - t[1]) / (t[1] - t[0])
+    assert record.steps[9].missed == pytest.approx([abs(guess - values[2]) / values[2]], rel=1e-4)
+
+
+def test_a_tolerance_goes_by_each_picture(monkeypatch):
+    """A picture on a straight line is evaluated as rarely as may be, one that jumps in every step, once that is known.
+    """
+    monkeypatch.setattr(extrapolated, "Sent", Far)
+    noise = iter(range(1000))
+
+    def term(t):
+        return torch.stack([torch.ones(6) + t[0], rand(6, seed=next(noise))])
+
+    needs, _ = drive(ExtrapolatedSession(Extrapolation(tolerance=0.05), True), SIGMAS, term, batch=2)
+    rows = [range(2) if need.rows is None else need.rows for need in needs]
+    assert [i for i, taken in enumerate(rows) if 0 in taken] == [0, 1, 3, 7, 11, 15, 19]
+    assert [i for i, taken in enumerate(rows) if 1 in taken][:3] == [0, 1, 3] and all(1 in taken for taken in rows[5:])
+    noise = iter(range(1000))
+    together, _ = drive(ExtrapolatedSession(Extrapolation(tolerance=0.05, per_sample=False), True), SIGMAS, term, 2)
+    assert all(need in (FULL, REPLACED) for need in together)
+
+
+def test_a_broken_run_does_not_stop_at_a_miss():
+    """Predictions that are not numbers are the sampler's to show."""
+    session = ExtrapolatedSession(Extrapolation(tolerance=0.05), True)
+    needs, _ = drive(session, SIGMAS, lambda t: torch.full((1, 6), torch.nan))
+    assert needs[-1] == FULL
+
+
+def test_it_begins_anew():
+    """Where noise rises, with another number of pictures, and where no negative was seen for too long."""
+    session = ExtrapolatedSession(Extrapolation(), True)
+    step = lambda index, sigma: session.begin(Step(index, 20, sigma), pictures)  # noqa: E731
+    pictures = 1
+
+    def evaluate(index: int, sigma: float) -> Need:
+        need = step(index, sigma)
+        if need == FULL:
+            level = torch.full((pictures,), sigma)
+            session.keep(rand(pictures, 6), rand(pictures, 6), {"negative": rand(pictures, 6, seed=1)}, level)
+        session.end()
+        return need
+
+    assert [evaluate(i, 1 - i / 20) for i in range(5)] == [FULL, FULL, REPLACED, FULL, REPLACED]
+    assert [evaluate(i, 2 - i / 20) for i in range(5, 8)] == [FULL, FULL, REPLACED], "noise has risen"
+    pictures = 2
+    assert [evaluate(i, 2 - i / 20) for i in range(8, 11)] == [FULL, FULL, REPLACED]
+    assert [evaluate(i, 2 - i / 20) for i in range(16, 18)] == [FULL, FULL], "five steps without guidance"
+
+
+def test_what_is_asked_for_and_not_there():
+    session = ExtrapolatedSession(Extrapolation(), True)
+    drive(session, SIGMAS[:4], lambda t: t)
+    x = rand(1, 6)
+    assert session.ready(["negative"], x) and not session.ready(["negative", "middle"], x)
+    assert not session.ready(["negative"], rand(1, 7))
+
+
+@pytest.mark.parametrize(("steps", "evaluated", "saving", "words"), [
+    (8, 5, 0.3, "19% were saved and not 30%"), (20, 8, 0.3, None), (21, 9, 0.3, None), (4, 4, 0.3, "nothing was saved"),
+    (4, 0, 0.3, "at cfg 1")])
+def test_what_is_said_of_the_saving(steps, evaluated, saving, words):
+    told = []
+    session = ExtrapolatedSession(Extrapolation(saving), True, told.append)
+    record = GuidanceRecord("", [GuidanceStep(i, 0.0, 1, 1, int(i < evaluated)) for i in range(steps)],
+                            2 * steps if evaluated else steps, finished=True)
+    session.summary(record)
+    assert (words in told[0] if words else not told) and len(told) == bool(words)
+    record.finished, told[:] = False, []
+    session.summary(record)
+    assert told == []
