@@ -53,7 +53,8 @@ def node_classes() -> dict[str, Any]:
 
 
 def later(class_type: str) -> set[str]:
-    return LATER.get(class_type.removeprefix("LoRAEnsemble"), set())
+    _, ours, name = class_type.partition("LoRAEnsemble")
+    return LATER.get(name, set()) if ours else set()
 
 
 def is_widget(kind: Any) -> bool:
