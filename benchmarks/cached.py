@@ -47,14 +47,15 @@ class CachedSampler(Sampler):
         self._rows: tuple | None = None
         self._kept: list[Tensor] = []
 
-    def _predict(self, x: Tensor, sigma: float, contexts: Tensor, pictures: Tensor, branches: list[Branch]) -> Tensor:
+    def _predict(self, x: Tensor, sigma: float, contexts: Tensor, pictures: Tensor, branches: list[Branch],
+                 *rest: object) -> Tensor:
         rows = (tuple(pictures.tolist()), tuple(branches))
         whole = rows != self._rows or self.schedule.refreshes(Step(round((1 - sigma) * STEPS), STEPS, sigma))
         self._rows = rows
         if whole:
             self._kept = []
         with self._caught() if whole else self._recalled():
-            return super()._predict(x, sigma, contexts, pictures, branches)
+            return super()._predict(x, sigma, contexts, pictures, branches, *rest)
 
     @contextmanager
     def _caught(self) -> Iterator[None]:

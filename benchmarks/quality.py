@@ -7,7 +7,7 @@ what each picture shows. Prints one JSON line per regime, method and N, then a s
     all        share of pictures that show all of them
     marks      share of the concepts' marks that are right, which no ordinary word of the prompt says
     leaked     share of pictures with a trait of a LoRA's narrow world although the prompt asked for something else
-    branches   branch evaluations per picture, each with both sides of guidance
+    branches   branch evaluations per picture, each with both sides of guidance, or the one that guidance 1 has
     seconds    per picture, batched
 
 with 95 % intervals from a bootstrap over the sets. "Alone" draws each LoRA of a set by itself on the set's prompt
@@ -36,7 +36,7 @@ from ..testbed.beds import BEDS, JOINT, UNET, Bed
 from ..testbed.evaluate import RECIPES, Row, evaluate, summary
 from ..testbed.joint.protocol import pairs
 from ..testbed.protocol import SEED, LoraSet, some_of
-from ..testbed.sampler import STEPS
+from ..testbed.sampler import GUIDANCE, STEPS
 from ..testbed.worlds import REGIMES
 
 LAYOUTS = ("said", "unsaid", "both")
@@ -52,16 +52,18 @@ def style_pairs(bed: Bed, seeds: int, seed: int = SEED) -> list[LoraSet]:
 
 
 def run(chosen: Sequence[LoraSet], regimes: Sequence[str], methods: Sequence[str], strength: float, device: str,
-        tell: Callable[[Row], None], bed: Bed = UNET, steps: int = STEPS) -> list[Row]:
+        tell: Callable[[Row], None], bed: Bed = UNET, steps: int = STEPS, guidance: float = GUIDANCE,
+        turbo: bool = False) -> list[Row]:
     """All rows of the table; `tell` sees each as soon as it is there. The renderer's masks are known of the sets alone
-    whose prompts say the layout."""
+    whose prompts say the layout. `turbo`: the LoRA for few steps is always on."""
     base, judge, rows = bed.load_base(device), bed.load_judge(device), []
+    always = [bed.load_turbo()] if turbo else []
     for regime in regimes:
         loras = bed.load_loras(regime)
         for name in methods:
             recipe = RECIPES.get(name)
             sets = [task for task in chosen if task.laid_out] if recipe and recipe.place == "masks" else chosen
-            for row in evaluate(regime, name, recipe, sets, base, judge, loras, strength, steps):
+            for row in evaluate(regime, name, recipe, sets, base, judge, loras, strength, steps, guidance, always):
                 rows.append(row)
                 tell(row)
     return rows
@@ -82,6 +84,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--layout", choices=LAYOUTS, default="both",
                         help="only the sets whose prompt says the side of the character, or does not")
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--guidance", type=float, help=f"at 1 there is no negative side; default: {GUIDANCE:g}, with "
+                                                       "--turbo 1")
+    parser.add_argument("--turbo", action="store_true",
+                        help="unet body: the LoRA for few steps without guidance is always on")
     parser.add_argument("--methods", nargs="+", choices=("Alone", *RECIPES), default=DEFAULT, metavar="METHOD",
                         help=f"of {', '.join(('Alone', *RECIPES))}")
     parser.add_argument("--strength", type=float, default=1.0)
@@ -95,13 +101,17 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.flush()
 
     bed = BEDS[options.body]
+    if options.turbo and bed.schedule.turbo is None:
+        parser.error(f"the body '{bed.name}' has no LoRA for few steps: --turbo is for --body unet")
+    guidance = options.guidance if options.guidance is not None else 1.0 if options.turbo else GUIDANCE
     if (options.two or options.bare) and bed is not JOINT:
         parser.error("--two and --bare are for --body joint")
     chosen = pairs(options.seed) if options.two else some_of(bed.all_sets(seed=options.seed), options.sets)
     chosen = style_pairs(bed, options.pairs, options.seed) if options.pairs else chosen
     chosen = [task for task in chosen if options.layout == "both" or task.laid_out is (options.layout == "said")]
     chosen = [task.said_bare() for task in chosen] if options.bare else chosen
-    rows = run(chosen, regimes, options.methods, options.strength, options.device, tell, bed, options.steps)
+    rows = run(chosen, regimes, options.methods, options.strength, options.device, tell, bed, options.steps,
+               guidance, options.turbo)
     sys.stdout.write("\n" + summary(rows) + "\n")
     return 0
 

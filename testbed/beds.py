@@ -23,9 +23,10 @@ from .joint import text as joint_text
 from .joint import worlds as joint_worlds
 from .joint.base import JointBase
 from .judge import FIRST, Judge, School
+from .loras import load_lora
 from .protocol import LoraSet
 from .scene import Concept
-from .weights import WEIGHTS, load_loras, load_module
+from .weights import WEIGHTS, load_loras, load_module, turbo_path
 from .worlds import Collection
 
 
@@ -35,6 +36,7 @@ class Schedule:
 
     base     rounds of (steps, learning rate), each from what the one before has left
     longer   (regime, concept) -> steps of a LoRA that needs more than the others
+    turbo    pictures whose trails are followed and steps of the LoRA for few steps; None: the body has none
     """
 
     base: tuple[tuple[int, float], ...]
@@ -42,6 +44,7 @@ class Schedule:
     loras: Mapping[str, int]
     lora_rate: float
     longer: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    turbo: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -74,10 +77,17 @@ class Bed:
     def load_loras(self, regime: str) -> list[dict[str, Tensor]]:
         return load_loras(regime, self.weights)
 
+    def load_turbo(self) -> dict[str, Tensor]:
+        """The LoRA for few steps without guidance. Raises ValueError for a body that has none."""
+        if self.schedule.turbo is None:
+            raise ValueError(f"the body '{self.name}' has no LoRA for few steps")
+        return load_lora(turbo_path(self.weights))
+
 
 UNET = Bed("unet", WEIGHTS, Base, Judge, FIRST, scene, text, scene.CATEGORIES, worlds.collection, protocol.all_sets,
            protocol.alone_set, Schedule(((7000, 3e-3),), 2500, {"clean": 240, "narrow": 160}, 4e-3,
-                                        {("clean", "zaneth"): 800}))  # thin lines over everything are learned last
+                                        {("clean", "zaneth"): 800},  # thin lines over everything are learned last
+                                        (1200, 1500)))
 JOINT = Bed("joint", WEIGHTS.parent / "joint" / "weights", JointBase, joint_judge.make, joint_judge.SCHOOL, joint_scene,
             joint_text, joint_scene.PARTS, joint_worlds.collection, joint_protocol.all_sets, joint_protocol.alone_set,
             Schedule(((4600, 3e-3), (1500, 3e-3)), 2000, {"clean": 100, "narrow": 130}, 3e-3,

@@ -28,7 +28,7 @@ from .judge import Judge
 from .loras import RANK
 from .protocol import LoraSet
 from .routing import Placed
-from .sampler import STEPS, Picture, Sampler
+from .sampler import GUIDANCE, STEPS, Picture, Sampler
 
 
 @dataclass(frozen=True)
@@ -182,14 +182,14 @@ def _pictures(task: LoraSet, recipe: Recipe | None, strength: float, bank: Bank)
 
 
 def scores(sampler: Sampler, judge: Judge, sets: Sequence[LoraSet], recipe: Recipe | None, strength: float,
-           steps: int = STEPS) -> list[Score]:
+           steps: int = STEPS, guidance: float = GUIDANCE) -> list[Score]:
     """recipe None: each LoRA alone, one picture per concept."""
     found = []
     for start in range(0, len(sets), BATCH):
         batch = sets[start:start + BATCH]
         drawn = [_pictures(task, recipe, strength, sampler.bank) for task in batch]
         before, begin = sampler.evaluations, time.perf_counter()
-        images = sampler.draw([picture for pictures in drawn for picture in pictures], steps)
+        images = sampler.draw([picture for pictures in drawn for picture in pictures], steps, guidance)
         seconds = (time.perf_counter() - begin) / len(images)
         branches = (sampler.evaluations - before) / len(images)
         read = iter([{h: int(v[i]) for h, v in answers.items()} for answers in [judge.read(images)]
@@ -207,12 +207,14 @@ def scores(sampler: Sampler, judge: Judge, sets: Sequence[LoraSet], recipe: Reci
 
 
 def evaluate(regime: str, name: str, recipe: Recipe | None, sets: Sequence[LoraSet], base: Body, judge: Judge,
-             loras: Sequence[Mapping[str, Tensor]], strength: float, steps: int = STEPS) -> Iterator[Row]:
+             loras: Sequence[Mapping[str, Tensor]], strength: float, steps: int = STEPS, guidance: float = GUIDANCE,
+             always: Sequence[Mapping[str, Tensor]] = ()) -> Iterator[Row]:
     """One row per size of set, and one over all sizes."""
-    with Sampler(base, loras) as sampler:
+    with Sampler(base, loras, always) as sampler:
         found = []
         for size in sorted({len(task.concepts) for task in sets}):
-            part = scores(sampler, judge, [t for t in sets if len(t.concepts) == size], recipe, strength, steps)
+            part = scores(sampler, judge, [t for t in sets if len(t.concepts) == size], recipe, strength, steps,
+                          guidance)
             yield _row(regime, name, size, part, recipe is None)
             found += part
         yield _row(regime, name, None, found, recipe is None)

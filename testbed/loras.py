@@ -6,7 +6,8 @@ A file is ordinary: `diffusion_model.<module>.lora_A.weight` [r, in(, 3, 3)], `.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -14,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import OneCycleLR
 
 from .base import noisy
 from .body import Body
@@ -35,24 +38,49 @@ class _Delta(nn.Module):
         return weight + (self.up.flatten(1) @ self.down.flatten(1)).view_as(weight)
 
 
+@contextmanager
+def trained_with_deltas(base: Body, modules: Mapping[str, nn.Module], rank: int,
+                        generator: torch.Generator) -> Iterator[dict[str, nn.Module]]:
+    """The frozen base, these of its layers with low-rank deltas on them while the block runs; gives the deltas by
+    layer."""
+    base.requires_grad_(False)
+    deltas = {name: _Delta(module.weight, rank, generator) for name, module in modules.items()}
+    for name, delta in deltas.items():
+        parametrize.register_parametrization(modules[name], "weight", delta)
+    try:
+        yield deltas
+    finally:
+        base.eval()
+        for module in modules.values():
+            parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+
+
+def optimizer_of(deltas: Mapping[str, nn.Module], steps: int, rate: float) -> tuple[AdamW, OneCycleLR]:
+    optimizer = AdamW([p for d in deltas.values() for p in d.parameters()], lr=rate, weight_decay=0.0)
+    return optimizer, OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1, final_div_factor=10)
+
+
+def file_of(deltas: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """The tensors of a LoRA file."""
+    tensors = {}
+    for name, delta in deltas.items():
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = delta.down.detach().cpu().half().contiguous()
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = delta.up.detach().cpu().half().contiguous()
+        tensors[f"{PREFIX}{name}.alpha"] = torch.tensor(float(len(delta.down)), dtype=torch.float16)
+    return tensors
+
+
 def train_lora(base: Body, latents: Tensor, prompts: Sequence[str], steps: int, batch: int = 16,
                rate: float = 4e-3, seed: int = 0, rank: int = RANK) -> dict[str, Tensor]:
     """The frozen base with low-rank deltas, trained on pictures and captions; returns the tensors of a LoRA file."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     device = next(base.parameters()).device
-    base.requires_grad_(False)
-    modules = base.targets()
-    deltas = {name: _Delta(module.weight, rank, generator) for name, module in modules.items()}
-    for name, delta in deltas.items():
-        parametrize.register_parametrization(modules[name], "weight", delta)
     with torch.no_grad():
         contexts = base.contexts(prompts).cpu()
-    optimizer = torch.optim.AdamW([p for d in deltas.values() for p in d.parameters()], lr=rate, weight_decay=0.0)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1,
-                                                    final_div_factor=10)
-    base.train()
-    try:
+    with trained_with_deltas(base, base.targets(), rank, generator) as deltas:
+        optimizer, scheduler = optimizer_of(deltas, steps, rate)
+        base.train()
         for _ in range(steps):
             rows = torch.randint(len(latents), (batch,), generator=generator)
             x, sigma, velocity = (t.to(device) for t in noisy(latents[rows], generator))
@@ -61,16 +89,7 @@ def train_lora(base: Body, latents: Tensor, prompts: Sequence[str], steps: int, 
             loss.backward()
             optimizer.step()
             scheduler.step()
-    finally:
-        base.eval()
-        for module in modules.values():
-            parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
-    tensors = {}
-    for name, delta in deltas.items():
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = delta.down.detach().cpu().half().contiguous()
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = delta.up.detach().cpu().half().contiguous()
-        tensors[f"{PREFIX}{name}.alpha"] = torch.tensor(float(rank), dtype=torch.float16)
-    return tensors
+    return file_of(deltas)
 
 
 def save_lora(tensors: dict[str, Tensor], path: Path, name: str) -> None:

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from ..methods.merge import Merge
 from .beds import UNET, Bed
+from .body import Body
 from .joint.report import two_figures
 from .judge import UNSEEN, Judge, accuracy
 from .protocol import LoraSet
-from .sampler import Picture, Sampler
-from .scene import CONCEPTS
+from .sampler import GUIDANCE, STEPS, Picture, Sampler
+from .scene import CONCEPTS, Scenes
 
 STRENGTH = 1.0
+
+
+class Likeness(NamedTuple):
+    """Shares of the attributes that are as prompted, those that captions always name and the marks; root mean square
+    of the difference to the guided pictures of many steps, colours in [0, 1]."""
+
+    named: float
+    marks: float
+    error: float
 
 
 def judge_accuracy(judge: Judge, count: int = 4000, seed: int = 12345, bed: Bed = UNET) -> dict[str, float]:
@@ -29,11 +40,36 @@ def base_obedience(sampler: Sampler, judge: Judge, count: int = 200, seed: int =
     """Share of pictures of the bare base that show an attribute as prompted, per attribute; for the joint body also of
     pictures that show both figures right."""
     scenes = bed.scene.sample(np.random.default_rng(seed), count, dict(fixed or {}))
-    read = judge.read(sampler.draw([Picture(bed.text.caption(scenes.words(i)), i) for i in range(count)]))
-    answers = bed.school.labels(scenes)
-    shares = {a: float((read[a] == v)[v != UNSEEN].mean()) for a, v in answers.items()
-              if a in bed.scene.ATTRIBUTES and (v != UNSEEN).any()}
-    return shares | (two_figures(read, answers) if bed is not UNET else {})
+    read, answers = judge.read(sampler.draw(_captioned(scenes, bed))), bed.school.labels(scenes)
+    return _as_asked(read, answers, bed) | (two_figures(read, answers) if bed is not UNET else {})
+
+
+def _captioned(scenes: Scenes, bed: Bed) -> list[Picture]:
+    return [Picture(bed.text.caption(scenes.words(i)), i) for i in range(len(scenes))]
+
+
+def _as_asked(read: Mapping[str, np.ndarray], answers: Mapping[str, np.ndarray], bed: Bed) -> dict[str, float]:
+    return {a: float((read[a] == v)[v != UNSEEN].mean()) for a, v in answers.items()
+            if a in bed.scene.ATTRIBUTES and (v != UNSEEN).any()}
+
+
+def few_steps(base: Body, judge: Judge, count: int = 200, seed: int = 4, bed: Bed = UNET) -> dict[str, Likeness]:
+    """Of the base and of the base with the LoRA for few steps, drawn in fewer steps and without guidance."""
+    scenes = bed.scene.sample(np.random.default_rng(seed), count)
+    pictures, answers = _captioned(scenes, bed), bed.school.labels(scenes)
+    with Sampler(base, []) as sampler:
+        whole = sampler.draw(pictures)
+    found = {f"base, {STEPS} steps, guidance {GUIDANCE:g}": whole}
+    for name, always in (("base", []), ("turbo", [bed.load_turbo()])):
+        with Sampler(base, [], always) as sampler:
+            found |= {f"{name}, {steps} steps, guidance 1": sampler.draw(pictures, steps, 1.0) for steps in (8, 4)}
+    out = {}
+    for name, images in found.items():
+        shares = _as_asked(judge.read(images), answers, bed)
+        named, marks = ([v for a, v in shares.items() if (a in bed.scene.NAMED) is of] for of in (True, False))
+        error = float((images - whole).square().mean().sqrt())
+        out[name] = Likeness(float(np.mean(named)), float(np.mean(marks)), error)
+    return out
 
 
 def alone(sampler: Sampler, judge: Judge, strength: float = STRENGTH, per_concept: int = 48, bed: Bed = UNET,
@@ -54,6 +90,10 @@ def report(bed: Bed, device: str = "cpu", regimes: Sequence[str] = ("clean", "na
     right = judge_accuracy(judge, bed=bed)
     yield "judge, held-out renders: " + ", ".join(f"{c} {right[c]:.3f}" for c in bed.parts)
     yield "judge, attributes: " + ", ".join(f"{a} {right[a]:.3f}" for a in bed.scene.ATTRIBUTES)
+    if bed.schedule.turbo is not None:
+        for name, like in few_steps(base, judge, bed=bed).items():
+            yield (f"{name}: named {like.named:.3f}, marks {like.marks:.3f}, rms to {STEPS} guided steps "
+                   f"{like.error:.4f}")
     for regime in regimes:
         with Sampler(base, bed.load_loras(regime)) as sampler:
             if regime == regimes[0]:

@@ -7,6 +7,7 @@ branches, and the two sides of guidance are all evaluated together.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from types import TracebackType
 
@@ -59,21 +60,31 @@ class Picture:
 
 
 class Sampler:
-    """The base with a bank of LoRAs installed; use as a context manager, which takes the bank off again."""
+    """The base with a bank of LoRAs installed; use as a context manager, which takes the bank off again.
 
-    def __init__(self, base: Body, loras: Sequence[Mapping[str, Tensor]]):
+    always   LoRAs that belong to the model while it is in use: at strength 1 in every row, the base model's included.
+             No picture, method or place knows of them
+    """
+
+    def __init__(self, base: Body, loras: Sequence[Mapping[str, Tensor]], always: Sequence[Mapping[str, Tensor]] = ()):
         self.base, self.count = base, len(loras)
         self.device = next(base.parameters()).device
         self.bank = Bank([low_rank(tensors) for tensors in loras]).to(self.device)
         self.routed = RoutedForwards(base.net, self.bank)
-        self.evaluations = 0  # branches evaluated since the start, each with both sides of guidance
+        self.always = RoutedForwards(base.net, Bank([low_rank(tensors) for tensors in always]).to(self.device))
+        self._in_use = ExitStack()
+        self.evaluations = 0  # branches evaluated since the start, each with all sides of its guidance
 
     def __enter__(self) -> Sampler:
+        self.always.install()
+        self._in_use.callback(self.always.remove)
+        self._in_use.enter_context(self.always.rows([Branch((1.0,) * self.always.bank.count)]))
         self.routed.install()
+        self._in_use.callback(self.routed.remove)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
-        self.routed.remove()
+        self._in_use.close()
 
     def _spread(self, branch: Branch, loras: tuple[int, ...]) -> Branch:
         """Gains of a picture's own LoRAs -> gains over the whole bank."""
@@ -86,9 +97,10 @@ class Sampler:
         return Branch(over_bank(branch.gains), tuple((m, over_bank(gains)) for m, gains in branch.per_module))
 
     def _predict(self, x: Tensor, sigma: float, contexts: Tensor, pictures: Tensor, branches: list[Branch],
-                 routed: Routed | None = None, read: Sequence[int] = ()) -> Tensor:
-        """Velocities of many rows: row r evaluates x[pictures[r]] with contexts[r] and branches[r]. With `routed`, the
-        first half are positive, the second negative; the attention of the rows in `read` is kept."""
+                 routed: Routed | None = None, read: Sequence[int] = (), sides: int = 1) -> Tensor:
+        """Velocities of many rows: row r evaluates x[pictures[r]] with contexts[r] and branches[r]. Of two sides, the
+        first half of the rows are positive, the second negative. With `routed`, the attention of the rows in `read` is
+        kept."""
         order = sorted(range(len(branches)), key=lambda r: branches[r].gains)
         out = torch.empty(len(order), *x.shape[1:], device=x.device)
         for start in range(0, len(order), ROWS):
@@ -98,8 +110,8 @@ class Sampler:
             owners = pictures[rows].tolist()
             places, see = None, None
             if routed is not None:
-                half = len(branches) // 2
-                places = routed.places(owners, [i + len(x) * (r >= half) for r, i in zip(numbers, owners, strict=True)])
+                side = len(branches) // sides
+                places = routed.places(owners, [i + len(x) * (r // side) for r, i in zip(numbers, owners, strict=True)])
                 seen = [k for k, r in enumerate(numbers) if r in read]
                 see = Seen(seen, routed.members[[owners[k] for k in seen]], self.base.grid) if seen else None
             with self.routed.rows([branches[r] for r in numbers], places):
@@ -109,21 +121,22 @@ class Sampler:
                     routed.found(owners[k], each)
         return out
 
-    def _probe(self, step: Step, x: Tensor, routed: Routed) -> None:
-        """Find the places that are needed before the step, from evaluations of the base model."""
+    def _probe(self, step: Step, x: Tensor, routed: Routed, sides: int) -> None:
+        """Find the places that are needed before the step, from evaluations of the base model, each a side of a
+        branch."""
         by_contrast, base = routed.contrasting(step), Branch((0.0,) * self.count)
         for i in by_contrast:
             texts = self.base.contexts([routed.probes[i], *routed.without(i)])
             sigmas = torch.full((len(texts),), step.sigma, device=self.device)
             whole, *parts = self.base.velocity(x[i:i + 1].expand(len(texts), -1, -1, -1), sigmas, texts)
             routed.contrasted(i, whole, torch.stack(parts))
-            self.evaluations += len(texts) / 2
+            self.evaluations += len(texts) / sides
         others = [i for i in routed.probing(step) if i not in by_contrast]
         if others:
             texts = self.base.contexts([routed.probes[i] for i in others])
             self._predict(x, step.sigma, texts, torch.tensor(others, device=self.device), [base] * len(others), routed,
                           range(len(others)))
-            self.evaluations += len(others) / 2
+            self.evaluations += len(others) / sides
 
     @torch.inference_mode()
     def draw(self, pictures: Sequence[Picture], steps: int = STEPS, guidance: float = GUIDANCE,
@@ -131,8 +144,10 @@ class Sampler:
         """float32 [n, 3, height, width] in [0, 1]. The same picture comes out whatever it is batched with, up to
         rounding.
 
-        guides   one per picture: what takes the negative prediction's place in each step
+        guidance   at 1 the negative side weighs nothing, and is not evaluated unless `guides` look at it
+        guides     one per picture: what takes the negative prediction's place in each step
         """
+        labels = (POSITIVE,) if guidance == 1 and guides is None else (POSITIVE, UNCONDITIONAL)
         noise = [torch.randn(self.base.latent, generator=torch.Generator().manual_seed(p.seed)) for p in pictures]
         x = torch.stack(noise).to(self.device)
         context = self.base.contexts(["", *(p.prompt for p in pictures)])
@@ -149,7 +164,7 @@ class Sampler:
             step = Step(index, steps, sigmas[index])
             owner, branches, spans = [], [], []
             if routed is not None:
-                self._probe(step, x, routed)
+                self._probe(step, x, routed, len(labels))
             for i, (picture, session) in enumerate(zip(pictures, sessions, strict=True)):
                 session.observe(step, x[i:i + 1])
                 chosen = session.branches(step)
@@ -160,16 +175,16 @@ class Sampler:
                 branches += [self._spread(branch, picture.loras) for branch in chosen]
             self.evaluations += len(owner)
             rows = torch.tensor(owner, device=self.device)
-            both = torch.cat([context[rows + 1], context[:1].expand(len(rows), -1, -1)])
+            texts = torch.cat([context[rows + 1], context[:1].expand(len(rows), -1, -1)][:len(labels)])
             read = routed.reading(step) if routed is not None else ()
-            velocity = self._predict(x, step.sigma, both, rows.repeat(2), branches * 2, routed,
-                                     [_says_where(owner, branches, i) for i in read])
-            cond, uncond = (x[rows] - step.sigma * v for v in velocity.chunk(2))
+            velocity = self._predict(x, step.sigma, texts, rows.repeat(len(labels)), branches * len(labels), routed,
+                                     [_says_where(owner, branches, i) for i in read], len(labels))
+            predicted = [x[rows] - step.sigma * v for v in velocity.chunk(len(labels))]
             denoised, noise_level = [], torch.full((1,), step.sigma, device=self.device)
             for i, (span, chosen) in enumerate(spans):
-                sides = [cond[span, None], uncond[span, None]]
-                call = Call(x[i:i + 1], noise_level, chosen, sides, (POSITIVE, UNCONDITIONAL))
-                positive, negative = sessions[i].mix(step, call)
+                call = Call(x[i:i + 1], noise_level, chosen, [side[span, None] for side in predicted], labels)
+                positive, *others = sessions[i].mix(step, call)
+                negative = others[0] if others else positive
                 if guides is not None:
                     negative = guides[i](step, x[i:i + 1], positive, negative)
                 denoised.append(negative + guidance * (positive - negative))

@@ -1,7 +1,7 @@
 """Makes the testbed's weights from nothing, with fixed seeds: `python3 testbed/train.py [--body unet|joint]`.
 
-Stages (`--stages base judge loras report`, all by default) may be run one by one; each reads what the earlier ones left
-in the body's folder of weights. Two CPU cores that do nothing else need about an hour and a half per body.
+Stages (`--stages base judge loras turbo report`, all by default) may be run one by one; each reads what the earlier
+ones left in the body's folder of weights. Two CPU cores that do nothing else need about an hour and a half per body.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ from .loras import save_lora, train_lora
 from .model import encode
 from .report import report
 from .scene import CONCEPTS, Concept
-from .weights import lora_path, save_module
+from .turbo import train_turbo
+from .weights import lora_path, save_module, turbo_path
 from .worlds import REGIMES
 
-STAGES = ("base", "judge", "loras", "report")
+STAGES = ("base", "judge", "loras", "turbo", "report")
 
 
 def say(line: str) -> None:
@@ -60,6 +61,12 @@ def make_lora(bed: Bed, base: Body, regime: str, concept: Concept) -> None:
     say(f"lora {regime} {concept.name} {time.time() - begin:.0f} s")
 
 
+def make_turbo(bed: Bed, base: Body) -> None:
+    begin, (pictures, steps) = time.time(), bed.schedule.turbo
+    save_lora(train_turbo(base, pictures, steps, log=say), turbo_path(bed.weights), "turbo")
+    say(f"turbo {time.time() - begin:.0f} s")
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--body", choices=BEDS, default="unet")
@@ -82,6 +89,11 @@ def main(arguments: list[str] | None = None) -> int:
             for concept in CONCEPTS:
                 if not options.concepts or concept.name in options.concepts:
                     make_lora(bed, base, regime, concept)
+    if "turbo" in options.stages:
+        if bed.schedule.turbo is None:
+            say(f"turbo: the body '{bed.name}' has none")
+        else:
+            make_turbo(bed, bed.load_base(options.device))
     if "report" in options.stages:
         for line in report(bed, options.device, options.regimes):
             say(line)

@@ -41,6 +41,11 @@ def lora_path(regime: str, concept: Concept, folder: Path = WEIGHTS) -> Path:
     return folder / "loras" / regime / f"{concept.name}.safetensors"
 
 
+def turbo_path(folder: Path = WEIGHTS) -> Path:
+    """The LoRA for few steps without guidance (turbo.py)."""
+    return folder / "loras" / "turbo.safetensors"
+
+
 def load_loras(regime: str, folder: Path = WEIGHTS) -> list[dict[str, torch.Tensor]]:
     """The tensors of all eleven files of a regime, in the order of CONCEPTS."""
     return [load_lora(lora_path(regime, concept, folder)) for concept in CONCEPTS]

@@ -10,7 +10,8 @@ import torch
 from lora_ensemble.methods.composite import Composite
 from lora_ensemble.methods.merge import Merge
 from lora_ensemble.methods.switch import Switch
-from lora_ensemble.testbed import loras, model, protocol, render, report, scene, text, weights, worlds
+from lora_ensemble.testbed import evaluate, loras, model, protocol, render, report, scene, text, turbo, weights, worlds
+from lora_ensemble.testbed.beds import JOINT, UNET
 from lora_ensemble.testbed.judge import accuracy, exam
 from lora_ensemble.testbed.sampler import Picture, Sampler
 
@@ -39,7 +40,8 @@ def sampler(base, narrow):
 def test_weights_are_small_and_complete():
     files = list(weights.WEIGHTS.rglob("*.safetensors"))
     assert sum(path.stat().st_size for path in files) <= 8 * 2**20
-    assert len(files) == 2 + 2 * len(scene.CONCEPTS)
+    assert len(files) == 2 + 2 * len(scene.CONCEPTS) + 1
+    assert weights.turbo_path().stat().st_size <= 400_000
 
 
 def test_render_is_deterministic_and_latent_is_exact():
@@ -108,6 +110,20 @@ def test_lora_files_map_onto_the_model(base, narrow):
             assert down.dtype == up.dtype == torch.float16 and torch.isfinite(up).all()
 
 
+def test_the_lora_for_few_steps_acts_on_every_layer(base):
+    tensors = UNET.load_turbo()
+    stems = {key.removesuffix(".alpha").removeprefix(loras.PREFIX) for key in tensors if key.endswith(".alpha")}
+    assert stems == set(turbo.layers(base)) > set(base.targets()) and len(tensors) == 3 * len(stems)
+    for name, module in turbo.layers(base).items():
+        down, up, alpha = (tensors[f"{loras.PREFIX}{name}.{part}"] for part in ("lora_A.weight", "lora_B.weight",
+                                                                                "alpha"))
+        assert down.shape == (8, *module.weight.shape[1:]) and up.shape[:2] == (module.weight.shape[0], 8)
+        assert up.numel() == 8 * len(up) and alpha == 8 and down.dtype == up.dtype == torch.float16
+        assert torch.isfinite(down).all() and torch.isfinite(up).all()
+    with pytest.raises(ValueError, match="'joint' has no LoRA for few steps"):
+        JOINT.load_turbo()
+
+
 def test_judge_knows_renders(judge):
     scenes = exam(np.random.default_rng(77), 600)
     right = accuracy(judge, scenes, render.render(scenes))
@@ -144,18 +160,99 @@ def test_one_lora_is_the_same_by_every_method_and_none_is_the_base(sampler):
     assert torch.equal(drawn[3], drawn[4]) and not torch.allclose(drawn[0], drawn[4], atol=0.05)
 
 
-def test_merge_equals_weights_that_were_merged(base, sampler, narrow):
-    """The bank against a copy of the base whose weights were rewritten."""
+def rewritten(*files):
+    """A copy of the base whose weights the LoRAs were merged into."""
     copy = weights.load_base()
     modules = dict(copy.unet.named_modules())
-    for tensors in (narrow[0], narrow[3]):
-        for name in copy.targets():
-            stem = loras.PREFIX + name
+    for tensors in files:
+        for stem in (key.removesuffix(".alpha") for key in tensors if key.endswith(".alpha")):
+            weight = modules[stem.removeprefix(loras.PREFIX)].weight
             up, down = tensors[f"{stem}.lora_B.weight"].float(), tensors[f"{stem}.lora_A.weight"].float()
-            delta = (up.flatten(1) @ down.flatten(1)).view_as(modules[name].weight)
-            modules[name].weight.data += delta * float(tensors[f"{stem}.alpha"]) / down.shape[0]
+            delta = (up.flatten(1) @ down.flatten(1)).view_as(weight)
+            weight.data += delta * float(tensors[f"{stem}.alpha"]) / down.shape[0]
+    return copy
+
+
+def test_merge_equals_weights_that_were_merged(sampler, narrow):
+    """The bank against a copy of the base whose weights were rewritten."""
     prompt = "vexa red pointed creature, drosh blue robe"
-    with Sampler(copy, []) as plain:
+    with Sampler(rewritten(narrow[0], narrow[3]), []) as plain:
         expected = plain.draw([Picture(prompt, 2)], steps=6)
     merged = sampler.draw([Picture(prompt, 2, (0, 3), Merge((1.0, 1.0)))], steps=6)
     assert torch.allclose(merged, expected, atol=1e-3)
+
+
+def test_a_lora_that_is_always_on_is_part_of_the_model(narrow):
+    """Against a copy of the base that it was merged into: whatever the method, the places and how they are found, and
+    without any LoRA. The methods' own LoRAs are as many as before."""
+    task, always = protocol.all_sets((3,))[5], UNET.load_turbo()
+    recipes = (*evaluate.METHODS, "Routed", "Routed once", "Routed contrast", "Composite words", "Masks")
+
+    def drawn(sampler: Sampler, guidance: float):
+        with sampler:
+            pictures = [evaluate.RECIPES[name].picture(task, sampler.bank) for name in recipes]
+            images = sampler.draw([*pictures, Picture(task.prompt(), task.seed)], 3, guidance)
+        return images, sampler.evaluations
+
+    for guidance in (1.0, 2.0):
+        merged, cost = drawn(Sampler(rewritten(always), narrow), guidance)
+        ours, same_cost = drawn(Sampler(weights.load_base(), narrow, [always]), guidance)
+        without, _ = drawn(Sampler(weights.load_base(), narrow), guidance)
+        assert torch.allclose(ours, merged, atol=1e-3) and cost == same_cost
+        assert ((ours - without).abs().amax((1, 2, 3)) > 0.02).all()
+
+
+def test_a_sampler_leaves_the_layers_as_they_were(narrow):
+    base = weights.load_base()
+    sampler = Sampler(base, narrow[:1], [UNET.load_turbo()])
+    before = base.unet.conv_in(torch.ones(1, 12, 16, 16))
+    for _ in range(2):
+        with sampler:
+            assert not torch.equal(base.unet.conv_in(torch.ones(1, 12, 16, 16)), before)
+        assert torch.equal(base.unet.conv_in(torch.ones(1, 12, 16, 16)), before)
+        assert not any("forward" in module.__dict__ for module in base.unet.modules())
+
+
+def test_guidance_of_one_needs_no_negative_side(sampler):
+    """`guides` that change nothing make the sampler evaluate it all the same."""
+    task = protocol.all_sets((3,))[5]
+    pictures = [evaluate.RECIPES[name].picture(task, sampler.bank)
+                for name in (*evaluate.METHODS, "Routed", "Routed contrast")]
+    rows, predict = [], sampler._predict
+    sampler._predict = lambda *args: (rows.append(len(args[4])), predict(*args))[1]
+    try:
+        alone = sampler.draw(pictures, 3, 1.0)
+        once = sum(rows)
+        rows.clear()
+        both = sampler.draw(pictures, 3, 1.0, [lambda step, x, positive, negative: negative] * len(pictures))
+    finally:
+        del sampler._predict
+    assert torch.allclose(alone, both, atol=1e-3) and once < 0.6 * sum(rows)
+
+
+def test_a_trail_ends_on_the_guided_picture(base):
+    prompts = ["red pointed creature left, blue robe, yellow ball", "green round creature"]
+    noise = torch.stack([torch.randn(base.latent, generator=torch.Generator().manual_seed(seed)) for seed in (3, 4)])
+    states = turbo.trail(base, noise, base.contexts(prompts))
+    with Sampler(base, []) as sampler:
+        drawn = sampler.draw([Picture(prompt, seed) for prompt, seed in zip(prompts, (3, 4), strict=True)],
+                             turbo.TEACHER_STEPS)
+    assert torch.equal(states[0], noise) and len(states) == turbo.LEVELS + 1
+    assert torch.allclose(model.decode(states[-1]), drawn, atol=1e-4)
+
+
+def test_training_for_few_steps_leaves_the_base_as_it_was(base):
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    tensors = turbo.train_turbo(base, 2, steps=3, batch=2)
+    assert set(tensors) == set(UNET.load_turbo())
+    assert all(tensors[key].any() for key in tensors if key.endswith("lora_B.weight"))
+    assert base.state_dict().keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
+
+
+def test_the_lora_for_few_steps_stands_for_guidance_and_for_many(base, judge):
+    found = report.few_steps(base, judge, count=32)
+    for steps in (4, 8):
+        ours, without = (found[f"{name}, {steps} steps, guidance 1"] for name in ("turbo", "base"))
+        assert ours.error < 0.75 * without.error
+        assert ours.named >= found["base, 20 steps, guidance 2"].named - 0.05

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
+from lora_ensemble.benchmarks import cached, quality
+from lora_ensemble.methods.schedule import Uniform
 from lora_ensemble.testbed import evaluate, protocol, scene, weights, worlds
 from lora_ensemble.testbed.sampler import Sampler
 
@@ -54,3 +57,38 @@ def test_rows_of_a_run(task):
     with Sampler(base, loras) as sampler:
         assert sampler.routed.current is None
     assert "forward" not in base.unet.down_res1.conv1.__dict__
+
+
+def test_few_steps_with_the_lora_for_them(task):
+    """The rows are those of a sampler with that LoRA always on, at guidance 1, which costs half a guided branch."""
+    told = []
+    rows = quality.run([task], ["narrow"], ["Merge", "Routed"], 1.0, "cpu", told.append, steps=4, guidance=1.0,
+                       turbo=True)
+    assert rows == told and [(row.method, row.n) for row in rows] == [
+        ("Merge", 2), ("Merge", None), ("Routed", 2), ("Routed", None)]
+    assert [row.branches for row in rows[::2]] == [4, 5]
+
+
+@pytest.mark.parametrize(("arguments", "turbo", "guidance"), [
+    ([], False, 2.0), (["--turbo"], True, 1.0), (["--turbo", "--guidance", "1.5"], True, 1.5)], ids=str)
+def test_the_lora_for_few_steps_goes_without_guidance(monkeypatch, arguments, turbo, guidance):
+    seen = []
+    monkeypatch.setattr(quality, "run", lambda *given: (seen.append(given), [])[1])
+    assert quality.main(["--sets", "4", "--steps", "4", *arguments]) == 0
+    assert seen[0][-3:] == (4, guidance, turbo)
+
+
+def test_a_body_without_a_lora_for_few_steps_says_so(capsys):
+    with pytest.raises(SystemExit):
+        quality.main(["--body", "joint", "--turbo"])
+    assert "'joint' has no LoRA for few steps" in capsys.readouterr().err
+
+
+def test_a_cache_that_never_stands_in_changes_nothing(task):
+    base, loras = weights.load_base(), weights.load_loras("narrow")
+    with Sampler(base, loras) as sampler:
+        picture = evaluate.RECIPES["Composite"].picture(task, sampler.bank)
+        whole = sampler.draw([picture], 4)
+    for interval in (1, 2):
+        with cached.CachedSampler(base, loras, Uniform(interval)) as sampler:
+            assert torch.allclose(sampler.draw([picture], 4), whole, atol=1e-4) is (interval == 1)
