@@ -36,6 +36,7 @@ class RunRecord:
     methods     name of each method, outermost first
     adapters    names of the LoRAs of each method, in the order of the gains
     problems    what could not be expressed, and what was done instead
+    reasons     why a method was taken, where the user left that to the node
     finished    False for a run that was interrupted or failed
     """
 
@@ -43,6 +44,7 @@ class RunRecord:
     adapters: list[list[str]]
     steps: list[StepRecord] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
     finished: bool = False
 
     def __post_init__(self) -> None:

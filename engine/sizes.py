@@ -27,9 +27,10 @@ AT_ONCE = 2**27  # entries of dense deltas, half a gigabyte, that wait or are me
 
 def measure(bank: Bank, subjects: Sequence[bool], k: int = 0, raw: bool = False, top: bool = True,
             reader: Reader | None = None, visit: Callable[[int, int], None] | None = None,
-            report: Report | None = None, strengths: Sequence[float] | None = None) -> dict[str, dict[int, Size]]:
+            report: Report | None = None, strengths: Sequence[float] | None = None, alone: bool = False
+            ) -> dict[str, dict[int, Size]]:
     """Layer -> adapter -> the size of its delta there at strength 1, for layers on which several adapters act; a layer
-    of one adapter has a size of NaN, as there is nothing to compare.
+    of one adapter has a size of NaN, as there is nothing to compare, unless `alone` asks for it.
 
     subjects   per adapter, whether it is on the subject side; K is the product of the largest rank of either side (with
                one side only, of that one), for two adapters the product of their ranks
@@ -51,7 +52,7 @@ def measure(bank: Bank, subjects: Sequence[bool], k: int = 0, raw: bool = False,
     with _pool() as pool:
         begun = (((name, {adapter: job and pool.submit(_size, *job, top) for adapter, job in jobs.items()}),
                   _dense_entries(jobs))
-                 for name, jobs in _jobs(bank, subjects, k, raw, reader, report, strengths))
+                 for name, jobs in _jobs(bank, subjects, k, raw, reader, report, strengths, alone))
         for done, (name, here) in enumerate(_ahead(begun, torch.get_num_threads()), start=1):
             sizes[name] = {adapter: size.result() if size else Size() for adapter, size in here.items()}
             _check(bank, name, sizes[name], here)
@@ -65,12 +66,13 @@ Job = tuple[list[Part], int]
 
 
 def _jobs(bank: Bank, subjects: Sequence[bool], k: int, raw: bool, reader: Reader | None, report: Report | None,
-          strengths: Sequence[float] | None) -> Iterator[tuple[str, dict[int, Job | None]]]:
-    """Per layer, for each adapter that acts there: the parts of its delta and K, or None where it acts alone."""
+          strengths: Sequence[float] | None, alone: bool) -> Iterator[tuple[str, dict[int, Job | None]]]:
+    """Per layer, for each adapter that acts there: the parts of its delta and K, or None where it acts alone and that
+    is not asked for."""
     for site in bank.sites.values():
         here = {adapter: site.all_ops(adapter) for adapter in range(bank.count)}
         here = {adapter: ops for adapter, ops in here.items() if ops}
-        if len(here) == 1:
+        if len(here) == 1 and not alone:
             yield site.name, dict.fromkeys(here)
             continue
         count = k or _k({adapter: _rank(ops) for adapter, ops in here.items()}, subjects)

@@ -11,6 +11,7 @@ from . import (
     cmlora,
     ensembles,
     guidance,
+    info,
     klora,
     loratorio,
     prompt,
@@ -18,12 +19,14 @@ from . import (
     routed,
     selection,
     spectrum,
+    stack,
 )
 from .border import guard
 
 NODES: list[type[io.ComfyNode]] = [
-    *ensembles.NODES, *prompt.NODES, *routed.NODES, *baselines.NODES, *cache.NODES, *cmlora.NODES, *guidance.NODES,
-    *klora.NODES, *loratorio.NODES, *selection.NODES, *calibration.NODES, *spectrum.NODES, *report.NODES,
+    *stack.NODES, *ensembles.NODES, *prompt.NODES, *info.NODES, *routed.NODES, *baselines.NODES, *cache.NODES,
+    *cmlora.NODES, *guidance.NODES, *klora.NODES, *loratorio.NODES, *selection.NODES, *calibration.NODES,
+    *spectrum.NODES, *report.NODES,
 ]
 for node in NODES:
     guard(node)

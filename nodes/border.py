@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from numbers import Integral, Real
 from typing import Any
 
@@ -18,6 +18,10 @@ from comfy_api.latest import io
 
 from ..host.files.ensemble import LoRASpec
 from ..host.guidance.coeffs import GuidanceCoeffs
+from .sockets import MOST_ROWS
+
+DYNAMIC = "COMFY_DYNAMICCOMBO_V3"
+"""The type of a combo whose choices open further inputs."""
 
 
 def guard(node: type[io.ComfyNode]) -> None:
@@ -31,14 +35,16 @@ def guard(node: type[io.ComfyNode]) -> None:
     own_parameters = list(inspect.signature(own).parameters.values())[1:] if own is not None else []
     own_names = [parameter.name for parameter in own_parameters]
     signature = inspect.signature(execute)
+    rest = next((name for name, each in signature.parameters.items() if each.kind is each.VAR_KEYWORD), None)
 
     @functools.wraps(execute)
     def checked(cls, *args: Any, **kwargs: Any) -> io.NodeOutput:
         bound = signature.bind(cls, *args, **kwargs)
         schema = cls.define_schema()
+        given = {**bound.arguments, **bound.arguments.get(rest, {})}
         for part in sorted(schema.inputs, key=_socket):
-            if part.id in bound.arguments:
-                check(schema.display_name, part, bound.arguments[part.id])
+            if part.id in given:
+                check(schema.display_name, part, given[part.id])
         return execute(*bound.args, **bound.kwargs)
 
     def validate(cls, **typed: Any) -> bool | str:
@@ -88,13 +94,17 @@ def check(node: str, part: io.Input, value: object) -> None:
         # A list of files is as old as the page; the node itself says what is wrong with a file.
         if not isinstance(value, str) or part.id not in FILES and value not in part.options:
             raise ValueError(f"{node}: {part.id} is {_brief(value)}. Choose one of: {_options(part)}.")
+    elif str(part.io_type) == DYNAMIC:
+        if not isinstance(value, Mapping):  # which the host makes of a choice that it knows
+            keys = ", ".join(option.key for option in part.options)
+            raise ValueError(f"{node}: {part.id} is {_brief(value)}. Choose one of: {keys}.")
     elif (socket := SOCKETS.get(str(part.io_type))) is not None:
         fits, words = socket
         if not fits(value):
             raise ValueError(f"{node}: {part.id} is {'nothing' if value is None else _brief(value)}. Connect {words}.")
 
 
-FILES = ("lora_name", "coeffs_name")
+FILES = ("lora_name", "coeffs_name", *(f"lora_{number}" for number in range(1, MOST_ROWS + 1)))
 
 
 def _options(part: io.Combo.Input) -> str:

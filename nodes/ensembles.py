@@ -11,7 +11,17 @@ from comfy_api.latest import io
 
 from ..host.files.ensemble import ROLES, Ensemble, LoRASpec, Mask
 from ..host.files.files import FOLDER, changes, check_file, fingerprint
-from .sockets import LoRAStack, check_numbers, chosen, earlier_ensemble_input, ensemble_output, schema, strength_input
+from .chain import check_chain
+from .sockets import (
+    HIDDEN,
+    LoRAStack,
+    check_numbers,
+    chosen,
+    earlier_ensemble_input,
+    ensemble_output,
+    schema,
+    strength_input,
+)
 
 LARGEST = 100.0
 """No strength of ComfyUI's own loader is larger."""
@@ -26,6 +36,7 @@ class LoRAEnsembleLoRA(io.ComfyNode):
             description="Adds one LoRA to an ensemble. Chain several, then compose them with Merge, Switch, Composite "
             "or another method.",
             search_aliases=["multi lora", "several loras", "lora stack", "combine loras"],
+            hidden=HIDDEN,
             inputs=[
                 io.Combo.Input(
                     "lora_name",
@@ -101,13 +112,14 @@ class LoRAEnsembleLoRA(io.ComfyNode):
         end: float = 1.0,
         fade: float = 0.0,
     ) -> io.NodeOutput:
+        check_chain(cls, ensemble=ensemble)
         check_file(lora_name)
         check_numbers(cls, strength_model=strength_model, strength_clip=strength_clip, start=start, end=end, fade=fade)
         role = chosen(role, ROLES, "LoRA (Ensemble): role")
-        region = Mask(checked(mask, lora_name)) if mask is not None else None
+        region = Mask(checked_mask(mask, lora_name, "LoRA (Ensemble)")) if mask is not None else None
         lora = LoRASpec(lora_name, strength_model, strength_clip, role, region, " ".join((words or "").split()),
                         start, end, fade)
-        check_window(lora)
+        check_window(lora, "LoRA (Ensemble)")
         return io.NodeOutput((*(ensemble or ()), lora))
 
 
@@ -132,22 +144,22 @@ def window_inputs() -> list[io.Input]:
     ]
 
 
-def check_window(lora: LoRASpec) -> None:
+def check_window(lora: LoRASpec, node: str) -> None:
     """Raises ValueError where a LoRA's window is never open."""
     try:
         lora.window  # noqa: B018  (made to be checked)
     except ValueError as error:
-        raise ValueError(f"LoRA (Ensemble): '{lora.name}': {error}.") from None
+        raise ValueError(f"{node}: '{lora.name}': {error}.") from None
 
 
-def checked(mask: torch.Tensor, name: str) -> torch.Tensor:
+def checked_mask(mask: torch.Tensor, name: str, node: str) -> torch.Tensor:
     """The mask, if it can confine a LoRA. Raises ValueError for one without pixels or with numbers that are none."""
     if mask.numel() == 0:
-        raise ValueError(f"LoRA (Ensemble): the mask for '{name}' has no pixels, its size is {tuple(mask.shape)}. A "
+        raise ValueError(f"{node}: the mask for '{name}' has no pixels, its size is {tuple(mask.shape)}. A "
                          "node that found nothing makes such masks. Connect another one, or none to let the LoRA act "
                          "everywhere.")
     if not mask.isfinite().all():
-        raise ValueError(f"LoRA (Ensemble): the mask for '{name}' holds values that are no numbers (NaN or infinite). "
+        raise ValueError(f"{node}: the mask for '{name}' holds values that are no numbers (NaN or infinite). "
                          "Make it anew: its values go from 0 to 1.")
     return mask
 
@@ -160,6 +172,7 @@ class LoRAEnsembleFromStack(io.ComfyNode):
             display_name="LoRA Stack to Ensemble",
             description="Turns a LORA_STACK, as LoRA managers and stackers of other packs make it, into an ensemble.",
             search_aliases=["lora stack", "lora stacker", "lora manager", "convert stack"],
+            hidden=HIDDEN,
             inputs=[
                 LoRAStack.Input(
                     "lora_stack",
@@ -179,13 +192,14 @@ class LoRAEnsembleFromStack(io.ComfyNode):
     @classmethod
     def execute(cls, lora_stack: Sequence[tuple[str, float, float] | None] | None,
                 ensemble: Ensemble | None = None) -> io.NodeOutput:
-        loras = from_stack(lora_stack)
+        check_chain(cls, ensemble=ensemble)
+        loras = from_stack(lora_stack, "LoRA Stack to Ensemble")
         for lora in loras:
             check_file(lora.name)
         return io.NodeOutput((*(ensemble or ()), *loras))
 
 
-def from_stack(stack: Sequence[tuple[str, float, float] | None] | None) -> Ensemble:
+def from_stack(stack: Sequence[tuple[str, float, float] | None] | None, node: str) -> Ensemble:
     """The LoRAs of a LORA_STACK, without its empty entries; none of a stacker that is switched off and hands on None.
 
     Raises ValueError where an entry is not (file, model strength, clip strength), with strengths that a loader takes.
@@ -203,7 +217,7 @@ def from_stack(stack: Sequence[tuple[str, float, float] | None] | None) -> Ensem
                 loras.append(LoRASpec(relative_name(name), *strengths))
         except (TypeError, ValueError, AttributeError):
             raise ValueError(
-                f"LoRA Stack to Ensemble: {str(entry)[:200]} is not (file, model strength, clip strength), strengths "
+                f"{node}: {str(entry)[:200]} is not (file, model strength, clip strength), strengths "
                 f"from -{LARGEST:g} to {LARGEST:g}. Connect a LORA_STACK output of a LoRA stacker or manager."
             ) from None
     return tuple(loras)

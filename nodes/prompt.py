@@ -12,7 +12,9 @@ from ..host.files.names import resolved
 from ..host.words.known import lora_words, report
 from ..host.words.marked import PROMPT, marked
 from ..methods.prompt import find_clauses, parse_loras, parse_marks
-from .sockets import earlier_ensemble_input, ensemble_output, schema
+from .chain import check_chain
+from .said import say
+from .sockets import HIDDEN, earlier_ensemble_input, ensemble_output, schema
 
 
 class LoRAEnsemblePrompt(io.ComfyNode):
@@ -24,6 +26,7 @@ class LoRAEnsemblePrompt(io.ComfyNode):
             description="Encodes a prompt and finds the words of each LoRA in it, for methods that let a LoRA act "
             "where its words are. LoRAs may be named in the text: <lora:name:0.8>.",
             search_aliases=["lora prompt", "prompt with loras", "clip text encode", "trigger words"],
+            hidden=HIDDEN,
             inputs=[
                 io.Clip.Input(
                     "clip",
@@ -71,12 +74,14 @@ class LoRAEnsemblePrompt(io.ComfyNode):
         if clip is None:
             raise ValueError("Ensemble Prompt: there is no text encoder. The checkpoint that the clip input comes from "
                              "has none; load one with a CLIP loader.")
+        check_chain(cls, ensemble=ensemble)
         text, named = ensemble_of(text)
         ensemble = (*(ensemble or ()), *named)
         words = lora_words(ensemble)
         clip = marked(clip, words, getattr(clip, "lora_ensemble_contrast", False))
         conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(text))
         told = report(find_clauses(conditioning[0][1][PROMPT], words)) if conditioning else ""
+        say(cls, told)
         return io.NodeOutput(conditioning, ensemble, told, ui=ui.PreviewText(told))
 
 

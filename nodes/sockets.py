@@ -18,6 +18,10 @@ NEWER_FIELDS = {"search_aliases"}
 
 LoRAEnsemble = io.Custom("LORA_ENSEMBLE")
 LoRAStack = io.Custom("LORA_STACK")
+MOST_ROWS = 20
+"""Of LoRA Ensemble."""
+HIDDEN = [io.Hidden.unique_id, io.Hidden.extra_pnginfo]
+"""For `chain.check_chain` and `said.say`."""
 
 
 def schema(**fields: Any) -> io.Schema:
@@ -127,9 +131,9 @@ def theme_of(theme: str, node: str) -> Theme:
     return THEMES[chosen(theme, tuple(THEMES), f"{node}: theme")]
 
 
-def strength_input(name: str, tooltip: str) -> io.Input:
+def strength_input(name: str, tooltip: str, optional: bool = False) -> io.Input:
     """A strength with the range of ComfyUI's own LoRA loader."""
-    return io.Float.Input(name, default=1.0, min=-100.0, max=100.0, step=0.01, tooltip=tooltip)
+    return io.Float.Input(name, default=1.0, min=-100.0, max=100.0, step=0.01, tooltip=tooltip, optional=optional)
 
 
 def model_output() -> io.Output:

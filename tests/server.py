@@ -160,11 +160,15 @@ class Server:
     def json(self, path: str, **query: str) -> Any:
         return json.loads(self.get(path, **query))
 
-    def queue(self, prompt: dict[str, Any]) -> str:
-        """Queue an API-format prompt and return its id. Raises PromptRefused."""
+    def queue(self, prompt: dict[str, Any], workflow: dict[str, Any] | None = None) -> str:
+        """Queue an API-format prompt and return its id. Raises PromptRefused.
+
+        workflow   what the front end sends along for the metadata of pictures
+        """
+        extra = {"extra_data": {"extra_pnginfo": {"workflow": workflow}}} if workflow is not None else {}
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.port}/prompt",
-            data=json.dumps({"prompt": prompt}).encode(),
+            data=json.dumps({"prompt": prompt, **extra}).encode(),
             headers={"Content-Type": "application/json"},
         )
         try:
@@ -175,9 +179,10 @@ class Server:
                 raise PromptRefused(json.load(error)) from None
             raise ServerError(f"POST /prompt: {error}\n{self.log_tail()}") from error
 
-    def run(self, prompt: dict[str, Any], timeout: float = 300.0) -> dict[str, Any]:
+    def run(self, prompt: dict[str, Any], timeout: float = 300.0, workflow: dict[str, Any] | None = None
+            ) -> dict[str, Any]:
         """Queue a prompt, wait for its end, and return its entry of /history. Raises PromptRefused or PromptFailed."""
-        prompt_id = self.queue(prompt)
+        prompt_id = self.queue(prompt, workflow)
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             if self.process.poll() is not None:

@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = sorted((ROOT / "example_workflows" / "api").glob("*.json"))
 TESTBED = sorted((ROOT / "tests" / "host" / "workflows").glob("*.json"))
 SMALL = {"sdxl_routed": "SDXL", "sdxl_routed_masks": "SDXL", "flux_routed": "Flux", "qwen_image_routed": "Qwen-Image",
-         "z_image_turbo_routed": "Z-Image", "krea2_routed": "Krea 2", "wan22_routed": "Wan"}
+         "z_image_turbo_routed": "Z-Image", "krea2_routed": "Krea 2", "wan22_routed": "Wan", "sdxl_four_loras": "SDXL",
+         "sdxl_lora_info": "SDXL"}
 """Examples that are about words in the host's own text encoders: the family whose small model stands for theirs."""
 ON_TESTBED = [path for path in EXAMPLES if path.stem not in SMALL]
 LOADERS = {"CheckpointLoaderSimple": None, "UNETLoader": 0, "CLIPLoader": 1, "DualCLIPLoader": 1, "VAELoader": 2}
@@ -71,9 +72,16 @@ def on_small(workflow: Prompt, family: str, loras: Sequence[str]) -> Prompt:
             inputs.update({"width": 64, "height": 64} | ({"length": 9} if "length" in inputs else {}))
         if node["class_type"] == "LoRAEnsembleLoRA":
             inputs["lora_name"] = next(names)
+        for row in rows_of(node):
+            inputs[row] = next(names)
         prompt[key] = node
     prompt["small"] = {"class_type": "LoRAEnsembleTestbedCheckpoint", "inputs": {"family": family}}
     return prompt
+
+
+def rows_of(node: dict[str, Any]) -> list[str]:
+    """The inputs of a LoRA Ensemble that name files."""
+    return [name for name in node["inputs"] if name.rpartition(".")[2].startswith("lora_") and name[-1].isdigit()]
 
 
 def find(prompt: Prompt, class_type: str) -> list[str]:

@@ -174,6 +174,15 @@ def bake(model, clip, ensemble: Ensemble, node: str):
     return new_model, merge_clip(clip, reading)
 
 
+def with_reason(model, reason: str):
+    """A MODEL whose last method was taken for a reason, which the records of its runs have."""
+    before = model.get_attachment(KEY)
+    new_model = model.clone()
+    last = replace(before.applied[-1], reason=reason)
+    new_model.set_attachments(KEY, Composition((*before.applied[:-1], last), before.cache))
+    return new_model
+
+
 def with_cache(model, spec: CacheSpec):
     """A MODEL whose branches reuse deep features as `spec` says, in place of what it said before; with or without
     methods on it."""

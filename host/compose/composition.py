@@ -34,7 +34,7 @@ from .kept import KeptBetweenCalls
 from .places import Area, MaskedLoRAs
 from .routes import Routed, RoutedLoRAs
 from .steps import StepTracker
-from .summary import idle, sum_up
+from .summary import begun, idle, sum_up, unplaced
 
 KEY = "lora_ensemble"
 log = logging.getLogger("lora_ensemble")
@@ -47,7 +47,8 @@ Free = Callable[[torch.device], float]
 class Applied:
     """One method node's share of a MODEL: its method, the names of its LoRAs, what it could not express at load, where
     each LoRA may act (masks as users give them, [B, height, width] in pixels), which of the MODEL's banks holds them,
-    how their places are found by their words, if they are, and when each may act, () for LoRAs that always do."""
+    how their places are found by their words, if they are, when each may act, () for LoRAs that always do, and why the
+    method was taken, if not by the user."""
 
     method: Method
     names: tuple[str, ...]
@@ -56,6 +57,7 @@ class Applied:
     bank: int = 0
     routed: Routed | None = None
     windows: tuple[Window, ...] = ()
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -160,9 +162,7 @@ class Run:
     def __init__(self, applied: Sequence[Applied], tracker: StepTracker, contexts: Sequence[RunContext],
                  sides: Mapping[UUID, str], cache: CacheSpec | None, free: Free, device: torch.device):
         self.applied, self.tracker = applied, tracker
-        self.record = RunRecord([type(each.method).__name__ for each in applied],
-                                [list(each.names) for each in applied],
-                                problems=[problem for each in applied for problem in each.problems])
+        self.record = begun(applied)
         self._tell = into(self.record.problems)
         self._layers: dict[tuple[str, str], list[str]] = {}
         self._acted: list[set[int]] = [set() for _ in applied]
@@ -194,10 +194,7 @@ class Run:
         self.sessions = [begin(each.method, replace(context, masks=regions.masks)
                                if isinstance(regions, RoutedLoRAs) else context)
                          for each, context, regions in zip(applied, contexts, self.regions, strict=True)]
-        for each, context in zip(applied, contexts, strict=True):
-            for name, mask, placed in zip(each.names, each.masks, context.masks, strict=False):
-                if mask is not None and placed is None and hasattr(each.method, "masks"):
-                    self._tell(f"the mask of LoRA '{name}' is not used: this latent has no height and width")
+        self.tell(unplaced(applied, contexts))
 
     def plan(self, x: Tensor, timestep: Tensor, parts: Parts = ()) -> Plan:
         """The step this call belongs to, and what it evaluates."""

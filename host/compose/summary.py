@@ -1,4 +1,5 @@
-"""What is said of a run when it is over: LoRAs that had no turn, and for how many layers a problem is true."""
+"""What is said of a run: what is known when it begins, and when it is over LoRAs that had no turn and for how many
+layers a problem is true."""
 
 from __future__ import annotations
 
@@ -6,7 +7,23 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from ...engine.forwards import RoutedForwards
 from ...engine.record import RunRecord
+from ...methods.session import RunContext
 from ...methods.windows import InTime
+
+
+def begun(applied: Sequence) -> RunRecord:
+    """The record of a run that begins, with what was to be said at load."""
+    return RunRecord([type(each.method).__name__ for each in applied], [list(each.names) for each in applied],
+                     problems=[problem for each in applied for problem in each.problems],
+                     reasons=[each.reason for each in applied if each.reason])
+
+
+def unplaced(applied: Sequence, contexts: Sequence[RunContext]) -> Iterator[str]:
+    """LoRAs whose masks have no place in this latent, of methods that go by masks."""
+    for each, context in zip(applied, contexts, strict=True):
+        for name, mask, placed in zip(each.names, each.masks, context.masks, strict=False):
+            if mask is not None and placed is None and hasattr(each.method, "masks"):
+                yield f"the mask of LoRA '{name}' is not used: this latent has no height and width"
 
 
 def idle(applied: Sequence, acted: Sequence[set[int]], in_time: Sequence[InTime], record: RunRecord) -> Iterator[str]:

@@ -49,5 +49,10 @@ class LoRASpec:
         """When it acts. Raises ValueError where that would be never."""
         return Window(self.start, self.end, self.fade)
 
+    @property
+    def acts(self) -> bool:
+        """Whether it has a strength at all."""
+        return self.strength_model != 0 or self.strength_clip != 0
+
 
 Ensemble = tuple[LoRASpec, ...]

@@ -49,14 +49,23 @@ _seen: dict[str, Stamp] = {}
 _changes = 0
 
 
+def known(name: str) -> bool:
+    """Whether a name is in one of the `loras` folders."""
+    return _path(name) is not None
+
+
 def path_of(name: str) -> str:
     """Full path of a LoRA by its name in the `loras` folders; names written on Windows are understood elsewhere."""
-    for spelling in (name, name.replace("\\", "/")):
-        path = folder_paths.get_full_path(FOLDER, spelling)
-        if path is not None:
-            return path
+    path = _path(name)
+    if path is not None:
+        return path
     raise ValueError(f"LoRA '{name}' is not in any of the 'loras' folders. Put the file there and refresh the list "
                      "(R), or choose another one.")
+
+
+def _path(name: str) -> str | None:
+    paths = (folder_paths.get_full_path(FOLDER, spelling) for spelling in (name, name.replace("\\", "/")))
+    return next((path for path in paths if path is not None), None)
 
 
 def fingerprint(name: str) -> str:

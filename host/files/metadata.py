@@ -1,4 +1,4 @@
-"""What a LoRA file says of itself: its trigger words and the tags that it was trained with.
+"""What a LoRA file says of itself: its trigger words, the tags that it was trained with, and the model it is for.
 
 Anybody may have written it, so it is read as text and numbers alone, in bounded sizes; what is of another kind is left
 out. Only the header of the file is read.
@@ -25,6 +25,7 @@ FEW_STEPS = re.compile(r"lightning|lightx2v|turbo|(?<![a-z])lcm(?![a-z])|hyper[-
 NEARLY_ALL = 0.8
 """A tag that is so often there as the most frequent one describes what all pictures of the training show. A LoRA learns
 such a thing with its trigger, and its base knows it by the tag."""
+BASES = ("modelspec.architecture", "ss_base_model_version", "ss_sd_model_name", "baseModel")
 TITLES = ("modelspec.title", "ss_output_name", "name")
 _KEPT = 64
 
@@ -32,12 +33,14 @@ _KEPT = 64
 @dataclass(frozen=True)
 class Wording:
     """The words of a file: `trigger` as its author named them, `tags` of its training with the most frequent first,
-    `usual`, those of them that nearly all of its pictures have, and the `titles` that it gives itself."""
+    `usual`, those of them that nearly all of its pictures have, the `titles` that it gives itself, and `base`, what it
+    says it was trained on; empty: nothing."""
 
     trigger: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
     titles: tuple[str, ...] = ()
     usual: tuple[str, ...] = ()
+    base: str = ""
 
 
 _read: OrderedDict[str, Wording] = OrderedDict()
@@ -70,7 +73,8 @@ def wording_of(metadata: object) -> Wording:
     titles = tuple(phrase for key in TITLES for phrase in _phrases(metadata.get(key)))[:len(TITLES)]
     tags = _tags(metadata.get("ss_tag_frequency"))
     usual = [tag for tag, count in tags if count >= NEARLY_ALL * tags[0][1]]
-    return Wording(tuple(trigger)[:WORDS], tuple(tag for tag, _ in tags), titles, tuple(usual))
+    base = next((phrase for key in BASES for phrase in _phrases(metadata.get(key))), "")
+    return Wording(tuple(trigger)[:WORDS], tuple(tag for tag, _ in tags), titles, tuple(usual), base)
 
 
 def _metadata(path: str) -> object:

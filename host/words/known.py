@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from ...methods.prompt import Clause, Found, LoRAWords
 from ..files.ensemble import Ensemble
+from ..files.files import known
 from ..files.metadata import Wording, wording
 
 _SOURCES = {"marked": "marked in the prompt", "typed": "its words", "trigger": "trigger words of its file"}
@@ -16,11 +17,11 @@ USUAL = 6  # words that stand in for a trigger: a clause, not a caption
 def lora_words(ensemble: Ensemble) -> tuple[LoRAWords, ...]:
     """The words of each LoRA, in the order of the ensemble: those typed on it, and those that its file names.
 
-    Raises ValueError for a name that is in none of the `loras` folders.
+    Raises ValueError for a name that is in none of the `loras` folders, unless the LoRA is off.
     """
-    known = [wording(lora.name) for lora in ensemble]
+    told = [wording(lora.name) if lora.acts or known(lora.name) else Wording() for lora in ensemble]
     return tuple(LoRAWords(lora.name, lora.words, words.trigger, usual(words))
-                 for lora, words in zip(ensemble, known, strict=True))
+                 for lora, words in zip(ensemble, told, strict=True))
 
 
 def usual(words: Wording) -> str:

@@ -1,0 +1,193 @@
+"""LoRA Ensemble: rows of LoRAs and a method in one node."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import folder_paths
+from comfy_api.latest import io, ui
+
+from ..host.compose.apply import with_reason
+from ..host.compose.auto import best_method
+from ..host.compose.composition import KEY
+from ..host.files.ensemble import Ensemble, LoRASpec
+from ..host.files.files import FOLDER, changes, check_file, fingerprint, known
+from ..host.words.known import lora_words
+from .baselines import LoRAEnsembleComposite, LoRAEnsembleMerge, LoRAEnsembleSwitch
+from .border import check, shown
+from .chain import check_chain
+from .cmlora import LoRAEnsembleCMLoRA
+from .ensembles import from_stack
+from .klora import LoRAEnsembleESTLoRA, LoRAEnsembleKLoRA
+from .loratorio import LoRAEnsembleLoRAtorio
+from .routed import LoRAEnsembleRouted
+from .rows import NODE, Row, check_openings, row_inputs, rows_of, with_mask
+from .said import say
+from .sockets import (
+    HIDDEN,
+    LoRAStack,
+    chosen,
+    clip_input,
+    clip_output,
+    earlier_ensemble_input,
+    ensemble_output,
+    model_input,
+    model_output,
+    schema,
+)
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+    from comfy.sd import CLIP
+    from torch import Tensor
+
+log = logging.getLogger("lora_ensemble")
+AUTO = "auto"
+METHODS: dict[str, type[io.ComfyNode]] = {
+    "Routed": LoRAEnsembleRouted, "Merge": LoRAEnsembleMerge, "Switch": LoRAEnsembleSwitch,
+    "Composite": LoRAEnsembleComposite, "CMLoRA": LoRAEnsembleCMLoRA, "LoRAtorio": LoRAEnsembleLoRAtorio,
+    "K-LoRA": LoRAEnsembleKLoRA, "EST-LoRA": LoRAEnsembleESTLoRA,
+}  # fmt: skip
+"""The choices -> the nodes whose work it does, with the defaults of their options."""
+
+
+class LoRAEnsembleStack(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="LoRAEnsembleStack",
+            display_name=NODE,
+            description="Several LoRAs and the way they are composed in one node: put it between the checkpoint and "
+            "everything else. auto takes the method that suits what is connected and says which.",
+            search_aliases=["multi lora", "lora stack", "lora loader", "power lora", "lora stacker", "several loras",
+                            "combine loras", "load lora"],
+            hidden=[*HIDDEN, io.Hidden.prompt],
+            inputs=[
+                model_input(),
+                io.Combo.Input(
+                    "method",
+                    options=[AUTO, *METHODS],
+                    default=AUTO,
+                    tooltip="How the LoRAs are composed. auto: Routed where the words or masks of at least two LoRAs "
+                    "are known, else Merge; the node says what it took. Each has its usual settings: connect ENSEMBLE "
+                    "to the node of a method to change them.",
+                ),
+                *row_inputs(folder_paths.get_filename_list(FOLDER)),
+                clip_input(),
+                earlier_ensemble_input(),
+                LoRAStack.Input("lora_stack", optional=True, tooltip="A LORA_STACK of any pack; its LoRAs come before "
+                                                                     "the rows."),
+                io.Mask.Input("masks", optional=True, tooltip="Masks for the rows, one behind the other in a batch: a "
+                                                              "row names its own by number."),
+            ],
+            outputs=[
+                model_output(),
+                clip_output(),
+                ensemble_output(),
+                LoRAStack.Output(display_name="LORA_STACK", tooltip="The LoRAs that act, with their strengths, for "
+                                 "nodes of other packs. They are in MODEL and CLIP already."),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def validate_inputs(cls, **typed: Any) -> bool:
+        """Checks the rows before the run; what comes over a link is only known, and checked, during it.
+
+        It takes all inputs, so that the host does not check the files of rows that are off against its list. It raises,
+        since a text that it returned would be shown once for each of the inputs.
+        """
+        try:
+            for part in cls.define_schema().inputs:
+                if typed.get(part.id) is not None:
+                    check(NODE, part, typed[part.id])
+            rows_of(typed)
+        except ValueError as error:
+            raise ValueError(shown(str(error))) from None
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, **inputs: Any) -> str:
+        """Run again when a file has been replaced, of a row or of what comes over a link."""
+        names = [row.spec.name for row in rows_of(inputs)]
+        return repr(([fingerprint(name) for name in names if known(name)], changes()))
+
+    @classmethod
+    def execute(cls, model: ModelPatcher, method: str, clip: CLIP | None = None, ensemble: Ensemble | None = None,
+                lora_stack: Sequence | None = None, masks: Tensor | None = None, **fields: Any) -> io.NodeOutput:
+        check_chain(cls, ensemble=ensemble, lora_stack=lora_stack)
+        check_openings(as_sent(cls.hidden))
+        rows, stacked = rows_of(fields), from_stack(lora_stack, NODE)
+        for lora in stacked:
+            check_file(lora.name)
+        ensemble = (*(ensemble or ()), *stacked, *(with_mask(row, masks) for row in rows))
+        model, clip, told = composed(model, clip, ensemble, method, rows)
+        say(cls, told)
+        stack = [(lora.name, lora.strength_model, lora.strength_clip) for lora in ensemble if lora.acts]
+        return io.NodeOutput(model, clip, ensemble, stack, ui=ui.PreviewText(told))
+
+
+def as_sent(hidden: io.HiddenHolder | None) -> Mapping[str, Any]:
+    """The inputs of the node that runs as they are in the prompt."""
+    prompt = getattr(hidden, "prompt", None) or {}
+    return prompt.get(str(hidden.unique_id), {}).get("inputs", {}) if prompt else {}
+
+
+def composed(model: ModelPatcher, clip: CLIP | None, ensemble: Ensemble, method: str, rows: Sequence[Row] = ()
+             ) -> tuple[ModelPatcher, CLIP | None, str]:
+    """(MODEL and CLIP with an ensemble on them as a choice of METHODS does it with its defaults, what was done).
+
+    Where no LoRA acts they stay as they are. Raises ValueError, which names the row of a file that is at fault.
+    """
+    name = chosen(method, (AUTO, *METHODS), f"{NODE}: method")
+    if not any(lora.acts for lora in ensemble):
+        return model, clip, "no LoRA is on: the model is handed on as it is"
+    reason = ""
+    if name == AUTO:
+        name, reason = best_method(ensemble, clip is not None)
+        log.info("%s: auto took %s: %s", NODE, name, reason)
+    node = METHODS[name]
+    try:
+        model, clip = node.execute(model=model, ensemble=ensemble, clip=clip, **defaults(node)).args
+    except ValueError as error:
+        numbers = [str(row.number) for row in rows if row.spec.acts and f"'{row.spec.name}'" in str(error)]
+        if not numbers:
+            raise
+        raise ValueError(f"{NODE}, row {' and '.join(numbers)}: {error}") from error
+    if reason and model.get_attachment(KEY) is not None:
+        model = with_reason(model, f"{NODE} took {name}: {reason}")
+    return model, clip, "\n".join([f"auto: {name}, {reason}" if reason else name, *_lines(ensemble)])
+
+
+def defaults(node: type[io.ComfyNode]) -> dict[str, Any]:
+    """The default of every widget of a node."""
+    return {part.id: part.default for part in node.define_schema().inputs if getattr(part, "default", None) is not None}
+
+
+def _lines(ensemble: Ensemble) -> list[str]:
+    """A line per LoRA: its number, which prompts count by, its strength, and what it is placed by."""
+    return [f"{number}  {lora.name}: {_about(lora, words.phrases, words.trigger)}"
+            for number, (lora, words) in enumerate(zip(ensemble, lora_words(ensemble), strict=True), 1)]
+
+
+def _about(lora: LoRASpec, typed: Sequence[tuple[str, str]], trigger: Sequence[str]) -> str:
+    if not lora.acts:
+        return "off"
+    parts = [f"{lora.strength_model:g}"]
+    parts += [] if lora.window.whole else [f"from {lora.start:g} to {lora.end:g}"]
+    parts += [lora.role] if lora.role != "auto" else []
+    parts += ["mask"] if lora.mask is not None else []
+    if typed:
+        parts.append("words " + ", ".join(phrase for phrase, _ in typed))
+    elif trigger:
+        parts.append("trigger words of its file: " + ", ".join(trigger[:4]))
+    return ", ".join(parts)
+
+
+NODES: list[type[io.ComfyNode]] = []
+if hasattr(io, "DynamicCombo"):
+    NODES.append(LoRAEnsembleStack)
+else:
+    log.info("This ComfyUI cannot show rows that come and go (0.8 and later can), so the node '%s' is left out. Chain "
+             "'LoRA (Ensemble)' nodes and connect them to a method node.", NODE)
