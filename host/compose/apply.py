@@ -32,6 +32,7 @@ from .reading import (
     say_without_effect,
 )
 from .routes import Placing, Routed
+from .weights import follow_weights
 from .wrappers import install_wrappers
 
 log = logging.getLogger("lora_ensemble")
@@ -119,6 +120,7 @@ def _applied(model, clip, ensemble: Ensemble, make: Callable[[Active], Method], 
                Applied(method, bank.names, tuple(problems), masks, place, routed, _windows(active)))
     new_model.set_attachments(KEY, Composition(applied, before.cache if before is not None else None))
     install_wrappers(new_model)
+    follow_weights(new_model)
     new_clip = merge_clip(clip, reading)
     if routed is not None and new_clip is not None:
         new_clip = marked(new_clip, routed.words, placing.routing.mode == "contrast")
@@ -190,6 +192,7 @@ def with_cache(model, spec: CacheSpec):
     new_model = model.clone()
     new_model.set_attachments(KEY, Composition(before.applied if before is not None else (), spec))
     install_wrappers(new_model)
+    follow_weights(new_model)
     return new_model
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from uuid import UUID
 
 import comfy.conds
@@ -13,6 +13,9 @@ from torch import Tensor
 
 CALLER_CONDS = "lora_ensemble_conds"
 """In transformer options: how many conds the caller has, while the host evaluates several branches of each."""
+
+OF_WEIGHTS = ("a ControlLoRA is made of the model's own weights, and LoRAs that act beside these are not in it. Use "
+              "Merge LoRAs in mode 'baked', or a ControlNet that is whole")
 
 Residuals = dict[str, list[Tensor | None]]
 """What a control adds to a model, by the kind of block, [rows or 1, ...] each."""
@@ -26,6 +29,16 @@ def caller_indexes(options: dict) -> dict:
     options = {key: value for key, value in options.items() if key != CALLER_CONDS}
     options["cond_or_uncond"] = [index % count for index in options["cond_or_uncond"]]
     return options
+
+
+def made_of_weights(conds: Mapping[str, list[dict]]) -> bool:
+    """Whether a guider's conds bring a control that the host makes of the sampled model's weights."""
+    controls = [entry.get("control") for entries in conds.values() for entry in entries or ()]
+    while controls := [control for control in controls if control is not None]:
+        if any(isinstance(control, comfy.controlnet.ControlLora) for control in controls):
+            return True
+        controls = [control.previous_controlnet for control in controls]
+    return False
 
 
 class Controls:

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from ...engine.bank import Bank
 from ...engine.layout import NotRows
+from ...engine.tell import into
 from ...kernels.branch import Branch, scaled
 from ...methods.merge import Merge
 from .composition import KEY, Composition, Free, Plan, Run
 from .context import method_contexts, parts_of, run_context, sides_of
-from .control import CALLER_CONDS, caller_indexes
+from .control import CALLER_CONDS, OF_WEIGHTS, caller_indexes, made_of_weights
 from .probe import find_places, positives, readings, with_variants
 from .rows import in_range
 from .steps import tracked
@@ -48,6 +49,8 @@ def outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=No
     run = composition.begin(tracker, method_contexts(context, guider.model_patcher, composition.applied),
                             sides_of(guider.conds), _free(guider.model_patcher), guider.model_patcher.load_device)
     finished, added = False, []
+    if run.applied and made_of_weights(guider.conds):
+        into(run.record.problems)(OF_WEIGHTS)
     try:
         added += with_variants(guider.conds) if run.routes else []
         run.conds = lambda: guider.conds
