@@ -13,6 +13,7 @@ from . import (
     guidance,
     info,
     klora,
+    leave_one_out,
     loratorio,
     prompt,
     report,
@@ -26,7 +27,7 @@ from .border import guard
 NODES: list[type[io.ComfyNode]] = [
     *stack.NODES, *ensembles.NODES, *prompt.NODES, *info.NODES, *routed.NODES, *baselines.NODES, *cache.NODES,
     *cmlora.NODES, *guidance.NODES, *klora.NODES, *loratorio.NODES, *selection.NODES, *calibration.NODES,
-    *spectrum.NODES, *report.NODES,
+    *spectrum.NODES, *report.NODES, *leave_one_out.NODES,
 ]
 for node in NODES:
     guard(node)

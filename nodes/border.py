@@ -126,6 +126,8 @@ SOCKETS: dict[str, tuple[Callable[[object], bool], str]] = {
              "a CLIP: there is no text encoder where a checkpoint has none; load one with a CLIP loader"),
     "CLIP_VISION": (lambda value: hasattr(value, "encode_image"), "a CLIP_VISION, from Load CLIP Vision"),
     "CONDITIONING": (_conditioning, "a CONDITIONING, such as CLIP Text Encode makes"),
+    "VAE": (lambda value: callable(getattr(value, "decode", None)) and callable(getattr(value, "encode", None)),
+            "a VAE: that of a checkpoint, or Load VAE"),
     "LATENT": (lambda value: isinstance(value, dict) and hasattr(value.get("samples"), "shape"),
                "a LATENT: an empty one, an encoded picture, or what a sampler made"),
     "IMAGE": (lambda value: _tensor((4,))(value) and value.numel() > 0, "an IMAGE with at least one pixel"),

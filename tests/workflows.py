@@ -21,7 +21,7 @@ LOADERS = {"CheckpointLoaderSimple": None, "UNETLoader": 0, "CLIPLoader": 1, "Du
 LATENTS = ("EmptyLatentImage", "EmptySD3LatentImage")
 # Nodes with a number of steps.
 SAMPLERS = ("KSampler", "BasicScheduler", "LoRAEnsembleKSampler", "LoRAEnsembleCalibrateGuidance",
-            "LoRAEnsembleSpectrum")
+            "LoRAEnsembleSpectrum", "LoRAEnsembleLeaveOneOut")
 Prompt = dict[str, dict[str, Any]]
 
 

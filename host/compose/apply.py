@@ -117,7 +117,8 @@ def _applied(model, clip, ensemble: Ensemble, make: Callable[[Active], Method], 
     place = next((k for k, other in enumerate(banks) if other.model is bank), len(banks))
     new_model.set_additional_models(KEY, banks if place < len(banks) else [*banks, shared.clone()])
     applied = (*(before.applied if before is not None else ()),
-               Applied(method, bank.names, tuple(problems), masks, place, routed, _windows(active)))
+               Applied(method, bank.names, tuple(problems), masks, place, routed, _windows(active),
+                       always=ensemble[0].role == ALWAYS))
     new_model.set_attachments(KEY, Composition(applied, before.cache if before is not None else None))
     install_wrappers(new_model)
     follow_weights(new_model)

@@ -31,10 +31,11 @@ from .cache import BranchCache, CacheSpec, Combo
 from .control import Controls
 from .fused import as_before, call_routed_layers
 from .kept import KeptBetweenCalls
-from .places import Area, MaskedLoRAs
+from .places import Area, MaskedLoRAs, values_by_name
 from .routes import Routed, RoutedLoRAs
 from .steps import StepTracker
 from .summary import begun, idle, sum_up, unplaced
+from .without import Without
 
 KEY = "lora_ensemble"
 log = logging.getLogger("lora_ensemble")
@@ -47,8 +48,8 @@ Free = Callable[[torch.device], float]
 class Applied:
     """One method node's share of a MODEL: its method, the names of its LoRAs, what it could not express at load, where
     each LoRA may act (masks as users give them, [B, height, width] in pixels), which of the MODEL's banks holds them,
-    how their places are found by their words, if they are, when each may act, () for LoRAs that always do, and why the
-    method was taken, if not by the user."""
+    how their places are found by their words, if they are, when each may act, () for LoRAs that always do, why the
+    method was taken, if not by the user, and whether they are part of the model."""
 
     method: Method
     names: tuple[str, ...]
@@ -58,6 +59,7 @@ class Applied:
     routed: Routed | None = None
     windows: tuple[Window, ...] = ()
     reason: str = ""
+    always: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,13 +79,14 @@ class Composition:
     branches multiply, and the predictions of the last one are mixed first.
 
     Clones of a MODEL share this object, so the record of the last run can be read from any of them; everything that
-    belongs to one run is in `Run`, which exists only while it samples.
+    belongs to one run is in `Run`, which exists only while it samples. `without` leaves LoRAs out of its pictures.
     """
 
     applied: tuple[Applied, ...]
     cache: CacheSpec | None = None
     record: RunRecord | None = None
     places: tuple[Placed, ...] = ()
+    without: Without = Without()
     runs: list[Run] = field(default_factory=list)
     warn: Once = field(default_factory=lambda: Once(log.warning))
 
@@ -108,6 +111,7 @@ class Composition:
         """Start a run; its context per applied method, the side of guidance that each of the sampler's conds is on,
         what tells how much memory is left, and where it samples."""
         run = Run(self.applied, tracker, contexts, sides, self.cache, free, device)
+        run.without = self.without
         call_routed_layers()
         self.runs.append(run)
         self.record = run.record
@@ -186,7 +190,7 @@ class Run:
                                      "the Branch Cache keeps tokens of its own" if self.cache is not None else "")
         self.readers: list[RoutedLoRAs] = []
         self.conds: Callable[[], dict[str, list[dict]]] = dict
-        self.probing = False
+        self.probing, self.without = False, Without()
         self.read: Combo | None = None
         self._seen_compiled: dict[int, bool] = {}
         self.step: Step | None = None
@@ -275,7 +279,7 @@ class Run:
             if not known:
                 self._tell(f"{type(root).__name__}: in which order this kind of model keeps the rows of a batch is not "
                            f"known; {APART}")
-        return self._apart[id(root)][1] or one_row_only(root, _values(conds))
+        return self._apart[id(root)][1] or one_row_only(root, values_by_name(conds))
 
     def keep_apart(self, root: nn.Module, reason: NotRows) -> None:
         """From now on branches have batches of their own."""
@@ -322,7 +326,8 @@ class Run:
         acting = [combo and tuple(self.confined(k, branch, uuid) for k, branch in enumerate(combo))
                   for combo, uuid in zip(combos, uuids, strict=True)]
         words = tuple(regions.texts for regions in self.regions if regions is not None)
-        return self.kept.arrange(root, options, tuple((each, words) for each in acting), prod(map(len, self.branches)))
+        rows = tuple((each, words, self.without) for each in acting)
+        return self.kept.arrange(root, options, rows, prod(map(len, self.branches)))
 
     def close(self, finished: bool) -> None:
         """Leave the models as they were, whatever becomes of the record: a failed accelerator raises there."""
@@ -389,9 +394,3 @@ class Run:
                 if found:
                     self.record.note(f"{name} {k + 1}" if name in self.record.methods[:k] else name, found)
         self._since = now
-
-
-def _values(conds: Sequence[list[dict] | None]) -> dict[str, object]:
-    """What the conds of a call hand to the diffusion model, by name."""
-    return {name: getattr(value, "cond", value) for cond in conds for entry in cond or ()
-            for name, value in entry.get("model_conds", {}).items()}

@@ -130,3 +130,9 @@ def _shape(value: object) -> Hashable:
     if isinstance(value, (list, tuple)):
         return tuple(_shape(each) for each in value)
     return value if isinstance(value, (str, int, float, bool)) else None
+
+
+def values_by_name(conds: Sequence[list[dict] | None]) -> dict[str, object]:
+    """What the conds of a call hand to the diffusion model."""
+    return {name: getattr(value, "cond", value) for cond in conds for entry in cond or ()
+            for name, value in entry.get("model_conds", {}).items()}

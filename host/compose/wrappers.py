@@ -75,13 +75,13 @@ def pre_run(patcher) -> None:
     run = composition.runs[-1]
     forwards = run.routed(root, partial(_banks, model), partial(read_weight, patcher),
                           partial(_compiled, model.diffusion_model, {"wrappers": patcher.wrappers}))
-    for applied, regions, routed in zip(run.applied, run.regions, forwards, strict=True):
+    for k, (applied, regions, routed) in enumerate(zip(run.applied, run.regions, forwards, strict=True)):
         if isinstance(applied.method, Merge) and regions is None:
             run.texts.callback(lambda *of: run.tell(without_prompt(*of)), applied, routed)
             branch = Branch(applied.method.strengths)
             if applied.windows:  # what is prepared serves all steps
                 branch = scaled(branch, tuple(float(window.whole) for window in applied.windows))
-            run.texts.enter_context(routed.rows([branch]))
+            run.texts.enter_context(routed.rows(run.without.rows(k, [branch], 1)))
 
 
 def calc_cond_batch(executor, model, conds, x_in, timestep, model_options):
@@ -98,7 +98,7 @@ def calc_cond_batch(executor, model, conds, x_in, timestep, model_options):
         return executor(model, [_branch_cond(run, cond, combo) for cond in conds], x_in, timestep,
                         _caller_options(model_options, len(conds)))
 
-    if run.routes:
+    if run.routes and not run.probing:
         root = _unwrapped(model.diffusion_model)
         compiled = run.compiled(root, partial(_compiled, model.diffusion_model,
                                               model_options.get("transformer_options", {})))
@@ -116,7 +116,7 @@ def _evaluated(executor, model, run: Run, plan: Plan, conds, sides, x_in, timest
     """The predictions of one call, every branch for every cond, mixed."""
     combos = plan.combos
     parts = [combos]
-    if run.cache is not None:
+    if run.cache is not None and not run.probing:
         parts = run.cache.parts(plan.step, combos, plan.fresh, timestep, partial(_identities, run, plan, conds))
     if len(combos) == 1:
         run.single = combos[0]
@@ -168,7 +168,7 @@ def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, t
                                               partial(_compiled, model.diffusion_model, options))):
             places = run.places(k, root, x, {"context": c_crossattn, **kwargs}, uuids)
             rows = [run.confined(k, combo[k], uuid) for combo, uuid in zip(combos, uuids, strict=True)]
-            stack.enter_context(routed.rows([branch for branch in rows for _ in range(per_cond)], places))
+            stack.enter_context(routed.rows(run.without.rows(k, rows, per_cond), places))
         found = readings(run.readers, root, x, {"context": c_crossattn, **kwargs}, run.to_read(uuids, combos)) \
             if run.readers else ()
         for reading in found:

@@ -26,7 +26,7 @@ log = logging.getLogger("lora_ensemble")
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the pictures are sampled: what a KSampler is given."""
+    """How the pictures are sampled: what a KSampler is given; `mask` as in a LATENT of inpainting."""
 
     positive: list
     negative: list
@@ -36,6 +36,8 @@ class Sampling:
     cfg: float
     sampler: str
     scheduler: str
+    denoise: float = 1.0
+    mask: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ IDS = {
     "LoRAEnsembleComposite": "Composite LoRAs",
     "LoRAEnsembleRouted": "Routed LoRAs",
     "LoRAEnsembleReport": "Ensemble Report",
+    "LoRAEnsembleLeaveOneOut": "What did each LoRA do?",
     "LoRAEnsembleLoRAtorio": "LoRAtorio",
     "LoRAEnsembleCMLoRA": "CMLoRA",
     "LoRAEnsembleSpectrum": "LoRA Spectrum",

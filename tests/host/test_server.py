@@ -158,6 +158,9 @@ def test_example_on_the_testbed(server: Server, path: Path):
         assert saved.shape[0] == 1 and saved.shape[2] == 1024, "no plot"
         assert len(np.unique(saved.reshape(-1, 3), axis=0)) > 4, "an empty plot"
         return
+    if find(prompt, "LoRAEnsembleLeaveOneOut"):
+        assert saved.shape[0] == 1 and saved.shape[2] == 1024 and saved.shape[1] > 800, "no sheet"
+        return
     assert saved.shape == (len(find(prompt, "SaveImage")), 32, 32 * side_by_side, 3)
     saved = np.concatenate(np.split(saved, side_by_side, axis=2))
     assert all(picture.std() > 5 for picture in saved)
@@ -172,6 +175,31 @@ def test_layer_map_is_previewed(server: Server):
     file = server.get("/view", **{key: shown[key] for key in ("filename", "subfolder", "type")})
     picture = np.asarray(Image.open(io.BytesIO(file)).convert("RGB"))
     assert picture.shape[0] > 300 and picture.shape[1] > 1000 and len(np.unique(picture.reshape(-1, 3), axis=0)) > 4
+
+
+def test_what_each_lora_did(server: Server):
+    """Its pictures are those that a KSampler draws without the LoRA; the numbers arrive as text."""
+    path = next(path for path in EXAMPLES if path.stem == "sd15_leave_one_out")
+    prompt = on_testbed(load(path), GOOD, steps=6)
+    (node,), (text,), (merge,) = (find(prompt, kind) for kind in ("LoRAEnsembleLeaveOneOut", "PreviewAny",
+                                                                 "LoRAEnsembleMerge"))
+    (save,), given = find(prompt, "SaveImage"), prompt[node]["inputs"]
+    prompt[save]["inputs"]["images"] = [node, 1]
+    entry = server.run(prompt)
+    told = json.loads(*entry["outputs"][text]["text"])
+    titles = [f"without {name}" for name in (*(Path(file).stem for file in GOOD), "LoRAs")]
+    assert [each["title"] for each in told["pictures"]] == ["all LoRAs", *titles]
+    assert told["batches"] == [5] and all(0.001 < each["share"] < 10 for each in told["loras"])
+    batch = [np.asarray(Image.open(io.BytesIO(file)).convert("RGB"), dtype=np.float64)
+             for file in server.images(entry, save)]
+    first, second, third = find(prompt, "LoRAEnsembleLoRA")
+    prompt[third]["inputs"]["ensemble"] = [first, 0]  # the second is muted
+    sampled = {name: given[name] for name in given if name not in ("vae", "theme")}
+    prompt["sampler"] = {"class_type": "KSampler", "inputs": {**sampled, "model": [merge, 0]}}
+    prompt["decoded"] = {"class_type": "VAEDecode", "inputs": {"samples": ["sampler", 0], "vae": given["vae"]}}
+    prompt[save]["inputs"]["images"] = ["decoded", 0]
+    (muted,) = pictures(server, prompt)
+    assert len(batch) == 5 and difference(batch[2], muted) <= GREY_LEVEL < 20 < difference(batch[0], muted)
 
 
 def test_measured_discrepancy_is_kept_while_the_seed_changes(server: Server):
