@@ -1,0 +1,181 @@
+"""ComfyUI's front end in a real browser: workflows opened as a user opens them, and what stands there.
+
+    with Browser(tmp_path, find_chromium()) as browser:
+        page = FrontEnd(browser, server, nodes_2=True)
+        page.open_template("flux_routed")
+        page.nodes()
+"""
+
+from __future__ import annotations
+
+import json
+import urllib.request
+from dataclasses import dataclass
+from typing import Any
+
+from lora_ensemble.tests.browser import Browser
+from lora_ensemble.tests.server import HTTP, PACK, Server
+
+READY = "!!(window.app?.graph && window.app.extensionManager && document.querySelector('canvas'))"
+NO_FAULT = ("Failed to load resource", "Content Security Policy", "violates", "Refused to connect",
+            "ComfyApp graph accessed before initialization")
+"""What the host's page says where a user has no files and no settings yet."""
+
+SETTLED = """new Promise(async done => {
+  const seen = () => JSON.stringify(app.graph._nodes.map(n => [n.id, n.pos[0], n.pos[1], n.size[0], n.size[1],
+    document.querySelector(`[data-node-id="${n.id}"]`)?.offsetHeight,
+    (n.widgets ?? []).map(w => [w.element?.clientWidth, w.element?.clientHeight,
+      w.element?.firstElementChild?.scrollHeight])]))
+  let before = '', same = 0
+  for (let i = 0; i < 100 && same < (window.quiet ?? 3); i++) {
+    app.canvas.draw(true, true)
+    await new Promise(next => requestAnimationFrame(() => setTimeout(next, 50)))
+    const now = seen()
+    same = now === before ? same + 1 : 0
+    before = now
+  }
+  done(app.graph._nodes.map(n => n.type).sort())
+})"""
+
+OPEN = """(async () => {
+  const graph = %s
+  await app.loadGraphData(graph, true, true, %s, {openSource: 'template'})
+  return %s
+})()"""
+
+NODES = r"""(() => {
+  const seen = e => e.checkVisibility({opacityProperty: true, visibilityProperty: true})
+  const scrolls = e => e.clientHeight > 0 && seen(e) && e.scrollHeight > e.clientHeight + 1
+    && (e.tagName === 'TEXTAREA' || ['auto', 'scroll'].includes(getComputedStyle(e).overflowY))
+  const all = e => [e, ...e.querySelectorAll('*')]
+  const draw = CanvasRenderingContext2D.prototype.fillText
+  const drawn = node => {
+    const texts = []
+    CanvasRenderingContext2D.prototype.fillText = text => texts.push(String(text))
+    app.canvas.ctx.save()
+    try { app.canvas.drawNode(node, app.canvas.ctx) } finally {
+      CanvasRenderingContext2D.prototype.fillText = draw
+      app.canvas.ctx.restore()
+    }
+    return texts
+  }
+  const short = node => {  // where there is little room the name of a widget is left out; files have any name
+    const texts = drawn(node), cut = texts.filter(text => text.includes('\u2026'))
+    const kinds = ['number', 'combo', 'text', 'toggle']
+    const widgets = (node.widgets ?? []).filter(w => kinds.includes(w.type) && !w.hidden)
+    const named = widgets.filter(w => !String(w.value).endsWith('.safetensors'))
+    return Math.max(0, cut.length - (widgets.length - named.length))
+      + (cut.length ? 0 : named.filter(w => !texts.includes(w.label ?? w.name)).length)
+  }
+  const roomy = node => {
+    const width = node.size[0]
+    node.size[0] = %d
+    while (short(node) && node.size[0] < %d) node.size[0] += 10
+    const enough = node.size[0]
+    node.size[0] = width
+    return enough + (enough > %d ? 10 : 0)
+  }
+  return JSON.stringify(app.graph._nodes.map(n => {
+    const card = document.querySelector(`[data-node-id="${n.id}"]`)
+    const parts = card ? all(card) : (n.widgets ?? []).flatMap(w => w.element ? all(w.element) : [])
+    const below = card ? Math.max(...all(card).map(e => e.getBoundingClientRect().bottom)) : 0
+    return {
+      id: Number(n.id), kind: n.type, title: n.title ?? '', known: n.type in LiteGraph.registered_node_types,
+      x: n.pos[0], y: n.pos[1], width: card ? card.offsetWidth : n.size[0],
+      height: card ? card.offsetHeight - LiteGraph.NODE_TITLE_HEIGHT : n.size[1],
+      footer: card ? (below - card.getBoundingClientRect().bottom) / app.canvas.ds.scale : 0,
+      hidden: Math.max(0, ...parts.filter(scrolls).map(e => e.scrollHeight - e.clientHeight)),
+      writable: (n.widgets ?? []).some(w => w.type === 'customtext'),
+      roomy: card ? 0 : roomy(n),
+      drawn: card ? '' : drawn(n).join(' '), short: card ? 0 : short(n),
+      cut: parts.filter(e => e.clientWidth > 0 && e.scrollWidth > e.clientWidth + 1 && e.textContent.trim()
+        && getComputedStyle(e).overflowX === 'hidden').map(e => e.textContent.trim())
+    }
+  }))
+})()"""
+NARROWEST, WIDEST = 240, 420  # widths of nodes that are tried
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A node as it stands on the canvas, in the units of its workflow."""
+
+    id: int
+    kind: str
+    title: str
+    known: bool
+    """Whether the front end has a node of this type."""
+    x: float
+    y: float
+    width: float
+    height: float
+    """Without the title bar, which lies above y."""
+    footer: float
+    """Height of the buttons that hang below the node in Nodes 2.0."""
+    hidden: float
+    """How much of a text one must scroll to, at most."""
+    writable: bool
+    """Whether it has a box to write several lines into."""
+    roomy: float
+    """The width in which no text of it is cut off, from NARROWEST to WIDEST; 0 in Nodes 2.0."""
+    drawn: str
+    """All that it writes on the canvas (classic)."""
+    short: int
+    """How many texts are cut off or left out, but for names of files (classic)."""
+    cut: list[str]
+    """Texts that do not fit their places in width (Nodes 2.0)."""
+
+
+class FrontEnd:
+    """The page of a running server, in the classic canvas or in Nodes 2.0."""
+
+    def __init__(self, browser: Browser, server: Server, nodes_2: bool) -> None:
+        self.browser, self.server, self.nodes_2 = browser, server, nodes_2
+        self.set("Comfy.VueNodes.Enabled", nodes_2)
+        self.set("Comfy.TutorialCompleted", True)
+        self.set("Comfy.Minimap.Visible", False)
+        self.set("Comfy.Workflow.Persist", False)
+        self.set("LiteGraph.Canvas.MinFontSizeForLOD", 0)  # texts are laid out at every zoom
+        browser.open(f"http://127.0.0.1:{server.port}")
+        browser.wait_for("document.readyState === 'complete'")
+        browser.wait_for(READY, seconds=300)
+        browser.wait_for("Object.keys(LiteGraph.registered_node_types).some(name => name.startsWith('LoRAEnsemble'))")
+        browser.wait_for("app.graph._nodes.length > 0")  # the host opens a workflow of its own first, in its own time
+        browser.evaluate(f"(window.quiet = 30, {SETTLED})")
+        browser.evaluate("delete window.quiet")
+        browser.evaluate("document.fonts.ready.then(() => true)")
+
+    def set(self, name: str, value: Any) -> None:
+        """A setting of the front end, as it is kept on the server."""
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.server.port}/settings/{name}", data=json.dumps(value).encode(), method="POST",
+            headers={"Content-Type": "application/json"},
+        )
+        with HTTP.open(request, timeout=60):
+            pass
+
+    def open_graph(self, graph: dict[str, Any], name: str) -> None:
+        """Opens a workflow as one of the template browser.
+
+        The host opens a workflow of its own when a page is new, in its own time: ours may have to come again.
+        """
+        kinds = sorted(node["type"] for node in graph["nodes"])
+        for _ in range(3):
+            if self.browser.evaluate(OPEN % (json.dumps(graph), json.dumps(name), SETTLED)) == kinds:
+                return
+        raise AssertionError(f"the front end does not show the nodes of '{name}'")
+
+    def open_template(self, name: str) -> None:
+        """Opens one of the pack's templates, read from the server."""
+        self.open_graph(self.server.json(f"/api/workflow_templates/{PACK}/{name}.json"), name)
+
+    def nodes(self) -> list[Shown]:
+        return [Shown(**entry) for entry in json.loads(self.browser.evaluate(NODES % (NARROWEST, WIDEST, NARROWEST)))]
+
+    def zoom(self) -> float:
+        return self.browser.evaluate("app.canvas.ds.scale")
+
+    def complaints(self) -> list[str]:
+        """Errors on the console that are not the host's own about files and settings that a fresh one lacks."""
+        return [text for text in self.browser.complaints
+                if not any(word in text for word in NO_FAULT) or f"/extensions/{PACK}" in text]

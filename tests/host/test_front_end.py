@@ -1,0 +1,83 @@
+"""The example workflows in the real front end, in a headless Chromium, in the classic canvas and in Nodes 2.0."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from lora_ensemble.tests.browser import Browser, find_chromium
+from lora_ensemble.tests.front_end import FrontEnd, Shown
+from lora_ensemble.tests.server import Server
+
+ROOT = Path(__file__).resolve().parents[2]
+TEMPLATES = sorted(path.stem for path in (ROOT / "example_workflows").glob("*.json"))
+TITLE = 30  # the title bar lies above a node's position
+LEGIBLE = 0.572  # where the classic canvas begins to draw text
+SMALLER = {"sd15_methods_grid": 0.53}
+"""Workflows that are too large for that: five samplers side by side."""
+PICTURES = os.environ.get("FRONT_END_PICTURES")
+"""A folder for what the pages look like."""
+
+each_template = pytest.mark.parametrize("name", TEMPLATES)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    chromium = find_chromium()
+    if chromium is None:
+        pytest.skip("no Chromium on the PATH; name one in CHROMIUM")
+    with Browser(tmp_path_factory.mktemp("browser"), chromium) as running:
+        yield running
+
+
+@pytest.fixture(scope="module", params=["classic", "nodes_2"])
+def page(request: pytest.FixtureRequest, browser: Browser, server: Server) -> FrontEnd:
+    return FrontEnd(browser, server, nodes_2=request.param == "nodes_2")
+
+
+def overlaps(nodes: list[Shown]) -> list[tuple[str, str]]:
+    return [(a.title, b.title) for i, a in enumerate(nodes) for b in nodes[:i]
+            if a.x < b.x + b.width and b.x < a.x + a.width
+            and a.y - TITLE < b.y + b.height + b.footer and b.y - TITLE < a.y + a.height + a.footer]
+
+
+def cut_off(node: Shown) -> list[str]:
+    """Texts of a node that do not fit; names of files are as long as users make them."""
+    texts = [text for text in node.cut if not text.endswith(".safetensors")]
+    return texts + ["a name on the canvas"] * bool(node.short) + ["lines"] * bool(node.hidden)
+
+
+@each_template
+def test_templates_open_tidy(page: FrontEnd, name: str):
+    """Every node is known and has its place, all of it can be read, and the console says nothing of ours."""
+    said = len(page.complaints())
+    page.open_template(name)
+    if PICTURES:
+        page.browser.picture(Path(PICTURES, f"{name}-{'nodes_2' if page.nodes_2 else 'classic'}.png"))
+    nodes = page.nodes()
+    assert [node.kind for node in nodes if not node.known] == []
+    assert overlaps(nodes) == []
+    assert {node.title: cut_off(node) for node in nodes if cut_off(node)} == {}
+    assert page.zoom() >= SMALLER.get(name, LEGIBLE)
+    assert page.complaints()[said:] == []
+
+
+def test_a_workflow_that_is_not_tidy_is_noticed(page: FrontEnd, server: Server):
+    """One node over another, a prompt that does not fit, a node of a type that there is not."""
+    graph = server.json("/api/workflow_templates/lora-ensemble/flux_merge.json")
+    first, second = [node for node in graph["nodes"] if node["type"] == "LoRAEnsembleLoRA"][:2]
+    second["pos"] = [first["pos"][0], first["pos"][1] + 100]
+    prompt = next(node for node in graph["nodes"] if node["type"] == "CLIPTextEncode")
+    prompt["widgets_values"], prompt["size"] = ["a line\n" * 40], [prompt["size"][0], 60]
+    page.open_graph(graph, "untidy")
+    nodes = page.nodes()
+    assert (second["title"], first["title"]) in overlaps(nodes)
+    assert "lines" in cut_off(next(node for node in nodes if node.id == prompt["id"]))
+    page.browser.evaluate("console.error('LoRAEnsemble: wrong')")
+    page.browser.wait_for("true")
+    assert page.complaints()[-1] == "LoRAEnsemble: wrong"
+    graph["nodes"][-1]["type"] = "NoSuchNode"
+    page.open_graph(graph, "unknown")
+    assert [node.kind for node in page.nodes() if not node.known] == ["NoSuchNode"]

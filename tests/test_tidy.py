@@ -1,0 +1,70 @@
+"""The tool that lays workflows out: order, groups and rooms kept, nothing over anything, and the same again."""
+
+from __future__ import annotations
+
+import pytest
+from lora_ensemble.tools.tidy import READABLE, TITLE, Room, inside, tidy
+
+
+def node(key: int, x: float, y: float, kind: str = "LoRAEnsembleLoRA", width: float = 340, height: float = 200) -> dict:
+    return {"id": key, "type": kind, "pos": [x, y], "size": [width, height], "outputs": []}
+
+
+def group(title: str, *bounding: float) -> dict:
+    return {"title": title, "bounding": list(bounding)}
+
+
+@pytest.fixture
+def untidy() -> dict:
+    """Three LoRAs over one another, a note between two groups, a picture."""
+    return {
+        "nodes": [node(3, 400, 300), node(1, 0, 40, "CheckpointLoaderSimple"), node(2, 400, 40), node(4, 400, 320),
+                  node(5, 800, 40, "MarkdownNote"), node(6, 1200, 40, "SaveImage", 900, 700)],
+        "groups": [group("Model", -20, -40, 380, 800), group("LoRAs", 380, -40, 380, 800),
+                   group("Picture", 1180, -40, 1000, 900)],
+        "extra": {"ds": {}},
+    }
+
+
+ROOMS = {key: Room(250, 250, 300, False) for key in range(1, 7)} | {5: Room(90, 400, 280, False)}
+
+
+def boxes(graph: dict) -> dict[int, tuple[float, ...]]:
+    return {entry["id"]: (*entry["pos"], *entry["size"]) for entry in graph["nodes"]}
+
+
+def test_nothing_is_over_anything_and_every_node_has_its_room(untidy):
+    graph, _ = tidy(untidy, ROOMS)
+    placed = boxes(graph)
+    for key, (x, y, width, height) in placed.items():
+        assert height >= (ROOMS[key].text if key == 5 else ROOMS[key].least) and width >= ROOMS[key].width
+        for other, (ox, oy, owidth, oheight) in placed.items():
+            apart = x + width <= ox or ox + owidth <= x or y + height + TITLE <= oy or oy + oheight + TITLE <= y
+            assert key == other or apart
+
+
+def test_nodes_keep_their_groups_and_their_order(untidy):
+    graph, _ = tidy(untidy, ROOMS)
+    members = {group["title"]: [key for key, (x, y, *_) in boxes(graph).items() if inside(group["bounding"], x, y)]
+               for group in graph["groups"]}
+    assert {title: set(keys) for title, keys in members.items()} == {"Model": {1}, "LoRAs": {2, 3, 4}, "Picture": {6}}
+    placed = boxes(graph)
+    assert placed[2][:2] < placed[3][:2] < placed[4][:2]
+
+
+def test_what_is_tidy_stays_as_it_is(untidy):
+    graph, zoom = tidy(untidy, ROOMS)
+    assert zoom >= READABLE
+    assert tidy(graph, ROOMS) == (graph, zoom)
+
+
+def test_a_picture_gives_way_where_the_whole_would_be_too_small_to_read(untidy):
+    rooms = {key: Room(700, 700, 400, False) for key in ROOMS}
+    graph, _ = tidy(untidy, rooms)
+    assert boxes(graph)[6][2] < 900
+
+
+def test_the_workflow_that_is_handed_in_is_left_alone(untidy):
+    before = boxes(untidy)
+    tidy(untidy, ROOMS)
+    assert boxes(untidy) == before
