@@ -38,6 +38,7 @@ class RunRecord:
     problems    what could not be expressed, and what was done instead
     reasons     why a method was taken, where the user left that to the node
     finished    False for a run that was interrupted or failed
+    chosen      what users left to the number of steps, and what came of it
     """
 
     methods: list[str]
@@ -46,6 +47,7 @@ class RunRecord:
     problems: list[str] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
     finished: bool = False
+    chosen: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._lock = Lock()  # no field: a record is copied and saved as plain data

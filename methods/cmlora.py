@@ -7,8 +7,8 @@ released code is followed in its numbers and not in its faults (tests/test_cmlor
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -19,6 +19,7 @@ from ..kernels.nested import Parts, pack_weights, unpack
 from ..kernels.patches import stacked
 from ..kernels.spectrum import high_share, radial_amplitude, radial_bins
 from .session import Call, RunContext, Sent, Session
+from .switch import own_turn
 
 LOW_FREQUENCY = ("background",)
 """Roles whose LoRAs change low frequencies; all others count as high, as in the paper."""
@@ -26,6 +27,8 @@ MARGIN = 0.1
 """A LoRA that alone changes the latent's high-frequency share by less than this, relative to the base model and over
 the second half of a run, says nothing about its class. Ours: on the testbed's clean LoRAs backgrounds lower it by a
 third or more, and so do styles, which the paper counts as high (benchmarks/spectrum.py)."""
+PAPER = 2, 3
+"""c1 and c2."""
 FIRST, SECOND = 0.375, 0.875
 """Progress at which the refresh interval goes from c1 to c2 and back."""
 
@@ -44,9 +47,10 @@ def refresh_steps(total: int, c1: int = 2, c2: int = 3) -> frozenset[int]:
     return frozenset((*range(0, first, c1), *range(first, second, c2), *range(second, total, c1)))
 
 
-def oldest(count: int, c1: int, c2: int) -> int:
-    """Age in steps at which cached features are no longer used: what it would be if all LoRAs took turns."""
-    return max(count, 1) * max(c1, c2)
+def oldest(count: int, c1: int = 0, c2: int = 0) -> int:
+    """Age in steps at which cached features are no longer used: what it would be if all LoRAs took turns. c1 or c2 0:
+    at most, whatever the number of steps."""
+    return max(count, 1) * max(c1 or PAPER[0], c2 or PAPER[1])
 
 
 def dominance(start: float, refreshes: int, decay: Literal["none", "halving", "linear"]) -> float:
@@ -71,9 +75,11 @@ class CMLoRA:
                     and sound that are sampled together, the picture's
     start           w at the first step; None: N - 0.5
     decay           of w, per refresh (`dominance`)
-    c1, c2          steps between refreshes (`refresh_steps`)
+    c1, c2          steps between refreshes (`refresh_steps`). 0: the paper's 2 and 3, and fewer where a LoRA would not
+                    lead otherwise, see `intervals`
     caching         False: every branch runs whole at every step
     dominant_full   whether the leader runs whole at every step (the paper), or only at refreshes (released code)
+    steps_per_lora  of switch-a. 0: by the number of steps, as Switch's, and the low class begins after `boundary`
 
     Ours, where LoRAs have masks: each acts in its own in the model's layers, and at a place those alone have a say that
     act there. Where they have windows in time, a step knows those alone that are open: they take the turns and share
@@ -89,16 +95,16 @@ class CMLoRA:
     threshold: float = 0.4
     start: float | None = None
     decay: Literal["none", "halving", "linear"] = "none"
-    c1: int = 2
-    c2: int = 3
+    c1: int = 0
+    c2: int = 0
     caching: bool = True
     dominant_full: Literal["every_step", "on_refresh"] = "every_step"
-    steps_per_lora: int = 5
+    steps_per_lora: int = 0
 
     def __post_init__(self) -> None:
         for name in ("c1", "c2", "steps_per_lora"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"CMLoRA: {name} must be at least 1, got {getattr(self, name)}")
+            if getattr(self, name) < 0:
+                raise ValueError(f"CMLoRA: {name} must be at least 0, got {getattr(self, name)}")
         if self.start is not None and self.start < 0:
             raise ValueError(f"CMLoRA: the dominance weight must not be negative, got {self.start}")
         if self.high is not None and len(self.high) != len(self.strengths):
@@ -107,6 +113,25 @@ class CMLoRA:
     def begin(self, context: RunContext) -> CMLoRASession:
         """A run begins, with its first turn."""
         return CMLoRASession(self, context)
+
+    def intervals(self, total: int) -> tuple[int, int]:
+        """c1 and c2 in a run of so many steps. Those that are left open are the longest, not longer than the paper's,
+        with which every LoRA leads while its class does (by `boundary`, also with the online order); 1 where that
+        cannot be."""
+        choices = [(self.c1 or c1, self.c2 or c2) for c1, c2 in (PAPER, (2, 2), (1, 2), (1, 1))]
+        if self.order in ("async", "switch-a"):  # the lead does not pass on by them
+            return choices[0]
+        planned = replace(self, order="offline")
+        return next((pair for pair in choices if len(planned.leaders(total, *pair)) == len(self.strengths)),
+                    choices[-1])
+
+    def leaders(self, total: int, c1: int, c2: int) -> set[int]:
+        """Who leads in a run of so many steps, of order "offline"."""
+        at, done, led = refresh_steps(total, c1, c2), 0, set()
+        for step in (Step(index, total, 0.0) for index in range(total if self.strengths else 0)):
+            done += step.index in at
+            led.add(self.leader(step, self.group(step), done - 1))
+        return led
 
     @property
     def classes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -130,8 +155,14 @@ class CMLoRA:
     def leader(self, step: Step, group: tuple[int, ...], refreshes: int) -> int:
         """Whose turn it is, within the group; `refreshes` before this step."""
         turn = refreshes
-        if self.order == "switch-a":
+        if self.order == "switch-a" and self.steps_per_lora:
             turn = step.index // self.steps_per_lora
+        elif self.order == "switch-a":
+            low, first = self.classes[1], math.floor(self.boundary * step.total) + 1  # the low class's first step
+            turn, late = step.index, step.index >= first and set(low) & set(group) != set(group)
+            if late:  # its turns begin anew, with the low class
+                turn, group = step.index - first, sorted(group, key=lambda i: i not in low)
+            turn //= own_turn(step.total, len(self.strengths))
         elif self.order == "async":
             turn = step.index // max(round(0.1 * step.total), 1)
         return group[turn % len(group)]
@@ -146,9 +177,12 @@ class CMLoRASession(Session):
         self.method, self.context = method, context
         self.count = len(method.strengths)
         self.open = tuple(range(self.count))
-        self.refreshes = sorted(refresh_steps(context.total, method.c1, method.c2))
-        self.oldest = oldest(self.count, method.c1, method.c2)
+        self.intervals = method.intervals(context.total)
+        self.refreshes = sorted(refresh_steps(context.total, *self.intervals))
+        self.oldest = oldest(self.count, *self.intervals)
         self.lead: int | None = None
+        self._led: set[int] = set()
+        self._there: set[int] = set()  # whose windows were open at some step
         self.weight = method.first_weight(self.count)
         self._step: int | None = None
         self._made = [-1] * self.count
@@ -169,6 +203,7 @@ class CMLoRASession(Session):
         if self.method.order == "online":
             self._measure(step, x)
         if self.open:
+            self._there.update(self.open)
             self._take_turn(step)
 
     def branches(self, step: Step) -> tuple[Branch, ...]:
@@ -191,6 +226,29 @@ class CMLoRASession(Session):
         """led: index of the leader; weight: its lambda; whole: LoRAs that may not come from a cache; high_share of the
         latent, with the online order."""
         return self._notes
+
+    def chosen(self, names: Sequence[str]) -> list[str]:
+        """After how many steps the lead passes on."""
+        method, head = self.method, f"{self.context.total} steps, {len(names)} LoRAs"
+        if method.order == "switch-a":
+            turn = own_turn(self.context.total, self.count)
+            return [] if method.steps_per_lora else [f"{head}: steps_per_lora is {turn}"]
+        c1, c2 = self.intervals
+        return [] if method.c1 and method.c2 else [f"{head}: c1 is {c1}, c2 is {c2}"]
+
+    def missed(self, names: Sequence[str]) -> list[str]:
+        """LoRAs that never led, by their classes."""
+        if self.method.order == "switch-a" or not self._led or len(names) < 2:
+            return []  # a LoRA that does not lead does not act there at all
+        out, steps = [], self.context.total
+        for word, own in zip(("fine detail", "backgrounds"), self.method.classes, strict=True):
+            own = [i for i in own if i in self._there]
+            never = [names[i] for i in own if i not in self._led]
+            if never and len(never) == len(own):
+                out.append(f"the class of {word} never led in {steps} steps ({', '.join(never)})")
+            elif never:
+                out.append(f"{', '.join(never)} never led in {steps} steps")
+        return out
 
     def _mixed(self, predictions: Tensor, parts: Parts) -> Tensor:
         """sum_i lambda_i e_i = mean + (w - 1) / (w + N - 1) (e_d - mean), which is the mean exactly for w = 1."""
@@ -243,6 +301,7 @@ class CMLoRASession(Session):
         lead = method.leader(step, method.group(step, self._share, self.open), done - 1)
         passed_on = now in self.refreshes or lead != self.lead
         self.lead = lead
+        self._led.add(lead)
         self.weight = dominance(method.first_weight(len(self.open)), done - 1, method.decay)
         leads_whole = method.dominant_full == "every_step" or passed_on
         gains = self.context.gains[now] if self.context.gains else (1.0,) * self.count

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ..kernels.branch import Step
-from .cmlora import refresh_steps
+from .cmlora import PAPER, refresh_steps
 
 
 class Schedule(Protocol):
@@ -19,6 +19,16 @@ class Schedule(Protocol):
     def max_age(self) -> int: ...
 
     def refreshes(self, step: Step) -> bool: ...
+
+
+SHARE, LONGEST = 0.15, 5
+"""Share of a run over which deep features may serve, and the most steps: 3 in 20 steps, which the testbed knows, 5 in
+50 as DeepCache has it, and none in 9 and fewer, whose steps differ too much."""
+
+
+def own_interval(total: int) -> int:
+    """Steps from one full computation to the next, by the number of steps of the run. 1: all of them."""
+    return min(max(round(SHARE * total), 1), LONGEST)
 
 
 @dataclass(frozen=True)
@@ -43,8 +53,8 @@ class Uniform:
 class NonUniform:
     """CMLoRA's schedule (`cmlora.refresh_steps`): every c1-th step at the start and the end, every c2-th between."""
 
-    c1: int = 2
-    c2: int = 3
+    c1: int = PAPER[0]
+    c2: int = PAPER[1]
 
     def __post_init__(self) -> None:
         if min(self.c1, self.c2) < 1:
@@ -56,3 +66,25 @@ class NonUniform:
 
     def refreshes(self, step: Step) -> bool:
         return step.index in refresh_steps(step.total, self.c1, self.c2)
+
+
+@dataclass(frozen=True)
+class BySteps:
+    """A schedule that is known once the number of steps is, see `at`.
+
+    uniform   every `own_interval`-th step. False: CMLoRA's, with intervals of at most that
+    """
+
+    uniform: bool = True
+
+    @property
+    def max_age(self) -> int:
+        return LONGEST if self.uniform else max(PAPER)
+
+    def at(self, total: int) -> Uniform | NonUniform:
+        """The schedule of a run of so many steps."""
+        interval = own_interval(total)
+        return Uniform(interval) if self.uniform else NonUniform(*(min(c, interval) for c in PAPER))
+
+    def refreshes(self, step: Step) -> bool:
+        return self.at(step.total).refreshes(step)

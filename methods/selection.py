@@ -40,6 +40,17 @@ def sides(roles: Sequence[str]) -> tuple[bool, ...]:
     return tuple(found)
 
 
+def main_subject(roles: Sequence[str], order: Sequence[int] | None = None) -> int | None:
+    """The LoRA that a picture is about: the first character, else the first clothing or object, else the first LoRA; in
+    this order of theirs, None: as listed. None where there is no LoRA."""
+    listed = order or range(len(roles))
+    for wanted in (("character",), ("clothing", "object"), tuple(roles)):
+        found = next((i for i in listed if roles[i] in wanted), None)
+        if found is not None:
+            return found
+    return None
+
+
 def at_strengths(sizes: Sizes, strengths: Sequence[float]) -> Sizes:
     """The sizes of the deltas that act, each at its LoRA's strength."""
     return {name: {i: size.at(strengths[i]) for i, size in layer.items()} for name, layer in sizes.items()}

@@ -127,6 +127,15 @@ class Session(ABC):
         """What to record of the last step: JSON values or tensors, which are read back when the run is over."""
         return {}
 
+    def chosen(self, names: Sequence[str]) -> list[str]:
+        """What the method chose for this run where a user left it to the number of steps, in words. `names` are those
+        of its LoRAs."""
+        return []
+
+    def missed(self, names: Sequence[str]) -> list[str]:
+        """What the method would have had happen and did not in the whole run, in words: a class that never led."""
+        return []
+
 
 class Sent:
     """A small tensor on its way to the host, since step `step`. Sending does not wait for the device; `read` does, but

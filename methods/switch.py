@@ -10,6 +10,8 @@ from torch import Tensor
 from ..kernels.branch import Branch, Step, one_hot
 from .session import PlainSession, RunContext, Session
 
+TAIL = 0.1
+"""Share of a run that is the subject's at its end."""
 
 @dataclass(frozen=True)
 class Switch:
@@ -22,6 +24,9 @@ class Switch:
     order           adapter indexes in the order of their turns; None: as listed
     late            True reproduces the released code, whose callback runs at the end of a step whose index is a
                     positive multiple of tau: every turn ends one step later, so the first one lasts tau + 1 steps
+    last            the adapter that has the last steps, a tenth of the run, whosever turn they were; None: none. The
+                    tail of W-Switch (arXiv 2606.03792), there 5 steps of the character's. Ours: it leaves each adapter
+                    one turn
 
     Ours, where LoRAs have windows in time: see `turns`.
     """
@@ -32,19 +37,32 @@ class Switch:
     steps_per_lora: int = 0
     order: tuple[int, ...] | None = None
     late: bool = False
+    last: int | None = None
 
     def __post_init__(self) -> None:
         if self.steps_per_lora < 0:
             raise ValueError(f"Switch: steps_per_lora must be at least 0, got {self.steps_per_lora}")
         if self.order is not None and sorted(self.order) != list(range(len(self.strengths))):
             raise ValueError(f"Switch: order must name each of the {len(self.strengths)} LoRAs once, got {self.order}")
+        if self.last is not None and not 0 <= self.last < len(self.strengths):
+            raise ValueError(f"Switch: there is no LoRA {self.last} for the last steps")
+
+    def tail(self, total: int) -> int:
+        """How many of so many steps are the last adapter's: a tenth, one at least, where each adapter has a turn before
+        them."""
+        if self.last is None:
+            return 0
+        turns = (len(self.strengths) - 1) * max(self.steps_per_lora, 1) + 1 + self.late  # each has begun its first
+        return max(min(max(round(total * TAIL), 1), total - turns), 0)
 
     def turn(self, total: int) -> int:
         """tau in a run of so many steps."""
-        return self.steps_per_lora or min(max(total // (2 * max(len(self.strengths), 1)), 1), 5)
+        return self.steps_per_lora or own_turn(total - self.tail(total), len(self.strengths))
 
     def active(self, step: Step) -> int:
         """The adapter whose turn it is at a step."""
+        if step.index >= step.total - self.tail(step.total):
+            return self.last
         order = self.order or tuple(range(len(self.strengths)))
         index = max(step.index - 1, 0) if self.late else step.index
         return order[index // self.turn(step.total) % len(order)]
@@ -56,10 +74,14 @@ class Switch:
 
         open_at   per step, the adapters whose windows are open
         """
-        order, tau = self.order or tuple(range(len(self.strengths))), self.turn(len(open_at))
+        total = len(open_at)
+        order, tau = self.order or tuple(range(len(self.strengths))), self.turn(total)
         out: list[int | None] = []
         place, left = -1, 0
-        for may in open_at:
+        for j, may in enumerate(open_at):
+            if j >= total - self.tail(total) and self.last in may:
+                out.append(self.last)
+                continue
             if not left or order[place] not in may:
                 following = [(place + k) % len(order) for k in range(1, len(order) + 1)]
                 left = tau + (self.late and place < 0)
@@ -69,7 +91,7 @@ class Switch:
         return out
 
     def begin(self, context: RunContext) -> Session:
-        return SwitchInTime(self, context) if context.gains else PlainSession(self)
+        return SwitchSession(self, context)
 
     def branches(self, step: Step) -> tuple[Branch, ...]:
         if not self.strengths:
@@ -80,15 +102,32 @@ class Switch:
         return predictions[0]
 
 
-class SwitchInTime(PlainSession):
-    """One run in which some adapters have windows."""
+def own_turn(total: int, count: int) -> int:
+    """Steps of a turn, so that each of `count` adapters has two where that can be, of 5 steps at most."""
+    return min(max(total // (2 * max(count, 1)), 1), 5)
+
+
+class SwitchSession(PlainSession):
+    """One run: whose turn each of its steps is."""
 
     def __init__(self, method: Switch, context: RunContext):
         super().__init__(method)
-        count = len(method.strengths)
-        self._turns = method.turns([context.open(index, count) for index in range(context.total)])
+        self._total, count = context.total, len(method.strengths)
+        self._turns = method.turns([context.open(index, count) for index in range(context.total)]) if count else []
 
     def branches(self, step: Step) -> tuple[Branch, ...]:
         """The adapter whose turn it is; the base model where no window is open."""
-        strengths, active = self.method.strengths, self._turns[step.index]
+        strengths = self.method.strengths
+        active = self._turns[step.index] if strengths else None
         return (Branch((0.0,) * len(strengths)) if active is None else one_hot(strengths, active),)
+
+    def chosen(self, names: Sequence[str]) -> list[str]:
+        """How long a turn is, and whose the last steps are."""
+        method, out = self.method, []
+        if not method.steps_per_lora:
+            out.append(f"{self._total} steps, {len(names)} LoRAs: steps_per_lora is {method.turn(self._total)}")
+        if method.last is not None:
+            count = method.tail(self._total)
+            out.append(f"the last {count} step{'s are' if count > 1 else ' is'} those of LoRA '{names[method.last]}'"
+                       if count else f"{self._total} steps leave none at the end for LoRA '{names[method.last]}' alone")
+        return out

@@ -10,6 +10,7 @@ from ..host.compose.apply import Active, apply_method, bake
 from ..host.files.ensemble import Ensemble
 from ..methods.composite import Composite
 from ..methods.merge import Merge
+from ..methods.selection import main_subject
 from ..methods.switch import Switch
 from .order import numbers_of, turns_of
 from .sockets import check_numbers, chosen, method_schema, placing
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 MODES = ["runtime", "baked"]
 TURNS = ["paper", "released code"]
+ENDINGS = ["in turn", "subject"]
 
 
 class LoRAEnsembleMerge(io.ComfyNode):
@@ -89,6 +91,17 @@ class LoRAEnsembleSwitch(io.ComfyNode):
                     "later, as in the authors' program, so the first one is one step longer; only to compare with it.",
                 ),
             ],
+            later=[
+                io.Combo.Input(
+                    "ending",
+                    options=ENDINGS,
+                    default="in turn",
+                    optional=True,
+                    tooltip="Who has the last steps. in turn: whose turn it is. subject: a tenth of the steps, one at "
+                    "least, goes to the character (without one to clothing or an object, else to the LoRA whose turn "
+                    "is first), which keeps faces and details. No LoRA loses its only turn by it.",
+                ),
+            ],
         )
 
     @classmethod
@@ -110,12 +123,16 @@ class LoRAEnsembleSwitch(io.ComfyNode):
         turns: str,
         clip: CLIP | None = None,
         place: str = "masks",
+        ending: str = "in turn",
     ) -> io.NodeOutput:
         check_numbers(cls, steps_per_lora=steps_per_lora)
         late = chosen(turns, TURNS, "Switch LoRAs: turns") == "released code"
+        ends = chosen(ending, ENDINGS, "Switch LoRAs: ending") == "subject"
 
         def switch(active: Active) -> Switch:
-            return Switch(active.strengths, steps_per_lora, turns_of(order, ensemble, active.specs), late)
+            own = turns_of(order, ensemble, active.specs)
+            last = main_subject(active.roles, own) if ends else None
+            return Switch(active.strengths, steps_per_lora, own, late, last)
 
         return io.NodeOutput(*apply_method(model, clip, ensemble, switch, node="Switch LoRAs",
                                            placing=placing(place, "Switch LoRAs")))

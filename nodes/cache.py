@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from ..host.compose.apply import with_cache
 from ..host.compose.cache import CacheSpec
-from ..methods.schedule import NonUniform, Uniform
+from ..methods.schedule import BySteps, NonUniform, Uniform
 from .sockets import check_numbers, chosen, model_input, model_output, schema
 
 if TYPE_CHECKING:
@@ -34,15 +34,16 @@ class LoRAEnsembleBranchCache(io.ComfyNode):
                     options=SCHEDULES,
                     default="uniform",
                     tooltip="When everything is computed anew. uniform: every interval-th step. CMLoRA: every second "
-                    "step at the start and at the end, every third in the middle (37.5 % to 87.5 % of the steps); "
-                    "interval is not used.",
+                    "step at the start and at the end, every third in the middle (37.5 % to 87.5 % of the steps); of "
+                    "interval only 0 counts then.",
                 ),
                 io.Int.Input(
                     "interval",
-                    default=3,
-                    min=1,
+                    default=0,
+                    min=0,
                     max=1000,
-                    tooltip="With the uniform schedule: the steps from one full computation to the next. 1 turns the "
+                    tooltip="The steps from one full computation to the next. 0 goes by the number of steps: 15 % of "
+                    "them, 5 at most, so 3 of 20, and none of 9 and fewer, whose steps differ too much. 1 turns the "
                     "cache off, 2 is careful, 3 to 5 is fast.",
                 ),
                 io.Int.Input(
@@ -61,8 +62,8 @@ class LoRAEnsembleBranchCache(io.ComfyNode):
     def execute(cls, model: ModelPatcher, schedule: str, interval: int, depth: int) -> io.NodeOutput:
         check_numbers(cls, interval=interval, depth=depth)
         uniform = chosen(schedule, SCHEDULES, "Branch Cache: schedule") == "uniform"
-        spec = CacheSpec(Uniform(interval) if uniform else NonUniform(), depth=depth)
-        return io.NodeOutput(with_cache(model, spec))
+        given = Uniform(interval) if uniform and interval else NonUniform()
+        return io.NodeOutput(with_cache(model, CacheSpec(given if interval else BySteps(uniform), depth=depth)))
 
 
 NODES: list[type[io.ComfyNode]] = [LoRAEnsembleBranchCache]

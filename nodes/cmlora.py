@@ -76,17 +76,19 @@ class LoRAEnsembleCMLoRA(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "c1",
-                    default=2,
-                    min=1,
+                    default=0,
+                    min=0,
                     max=1000,
-                    tooltip="Steps until the lead passes on, in the first 37.5 % and the last 12.5 % of the run.",
+                    tooltip="Steps until the lead passes on, in the first 37.5 % and the last 12.5 % of the run. 0: "
+                    "the paper's 2, and 1 where there are too few steps for every LoRA to lead.",
                 ),
                 io.Int.Input(
                     "c2",
-                    default=3,
-                    min=1,
+                    default=0,
+                    min=0,
                     max=1000,
-                    tooltip="Steps until the lead passes on, in the middle of the run.",
+                    tooltip="Steps until the lead passes on, in the middle of the run. 0: the paper's 3, and fewer "
+                    "where there are too few steps for every LoRA to lead.",
                 ),
                 io.Combo.Input(
                     "dominant_full",
@@ -97,10 +99,11 @@ class LoRAEnsembleCMLoRA(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "steps_per_lora",
-                    default=5,
-                    min=1,
+                    default=0,
+                    min=0,
                     max=10000,
-                    tooltip="For Switch-A: sampling steps before the next LoRA takes over.",
+                    tooltip="For Switch-A: sampling steps before the next LoRA takes over. 0 goes by the number of "
+                    "steps, as Switch does; backgrounds then begin right after the boundary.",
                 ),
                 io.Int.Input(
                     "cache_depth",

@@ -118,7 +118,8 @@ class LoRAEnsembleAdaptiveGuidance(io.ComfyNode):
             display_name="Adaptive Guidance",
             description="Evaluates the negative prompt only at some steps, and lets its part of guidance go on in "
             "between: up to 30 % less work at nearly the picture of full guidance. Or stops evaluating it once it no "
-            "longer matters (Adaptive Guidance). Works with every sampler and with other guidance nodes.",
+            "longer matters (Adaptive Guidance). Works with every sampler and with other guidance nodes. At cfg 1, as "
+            "LoRAs for few steps ask for, there is nothing to save.",
             search_aliases=ALIASES,
             inputs=[model_input(), *guidance_inputs()],
             outputs=[io.Model.Output(display_name="MODEL", tooltip="The model with adaptive guidance. Works with any "
@@ -140,7 +141,8 @@ class LoRAEnsembleAdaptiveGuider(io.ComfyNode):
         return schema(
             node_id="LoRAEnsembleAdaptiveGuider",
             display_name="Adaptive Guider",
-            description="CFG Guider with adaptive guidance, for SamplerCustomAdvanced.",
+            description="CFG Guider with adaptive guidance, for SamplerCustomAdvanced. At cfg 1 there is nothing to "
+            "save.",
             search_aliases=[*ALIASES, "cfg guider"],
             inputs=[model_input(), positive_input(), negative_input(), cfg_input(), *guidance_inputs()],
             outputs=[io.Guider.Output(display_name="GUIDER", tooltip="For the guider input of SamplerCustomAdvanced.")],
@@ -164,7 +166,8 @@ class LoRAEnsembleKSampler(io.ComfyNode):
         return schema(
             node_id="LoRAEnsembleKSampler",
             display_name="KSampler (Adaptive Guidance)",
-            description="KSampler that evaluates the negative prompt only where it matters, and reports what it did.",
+            description="KSampler that evaluates the negative prompt only where it matters, and reports what it did. "
+            "At cfg 1 there is nothing to save.",
             search_aliases=[*ALIASES, "ksampler"],
             inputs=[
                 model_input(),

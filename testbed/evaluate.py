@@ -65,7 +65,7 @@ METHODS: dict[str, Factory] = {
     "Switch": lambda of: Switch(of.strengths),
     "Composite": lambda of: Composite(of.strengths),
     "CMLoRA": lambda of: CMLoRA(of.strengths, tuple(role not in LOW_FREQUENCY for role in of.roles)),
-    "LoRAtorio": lambda of: LoRAtorio(of.strengths),
+    "LoRAtorio": lambda of: LoRAtorio(of.strengths, unit="auto"),
     "KLoRA": lambda of: KLoRA.of(sizes(of), of.strengths, sides(of.roles)),
     "ESTLoRA": lambda of: ESTLoRA.of(sizes(of), of.strengths, sides(of.roles)),
 }
@@ -111,6 +111,7 @@ def _words(make: Factory, **options: object) -> Recipe:
 RECIPES: dict[str, Recipe] = {
     **{name: Recipe(make) for name, make in METHODS.items()},
     "Merge 0.6": Recipe(METHODS["Merge"], strength=0.6),
+    "LoRAtorio steps": Recipe(lambda of: LoRAtorio(of.strengths)),
     "Routed": _words(METHODS["Merge"]),
     "Routed once": _words(METHODS["Merge"], routing=Routing("once")),
     "Routed contrast": _words(METHODS["Merge"], routing=Routing("contrast")),
@@ -122,8 +123,8 @@ RECIPES: dict[str, Recipe] = {
     "Routed stand-in": _words(METHODS["Merge"], bare=True, stand_in=True),
 }
 """What the tables may hold, by name: the methods as they are; routed; each method where its LoRAs' words are;
-LoRAtorio with weights renewed every third step; the renderer's own masks; prompts that name concepts by their rare
-words alone."""
+LoRAtorio with weights renewed every third step, and with the paper's unit of temperature; the renderer's own masks;
+prompts that name concepts by their rare words alone."""
 
 BATCH = 24  # pictures drawn together
 

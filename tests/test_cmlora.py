@@ -269,8 +269,8 @@ def test_roles_are_the_users_word_and_unknown_ones_count_as_high():
     assert CMLoRA((1.0,) * 3, (True, False, True)).classes == ((0, 2), (1,))
 
 
-@pytest.mark.parametrize(("options", "message"), [({"c1": 0}, "c1 must be"), ({"c2": 0}, "c2 must be"),
-                                                  ({"steps_per_lora": 0}, "steps_per_lora"),
+@pytest.mark.parametrize(("options", "message"), [({"c1": -1}, "c1 must be"), ({"c2": -1}, "c2 must be"),
+                                                  ({"steps_per_lora": -1}, "steps_per_lora"),
                                                   ({"start": -0.5}, "dominance"), ({"high": (True,)}, "classes")])
 def test_wrong_numbers_are_named(options, message):
     with pytest.raises(ValueError, match=f"CMLoRA: .*{message}"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Lock
 from uuid import UUID
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ...engine.cache import FeatureCache, Home
 from ...engine.tell import Once
 from ...kernels.branch import Branch, Step
-from ...methods.schedule import Schedule
+from ...methods.schedule import BySteps, Schedule
 from ..families.lasting import lasting
 from ..families.split_points import SplitPoint, split_point_of
 
@@ -44,6 +44,10 @@ class CacheSpec:
             raise ValueError(f"Branch Cache: depth must be at least 1, got {self.depth}")
         if self.schedule is None and self.max_age is None:
             raise ValueError("Branch Cache: without a schedule it needs a max_age")
+
+    def at(self, total: int) -> CacheSpec:
+        """What it says of a run of so many steps."""
+        return replace(self, schedule=self.schedule.at(total)) if isinstance(self.schedule, BySteps) else self
 
     @property
     def oldest(self) -> int:

@@ -34,7 +34,7 @@ from .kept import KeptBetweenCalls
 from .places import Area, MaskedLoRAs, values_by_name
 from .routes import Routed, RoutedLoRAs
 from .steps import StepTracker
-from .summary import begun, idle, sum_up, unplaced
+from .summary import begun, chosen, idle, missed, sum_up, unplaced
 from .without import Without
 
 KEY = "lora_ensemble"
@@ -110,8 +110,9 @@ class Composition:
               device: torch.device) -> Run:
         """Start a run; its context per applied method, the side of guidance that each of the sampler's conds is on,
         what tells how much memory is left, and where it samples."""
-        run = Run(self.applied, tracker, contexts, sides, self.cache, free, device)
+        run = Run(self.applied, tracker, contexts, sides, self.cache and self.cache.at(tracker.total), free, device)
         run.without = self.without
+        run.record.chosen += chosen(run.record, run.sessions, self.cache, tracker.total)
         call_routed_layers()
         self.runs.append(run)
         self.record = run.record
@@ -215,9 +216,9 @@ class Run:
                                          in zip(self._in_time, self.sessions, strict=True))
         combos = tuple(product(*branches))
         fresh = tuple(any(flags) for flags in product(*(session.refresh(step) for session in self.sessions)))
-        for acted, chosen in zip(self._acted, branches, strict=True):
-            acted |= {i for branch in chosen for gains in (branch.gains, *(g for _, g in branch.per_module))
-                      for i, gain in enumerate(gains) if gain} if len(acted) < len(chosen[0].gains) else set()
+        for acted, own in zip(self._acted, branches, strict=True):
+            acted |= {i for branch in own for gains in (branch.gains, *(g for _, g in branch.per_module))
+                      for i, gain in enumerate(gains) if gain} if len(acted) < len(own[0].gains) else set()
         entry = self.record.steps[-1]
         entry.branches = entry.branches or [[list(branch.gains) for branch in combo] for combo in combos]
         return Plan(step, x, timestep, branches, combos, fresh, parts)
@@ -347,7 +348,7 @@ class Run:
         self.record.finished = finished
         for routed in forwards:
             self._unseen(routed)
-        self.tell(idle(self.applied, self._acted, self._in_time, self.record))
+        self.tell([*idle(self.applied, self._acted, self._in_time, self.record), *missed(self.record, self.sessions)])
         sum_up(self._layers, self.record.problems)
 
     def _unseen(self, routed: RoutedForwards) -> None:
@@ -388,9 +389,8 @@ class Run:
             if self.cache is not None:
                 self.record.note("cache", self.cache.notes())
             for k, (name, session) in enumerate(zip(self.record.methods, self.sessions, strict=True)):
-                found = dict(session.notes())
-                if isinstance(self.regions[k], RoutedLoRAs):
-                    found |= self.regions[k].notes()
+                regions = self.regions[k]
+                found = session.notes() | (regions.notes() if isinstance(regions, RoutedLoRAs) else {})
                 if found:
                     self.record.note(f"{name} {k + 1}" if name in self.record.methods[:k] else name, found)
         self._since = now

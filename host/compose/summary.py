@@ -7,8 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from ...engine.forwards import RoutedForwards
 from ...engine.record import RunRecord
-from ...methods.session import RunContext
+from ...methods.schedule import Uniform
+from ...methods.session import RunContext, Session
 from ...methods.windows import InTime
+from .cache import CacheSpec
 
 
 def begun(applied: Sequence) -> RunRecord:
@@ -49,6 +51,24 @@ def without_prompt(applied, routed: RoutedForwards) -> Iterator[str]:
         if count:
             yield (f"LoRA '{applied.names[i]}': {count} layer{'s' * (count > 1)} that prepare the prompt once for all "
                    "steps did without it, since it has a window in time")
+
+
+def missed(record: RunRecord, sessions: Sequence[Session]) -> Iterator[str]:
+    """What a method would have had happen in a finished run and did not: there were too few steps, or other ones."""
+    for name, adapters, session in zip(record.methods, record.adapters, sessions, strict=True):
+        yield from (f"{name}: {line}" for line in (session.missed(adapters) if record.finished else ()))
+
+
+def chosen(record: RunRecord, sessions: Sequence[Session], cache: CacheSpec | None, total: int) -> Iterator[str]:
+    """What was left to the number of steps, and what came of it."""
+    for name, adapters, session in zip(record.methods, record.adapters, sessions, strict=True):
+        yield from (f"{name}: {line}" for line in session.chosen(adapters))
+    if cache is not None and cache != cache.at(total):
+        schedule = cache.at(total).schedule
+        each = f"interval is {schedule.max_age}" if isinstance(schedule, Uniform) else \
+            f"every {schedule.c1}. step, in the middle every {schedule.c2}."
+        yield f"Branch Cache: {total} steps: {each}" + ("; so few steps differ too much, nothing is reused"
+                                                        if schedule.max_age == 1 else "")
 
 
 def sum_up(layers: Mapping[tuple[str, str], Sequence[str]], problems: list[str]) -> None:

@@ -75,6 +75,9 @@ def sample_guided(executor, noise, latent_image, sampler, sigmas, denoise_mask=N
     try:
         out = executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, *args, **kwargs)
         record.finished = True
+        if record.full == sum(step.rows for step in record.steps):
+            at = "" if context.cfg is None else f" at cfg {context.cfg:g}"
+            tell(f"Adaptive Guidance: no negative is evaluated{at}, so there is nothing to save")
         return out
     finally:
         guider.model_options = options

@@ -95,14 +95,16 @@ def maps_of(placed: Placed, images: Tensor | None = None) -> list[Cell]:
 
 def draw(record: RunRecord | None, sections: Sequence[tuple[str, Sequence[Map]]], message: str = "",
          theme: Theme = LIGHT) -> Image.Image:
-    """The sheet: what was run, a section of maps per method, and what could not be done as asked. At most CELLS maps
-    are drawn, and it says how many are not."""
+    """The sheet: what was run, a section of maps per method, what was chosen for it, and what could not be done as
+    asked. At most CELLS maps are drawn, and it says how many are not."""
     left, blocks = CELLS, [Text(message)] if message else []
     for title, maps in sections:
         shown = list(maps[:left])
         left -= len(shown)
         cut = "" if len(shown) == len(maps) else f"; {len(maps) - len(shown)} of {len(maps)} maps are not shown"
         blocks += _pictures(title + cut, shown)
+    if record is not None and record.chosen:
+        blocks.append(Text("\n".join(f"- {line}" for line in record.chosen), "Chosen by the number of steps", most=2))
     told = record.problems if record is not None else []
     notes = [f"- {problem}" for problem in told[:PROBLEMS]]
     notes += [f"- and {len(told) - PROBLEMS} more in the text"] if len(told) > PROBLEMS else []

@@ -288,12 +288,34 @@ def test_branch_cache(server: Server, lora_files: Path):
     prompt["cache"] = {"class_type": "LoRAEnsembleBranchCache", "inputs": options}
     sampler = find(prompt, "KSampler")[0]
     prompt[sampler]["inputs"]["model"] = ["cache", 0]
-    for interval in (3, 1, 2):
+    for interval in (3, 1, 2, 0):
         options["interval"] = interval
         found[interval] = pictures(server, prompt)
-    assert difference(found[1], whole) == 0
+    assert difference(found[1], whole) == 0 == difference(found[0], whole), "six steps are too few"
     assert all(difference(a, b) > 2 for a, b in ((found[3], whole), (found[2], whole), (found[3], found[2])))
     assert all(np.abs(found[n] - whole).mean() < 25 for n in (2, 3))
+
+
+def test_left_to_the_number_of_steps(server: Server):
+    """What a new node holds runs, and numbers say the same as what they stand for."""
+    prompt = changed("switch", steps=8, steps_per_lora=0, order="")
+    assert difference(pictures(server, prompt), pictures(server, changed("switch", steps=8, order=""))) == 0
+    prompt["method"]["inputs"]["ending"] = "subject"
+    ended = pictures(server, prompt)
+    assert difference(ended, pictures(server, changed("switch", steps=8, order=""))) > 2
+    shared = {key: prompt["method"]["inputs"][key] for key in ("model", "ensemble", "clip")}
+    cmlora = {"order": "offline", "boundary": 0.6, "threshold": 0.4, "dominance": 0.0, "decay": "none", "c1": 0,
+              "c2": 0, "dominant_full": "every_step", "steps_per_lora": 0, "cache_depth": 0}
+    prompt["method"] = {"class_type": "LoRAEnsembleCMLoRA", "inputs": {**shared, **cmlora}}
+    by_steps = pictures(server, prompt)
+    prompt["method"]["inputs"] |= {"c1": 2, "c2": 3, "steps_per_lora": 5}
+    assert difference(pictures(server, prompt), by_steps) == 0
+    torio = {"patch_size": 2, "temperature": 10.0, "temperature_unit": "auto", "recenter_lambda": 0.5, "top_k": 0,
+             "upsampling": "nearest", "similarity": "noise", "selection": "image", "recheck_every": 1}
+    prompt["method"] = {"class_type": "LoRAEnsembleLoRAtorio", "inputs": {**shared, **torio}}
+    by_steps = pictures(server, prompt)
+    prompt["method"]["inputs"]["temperature_unit"] = "steps"
+    assert difference(pictures(server, prompt), by_steps) == 0
 
 
 @pytest.mark.parametrize("name", ["merge", "switch", "composite"])

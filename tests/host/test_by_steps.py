@@ -1,0 +1,146 @@
+"""Widgets that are left to the number of steps, on real nodes and runs: what comes of it is said; numbers stay."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from lora_ensemble.host.compose.cache import CacheSpec
+from lora_ensemble.host.compose.composition import KEY, record_of
+from lora_ensemble.host.guidance.apply import guidance_record_of
+from lora_ensemble.host.look.report import report
+from lora_ensemble.methods.schedule import BySteps, NonUniform, Uniform
+from lora_ensemble.nodes.baselines import LoRAEnsembleSwitch
+from lora_ensemble.nodes.cache import LoRAEnsembleBranchCache
+from lora_ensemble.nodes.cmlora import LoRAEnsembleCMLoRA
+from lora_ensemble.nodes.loratorio import LoRAEnsembleLoRAtorio
+
+from .builders import composite, sample, three
+from .caches import steps_of
+from .guidance_tools import ag
+from .models import base
+
+CMLORA = ["offline", 0.6, 0.4, 0.0, "none", 2, 3, "every_step", 5, 0]
+LORATORIO = [2, 10.0, "steps", 0.5, "nearest", "noise", 0, "image", 1]
+"""Widget values as workflows of 0.1.0 hold them."""
+
+
+def method_of(model):
+    return model.get_attachment(KEY).applied[-1].method
+
+
+def made(node, model, ensemble, *values, **later):
+    return node.execute(model, tuple(ensemble), *values, **later).args[0]
+
+
+def defaults(node) -> dict:
+    """The widgets of a node that was just put down."""
+    types = node.INPUT_TYPES()
+    return {name: spec[1]["default"] for part in ("required", "optional") for name, spec in types[part].items()
+            if "default" in spec[1]}
+
+
+def new(node, model, ensemble):
+    return node.execute(model, tuple(ensemble), **defaults(node)).args[0]
+
+
+def with_roles(ensemble, *roles):
+    return [replace(spec, role=role) for spec, role in zip(ensemble, roles, strict=True)]
+
+
+@pytest.mark.parametrize("steps", [4, 8])
+def test_what_was_chosen_is_in_the_record_and_in_the_report(steps, loras):
+    model = base("SD15")
+    ensemble = with_roles(three(model, loras), "character", "style", "background")
+    for node, said in ((LoRAEnsembleSwitch, f"Switch: {steps} steps, 3 LoRAs: steps_per_lora is 1"),
+                       (LoRAEnsembleCMLoRA, f"CMLoRA: {steps} steps, 3 LoRAs: c1 is 2, c2 is 3"),
+                       (LoRAEnsembleLoRAtorio, f"LoRAtorio: {steps} steps: the inverse temperature rises to 70")):
+        composed = new(node, model, ensemble)
+        sample(composed, steps=steps)
+        assert record_of(composed).chosen == [said] and record_of(composed).problems == []
+        picture, text = report(composed)
+        assert json.loads(text)["chosen"] == [said]
+        record_of(composed).chosen.clear()
+        assert report(composed)[0].shape[1] < picture.shape[1], "the sheet has a section for it"
+
+
+def test_values_of_the_first_version_keep_their_meaning(loras):
+    """Guard: a saved number is never taken for 'by the number of steps'."""
+    model = base("SD15")
+    ensemble = three(model, loras)
+    switch = method_of(made(LoRAEnsembleSwitch, model, ensemble, 5, "", "paper"))
+    assert (switch.steps_per_lora, switch.last) == (5, None)
+    led = method_of(made(LoRAEnsembleCMLoRA, model, ensemble, *CMLORA))
+    assert (led.c1, led.c2, led.steps_per_lora) == (2, 3, 5)
+    torio = method_of(made(LoRAEnsembleLoRAtorio, model, ensemble, *LORATORIO))
+    assert (torio.kappa, torio.unit, torio.reweigh_every) == (10.0, "steps", 1)
+    for schedule, spec in (("uniform", Uniform(3)), ("CMLoRA", NonUniform(2, 3))):
+        cache = LoRAEnsembleBranchCache.execute(model, schedule, 3, 2).args[0].get_attachment(KEY).cache
+        assert cache == CacheSpec(spec, depth=2) == cache.at(4)
+    for node, values in ((LoRAEnsembleSwitch, [5, "", "paper"]), (LoRAEnsembleCMLoRA, CMLORA),
+                         (LoRAEnsembleLoRAtorio, LORATORIO)):
+        composed = made(node, model, ensemble, *values)
+        sample(composed, steps=4)
+        assert record_of(composed).chosen == []
+
+
+def test_the_subject_ends(loras):
+    model = base("SD15")
+    ensemble = with_roles(three(model, loras), "style", "character", "object")
+    composed = made(LoRAEnsembleSwitch, model, ensemble, 1, "", "paper", ending="subject")
+    assert method_of(composed).last == 1 and method_of(made(LoRAEnsembleSwitch, model, ensemble, 1, "2,3,1", "paper",
+                                                            ending="in turn")).last is None
+    sample(composed, steps=8)
+    acting = [[bool(gain) for gain in branch] for step in record_of(composed).steps for (branch,) in step.branches]
+    assert [each.index(True) for each in acting] == [0, 1, 2, 0, 1, 2, 0, 1]
+    plain = made(LoRAEnsembleSwitch, model, ensemble, 1, "", "paper")
+    assert torch.equal(sample(plain, steps=8), sample(composed, steps=8)), "the eighth step was the subject's anyway"
+    assert not torch.equal(sample(plain, steps=7), sample(composed, steps=7))
+    assert record_of(composed).chosen == [f"Switch: the last 1 step is those of LoRA '{ensemble[1].name}'"]
+    with pytest.raises(ValueError, match="Switch LoRAs: ending is 'never'"):
+        made(LoRAEnsembleSwitch, model, ensemble, 1, "", "paper", ending="never")
+
+
+def test_a_class_without_a_lead_is_named(loras):
+    model = base("SD15")
+    ensemble = with_roles(three(model, loras), "character", "object", "background")
+    composed = new(LoRAEnsembleCMLoRA, model, ensemble)
+    sample(composed, steps=2)
+    assert record_of(composed).problems == [
+        f"CMLoRA: the class of backgrounds never led in 2 steps ({ensemble[2].name})"]
+    sample(composed, steps=4)
+    assert record_of(composed).problems == []
+    switched = new(LoRAEnsembleSwitch, model, ensemble)
+    sample(switched, steps=2)
+    (line,) = record_of(switched).problems
+    assert ensemble[2].name in line and "did not act in any of the 2 steps" in line
+
+
+@pytest.mark.parametrize("schedule", ["uniform", "CMLoRA"])
+def test_the_branch_cache_goes_by_the_steps(schedule, loras):
+    """Off in few steps, to the bit; in 20 what interval 3 (and the paper's schedule) does."""
+    model = base("SD15")
+    composed = composite(model, three(model, loras))
+    cached = LoRAEnsembleBranchCache.execute(composed, schedule, 0, 1).args[0]
+    assert cached.get_attachment(KEY).cache.schedule == BySteps(schedule == "uniform")
+    assert torch.equal(sample(cached, steps=4), sample(composed, steps=4))
+    (line,) = record_of(cached).chosen
+    assert line.startswith("Branch Cache: 4 steps: ") and "nothing is reused" in line
+    given = LoRAEnsembleBranchCache.execute(composed, schedule, 3, 1).args[0]
+    assert torch.equal(sample(cached, steps=20), sample(given, steps=20))
+    (line,) = record_of(cached).chosen
+    assert ("interval is 3" if schedule == "uniform" else "every 2. step, in the middle every 3.") in line
+    assert [step["reused"] > 0 for step in steps_of(cached)] == [step["reused"] > 0 for step in steps_of(given)]
+    assert record_of(given).chosen == []
+
+
+def test_at_cfg_1_there_is_nothing_to_save():
+    model = ag(base("SD15"))
+    sample(model, steps=3, cfg=1.0)
+    assert guidance_record_of(model).problems == ["Adaptive Guidance: no negative is evaluated at cfg 1, so there is "
+                                                  "nothing to save"]
+    assert "nothing to save" in guidance_record_of(model).text()
+    sample(model, steps=3, cfg=3.0)
+    assert guidance_record_of(model).problems == []
