@@ -14,4 +14,4 @@ def say(node: type[io.ComfyNode], text: str) -> None:
 
     server = getattr(PromptServer, "instance", None)
     if server is not None and node.hidden is not None and node.hidden.unique_id is not None:
-        server.send_progress_text(text, node.hidden.unique_id)
+        server.send_progress_text(text.replace("\n", "  \n"), node.hidden.unique_id)  # Nodes 2.0 reads Markdown
