@@ -129,6 +129,17 @@ def test_evaluations_of_linear_ag(steps, evaluations):
     assert kinds[0] == "guided"
 
 
+@pytest.mark.parametrize("steps", range(1, 60))
+def test_linear_ag_alternates_and_begins_with_a_true_negative(steps):
+    """Written out: the first half in turns, from a true one on, then none."""
+    half = [step for step in range(steps) if step < steps / 2]
+    expected = [("guided", "predicted")[step % 2] for step in half] + ["conditional"] * (steps - len(half))
+    assert [LinearAG.kind_at(step, steps) for step in range(steps)] == expected
+    rows = tuple((1.0,) * (2 * steps + 1) for _ in range(steps))
+    session = LinearSession(LinearAG(rows, tuple(range(steps))))
+    assert session.begin(Step(0, steps, 1.0)) == FULL and expected[0] == "guided"
+
+
 def test_options_that_make_no_sense():
     for options in ({"space": "pixels"}, {"min_steps": -1}, {"ramp_steps": -1}):
         with pytest.raises(ValueError, match="Adaptive Guidance"):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 from lora_ensemble.tools.comfyui import Host
-from lora_ensemble.tools.commands import pytest_runs
+from lora_ensemble.tools.commands import DEEPER, ROOT, Summary, deeper_runs, pytest_runs, write_report
 
 
 def host(version: str, tools: str | None = None) -> Host:
@@ -25,8 +26,6 @@ def test_all_on_the_newest_and_the_api_on_the_others(everything):
     found = {Path(env["COMFYUI_UNDER_TEST"]).name: command for _, command, env in others}
     assert list(found) == ["0.33.0", "0.28.0", "0.3.64"]
     assert ["host_api" in command for command in found.values()] == [False, not everything, not everything]
-    fuzzed = [env.get("LORA_ENSEMBLE_FUZZ") for _, _, env in others]
-    assert fuzzed == ["2000" if everything else None, None, None]
     assert all(command[-2:] == ["-k", "parity"] for command in found.values())
     assert str(Path("/tools")) in found["0.33.0"] and str(Path("/tools")) not in found["0.28.0"]
     assert all(env["OMP_NUM_THREADS"] == "1" for _, _, env in (first, *others))
@@ -36,3 +35,25 @@ def test_one_old_comfyui_is_the_newest_there_is():
     _, (title, command, _) = pytest_runs(Path("base"), [host("0.3.64")], False, [])
     assert "host_api" not in command and "ComfyUI 0.3.64" in title
     assert len(list(pytest_runs(Path("base"), [], False, []))) == 1
+
+
+def test_all_that_takes_long_runs_on_the_newest():
+    runs = list(deeper_runs([host("0.3.64"), host("0.33.0", "/tools")]))
+    assert [title for title, _, _ in runs] == [f"{title} on ComfyUI 0.33.0 at /comfy/0.33.0" for title in DEEPER]
+    for (_, command, env), (module, *arguments) in zip(runs, DEEPER.values(), strict=True):
+        assert command[-len(arguments) - 1:] == [f"lora_ensemble.tests.{module}", *arguments]
+        assert (ROOT / "tests" / f"{module}.py").is_file() and env["COMFYUI_UNDER_TEST"].endswith("0.33.0")
+    assert not list(deeper_runs([]))
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_the_report_has_the_last_line_of_each_run(tmp_path, code):
+    summary = Summary(figures={})
+    program = f"print('a' * 9)\nprint('== 3 passed, 1 | 2 ==')\nprint()\nraise SystemExit({code})"
+    assert summary.run("some tests at /comfy/0.33.0", [sys.executable, "-c", program]) == (code == 0)
+    write_report(summary, [host("0.33.0")], tmp_path / "REPORT.md")
+    text = (tmp_path / "REPORT.md").read_text(encoding="utf-8")
+    failed = " (FAILED, exit 3)" if code else ""
+    assert f"| some tests | 3 passed, 1 / 2{failed} |" in text and "ComfyUI 0.33.0" in text and "/comfy" not in text
+    assert "run.py test --all" in text
+    assert summary.failed == (code != 0)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -23,15 +25,24 @@ WORKERS = min(os.cpu_count() or 1, 8)
 
 @dataclass
 class Summary:
-    """What was run, what was not and why; `close` prints it and gives the exit code."""
+    """What was run, what was not and why; `close` prints it and gives the exit code.
+
+    figures   where it is given: title -> the last line that the run printed, with its time
+    """
 
     lines: list[str] = field(default_factory=list)
     failed: bool = False
+    figures: dict[str, str] | None = None
 
     def run(self, title: str, command: Sequence[str | Path], env: dict[str, str] | None = None) -> bool:
         say(f"\n=== {title}")
         started = time.monotonic()
-        code = subprocess.run([str(part) for part in command], cwd=ROOT, env=env or child_env()).returncode
+        command, env = [str(part) for part in command], env or child_env()
+        if self.figures is None:
+            code = subprocess.run(command, cwd=ROOT, env=env).returncode
+        else:
+            code, last = _told(command, env)
+            self.figures[title] = f"{last.strip(' =')}{'' if code == 0 else f' (FAILED, exit {code})'}"
         state = "ok    " if code == 0 else f"FAILED (exit {code})"
         self.lines.append(f"  {state} {title}, {time.monotonic() - started:.0f} s")
         self.failed |= code != 0
@@ -48,6 +59,32 @@ class Summary:
             say("  NOT RUN: everything that needs ComfyUI, for none was used. Name one with --comfyui PATH or")
             say("           COMFYUI_PATH, or let --clone-comfyui fetch the official release.")
         return int(self.failed)
+
+
+def _told(command: Sequence[str], env: dict[str, str]) -> tuple[int, str]:
+    """(exit code, last line that is not empty) of a command whose lines are shown as they come."""
+    last = ""
+    with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                          encoding="utf-8", errors="replace") as process:
+        for line in process.stdout:
+            say(line.rstrip())
+            last = line.strip() or last
+    return process.returncode, last
+
+
+def write_report(summary: Summary, hosts: Sequence[Host], path: Path = ROOT / "tests" / "REPORT.md") -> None:
+    """What `run.py test --all` found, with what and when, as a page."""
+    commit = subprocess.run(["git", "log", "-1", "--format=%h"], cwd=ROOT, capture_output=True, text=True)
+    versions = ", ".join(f"ComfyUI {host.version}" for host in hosts) or "no ComfyUI"
+    lines = ["# What the tests found", "",
+             "Written by `python3 run.py test --all`. What each run does is said at the head of its file in `tests/`.",
+             "", f"{datetime.date.today()}, commit {commit.stdout.strip() or 'unknown'}, {platform.machine()} with "
+             f"{os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}; {versions}.", "",
+             "| run | result |", "| --- | --- |"]
+    for title, figure in (summary.figures or {}).items():
+        lines.append(f"| {title.partition(' at ')[0]} | {figure.replace('|', '/')} |")
+    path.write_text("\n".join([*lines, ""]), encoding="utf-8")
+    say(f"\nwritten: {path}")
 
 
 def with_pack(python: Path, *arguments: str | Path, tools: Path | None = None) -> list[str]:
@@ -67,18 +104,37 @@ def pytest_runs(base: Path, hosts: Sequence[Host], everything: bool,
     for host in sorted(hosts, key=lambda host: host.number, reverse=True):
         whole = everything or host.number == newest
         marked = [] if whole else ["-m", "host_api"]
-        fuzz = {"LORA_ENSEMBLE_FUZZ": "2000"} if everything and host.number == newest else {}
         yield (f"{'tests' if whole else 'tests of the API'} on {host}",
                with_pack(host.python, *pytest, "tests/host", *marked, *more, tools=host.tools),
-               host.env(**ONE_THREAD, **fuzz))
+               host.env(**ONE_THREAD))
+
+
+DEEPER = {"damaged LoRA files": ("fuzz_files", "--count", "2000"),
+          "damaged coefficient files": ("fuzz_coeffs", "--count", "1500"),
+          "damaged API workflows": ("fuzz_api", "--count", "700"),
+          "faults in the code": ("mutate", "--count", "60")}
+"""What --all runs beside the tests, on the newest ComfyUI: title -> module in tests/ with its arguments. The last line
+that each prints is its figure in the report."""
+
+
+def deeper_runs(hosts: Sequence[Host]) -> Iterator[tuple[str, list[str], dict[str, str]]]:
+    """(title, command, environment) of every run that is longer than a test may be."""
+    for host in sorted(hosts, key=lambda host: host.number)[-1:]:
+        for title, (module, *arguments) in DEEPER.items():
+            yield (f"{title} on {host}",
+                   with_pack(host.python, f"lora_ensemble.tests.{module}", *arguments, tools=host.tools),
+                   host.env(**ONE_THREAD))
 
 
 def run_test(options: argparse.Namespace) -> int:
     base, hosts = prepare(options)
-    summary = Summary()
+    summary = Summary(figures={} if options.all else None)
     summary.run("ruff", [base, "-m", "ruff", "check", "."])
-    for title, command, env in pytest_runs(base, hosts, options.all, options.rest):
+    deeper = deeper_runs(hosts) if options.all else ()
+    for title, command, env in (*pytest_runs(base, hosts, options.all, options.rest), *deeper):
         summary.run(title, command, env)
+    if options.all:
+        write_report(summary, hosts)
     if len({host.number for host in hosts}) > 1 and not options.all:
         summary.lines.append("  NOT RUN on the older releases: what does not touch their API; --all runs it as well")
     return summary.close(base, hosts)
@@ -131,7 +187,8 @@ def main(arguments: Sequence[str], description: str) -> int:
     parser.add_argument("--comfyui", metavar="PATH", nargs="+", action="extend", default=[], help="the ComfyUI to use")
     parser.add_argument("--clone-comfyui", action="store_true", help=f"fetch ComfyUI {COMFYUI_TAG} and use it")
     parser.add_argument("--without-comfyui", action="store_true", help="use none, even if there is one")
-    parser.add_argument("--all", action="store_true", help="test: every test on every ComfyUI")
+    parser.add_argument("--all", action="store_true", help="test: every test on every ComfyUI, with all\n"
+                        "damaged files, workflows and faults; hours; writes tests/REPORT.md")
     parser.add_argument("--sets", help="bench: also the quality of so many LoRA sets (480 are all)")
     parser.add_argument("--as-it-is", action="store_true", help="bench: with this interpreter, making no environment")
     parser.add_argument("--device", default="cpu", help="bench: cpu (default) or cuda")

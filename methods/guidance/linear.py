@@ -19,7 +19,12 @@ from .session import CONDITIONAL, FULL, REPLACED, GuidanceSession, Need, Tell, n
 @dataclass(frozen=True)
 class LinearAG:
     """The paper's policy: in the first half, true CFG and CFG with a predicted negative take turns; in the second half
-    the conditional prediction alone. 20 steps cost 25 evaluations.
+    the conditional prediction alone.
+
+    The paper says that they alternate, and not which comes first. Steps 0, 2, 4 and so on are true here, counted from
+    the start of the run: step 0 has to be, since a negative is foretold from earlier ones and there is none yet. With
+    20 steps that makes 5 x 2 + 5 x 1 + 10 x 1 = 25 evaluations, the number that the paper reports; with an odd number
+    of steps the middle one belongs to the first half.
 
     coefficients   one row per model call: what each feature so far weighs in that call's negative. Column 2i is the
                    conditional prediction of call i, 2i + 1 its negative one, the last column the intercept.

@@ -1,15 +1,12 @@
-"""Damaged API workflows from seeds (tests/fuzz_api.py) on a real server: a tenth of the 700 that its own command makes,
-unless LORA_ENSEMBLE_FUZZ asks for another number."""
+"""Damaged API workflows from seeds (tests/fuzz_api.py) on a real server: a tenth of the 700 that its command makes."""
 
 from __future__ import annotations
-
-import os
 
 import pytest
 from lora_ensemble.tests.fuzz_api import Failure, Fuzz
 from lora_ensemble.tests.server import Server
 
-COUNT = 7 * int(os.environ.get("LORA_ENSEMBLE_FUZZ", "200")) // 20
+COUNT = 70
 SHARE = 35
 
 

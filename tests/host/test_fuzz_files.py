@@ -1,15 +1,12 @@
-"""Damaged files from seeds (tests/fuzz_files.py): a tenth of the 2 000 that its own command makes, unless
-LORA_ENSEMBLE_FUZZ asks for another number."""
+"""Damaged files from seeds (tests/fuzz_files.py): a tenth of the 2 000 that its own command makes."""
 
 from __future__ import annotations
-
-import os
 
 import pytest
 from lora_ensemble.host.files import parse
 from lora_ensemble.tests.fuzz_files import Fuzz
 
-COUNT = int(os.environ.get("LORA_ENSEMBLE_FUZZ", "200"))
+COUNT = 200
 SHARE = 20
 
 

@@ -28,7 +28,7 @@ from .guidance_tools import SD15, sample
 from .models import base
 from .test_calibration import STEPS, guide, paths
 
-COUNT = 3 * int(os.environ.get("LORA_ENSEMBLE_FUZZ", "200")) // 4
+COUNT = 150
 SHARE = 50
 
 

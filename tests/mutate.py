@@ -1,0 +1,257 @@
+"""Faults put into the code from a seed, and whether the tests see them.
+
+    COMFYUI_UNDER_TEST=PATH python run.py _with - lora_ensemble.tests.mutate --count 60
+
+Each fault is one small change of one line of kernels, methods, engine or host: a comparison turned, a sign, a constant
+off by one, a condition that always holds, a statement left out. It is made in a copy of this folder, where the tests
+run that import the changed file, the nearest first. A fault that no test sees is a gap, unless it changes nothing that
+could be seen: those that were shown to be so are in EQUIVALENT, with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+FLOORS = ("kernels", "methods", "engine", "host")
+TURNED = {ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">", ast.Eq: "!=", ast.NotEq: "==", ast.Is: "is not",
+          ast.IsNot: "is", ast.In: "not in", ast.NotIn: "in"}
+SIGNS = {ast.Add: "-", ast.Sub: "+", ast.Mult: "/", ast.Div: "*", ast.FloorDiv: "*", ast.Mod: "*"}
+SWAPPED = {"min": "max", "max": "min", "any": "all", "all": "any"}
+SAID = {"raise", "warning", "info", "debug", "tell", "_tell", "say", "append"}
+"""Statements that only say something are not left out."""
+VERDICTS = {True: "seen  ", False: "MISSED", None: "slow  "}
+EQUIVALENT: dict[tuple[str, str, str], str] = {}
+"""(file, what stood there, what stands there) -> why nobody could see a difference."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A change of a file: `start` to `end` of its text become `new`."""
+
+    path: Path
+    start: int
+    end: int
+    old: str
+    new: str
+    line: int
+
+    def __str__(self) -> str:
+        old, new = (" ".join(text.split())[:60] for text in (self.old, self.new or "(left out)"))
+        return f"{self.path.relative_to(ROOT).as_posix()}:{self.line}: {old} -> {new}"
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        return self.path.relative_to(ROOT).as_posix(), " ".join(self.old.split()), " ".join(self.new.split())
+
+
+def faults(path: Path) -> list[Fault]:
+    """All faults that are made in a file."""
+    text = path.read_text(encoding="utf-8")
+    starts = [0]
+    for line in text.splitlines(keepends=True):
+        starts.append(starts[-1] + len(line))
+    lines = text.splitlines()
+
+    def place(line: int, column: int) -> int:
+        return starts[line - 1] + len(lines[line - 1].encode()[:column].decode())
+
+    def span(node: ast.AST) -> tuple[int, int]:
+        return place(node.lineno, node.col_offset), place(node.end_lineno, node.end_col_offset)
+
+    return [Fault(path, start, end, text[start:end], new, node.lineno)
+            for node, (start, end, new) in _changes(ast.parse(text), span, text)]
+
+
+def _changes(tree: ast.AST, span, text: str) -> Iterator[tuple[ast.AST, tuple[int, int, str]]]:
+    silent = _said(tree)
+    for node in ast.walk(tree):
+        if id(node) in silent:
+            continue
+        if isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in TURNED:
+            yield node, (span(node.left)[1], span(node.comparators[0])[0], f" {TURNED[type(node.ops[0])]} ")
+        elif isinstance(node, ast.BinOp) and type(node.op) in SIGNS and not isinstance(node.left, ast.JoinedStr):
+            between = span(node.left)[1], span(node.right)[0]
+            if not set("()") & set(text[slice(*between)]):
+                yield node, (*between, f" {SIGNS[type(node.op)]} ")
+        elif isinstance(node, ast.BoolOp):
+            between = span(node.values[0])[1], span(node.values[1])[0]
+            if not set("()") & set(text[slice(*between)]):
+                yield node, (*between, " or " if isinstance(node.op, ast.And) else " and ")
+        elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not | ast.USub):
+            yield node, (span(node)[0], span(node.operand)[0], "")
+        elif isinstance(node, ast.Constant) and type(node.value) in (int, float, bool):
+            new = str(not node.value) if isinstance(node.value, bool) else str(node.value + 1)
+            yield node, (*span(node), new)
+        elif isinstance(node, ast.If | ast.IfExp):
+            yield node, (*span(node.test), "True")
+            yield node, (*span(node.test), "False")
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in SWAPPED:
+            yield node, (*span(node.func), SWAPPED[node.func.id])
+        elif isinstance(node, ast.AugAssign) or isinstance(node, ast.Expr) and not isinstance(node.value, ast.Constant):
+            yield node, (*span(node), "pass")
+
+
+def _said(tree: ast.AST) -> set[int]:
+    """Nodes of annotations, decorators, imports and messages: what no result depends on."""
+    silent: set[int] = set()
+
+    def all_of(node: ast.AST | None) -> None:
+        if node is not None:
+            silent.update(id(part) for part in ast.walk(node))
+
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            all_of(node.returns)
+            for argument in (*node.args.args, *node.args.kwonlyargs, *node.args.posonlyargs):
+                all_of(argument.annotation)
+            for decorator in node.decorator_list:
+                all_of(decorator)
+        elif isinstance(node, ast.AnnAssign):
+            all_of(node.annotation)
+        elif isinstance(node, ast.ClassDef):
+            for decorator in node.decorator_list:
+                all_of(decorator)
+        elif isinstance(node, ast.Raise | ast.JoinedStr | ast.ImportFrom | ast.Import) or _is_typing(node) or (
+                isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in SAID):
+            all_of(node)
+        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) \
+                and ast.unparse(node.value.func).split(".")[-1] in SAID:
+            silent.add(id(node))
+    return silent
+
+
+def _is_typing(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+
+
+# --- which tests see a file -----------------------------------------------------------------------------------------
+
+
+def imported(path: Path) -> set[Path]:
+    """The files of this folder that a file imports by name."""
+    out, package = set(), path.relative_to(ROOT).parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        parts = (node.module or "").split(".") if node.module else []
+        if node.level:
+            parts = [*package[:len(package) - node.level + 1], *parts]
+        elif parts[:1] == ["lora_ensemble"]:
+            parts = parts[1:]
+        else:
+            continue
+        names = [parts, *([*parts, alias.name] for alias in node.names)]
+        for name in names:
+            for file in (ROOT.joinpath(*name).with_suffix(".py") if name else ROOT / "__init__.py",
+                         ROOT.joinpath(*name, "__init__.py")):
+                if file.is_file():
+                    out.add(file)
+    return out
+
+
+def distances(changed: Path, graph: dict[Path, set[Path]]) -> dict[Path, int]:
+    """How many imports lie between each file and the changed one."""
+    found, edge, far = {changed: 0}, {changed}, 0
+    while edge:
+        far += 1
+        edge = {path for path, names in graph.items() if names & edge and path not in found}
+        found |= dict.fromkeys(edge, far)
+    return found
+
+
+def covering(changed: Path, graph: dict[Path, set[Path]], with_host: bool, most: int) -> list[str]:
+    """The test files that import a file, by the shortest way first; among equals those of its own name."""
+    far = distances(changed, graph)
+    tests = [path for path in far if path.name.startswith("test_") and (with_host or "host" not in path.parts)
+             and "server" not in path.stem]
+    tests.sort(key=lambda path: (changed.stem not in path.stem, far[path], "host" in path.parts, path.name))
+    return [path.relative_to(ROOT).as_posix() for path in tests[:most]]
+
+
+def seen(fault: Fault, folder: Path, tests: list[str], seconds: float) -> bool | None:
+    """Whether a test fails with the fault in the copy; None where the tests do not end in time."""
+    place = folder / fault.path.relative_to(ROOT)
+    text = place.read_text(encoding="utf-8")
+    place.write_text(text[:fault.start] + fault.new + text[fault.end:], encoding="utf-8")
+    command = [sys.executable, str(folder / "run.py"), "_with", "-", "pytest", "-q", "-x", "--no-header", "-p",
+               "no:cacheprovider"]
+    until = time.monotonic() + seconds
+    try:
+        for test in tests:  # one after the other: the nearest decides most of them, in its own time
+            run = subprocess.run([*command, test], cwd=folder, capture_output=True, timeout=until - time.monotonic(),
+                                 env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"})
+            if run.returncode not in (0, 5):  # 5: no test was chosen
+                return True
+        return False
+    except (subprocess.TimeoutExpired, ValueError):  # ValueError: no time is left for the next
+        return None
+    finally:
+        place.write_text(text, encoding="utf-8")
+
+
+def compiles(fault: Fault) -> bool:
+    text = fault.path.read_text(encoding="utf-8")
+    try:
+        ast.parse(text[:fault.start] + fault.new + text[fault.end:])
+    except SyntaxError:
+        return False
+    return True
+
+
+def chosen(count: int, seed: int) -> list[Fault]:
+    """Faults of all floors, each file as likely as it is long."""
+    dice = random.Random(seed)
+    every = [fault for floor in FLOORS for path in sorted((ROOT / floor).rglob("*.py")) for fault in faults(path)]
+    dice.shuffle(every)
+    out: list[Fault] = []
+    for fault in every:
+        if len(out) == count:
+            break
+        if compiles(fault) and fault.key not in EQUIVALENT:
+            out.append(fault)
+    return out
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=60)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--files", type=int, default=14, help="test files per fault, at most")
+    parser.add_argument("--seconds", type=float, default=1200, help="time that the tests of one fault have")
+    options = parser.parse_args()
+    with_host = bool(os.environ.get("COMFYUI_UNDER_TEST"))
+    sources = [path for top in (*FLOORS, "nodes", "testbed", "tests") for path in (ROOT / top).rglob("*.py")]
+    graph = {path: imported(path) for path in sources}
+    missed: list[Fault] = []
+    undecided = 0
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "pack"
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "__pycache__", "out", ".pytest_cache"))
+        for number, fault in enumerate(chosen(options.count, options.seed), 1):
+            began, tests = time.monotonic(), covering(fault.path, graph, with_host, options.files)
+            found = seen(fault, copy, tests, options.seconds) if tests else False
+            missed += [fault] if found is False else []
+            undecided += found is None
+            took = time.monotonic() - began
+            print(f"{number:3} {VERDICTS[found]} {took:4.0f} s  {fault}", flush=True)
+    for fault in missed:
+        print(f"missed: {fault}")
+    print(f"{options.count} faults of seed {options.seed}: {options.count - len(missed) - undecided} seen, "
+          f"{len(missed)} missed, {undecided} whose tests did not end in {options.seconds:g} s")
+    return int(len(missed) > options.count // 10)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""The faults that tests/mutate.py makes are faults, and the tests that it runs are those of the file."""
+
+from __future__ import annotations
+
+import ast
+
+import pytest
+from lora_ensemble.tests import mutate
+from lora_ensemble.tests.mutate import FLOORS, ROOT, Fault, chosen, compiles, covering, faults, imported, seen
+
+CODE = '''"""A file."""
+from typing import TYPE_CHECKING
+if TYPE_CHECKING:
+    import x
+
+
+def f(a: int = 1) -> int:
+    """A function."""
+    if a < 2 and not a:
+        raise ValueError("a" * 3)
+    b = -a + max(a, 1)
+    b *= 2
+    log.warning("b %d", b + 1)
+    return b
+'''
+
+
+def changed(tmp_path, monkeypatch) -> list[tuple[str, str]]:
+    monkeypatch.setattr(mutate, "ROOT", tmp_path)
+    path = tmp_path / "code.py"
+    path.write_text(CODE, encoding="utf-8")
+    assert all(compiles(fault) for fault in faults(path))
+    return sorted((fault.key[1], fault.key[2]) for fault in faults(path))
+
+
+def test_what_is_changed(tmp_path, monkeypatch):
+    """Nothing of texts, annotations and messages."""
+    assert changed(tmp_path, monkeypatch) == sorted([
+        ("1", "2"), ("1", "2"), ("2", "3"), ("2", "3"), ("<", "<="), ("and", "or"), ("not", ""), ("-", ""), ("+", "-"),
+        ("max", "min"), ("a < 2 and not a", "True"), ("a < 2 and not a", "False"), ("b *= 2", "pass")])
+
+
+def test_faults_of_a_seed_are_the_same_and_differ_from_what_was():
+    assert list(map(str, chosen(40, 3))) == list(map(str, chosen(40, 3))) != list(map(str, chosen(40, 4)))
+    assert {fault.path.relative_to(ROOT).parts[0] for fault in chosen(200, 0)} == set(FLOORS)
+    for fault in chosen(40, 5):
+        text = fault.path.read_text(encoding="utf-8")
+        assert text[fault.start:fault.end] == fault.old != fault.new
+        assert ast.dump(ast.parse(text)) != ast.dump(ast.parse(text[:fault.start] + fault.new + text[fault.end:]))
+
+
+def test_the_nearest_covering_a_file():
+    graph = {path: imported(path) for top in (*FLOORS, "nodes", "tests") for path in (ROOT / top).rglob("*.py")}
+    tests = covering(ROOT / "kernels" / "patches.py", graph, False, 5)
+    assert tests[0] == "tests/test_patches.py" and all("host" not in test for test in tests)
+    tests = covering(ROOT / "host" / "compose" / "weights.py", graph, True, 5)
+    assert tests[0] == "tests/host/test_weights.py" and not any("server" in test for test in tests)
+    assert len(tests) == 5
+
+
+@pytest.mark.parametrize(("new", "found"), [("+", False), ("-", True)])
+def test_a_fault_is_seen_by_a_test_that_fails(tmp_path, monkeypatch, new, found):
+    monkeypatch.setattr(mutate, "ROOT", tmp_path)
+    (tmp_path / "code.py").write_text("def f(a):\n    return a + 1\n", encoding="utf-8")
+    (tmp_path / "test_code.py").write_text("from code_of import f\n\ndef test_f():\n    assert f(1) == 2\n",
+                                           encoding="utf-8")
+    (tmp_path / "code_of.py").write_text("from importlib import util\nspec = util.spec_from_file_location('c', "
+                                         f"{str(tmp_path / 'code.py')!r})\nm = util.module_from_spec(spec)\n"
+                                         "spec.loader.exec_module(m)\nf = m.f\n", encoding="utf-8")
+    (tmp_path / "run.py").write_text("import runpy, sys\nsys.argv = sys.argv[3:]\n"
+                                     "runpy.run_module('pytest', run_name='__main__', alter_sys=True)\n",
+                                     encoding="utf-8")
+    at = len("def f(a):\n    return a ")
+    fault = Fault(tmp_path / "code.py", at, at + 1, "+", new, 2)
+    assert seen(fault, tmp_path, ["test_code.py"], 60) == found
+    assert (tmp_path / "code.py").read_text(encoding="utf-8").endswith("a + 1\n")
