@@ -51,7 +51,7 @@ def test_the_report_has_the_last_line_of_each_run(tmp_path, code):
     summary = Summary(figures={})
     program = f"print('a' * 9)\nprint('== 3 passed, 1 | 2 ==')\nprint()\nraise SystemExit({code})"
     assert summary.run("some tests at /comfy/0.33.0", [sys.executable, "-c", program]) == (code == 0)
-    write_report(summary, [host("0.33.0")], tmp_path / "REPORT.md")
+    write_report(summary, [host("0.33.0")], "--all", tmp_path / "REPORT.md")
     text = (tmp_path / "REPORT.md").read_text(encoding="utf-8")
     failed = " (FAILED, exit 3)" if code else ""
     assert f"| some tests | 3 passed, 1 / 2{failed} |" in text and "ComfyUI 0.33.0" in text and "/comfy" not in text

@@ -72,14 +72,16 @@ def _told(command: Sequence[str], env: dict[str, str]) -> tuple[int, str]:
     return process.returncode, last
 
 
-def write_report(summary: Summary, hosts: Sequence[Host], path: Path = ROOT / "tests" / "REPORT.md") -> None:
-    """What `run.py test --all` found, with what and when, as a page."""
+def write_report(summary: Summary, hosts: Sequence[Host], option: str,
+                 path: Path = ROOT / "tests" / "REPORT.md") -> None:
+    """What `run.py test` found with an option, with what and when, as a page."""
     commit = subprocess.run(["git", "log", "-1", "--format=%h"], cwd=ROOT, capture_output=True, text=True)
+    when = f"{datetime.date.today()}, commit {commit.stdout.strip() or 'unknown'}"
     versions = ", ".join(f"ComfyUI {host.version}" for host in hosts) or "no ComfyUI"
     lines = ["# What the tests found", "",
-             "Written by `python3 run.py test --all`. What each run does is said at the head of its file in `tests/`.",
-             "", f"{datetime.date.today()}, commit {commit.stdout.strip() or 'unknown'}, {platform.machine()} with "
-             f"{os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}; {versions}.", "",
+             f"Written by `python3 run.py test {option}`. What each run does is said at the head of its file in "
+             "`tests/`.", "", f"{when}, {platform.machine()} with {os.cpu_count()} cores, {platform.system()}, Python "
+             f"{platform.python_version()}; {versions}.", "",
              "| run | result |", "| --- | --- |"]
     for title, figure in (summary.figures or {}).items():
         lines.append(f"| {title.partition(' at ')[0]} | {figure.replace('|', '/')} |")
@@ -128,13 +130,14 @@ def deeper_runs(hosts: Sequence[Host]) -> Iterator[tuple[str, list[str], dict[st
 
 def run_test(options: argparse.Namespace) -> int:
     base, hosts = prepare(options)
-    summary = Summary(figures={} if options.all else None)
+    long = options.all or options.report
+    summary = Summary(figures={} if long else None)
     summary.run("ruff", [base, "-m", "ruff", "check", "."])
-    deeper = deeper_runs(hosts) if options.all else ()
-    for title, command, env in (*pytest_runs(base, hosts, options.all, options.rest), *deeper):
+    tests = () if options.report else pytest_runs(base, hosts, options.all, options.rest)
+    for title, command, env in (*tests, *(deeper_runs(hosts) if long else ())):
         summary.run(title, command, env)
-    if options.all:
-        write_report(summary, hosts)
+    if long:
+        write_report(summary, hosts, "--all" if options.all else "--report")
     if len({host.number for host in hosts}) > 1 and not options.all:
         summary.lines.append("  NOT RUN on the older releases: what does not touch their API; --all runs it as well")
     return summary.close(base, hosts)
@@ -189,6 +192,7 @@ def main(arguments: Sequence[str], description: str) -> int:
     parser.add_argument("--without-comfyui", action="store_true", help="use none, even if there is one")
     parser.add_argument("--all", action="store_true", help="test: every test on every ComfyUI, with all\n"
                         "damaged files, workflows and faults; hours; writes tests/REPORT.md")
+    parser.add_argument("--report", action="store_true", help="test: of --all the long runs alone, and the page")
     parser.add_argument("--sets", help="bench: also the quality of so many LoRA sets (480 are all)")
     parser.add_argument("--as-it-is", action="store_true", help="bench: with this interpreter, making no environment")
     parser.add_argument("--device", default="cpu", help="bench: cpu (default) or cuda")
