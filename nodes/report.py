@@ -20,8 +20,8 @@ class LoRAEnsembleReport(io.ComfyNode):
         return schema(
             node_id="LoRAEnsembleReport",
             display_name="Ensemble Report",
-            description="Shows where in the picture each LoRA acted, which of its words were found in the prompt, and "
-            "what the run did: steps, evaluations, and whatever could not be done as asked.",
+            description="Shows who led at each step, where in the picture each LoRA acted, which of its words were "
+            "found in the prompt, what guidance and caches saved, and whatever could not be done as asked.",
             search_aliases=["lora map", "attention map", "lora mask preview", "debug lora", "visualize lora"],
             inputs=[
                 io.Model.Input("model", tooltip="The MODEL that was sampled: the one that the sampler node got."),
@@ -41,7 +41,8 @@ class LoRAEnsembleReport(io.ComfyNode):
                 io.Latent.Output(display_name="LATENT", tooltip="The latent as it came."),
                 io.Image.Output(
                     display_name="IMAGE",
-                    tooltip="A map for each LoRA and picture, bright where it acts, with the words that were found.",
+                    tooltip="Who led at each step, what was saved, and a map for each LoRA and picture, bright where "
+                    "it acts, with the words that were found.",
                 ),
                 io.String.Output(display_name="text", tooltip="The record of the run as JSON text."),
             ],

@@ -23,8 +23,9 @@ from .workflows import EXAMPLES, Prompt, find, load, on_testbed
 
 PICTURES = {"leave_one_out": ("sd15_leave_one_out", "LoRAEnsembleLeaveOneOut", 0),
             "spectrum": ("sd15_spectrum", "LoRAEnsembleSpectrum", 0),
-            "layer_map": ("sdxl_k_lora", "LoRAEnsembleLayerMap", 0)}
-"""Name -> (example workflow, the node that draws it, which of its outputs)."""
+            "layer_map": ("sdxl_k_lora", "LoRAEnsembleLayerMap", 0),
+            "report": ("sdxl_cmlora", "LoRAEnsembleReport", 1)}
+"""Name -> (example workflow, the node that draws it, which of its outputs). A workflow without it gets a report."""
 COLOURS = 256
 
 
@@ -36,6 +37,10 @@ def small(file: bytes) -> Image.Image:
 
 def drawn(server: Server, prompt: Prompt, node: str, output: int) -> bytes:
     """What a node puts out, as a file, and nothing else of its workflow."""
+    if not find(prompt, node):
+        (sampler,) = find(prompt, "KSampler")
+        prompt["report"] = {"class_type": node, "inputs": {"model": prompt[sampler]["inputs"]["model"],
+                                                           "latent": [sampler, 0]}}
     (drawer,) = find(prompt, node)
     prompt = {key: each for key, each in prompt.items() if each["class_type"] not in ("SaveImage", "PreviewImage")}
     prompt["save"] = {"class_type": "SaveImage", "inputs": {"images": [drawer, output], "filename_prefix": "sheet"}}

@@ -11,10 +11,13 @@ from PIL import Image
 from torch import Tensor
 
 from ...engine.record import RunRecord
+from ...methods.guidance.record import GuidanceRecord
 from ..compose.composition import KEY, Placed, places_of, record_of
+from ..guidance.apply import guidance_record_of
 from .heat import overlay
 from .letters import labels
 from .sheet import Block, Cell, Pictures, Text, as_image, sheet
+from .story import NAMES, charts, costs_of
 from .theme import LIGHT, Theme
 
 COLUMNS, CELLS, PROBLEMS, SIDE = 4, 24, 8, 480
@@ -54,24 +57,27 @@ def report(model, images: Tensor | None = None, theme: Theme = LIGHT) -> tuple[T
     images   [pictures or all of their frames, height, width, 3], to lay maps over
 
     The text is `RunRecord.as_dict`, with `words`: per method that confines its LoRAs and has looked for words, what was
-    found of each LoRA's in each prompt. Where there was no run, both say so.
+    found of each LoRA's in each prompt; with `evaluations`, of which some were saved (`Costs.as_dict`); and with
+    `guidance`, what adaptive guidance did. Where there was no run, both say so.
     """
-    record, places = record_of(model), places_of(model)
-    if record is None:
+    record, places, guidance = record_of(model), places_of(model), guidance_record_of(model)
+    if record is None and guidance is None:
         reason = NEVER if model.get_attachment(KEY) is not None else WITHOUT
         return as_image(draw(None, [], reason, theme)), json.dumps({"problems": [reason]})
     sections = [(f"Where the LoRAs acted at the end of the run ({len(placed.names)} LoRAs)", maps_of(placed, images))
                 for placed in places]
-    return as_image(draw(record, sections, "" if sections else NOWHERE, theme)), as_json(record, places)
+    return (as_image(draw(record, sections, "" if sections or record is None else NOWHERE, theme, guidance)),
+            as_json(record, places, guidance))
 
 
-def as_json(record: RunRecord, places: Sequence[Placed]) -> str:
+def as_json(record: RunRecord | None, places: Sequence[Placed], guidance: GuidanceRecord | None = None) -> str:
     """The record and the words that were found, one step per line and names in their own letters."""
-    found = record.as_dict()
+    found = record.as_dict() if record is not None else {"steps": []}
     steps = ",\n  ".join(json.dumps(step) for step in found.pop("steps"))
-    words = [list(placed.found) for placed in places]
+    more = {"words": [list(placed.found) for placed in places], "evaluations": costs_of(record, guidance).as_dict(),
+            "guidance": guidance.as_dict() if guidance is not None else None}
     rest = ",\n ".join(f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}"
-                       for key, value in {**found, "words": words}.items())
+                       for key, value in {**found, **more}.items())
     return f'{{{rest},\n "steps": [\n  {steps}\n]}}'
 
 
@@ -94,10 +100,11 @@ def maps_of(placed: Placed, images: Tensor | None = None) -> list[Cell]:
 
 
 def draw(record: RunRecord | None, sections: Sequence[tuple[str, Sequence[Map]]], message: str = "",
-         theme: Theme = LIGHT) -> Image.Image:
-    """The sheet: what was run, a section of maps per method, what was chosen for it, and what could not be done as
-    asked. At most CELLS maps are drawn, and it says how many are not."""
-    left, blocks = CELLS, [Text(message)] if message else []
+         theme: Theme = LIGHT, guidance: GuidanceRecord | None = None) -> Image.Image:
+    """The sheet: what was run and how it went, a section of maps per method, what was chosen for it, and what could not
+    be done as asked. At most CELLS maps are drawn, and it says how many are not."""
+    left, blocks = CELLS, [] if record is None and guidance is None else charts(record, guidance, theme)
+    blocks += [Text(message)] if message else []
     for title, maps in sections:
         shown = list(maps[:left])
         left -= len(shown)
@@ -105,11 +112,15 @@ def draw(record: RunRecord | None, sections: Sequence[tuple[str, Sequence[Map]]]
         blocks += _pictures(title + cut, shown)
     if record is not None and record.chosen:
         blocks.append(Text("\n".join(f"- {line}" for line in record.chosen), "Chosen by the number of steps", most=2))
-    told = record.problems if record is not None else []
+    told = [*(record.problems if record is not None else ()), *(guidance.problems if guidance is not None else ())]
     notes = [f"- {problem}" for problem in told[:PROBLEMS]]
     notes += [f"- and {len(told) - PROBLEMS} more in the text"] if len(told) > PROBLEMS else []
     blocks += [Text("\n".join(notes), "What was not done as asked", most=2)] if notes else []
-    return sheet(blocks, "Ensemble Report", _run(record) if record is not None else "", theme)
+    why = record.reasons if record is not None else []
+    blocks += [Text("\n".join(f"- {line}" for line in why), "Why this method", most=2)] if why else []
+    about = [_run(record)] if record is not None else []
+    about += [guidance.policy] if guidance is not None else []
+    return sheet(blocks, "Ensemble Report", "; ".join(about), theme)
 
 
 def _pictures(title: str, maps: Sequence[Map]) -> list[Block]:
@@ -133,9 +144,9 @@ def _cell(one: Map) -> Cell:
 def _run(record: RunRecord) -> str:
     """One line about the whole run."""
     calls, rows = (sum(getattr(step, name) for step in record.steps) for name in ("calls", "rows"))
-    methods = ", ".join(record.methods) or "no method"
+    methods = ", ".join(NAMES.get(name, name) for name in record.methods) or "no method"
     ended = "" if record.finished else "; the run did not finish"
-    return f"{methods}: {len(record.steps)} steps, {rows} predictions in {calls} evaluations of the model{ended}"
+    return f"{methods}: {len(record.steps)} steps, {rows} evaluations in {calls} calls of the model{ended}"
 
 
 def _words(placed: Placed, i: int, maps: Tensor) -> str:

@@ -8,18 +8,27 @@ import numpy as np
 import pytest
 import torch
 from lora_ensemble.engine.record import RunRecord
-from lora_ensemble.host.compose.apply import apply_method
+from lora_ensemble.host.compose.apply import apply_method, with_cache
+from lora_ensemble.host.compose.cache import CacheSpec
 from lora_ensemble.host.compose.composition import Placed, places_of, record_of
 from lora_ensemble.host.files.ensemble import Mask
 from lora_ensemble.host.look.heat import COVER, GREY, RAMP, coloured, overlay
 from lora_ensemble.host.look.report import CELLS, NEVER, NOWHERE, PROBLEMS, WITHOUT, draw, maps_of
 from lora_ensemble.host.look.sheet import WIDTH
+from lora_ensemble.host.look.story import charts, says
+from lora_ensemble.methods.cmlora import CMLoRA
+from lora_ensemble.methods.composite import Composite
+from lora_ensemble.methods.loratorio import LoRAtorio
+from lora_ensemble.methods.merge import Merge
+from lora_ensemble.methods.schedule import Uniform
 from lora_ensemble.methods.switch import Switch
+from lora_ensemble.nodes.klora import LoRAEnsembleKLoRA
 from lora_ensemble.nodes.report import LoRAEnsembleReport
 from PIL import ImageDraw
 
-from .builders import composite, plain, sample
+from .builders import composite, method, plain, sample, three
 from .models import base
+from .test_leave_one_out import adaptive
 from .test_routed import HALF, prompt, routed, specs
 
 HOT, COLD = ((COVER * np.array(RAMP[k]) + (1 - COVER) * GREY).round() for k in (-1, 0))
@@ -140,7 +149,9 @@ def test_a_run_with_words(loras):
     found = json.loads(text)
     assert found["finished"] is True and found["problems"] == [] and found["methods"] == ["Merge"]
     assert [each["words"] for each in found["words"][0]] == [["ohwx cat"], ["sks dog"]]
-    assert {key: value for key, value in found.items() if key != "words"} == record_of(ours).as_dict()
+    assert found["evaluations"]["plain"] == found["evaluations"]["whole"] and found["guidance"] is None
+    more = ("words", "evaluations", "guidance")
+    assert {key: value for key, value in found.items() if key not in more} == record_of(ours).as_dict()
     assert LoRAEnsembleReport.execute(ours, latent).args[1].shape == image.shape
 
 
@@ -167,3 +178,56 @@ def test_nothing_to_show_is_a_picture_and_a_text(case, loras):
     found = json.loads(text)
     wanted = {"never": [NEVER], "without": [WITHOUT], "nowhere": []}[case]
     assert found["problems"] == wanted and (NOWHERE and found.get("words") == ([] if case == "nowhere" else None))
+
+
+# --- the story of a run ---
+
+
+@pytest.mark.parametrize("make", [Composite, lambda s: CMLoRA(s, ("subject",) * 3), Merge,
+                                  lambda s: Switch(s, 3)],
+                         ids=["composite", "cmlora", "merge", "switch"])
+def test_what_was_saved_is_told_against_the_plain_way(make, loras):
+    """The slow reference: the same method sampled without a cache and with full guidance."""
+    model, steps = base("SD15"), 6
+    plainly = method(model, three(model, loras), make)
+    sample(plainly, steps=steps, batch=2)
+    plain_rows = sum(step.rows for step in record_of(plainly).steps)
+    ours = with_cache(adaptive(plainly), CacheSpec(schedule=Uniform(2)))
+    sample(ours, steps=steps, batch=2)
+    told = json.loads(LoRAEnsembleReport.execute(ours, LATENT).args[2])
+    costs = told["evaluations"]
+    assert costs["plain"] == plain_rows and costs["whole"] + costs["cached"] == sum(s["rows"] for s in told["steps"])
+    assert costs["left_out"] > 0 and costs["cached"] > 0
+    assert costs["saved"] == pytest.approx(costs["left_out"] / plain_rows, abs=1e-4)
+    assert told["guidance"]["steps"][-1]["negative"] == 0
+
+
+def test_guidance_alone_has_a_report():
+    model = adaptive(base("SD15"))
+    sample(model, steps=4)
+    _, image, text = LoRAEnsembleReport.execute(model, LATENT).args
+    told = json.loads(text)
+    assert told["steps"] == [] and told["evaluations"]["plain"] == told["guidance"]["full"] == 8
+    assert told["evaluations"]["left_out"] > 0 and image.shape[1] > 300
+
+
+@pytest.mark.parametrize("kind", ["LoRAtorio", "K-LoRA", "CMLoRA"])
+def test_who_led_is_what_the_method_says(kind, loras):
+    model = base("SD15")
+    ensemble = three(model, loras)
+    if kind == "K-LoRA":
+        ours = LoRAEnsembleKLoRA.execute(model, ensemble, 1.5, -1.0, "s", "paper", 0, "as applied").args[0]
+    else:
+        ours = method(model, ensemble, LoRAtorio if kind == "LoRAtorio" else lambda s: CMLoRA(s, ("subject",) * 3))
+    sample(ours, steps=4)
+    record, shares = record_of(ours), np.array(says(record_of(ours), 0))
+    assert shares.shape == (3, 4) and np.allclose(shares.sum(axis=0), 1)
+    (notes,) = {name for step in record.steps for name in step.notes}
+    for k, step in enumerate(record.steps):
+        said = step.notes[notes]
+        if kind == "CMLoRA":
+            assert shares[:, k].argmax() == said["led"] or said["weight"] <= 1
+        else:
+            given = np.array(said["layers" if kind == "K-LoRA" else "weights"], dtype=float)
+            assert np.allclose(shares[:, k], given / given.sum())
+    assert len(charts(record, None)) == 2

@@ -1,0 +1,208 @@
+"""What a run did, step by step, in numbers and as charts: who led, how old cached features were, what guidance saw, and
+what was evaluated and saved."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ...engine.record import RunRecord, StepRecord
+from ...methods.guidance.record import GuidanceRecord
+from .chart import HeatRows, Lines, Series, Stack
+from .letters import labels
+from .sheet import Beside, Block, Figures
+from .theme import BLUE, LIGHT, SKY, Theme
+
+CURVES = 6
+"""Pictures that have a curve of their own; of more there are mean and range."""
+HEADS = {"Switch": "Whose turn it was", "CMLoRA": "Say of each LoRA; the leader has the most",
+         "LoRAtorio": "Weight of each LoRA, averaged over the picture", "KLoRA": "Layers of each LoRA",
+         "ESTLoRA": "Layers of each LoRA"}
+NAMES = {"KLoRA": "K-LoRA", "ESTLoRA": "EST-LoRA"}
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Evaluations (of one picture on one side of guidance under one branch) per step.
+
+    whole      made in whole
+    cached     made on cached features of their deep layers
+    left_out   negatives that guidance did without
+    """
+
+    whole: list[float]
+    cached: list[float]
+    left_out: list[float]
+
+    @property
+    def plain(self) -> float:
+        """What the same method takes without cache and with guidance at every step."""
+        return sum(self.whole) + sum(self.cached) + sum(self.left_out)
+
+    @property
+    def saved(self) -> float:
+        """The share of these that were not made at all, 0 to 1; those on cached features cost a part of a whole one."""
+        return sum(self.left_out) / self.plain if self.plain else 0.0
+
+    def as_dict(self) -> dict[str, float]:
+        return {"whole": round(sum(self.whole)), "cached": round(sum(self.cached)),
+                "left_out": round(sum(self.left_out)), "plain": round(self.plain), "saved": round(self.saved, 4)}
+
+
+def costs_of(record: RunRecord | None, guidance: GuidanceRecord | None) -> Costs:
+    """From the record of methods, of guidance, or of both of one run."""
+    guided = {step.index: step for step in guidance.steps} if guidance is not None else {}
+    conditional = sum(step.rows for step in guided.values())
+    negatives = (guidance.full - conditional) / conditional if conditional else 0.0  # of a picture
+    if record is None:
+        return Costs([step.rows + step.negative for step in guided.values()], [0] * len(guided),
+                     [step.rows * negatives - step.negative for step in guided.values()])
+    whole, cached, left_out = [], [], []
+    for step in record.steps:
+        reused = _cache(step).get("reused", 0)
+        whole.append(step.rows - reused)
+        cached.append(reused)
+        seen = guided.get(step.index)
+        each = step.rows / max(seen.rows + seen.negative, 1) if seen is not None else 0.0  # branches
+        left_out.append(max(each * (seen.rows * negatives - seen.negative), 0.0) if seen is not None else 0.0)
+    return Costs(whole, cached, left_out)
+
+
+def says(record: RunRecord, k: int) -> list[list[float]]:
+    """Per LoRA of the k-th method the share of the say that it had in each step: its weight, its layers, or its part of
+    the strengths, whichever the method goes by. Of all LoRAs together 1 or, where none acted, 0."""
+    count, kind = len(record.adapters[k]), record.methods[k]
+    name = f"{kind} {k + 1}" if kind in record.methods[:k] else kind
+    steps = [_say(step, k, count, step.notes.get(name) or {}) for step in record.steps]
+    return [[step[i] for step in steps] for i in range(count)]
+
+
+def _say(step: StepRecord, k: int, count: int, notes: dict) -> list[float]:
+    acting = [[abs(gain) for gain in branch[k]] for branch in step.branches]
+    if "layers" in notes:
+        return _normal(notes["layers"])
+    if notes.get("weights"):
+        weights = notes["weights"][0] if isinstance(notes["weights"][0], list) else notes["weights"]
+        found = dict(zip(notes["active"], weights, strict=False))
+        return _normal([found.get(i, 0.0) for i in range(count)])
+    if "led" in notes:
+        open_ = [any(branch[i] for branch in acting) for i in range(count)]
+        return _normal([(notes["weight"] if i == notes["led"] else 1.0) * open_[i] for i in range(count)])
+    parts = [_normal(branch) for branch in acting]
+    return _normal([sum(part[i] for part in parts) for i in range(count)])
+
+
+def _normal(values: Sequence[float]) -> list[float]:
+    total = sum(values)
+    return [value / total if total else 0.0 for value in values]
+
+
+def charts(record: RunRecord | None, guidance: GuidanceRecord | None, theme: Theme = LIGHT) -> list[Block]:
+    """The story of a run, as far as there is something to tell."""
+    costs = costs_of(record, guidance)
+    blocks: list[Block] = [_figures(record, guidance, costs)]
+    for k, kind in enumerate(record.methods if record is not None else ()):
+        blocks += _leaders(record, k, kind)
+    pair = [*_guidance(guidance), *_costs(costs, theme)]
+    blocks += [Beside(pair)] if len(pair) > 1 else pair
+    return [*blocks, *_places(record), *_ages(record)]
+
+
+def _figures(record: RunRecord | None, guidance: GuidanceRecord | None, costs: Costs) -> Block:
+    steps = len(record.steps if record is not None else guidance.steps)
+    figures = [(str(steps), "steps"), (f"{sum(costs.whole):.0f}", "evaluations in whole")]
+    if sum(costs.cached):
+        figures.append((f"{sum(costs.cached):.0f}", "more on cached features"))
+    if costs.saved > 0.0005:
+        figures.append((f"{100 * costs.saved:.0f} %", f"left out of {costs.plain:.0f} in the plain way"))
+    if record is not None:
+        seconds = sum(step.seconds for step in record.steps)
+        figures.append((f"{seconds:.1f} s", f"{seconds / max(steps, 1):.2f} s per step"))
+    return Figures(figures)
+
+
+def _leaders(record: RunRecord, k: int, kind: str) -> list[Block]:
+    """Nothing for a method that gives all LoRAs the same in every step."""
+    shares = says(record, k)
+    if all(len(set(each)) <= 1 for each in shares) and kind not in HEADS:
+        return []
+    name = NAMES.get(kind, kind)
+    return [Stack(f"{HEADS.get(kind, 'Strength of each LoRA')} ({name})",
+                  [Series(one, each) for one, each in zip(labels(record.adapters[k]), shares, strict=True)],
+                  tall=90 if kind == "Switch" else 150)]
+
+
+def _guidance(guidance: GuidanceRecord | None) -> list[Block]:
+    if guidance is None or not guidance.steps:
+        return []
+    pictures = max(len(step.gamma) for step in guidance.steps)
+    curves = [[step.gamma[i] if i < len(step.gamma) else None for step in guidance.steps] for i in range(pictures)]
+    known = [[value for value in column if value is not None] for column in zip(*curves, strict=True)]
+    if not any(known):
+        return []
+    if pictures > CURVES:
+        lines = [Series(f"mean of {pictures} pictures", [sum(each) / len(each) if each else None for each in known])]
+    else:
+        lines = [Series(f"picture {i + 1}" if pictures > 1 else "similarity", curve) for i, curve in enumerate(curves)]
+    negative = [step.negative / step.rows if step.rows else 0.0 for step in guidance.steps]
+    off = switch_of(guidance)
+    switch = "" if off is None else f"; the negative is off from step {off + 1}"
+    return [Lines(f"Similarity of the two sides of guidance{switch}", lines, lowest=None,
+                  behind=Series("negatives that were evaluated", negative))]
+
+
+def switch_of(guidance: GuidanceRecord) -> int | None:
+    """The step from which on no picture had a negative, neither evaluated nor predicted; None: there is none."""
+    guided = [step.index for step in guidance.steps if step.negative or step.predicted]
+    rest = [step.index for step in guidance.steps if not guided or step.index > guided[-1]]
+    return min(rest, default=None)
+
+
+def _costs(costs: Costs, theme: Theme) -> list[Block]:
+    """Nothing where every evaluation was whole."""
+    if not sum(costs.cached) and sum(costs.left_out) < 0.5:
+        return []
+    layers = [Series("in whole", costs.whole, BLUE), Series("on cached features", costs.cached, SKY),
+              Series("left out by guidance", costs.left_out, theme.grid)]
+    return [Stack("Evaluations", [each for each in layers if sum(each.values)], highest=None, marks=None)]
+
+
+def _places(record: RunRecord | None) -> list[Block]:
+    """How much of the picture LoRAs had that are confined by their words."""
+    out = []
+    for k, kind in enumerate(record.methods if record is not None else ()):
+        name = f"{kind} {k + 1}" if kind in record.methods[:k] else kind
+        found = [(step.notes.get(name) or {}).get("places") for step in record.steps]
+        if any(found):
+            called = labels(record.adapters[k])
+            lines = [Series(one, [None if each is None else each[i] for each in found])
+                     for i, one in enumerate(called)]
+            out.append(Lines("Share of the picture that each LoRA acts on", lines, highest=1.0, tall=120,
+                             marks=((0, "0 %"), (0.5, "50 %"), (1, "100 %"))))
+    return out
+
+
+def _ages(record: RunRecord | None) -> list[Block]:
+    ages = [_cache(step).get("ages") or [] for step in record.steps] if record is not None else []
+    if not any(any(each) for each in ages):
+        return []
+    branches: dict[str, list[int | None]] = {}
+    for number, (step, each) in enumerate(zip(record.steps, ages, strict=True)):
+        for k, age in enumerate(each):
+            name = _branch(record, step.branches[k]) if len(each) == len(step.branches) else f"branch {k + 1}"
+            branches.setdefault(name, [None] * len(ages))[number] = age
+    oldest = max(max(each, default=0) for each in ages)
+    return [HeatRows("Age of the deep features that were used", [Series(*each) for each in branches.items()],
+                     highest=oldest, ends=("made anew", f"{oldest} step{'s' * (oldest > 1)} old"))]
+
+
+def _branch(record: RunRecord, gains: Sequence[Sequence[float]]) -> str:
+    """A branch by the LoRAs that act in it."""
+    acting = [name for names, each in zip(record.adapters, gains, strict=True)
+              for name, gain in zip(labels(names), each, strict=True) if gain]
+    every = sum(map(len, record.adapters))
+    return "base model" if not acting else "all LoRAs" if len(acting) == every > 1 else " + ".join(acting)
+
+
+def _cache(step: StepRecord) -> dict:
+    return step.notes.get("cache") or {}
