@@ -37,8 +37,10 @@ class RunContext:
     gains    per step and LoRA: the share of its strength that its window in time lets act, 0 where that is shut
              (windows.py); (): all of it in every step. Whoever evaluates branches multiplies by them; a method has to
              know who is there
+    shares   per LoRA: how much the prompt says by its words, 1 - cos(E(prompt), E(prompt without them)), for methods
+             that ask; (): not known
 
-    `times`, `span`, `masks` and `gains` are known to composition methods alone; to guidance alone:
+    `times`, `span`, `masks`, `gains` and `shares` are known to composition methods alone; to guidance alone:
 
     sampler      name of the sampler's function, with its options where it has any
     cfg          scale of guidance; None where a guider has no single one
@@ -50,6 +52,7 @@ class RunContext:
     shape: tuple[int, ...] = ()
     masks: tuple[Tensor | None, ...] = ()
     gains: tuple[tuple[float, ...], ...] = ()
+    shares: tuple[float, ...] = ()
     span: tuple[float, float] = (0.0, 1.0)
     sampler: str = ""
     cfg: float | None = None

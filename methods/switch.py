@@ -27,6 +27,8 @@ class Switch:
     last            the adapter that has the last steps, a tenth of the run, whosever turn they were; None: none. The
                     tail of W-Switch (arXiv 2606.03792), there 5 steps of the character's. Ours: it leaves each adapter
                     one turn
+    by_prompt       turns as long as the prompt says something by each adapter's words, as W-Switch has them: adapter i
+                    acts for max(1, round(tau w_i / max w)) steps, w_i = `RunContext.shares`
 
     Ours, where LoRAs have windows in time: see `turns`.
     """
@@ -38,6 +40,7 @@ class Switch:
     order: tuple[int, ...] | None = None
     late: bool = False
     last: int | None = None
+    by_prompt: bool = False
 
     def __post_init__(self) -> None:
         if self.steps_per_lora < 0:
@@ -59,23 +62,31 @@ class Switch:
         """tau in a run of so many steps."""
         return self.steps_per_lora or own_turn(total - self.tail(total), len(self.strengths))
 
+    def lengths(self, total: int, shares: Sequence[float] = ()) -> tuple[int, ...]:
+        """Steps of each adapter's turn. Without shares all have the same."""
+        tau, most = self.turn(total), max(shares, default=0.0)
+        if not self.by_prompt or most <= 0:
+            return (tau,) * len(self.strengths)
+        return tuple(max(1, round(tau * share / most)) for share in shares)
+
     def active(self, step: Step) -> int:
-        """The adapter whose turn it is at a step."""
+        """The adapter whose turn it is at a step, all turns being of one length."""
         if step.index >= step.total - self.tail(step.total):
             return self.last
         order = self.order or tuple(range(len(self.strengths)))
         index = max(step.index - 1, 0) if self.late else step.index
         return order[index // self.turn(step.total) % len(order)]
 
-    def turns(self, open_at: Sequence[Sequence[int]]) -> list[int | None]:
-        """Whose turn each step is, where not all may act at all steps. A turn ends after tau steps or when the window
+    def turns(self, open_at: Sequence[Sequence[int]], shares: Sequence[float] = ()) -> list[int | None]:
+        """Whose turn each step is, where not all may act at all steps. A turn ends after its steps or when the window
         of its adapter shuts, and goes on to the next in order whose window is open; None where none is. Where all are
-        open this is `active`.
+        open and turns of one length this is `active`.
 
         open_at   per step, the adapters whose windows are open
+        shares    as `RunContext.shares`
         """
         total = len(open_at)
-        order, tau = self.order or tuple(range(len(self.strengths))), self.turn(total)
+        order, lengths = self.order or tuple(range(len(self.strengths))), self.lengths(total, shares)
         out: list[int | None] = []
         place, left = -1, 0
         for j, may in enumerate(open_at):
@@ -84,8 +95,8 @@ class Switch:
                 continue
             if not left or order[place] not in may:
                 following = [(place + k) % len(order) for k in range(1, len(order) + 1)]
-                left = tau + (self.late and place < 0)
-                place = next((p for p in following if order[p] in may), place)
+                first, place = place < 0, next((p for p in following if order[p] in may), place)
+                left = lengths[order[place]] + (self.late and first)
             out.append(order[place] if may else None)
             left = left - 1 if may else 0
         return out
@@ -112,8 +123,9 @@ class SwitchSession(PlainSession):
 
     def __init__(self, method: Switch, context: RunContext):
         super().__init__(method)
-        self._total, count = context.total, len(method.strengths)
-        self._turns = method.turns([context.open(index, count) for index in range(context.total)]) if count else []
+        self._total, self._shares, count = context.total, context.shares, len(method.strengths)
+        open_at = [context.open(index, count) for index in range(context.total)]
+        self._turns = method.turns(open_at, context.shares) if count else []
 
     def branches(self, step: Step) -> tuple[Branch, ...]:
         """The adapter whose turn it is; the base model where no window is open."""
@@ -126,8 +138,17 @@ class SwitchSession(PlainSession):
         method, out = self.method, []
         if not method.steps_per_lora:
             out.append(f"{self._total} steps, {len(names)} LoRAs: steps_per_lora is {method.turn(self._total)}")
+        if method.by_prompt and self._shares:
+            out.append("turns by the prompt: " + ", ".join(f"{name} {length}" for name, length in zip(
+                names, method.lengths(self._total, self._shares), strict=True)))
         if method.last is not None:
             count = method.tail(self._total)
             out.append(f"the last {count} step{'s are' if count > 1 else ' is'} those of LoRA '{names[method.last]}'"
                        if count else f"{self._total} steps leave none at the end for LoRA '{names[method.last]}' alone")
         return out
+
+    def missed(self, names: Sequence[str]) -> list[str]:
+        """Turns by a prompt that does not say what it would be without words."""
+        return [] if not self.method.by_prompt or any(self._shares) else [
+            "turns have one length: no prompt says what it would be without a LoRA's words. Connect clip, encode the "
+            "prompts with the CLIP of this node, and use the LoRAs' words in them"]

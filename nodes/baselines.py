@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 MODES = ["runtime", "baked"]
 TURNS = ["paper", "released code"]
 ENDINGS = ["in turn", "subject"]
+LENGTHS = ["equal", "by the prompt"]
 
 
 class LoRAEnsembleMerge(io.ComfyNode):
@@ -101,6 +102,14 @@ class LoRAEnsembleSwitch(io.ComfyNode):
                     "least, goes to the character (without one to clothing or an object, else to the LoRA whose turn "
                     "is first), which keeps faces and details. No LoRA loses its only turn by it.",
                 ),
+                io.Combo.Input(
+                    "lengths",
+                    options=LENGTHS,
+                    default="equal",
+                    optional=True,
+                    tooltip="equal: all turns last steps_per_lora steps. by the prompt: turns of LoRAs whose words "
+                    "change little of what the prompt says are shorter; encode the prompt with the CLIP of this node.",
+                ),
             ],
         )
 
@@ -124,15 +133,17 @@ class LoRAEnsembleSwitch(io.ComfyNode):
         clip: CLIP | None = None,
         place: str = "masks",
         ending: str = "in turn",
+        lengths: str = "equal",
     ) -> io.NodeOutput:
         check_numbers(cls, steps_per_lora=steps_per_lora)
         late = chosen(turns, TURNS, "Switch LoRAs: turns") == "released code"
+        by_prompt = chosen(lengths, LENGTHS, "Switch LoRAs: lengths") == "by the prompt"
         ends = chosen(ending, ENDINGS, "Switch LoRAs: ending") == "subject"
 
         def switch(active: Active) -> Switch:
             own = turns_of(order, ensemble, active.specs)
             last = main_subject(active.roles, own) if ends else None
-            return Switch(active.strengths, steps_per_lora, own, late, last)
+            return Switch(active.strengths, steps_per_lora, own, late, last, by_prompt)
 
         return io.NodeOutput(*apply_method(model, clip, ensemble, switch, node="Switch LoRAs",
                                            placing=placing(place, "Switch LoRAs")))

@@ -15,7 +15,7 @@ _GUIDANCE = {"space", "decision", "min_guided_steps", "ramp_steps", "read_back",
 _ADVANCED = {
     "LoRA": {"start", "end", "fade"},
     "Routed": {"start", "blocks"},
-    "Switch": {"turns", "ending"},
+    "Switch": {"turns", "ending", "lengths"},
     "CMLoRA": {"boundary", "threshold", "dominance", "decay", "c1", "c2", "dominant_full", "steps_per_lora"},
     "LoRAtorio": {"temperature_unit", "upsampling", "similarity", "selection", "recheck_every", "reweigh_every"},
     "KLoRA": {"beta", "gamma", "k", "deltas"},

@@ -76,6 +76,28 @@ def test_the_last_steps_and_windows():
     assert acting(session, Step(19, 20, 1.0)) == 1
 
 
+@pytest.mark.parametrize(("total", "tau", "shares", "lengths"), [
+    (50, 0, (0.4, 0.2, 0.1), (5, 2, 1)), (50, 0, (0.0, 0.3, 0.3), (1, 5, 5)), (20, 0, (0.1, 0.2, 0.2), (2, 3, 3)),
+    (8, 0, (0.4, 0.2, 0.1), (1, 1, 1)), (4, 3, (0.4, 0.2, 0.1), (3, 2, 1)), (50, 6, (0.1, 0.1, 0.1), (6, 6, 6)),
+    (50, 0, (), (5, 5, 5)), (50, 0, (0.0, 0.0, 0.0), (5, 5, 5))])
+def test_turns_by_the_prompt(total, tau, shares, lengths):
+    """n_i = max(1, round(tau w_i / max w)), turn after turn; equal where nothing is known of the prompt."""
+    method = Switch((1.0,) * 3, tau, by_prompt=True)
+    assert method.lengths(total, shares) == lengths
+    session = begin(method, context(total, shares=shares))
+    circle = [i for i, n in enumerate(lengths) for _ in range(n)]
+    assert [acting(session, Step(j, total, 1.0)) for j in range(total)] == (circle * total)[:total]
+    names = NAMES[:3]
+    if any(shares):
+        assert session.missed(names) == [] and "turns by the prompt: " + ", ".join(
+            f"{name} {n}" for name, n in zip(names, lengths, strict=True)) in session.chosen(names)
+    else:
+        assert "turns have one length" in session.missed(names)[0]
+    plain = begin(Switch((1.0,) * 3, tau), context(total, shares=shares))
+    assert plain.missed(names) == [] and [acting(plain, Step(j, total, 1.0)) for j in range(total)] == [
+        Switch((1.0,) * 3, tau).active(Step(j, total, 1.0)) for j in range(total)]
+
+
 def test_switch_says_what_it_chose():
     def said(total, *args, **options):
         return begin(Switch((1.0,) * 4, *args, **options), context(total)).chosen(NAMES[:4])

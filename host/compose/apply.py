@@ -20,6 +20,7 @@ from ..words.marked import marked
 from .banks import shared_bank
 from .cache import CacheSpec
 from .composition import KEY, Applied, Composition
+from .prompts import Asked
 from .reading import (
     ParsedLoRA,
     Part,
@@ -105,6 +106,7 @@ def _applied(model, clip, ensemble: Ensemble, make: Callable[[Active], Method], 
     active = [part.spec for part in reading.parts]
     method = make(Active(tuple(active), bank, model, problems))
     masks, routed = _placed(listed, active, method, placing, problems)
+    asked = Asked(lora_words(listed), _numbers(listed, active)) if getattr(method, "by_prompt", False) else None
     if not isinstance(method, Merge) or routed is not None:
         problems += [f"LoRA '{spec.name}' looks like one for few steps: with the role '{ALWAYS}' it would be part of "
                      "the model; now it is composed as the others are" for spec in active
@@ -118,13 +120,14 @@ def _applied(model, clip, ensemble: Ensemble, make: Callable[[Active], Method], 
     new_model.set_additional_models(KEY, banks if place < len(banks) else [*banks, shared.clone()])
     applied = (*(before.applied if before is not None else ()),
                Applied(method, bank.names, tuple(problems), masks, place, routed, _windows(active),
-                       always=ensemble[0].role == ALWAYS))
+                       always=ensemble[0].role == ALWAYS, asked=asked))
     new_model.set_attachments(KEY, Composition(applied, before.cache if before is not None else None))
     install_wrappers(new_model)
     follow_weights(new_model)
     new_clip = merge_clip(clip, reading)
-    if routed is not None and new_clip is not None:
-        new_clip = marked(new_clip, routed.words, placing.routing.mode == "contrast")
+    if (routed or asked) is not None and new_clip is not None:
+        contrast = asked is not None or placing.routing.mode == "contrast"
+        new_clip = marked(new_clip, (routed or asked).words, contrast)
     return new_model, new_clip
 
 
@@ -149,9 +152,13 @@ def _placed(ensemble: Ensemble, active: list[LoRASpec], method: Method, placing:
         return masks, None
     if placing.where == "masks":
         return masks, None
-    numbers = tuple(next(k for k, other in enumerate(ensemble) if other is spec) for spec in active)
-    return masks, Routed(placing.routing, lora_words(ensemble), numbers, tuple(spec.role == "style" for spec in active),
-                         placing.blocks)
+    return masks, Routed(placing.routing, lora_words(ensemble), _numbers(ensemble, active),
+                         tuple(spec.role == "style" for spec in active), placing.blocks)
+
+
+def _numbers(ensemble: Ensemble, active: list[LoRASpec]) -> tuple[int, ...]:
+    """Where the LoRAs that take part are in the ensemble."""
+    return tuple(next(k for k, other in enumerate(ensemble) if other is spec) for spec in active)
 
 
 def bake(model, clip, ensemble: Ensemble, node: str):

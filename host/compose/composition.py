@@ -32,6 +32,7 @@ from .control import Controls
 from .fused import as_before, call_routed_layers
 from .kept import KeptBetweenCalls
 from .places import Area, MaskedLoRAs, values_by_name
+from .prompts import Asked
 from .routes import Routed, RoutedLoRAs
 from .steps import StepTracker
 from .summary import begun, chosen, idle, missed, sum_up, unplaced
@@ -49,7 +50,8 @@ class Applied:
     """One method node's share of a MODEL: its method, the names of its LoRAs, what it could not express at load, where
     each LoRA may act (masks as users give them, [B, height, width] in pixels), which of the MODEL's banks holds them,
     how their places are found by their words, if they are, when each may act, () for LoRAs that always do, why the
-    method was taken, if not by the user, and whether they are part of the model."""
+    method was taken, if not by the user, whether they are part of the model, and whose shares in the prompts it asks
+    for."""
 
     method: Method
     names: tuple[str, ...]
@@ -60,6 +62,7 @@ class Applied:
     windows: tuple[Window, ...] = ()
     reason: str = ""
     always: bool = False
+    asked: Asked | None = None
 
 
 @dataclass(frozen=True)

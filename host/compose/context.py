@@ -14,6 +14,7 @@ from ...kernels.nested import Parts
 from ...methods.session import OTHER, POSITIVE, UNCONDITIONAL, RunContext
 from ...methods.windows import gains_of
 from .composition import Applied
+from .prompts import shares_of
 
 SIDES = {"positive": POSITIVE, "negative": UNCONDITIONAL, "empty_negative_prompt": UNCONDITIONAL}
 """Names that ComfyUI's guiders give their conds; `middle` of DualCFG and unknown ones are OTHER."""
@@ -25,9 +26,10 @@ def run_context(sigmas: Tensor, noise: Tensor, shapes: Sequence[Sequence[int]] |
     return RunContext(tuple(sigmas.detach().float().cpu().tolist()), shape=tuple((shapes or [noise.shape])[0]))
 
 
-def method_contexts(context: RunContext, model, applied: Sequence[Applied]) -> list[RunContext]:
-    """The context per method applied to a MODEL: with the model's times, and with the masks and the windows of that
-    method's LoRAs."""
+def method_contexts(context: RunContext, model, applied: Sequence[Applied], conds: Mapping[str, Sequence[Mapping]]
+                    ) -> list[RunContext]:
+    """The context per method applied to a MODEL: with the model's times, and with the masks, the windows and the shares
+    in a guider's conds of that method's LoRAs."""
     sampling = model.get_model_object("model_sampling")
     timed = replace(context, times=tuple(_times(sampling, context.sigmas)), span=_span(sampling, context.sigmas))
     device = model.load_device
@@ -35,7 +37,8 @@ def method_contexts(context: RunContext, model, applied: Sequence[Applied]) -> l
     windowed = any(each.windows for each in applied)
     times = [_percent(sampling, sigma) for sigma in context.sigmas[:-1]] if windowed else ()
     return [replace(timed, masks=tuple(mask if mask is None else mask.to(device) for mask in masks),
-                    gains=gains_of(each.windows, times)) for masks, each in zip(placed, applied, strict=True)]
+                    gains=gains_of(each.windows, times), shares=shares_of(conds, each.asked))
+            for masks, each in zip(placed, applied, strict=True)]
 
 
 def guidance_context(context: RunContext, guider, sampler) -> RunContext:

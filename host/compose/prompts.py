@@ -8,10 +8,11 @@ from itertools import islice
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ...methods.prompt import LoRAClauses, LoRAWords, PromptTokens, find_clauses
 from ...methods.routed import Clauses, clauses_of
-from ..words.marked import PROMPT
+from ..words.marked import PROMPT, WITHOUT
 from .places import Area
 
 BESIDE = {"encoder_hidden_states_llama3": "conditioning_llama3", "encoder_hidden_states_t5": "conditioning_mt5xl"}
@@ -74,6 +75,34 @@ def search(entry: Mapping[str, object], words: Sequence[LoRAWords], active: Sequ
                   [{"lora": own.name, "words": [clause.text for clause in own.clauses], "tokens": len(own.tokens),
                     "why": own.reason, "sought_as": [other for _, other in own.instead]} for own, _ in ours],
                   ), [*told, *found.notes]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """LoRAs whose share in the prompts is asked for: the words of every LoRA of the ensemble, whose rows a prompt
+    counts, and which of them take part."""
+
+    words: tuple[LoRAWords, ...]
+    active: tuple[int, ...]
+
+
+def shares_of(conds: Mapping[str, Sequence[Mapping]], asked: Asked | None) -> tuple[float, ...]:
+    """`RunContext.shares` of the LoRAs asked for, from a guider's conds; () where these do not bring along what they
+    would be without a clause. E is the mean over the tokens of a conditioning. Of a LoRA's clauses those without count
+    together, of several prompts the one that says most by it."""
+    found: list[list[float]] = []
+    for entry in conds.get("positive", ()) if asked is not None else ():
+        marks, rests = entry.get(PROMPT), dict(entry.get(WITHOUT) or ())
+        if isinstance(marks, PromptTokens) and marks.words and rests and entry.get("cross_attn") is not None:
+            whole, numbers = _mean(entry["cross_attn"]), iter(range(len(rests)))
+            own = [tuple(islice(numbers, len(lora.clauses))) for lora in find_clauses(marks, asked.words).loras]
+            found.append([sum(1 - float(F.cosine_similarity(whole, _mean(rests[k][0]), dim=0)) for k in own[index])
+                          for index in asked.active])
+    return tuple(max(column) for column in zip(*found, strict=True))
+
+
+def _mean(cond: Tensor) -> Tensor:
+    return cond[0].double().mean(dim=0)
 
 
 def _words(text: PromptTokens, loras: Sequence[LoRAClauses]) -> Tensor:

@@ -46,7 +46,7 @@ def outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=No
     guider = executor.class_obj
     context = run_context(sigmas, noise, kwargs.get("latent_shapes"))
     tracker, callback = tracked(context.sigmas, callback)
-    run = composition.begin(tracker, method_contexts(context, guider.model_patcher, composition.applied),
+    run = composition.begin(tracker, method_contexts(context, guider.model_patcher, composition.applied, guider.conds),
                             sides_of(guider.conds), _free(guider.model_patcher), guider.model_patcher.load_device)
     finished, added = False, []
     if run.applied and made_of_weights(guider.conds):

@@ -7,10 +7,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from comfy.sampler_helpers import convert_cond
 from lora_ensemble.host.compose.cache import CacheSpec
 from lora_ensemble.host.compose.composition import KEY, record_of
+from lora_ensemble.host.compose.prompts import shares_of
+from lora_ensemble.host.files.ensemble import LoRASpec
 from lora_ensemble.host.guidance.apply import guidance_record_of
 from lora_ensemble.host.look.report import report
+from lora_ensemble.host.words.marked import WITHOUT
+from lora_ensemble.methods.prompt import PromptTokens
 from lora_ensemble.methods.schedule import BySteps, NonUniform, Uniform
 from lora_ensemble.nodes.baselines import LoRAEnsembleSwitch
 from lora_ensemble.nodes.cache import LoRAEnsembleBranchCache
@@ -21,6 +26,8 @@ from .builders import composite, sample, three
 from .caches import steps_of
 from .guidance_tools import ag
 from .models import base
+from .test_routed import prompt, specs
+from .text_encoders import clip
 
 CMLORA = ["offline", 0.6, 0.4, 0.0, "none", 2, 3, "every_step", 5, 0]
 LORATORIO = [2, 10.0, "steps", 0.5, "nearest", "noise", 0, "image", 1]
@@ -101,6 +108,59 @@ def test_the_subject_ends(loras):
     assert record_of(composed).chosen == [f"Switch: the last 1 step is those of LoRA '{ensemble[1].name}'"]
     with pytest.raises(ValueError, match="Switch LoRAs: ending is 'never'"):
         made(LoRAEnsembleSwitch, model, ensemble, 1, "", "paper", ending="never")
+
+
+def test_turns_by_the_prompt(loras):
+    """1 - cos of what the prompt's conditioning is without a LoRA's clauses; the second prompt says more by the second
+    LoRA. A muted LoRA counts for the rows alone."""
+    model = base("SD15")
+    marks = PromptTokens("ohwx cat, sks dog, a field, ohwx hat", 5,
+                         ((0, 8, (0,)), (10, 17, (1,)), (19, 26, (2,)), (28, 36, (3, 4))))
+    first, second = specs(model, loras)
+    muted = LoRASpec(first.name, 0, 0, words="a field")
+
+    def conds(seed: int, *weights: float) -> list:
+        ((whole, options),) = prompt("SD15", marks, seed)
+        rests = [[whole + weight * torch.randn_like(whole), {}] for weight in weights]
+        return [whole, {**options, WITHOUT: tuple(enumerate(rests))}]
+
+    # In the order in which clauses are counted: the muted one's, the first's two, the second's.
+    one, two = conds(11, 9.0, 0.2, 0.1, 0.1), conds(13, 9.0, 0.0, 0.0, 0.6)
+
+    def share(cond: list, *places: int) -> float:
+        rests = [cond[1][WITHOUT][k][1][0] for k in places]
+        return sum(1 - torch.nn.functional.cosine_similarity(cond[0].mean(1), rest.mean(1)).item() for rest in rests)
+
+    shares = max(share(one, 1, 2), share(two, 1, 2)), max(share(one, 3), share(two, 3))
+    assert shares[0] < 0.7 * shares[1]
+    composed = made(LoRAEnsembleSwitch, model, [muted, first, second], 4, "", "paper", lengths="by the prompt")
+    sample(composed, positive=[one, two], steps=12)
+    turn = max(1, round(4 * shares[0] / shares[1]))
+    assert record_of(composed).chosen == [f"Switch: turns by the prompt: {first.name} {turn}, {second.name} 4"]
+    acting = [[bool(gain) for gain in branch].index(True) for step in record_of(composed).steps
+              for (branch,) in step.branches]
+    assert acting == (([0] * turn + [1] * 4) * 12)[:12] and record_of(composed).problems == []
+    for bare in (prompt("SD15", marks), prompt("SD15", None)):
+        sample(composed, positive=bare, steps=8)
+        assert ["turns have one length" in line for line in record_of(composed).problems] == [True]
+
+
+def test_what_a_prompt_says_by_words_is_the_text_encoders(loras):
+    """The CLIP of the node brings along what the shares are made of."""
+    model, plain = base("SD15"), clip("SD1")
+    first, second = specs(model, loras, ("woman", "dog"))
+    composed, encoder = LoRAEnsembleSwitch.execute(model, (first, second), 0, "", "paper", clip=plain,
+                                                   lengths="by the prompt").args
+    (entry,) = encoder.encode_from_tokens_scheduled(encoder.tokenize("ohwx woman, a small dog, old house"))
+    found = shares_of({"positive": convert_cond([entry])}, composed.get_attachment(KEY).applied[-1].asked)
+
+    def mean(text: str) -> torch.Tensor:
+        return plain.encode_from_tokens_scheduled(plain.tokenize(text))[0][0][0].mean(0)
+
+    whole = mean("ohwx woman, a small dog, old house")
+    want = [1 - torch.cosine_similarity(whole, mean(rest), dim=0).item()
+            for rest in ("a small dog, old house", "ohwx woman, old house")]
+    assert found == pytest.approx(want, abs=1e-5) and min(want) > 1e-4
 
 
 def test_a_class_without_a_lead_is_named(loras):

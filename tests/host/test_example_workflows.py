@@ -20,7 +20,7 @@ WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 SEEDS = {"seed", "noise_seed"}  # each with a widget of the front end's own behind it
 VIRTUAL = {"MarkdownNote", "Note"}  # known to the front end alone
 LATER = {"LoRA": {"words", "start", "end", "fade"}, "LoRAtorio": {"place", "reweigh_every"},
-         "Switch": {"place", "ending"},
+         "Switch": {"place", "ending", "lengths"},
          **{node: {"place"} for node in ("Merge", "Composite", "CMLoRA", "KLoRA", "ESTLoRA")},
          **{node: {"theme"} for node in ("Report", "LayerMap", "Spectrum", "CalibrateGuidance")},
          **{node: {"tolerance"} for node in ("AdaptiveGuidance", "AdaptiveGuider", "KSampler")}}

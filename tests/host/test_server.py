@@ -303,6 +303,12 @@ def test_left_to_the_number_of_steps(server: Server):
     prompt["method"]["inputs"]["ending"] = "subject"
     ended = pictures(server, prompt)
     assert difference(ended, pictures(server, changed("switch", steps=8, order=""))) > 2
+    prompt = changed("switch", steps=10, steps_per_lora=4, order="")
+    equal = pictures(server, prompt)
+    prompt["lora1"]["inputs"]["words"] = "red pointed creature"  # the prompt says nothing by the second LoRA
+    prompt["method"]["inputs"]["lengths"] = "by the prompt"
+    assert difference(pictures(server, prompt), equal) > 2
+    prompt = changed("switch", steps=8, order="")
     shared = {key: prompt["method"]["inputs"][key] for key in ("model", "ensemble", "clip")}
     cmlora = {"order": "offline", "boundary": 0.6, "threshold": 0.4, "dominance": 0.0, "decay": "none", "c1": 0,
               "c2": 0, "dominant_full": "every_step", "steps_per_lora": 0, "cache_depth": 0}
