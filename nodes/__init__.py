@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from ..host.compose.watch import watch
+from ..host.look.live import on_the_node
 from . import (
     baselines,
     cache,
@@ -31,6 +33,7 @@ NODES: list[type[io.ComfyNode]] = [
 ]
 for node in NODES:
     guard(node)
+watch(on_the_node)
 
 
 class LoRAEnsembleExtension(ComfyExtension):

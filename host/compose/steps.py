@@ -68,13 +68,16 @@ class StepTracker:
 
 
 class Listening:
-    """A sampler's callback that also tells a tracker when a step is finished."""
+    """A sampler's callback that also tells a tracker, and whoever else wants to know, when a step is finished."""
 
     def __init__(self, tracker: StepTracker, callback: Callback | None):
         self.tracker, self._callback = tracker, callback
+        self.also: list[Callable[[], None]] = []
 
     def __call__(self, *step) -> object:
         self.tracker.tell()
+        for tell in self.also:
+            tell()
         return self._callback(*step) if self._callback is not None else None
 
 

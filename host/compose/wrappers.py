@@ -26,6 +26,7 @@ from .probe import find_places, positives, readings, with_variants
 from .rows import in_range
 from .steps import tracked
 from .summary import without_prompt
+from .watch import watching
 
 
 def install_wrappers(model) -> None:
@@ -49,6 +50,8 @@ def outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=No
     run = composition.begin(tracker, method_contexts(context, guider.model_patcher, composition.applied, guider.conds),
                             sides_of(guider.conds), _free(guider.model_patcher), guider.model_patcher.load_device)
     finished, added = False, []
+    watchers = watching(guider.model_patcher, run.record, tracker.total)
+    callback.also += [partial(told, False) for told in watchers]
     if run.applied and made_of_weights(guider.conds):
         into(run.record.problems)(OF_WEIGHTS)
     try:
@@ -61,6 +64,8 @@ def outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=No
         for name in added:
             guider.conds.pop(name, None)
         composition.end(run, finished)
+        for told in watchers:
+            told(True)
 
 
 def pre_run(patcher) -> None:

@@ -15,7 +15,7 @@ from .theme import BLUE, LIGHT, SKY, Theme
 
 CURVES = 6
 """Pictures that have a curve of their own; of more there are mean and range."""
-HEADS = {"Switch": "Whose turn it was", "CMLoRA": "Say of each LoRA; the leader has the most",
+HEADS = {"Switch": "Whose turn it was", "CMLoRA": "Say of each LoRA",
          "LoRAtorio": "Weight of each LoRA, averaged over the picture", "KLoRA": "Layers of each LoRA",
          "ESTLoRA": "Layers of each LoRA"}
 NAMES = {"KLoRA": "K-LoRA", "ESTLoRA": "EST-LoRA"}
@@ -206,3 +206,45 @@ def _branch(record: RunRecord, gains: Sequence[Sequence[float]]) -> str:
 
 def _cache(step: StepRecord) -> dict:
     return step.notes.get("cache") or {}
+
+
+def line(record: RunRecord, total: int, guidance: GuidanceRecord | None = None, over: bool = False) -> str:
+    """A run in a line or two while it goes on, or when it is over, from what the host knows: no tensor is read, since
+    that would wait for the device. What methods note of a step is known when the next one begins."""
+    if not record.steps:
+        return ""
+    step, costs = record.steps[-1], costs_of(record, guidance)
+    seconds = sum(each.seconds for each in record.steps)
+    lines = [f"{len(record.steps)} of {total} steps" + (f" in {seconds:.1f} s" if over else "")]
+    for k, kind in enumerate(record.methods):
+        lines.append(_leader(record, k, kind) if not over else NAMES.get(kind, kind))
+    parts = [f"{sum(costs.whole):.0f} evaluations"]
+    parts += [f"{sum(costs.cached):.0f} on cached features"] * bool(sum(costs.cached))
+    parts += [f"{sum(costs.left_out):.0f} left out by guidance"] * (sum(costs.left_out) >= 0.5)
+    told = len(record.problems) + (len(guidance.problems) if guidance is not None else 0)
+    if told:
+        parts.append(f"{told} note{'s' * (told > 1)}: see Ensemble Report")
+    return "\n".join([f"{lines[0]}: {'; '.join(lines[1:])}", ", ".join(parts)]) if step.calls or over else ""
+
+
+def _leader(record: RunRecord, k: int, kind: str) -> str:
+    """Who has the most say at this step, if one has."""
+    name, key = NAMES.get(kind, kind), f"{kind} {k + 1}" if kind in record.methods[:k] else kind
+    noted = [step for step in record.steps[-2:] if _numbers(step.notes.get(key))]
+    step = record.steps[-1] if kind in ("Switch", "Merge") or not noted else noted[-1]
+    notes = step.notes.get(key) if step in noted else {}
+    shares = _say(step, k, len(record.adapters[k]), notes)
+    top = max(shares, default=0.0)
+    if "led" in notes and top:
+        return f"{name}, {labels(record.adapters[k])[notes['led']]} leads"
+    if not top:
+        return f"{name}, no LoRA acts"
+    if sum(share > top - 1e-6 for share in shares) > 1 or len(shares) == 1:
+        return name
+    leader = labels(record.adapters[k])[shares.index(top)]
+    return f"{name}, {leader} acts" if top > 1 - 1e-6 else f"{name}, {leader} leads with {100 * top:.0f} %"
+
+
+def _numbers(notes: object) -> bool:
+    """Whether notes are there, and none of them is still on a device."""
+    return isinstance(notes, dict) and bool(notes) and not any(hasattr(value, "device") for value in notes.values())

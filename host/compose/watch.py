@@ -1,0 +1,24 @@
+"""Who is told of runs while they sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ...engine.record import RunRecord
+
+Told = Callable[[bool], None]
+"""Called after every step, and with True when the run is over, however it ended."""
+Watcher = Callable[[object, RunRecord, int], Told | None]
+"""(MODEL, record as it grows, number of steps) -> what is told of the run; None: nobody looks at this one."""
+_watchers: list[Watcher] = []
+
+
+def watch(watcher: Watcher) -> None:
+    """Have it asked at the beginning of every run from now on."""
+    if watcher not in _watchers:
+        _watchers.append(watcher)
+
+
+def watching(model, record: RunRecord, total: int) -> list[Told]:
+    """Those who are told of a run."""
+    return [told for watcher in _watchers if (told := watcher(model, record, total)) is not None]
