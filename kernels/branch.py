@@ -71,3 +71,7 @@ class Step:
     def progress(self) -> float:
         """0 at the first step, 1 at the last (u = j / (T - 1), methods' normalised time)."""
         return self.index / (self.total - 1) if self.total > 1 else 0.0
+
+    def time(self, flow: bool) -> float:
+        """The noise level as the time of a flow, 0 to 1: sigma itself where it is one, else sigma / (1 + sigma)."""
+        return self.sigma if flow else self.sigma / (1 + self.sigma)

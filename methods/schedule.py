@@ -33,20 +33,21 @@ def own_interval(total: int) -> int:
 
 @dataclass(frozen=True)
 class Uniform:
-    """Every `interval`-th step refreshes, the first one included (DeepCache, arXiv 2312.00858)."""
+    """Every `interval`-th step refreshes, the first `first` ones included (DeepCache, arXiv 2312.00858, has 1)."""
 
     interval: int = 3
+    first: int = 1
 
     def __post_init__(self) -> None:
-        if self.interval < 1:
-            raise ValueError(f"Uniform: interval must be at least 1, got {self.interval}")
+        if min(self.interval, self.first) < 1:
+            raise ValueError(f"Uniform: interval and first must be at least 1, got {self}")
 
     @property
     def max_age(self) -> int:
         return self.interval
 
     def refreshes(self, step: Step) -> bool:
-        return step.index % self.interval == 0
+        return step.index < self.first or step.index % self.interval == 0
 
 
 @dataclass(frozen=True)
@@ -72,10 +73,11 @@ class NonUniform:
 class BySteps:
     """A schedule that is known once the number of steps is, see `at`.
 
-    uniform   every `own_interval`-th step. False: CMLoRA's, with intervals of at most that
+    uniform   every `own_interval`-th step, and the first `first` ones. False: CMLoRA's, with intervals of at most that
     """
 
     uniform: bool = True
+    first: int = 1
 
     @property
     def max_age(self) -> int:
@@ -84,7 +86,7 @@ class BySteps:
     def at(self, total: int) -> Uniform | NonUniform:
         """The schedule of a run of so many steps."""
         interval = own_interval(total)
-        return Uniform(interval) if self.uniform else NonUniform(*(min(c, interval) for c in PAPER))
+        return Uniform(interval, self.first) if self.uniform else NonUniform(*(min(c, interval) for c in PAPER))
 
     def refreshes(self, step: Step) -> bool:
         return self.at(step.total).refreshes(step)

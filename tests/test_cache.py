@@ -24,6 +24,7 @@ def refreshed(schedule, total: int) -> list[int]:
 def test_uniform(interval):
     assert refreshed(Uniform(interval), 20) == list(range(0, 20, interval))
     assert Uniform(interval).max_age == interval
+    assert refreshed(Uniform(interval, first=2), 20) == sorted({1, *range(0, 20, interval)})
 
 
 def test_non_uniform_as_printed():
@@ -46,7 +47,7 @@ def test_non_uniform_for_any_number_of_steps(total):
     assert refreshed(NonUniform(), total) == expected
 
 
-@pytest.mark.parametrize("make", [lambda: Uniform(0), lambda: NonUniform(0)])
+@pytest.mark.parametrize("make", [lambda: Uniform(0), lambda: Uniform(3, 0), lambda: NonUniform(0)])
 def test_schedules_that_make_no_sense(make):
     with pytest.raises(ValueError, match="at least 1"):
         make()
@@ -92,6 +93,61 @@ def test_what_is_kept_is_a_copy():
     batch.fill_(1)
     kept = store.get("a", 0)["h"]
     assert not kept.any() and kept.untyped_storage().nbytes() == 12, "the row alone, not the batch that it came from"
+
+
+# --- forecasts ---
+
+
+def test_a_forecast_is_on_the_line_through_the_last_two():
+    """Of two steps; from one alone, back in time, or farther than the reach, the last is held."""
+    store = FeatureCache(max_age=3, forecast=True)
+    values = {step: torch.randn(2, 4, generator=torch.Generator().manual_seed(step)) for step in range(9)}
+
+    def put(step: int, time: float, value: torch.Tensor | None = None) -> None:
+        assert store.put("a", step, {"h": values[step] if value is None else value}, ROOMY, time) == CPU
+
+    def at(step: int, time: float) -> torch.Tensor:
+        return store.at("a", step, time, CPU)["h"]
+
+    put(0, 1.0)
+    assert torch.equal(at(1, 0.9), values[0])
+    put(1, 0.9)
+    for time in (0.8, 0.65):
+        line = values[1] + (values[1] - values[0]) * (time - 0.9) / (0.9 - 1.0)
+        assert torch.allclose(at(2, time), line, atol=1e-5)
+    assert torch.equal(at(2, 0.9), values[1]) and torch.equal(at(2, 0.95), values[1])
+    assert torch.equal(at(3, 0.5), values[1]), "four times the length of the line"
+    put(1, 0.85, values[7])  # a second call of the same step: the line still begins at the step before
+    assert torch.allclose(at(2, 0.7), values[7] + (values[7] - values[0]) * (0.7 - 0.85) / (0.85 - 1.0), atol=1e-5)
+    put(5, 0.5)
+    assert torch.allclose(at(6, 0.4), values[5] + (values[5] - values[7]) * (0.4 - 0.5) / (0.5 - 0.85), atol=1e-5)
+    assert store.at("a", 8, 0.1, CPU) is None and store.at("b", 6, 0.4, CPU) is None
+    store.put("a", 6, {"h": torch.ones(3, 4)}, ROOMY, 0.4)
+    assert torch.equal(at(7, 0.3), torch.ones(3, 4)), "of another shape"
+
+
+def test_both_are_in_the_books():
+    store, one = FeatureCache(max_age=2, forecast=True), {"h": torch.ones(10)}
+    for step, held in enumerate([40, 80, 80]):
+        assert store.put("a", step, one, ROOMY, 1 - step / 4) == CPU and store.bytes == held
+    homes = [(META, 40), (CPU, 80)]
+    store.clear()
+    assert [store.put("a", step, one, homes, 1 - step / 4) for step in range(2)] == [META, CPU]
+    assert store.bytes == 80
+    assert store.put("b", 1, {"h": torch.ones(11)}, homes) is None and store.bytes == 80
+    assert store.put("a", 2, {"h": torch.ones(100)}, homes) is None and store.bytes == 0
+    assert store.put("a", 3, one, homes, 0.1) == META and store.bytes == 40
+
+
+def test_others_keep_what_a_line_begins_with():
+    """A row that is put first must not take what the next row's line begins with for too old."""
+    store = FeatureCache(max_age=3, forecast=True)
+    for step, time in ((0, 1.0), (3, 0.7)):
+        for key in "ab":
+            store.put(key, step, {"h": torch.full((1,), time)}, ROOMY, time)
+    assert [store.at(key, 4, 0.6, CPU)["h"].item() for key in "ab"] == pytest.approx([0.6, 0.6])
+    store.put("c", 9, {"h": torch.ones(1)}, ROOMY, 0.1)
+    assert store.bytes == 4, "what is too old for that makes room"
 
 
 def test_threads_share_the_store():

@@ -23,6 +23,8 @@ from ..families.split_points import SplitPoint, split_point_of
 Combo = tuple[Branch, ...]
 """One branch per applied method: what one row of a batch is evaluated with."""
 MAIN_MEMORY = torch.device("cpu")
+FEWEST = 6
+"""Steps of a run that can be forecast, at least."""
 log = logging.getLogger("lora_ensemble")
 
 
@@ -33,11 +35,13 @@ class CacheSpec:
     schedule   when every branch runs whole; None: when its method asks for it (`Session.refresh`)
     max_age    features of step s serve no step from s + max_age on, whatever the schedule; None: as the schedule says
     depth      blocks computed at either end of the model where features are reused
+    forecast   features move on along the straight line through the last two, instead of being held
     """
 
     schedule: Schedule | None = None
     max_age: int | None = None
     depth: int = 2
+    forecast: bool = False
 
     def __post_init__(self) -> None:
         if self.depth < 1:
@@ -69,11 +73,12 @@ class BranchCache:
 
     report   called with a sentence for what cannot be cached, each time it is found
     free     bytes that a device has left, as the host's batching counts them
+    flow     whether noise levels are times of a flow; the run says so before its first call
     """
 
     def __init__(self, spec: CacheSpec, report: Callable[[str], None], free: Callable[[torch.device], float]):
-        self.spec, self._free = spec, free
-        self.store = FeatureCache(spec.oldest)
+        self.spec, self._free, self.flow = spec, free, False
+        self.store = FeatureCache(spec.oldest, spec.forecast)
         self.reused = 0  # rows of this step that were evaluated on cached features
         self.ages: dict[Combo, int] = {}  # of what they were evaluated on
         self._report = Once(report)
@@ -103,8 +108,12 @@ class BranchCache:
             self.store.clear()
             self._step, self._whole = None, dict.fromkeys(combos, True)
             return [list(combos)]
+        few = self.spec.forecast and step.total < FEWEST
+        if few:
+            self._report(f"Branch Cache: a run of {step.total} steps is too short for a forecast, its features differ "
+                         "too much; every branch ran whole. With schedule 'uniform' they are held.")
         for combo, asked in zip(combos, fresh, strict=True):
-            due = asked if self.spec.schedule is None else self.spec.schedule.refreshes(step)
+            due = few or (asked if self.spec.schedule is None else self.spec.schedule.refreshes(step))
             self._whole[combo] = self._whole.get(combo, False) or due or any(
                 self.store.get(self._kept.get(uuid), step.index) is None for uuid in identities(combo))
         parts = ([combo for combo in combos if self._whole[combo] is whole] for whole in (True, False))
@@ -129,7 +138,9 @@ class BranchCache:
                 self.ages[combo] = 0 if whole else max(self.ages.get(combo, 0), self.store.age(key, self._step.index))
             self.reused += 0 if whole else x.shape[0]
         if not whole:
-            features = {name: torch.cat([entry[name].to(x.device) for entry in found]) for name in found[0]}
+            time = self._step.time(self.flow)
+            found = [self.store.at(key, self._step.index, time, x.device) for key in keys]
+            features = {name: torch.cat([entry[name] for entry in found]) for name in found[0]}
             with split.reuse(features, control, options) as changed:
                 yield changed
             return
@@ -166,7 +177,8 @@ class BranchCache:
             if self._full:
                 return
             with lasting():
-                home = self.store.put(key, self._step.index, {name: each[k] for name, each in caught.items()}, homes)
+                home = self.store.put(key, self._step.index, {name: each[k] for name, each in caught.items()}, homes,
+                                      self._step.time(self.flow))
             if home is None:
                 self._give_up(sum(limit for _, limit in homes))
                 return

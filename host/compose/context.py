@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from uuid import UUID
 
+import comfy.model_sampling
 import comfy.utils
 import torch
 from torch import Tensor
@@ -46,6 +47,11 @@ def guidance_context(context: RunContext, guider, sampler) -> RunContext:
     cfg = getattr(guider, "cfg", None)
     return replace(context, sampler=sampler_name(sampler), cfg=None if cfg is None else float(cfg),
                    negatives=len(guider.conds) - 1)
+
+
+def is_flow(model) -> bool:
+    """Whether a MODEL's noise levels are times of a flow, 0 to 1."""
+    return isinstance(model.get_model_object("model_sampling"), comfy.model_sampling.CONST)
 
 
 def sampler_name(sampler) -> str:

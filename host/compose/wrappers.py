@@ -20,7 +20,7 @@ from ...engine.tell import into
 from ...kernels.branch import Branch, scaled
 from ...methods.merge import Merge
 from .composition import KEY, Composition, Free, Plan, Run
-from .context import method_contexts, parts_of, run_context, sides_of
+from .context import is_flow, method_contexts, parts_of, run_context, sides_of
 from .control import CALLER_CONDS, OF_WEIGHTS, caller_indexes, made_of_weights
 from .probe import find_places, positives, readings, with_variants
 from .rows import in_range
@@ -49,6 +49,8 @@ def outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=No
     tracker, callback = tracked(context.sigmas, callback)
     run = composition.begin(tracker, method_contexts(context, guider.model_patcher, composition.applied, guider.conds),
                             sides_of(guider.conds), _free(guider.model_patcher), guider.model_patcher.load_device)
+    if run.cache is not None:
+        run.cache.flow = is_flow(guider.model_patcher)
     finished, added = False, []
     watchers = watching(guider.model_patcher, run.record, tracker.total)
     callback.also += [partial(told, False) for told in watchers]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import comfy.model_sampling
 from comfy.model_patcher import ModelPatcher
 
 from ...kernels.guidance import threshold_for
@@ -13,6 +12,7 @@ from ...methods.guidance.extrapolated import ExtrapolatedSession, Extrapolation
 from ...methods.guidance.linear import LinearSession
 from ...methods.guidance.session import Tell
 from ...methods.session import RunContext
+from ..compose.context import is_flow
 from .apply import Guidance
 from .coeffs import GuidanceCoeffs
 
@@ -88,7 +88,7 @@ def _extrapolated(options: GuidanceOptions) -> Guidance:
                            options.policy.per_sample)
 
     def begin(model: ModelPatcher, context: RunContext, tell: Tell) -> ExtrapolatedSession:
-        flow = isinstance(model.get_model_object("model_sampling"), comfy.model_sampling.CONST)
+        flow = is_flow(model)
         if ADAPTIVE in context.sampler:
             tell(f"Extrapolated guidance: {ADAPTIVE} chooses its steps by the error that it sees, of which an "
                  "extrapolation would be a part; the negative was evaluated in every step")

@@ -92,6 +92,7 @@ def test_loratorio(options, loras):
 
 
 @pytest.mark.parametrize(("options", "spec"), [
+    (("forecast", 4, 2), CacheSpec(Uniform(4, first=2), depth=2, forecast=True)),
     (("uniform", 3, 2), CacheSpec(Uniform(3), depth=2)), (("CMLoRA", 3, 1), CacheSpec(NonUniform(), depth=1))])
 def test_the_node_hands_its_widgets_over(options, spec):
     made = LoRAEnsembleBranchCache.execute(base("SD15"), *options).args[0]

@@ -1,0 +1,115 @@
+"""Deep features that move on between whole passes, on real ComfyUI."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lora_ensemble.host.compose.apply import with_cache
+from lora_ensemble.host.compose.cache import FEWEST, CacheSpec
+from lora_ensemble.host.compose.composition import record_of
+from lora_ensemble.methods.schedule import Uniform
+
+from .builders import composite, merge, sample, three
+from .caches import Watch, cached, steps_of
+from .guidance_tools import extrapolated
+from .models import FAMILIES, base
+
+
+def forecast(model, interval: int = 3, depth: int = 1):
+    return with_cache(model, CacheSpec(Uniform(interval, first=2), depth=depth, forecast=True))
+
+
+class WatchLine(Watch):
+    """Checks at every reuse that a row gets the point of this noise level, on the straight line through what that row's
+    branch and cond caught in the last two whole steps."""
+
+    def __init__(self, monkeypatch, flow: bool):
+        super().__init__(monkeypatch)
+        self.flow, self.lines = flow, 0
+
+    def time(self, options: dict) -> float:
+        sigma = float(options["sigmas"].flatten()[0])
+        return sigma if self.flow else sigma / (1 + sigma)
+
+    def capture(self, original):
+        def capture(split, options, caught):
+            for k, place in enumerate(self.places(options)):
+                self.caught.setdefault(place, []).append((self.time(options), caught, k, len(options["uuids"])))
+            return original(split, options, caught)
+
+        return capture
+
+    def reuse(self, original):
+        def reuse(split, features, control, options):
+            places, t = self.places(options), self.time(options)
+            for r, place in enumerate(places):
+                (t0, first, i, n), (t1, second, k, m) = self.caught[place][-2:]
+                for name, value in features.items():
+                    y0, y1 = first[name].chunk(n)[i].double(), second[name].chunk(m)[k].double()
+                    wanted = y1 + (y1 - y0) * (t - t1) / (t1 - t0)
+                    found = value.chunk(len(places))[r].double()
+                    assert (found - wanted).abs().max() <= 1e-4 * wanted.abs().max()
+                    assert (found - y1).norm() > 1e-3 * (y1 - y0).norm()
+                    self.lines += 1
+            return original(split, features, control, options)
+
+        return reuse
+
+
+@pytest.mark.parametrize("family", ["SD15", "SDXL", "Flux"])
+def test_every_row_is_on_its_own_line(family, loras, monkeypatch):
+    watch = WatchLine(monkeypatch, flow=family == "Flux")
+    model = forecast(composite(base(family), three(base(family), loras)))
+    sample(model, family, steps=8, batch=2)
+    steps = steps_of(model)
+    assert [bool(step["reused"]) for step in steps] == [i not in (0, 1, 3, 6) for i in range(8)] and watch.lines
+    assert steps[1]["bytes"] == steps[7]["bytes"] == 2 * steps[0]["bytes"], "both are in the books"
+    assert record_of(model).problems == []
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_interval_1_is_no_cache_bit_for_bit(family, loras):
+    model = merge(base(family), three(base(family), loras))
+    assert torch.equal(sample(forecast(model, 1), family, steps=6), sample(model, family, steps=6))
+
+
+def test_a_run_that_is_too_short_runs_whole(loras):
+    model = composite(base("SD15"), three(base("SD15"), loras))
+    ours = forecast(model)
+    assert torch.equal(sample(ours, steps=FEWEST - 1), sample(model, steps=FEWEST - 1))
+    assert any("too short" in problem for problem in record_of(ours).problems)
+    sample(ours, steps=FEWEST)
+    assert sum(step["reused"] for step in steps_of(ours)) and record_of(ours).problems == []
+
+
+@pytest.mark.parametrize("sampler", ["heun", "dpmpp_sde", "dpm_2", "euler_ancestral"])
+def test_samplers_with_several_calls_per_step(sampler, loras):
+    model = base("Flux")
+    ours = composite(model, three(model, loras))
+    plain, reusing = sample(ours, "Flux", steps=9, sampler=sampler), forecast(ours)
+    out = sample(reusing, "Flux", steps=9, sampler=sampler)
+    assert torch.isfinite(out).all() and ((out - plain).norm() / plain.norm()).item() < 1
+    by_index: dict[int, set] = {}
+    for step in record_of(reusing).steps:
+        by_index.setdefault(step.index, set()).add(step.notes["cache"]["reused"] == 0)
+    assert by_index == {i: {i < 2 or i % 3 == 0} for i in range(9)}
+
+
+def test_with_extrapolated_guidance(loras):
+    """A negative that comes back after some steps has a line from what it left, or is held, or runs whole."""
+    model = composite(base("SD15"), three(base("SD15"), loras))
+    ours = extrapolated(forecast(model))
+    out, plain = sample(ours, steps=20, cfg=3.0), sample(model, steps=20, cfg=3.0)
+    assert ((out - plain).norm() / plain.norm()).item() < 0.5
+    assert sum(step["reused"] for step in steps_of(ours)) > 0
+    assert max(age for step in steps_of(ours) for age in step["ages"]) < 3
+
+
+def test_saved_workflows_go_on_holding(loras):
+    """The schedules that 0.1.0 had."""
+    model = composite(base("SD15"), three(base("SD15"), loras))
+    ours = cached(model)
+    sample(ours, steps=7)
+    steps = steps_of(ours)
+    assert [bool(step["reused"]) for step in steps] == [i % 3 > 0 for i in range(7)]
+    assert len({step["bytes"] for step in steps}) == 1
