@@ -198,9 +198,8 @@ class ExtrapolatedSession(GuidanceSession):
     def _saved(self, record: GuidanceRecord) -> None:
         policy, full = self.policy, record.full
         if not any(step.negative for step in record.steps):
-            self.tell("Extrapolated guidance: no negative was evaluated (at cfg 1 there is none), so there was nothing "
-                      "to save")
-        elif record.evaluations == full:
+            return  # the run says so
+        if record.evaluations == full:
             self.tell("Extrapolated guidance: nothing was saved, and the picture is that of full guidance")
         elif policy.tolerance is None and record.evaluations > (1 - policy.saving + 0.5 / len(record.steps)) * full:
             self.tell(f"Extrapolated guidance: {1 - record.evaluations / full:.0%} were saved and not "

@@ -293,7 +293,7 @@ def test_branch_cache(server: Server, lora_files: Path):
         found[interval] = pictures(server, prompt)
     options.update(schedule="forecast", interval=3)
     found["forecast"] = pictures(server, prompt)
-    assert 0 < difference(found["forecast"], found[3]) and np.abs(found["forecast"] - whole).mean() < 25
+    assert difference(found["forecast"], found[3]) > 0 and np.abs(found["forecast"] - whole).mean() < 25
     assert difference(found[1], whole) == 0 == difference(found[0], whole), "six steps are too few"
     assert all(difference(a, b) > 2 for a, b in ((found[3], whole), (found[2], whole), (found[3], found[2])))
     assert all(np.abs(found[n] - whole).mean() < 25 for n in (2, 3))
