@@ -19,13 +19,15 @@ from comfy_api.latest import io
 from ..host.files.ensemble import LoRASpec
 from ..host.guidance.coeffs import GuidanceCoeffs
 from .sockets import MOST_ROWS
+from .unused import tell, unused
 
 DYNAMIC = "COMFY_DYNAMICCOMBO_V3"
 """The type of a combo whose choices open further inputs."""
 
 
 def guard(node: type[io.ComfyNode]) -> None:
-    """Check all inputs of a node against its schema: typed-in ones before the run, all of them before `execute`.
+    """Check all inputs of a node against its schema: typed-in ones before the run, all of them before `execute`. What
+    is set in vain is told afterwards.
 
     Both say in words which input is wrong, what it is and what it must be: `validate_inputs` in its answer, which the
     front end shows as `shown` says, `execute` by a ValueError.
@@ -45,7 +47,9 @@ def guard(node: type[io.ComfyNode]) -> None:
         for part in sorted(schema.inputs, key=_socket):
             if part.id in given:
                 check(schema.display_name, part, given[part.id])
-        return execute(*bound.args, **bound.kwargs)
+        out = execute(*bound.args, **bound.kwargs)
+        tell(schema, unused(schema, given))
+        return out
 
     def validate(cls, **typed: Any) -> bool | str:
         name = node.define_schema().display_name

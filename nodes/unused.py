@@ -1,0 +1,107 @@
+"""Settings that do nothing together with others: said on the node and in the log, so that nobody turns them in vain."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..host.files.ensemble import ALWAYS, Ensemble
+from ..methods.selection import sides
+
+log = logging.getLogger("lora_ensemble")
+Given = Mapping[str, Any]
+Rule = tuple[tuple[str, ...], Callable[[Given], bool], str]
+"""(inputs, whether they are used, why they are not)"""
+
+_CACHED = "order is {order}, which has no cache and no weights"
+_MODE = "mode is {mode}"
+_GUIDANCE: list[Rule] = [
+    (("threshold",), lambda given: given["mode"] == "threshold", _MODE),
+    (("saving",), lambda given: given["mode"] in ("extrapolate", "saving"), _MODE),
+    (("saving",), lambda given: given["mode"] != "extrapolate" or not given["tolerance"], "tolerance is {tolerance:g}"),
+    (("tolerance",), lambda given: given["mode"] == "extrapolate", _MODE),
+    (("coeffs", "if_different"), lambda given: given["mode"] in ("saving", "LinearAG"), _MODE),
+    (("space", "ramp_steps", "read_back"), lambda given: given["mode"] in ("threshold", "saving"), _MODE),
+    (("decision", "min_guided_steps"), lambda given: given["mode"] != "LinearAG", _MODE),
+]
+_RULES: dict[str, list[Rule]] = {
+    "LoRAEnsembleLoRA": [
+        (("mask",), lambda given: given["role"] != ALWAYS, "role is always: it acts everywhere"),
+    ],
+    "LoRAEnsembleCMLoRA": [
+        (("boundary",), lambda given: given["order"] in ("offline", "Switch-A"), "order is {order}"),
+        (("threshold",), lambda given: given["order"] == "online", "order is {order}"),
+        (("steps_per_lora",), lambda given: given["order"] == "Switch-A", "order is {order}"),
+        (("dominance", "decay", "c1", "c2", "cache_depth", "dominant_full"),
+         lambda given: given["order"] != "Switch-A", _CACHED),
+        (("dominant_full",), lambda given: given["order"] == "Switch-A" or given["cache_depth"] > 0,
+         "cache_depth is 0: every LoRA is computed whole"),
+    ],
+    "LoRAEnsembleLoRAtorio": [
+        (("selection", "recheck_every"), lambda given: given["top_k"] > 0, "top_k is 0: all LoRAs take part"),
+    ],
+    "LoRAEnsembleBranchCache": [
+        (("interval",), lambda given: given["schedule"] == "uniform" or given["interval"] == 0,
+         "schedule is {schedule}, of interval only 0 counts"),
+        (("depth",), lambda given: given["schedule"] != "uniform" or given["interval"] > 1,
+         "interval is 1: nothing is cached"),
+    ],
+    "LoRAEnsembleAdaptiveGuidance": _GUIDANCE,
+    "LoRAEnsembleAdaptiveGuider": _GUIDANCE,
+    "LoRAEnsembleKSampler": _GUIDANCE,
+}
+_ALONE = {"LoRAEnsembleSwitch", "LoRAEnsembleComposite", "LoRAEnsembleCMLoRA", "LoRAEnsembleKLoRA",
+          "LoRAEnsembleESTLoRA"}
+"""Methods that have nothing to do with one LoRA alone."""
+_SIDES = {"LoRAEnsembleKLoRA", "LoRAEnsembleESTLoRA"}
+
+
+def unused(schema: io.Schema, given: Given) -> list[str]:
+    """A line for each setting that does nothing beside the others, and for LoRAs that leave a method nothing to do.
+
+    given   the inputs of a run; what is missing has its default. Settings that stand as they come are not named.
+    """
+    defaults = {part.id: getattr(part, "default", None) for part in schema.inputs}
+    given = {**defaults, **given}
+    out = [f"{name} is not used: {why.format(**given)}" for names, used, why in _RULES.get(schema.node_id, ())
+           for name in names if not _same(given[name], defaults[name]) and not used(given)]
+    if schema.node_id in ("LoRAEnsembleAdaptiveGuider", "LoRAEnsembleKSampler") and given["cfg"] == 1:
+        out.append("at cfg 1 no negative is evaluated, so there is nothing to save")
+    if schema.node_id == "LoRAEnsembleLoRA" and given["strength_model"] == given["strength_clip"] == 0:
+        out.append("both strengths are 0: this LoRA does nothing")
+    return out + (_of_loras(schema, given["ensemble"]) if "model" in given and given.get("ensemble") else [])
+
+
+def _of_loras(schema: io.Schema, ensemble: Ensemble) -> list[str]:
+    active = [spec for spec in ensemble if spec.strength_model != 0]
+    composed = [spec for spec in active if spec.role != ALWAYS]
+    if not active:
+        return ["all model strengths are 0: no LoRA acts on the model"]
+    if schema.node_id in _ALONE and len(composed) == 1:
+        return [f"{composed[0].name} is the only LoRA to compose: {schema.display_name} does what Merge LoRAs does"]
+    found = set(sides([spec.role for spec in composed]))
+    if schema.node_id in _SIDES and len(found) == 1:
+        there, missing = ("subjects", "style") if found == {True} else ("styles", "subject")
+        return [f"all LoRAs are {there}, so there is nothing to choose: set the role of one to a {missing}"]
+    return []
+
+
+def _same(value: object, default: object) -> bool:
+    return value is default or (isinstance(value, str | int | float) and value == default)
+
+
+def tell(schema: io.Schema, lines: list[str]) -> None:
+    """Show lines on the node that runs, and write them into the log; without a server, in a test say, there alone."""
+    for line in lines:
+        log.warning("%s: %s", schema.display_name, line)
+    if not lines:
+        return
+    from comfy_execution.utils import get_executing_context
+    from server import PromptServer  # needs all that the server needs, which a node does not otherwise
+
+    server, context = getattr(PromptServer, "instance", None), get_executing_context()
+    if server is not None and context is not None:
+        server.send_progress_text("  \n".join(lines), context.node_id)

@@ -1,0 +1,117 @@
+"""What is set in vain is said on the node: every rule, against a run in which the setting changes nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import lora_ensemble
+import pytest
+import torch
+from comfy_api.latest import io
+from lora_ensemble.host.files.ensemble import LoRASpec
+from lora_ensemble.nodes.baselines import LoRAEnsembleComposite, LoRAEnsembleMerge, LoRAEnsembleSwitch
+from lora_ensemble.nodes.cache import LoRAEnsembleBranchCache
+from lora_ensemble.nodes.cmlora import LoRAEnsembleCMLoRA
+from lora_ensemble.nodes.ensembles import LoRAEnsembleLoRA
+from lora_ensemble.nodes.guidance import LoRAEnsembleAdaptiveGuidance
+from lora_ensemble.nodes.klora import LoRAEnsembleESTLoRA, LoRAEnsembleKLoRA
+from lora_ensemble.nodes.loratorio import LoRAEnsembleLoRAtorio
+from lora_ensemble.nodes.unused import _RULES, unused
+
+from .builders import sample, three
+from .models import base
+
+NODES = {node.__name__: node for node in asyncio.run(asyncio.run(lora_ensemble.comfy_entrypoint()).get_node_list())}
+
+
+def defaults(node) -> dict:
+    return {part.id: part.default for part in node.define_schema().inputs if getattr(part, "default", None) is not None}
+
+
+def another(part: io.Input) -> object:
+    """A value of an input that is not its default."""
+    if isinstance(part, io.Combo.Input):
+        return next(option for option in part.options if option != part.default)
+    if isinstance(part, io.Boolean.Input):
+        return not part.default
+    return part.max if part.default != part.max and part.max < 1000 else part.default + 1
+
+
+@pytest.mark.parametrize("name", _RULES)
+def test_no_setting_is_named_that_stands_as_it_comes(name):
+    assert unused(NODES[name].define_schema(), defaults(NODES[name])) == []
+
+
+CASES = [
+    (LoRAEnsembleCMLoRA, {"order": "async"}, ("boundary", "threshold", "steps_per_lora")),
+    (LoRAEnsembleCMLoRA, {"order": "Switch-A"},
+     ("threshold", "dominance", "decay", "c1", "c2", "cache_depth", "dominant_full")),
+    (LoRAEnsembleCMLoRA, {"order": "offline", "cache_depth": 0}, ("threshold", "steps_per_lora", "dominant_full")),
+    (LoRAEnsembleCMLoRA, {"order": "online"}, ("boundary", "steps_per_lora")),
+    (LoRAEnsembleLoRAtorio, {"top_k": 0}, ("selection", "recheck_every")),
+    (LoRAEnsembleBranchCache, {"schedule": "CMLoRA", "interval": 2}, ("interval",)),
+    (LoRAEnsembleBranchCache, {"interval": 1}, ("depth",)),
+    (LoRAEnsembleAdaptiveGuidance, {"mode": "extrapolate"}, ("threshold", "space", "ramp_steps", "read_back")),
+    (LoRAEnsembleAdaptiveGuidance, {"mode": "extrapolate", "tolerance": 0.1}, ("saving",)),
+    (LoRAEnsembleAdaptiveGuidance, {"mode": "threshold"}, ("saving", "tolerance", "if_different")),
+]
+
+
+@pytest.mark.parametrize(("node", "settings", "names"), CASES,
+                         ids=lambda case: case.__name__ if isinstance(case, type) else None)
+def test_what_is_named_changes_no_picture(node, settings, names, loras, caplog):
+    model = base("SD15")
+    fixed = {"model": model} | ({"ensemble": three(model, loras)} if "ensemble" in
+                                {part.id for part in node.define_schema().inputs} else {})
+    given = defaults(node) | settings
+    reference = sample(node.execute(**fixed, **given).args[0], steps=4)
+    parts = {part.id: part for part in node.define_schema().inputs}
+    for name in names:
+        value = another(parts[name])
+        with caplog.at_level(logging.WARNING, "lora_ensemble"):
+            caplog.clear()
+            made = node.execute(**fixed, **given | {name: value}).args[0]
+        lines = [line for line in caplog.messages if f": {name} is not used" in line]
+        assert len(lines) == 1, (name, value)
+        assert torch.equal(sample(made, steps=4), reference), name
+
+
+@pytest.mark.parametrize(("node", "settings", "name"), [
+    (LoRAEnsembleCMLoRA, {"order": "offline"}, "boundary"), (LoRAEnsembleCMLoRA, {"order": "online"}, "threshold"),
+    (LoRAEnsembleCMLoRA, {"order": "Switch-A"}, "steps_per_lora"), (LoRAEnsembleLoRAtorio, {"top_k": 2}, "selection"),
+    (LoRAEnsembleBranchCache, {"schedule": "uniform"}, "interval"),
+    (LoRAEnsembleAdaptiveGuidance, {"mode": "threshold"}, "threshold"),
+    (LoRAEnsembleAdaptiveGuidance, {"mode": "extrapolate"}, "saving"),
+])
+def test_what_is_used_is_not_named(node, settings, name):
+    part = next(part for part in node.define_schema().inputs if part.id == name)
+    assert unused(node.define_schema(), defaults(node) | settings | {name: another(part)}) == []
+
+
+def test_loras_that_leave_a_method_nothing_to_do():
+    one, two = (LoRASpec(name, 1.0, 1.0) for name in "ab")
+    off, always = LoRASpec("c", 0.0, 1.0), LoRASpec("d", 1.0, 1.0, "always")
+
+    def lines(node, *ensemble: LoRASpec) -> str:
+        return "; ".join(unused(node.define_schema(), {"model": None, "ensemble": ensemble}))
+
+    for node in (LoRAEnsembleSwitch, LoRAEnsembleComposite, LoRAEnsembleCMLoRA, LoRAEnsembleKLoRA,
+                 LoRAEnsembleESTLoRA):
+        assert "a is the only LoRA to compose" in lines(node, one, off, always)
+        assert lines(node, one, two) == ""
+    assert lines(LoRAEnsembleMerge, one) == lines(LoRAEnsembleLoRAtorio, one) == ""
+    assert "all model strengths are 0" in lines(LoRAEnsembleMerge, off)
+    for role, missing in (("character", "style"), ("style", "subject")):
+        same = [LoRASpec(name, 1.0, 1.0, role) for name in "ab"]
+        assert f"set the role of one to a {missing}" in lines(LoRAEnsembleKLoRA, *same)
+        assert lines(LoRAEnsembleSwitch, *same) == ""
+
+
+def test_a_lora_by_itself():
+    schema = LoRAEnsembleLoRA.define_schema()
+    given = {"lora_name": "x", "strength_model": 0.0, "strength_clip": 0.0}
+    assert unused(schema, given) == ["both strengths are 0: this LoRA does nothing"]
+    assert unused(schema, {"lora_name": "x", "role": "always", "mask": torch.ones(1, 8, 8)}) == [
+        "mask is not used: role is always: it acts everywhere"]
+    assert unused(schema, {"lora_name": "x", "mask": torch.ones(1, 8, 8)}) == []
