@@ -13,6 +13,7 @@ from .session import PlainSession, RunContext, Session
 TAIL = 0.1
 """Share of a run that is the subject's at its end."""
 
+
 @dataclass(frozen=True)
 class Switch:
     """Adapter i = floor(((t - 1) mod (k tau)) / tau) + 1 acts at step t = 1..T; with the step index j = t - 1 counted

@@ -111,6 +111,7 @@ def _words(make: Factory, **options: object) -> Recipe:
 RECIPES: dict[str, Recipe] = {
     **{name: Recipe(make) for name, make in METHODS.items()},
     "Merge 0.6": Recipe(METHODS["Merge"], strength=0.6),
+    "Switch subject": Recipe(lambda of: Switch(of.strengths, last=of.roles.index("character"))),
     "LoRAtorio steps": Recipe(lambda of: LoRAtorio(of.strengths)),
     "Routed": _words(METHODS["Merge"]),
     "Routed once": _words(METHODS["Merge"], routing=Routing("once")),
@@ -122,9 +123,9 @@ RECIPES: dict[str, Recipe] = {
     "Routed bare": _words(METHODS["Merge"], bare=True),
     "Routed stand-in": _words(METHODS["Merge"], bare=True, stand_in=True),
 }
-"""What the tables may hold, by name: the methods as they are; routed; each method where its LoRAs' words are;
-LoRAtorio with weights renewed every third step, and with the paper's unit of temperature; the renderer's own masks;
-prompts that name concepts by their rare words alone."""
+"""What the tables may hold, by name: the methods as they are; routed; each method where its LoRAs' words are; Switch that
+ends on the character; LoRAtorio with the paper's unit of temperature, and with weights renewed every third step; the
+renderer's own masks; prompts that name concepts by their rare words alone."""
 
 BATCH = 24  # pictures drawn together
 
