@@ -123,9 +123,9 @@ RECIPES: dict[str, Recipe] = {
     "Routed bare": _words(METHODS["Merge"], bare=True),
     "Routed stand-in": _words(METHODS["Merge"], bare=True, stand_in=True),
 }
-"""What the tables may hold, by name: the methods as they are; routed; each method where its LoRAs' words are; Switch that
-ends on the character; LoRAtorio with the paper's unit of temperature, and with weights renewed every third step; the
-renderer's own masks; prompts that name concepts by their rare words alone."""
+"""What the tables may hold, by name: the methods as they are; routed; each method where its LoRAs' words are;
+Switch that ends on the character; LoRAtorio with the paper's unit of temperature, and with weights renewed every third
+step; the renderer's own masks; prompts that name concepts by their rare words alone."""
 
 BATCH = 24  # pictures drawn together
 

@@ -142,7 +142,9 @@ def test_example_workflows_are_templates(server: Server):
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_example_misses_only_its_models(server: Server, path: Path):
+def test_example_misses_only_its_models(server: Server, node_info: dict, path: Path):
+    if find(load(path), "LoRAEnsembleStack") and "LoRAEnsembleStack" not in node_info:
+        pytest.skip("this release cannot show rows")
     with pytest.raises(PromptRefused) as refused:
         server.queue(load(path))
     loaders = [key for kind in (*LOADERS, "CLIPVisionLoader") for key in find(load(path), kind)]
