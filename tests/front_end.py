@@ -93,6 +93,9 @@ NODES = r"""(() => {
     }
   }))
 })()"""
+SEARCH = """document.querySelector('#vue-app').__vue_app__.config.globalProperties.$pinia._s.get('nodeDef')
+  .nodeSearchService.searchNode(%s, []).map(node => node.name)"""
+
 NARROWEST, WIDEST = 240, 420  # widths of nodes that are tried
 
 
@@ -171,6 +174,10 @@ class FrontEnd:
 
     def nodes(self) -> list[Shown]:
         return [Shown(**entry) for entry in json.loads(self.browser.evaluate(NODES % (NARROWEST, WIDEST, NARROWEST)))]
+
+    def search(self, words: str) -> list[str]:
+        """The types of the nodes that the search for nodes finds, best first."""
+        return self.browser.evaluate(SEARCH % json.dumps(words))
 
     def zoom(self) -> float:
         return self.browser.evaluate("app.canvas.ds.scale")

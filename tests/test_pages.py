@@ -54,7 +54,7 @@ def test_named_links_are_all_defined():
 
 def test_the_archive_has_what_comfyui_reads():
     for name in ("__init__.py", "pyproject.toml", "README.md", "LICENSE", "nodes", "web", "example_workflows",
-                 "locales"):
+                 "locales", "subgraphs"):
         assert (ROOT / name).exists() and in_archive(ROOT / name)
     assert not in_archive(ROOT / "tests") and not in_archive(ROOT / "docs" / "developers.md")
 

@@ -187,7 +187,8 @@ class Run:
         self._since = time.perf_counter()
         self.areas: dict[UUID | None, Area] = {}
         self.origins: dict[UUID | None, UUID | None] = {}
-        self.regions = [self._regions(each, context, device) for each, context in zip(applied, contexts, strict=True)]
+        self.regions = [self._regions(each, context, device) if context.masks else None  # no LoRA acts
+                        for each, context in zip(applied, contexts, strict=True)]
         self.routes = [regions for regions in self.regions if isinstance(regions, RoutedLoRAs)]
         self.kept = KeptBetweenCalls(self._tell, "LoRAs act in places of the picture" if
                                      any(regions is not None for regions in self.regions) else

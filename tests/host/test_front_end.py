@@ -64,6 +64,21 @@ def test_templates_open_tidy(page: FrontEnd, name: str):
     assert page.complaints()[said:] == []
 
 
+@pytest.mark.parametrize("word", ["lora", "compare", "style", "region"])
+def test_the_search_for_nodes_shows_ours_among_the_first(page: FrontEnd, word: str):
+    """It finds by aliases and puts names first, so that nodes of the host with the word in their name lead."""
+    assert any(is_ours(name) for name in page.search(word)[:5])
+
+
+@pytest.mark.parametrize("word", ["multi lora", "skip cfg", "regional lora", "lora stack", "trigger words"])
+def test_the_search_for_nodes_finds_ours_by_what_they_do(page: FrontEnd, word: str):
+    assert is_ours(page.search(word)[0])
+
+
+def is_ours(name: str) -> bool:
+    return name.startswith("LoRAEnsemble")
+
+
 def test_a_workflow_that_is_not_tidy_is_noticed(page: FrontEnd, server: Server):
     """One node over another, a prompt that does not fit, a node of a type that there is not."""
     graph = server.json("/api/workflow_templates/lora-ensemble/flux_merge.json")

@@ -135,3 +135,13 @@ def test_the_report_of_a_model_that_was_not_sampled(server: Server, files):
     prompt[report]["inputs"]["model"] = ["small", 0]
     found, _, _ = run(server, prompt)
     assert len(found["problems"]) == 1 and "Connect the MODEL that the sampler got" in found["problems"][0]
+
+
+def test_a_routed_run_whose_loras_are_all_off_is_that_of_the_base_model(server: Server, files):
+    prompt = example("sdxl_routed", files)
+    for node in find(prompt, "LoRAEnsembleLoRA"):
+        prompt[node]["inputs"] |= {"strength_model": 0.0, "strength_clip": 0.0}
+    (sampler,) = find(prompt, "KSampler")
+    prompt[sampler]["inputs"]["steps"] = 2
+    record, _, _ = run(server, prompt)
+    assert [step["rows"] for step in record["steps"]] == [2, 2]
