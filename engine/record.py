@@ -39,6 +39,8 @@ class RunRecord:
     reasons     why a method was taken, where the user left that to the node
     finished    False for a run that was interrupted or failed
     chosen      what users left to the number of steps, and what came of it
+    before      steps that earlier runs took of the picture, where it is sampled in several
+    whole       steps of all these runs together; 0: those of this one
     """
 
     methods: list[str]
@@ -48,6 +50,8 @@ class RunRecord:
     reasons: list[str] = field(default_factory=list)
     finished: bool = False
     chosen: list[str] = field(default_factory=list)
+    before: int = 0
+    whole: int = 0
 
     def __post_init__(self) -> None:
         self._lock = Lock()  # no field: a record is copied and saved as plain data

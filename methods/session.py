@@ -27,16 +27,19 @@ class RunContext:
     """What is known of a run before its first step: one object for composition methods and for guidance.
 
     sigmas   the schedule in the model's own units, noisiest first, with the final 0
-    times    per step: the model's own time, 1 at its highest noise level and 0 at its lowest
+    times    per step, those before this run included: the model's own time, 1 at its highest noise level and 0 at its
+             lowest
     span     how far a run over all noise levels would be at this run's first and at its last step, 0 to 1: other than
              that where a picture is only partly noised, or sampled in several runs. By the noise level, since the
              schedule of that whole run is not known: exact where its steps are equal parts of the model's time
+    before   steps that earlier runs took of the picture, where it is sampled in several (Wan 2.2's two models)
+    whole    steps of all these runs together; 0: those of this one
     shape    of the latent, [pictures, channels, ..., height, width]; of the first part where it has several
     masks    per LoRA: where it may act, in [0, 1], [pictures or 1, 1, (frames,) height, width] on the latent's grid;
              None: everywhere. What they hold may change from call to call
-    gains    per step and LoRA: the share of its strength that its window in time lets act, 0 where that is shut
-             (windows.py); (): all of it in every step. Whoever evaluates branches multiplies by them; a method has to
-             know who is there
+    gains    per step, those of other runs of the picture included, and LoRA: the share of its strength that its window
+             in time lets act, 0 where that is shut (windows.py); (): all of it in every step. Whoever evaluates
+             branches multiplies by them; a method has to know who is there
     shares   per LoRA: how much the prompt says by its words, 1 - cos(E(prompt), E(prompt without them)), for methods
              that ask; (): not known
 
@@ -57,20 +60,31 @@ class RunContext:
     sampler: str = ""
     cfg: float | None = None
     negatives: int = 1
+    before: int = 0
+    whole: int = 0
 
     @property
     def total(self) -> int:
-        """Number of steps."""
+        """Number of steps, those of earlier and later runs included."""
+        return self.whole or self.steps
+
+    @property
+    def steps(self) -> int:
+        """Number of steps of this run."""
         return max(len(self.sigmas) - 1, 1)
 
     def open(self, index: int, count: int) -> tuple[int, ...]:
         """Which of `count` LoRAs may act at a step: those whose windows are open."""
         return tuple(i for i, gain in enumerate(self.gains[index]) if gain) if self.gains else tuple(range(count))
 
+    def overall(self, step: Step) -> Step:
+        """Where a step of this run stands among those of all runs: what sessions are called with."""
+        return Step(step.index + self.before, self.total, step.sigma) if self.whole else step
+
     def progress(self, step: Step) -> float:
         """The methods' normalised time u: 0 at the first step of a full run, 1 at its last, in equal parts per step."""
         first, last = self.span
-        return first + (last - first) * step.progress
+        return first + (last - first) * ((step.index - self.before) / (self.steps - 1) if self.steps > 1 else 0.0)
 
 
 @dataclass(frozen=True)
@@ -98,8 +112,9 @@ class Call:
 class Session(ABC):
     """A method during one run. Subclasses give `branches` and `mix`; the rest has defaults.
 
-    Per model call the host calls `observe`, `branches`, `refresh` and `mix` in this order. A step may have several
-    calls (Heun, context windows, perturbed passes) with the same `step`. Nothing here may make the host wait for the
+    Per model call the host calls `observe`, `branches`, `refresh` and `mix` in this order, with the step among those of
+    all runs of the picture. A step may have several calls (Heun, context windows, perturbed passes) with the same
+    `step`. Nothing here may make the host wait for the
     device: a measurement that steers branches is `Sent` ahead and read at a later step.
 
     whole_batch   whether every call must bring all pictures of the run. False where the mix of a picture depends on

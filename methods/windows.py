@@ -62,11 +62,14 @@ def gains_of(windows: Sequence[Window], times: Sequence[float]) -> tuple[tuple[f
 class InTime:
     """The branches of one method in one run, as windows let its LoRAs act.
 
-    gains   as `RunContext.gains`
+    gains    as `RunContext.gains`
+    before   steps of earlier runs in them, and
+    steps    how many of them are this run's; None: the rest
     """
 
-    def __init__(self, gains: Sequence[tuple[float, ...]]):
+    def __init__(self, gains: Sequence[tuple[float, ...]], before: int = 0, steps: int | None = None):
         self.gains = gains
+        self._own = gains[before:None if steps is None else before + steps]
         self._scaled: dict[tuple[Branch, tuple[float, ...]], Branch] = {}
 
     def __call__(self, step: Step, branches: tuple[Branch, ...]) -> tuple[Branch, ...]:
@@ -77,7 +80,7 @@ class InTime:
 
     def shut(self, lora: int) -> bool:
         """Whether a LoRA's window is shut at every step of the run."""
-        return bool(self.gains) and not any(gains[lora] for gains in self.gains)
+        return bool(self._own) and not any(gains[lora] for gains in self._own)
 
     def _branch(self, branch: Branch, gains: tuple[float, ...]) -> Branch:
         key = branch, gains

@@ -16,6 +16,7 @@ from . import (
     info,
     klora,
     leave_one_out,
+    levels,
     loratorio,
     prompt,
     report,
@@ -27,9 +28,9 @@ from . import (
 from .border import guard
 
 NODES: list[type[io.ComfyNode]] = [
-    *stack.NODES, *ensembles.NODES, *prompt.NODES, *info.NODES, *routed.NODES, *baselines.NODES, *cache.NODES,
-    *cmlora.NODES, *guidance.NODES, *klora.NODES, *loratorio.NODES, *selection.NODES, *calibration.NODES,
-    *spectrum.NODES, *report.NODES, *leave_one_out.NODES,
+    *stack.NODES, *ensembles.NODES, *levels.NODES, *prompt.NODES, *info.NODES, *routed.NODES, *baselines.NODES,
+    *cache.NODES, *cmlora.NODES, *guidance.NODES, *klora.NODES, *loratorio.NODES, *selection.NODES,
+    *calibration.NODES, *spectrum.NODES, *report.NODES, *leave_one_out.NODES,
 ]
 for node in NODES:
     guard(node)

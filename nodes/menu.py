@@ -4,7 +4,7 @@ from __future__ import annotations
 
 ROOT = "LoRA Ensemble"
 SHELVES = {
-    "load": ("LoRA", "Stack", "FromStack", "Prompt", "Info"),
+    "load": ("LoRA", "Stack", "FromStack", "NoiseLevels", "Prompt", "Info"),
     "compose": ("Routed", "Merge", "Switch", "Composite", "CMLoRA", "LoRAtorio", "KLoRA", "ESTLoRA", "BranchCache"),
     "guide": ("AdaptiveGuidance", "AdaptiveGuider", "KSampler", "CalibrateGuidance", "SaveCoeffs", "LoadCoeffs"),
     "look": ("Report", "LeaveOneOut", "Spectrum", "LayerMap", "StyleDiscrepancy"),

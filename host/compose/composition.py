@@ -151,11 +151,13 @@ def record_of(model) -> RunRecord | None:
 class Plan:
     """What one model call evaluates: every combination of the applied methods' branches.
 
+    step    among those of all runs of the picture; `own` among those of this one
     fresh   per combination: False where caches may stand in for its deep layers, as far as the methods go
     parts   of a latent that holds several, such as picture and sound
     """
 
     step: Step
+    own: Step
     x: Tensor
     sigma: Tensor
     branches: tuple[tuple[Branch, ...], ...]
@@ -172,9 +174,11 @@ class Run:
         self.applied, self.tracker = applied, tracker
         self.record = begun(applied)
         self._tell = into(self.record.problems)
+        one = contexts[0] if contexts else RunContext(())
+        self._overall, self.record.before, self.record.whole = one.overall, one.before, one.whole
         self._layers: dict[tuple[str, str], list[str]] = {}
         self._acted: list[set[int]] = [set() for _ in applied]
-        self._in_time = [InTime(context.gains) for context in contexts]
+        self._in_time = [InTime(context.gains, context.before, context.steps) for context in contexts]
         self.cache = BranchCache(cache, self._tell, free) if cache is not None and cache.oldest > 1 else None
         self.combos: dict[UUID, Combo] = {}
         self.single: Combo | None = None
@@ -207,11 +211,11 @@ class Run:
 
     def plan(self, x: Tensor, timestep: Tensor, parts: Parts = ()) -> Plan:
         """The step this call belongs to, and what it evaluates."""
-        step = self.tracker.step(timestep)
-        if not self.record.steps or self.record.steps[-1].index != step.index:
+        own = self.tracker.step(timestep)
+        if not self.record.steps or self.record.steps[-1].index != own.index:
             self._close_step()
-            self.record.steps.append(StepRecord(step.index, step.sigma))
-        self.step = step
+            self.record.steps.append(StepRecord(own.index, own.sigma))
+        self.step = step = self._overall(own)
         for regions in self.routes:
             regions.begin(step)
         for session in self.sessions:
@@ -225,7 +229,7 @@ class Run:
                       for i, gain in enumerate(gains) if gain} if len(acted) < len(own[0].gains) else set()
         entry = self.record.steps[-1]
         entry.branches = entry.branches or [[list(branch.gains) for branch in combo] for combo in combos]
-        return Plan(step, x, timestep, branches, combos, fresh, parts)
+        return Plan(step, own, x, timestep, branches, combos, fresh, parts)
 
     def sides(self, conds: Sequence[list | None]) -> tuple[str, ...]:
         """The side that each cond of a call is on. Conds that no guider knows (a node made them itself) go by their

@@ -15,6 +15,7 @@ from ...kernels.nested import Parts
 from ...methods.session import OTHER, POSITIVE, UNCONDITIONAL, RunContext
 from ...methods.windows import gains_of
 from .composition import Applied
+from .earlier import Earlier
 from .prompts import shares_of
 
 SIDES = {"positive": POSITIVE, "negative": UNCONDITIONAL, "empty_negative_prompt": UNCONDITIONAL}
@@ -27,16 +28,25 @@ def run_context(sigmas: Tensor, noise: Tensor, shapes: Sequence[Sequence[int]] |
     return RunContext(tuple(sigmas.detach().float().cpu().tolist()), shape=tuple((shapes or [noise.shape])[0]))
 
 
-def method_contexts(context: RunContext, model, applied: Sequence[Applied], conds: Mapping[str, Sequence[Mapping]]
-                    ) -> list[RunContext]:
+def method_contexts(context: RunContext, model, applied: Sequence[Applied], conds: Mapping[str, Sequence[Mapping]],
+                    earlier: Earlier | None = None, noisy: bool = False) -> list[RunContext]:
     """The context per method applied to a MODEL: with the model's times, and with the masks, the windows and the shares
-    in a guider's conds of that method's LoRAs."""
+    in a guider's conds of that method's LoRAs.
+
+    earlier   the run whose picture this one goes on with, where that is known
+    noisy     whether the latent comes with its noise: this run goes on with a picture, or begins one with no noise
+    """
     sampling = model.get_model_object("model_sampling")
-    timed = replace(context, times=tuple(_times(sampling, context.sigmas)), span=_span(sampling, context.sigmas))
+    own = tuple(_times(sampling, context.sigmas))
+    before, whole = _of_whole(sampling, context.sigmas, earlier.steps if earlier is not None else None if noisy else 0)
+    times = earlier.times if earlier is not None else tuple(
+        1 - (1 - own[0]) * k / before for k in range(before))  # in equal parts, since they are not known
+    timed = replace(context, times=times + own, span=_span(sampling, context.sigmas), before=before, whole=whole)
     device = model.load_device
     placed = [[on_latent(mask, context.shape) for mask in each.masks] for each in applied]
     windowed = any(each.windows for each in applied)
-    times = [_percent(sampling, sigma) for sigma in context.sigmas[:-1]] if windowed else ()
+    known = earlier.sigmas if earlier is not None else ()
+    times = _schedule(sampling, context.sigmas, timed, known) if windowed else ()
     return [replace(timed, masks=tuple(mask if mask is None else mask.to(device) for mask in masks),
                     gains=gains_of(each.windows, times), shares=shares_of(conds, each.asked))
             for masks, each in zip(placed, applied, strict=True)]
@@ -105,6 +115,33 @@ def _span(sampling, sigmas: Sequence[float]) -> tuple[float, float]:
     is at its end with its last step, one that is handed on with noise left goes on after it."""
     last = 1.0 if sigmas[-1] == 0 or len(sigmas) < 3 else _percent(sampling, sigmas[-2])
     return _percent(sampling, sigmas[0]), last
+
+
+def _of_whole(sampling, sigmas: Sequence[float], before: int | None) -> tuple[int, int]:
+    """(steps before a run, steps of all runs of the picture, 0 where it is the only one). What is not known goes by the
+    noise levels at both ends, as if all steps were equal parts of the model's time.
+
+    before   None where it is not known
+    """
+    steps = max(len(sigmas) - 1, 1)
+    first, last = _percent(sampling, sigmas[0]), 1.0 if sigmas[-1] == 0 else _percent(sampling, sigmas[-1])
+    each = (last - first) / steps
+    if each <= 0:  # from a picture to its noise
+        return before or 0, before + steps if before else 0
+    before = round(first / each) if before is None else before
+    after = round((1 - last) / each)
+    return before, before + steps + after if before or after else 0
+
+
+def _schedule(sampling, sigmas: Sequence[float], context: RunContext, earlier: Sequence[float]) -> list[float]:
+    """When each step of all runs of the picture is, on the scale of `_percent`. Of runs that are not known, in equal
+    parts."""
+    own = [_percent(sampling, sigma) for sigma in sigmas[:-1]]
+    end = 1.0 if sigmas[-1] == 0 else _percent(sampling, sigmas[-1])
+    after = context.total - context.before - context.steps
+    known = [_percent(sampling, sigma) for sigma in earlier] or [own[0] * k / context.before
+                                                                 for k in range(context.before)]
+    return [*known, *own, *(end + (1 - end) * k / after for k in range(after))]
 
 
 def _percent(sampling, sigma: float) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -29,6 +29,7 @@ class Prompt:
              [LoRAs, tokens]
     found    per LoRA what was found of its words, for the report
     fixed    whether its places are those of a prompt with stand-in words: its own attention says nothing of them
+    text     as it was written
     """
 
     clauses: Clauses
@@ -40,6 +41,15 @@ class Prompt:
     fixed: bool = False
     elsewhere: tuple[bool, ...] = ()
     maps: Tensor | None = None
+    text: str = ""
+
+    @property
+    def asked(self) -> tuple[Hashable, ...]:
+        """Per LoRA, what its place in the picture is the answer to: a part of a prompt for a part of the picture. None
+        where it has no place of its own."""
+        return tuple(None if clause is None or wide else
+                     (self.text, self.area, tuple(self.clauses.members[clause].nonzero().flatten().tolist()))
+                     for clause, wide in zip(self.clauses.own, self.clauses.everywhere, strict=True))
 
 
 def search(entry: Mapping[str, object], words: Sequence[LoRAWords], active: Sequence[int],
@@ -74,7 +84,7 @@ def search(entry: Mapping[str, object], words: Sequence[LoRAWords], active: Sequ
                   {name: _words(other, [own for own, _ in ours]) for name, other in marks.beside},
                   [{"lora": own.name, "words": [clause.text for clause in own.clauses], "tokens": len(own.tokens),
                     "why": own.reason, "sought_as": [other for _, other in own.instead]} for own, _ in ours],
-                  ), [*told, *found.notes]
+                  text=marks.text), [*told, *found.notes]
 
 
 @dataclass(frozen=True)

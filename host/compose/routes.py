@@ -77,6 +77,7 @@ class RoutedLoRAs(MaskedLoRAs):
         self._anywhere = [False] * count  # per LoRA whether some prompt has its words
         self.calls: dict[int, int] = {}  # per diffusion model, how many of its calls of attention join text and picture
         self.found: list[dict] = []
+        self.known: Mapping[Hashable, Tensor] = {}  # from the run before, of the same picture
         self._show()
 
     @property
@@ -110,6 +111,10 @@ class RoutedLoRAs(MaskedLoRAs):
             for index, known, wide in zip(self.routed.active, anywhere, self.routed.everywhere, strict=True):
                 if not known and not wide:
                     self._say_missing(self.routed.words[index])
+            for prompt in self._prompts.values():
+                prompt.maps = self._known(prompt) if prompt.maps is None else prompt.maps
+            asked = [prompt.maps for prompt in self._prompts.values() if any(prompt.asked)]
+            self.routes.found |= bool(asked) and all(maps is not None for maps in asked)
             self._show()
 
     def begin(self, step: Step) -> None:
@@ -130,7 +135,7 @@ class RoutedLoRAs(MaskedLoRAs):
         """The places of a cond will be those of another, yet to be evaluated: its own attention is not read."""
         if not self._prompts[uuid].fixed:
             self._prompts[uuid].fixed = True
-            self.routes.found = False
+            self.routes.found &= self._prompts[uuid].maps is not None
 
     def stand_in(self, uuid: UUID, other: dict) -> None:
         """The places of a cond are those of another, whose prompt has stand-in words."""
@@ -221,6 +226,22 @@ class RoutedLoRAs(MaskedLoRAs):
             return fitted(prompt.clauses.words, prompt.length, root, tokens, None)
         words = prompt.beside.get(BESIDE.get(source, ""))
         return None if words is None else fitted(words, words.shape[1], root, tokens, None)
+
+    def answers(self) -> dict[Hashable, Tensor]:
+        """What was found, by what it is the answer to (`Prompt.asked`): for a run that goes on with the picture."""
+        return {asked: prompt.maps[:, i] for prompt in self._prompts.values() if prompt.maps is not None
+                for i, asked in enumerate(prompt.asked) if asked is not None}
+
+    def _known(self, prompt: Prompt) -> Tensor | None:
+        """The maps of a prompt, where the run before has found all of them."""
+        asked = prompt.asked
+        if not any(asked) or any(each is not None and each not in self.known for each in asked):
+            return None
+        maps = torch.ones_like(self.maps)
+        for i, each in enumerate(asked):
+            if each is not None:
+                maps[:, i] = self.known[each].to(maps)
+        return maps
 
     def notes(self) -> dict[str, object]:
         """places: per LoRA the share of the picture that it acts on."""

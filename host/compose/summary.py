@@ -32,6 +32,7 @@ def idle(applied: Sequence, acted: Sequence[set[int]], in_time: Sequence[InTime]
     """LoRAs that never acted in a finished run: their windows were shut, or of those that take turns there are more
     than steps. `acted` holds the indexes of the others, per method."""
     steps = len(record.steps) if record.finished else 0
+    part = f" that this model takes of {record.whole}" if record.whole else ""
     for each, known, windows in zip(applied, acted, in_time, strict=True):
         for i, name in enumerate(each.names) if steps else ():
             if i in known:
@@ -40,7 +41,7 @@ def idle(applied: Sequence, acted: Sequence[set[int]], in_time: Sequence[InTime]
             if windows.shut(i):
                 window = each.windows[i]
                 why = f"none of them is in its window from {window.start:g} to {window.end:g}"
-            yield f"LoRA '{name}' did not act in any of the {steps} steps: {why}"
+            yield f"LoRA '{name}' did not act in any of the {steps} steps{part}: {why}"
 
 
 def without_prompt(applied, routed: RoutedForwards) -> Iterator[str]:

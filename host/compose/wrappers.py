@@ -22,6 +22,7 @@ from ...methods.merge import Merge
 from .composition import KEY, Composition, Free, Plan, Run
 from .context import is_flow, method_contexts, parts_of, run_context, sides_of
 from .control import CALLER_CONDS, OF_WEIGHTS, caller_indexes, made_of_weights
+from .earlier import RUNS, bare
 from .probe import find_places, positives, readings, with_variants
 from .rows import in_range
 from .steps import tracked
@@ -47,8 +48,13 @@ def outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=No
     guider = executor.class_obj
     context = run_context(sigmas, noise, kwargs.get("latent_shapes"))
     tracker, callback = tracked(context.sigmas, callback)
-    run = composition.begin(tracker, method_contexts(context, guider.model_patcher, composition.applied, guider.conds),
-                            sides_of(guider.conds), _free(guider.model_patcher), guider.model_patcher.load_device)
+    noisy = bare(noise)
+    earlier = RUNS.before(latent_image) if noisy else None
+    contexts = method_contexts(context, guider.model_patcher, composition.applied, guider.conds, earlier, noisy)
+    run = composition.begin(tracker, contexts, sides_of(guider.conds), _free(guider.model_patcher),
+                            guider.model_patcher.load_device)
+    for regions in run.routes if earlier is not None else ():
+        regions.known = earlier.maps
     if run.cache is not None:
         run.cache.flow = is_flow(guider.model_patcher)
     finished, added = False, []
@@ -61,6 +67,8 @@ def outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=No
         run.conds = lambda: guider.conds
         out = executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, *args, **kwargs)
         finished = True
+        if context.sigmas[-1] > 0:
+            RUNS.left(out, contexts[0] if contexts else context, run.routes, earlier)
         return out
     finally:
         for name in added:
@@ -124,7 +132,7 @@ def _evaluated(executor, model, run: Run, plan: Plan, conds, sides, x_in, timest
     combos = plan.combos
     parts = [combos]
     if run.cache is not None and not run.probing:
-        parts = run.cache.parts(plan.step, combos, plan.fresh, timestep, partial(_identities, run, plan, conds))
+        parts = run.cache.parts(plan.own, combos, plan.fresh, timestep, partial(_identities, run, plan, conds))
     if len(combos) == 1:
         run.single = combos[0]
         outs = executor(model, conds, x_in, timestep, model_options)

@@ -146,7 +146,9 @@ def _run(record: RunRecord) -> str:
     calls, rows = (sum(getattr(step, name) for step in record.steps) for name in ("calls", "rows"))
     methods = ", ".join(NAMES.get(name, name) for name in record.methods) or "no method"
     ended = "" if record.finished else "; the run did not finish"
-    return f"{methods}: {len(record.steps)} steps, {rows} evaluations in {calls} calls of the model{ended}"
+    count = f"{len(record.steps)} steps" if not record.whole else \
+        f"steps {record.before + 1} to {record.before + len(record.steps)} of {record.whole}"
+    return f"{methods}: {count}, {rows} evaluations in {calls} calls of the model{ended}"
 
 
 def _words(placed: Placed, i: int, maps: Tensor) -> str:

@@ -25,6 +25,7 @@ NODES = asyncio.run(asyncio.run(lora_ensemble.comfy_entrypoint()).get_node_list(
 IDS = {
     "LoRAEnsembleLoRA": "LoRA (Ensemble)",
     "LoRAEnsembleFromStack": "LoRA Stack to Ensemble",
+    "LoRAEnsembleNoiseLevels": "Two Noise Levels (Ensemble)",
     "LoRAEnsembleMerge": "Merge LoRAs",
     "LoRAEnsembleSwitch": "Switch LoRAs",
     "LoRAEnsembleComposite": "Composite LoRAs",
@@ -51,8 +52,8 @@ IDS = {
 if hasattr(io, "DynamicCombo"):  # older releases cannot show rows
     IDS["LoRAEnsembleStack"] = "LoRA Ensemble"
 PAGES = {*IDS, "LoRAEnsembleStack"}
-WITHOUT_A_PAPER = {"LoRAEnsembleLoRA", "LoRAEnsembleFromStack", "LoRAEnsemblePrompt", "LoRAEnsembleStack",
-                   "LoRAEnsembleInfo"}
+WITHOUT_A_PAPER = {"LoRAEnsembleLoRA", "LoRAEnsembleFromStack", "LoRAEnsembleNoiseLevels", "LoRAEnsemblePrompt",
+                   "LoRAEnsembleStack", "LoRAEnsembleInfo"}
 
 each_node = pytest.mark.parametrize("node", NODES, ids=lambda node: node.__name__)
 

@@ -1,0 +1,78 @@
+"""A picture that is sampled in several runs, one model after the other: Wan 2.2's two noise levels, a base and its
+refiner. What a run hands on is found by the noisy latent that it left, whoever passes it on and whatever model goes on
+with it; nothing is handed on to a run that begins anew."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from threading import Lock
+
+import torch
+from torch import Tensor
+
+from ...methods.session import RunContext
+from .routes import RoutedLoRAs
+
+KEPT = 4
+"""Runs that are remembered: two chains of samplers in one graph may take turns."""
+SAMPLES = 512
+"""Values by which a latent is recognised."""
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What is known of the runs before.
+
+    steps   that they took
+    times   the model's own time of each, as `RunContext.times`; `sigmas` their noise levels
+    maps    where words were found at their end, by what was asked (`Prompt.asked`)
+    """
+
+    steps: int
+    times: tuple[float, ...]
+    sigmas: tuple[float, ...] = ()
+    maps: Mapping[Hashable, Tensor] = field(default_factory=dict)
+
+
+class Runs:
+    """The last runs that ended with noise left."""
+
+    def __init__(self, kept: int = KEPT):
+        self._runs: deque[tuple[tuple, Tensor, Earlier]] = deque(maxlen=kept)
+        self._lock = Lock()
+
+    def left(self, latent: Tensor, context: RunContext, routes: Sequence[RoutedLoRAs],
+             earlier: Earlier | None = None) -> None:
+        """A run has left this latent, which itself may have gone on with one."""
+        maps = {asked: found.cpu() for each in routes for asked, found in each.answers().items()}
+        known = earlier.sigmas if earlier is not None else ()
+        sigmas = (*known, *context.sigmas[:-1]) if len(known) == context.before else ()
+        run = (*_mark(latent), Earlier(context.before + context.steps, context.times, sigmas, maps))
+        with self._lock:
+            self._runs.append(run)
+
+    def before(self, latent: Tensor) -> Earlier | None:
+        """What is known of the run that left this latent; None where none did."""
+        shape, values = _mark(latent)
+        with self._lock:
+            # Some nodes keep latents in half precision.
+            return next((earlier for size, known, earlier in reversed(self._runs)
+                         if size == shape and torch.allclose(known, values, rtol=1e-2, atol=1e-3)), None)
+
+
+RUNS = Runs()
+
+
+def bare(noise: Tensor) -> bool:
+    """Whether a run adds no noise to its latent."""
+    return not any(part.any() for part in (noise.unbind() if noise.is_nested else (noise,)))
+
+
+def _mark(latent: Tensor) -> tuple[tuple, Tensor]:
+    """(the shapes of a latent's parts, some of its values on the CPU)"""
+    parts = latent.unbind() if latent.is_nested else (latent,)
+    flat = torch.cat([part.flatten() for part in parts])
+    index = torch.linspace(0, len(flat) - 1, min(SAMPLES, len(flat)), device=flat.device, dtype=torch.float64).long()
+    return tuple(part.shape for part in parts), flat[index].float().cpu()

@@ -1,0 +1,197 @@
+"""A picture that is sampled in several runs, as by two KSampler (Advanced): time goes on in the second, and what was
+found in the first is known."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import comfy.sample
+import pytest
+import torch
+from lora_ensemble.host.compose import earlier, wrappers
+from lora_ensemble.host.compose.composition import places_of, record_of
+from lora_ensemble.methods.cmlora import CMLoRA
+from lora_ensemble.methods.composite import Composite
+from lora_ensemble.methods.loratorio import LoRAtorio
+from lora_ensemble.methods.switch import Switch
+from lora_ensemble.nodes.klora import LoRAEnsembleKLoRA
+from torch import Tensor
+
+from .builders import method, same, three
+from .models import FAMILIES, base
+from .test_routed import prompt, routed, specs
+
+STEPS = 8
+ROUNDING = 1e-4  # a latent is scaled out of one run and into the next
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch) -> earlier.Runs:
+    runs = earlier.Runs()
+    monkeypatch.setattr(wrappers, "RUNS", runs)
+    return runs
+
+
+def part(model, first: int, last: int, latent: Tensor | None = None, family: str = "SD15", cfg: float = 3.0,
+         noisy: bool = False, positive: list | None = None, scheduler: str = "simple") -> Tensor:
+    """What KSampler (Advanced) does from step to step."""
+    kind = FAMILIES[family]
+    start = kind.noise(1, 8, 1)
+    latent = torch.zeros_like(start) if latent is None else latent
+    noise = start if first == 0 or noisy else torch.zeros_like(start)
+    with torch.inference_mode():
+        return comfy.sample.sample(model, noise, STEPS, cfg, "euler", scheduler, positive or kind.cond(11),
+                                   kind.cond(12), latent, disable_noise=first > 0 and not noisy, start_step=first,
+                                   last_step=last, force_full_denoise=last == STEPS, disable_pbar=True, seed=1)
+
+
+def k_lora(model, loras):
+    ensemble = three(model, loras, (0.8, 0.5, 0.6))[:2]
+    options = {each.id: each.default for each in LoRAEnsembleKLoRA.define_schema().inputs if hasattr(each, "default")}
+    return LoRAEnsembleKLoRA.execute(model=model, ensemble=ensemble, **options).args[0]
+
+
+MAKES = {
+    "Switch": lambda strengths: Switch(strengths, 1),
+    "Switch, turns": lambda strengths: Switch(strengths, order=(2, 0, 1), late=True),
+    "CMLoRA": lambda strengths: CMLoRA(strengths, (True, False, True), caching=False, decay="halving"),
+    "CMLoRA async": lambda strengths: CMLoRA(strengths, order="async", caching=False),
+    "LoRAtorio": lambda strengths: LoRAtorio(strengths, kappa=0.4),
+    "LoRAtorio, timesteps": lambda strengths: LoRAtorio(strengths, kappa=0.02, unit="timesteps"),
+    "Composite": Composite,
+}
+
+
+@pytest.mark.parametrize("cut", [2, 5])
+@pytest.mark.parametrize("name", MAKES)
+def test_two_runs_are_one(name, cut, loras):
+    """Turns, leaders, classes and temperatures go on where they were."""
+    model = base("SD15")
+    ours, plain = method(model, three(model, loras), MAKES[name]), part(model, 0, STEPS)
+    whole = part(ours, 0, STEPS)
+    assert record_of(ours).whole == 0
+    half = part(ours, 0, cut)
+    assert (record_of(ours).before, record_of(ours).whole) == (0, STEPS)
+    same(part(ours, cut, STEPS, half), whole, plain, ROUNDING)
+    assert (record_of(ours).before, record_of(ours).whole) == (cut, STEPS)
+    # Another object with the same LoRAs, as a second method node makes it.
+    same(part(method(model, three(model, loras), MAKES[name]), cut, STEPS, half), whole, plain, ROUNDING)
+
+
+@pytest.mark.parametrize("name", ["Switch", "CMLoRA", "LoRAtorio"])
+def test_by_the_noise_level_where_the_first_run_is_not_known(name, fresh, loras):
+    """The first half was another model's, or its latent has passed through nodes that changed it."""
+    model = base("SD15")
+    ours, plain = method(model, three(model, loras), MAKES[name]), part(model, 0, STEPS)
+    half, whole = part(ours, 0, 3), part(ours, 0, STEPS)
+    fresh._runs.clear()
+    same(part(ours, 3, STEPS, half), whole, plain, ROUNDING)
+    assert (record_of(ours).before, record_of(ours).whole) == (3, STEPS)
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("name", ["Switch", "CMLoRA", "Composite"])
+def test_windows_in_time_hold_over_both_runs(name, known, fresh, loras):
+    """From 0.25 to 0.75, and from the middle on: wherever the first run ends."""
+    model = base("SD15")
+    first, second, third = three(model, loras)
+    ensemble = (replace(first, start=0.25, end=0.75), second, replace(third, start=0.5, fade=0.25))
+    ours, plain = method(model, ensemble, MAKES[name]), part(model, 0, STEPS)
+    whole = part(ours, 0, STEPS)
+    for cut in (1, 3, 6):
+        half = part(ours, 0, cut)
+        if not known:
+            fresh._runs.clear()
+        same(part(ours, cut, STEPS, half), whole, plain, ROUNDING)
+    assert [line for line in record_of(ours).problems if "none of them is in its window from 0.25 to 0.75" in line]
+
+
+def test_three_runs(loras):
+    model = base("SD15")
+    ours = method(model, three(model, loras), MAKES["LoRAtorio, timesteps"])
+    middle = part(ours, 2, 6, part(ours, 0, 2))
+    assert (record_of(ours).before, record_of(ours).whole) == (2, STEPS)
+    same(part(ours, 6, STEPS, middle), part(ours, 0, STEPS), part(model, 0, STEPS), ROUNDING)
+
+
+def test_k_lora_ramps_on(loras):
+    """Its progress goes by the noise level, which these steps divide into equal parts."""
+    model, equal = base("SD15"), {"scheduler": "normal"}
+    ours = k_lora(model, loras)
+    same(part(ours, 3, STEPS, part(ours, 0, 3, **equal), **equal), part(ours, 0, STEPS, **equal),
+         part(model, 0, STEPS, **equal), ROUNDING)
+
+
+def test_a_run_that_adds_noise_begins_anew(loras):
+    """A second pass over a finished picture, at low denoise, is a picture of its own: as in all earlier versions."""
+    model = base("SD15")
+    ours = method(model, three(model, loras), MAKES["Switch"])
+    part(ours, 4, STEPS, part(ours, 0, STEPS), noisy=True)
+    record = record_of(ours)
+    assert (record.before, record.whole) == (0, 0)
+    assert [step.branches[0][0].index(0.8) for step in record.steps[::3]] == [0, 0]
+
+
+def test_which_lora_had_no_turn_in_which_part(loras):
+    model = base("SD15")
+    ours = method(model, three(model, loras), MAKES["Switch"])
+    part(ours, 2, STEPS, part(ours, 0, 2))
+    assert record_of(ours).problems == []
+    part(ours, 0, 2)
+    assert len([line for line in record_of(ours).problems if "in any of the 2 steps that this model takes of 8" in line]
+               ) == 1
+
+
+@pytest.mark.parametrize("family", ["SD15", "Flux", "Wan"])
+@pytest.mark.parametrize("mode", ["once", "every step"])
+def test_places_are_known_in_the_second_run(family, mode, loras):
+    """Another model goes on with the picture: it looks at its own attention no more than it has to."""
+    model, text = base(family), prompt(family)
+    ensemble = specs(model, loras)
+    first, second = (routed(model, ensemble, mode=mode) for _ in range(2))
+    whole = part(first, 0, STEPS, family=family, cfg=1.0, positive=text)
+    maps = places_of(first)[0].maps
+    half = part(first, 0, 3, family=family, cfg=1.0, positive=text)
+    found = part(second, 3, STEPS, half, family, 1.0, positive=text)
+    assert [step.rows for step in record_of(second).steps] == [1] * (STEPS - 3)
+    same(found, whole, part(model, 0, STEPS, family=family, cfg=1.0, positive=text), ROUNDING)
+    torch.testing.assert_close(places_of(second)[0].maps, maps)
+
+
+def test_places_of_another_prompt_or_picture_are_not_taken(fresh, loras):
+    model, text = base("Flux"), prompt("Flux")
+    first, second = (routed(model, specs(model, loras), mode="once") for _ in range(2))
+    half = part(first, 0, 3, family="Flux", cfg=1.0, positive=text)
+    part(second, 3, STEPS, half + 0.1, "Flux", 1.0, positive=text)
+    assert record_of(second).steps[0].rows == 2
+    other = routed(model, specs(model, loras, words=("sks", "ohwx")), mode="once")  # their words the other way round
+    part(other, 3, STEPS, half, "Flux", 1.0, positive=text)
+    assert record_of(other).steps[0].rows == 1
+    torch.testing.assert_close(places_of(other)[0].maps, places_of(first)[0].maps.flip(1))
+    third = routed(model, specs(model, loras, words=("field", "ohwx")), mode="once")
+    part(third, 3, STEPS, half, "Flux", 1.0, positive=text)
+    assert record_of(third).steps[0].rows == 2
+
+
+def test_late_starts_count_over_both_runs(loras):
+    """`start` 0.5 of eight steps: the base model alone for four, wherever the first run ends."""
+    model, text = base("SD15"), prompt("SD15")
+    ours = routed(model, specs(model, loras), start=0.5)
+    whole, plain = part(ours, 0, STEPS, positive=text), part(model, 0, STEPS, positive=text)
+    same(part(ours, 2, STEPS, part(ours, 0, 2, positive=text), positive=text), whole, plain, ROUNDING)
+
+
+def test_a_latent_in_half_precision_is_recognised(fresh, loras):
+    model = base("SD15")
+    ours = method(model, three(model, loras), Composite)
+    half = part(ours, 0, 3)
+    assert fresh.before(half.half()) is fresh.before(half.to(torch.bfloat16)) is fresh.before(half) is not None
+    assert fresh.before(half * 1.1) is None and fresh.before(half[..., :4]) is None
+
+
+def test_only_a_few_runs_are_remembered():
+    runs, context = earlier.Runs(kept=2), wrappers.run_context(torch.tensor([2.0, 1.0]), torch.zeros(1, 4, 8, 8), None)
+    latents = [torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    for latent in latents:
+        runs.left(latent, context, ())
+    assert [runs.before(latent) is not None for latent in latents] == [False, True, True]
