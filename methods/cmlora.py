@@ -240,6 +240,8 @@ class CMLoRASession(Session):
         """LoRAs that never led, by their classes."""
         if self.method.order == "switch-a" or not self._led or len(names) < 2:
             return []  # a LoRA that does not lead does not act there at all
+        if self.context.whole:
+            return []  # it leads in another run of the picture
         out, steps = [], self.context.total
         for word, own in zip(("fine detail", "backgrounds"), self.method.classes, strict=True):
             own = [i for i in own if i in self._there]

@@ -77,10 +77,6 @@ class RunContext:
         """Which of `count` LoRAs may act at a step: those whose windows are open."""
         return tuple(i for i, gain in enumerate(self.gains[index]) if gain) if self.gains else tuple(range(count))
 
-    def overall(self, step: Step) -> Step:
-        """Where a step of this run stands among those of all runs: what sessions are called with."""
-        return Step(step.index + self.before, self.total, step.sigma) if self.whole else step
-
     def progress(self, step: Step) -> float:
         """The methods' normalised time u: 0 at the first step of a full run, 1 at its last, in equal parts per step."""
         first, last = self.span

@@ -12,8 +12,9 @@ ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = sorted((ROOT / "example_workflows" / "api").glob("*.json"))
 TESTBED = sorted((ROOT / "tests" / "host" / "workflows").glob("*.json"))
 SMALL = {"sdxl_routed": "SDXL", "sdxl_routed_masks": "SDXL", "flux_routed": "Flux", "qwen_image_routed": "Qwen-Image",
-         "z_image_turbo_routed": "Z-Image", "krea2_routed": "Krea 2", "wan22_routed": "Wan", "sdxl_four_loras": "SDXL",
-         "sdxl_lora_info": "SDXL"}
+         "z_image_turbo_routed": "Z-Image", "krea2_routed": "Krea 2", "wan22_routed": "Wan",
+         "sdxl_lightning_routed": "SDXL", "qwen_image_lightning_routed": "Qwen-Image", "flux2_klein_routed": "Flux.2",
+         "wan22_lightx2v_routed": "Wan", "sdxl_four_loras": "SDXL", "sdxl_lora_info": "SDXL"}
 """Examples that are about words in the host's own text encoders: the family whose small model stands for theirs."""
 ON_TESTBED = [path for path in EXAMPLES if path.stem not in SMALL]
 LOADERS = {"CheckpointLoaderSimple": None, "UNETLoader": 0, "CLIPLoader": 1, "DualCLIPLoader": 1, "VAELoader": 2}

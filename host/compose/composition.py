@@ -113,9 +113,10 @@ class Composition:
               device: torch.device) -> Run:
         """Start a run; its context per applied method, the side of guidance that each of the sampler's conds is on,
         what tells how much memory is left, and where it samples."""
-        run = Run(self.applied, tracker, contexts, sides, self.cache and self.cache.at(tracker.total), free, device)
+        total = contexts[0].total if contexts else tracker.total
+        run = Run(self.applied, tracker, contexts, sides, self.cache and self.cache.at(total), free, device)
         run.without = self.without
-        run.record.chosen += chosen(run.record, run.sessions, self.cache, tracker.total)
+        run.record.chosen += chosen(run.record, run.sessions, self.cache, total)
         call_routed_layers()
         self.runs.append(run)
         self.record = run.record
@@ -174,8 +175,7 @@ class Run:
         self.applied, self.tracker = applied, tracker
         self.record = begun(applied)
         self._tell = into(self.record.problems)
-        one = contexts[0] if contexts else RunContext(())
-        self._overall, self.record.before, self.record.whole = one.overall, one.before, one.whole
+        self.record.before, self.record.whole = (contexts[0].before, contexts[0].whole) if contexts else (0, 0)
         self._layers: dict[tuple[str, str], list[str]] = {}
         self._acted: list[set[int]] = [set() for _ in applied]
         self._in_time = [InTime(context.gains, context.before, context.steps) for context in contexts]
@@ -215,7 +215,7 @@ class Run:
         if not self.record.steps or self.record.steps[-1].index != own.index:
             self._close_step()
             self.record.steps.append(StepRecord(own.index, own.sigma))
-        self.step = step = self._overall(own)
+        self.step = step = replace(own, index=own.index + self.record.before, total=self.record.whole or own.total)
         for regions in self.routes:
             regions.begin(step)
         for session in self.sessions:

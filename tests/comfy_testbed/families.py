@@ -9,7 +9,7 @@ from typing import Any
 from .wrap import load_pack
 
 FAMILIES = ["SD15", "SD3", "Flux"]
-CHECKPOINTS = ["SDXL", "Flux", "Qwen-Image", "Z-Image", "Krea 2", "Wan"]
+CHECKPOINTS = ["SDXL", "Flux", "Qwen-Image", "Z-Image", "Krea 2", "Flux.2", "Wan"]
 
 
 def load_family(name: str) -> tuple[Any, ...]:

@@ -32,6 +32,10 @@ CHECKPOINTS = {
     "Krea 2": (Family("Krea 2", "Krea2", dict(
         image_model="krea2", features=64, tdim=32, txtdim=WIDTH, heads=4, kvheads=2, multiplier=2, layers=2,
         txtlayers=12, txtheads=2, txtkvheads=2), 16, 12 * WIDTH), "Krea 2"),
+    "Flux.2": (Family("Flux.2", "Flux2", dict(
+        FLUX, image_model="flux2", in_channels=128, out_channels=128, vec_in_dim=None, context_in_dim=3 * WIDTH,
+        patch_size=1, qkv_bias=False, guidance_embed=False, axes_dim=[8, 8, 8, 8], txt_ids_dims=[3],
+        global_modulation=True, mlp_silu_act=True, ops_bias=False), 128, 3 * WIDTH), "Flux2 Klein"),
     "Wan": (Family("Wan", "WAN21_T2V", dict(image_model="wan2.1", model_type="t2v", dim=48, ffn_dim=64, num_heads=2,
                                             num_layers=2, text_dim=WIDTH, in_dim=16, out_dim=16), 16, WIDTH, frames=3),
             "Wan"),

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import shutil
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,12 @@ EXPECTED = {
                            ["A sks man with a grey beard and round glasses"], []], [3] + [2] * 19),
     "z_image_turbo_routed": ([[f"{HER} and a yellow umbrella"], [f"{HIM} and a dark coat"], []], [2] + [1] * 7),
     "krea2_routed": ([[f"An {HER} sits"], ["a sks dog with a blue collar"], []], [2] + [1] * 7),
-    "wan22_routed": ([[HER], [HIM]], [3] + [2] * 9),
+    "wan22_routed": ([[HER], [HIM]], [2] * 10),  # places are known from the first model's run
+    "sdxl_lightning_routed": ([[HER], [HIM], ["watercolor painting"]], [2] + [1] * 7),
+    "qwen_image_lightning_routed": ([["An ohwx woman with long red hair in a green coat"],
+                                     ["A sks man with a grey beard and round glasses"]], [2] + [1] * 7),
+    "flux2_klein_routed": ([[f"An {HER} sits"], ["a sks dog with a blue collar"], []], [2] + [1] * 3),
+    "wan22_lightx2v_routed": ([[HER], [HIM]], [1] * 2),
 }
 NAMES = tuple("abcd")
 
@@ -62,7 +68,9 @@ def example(name: str, files) -> Prompt:
 def run(server: Server, prompt: Prompt) -> tuple[dict, np.ndarray, dict[str, Any]]:
     """(the report's text, its picture, what all nodes put out)"""
     outputs = server.run(prompt)["outputs"]
-    (text,), (preview,) = find(prompt, "PreviewAny"), find(prompt, "PreviewImage")
+    report, = find(prompt, "LoRAEnsembleReport")
+    text, = (node for node in find(prompt, "PreviewAny") if prompt[node]["inputs"]["source"][0] == report)
+    (preview,) = find(prompt, "PreviewImage")
     (shown,) = outputs[preview]["images"]
     file = server.get("/view", **{key: shown[key] for key in ("filename", "subfolder", "type")})
     return json.loads(*outputs[text]["text"]), np.asarray(Image.open(io.BytesIO(file)).convert("RGB")), outputs
@@ -84,10 +92,27 @@ def test_words_reach_the_sampler(server: Server, files, name: str):
     assert [each["words"] for each in found["words"][0]] == words
     assert [step["rows"] for step in found["steps"]] == rows
     assert picture.shape[1] == 1024 and len(np.unique(picture.reshape(-1, 3), axis=0)) > 50
-    places = [step["notes"]["Merge"]["places"] for step in found["steps"]][-1]
+    (places,) = (notes["places"] for notes in found["steps"][-1]["notes"].values() if "places" in notes)
     assert all(0 < share < 1 for share in places[:2]) and places[2:] == [1] * len(places[2:])
     saved = next(iter(outputs[node] for node in (*find(prompt, "SaveImage"), *find(prompt, "SaveWEBM"))))
     assert saved["images"]
+
+
+def test_two_noise_levels(server: Server, files):
+    """One file of each pair in the chain, the other found; the second model goes on where the first has stopped."""
+    for name, level in ((name, level) for name in files("Wan")[:3] for level in ("high", "low")):
+        folder = server.base / "models" / "loras"
+        shutil.copy(folder / name, folder / f"{level}_noise_{name}")
+    names = [f"high_noise_{name}" for name in files("Wan")]
+    prompt = on_small(load(next(path for path in EXAMPLES if path.stem == "wan22_lightx2v_routed")), "Wan", names)
+    (levels,) = find(prompt, "LoRAEnsembleNoiseLevels")
+    prompt["pairs"] = {"class_type": "PreviewAny", "inputs": {"source": [levels, 2]}}
+    found, _, outputs = run(server, prompt)
+    assert outputs["pairs"]["text"][0].splitlines() == [
+        f"'{name}' and '{name.replace('high', 'low')}': a pair, the second found in the folder" for name in names[:3]]
+    low = [name.replace("high", "low") for name in names[:3]]
+    assert found["adapters"] == [low[:1], low[1:]]
+    assert (found["before"], found["whole"]) == (2, 4) and found["problems"] == []
 
 
 def test_it_evaluates_what_a_merge_does(server: Server, files):
