@@ -211,11 +211,11 @@ class Run:
 
     def plan(self, x: Tensor, timestep: Tensor, parts: Parts = ()) -> Plan:
         """The step this call belongs to, and what it evaluates."""
-        own = self.tracker.step(timestep)
-        if not self.record.steps or self.record.steps[-1].index != own.index:
+        here = self.tracker.step(timestep)
+        if not self.record.steps or self.record.steps[-1].index != here.index:
             self._close_step()
-            self.record.steps.append(StepRecord(own.index, own.sigma))
-        self.step = step = replace(own, index=own.index + self.record.before, total=self.record.whole or own.total)
+            self.record.steps.append(StepRecord(here.index, here.sigma))
+        self.step = step = replace(here, index=here.index + self.record.before, total=self.record.whole or here.total)
         for regions in self.routes:
             regions.begin(step)
         for session in self.sessions:
@@ -229,7 +229,7 @@ class Run:
                       for i, gain in enumerate(gains) if gain} if len(acted) < len(own[0].gains) else set()
         entry = self.record.steps[-1]
         entry.branches = entry.branches or [[list(branch.gains) for branch in combo] for combo in combos]
-        return Plan(step, own, x, timestep, branches, combos, fresh, parts)
+        return Plan(step, here, x, timestep, branches, combos, fresh, parts)
 
     def sides(self, conds: Sequence[list | None]) -> tuple[str, ...]:
         """The side that each cond of a call is on. Conds that no guider knows (a node made them itself) go by their
