@@ -46,4 +46,5 @@ def test_it_is_saved_as_plain_data():
     run.note("Composite", {"led": 1})
     saved = json.loads(json.dumps(run.as_dict()))
     assert saved["steps"][0]["rows"] == 2 and saved["steps"][0]["notes"] == {"Composite": {"led": 1}}
-    assert set(saved) == {"methods", "adapters", "steps", "problems", "reasons", "finished", "chosen", "before", "whole"}
+    assert set(saved) == {"methods", "adapters", "steps", "problems", "reasons", "finished", "chosen", "before",
+                          "whole"}

@@ -35,7 +35,7 @@ from .places import Area, MaskedLoRAs, values_by_name
 from .prompts import Asked
 from .routes import Routed, RoutedLoRAs
 from .steps import StepTracker
-from .summary import begun, chosen, idle, missed, sum_up, unplaced
+from .summary import begun, chosen, idle, missed, note_acting, sum_up, unplaced
 from .without import Without
 
 KEY = "lora_ensemble"
@@ -173,9 +173,8 @@ class Run:
     def __init__(self, applied: Sequence[Applied], tracker: StepTracker, contexts: Sequence[RunContext],
                  sides: Mapping[UUID, str], cache: CacheSpec | None, free: Free, device: torch.device):
         self.applied, self.tracker = applied, tracker
-        self.record = begun(applied)
+        self.record = begun(applied, contexts)
         self._tell = into(self.record.problems)
-        self.record.before, self.record.whole = (contexts[0].before, contexts[0].whole) if contexts else (0, 0)
         self._layers: dict[tuple[str, str], list[str]] = {}
         self._acted: list[set[int]] = [set() for _ in applied]
         self._in_time = [InTime(context.gains, context.before, context.steps) for context in contexts]
@@ -224,9 +223,7 @@ class Run:
                                          in zip(self._in_time, self.sessions, strict=True))
         combos = tuple(product(*branches))
         fresh = tuple(any(flags) for flags in product(*(session.refresh(step) for session in self.sessions)))
-        for acted, own in zip(self._acted, branches, strict=True):
-            acted |= {i for branch in own for gains in (branch.gains, *(g for _, g in branch.per_module))
-                      for i, gain in enumerate(gains) if gain} if len(acted) < len(own[0].gains) else set()
+        note_acting(self._acted, branches)
         entry = self.record.steps[-1]
         entry.branches = entry.branches or [[list(branch.gains) for branch in combo] for combo in combos]
         return Plan(step, here, x, timestep, branches, combos, fresh, parts)

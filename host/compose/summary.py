@@ -7,17 +7,27 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from ...engine.forwards import RoutedForwards
 from ...engine.record import RunRecord
+from ...kernels.branch import Branch
 from ...methods.schedule import Uniform
 from ...methods.session import RunContext, Session
 from ...methods.windows import InTime
 from .cache import CacheSpec
 
 
-def begun(applied: Sequence) -> RunRecord:
+def begun(applied: Sequence, contexts: Sequence[RunContext]) -> RunRecord:
     """The record of a run that begins, with what was to be said at load."""
     return RunRecord([type(each.method).__name__ for each in applied], [list(each.names) for each in applied],
                      problems=[problem for each in applied for problem in each.problems],
-                     reasons=[each.reason for each in applied if each.reason])
+                     reasons=[each.reason for each in applied if each.reason],
+                     before=contexts[0].before if contexts else 0, whole=contexts[0].whole if contexts else 0)
+
+
+def note_acting(acted: Sequence[set[int]], branches: Sequence[Sequence[Branch]]) -> None:
+    """Add the LoRAs that act in these branches, per method, to those that have acted."""
+    for known, own in zip(acted, branches, strict=True):
+        if len(known) < len(own[0].gains):
+            known |= {i for branch in own for gains in (branch.gains, *(g for _, g in branch.per_module))
+                      for i, gain in enumerate(gains) if gain}
 
 
 def unplaced(applied: Sequence, contexts: Sequence[RunContext]) -> Iterator[str]:
