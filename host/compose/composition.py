@@ -152,13 +152,12 @@ def record_of(model) -> RunRecord | None:
 class Plan:
     """What one model call evaluates: every combination of the applied methods' branches.
 
-    step    among those of all runs of the picture; `own` among those of this one
     fresh   per combination: False where caches may stand in for its deep layers, as far as the methods go
     parts   of a latent that holds several, such as picture and sound
     """
 
     step: Step
-    own: Step
+    own: Step  # among the steps of this run; `step` is among those of all runs of the picture
     x: Tensor
     sigma: Tensor
     branches: tuple[tuple[Branch, ...], ...]
