@@ -19,11 +19,11 @@ FEED_FORWARD = {"Wan": "ffn.2", "LTX-Video": "ff.net.2", "MiniMax H3": "fc2"}
 
 
 def int8(module: nn.Module, ending: str) -> list[str]:
-    """The layers whose names end so hold int8 weights from now on, in the host's class of quantized layers."""
+    """The linear layers whose names end so hold int8 weights from now on, in the host's class of quantized layers."""
     from comfy.quant_ops import QuantizedTensor
 
     operations = comfy.ops.mixed_precision_ops({}, torch.float32)
-    names = [name for name, layer in module.named_modules() if name.endswith(ending) and hasattr(layer, "weight")]
+    names = [name for name, layer in module.named_modules() if name.endswith(ending) and isinstance(layer, nn.Linear)]
     for name in names:
         layer = module.get_submodule(name)
         made = operations.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
