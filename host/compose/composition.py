@@ -360,8 +360,8 @@ class Run:
         calls them before it is evaluated."""
         missed = [name for name in routed.bank.sites if name not in routed.seen]
         if missed and routed.acted and self.record.finished:
-            self._problem("all", missed[0], f"{len(missed)} layers were never called in this run; their LoRA keys had "
-                                            "no effect")
+            self._problem("all", missed[0], f"layers that were never called in this run: {len(missed)}; their LoRA "
+                                            "keys had no effect")
 
     def _regions(self, applied: Applied, context: RunContext, device: torch.device) -> MaskedLoRAs | None:
         """Where the LoRAs of a method may act, if anything says so."""
