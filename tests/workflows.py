@@ -14,11 +14,13 @@ TESTBED = sorted((ROOT / "tests" / "host" / "workflows").glob("*.json"))
 SMALL = {"sdxl_routed": "SDXL", "sdxl_routed_masks": "SDXL", "flux_routed": "Flux", "qwen_image_routed": "Qwen-Image",
          "z_image_turbo_routed": "Z-Image", "krea2_routed": "Krea 2", "wan22_routed": "Wan",
          "sdxl_lightning_routed": "SDXL", "qwen_image_lightning_routed": "Qwen-Image", "flux2_klein_routed": "Flux.2",
-         "wan22_lightx2v_routed": "Wan", "sdxl_four_loras": "SDXL", "sdxl_lora_info": "SDXL"}
+         "wan22_lightx2v_routed": "Wan", "ltx23_distilled_routed": "LTX-2",
+         "minimax_h3_turbo_merge": "MiniMax H3", "sdxl_four_loras": "SDXL", "sdxl_lora_info": "SDXL"}
 """Examples that are about words in the host's own text encoders: the family whose small model stands for theirs."""
 ON_TESTBED = [path for path in EXAMPLES if path.stem not in SMALL]
-LOADERS = {"CheckpointLoaderSimple": None, "UNETLoader": 0, "CLIPLoader": 1, "DualCLIPLoader": 1, "VAELoader": 2}
-"""Nodes that load files -> which output of MODEL, CLIP, VAE they have; None: all of them."""
+LOADERS = {"CheckpointLoaderSimple": None, "UNETLoader": 0, "CLIPLoader": 1, "DualCLIPLoader": 1, "VAELoader": 2,
+           "LTXAVTextEncoderLoader": 1, "LTXVAudioVAELoader": 3}
+"""Nodes that load files -> which output of MODEL, CLIP, VAE, VAE for sound they have; None: all of them."""
 LATENTS = ("EmptyLatentImage", "EmptySD3LatentImage")
 # Nodes with a number of steps.
 SAMPLERS = ("KSampler", "BasicScheduler", "LoRAEnsembleKSampler", "LoRAEnsembleCalibrateGuidance",
@@ -61,7 +63,8 @@ def on_small(workflow: Prompt, family: str, loras: Sequence[str]) -> Prompt:
     """An example workflow with the small model of a family, its text encoder and a VAE in place of all files, at 64 by
     64 pixels, its LoRAs, in order, by `loras`. Its prompts and steps stay as they are."""
     prompt, names = {}, iter(loras)
-    slots = {key: LOADERS[node["class_type"]] for key, node in workflow.items() if node["class_type"] in LOADERS}
+    slots = {key: 3 if "audio" in node["inputs"].get("vae_name", "") else LOADERS[node["class_type"]]
+             for key, node in workflow.items() if node["class_type"] in LOADERS}
     for key, node in copy.deepcopy(workflow).items():
         inputs = node["inputs"]
         if node["class_type"] in LOADERS:
@@ -69,8 +72,9 @@ def on_small(workflow: Prompt, family: str, loras: Sequence[str]) -> Prompt:
         for name, value in inputs.items():
             if isinstance(value, list) and value[0] in slots:
                 inputs[name] = ["small", value[1] if slots[value[0]] is None else slots[value[0]]]
-        if "batch_size" in inputs:
-            inputs.update({"width": 64, "height": 64} | ({"length": 9} if "length" in inputs else {}))
+        small = {"width": 64, "height": 64, "length": 9, "frames_number": 9}
+        if "batch_size" in inputs or "length" in inputs:
+            inputs.update({name: value for name, value in small.items() if name in inputs})
         if node["class_type"] == "LoRAEnsembleLoRA":
             inputs["lora_name"] = next(names)
         for row in rows_of(node):

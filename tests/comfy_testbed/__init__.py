@@ -134,7 +134,7 @@ class LoRAEnsembleTestbedCheckpoint(io.ComfyNode):
             category="LoRA Ensemble/testbed",
             description="ComfyUI's own model and text encoder of a family, tiny and with random weights.",
             inputs=[io.Combo.Input("family", options=CHECKPOINTS, tooltip="The architecture.")],
-            outputs=[io.Model.Output(), io.Clip.Output(), io.Vae.Output()],
+            outputs=[io.Model.Output(), io.Clip.Output(), io.Vae.Output(), io.Vae.Output(display_name="SOUND VAE")],
         )
 
     @classmethod

@@ -9,7 +9,7 @@ from typing import Any
 from .wrap import load_pack
 
 FAMILIES = ["SD15", "SD3", "Flux"]
-CHECKPOINTS = ["SDXL", "Flux", "Qwen-Image", "Z-Image", "Krea 2", "Flux.2", "Wan"]
+CHECKPOINTS = ["SDXL", "Flux", "Qwen-Image", "Z-Image", "Krea 2", "Flux.2", "Wan", "LTX-2", "MiniMax H3"]
 
 
 def load_family(name: str) -> tuple[Any, ...]:
@@ -20,10 +20,10 @@ def load_family(name: str) -> tuple[Any, ...]:
 
 
 def load_checkpoint(name: str) -> tuple[Any, ...]:
-    """MODEL, CLIP and VAE of a family, small, with random weights and the host's own tokenizer."""
+    """MODEL, CLIP, VAE and a VAE for sound of a family, small, with random weights and the host's own tokenizer."""
     load_pack()
     checkpoints = importlib.import_module("lora_ensemble.tests.host.small_checkpoints")
-    return checkpoints.model(name), checkpoints.text_encoder(name), checkpoints.VAE()
+    return checkpoints.model(name), checkpoints.text_encoder(name), checkpoints.VAE(), checkpoints.SoundVAE()
 
 
 def guidance_record(model: Any) -> str:

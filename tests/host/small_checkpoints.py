@@ -1,7 +1,9 @@
 """What the loaders of the example workflows give, small: a model of the family with random weights, the host's own text
-encoder with its tokenizer, and something that makes pictures of latents."""
+encoder with its tokenizer, and something that makes pictures and sound of latents."""
 
 from __future__ import annotations
+
+from inspect import signature
 
 import comfy.supported_models
 import comfy.text_encoders
@@ -39,6 +41,16 @@ CHECKPOINTS = {
     "Wan": (Family("Wan", "WAN21_T2V", dict(image_model="wan2.1", model_type="t2v", dim=48, ffn_dim=64, num_heads=2,
                                             num_layers=2, text_dim=WIDTH, in_dim=16, out_dim=16), 16, WIDTH, frames=3),
             "Wan"),
+    "LTX-2": (Family("LTX-2", "LTXAV", dict(
+        image_model="ltxav", in_channels=128, num_layers=2, attention_head_dim=24, num_attention_heads=2,
+        cross_attention_dim=48, audio_attention_head_dim=12, audio_num_attention_heads=2, audio_cross_attention_dim=24,
+        connector_attention_head_dim=24, audio_connector_attention_head_dim=12, connector_num_attention_heads=2,
+        connector_num_layers=1, caption_proj_before_connector=True, caption_projection_first_linear=False,
+        cross_attention_adaln=True, apply_gated_attention=True), 128, 72), "LTX-2"),
+    "MiniMax H3": (Family("MiniMax H3", "MiniMaxH3", dict(
+        image_model="minimax_h3", hidden_size=64, num_layers=2, token_refiner_num_layers=1, num_attention_heads=2,
+        attention_head_dim=32, ffn_hidden_size=64, text_dim=WIDTH, timestep_input_dim=32, time_embed_hidden_size=32,
+        time_embed_dim=24, rope_inv_freq_len=4), 24, WIDTH), "MiniMax H3"),
 }
 """Name -> (the model, its text encoder in `text_encoders.ENCODERS`)."""
 
@@ -48,6 +60,8 @@ def lack_of(name: str) -> str:
     family, encoder = CHECKPOINTS[name]
     if not hasattr(comfy.supported_models, family.kind):
         return f"this release has no {family.kind}"
+    if encoder == "LTX-2" and "video_projection_dim" not in signature(comfy.text_encoders.lt.ltxav_te).parameters:
+        return "LTX-2 of this release has fixed widths"
     return ""
 
 
@@ -63,6 +77,25 @@ def model(name: str) -> ModelPatcher:
 def text_encoder(name: str):
     """A CLIP."""
     return text_encoders.clip(CHECKPOINTS[name][1])
+
+
+class SoundVAE:
+    """Stereo waves [n, 40 t, 2] of latents [n, 8, t, 16], of which there are 25 in a second, or [n, 32, 2, t]."""
+
+    latent_channels, latent_frequency_bins = 8, 16
+    audio_sample_rate = output_sample_rate = 8000
+
+    @property
+    def first_stage_model(self) -> SoundVAE:
+        return self
+
+    def num_of_latents_from_frames(self, frames: int, rate: float) -> int:
+        return max(1, round(25 * frames / rate))
+
+    def decode(self, samples: Tensor) -> Tensor:
+        in_time = samples.movedim(1, -1).flatten(2) if samples.shape[1] == self.latent_channels else (
+            samples.flatten(1, 2).movedim(1, -1))
+        return in_time[..., :2].float().tanh().repeat_interleave(40, 1)
 
 
 class VAE:

@@ -1,5 +1,5 @@
-"""Routed LoRAs and the report of a run on a real server: the example workflows on small models of their own families,
-with the host's text encoders, tokenizers and ordinary prompt nodes."""
+"""Routed LoRAs, films with sound and the report of a run on a real server: the example workflows on small models of
+their own families, with the host's text encoders, tokenizers and ordinary prompt nodes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import json
 import shutil
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 from lora_ensemble.tests.server import Server
@@ -35,15 +36,19 @@ EXPECTED = {
                                      ["A sks man with a grey beard and round glasses"]], [2] + [1] * 7),
     "flux2_klein_routed": ([[f"An {HER} sits"], ["a sks dog with a blue collar"], []], [2] + [1] * 3),
     "wan22_lightx2v_routed": ([[HER], [HIM]], [1] * 2),
+    "ltx23_distilled_routed": ([[HER], [HIM]], [2] + [1] * 7),
 }
 NAMES = tuple("abcd")
+WITHOUT_PLACE = ("txtfusion", "connector", "token_refiner", "condition_proj")
+"""Parts of the names of layers that see text alone, before it meets the picture."""
 
 
 @pytest.fixture(scope="module")
 def files(server: Server):
     """`files(family)` -> names of LoRAs for its small model, where the server looks for them.
 
-    They change what has a place: the layers in which Krea 2 fuses its text have none, which is said.
+    They change what has a place: the layers in which Krea 2, LTX-2 and MiniMax H3 prepare their text have none, which
+    is said.
     """
     made: dict[str, list[str]] = {}
 
@@ -51,7 +56,7 @@ def files(server: Server):
         if reason := lack_of(family):
             pytest.skip(reason)
         if family not in made:
-            layers = shapes(model(family), lambda layer: "txtfusion" not in layer)
+            layers = shapes(model(family), lambda layer: not any(part in layer for part in WITHOUT_PLACE))
             made[family] = [f"{family}_{name}.safetensors" for name in NAMES]
             for seed, name in enumerate(made[family]):
                 save_file({key: value.contiguous() for key, value in lora(layers, seed).items()},
@@ -65,6 +70,11 @@ def example(name: str, files) -> Prompt:
     return on_small(load(next(path for path in EXAMPLES if path.stem == name)), SMALL[name], files(SMALL[name]))
 
 
+def file(server: Server, shown: dict[str, Any]) -> io.BytesIO:
+    """What a node has saved."""
+    return io.BytesIO(server.get("/view", **{key: shown[key] for key in ("filename", "subfolder", "type")}))
+
+
 def run(server: Server, prompt: Prompt) -> tuple[dict, np.ndarray, dict[str, Any]]:
     """(the report's text, its picture, what all nodes put out)"""
     outputs = server.run(prompt)["outputs"]
@@ -72,8 +82,7 @@ def run(server: Server, prompt: Prompt) -> tuple[dict, np.ndarray, dict[str, Any
     text, = (node for node in find(prompt, "PreviewAny") if prompt[node]["inputs"]["source"][0] == report)
     (preview,) = find(prompt, "PreviewImage")
     (shown,) = outputs[preview]["images"]
-    file = server.get("/view", **{key: shown[key] for key in ("filename", "subfolder", "type")})
-    return json.loads(*outputs[text]["text"]), np.asarray(Image.open(io.BytesIO(file)).convert("RGB")), outputs
+    return json.loads(*outputs[text]["text"]), np.asarray(Image.open(file(server, shown)).convert("RGB")), outputs
 
 
 def test_all_routed_examples_are_expected():
@@ -94,8 +103,26 @@ def test_words_reach_the_sampler(server: Server, files, name: str):
     assert picture.shape[1] == 1024 and len(np.unique(picture.reshape(-1, 3), axis=0)) > 50
     (places,) = (notes["places"] for notes in found["steps"][-1]["notes"].values() if "places" in notes)
     assert all(0 < share < 1 for share in places[:2]) and places[2:] == [1] * len(places[2:])
-    saved = next(iter(outputs[node] for node in (*find(prompt, "SaveImage"), *find(prompt, "SaveWEBM"))))
+    saved = next(outputs[node] for kind in ("SaveImage", "SaveWEBM", "SaveVideo") for node in find(prompt, kind))
     assert saved["images"]
+
+
+@pytest.mark.parametrize("name, rate", {"ltx23_distilled_routed": 25, "minimax_h3_turbo_merge": 24}.items())
+def test_films_with_sound(server: Server, files, name: str, rate: int):
+    """Film and sound of one run are in one file; the distillation LoRA is part of the model."""
+    prompt = example(name, files)
+    found, picture, outputs = run(server, prompt)
+    assert found["problems"] == [] and found["finished"] is True and len(found["steps"]) == 8
+    loras = files(SMALL[name])
+    assert found["adapters"] == [loras[:1], loras[1:3]]
+    (saved,) = find(prompt, "SaveVideo")
+    (shown,) = outputs[saved]["images"]
+    with av.open(file(server, shown)) as film:
+        pictures = [frame.to_ndarray(format="rgb24") for frame in film.decode(video=0)]
+        assert film.streams.video[0].average_rate == rate and len({each.tobytes() for each in pictures}) > 1
+    with av.open(file(server, shown)) as film:
+        heard = np.concatenate([frame.to_ndarray() for frame in film.decode(audio=0)], axis=-1)
+    assert heard.std() > 1e-3 and picture.shape[1] == 1024
 
 
 def test_two_noise_levels(server: Server, files):

@@ -68,7 +68,9 @@ ENCODERS: dict[str, tuple[str, str, dict[str, Any] | None, str]] = {
     "Ovis": ("ovis.OvisTokenizer", "ovis.te", {}, ""),
     "Wan": ("wan.WanT5Tokenizer", "wan.te", {}, "spiece"),
     "LTX": ("lt.LTXVT5Tokenizer", "lt.ltxv_te", {}, ""),
-    "LTX-2": ("lt.LTXAVGemmaTokenizer", "lt.ltxav_te", {"text_projection_type": "dual_linear"}, "spiece"),
+    "LTX-2": ("lt.LTXAVGemmaTokenizer", "lt.ltxav_te", {
+        "text_projection_type": "dual_linear", "video_projection_dim": 48, "audio_projection_dim": 24}, "spiece"),
+    "MiniMax H3": ("minimax.MiniMaxH3Tokenizer", "minimax.te", {}, ""),
     "Mochi": ("genmo.MochiT5Tokenizer", "genmo.mochi_te", {}, ""),
     "CogVideoX": ("cogvideo.CogVideoXTokenizer", "cogvideo.cogvideo_te", {}, ""),
     "Cosmos": ("cosmos.CosmosT5Tokenizer", "cosmos.te", {}, ""),
