@@ -44,9 +44,9 @@ _RULES: dict[str, list[Rule]] = {
         (("selection", "recheck_every"), lambda given: given["top_k"] > 0, "top_k is 0: all LoRAs take part"),
     ],
     "LoRAEnsembleBranchCache": [
-        (("interval",), lambda given: given["schedule"] == "uniform" or given["interval"] == 0,
+        (("interval",), lambda given: given["schedule"] != "CMLoRA" or given["interval"] == 0,
          "schedule is {schedule}, of interval only 0 counts"),
-        (("depth",), lambda given: given["schedule"] != "uniform" or given["interval"] > 1,
+        (("depth",), lambda given: given["schedule"] == "CMLoRA" or given["interval"] != 1,
          "interval is 1: nothing is cached"),
     ],
     "LoRAEnsembleAdaptiveGuidance": _GUIDANCE,

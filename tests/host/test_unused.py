@@ -81,6 +81,8 @@ def test_what_is_named_changes_no_picture(node, settings, names, loras, caplog):
     (LoRAEnsembleCMLoRA, {"order": "offline"}, "boundary"), (LoRAEnsembleCMLoRA, {"order": "online"}, "threshold"),
     (LoRAEnsembleCMLoRA, {"order": "Switch-A"}, "steps_per_lora"), (LoRAEnsembleLoRAtorio, {"top_k": 2}, "selection"),
     (LoRAEnsembleBranchCache, {"schedule": "uniform"}, "interval"),
+    (LoRAEnsembleBranchCache, {"schedule": "forecast"}, "interval"),
+    (LoRAEnsembleBranchCache, {"schedule": "uniform", "interval": 0}, "depth"),
     (LoRAEnsembleAdaptiveGuidance, {"mode": "threshold"}, "threshold"),
     (LoRAEnsembleAdaptiveGuidance, {"mode": "extrapolate"}, "saving"),
 ])
