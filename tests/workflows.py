@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ ON_TESTBED = [path for path in EXAMPLES if path.stem not in SMALL]
 LOADERS = {"CheckpointLoaderSimple": None, "UNETLoader": 0, "CLIPLoader": 1, "DualCLIPLoader": 1, "VAELoader": 2,
            "LTXAVTextEncoderLoader": 1, "LTXVAudioVAELoader": 3}
 """Nodes that load files -> which output of MODEL, CLIP, VAE, VAE for sound they have; None: all of them."""
+NEWER = {"EmptyFlux2LatentImage", "LTXAVTextEncoderLoader", "EmptyMiniMaxH3LatentAV"}
+"""Nodes of the host that older releases lack, one for each family of examples that they cannot open."""
 LATENTS = ("EmptyLatentImage", "EmptySD3LatentImage")
 # Nodes with a number of steps.
 SAMPLERS = ("KSampler", "BasicScheduler", "LoRAEnsembleKSampler", "LoRAEnsembleCalibrateGuidance",
@@ -87,6 +89,11 @@ def on_small(workflow: Prompt, family: str, loras: Sequence[str]) -> Prompt:
 def rows_of(node: dict[str, Any]) -> list[str]:
     """The inputs of a LoRA Ensemble that name files."""
     return [name for name in node["inputs"] if name.rpartition(".")[2].startswith("lora_") and name[-1].isdigit()]
+
+
+def newer(prompt: Prompt, known: Collection[str]) -> list[str]:
+    """Why a release that knows these nodes cannot open an example: those of its nodes that came later."""
+    return sorted(NEWER & {node["class_type"] for node in prompt.values()} - set(known))
 
 
 def find(prompt: Prompt, class_type: str) -> list[str]:

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 import pytest
+from lora_ensemble.tests.workflows import newer
 
 from .test_nodes import IDS, NODES, ROOT
 
@@ -182,8 +183,8 @@ def unknown_encoders(prompt: dict) -> list[str]:
 
 
 def skip_unknown(prompt: dict) -> None:
-    if unknown := {node["class_type"] for node in prompt.values()} - {"LoRAEnsembleStack"} - set(node_classes()):
-        pytest.skip(f"this release has no nodes {', '.join(sorted(unknown))}")
+    if unknown := newer(prompt, node_classes()):
+        pytest.skip(f"this release has no {', '.join(unknown)}")
     if unknown := unknown_encoders(prompt):
         pytest.skip(f"this release has no text encoder of type {', '.join(unknown)}")
 
