@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 from comfy_api.latest import io
 
 from ..host.compose.apply import Active, apply_method, bake
+from ..host.compose.routes import Placing
 from ..host.files.ensemble import Ensemble
 from ..methods.composite import Composite
 from ..methods.merge import Merge
 from ..methods.selection import main_subject
 from ..methods.switch import Switch
 from .order import numbers_of, turns_of
-from .sockets import check_numbers, chosen, method_schema, placing
+from .sockets import method_schema
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -49,8 +50,8 @@ class LoRAEnsembleMerge(io.ComfyNode):
     @classmethod
     def execute(cls, model: ModelPatcher, ensemble: Ensemble, mode: str, clip: CLIP | None = None,
                 place: str = "masks") -> io.NodeOutput:
-        where = placing(place, "Merge LoRAs")
-        if chosen(mode, MODES, "Merge LoRAs: mode") == "baked":
+        where = Placing(place)
+        if mode == "baked":
             if where.where == "words":
                 raise ValueError("Merge LoRAs: place is 'words', and mode is 'baked': what is in the weights acts "
                                  "everywhere. Choose mode 'runtime'.")
@@ -135,18 +136,16 @@ class LoRAEnsembleSwitch(io.ComfyNode):
         ending: str = "in turn",
         lengths: str = "equal",
     ) -> io.NodeOutput:
-        check_numbers(cls, steps_per_lora=steps_per_lora)
-        late = chosen(turns, TURNS, "Switch LoRAs: turns") == "released code"
-        by_prompt = chosen(lengths, LENGTHS, "Switch LoRAs: lengths") == "by the prompt"
-        ends = chosen(ending, ENDINGS, "Switch LoRAs: ending") == "subject"
+        late = turns == "released code"
+        by_prompt = lengths == "by the prompt"
+        ends = ending == "subject"
 
         def switch(active: Active) -> Switch:
             own = turns_of(order, ensemble, active.specs)
             last = main_subject(active.roles, own) if ends else None
             return Switch(active.strengths, steps_per_lora, own, late, last, by_prompt)
 
-        return io.NodeOutput(*apply_method(model, clip, ensemble, switch, node="Switch LoRAs",
-                                           placing=placing(place, "Switch LoRAs")))
+        return io.NodeOutput(*apply_method(model, clip, ensemble, switch, node="Switch LoRAs", placing=Placing(place)))
 
 
 class LoRAEnsembleComposite(io.ComfyNode):
@@ -164,7 +163,7 @@ class LoRAEnsembleComposite(io.ComfyNode):
     def execute(cls, model: ModelPatcher, ensemble: Ensemble, clip: CLIP | None = None,
                 place: str = "masks") -> io.NodeOutput:
         return io.NodeOutput(*apply_method(model, clip, ensemble, lambda active: Composite(active.strengths),
-                                           node="Composite LoRAs", placing=placing(place, "Composite LoRAs")))
+                                           node="Composite LoRAs", placing=Placing(place)))
 
 
 NODES: list[type[io.ComfyNode]] = [LoRAEnsembleMerge, LoRAEnsembleSwitch, LoRAEnsembleComposite]

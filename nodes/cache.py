@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from ..host.compose.apply import with_cache
 from ..host.compose.cache import CacheSpec
 from ..methods.schedule import BySteps, NonUniform, Uniform
-from .sockets import check_numbers, chosen, model_input, model_output, schema
+from .sockets import model_input, model_output, schema
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -62,11 +62,9 @@ class LoRAEnsembleBranchCache(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: ModelPatcher, schedule: str, interval: int, depth: int) -> io.NodeOutput:
-        check_numbers(cls, interval=interval, depth=depth)
-        kind = chosen(schedule, SCHEDULES, "Branch Cache: schedule")
-        uniform, first = kind != "CMLoRA", 2 if kind == "forecast" else 1
+        uniform, first = schedule != "CMLoRA", 2 if schedule == "forecast" else 1
         given = Uniform(interval, first) if uniform and interval else NonUniform()
-        spec = CacheSpec(given if interval else BySteps(uniform, first), depth=depth, forecast=kind == "forecast")
+        spec = CacheSpec(given if interval else BySteps(uniform, first), depth=depth, forecast=schedule == "forecast")
         return io.NodeOutput(with_cache(model, spec))
 
 

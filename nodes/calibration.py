@@ -13,8 +13,9 @@ from comfy_api.latest import io, ui
 from ..host.guidance import files
 from ..host.guidance.calibrate import Paths, calibrate
 from ..host.look.calibration import plot, summary
+from ..host.look.theme import THEMES
 from .guidance import GuidanceCoeffs, latent_input, negative_input, schedule_inputs
-from .sockets import check_numbers, model_input, schema, theme_input, theme_of
+from .sockets import model_input, schema, theme_input
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -69,8 +70,7 @@ class LoRAEnsembleCalibrateGuidance(io.ComfyNode):
     def execute(cls, model: ModelPatcher, positive: Any, negative: Any, latent_image: dict, seed: int, seeds: int,
                 batch_size: int, steps: int, cfg: float, sampler_name: str, scheduler: str, denoise: float,
                 second_round: bool, intercept: bool, theme: str = "light") -> io.NodeOutput:
-        colours = theme_of(theme, "Calibrate Guidance")
-        check_numbers(cls, seeds=seeds, batch_size=batch_size)
+        colours = THEMES[theme]
         latent = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"])[:1]
         paths = Paths(positive, negative, latent, steps, cfg, sampler_name, scheduler, denoise, seed, seeds, batch_size)
         rounds = len(positive) * math.ceil(seeds / batch_size) * (1 + second_round)

@@ -9,9 +9,10 @@ from comfy_api.latest import io
 from ..host.compose.apply import Active, apply_method, with_cache
 from ..host.compose.cache import CacheSpec
 from ..host.compose.composition import KEY
+from ..host.compose.routes import Placing
 from ..host.files.ensemble import Ensemble
 from ..methods.cmlora import LOW_FREQUENCY, CMLoRA, oldest
-from .sockets import check_numbers, chosen, method_schema, placing
+from .sockets import method_schema
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -135,18 +136,14 @@ class LoRAEnsembleCMLoRA(io.ComfyNode):
         clip: CLIP | None = None,
         place: str = "masks",
     ) -> io.NodeOutput:
-        check_numbers(cls, boundary=boundary, threshold=threshold, dominance=dominance, c1=c1, c2=c2,
-                      steps_per_lora=steps_per_lora, cache_depth=cache_depth)
-        order = chosen(order, ORDERS, "CMLoRA: order").lower()
-        decay = chosen(decay, DECAYS, "CMLoRA: decay")
-        full = chosen(dominant_full, FULL, "CMLoRA: dominant_full")
+        order = order.lower()
 
         def cmlora(active: Active) -> CMLoRA:
             high = tuple(role not in LOW_FREQUENCY for role in active.roles)
             return CMLoRA(active.strengths, high, order, boundary, threshold, dominance or None, decay, c1, c2,
-                          cache_depth > 0, full, steps_per_lora)
+                          cache_depth > 0, dominant_full, steps_per_lora)
 
-        composed, merged = apply_method(model, clip, ensemble, cmlora, node="CMLoRA", placing=placing(place, "CMLoRA"))
+        composed, merged = apply_method(model, clip, ensemble, cmlora, node="CMLoRA", placing=Placing(place))
         if cache_depth > 0 and order != "switch-a":
             count = len(composed.get_attachment(KEY).applied[-1].names)
             composed = with_cache(composed, CacheSpec(max_age=oldest(count, c1, c2), depth=cache_depth))

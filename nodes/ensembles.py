@@ -15,8 +15,6 @@ from .chain import check_chain
 from .sockets import (
     HIDDEN,
     LoRAStack,
-    check_numbers,
-    chosen,
     earlier_ensemble_input,
     ensemble_output,
     schema,
@@ -114,8 +112,6 @@ class LoRAEnsembleLoRA(io.ComfyNode):
     ) -> io.NodeOutput:
         check_chain(cls, ensemble=ensemble)
         check_file(lora_name)
-        check_numbers(cls, strength_model=strength_model, strength_clip=strength_clip, start=start, end=end, fade=fade)
-        role = chosen(role, ROLES, "LoRA (Ensemble): role")
         region = Mask(checked_mask(mask, lora_name, "LoRA (Ensemble)")) if mask is not None else None
         lora = LoRASpec(lora_name, strength_model, strength_clip, role, region, " ".join((words or "").split()),
                         start, end, fade)

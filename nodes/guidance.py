@@ -13,7 +13,7 @@ import nodes as host_nodes
 from ..host.guidance.apply import apply_guidance, guidance_record_of
 from ..host.guidance.options import MODES, GuidanceOptions, guidance_of
 from ..methods.guidance.adaptive import SPACES, AdaptiveGuidance
-from .sockets import check_numbers, chosen, model_input, schema
+from .sockets import model_input, schema
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -79,18 +79,10 @@ def guidance_inputs() -> list[io.Input]:
 
 def guidance_options(mode: str, threshold: float, saving: float, space: str, decision: str, min_guided_steps: int,
                      ramp_steps: int, read_back: str, coeffs: Coeffs | None, if_different: str,
-                     tolerance: float, of: type[io.ComfyNode]) -> GuidanceOptions:
-    """The options of a node as host/ takes them. Raises ValueError for a word that is no option, and for a number that
-    is none."""
-    check_numbers(of, threshold=threshold, saving=saving, min_guided_steps=min_guided_steps, ramp_steps=ramp_steps,
-                  tolerance=tolerance)
-    node = of.define_schema().display_name
-    policy = AdaptiveGuidance(threshold, chosen(space, SPACES, f"{node}: space"),
-                              chosen(decision, DECISIONS, f"{node}: decision") == "per picture", min_guided_steps,
-                              ramp_steps)
-    return GuidanceOptions(chosen(mode, MODES, f"{node}: mode"), policy, saving,
-                           chosen(read_back, READ_BACK, f"{node}: read_back") == "exact", coeffs,
-                           chosen(if_different, IF_DIFFERENT, f"{node}: if_different") == "nearest", tolerance)
+                     tolerance: float) -> GuidanceOptions:
+    """The options of a node as host/ takes them."""
+    policy = AdaptiveGuidance(threshold, space, decision == "per picture", min_guided_steps, ramp_steps)
+    return GuidanceOptions(mode, policy, saving, read_back == "exact", coeffs, if_different == "nearest", tolerance)
 
 
 def positive_input() -> io.Input:
@@ -132,7 +124,7 @@ class LoRAEnsembleAdaptiveGuidance(io.ComfyNode):
                 if_different: str = "refuse", tolerance: float = 0.0) -> io.NodeOutput:
         return io.NodeOutput(apply_guidance(model, guidance_of(guidance_options(
             mode, threshold, saving, space, decision, min_guided_steps, ramp_steps, read_back, coeffs, if_different,
-            tolerance, cls))))
+            tolerance))))
 
 
 class LoRAEnsembleAdaptiveGuider(io.ComfyNode):
@@ -154,7 +146,7 @@ class LoRAEnsembleAdaptiveGuider(io.ComfyNode):
                 coeffs: Coeffs | None = None, if_different: str = "refuse", tolerance: float = 0.0) -> io.NodeOutput:
         guider = comfy.samplers.CFGGuider(apply_guidance(model, guidance_of(guidance_options(
             mode, threshold, saving, space, decision, min_guided_steps, ramp_steps, read_back, coeffs, if_different,
-            tolerance, cls))))
+            tolerance))))
         guider.set_conds(positive, negative)
         guider.set_cfg(cfg)
         return io.NodeOutput(guider)
@@ -194,7 +186,7 @@ class LoRAEnsembleKSampler(io.ComfyNode):
                 coeffs: Coeffs | None = None, if_different: str = "refuse", tolerance: float = 0.0) -> io.NodeOutput:
         guided = apply_guidance(model, guidance_of(guidance_options(
             mode, threshold, saving, space, decision, min_guided_steps, ramp_steps, read_back, coeffs, if_different,
-            tolerance, cls)))
+            tolerance)))
         (latent,) = host_nodes.common_ksampler(guided, seed, steps, cfg, sampler_name, scheduler, positive, negative,
                                                latent_image, denoise=denoise)
         record = guidance_record_of(guided)

@@ -12,8 +12,9 @@ from ..host.files.ensemble import Ensemble
 from ..host.files.files import changes
 from ..host.look.info import draw, infos, told
 from ..host.look.sheet import as_image
+from ..host.look.theme import THEMES
 from .said import say
-from .sockets import HIDDEN, ensemble_input, schema, theme_input, theme_of
+from .sockets import HIDDEN, ensemble_input, schema, theme_input
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -55,7 +56,7 @@ class LoRAEnsembleInfo(io.ComfyNode):
     @classmethod
     def execute(cls, model: ModelPatcher, ensemble: Ensemble, clip: CLIP | None = None, theme: str = "light"
                 ) -> io.NodeOutput:
-        colours, kind = theme_of(theme, NODE), type(getattr(model.model, "model_config", model.model)).__name__
+        colours, kind = THEMES[theme], type(getattr(model.model, "model_config", model.model)).__name__
         check_some(ensemble, NODE)
         found = infos(model, clip, ensemble, NODE, comfy.model_management.throw_exception_if_processing_interrupted)
         text = told(found, kind)

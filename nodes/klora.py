@@ -8,10 +8,11 @@ from comfy_api.latest import io
 
 from ..host.compose.apply import Active, apply_method
 from ..host.compose.measure import sizes_of, subjects_of
+from ..host.compose.routes import Placing
 from ..host.files.ensemble import Ensemble
 from ..methods.est import BALANCES, ESTLoRA
 from ..methods.klora import KLoRA
-from .sockets import check_numbers, chosen, method_schema, placing
+from .sockets import method_schema
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -93,18 +94,16 @@ class LoRAEnsembleKLoRA(io.ComfyNode):
         clip: CLIP | None = None,
         place: str = "masks",
     ) -> io.NodeOutput:
-        check_numbers(cls, alpha=alpha, beta=beta, k=k)
-        star = chosen(pattern, PATTERNS, "K-LoRA: pattern") == "s*"
-        released = chosen(gamma, GAMMAS, "K-LoRA: gamma") == "released code"
-        raw = chosen(deltas, DELTAS, "K-LoRA: deltas") == "raw factors"
+        star = pattern == "s*"
+        released = gamma == "released code"
+        raw = deltas == "raw factors"
 
         def klora(active: Active) -> KLoRA:
             subjects = subjects_of(active, "K-LoRA")
             return KLoRA.of(sizes_of(active, subjects, k, raw), active.strengths, subjects, alpha,
                             None if beta < 0 else beta, star, released, raw)
 
-        return io.NodeOutput(*apply_method(model, clip, ensemble, klora, node="K-LoRA",
-                                           placing=placing(place, "K-LoRA")))
+        return io.NodeOutput(*apply_method(model, clip, ensemble, klora, node="K-LoRA", placing=Placing(place)))
 
 
 class LoRAEnsembleESTLoRA(io.ComfyNode):
@@ -150,16 +149,13 @@ class LoRAEnsembleESTLoRA(io.ComfyNode):
         clip: CLIP | None = None,
         place: str = "masks",
     ) -> io.NodeOutput:
-        check_numbers(cls, alpha=alpha, style_discrepancy=style_discrepancy)
-        chosen(balance, BALANCES, "EST-LoRA: balance")
 
         def est(active: Active) -> ESTLoRA:
             subjects = subjects_of(active, "EST-LoRA")
             return ESTLoRA.of(sizes_of(active, subjects, top=balance == "l1"), active.strengths, subjects, alpha,
                               style_discrepancy, balance)
 
-        return io.NodeOutput(*apply_method(model, clip, ensemble, est, node="EST-LoRA",
-                                           placing=placing(place, "EST-LoRA")))
+        return io.NodeOutput(*apply_method(model, clip, ensemble, est, node="EST-LoRA", placing=Placing(place)))
 
 
 NODES: list[type[io.ComfyNode]] = [LoRAEnsembleKLoRA, LoRAEnsembleESTLoRA]

@@ -10,8 +10,9 @@ from comfy_api.latest import io
 from ..host.look.leave_one_out import NODE, leave_one_out
 from ..host.look.leave_one_out_sheet import changed, draw, pictures_of
 from ..host.look.spectrum import Sampling
+from ..host.look.theme import THEMES
 from .guidance import latent_input, schedule_inputs
-from .sockets import schema, theme_input, theme_of
+from .sockets import schema, theme_input
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -55,7 +56,7 @@ class LoRAEnsembleLeaveOneOut(io.ComfyNode):
     def execute(cls, model: ModelPatcher, positive: list, negative: list, latent_image: dict, seed: int, steps: int,
                 cfg: float, sampler_name: str, scheduler: str, denoise: float, vae: VAE | None = None,
                 theme: str = "light") -> io.NodeOutput:
-        colours = theme_of(theme, NODE)
+        colours = THEMES[theme]
         how = Sampling(positive, negative, latent_image["samples"], seed, steps, cfg, sampler_name, scheduler, denoise,
                        latent_image.get("noise_mask"))
         bar = comfy.utils.ProgressBar(steps)

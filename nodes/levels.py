@@ -10,7 +10,7 @@ from comfy_api.latest import io
 from ..host.files.ensemble import Ensemble
 from ..host.files.files import FOLDER, check_file
 from ..host.files.levels import UNNAMED, divided, side_by_side
-from .sockets import LoRAEnsemble, chosen, ensemble_input, schema
+from .sockets import LoRAEnsemble, ensemble_input, schema
 
 NODE = "Two Noise Levels (Ensemble)"
 log = logging.getLogger("lora_ensemble")
@@ -54,7 +54,6 @@ class LoRAEnsembleNoiseLevels(io.ComfyNode):
 
     @classmethod
     def execute(cls, ensemble: Ensemble, unnamed: str, low_noise: Ensemble | None = None) -> io.NodeOutput:
-        chosen(unnamed, UNNAMED, f"{NODE}: unnamed")
         found = divided(ensemble, folder_paths.get_filename_list(FOLDER), unnamed) if low_noise is None else \
             side_by_side(ensemble, low_noise)
         for spec in (*found.high, *found.low):

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 from comfy_api.latest import io
 
 from ..host.compose.apply import Active, apply_method
+from ..host.compose.routes import Placing
 from ..host.files.ensemble import Ensemble
 from ..methods.loratorio import LoRAtorio
-from .sockets import check_numbers, chosen, method_schema, placing
+from .sockets import method_schema
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -133,19 +134,11 @@ class LoRAEnsembleLoRAtorio(io.ComfyNode):
         place: str = "masks",
         reweigh_every: int = 1,
     ) -> io.NodeOutput:
-        check_numbers(cls, patch_size=patch_size, temperature=temperature, recenter_lambda=recenter_lambda,
-                      top_k=top_k, recheck_every=recheck_every, reweigh_every=reweigh_every)
-        unit = chosen(temperature_unit, UNITS, "LoRAtorio: temperature_unit")
-        mode = chosen(upsampling, UPSAMPLING, "LoRAtorio: upsampling")
-        space = chosen(similarity, SPACES, "LoRAtorio: similarity")
-        scope = chosen(selection, SCOPES, "LoRAtorio: selection")
-
         def loratorio(active: Active) -> LoRAtorio:
-            return LoRAtorio(active.strengths, patch_size, temperature, unit, recenter_lambda, mode, space, top_k,
-                             scope, recheck_every, reweigh_every)
+            return LoRAtorio(active.strengths, patch_size, temperature, temperature_unit, recenter_lambda,
+                             upsampling, similarity, top_k, selection, recheck_every, reweigh_every)
 
-        return io.NodeOutput(*apply_method(model, clip, ensemble, loratorio, node="LoRAtorio",
-                                           placing=placing(place, "LoRAtorio")))
+        return io.NodeOutput(*apply_method(model, clip, ensemble, loratorio, node="LoRAtorio", placing=Placing(place)))
 
 
 NODES: list[type[io.ComfyNode]] = [LoRAEnsembleLoRAtorio]

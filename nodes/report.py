@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from comfy_api.latest import io
 
 from ..host.look.report import report
-from .sockets import schema, theme_input, theme_of
+from ..host.look.theme import THEMES
+from .sockets import schema, theme_input
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -51,7 +52,7 @@ class LoRAEnsembleReport(io.ComfyNode):
     @classmethod
     def execute(cls, model: ModelPatcher, latent: dict, image: Tensor | None = None,
                 theme: str = "light") -> io.NodeOutput:
-        return io.NodeOutput(latent, *report(model, image, theme_of(theme, "Ensemble Report")))
+        return io.NodeOutput(latent, *report(model, image, THEMES[theme]))
 
 
 NODES: list[type[io.ComfyNode]] = [LoRAEnsembleReport]

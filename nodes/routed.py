@@ -11,7 +11,7 @@ from ..host.compose.routes import Placing
 from ..host.files.ensemble import Ensemble
 from ..methods.merge import Merge
 from ..methods.routed import MODES, Routing
-from .sockets import check_numbers, chosen, method_schema
+from .sockets import method_schema
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -81,8 +81,7 @@ class LoRAEnsembleRouted(io.ComfyNode):
     @classmethod
     def execute(cls, model: ModelPatcher, ensemble: Ensemble, mode: str, gamma: float, start: float, blocks: str,
                 clip: CLIP | None = None) -> io.NodeOutput:
-        check_numbers(cls, gamma=gamma, start=start)
-        routing = Routing(chosen(mode, MODES, f"{NODE}: mode"), gamma, start)
+        routing = Routing(mode, gamma, start)
         return io.NodeOutput(*apply_method(model, clip, ensemble, lambda active: Merge(active.strengths), node=NODE,
                                            placing=Placing("words", routing, share_of(blocks))))
 

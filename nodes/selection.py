@@ -9,9 +9,10 @@ from comfy_api.latest import io
 from ..host.files.ensemble import Ensemble
 from ..host.look.layermap import draw, layer_map
 from ..host.look.sheet import as_image
+from ..host.look.theme import THEMES
 from ..host.look.vision import similarity
 from .klora import LoRAEnsembleKLoRA
-from .sockets import LoRAEnsemble, schema, theme_input, theme_of
+from .sockets import LoRAEnsemble, schema, theme_input
 
 if TYPE_CHECKING:
     from comfy.clip_vision import ClipVisionModel
@@ -51,7 +52,7 @@ class LoRAEnsembleLayerMap(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: ModelPatcher, ensemble: Ensemble | None = None, theme: str = "light") -> io.NodeOutput:
-        colours = theme_of(theme, "LoRA Layer Map")
+        colours = THEMES[theme]
         if ensemble is not None:
             model = LoRAEnsembleKLoRA.execute(model, ensemble, 1.5, -1.0, "s", "paper", 0, "as applied").args[0]
         found = layer_map(model)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from numbers import Integral, Real
 from typing import Any
 
 from comfy_api.latest import io
 
-from ..host.compose.routes import PLACES, Placing
-from ..host.look.theme import THEMES, Theme
+from ..host.compose.routes import PLACES
+from ..host.look.theme import THEMES
 from .menu import advanced, category
 
 # Schema fields that the oldest supported ComfyUI refuses; leaving them out is harmless.
@@ -75,11 +73,6 @@ def place_input() -> io.Input:
     )
 
 
-def placing(place: str, node: str) -> Placing:
-    """What `apply_method` is told of the input `place`. Raises ValueError for one that there is not."""
-    return Placing(chosen(place, PLACES, f"{node}: place"))
-
-
 def ensemble_input() -> io.Input:
     return LoRAEnsemble.Input(
         "ensemble", tooltip="The LoRAs to compose: the last of a chain of LoRA (Ensemble) nodes, or a converted stack."
@@ -94,41 +87,11 @@ def earlier_ensemble_input() -> io.Input:
     )
 
 
-def chosen(value: str, options: Sequence[str], what: str) -> str:
-    """`value`, if it is one of the options. The host does not check combos that are linked, in older releases none.
-
-    Raises ValueError.
-    """
-    if value not in options:
-        raise ValueError(f"{what} is '{value}'. Choose one of: {', '.join(options)}.")
-    return value
-
-
-def check_numbers(node: type[io.ComfyNode], **values: object) -> None:
-    """Refuse what is outside the range of the node's own widget. The host does not check numbers that are linked, and
-    takes a NaN for any number.
-
-    Raises ValueError.
-    """
-    schema = node.define_schema()
-    for part in schema.inputs:
-        if part.id in values:
-            whole, value = isinstance(part, io.Int.Input), values[part.id]
-            if not isinstance(value, Integral if whole else Real) or not part.min <= value <= part.max:
-                raise ValueError(f"{schema.display_name}: {part.id} is {value!r}. It must be a "
-                                 f"{'whole ' if whole else ''}number from {part.min} to {part.max}.")
-
-
 def theme_input() -> io.Input:
     """The last input of a node that draws a picture of figures."""
     return io.Combo.Input("theme", options=list(THEMES), default="light", optional=True,
                           tooltip="Light or dark paper for the picture. The colours of the LoRAs are ones that "
                           "colour-blind eyes tell apart.")
-
-
-def theme_of(theme: str, node: str) -> Theme:
-    """What the input `theme` means. Raises ValueError for one that there is not."""
-    return THEMES[chosen(theme, tuple(THEMES), f"{node}: theme")]
 
 
 def strength_input(name: str, tooltip: str, optional: bool = False) -> io.Input:

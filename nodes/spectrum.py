@@ -10,7 +10,8 @@ from comfy_api.latest import io
 
 from ..host.files.ensemble import ALWAYS, Ensemble
 from ..host.look.spectrum import Sampling, plot, profiles, report, with_measured_roles
-from .sockets import ensemble_input, ensemble_output, model_input, schema, theme_input, theme_of
+from ..host.look.theme import THEMES
+from .sockets import ensemble_input, ensemble_output, model_input, schema, theme_input
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -67,7 +68,7 @@ class LoRAEnsembleSpectrum(io.ComfyNode):
         scheduler: str,
         theme: str = "light",
     ) -> io.NodeOutput:
-        colours = theme_of(theme, "LoRA Spectrum")
+        colours = THEMES[theme]
         how = Sampling(positive, negative, latent_image["samples"], seed, steps, cfg, sampler_name, scheduler)
         pictures = 1 + sum(spec.strength_model != 0 and spec.role != ALWAYS for spec in ensemble)
         bar = comfy.utils.ProgressBar(steps * pictures)

@@ -28,7 +28,6 @@ from .said import say
 from .sockets import (
     HIDDEN,
     LoRAStack,
-    chosen,
     clip_input,
     clip_output,
     earlier_ensemble_input,
@@ -140,10 +139,9 @@ def composed(model: ModelPatcher, clip: CLIP | None, ensemble: Ensemble, method:
 
     Where no LoRA acts they stay as they are. Raises ValueError, which names the row of a file that is at fault.
     """
-    name = chosen(method, (AUTO, *METHODS), f"{NODE}: method")
     if not any(lora.acts for lora in ensemble):
         return model, clip, "no LoRA is on: the model is handed on as it is"
-    reason = ""
+    name, reason = method, ""
     if name == AUTO:
         name, reason = best_method(ensemble, clip is not None)
         log.info("%s: auto took %s: %s", NODE, name, reason)
