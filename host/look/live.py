@@ -37,8 +37,9 @@ def on_the_node(model, record: RunRecord, total: int) -> Told | None:
         if not over and now - said[0] < EVERY or client not in server.sockets:
             return
         said[0] = now
+        text = line(record, total, guidance_record_of(model), over)
         try:
-            server.send_progress_text(line(record, total, guidance_record_of(model), over), node, client)
+            server.send_progress_text(text, node, client)
         except RuntimeError as error:  # the server is going down
             log.debug("live text: %s", error)
 
