@@ -34,6 +34,8 @@ class Architecture:
     context     key of the width of the text embedding in the configuration
     pooled      (configuration) -> width of the pooled text embedding, 0 for none
     cfg         scale of guidance; 1: the model is guidance-distilled and has no negative
+    blocks      (number) -> what of the configuration a model of so few blocks has otherwise; speed has none of it
+    frames      whether its latents have a dimension for frames
     """
 
     kind: str
@@ -44,6 +46,8 @@ class Architecture:
     context: str = "context_dim"
     pooled: Callable[[dict], int] = lambda config: 0
     cfg: float = 7.0
+    blocks: Callable[[int], dict] = lambda number: {}
+    frames: bool = False
 
 
 def _multiple(width: float, of: int) -> int:
@@ -57,6 +61,12 @@ def _unet(context: int) -> Callable[[float], dict]:
 def _flux(scale: float) -> dict:
     heads = max(1, round(24 * scale))
     return {"hidden_size": 128 * heads, "num_heads": heads, "context_in_dim": _multiple(4096 * scale, 32)}
+
+
+def _wan(scale: float) -> dict:
+    heads = max(1, round(40 * scale))
+    return {"dim": 128 * heads, "num_heads": heads, "ffn_dim": _multiple(13824 * scale, 64),
+            "text_dim": _multiple(4096 * scale, 32)}
 
 
 ATTENTION = (".to_q", ".to_k", ".to_v", ".to_out.0")
@@ -80,7 +90,12 @@ ARCHITECTURES = {
         "depth_single_blocks": 38, "axes_dim": [16, 56, 56], "theta": 10000, "patch_size": 2, "qkv_bias": True,
         "guidance_embed": True}, _flux, (".qkv", "_attn.proj"),
         (".qkv", "_attn.proj", "_mlp.0", "_mlp.2", ".linear1", ".linear2"), "context_in_dim",
-        pooled=lambda config: config["vec_in_dim"], cfg=1.0),
+        pooled=lambda config: config["vec_in_dim"], cfg=1.0,
+        blocks=lambda number: {"depth": number, "depth_single_blocks": 2 * number}),
+    "Wan": Architecture("WAN21_T2V", {
+        "image_model": "wan2.1", "model_type": "t2v", "num_layers": 40, "in_dim": 16, "out_dim": 16}, _wan,
+        ("attn.q", "attn.k", "attn.v", "attn.o"), ("attn.q", "attn.k", "attn.v", "attn.o", ".ffn.0", ".ffn.2"),
+        "text_dim", cfg=1.0, blocks=lambda number: {"num_layers": number}, frames=True),
 }  # fmt: skip
 
 
@@ -95,9 +110,9 @@ def start_comfyui(path: Path, device: str) -> str:
     return comfyui_version.__version__
 
 
-def build(name: str, scale: float, dtype: torch.dtype, device: torch.device):
+def build(name: str, scale: float, dtype: torch.dtype, device: torch.device, blocks: int | None = None):
     """ComfyUI's own class of an architecture as a MODEL, widths times `scale` (of the channels: in steps that its
-    normalisations and heads need)."""
+    normalisations and heads need), of a transformer some `blocks` only."""
     import comfy.ldm.flux.model
     import comfy.model_patcher
     import comfy.sd  # noqa: F401  (its import order is the one the others rely on)
@@ -105,6 +120,7 @@ def build(name: str, scale: float, dtype: torch.dtype, device: torch.device):
 
     architecture = ARCHITECTURES[name]
     config = architecture.config | architecture.narrowed(scale)
+    config |= {} if blocks is None else architecture.blocks(blocks)
     if name == "Flux" and "txt_ids_dims" in {f.name for f in fields(comfy.ldm.flux.model.FluxParams)}:
         config["txt_ids_dims"] = []
     config = getattr(comfy.supported_models, architecture.kind)(config)
@@ -120,12 +136,14 @@ def build(name: str, scale: float, dtype: torch.dtype, device: torch.device):
     return comfy.model_patcher.ModelPatcher(model.eval(), load_device=device, offload_device=torch.device("cpu"))
 
 
-def inputs(name: str, model, size: int, tokens: int = 77, batch: int = 1) -> tuple[Tensor, list]:
-    """Noise for a picture of `size` pixels, and [positive, negative] conds of random text embeddings."""
+def inputs(name: str, model, size: int, tokens: int = 77, batch: int = 1, frames: int = 1) -> tuple[Tensor, list]:
+    """Noise for a picture of `size` pixels, or for so many latent frames of that size, and [positive, negative] conds
+    of random text embeddings."""
     architecture, config = ARCHITECTURES[name], model.model.model_config.unet_config
     generator = torch.Generator().manual_seed(0)
     channels = model.model.latent_format.latent_channels
-    noise = torch.randn(batch, channels, size // 8, size // 8, generator=generator)
+    time = [frames] if architecture.frames else []
+    noise = torch.randn(batch, channels, *time, size // 8, size // 8, generator=generator)
     pooled = architecture.pooled(config)
 
     def cond() -> list:

@@ -61,10 +61,19 @@ def kind_table(records: Iterable[dict]) -> str:
                       f"{r['quartiles'][0]:.2f} to {r['quartiles'][1]:.2f}"] for r in records])
 
 
+def int8_table(records: Iterable[dict]) -> str:
+    """What LoRAs add to a step of an int8 model."""
+    return markdown(["model", "format", "LoRAs", "step without, s", "step with them", "quartiles"],
+                    [[f"{r['model']}, {r['blocks']} blocks, {r['tokens']} tokens, {r['dtype']}", r["format"], r["case"],
+                      number(r["plain_seconds"]), f"{100 * r['tax']:+.1f} %",
+                      f"{100 * r['quartiles'][0]:+.1f} to {100 * r['quartiles'][1]:+.1f}"] for r in records])
+
+
 TABLES: dict[str, tuple[tuple[str, ...], tuple[str, ...], Callable[[Iterable[dict]], str]]] = {
     "Goals": (("goal",), ("goal",), goal_table),
     "Host time": (("layer", "step"), ("bench", "case", "layer", "model"), host_table),
     "Adapter kinds": (("kind",), ("kind", "layer", "tokens"), kind_table),
+    "LoRAs on int8 weights": (("int8",), ("model", "format", "case", "blocks", "tokens", "rank"), int8_table),
 }
 """Title -> (benchmarks it shows, what tells their results apart, how it is made)."""
 

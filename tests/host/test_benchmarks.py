@@ -11,9 +11,12 @@ from pathlib import Path
 import comfy.sd
 import pytest
 import torch
-from lora_ensemble.benchmarks import models
+from lora_ensemble.benchmarks import int8, models, packed
+from lora_ensemble.benchmarks.measure import Results
+from lora_ensemble.host.compose import fused
 
 ROOT = Path(__file__).resolve().parents[2]
+CPU = torch.device("cpu")
 
 
 def results(module: str, *arguments: str) -> list[dict]:
@@ -36,9 +39,9 @@ def test_the_goals_in_quick_mode():
     assert all(r["comfyui"] and r["date"] for r in found)
 
 
-@pytest.mark.parametrize(("model", "layers"), [("SD1.5", 160), ("SDXL", 722), ("Flux", 228)])
+@pytest.mark.parametrize(("model", "layers"), [("SD1.5", 160), ("SDXL", 722), ("Flux", 228), ("Wan", 400)])
 def test_narrow_models_have_all_layers(model, layers):
-    narrow = models.build(model, 0.05, torch.float32, torch.device("cpu"))
+    narrow = models.build(model, 0.05, torch.float32, CPU)
     assert sum(1 for _ in models.targets(model, narrow, "linear")) == layers
 
 
@@ -54,3 +57,25 @@ def test_steps_of_the_whole_model():
     found = results("host_time", "--quick", "--rounds", "1", "--only", "step", "--models", "SD1.5")
     bypass = hasattr(comfy.sd, "load_bypass_lora_for_models")
     assert len(found) == 4 + bypass and {r["layers"] for r in found} == {160}
+
+
+def narrow(quick: list[str]):
+    """Options of the int8 benchmark as its command line gives them."""
+    if "int8" not in packed.formats():
+        pytest.skip("this ComfyUI has no int8 layers")
+    options = int8.parse(["--comfyui", os.environ["COMFYUI_UNDER_TEST"], "--quick", *quick])
+    return Results(CPU), options, CPU, options.formats[0]
+
+
+@pytest.mark.parametrize("model", ["Wan", "Flux"])
+def test_loras_on_int8_weights(model, capsys):
+    """Its own check of every layer comes first: it stops where one does not give what it should."""
+    found = int8.bench(*narrow(["--model", model]))
+    assert [r["case"] for r in found][:1] == ["Merge of 4"] and all(r["format"] == "int8 convrot" for r in found)
+    assert found[0]["layers"] == {"Wan": 10, "Flux": 12}[model] and capsys.readouterr().out.count("{") == len(found)
+
+
+def test_int8_layers_on_which_loras_do_not_act_are_not_timed(monkeypatch):
+    monkeypatch.setattr(fused, "call_routed_layers", lambda: None)
+    with pytest.raises(SystemExit, match=r"ffn\.2: off by 1"):
+        int8.bench(*narrow([]))
