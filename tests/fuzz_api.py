@@ -12,8 +12,6 @@ What fails in ComfyUI's own sampling or encoding without a step of ours going wr
 
 from __future__ import annotations
 
-import argparse
-import collections
 import copy
 import io
 import json
@@ -35,9 +33,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..testbed.model import UNet
+from ..tools.results import Found, Results, options, seeds
 from .server import HTTP, PACK, PromptRefused, Server, ServerError
 from .workflows import ON_TESTBED, ROOT, TESTBED, Prompt, load, on_testbed
 
+DEPENDS = ("fuzz_api.py", "server.py", "workflows.py", "comfy_testbed/*.py")
 NAMES = ("one.safetensors", "two.safetensors", "three.safetensors")
 STEPS = 3
 PATIENCE = 20.0
@@ -251,31 +251,18 @@ class Fuzz:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--count", type=int, default=700)
-    parser.add_argument("--first", type=int, default=0, help="first seed")
-    options = parser.parse_args()
-    seen, failed, started = collections.Counter(), [], time.monotonic()
+    chosen = options(__doc__, 700).parse_args()
     packs = [ROOT, ROOT / "tests" / "comfy_testbed"]
     comfyui = Path(os.environ["COMFYUI_UNDER_TEST"])
     with tempfile.TemporaryDirectory() as folder, Server(comfyui, Path(folder), packs) as server:
         fuzz = Fuzz(server)
-        for seed in range(options.first, options.first + options.count):
-            began = time.monotonic()
-            try:
-                done, became = fuzz.check(seed)
-                seen[became] += 1
-                if "not finite" in became or "interrupted" in became or "host" in became:
-                    print(f"seed {seed}: {done}: {became}, {time.monotonic() - began:.0f} s", flush=True)
-            except Failure as error:
-                failed.append(seed)
-                print(f"seed {seed}: {error}", flush=True)
-            if seed % 50 == 49:
-                fuzz.unharmed()
-                print(f"{seed + 1}: {dict(seen)}, {len(failed)} failed, {time.monotonic() - started:.0f} s", flush=True)
-        fuzz.unharmed()
-    print(f"{sum(seen.values()) + len(failed)} prompts: {dict(seen)}, {len(failed)} failed {failed[:20]}")
-    return bool(failed)
+
+        def check(case: str) -> Found:
+            done, became = fuzz.check(int(case))
+            return became, {"done": done}
+
+        return Results("fuzz_api", DEPENDS, chosen.keep, chosen.out).judge(
+            seeds(chosen), check, lambda cases: fuzz.unharmed())
 
 
 if __name__ == "__main__":

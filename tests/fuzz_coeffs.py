@@ -8,14 +8,10 @@ either mode and with any number of steps, is made of numbers.
 
 from __future__ import annotations
 
-import argparse
-import collections
 import json
 import random
 import sys
 import tempfile
-import time
-import traceback
 from pathlib import Path
 
 from .host import conftest  # noqa: F401  (before `comfy`, whose command line it prepares)
@@ -32,9 +28,11 @@ from ..host.guidance.coeffs import GuidanceCoeffs
 from ..host.guidance.options import CALIBRATED, GuidanceOptions, guidance_of
 from ..host.look.calibration import plot, summary
 from ..methods.guidance.adaptive import SPACES, AdaptiveGuidance
+from ..tools.results import Results, options, seeds
 from .host.builders import sample, schedule
 from .host.models import base
 
+DEPENDS = ("fuzz_coeffs.py", "host/builders.py", "host/models.py")
 DTYPES = (torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn, torch.int8, torch.int32, torch.bool,
           torch.complex64, torch.uint8)
 EXTREMES = (0.0, 1.0, -1.0, 2.0, 1e5, 1e7, 1e38, -1e38, 1e-38, float("nan"), float("inf"), -float("inf"))
@@ -180,25 +178,12 @@ class Fuzz:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--count", type=int, default=1500)
-    parser.add_argument("--first", type=int, default=0, help="first seed")
-    options = parser.parse_args()
-    seen, failed, started = collections.Counter(), [], time.monotonic()
+    chosen = options(__doc__, 1500).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         folder_paths.add_model_folder_path(files.FOLDER, folder, is_default=True)
         fuzz = Fuzz(Path(folder))
-        for seed in range(options.first, options.first + options.count):
-            try:
-                seen[fuzz.check(seed)] += 1
-            except Exception as error:
-                failed.append(seed)
-                frame = traceback.extract_tb(error.__traceback__)[-1]
-                print(f"seed {seed}: {type(error).__name__} at {Path(frame.filename).name}:{frame.lineno}: {error}",
-                      flush=True)
-    print(f"{options.count} files: {dict(seen)}, {len(failed)} failed {failed[:20]}, "
-          f"{time.monotonic() - started:.0f} s")
-    return bool(failed)
+        return Results("fuzz_coeffs", DEPENDS, chosen.keep, chosen.out).judge(
+            seeds(chosen), lambda case: (fuzz.check(int(case)), {}))
 
 
 if __name__ == "__main__":

@@ -9,13 +9,9 @@ finite; and a good LoRA beside it in a method of several branches acts as if it 
 
 from __future__ import annotations
 
-import argparse
-import collections
 import random
 import sys
 import tempfile
-import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -37,10 +33,12 @@ from ..host.files.fit import plain_magnitude
 from ..methods.composite import Composite
 from ..methods.merge import Merge
 from ..methods.switch import Switch
+from ..tools.results import Found, Results, options, seeds
 from .host.builders import Rand, kohya, lora, plain, sample, shapes, text_layers
 from .host.kinds import CONVOLUTIONS, EVERYWHERE, low_rank
 from .host.models import FAMILIES, alive, base, build, patcher, small_clip
 
+DEPENDS = ("fuzz_files.py", "host/builders.py", "host/kinds.py", "host/models.py")
 Tensors = dict[str, Tensor]
 STRENGTH = 0.8
 KINDS = {**EVERYWHERE, **CONVOLUTIONS}
@@ -353,25 +351,16 @@ def differ(ours: Tensors, others: Tensors | None, state: Tensors) -> bool:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--count", type=int, default=2000)
-    parser.add_argument("--first", type=int, default=0, help="first seed")
-    options = parser.parse_args()
+    chosen = options(__doc__, 2000).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         folder_paths.add_model_folder_path("loras", folder, is_default=True)
-        fuzz, seen, failed, started = Fuzz(Path(folder)), collections.Counter(), [], time.monotonic()
-        for seed in range(options.first, options.first + options.count):
-            try:
-                seen[fuzz.check(seed)[1]] += 1
-            except Exception as error:
-                failed.append(seed)
-                frame = traceback.extract_tb(error.__traceback__)[-1]
-                print(f"seed {seed}: {type(error).__name__} at {Path(frame.filename).name}:{frame.lineno}: {error}",
-                      flush=True)
-            if seed % 100 == 99:
-                print(f"{seed + 1}: {dict(seen)}, {len(failed)} failed, {time.monotonic() - started:.0f} s", flush=True)
-    print(f"{sum(seen.values()) + len(failed)} files: {dict(seen)}, {len(failed)} failed {failed[:20]}")
-    return bool(failed)
+        fuzz = Fuzz(Path(folder))
+
+        def check(case: str) -> Found:
+            done, became = fuzz.check(int(case))
+            return became, {"done": done}
+
+        return Results("fuzz_files", DEPENDS, chosen.keep, chosen.out).judge(seeds(chosen), check)
 
 
 if __name__ == "__main__":

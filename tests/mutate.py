@@ -4,16 +4,17 @@
 
 Each fault is one small change of one line of kernels, methods, engine or host: a comparison turned, a sign, a constant
 off by one, a condition that always holds, a statement left out. It is made in a copy of this folder, where the tests
-run that import the changed file, the nearest first. A fault that no test sees is a gap, unless it changes nothing that
-could be seen: those that were shown to be so are in EQUIVALENT, with the reason.
+run that import the changed file, the nearest first; what fails there must pass without it. A fault that no test sees is
+a gap, unless it changes nothing that could be seen: those that were shown to be so are in EQUIVALENT, with the reason.
 """
 
 from __future__ import annotations
 
-import argparse
 import ast
+import collections
+import hashlib
 import os
-import random
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,8 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from ..tools.results import Found, Results, options, say
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = ("kernels", "methods", "engine", "host")
@@ -32,13 +35,19 @@ SWAPPED = {"min": "max", "max": "min", "any": "all", "all": "any"}
 SAID = {"raise", "warning", "info", "debug", "tell", "_tell", "say", "append"}
 """Statements that only say something are not left out."""
 VERDICTS = {True: "seen  ", False: "MISSED", None: "slow  "}
+FAILED = re.compile(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", re.MULTILINE)
+"""What pytest says of a test."""
 EQUIVALENT: dict[tuple[str, str, str], str] = {}
 """(file, what stood there, what stands there) -> why nobody could see a difference."""
 
 
+class Missed(AssertionError):
+    """A fault that no test sees."""
+
+
 @dataclass(frozen=True)
 class Fault:
-    """A change of a file: `start` to `end` of its text become `new`."""
+    """A change of a file: `start` to `end` of its text become `new`; `line` and `column` are where it stands."""
 
     path: Path
     start: int
@@ -46,10 +55,11 @@ class Fault:
     old: str
     new: str
     line: int
+    column: int
 
     def __str__(self) -> str:
         old, new = (" ".join(text.split())[:60] for text in (self.old, self.new or "(left out)"))
-        return f"{self.path.relative_to(ROOT).as_posix()}:{self.line}: {old} -> {new}"
+        return f"{self.path.relative_to(ROOT).as_posix()}:{self.line}:{self.column}: {old} -> {new}"
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -70,7 +80,7 @@ def faults(path: Path) -> list[Fault]:
     def span(node: ast.AST) -> tuple[int, int]:
         return place(node.lineno, node.col_offset), place(node.end_lineno, node.end_col_offset)
 
-    return [Fault(path, start, end, text[start:end], new, node.lineno)
+    return [Fault(path, start, end, text[start:end], new, node.lineno, start - starts[node.lineno - 1] + 1)
             for node, (start, end, new) in _changes(ast.parse(text), span, text)]
 
 
@@ -181,24 +191,33 @@ def covering(changed: Path, graph: dict[Path, set[Path]], with_host: bool, most:
 
 
 def seen(fault: Fault, folder: Path, tests: list[str], seconds: float) -> bool | None:
-    """Whether a test fails with the fault in the copy; None where the tests do not end in time."""
+    """Whether a test fails with the fault in the copy, and passes without it; None where the tests do not end in time.
+    """
     place = folder / fault.path.relative_to(ROOT)
     text = place.read_text(encoding="utf-8")
-    place.write_text(text[:fault.start] + fault.new + text[fault.end:], encoding="utf-8")
-    command = [sys.executable, str(folder / "run.py"), "_with", "-", "pytest", "-q", "-x", "--no-header", "-p",
-               "no:cacheprovider"]
     until = time.monotonic() + seconds
     try:
         for test in tests:  # one after the other: the nearest decides most of them, in its own time
-            run = subprocess.run([*command, test], cwd=folder, capture_output=True, timeout=until - time.monotonic(),
-                                 env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"})
-            if run.returncode not in (0, 5):  # 5: no test was chosen
+            place.write_text(text[:fault.start] + fault.new + text[fault.end:], encoding="utf-8")
+            run = _pytest(folder, test, until)
+            if run.returncode in (0, 5):  # 5: no test was chosen
+                continue
+            place.write_text(text, encoding="utf-8")
+            failed = FAILED.search(run.stdout)
+            if _pytest(folder, failed[1] if failed else test, until + seconds).returncode in (0, 5):
                 return True
         return False
     except (subprocess.TimeoutExpired, ValueError):  # ValueError: no time is left for the next
         return None
     finally:
         place.write_text(text, encoding="utf-8")
+
+
+def _pytest(folder: Path, test: str, until: float) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(folder / "run.py"), "_with", "-", "pytest", "-q", "-x", "--no-header", "-p",
+               "no:cacheprovider", test]
+    return subprocess.run(command, cwd=folder, capture_output=True, timeout=until - time.monotonic(), text=True,
+                          encoding="utf-8", errors="replace", env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"})
 
 
 def compiles(fault: Fault) -> bool:
@@ -211,12 +230,17 @@ def compiles(fault: Fault) -> bool:
 
 
 def chosen(count: int, seed: int) -> list[Fault]:
-    """Faults of all floors, each file as likely as it is long."""
-    dice = random.Random(seed)
+    """Faults of all floors, each file as likely as it is long. Each has its own number from the seed, so that a change
+    of one file leaves the choice among the others as it was."""
     every = [fault for floor in FLOORS for path in sorted((ROOT / floor).rglob("*.py")) for fault in faults(path)]
-    dice.shuffle(every)
-    out: list[Fault] = []
+    seen: collections.Counter = collections.Counter()
+    drawn: list[tuple[bytes, Fault]] = []
     for fault in every:
+        text = "\0".join([str(seed), *fault.key, str(seen[fault.key])])
+        seen[fault.key] += 1
+        drawn.append((hashlib.sha256(text.encode()).digest(), fault))
+    out: list[Fault] = []
+    for _, fault in sorted(drawn, key=lambda pair: pair[0]):
         if len(out) == count:
             break
         if compiles(fault) and fault.key not in EQUIVALENT:
@@ -225,32 +249,28 @@ def chosen(count: int, seed: int) -> list[Fault]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=60)
-    parser.add_argument("--seed", type=int, default=0)
+    parser = options(__doc__, 60)
+    parser.add_argument("--seed", type=int, default=0, help="another choice of faults")
     parser.add_argument("--files", type=int, default=14, help="test files per fault, at most")
     parser.add_argument("--seconds", type=float, default=1200, help="time that the tests of one fault have")
-    options = parser.parse_args()
+    chosen_ = parser.parse_args()
     with_host = bool(os.environ.get("COMFYUI_UNDER_TEST"))
     sources = [path for top in (*FLOORS, "nodes", "testbed", "tests") for path in (ROOT / top).rglob("*.py")]
     graph = {path: imported(path) for path in sources}
-    missed: list[Fault] = []
-    undecided = 0
+    found = {str(fault): fault for fault in chosen(chosen_.first + chosen_.count, chosen_.seed)[chosen_.first:]}
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "pack"
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "__pycache__", "out", ".pytest_cache"))
-        for number, fault in enumerate(chosen(options.count, options.seed), 1):
-            began, tests = time.monotonic(), covering(fault.path, graph, with_host, options.files)
-            found = seen(fault, copy, tests, options.seconds) if tests else False
-            missed += [fault] if found is False else []
-            undecided += found is None
-            took = time.monotonic() - began
-            print(f"{number:3} {VERDICTS[found]} {took:4.0f} s  {fault}", flush=True)
-    for fault in missed:
-        print(f"missed: {fault}")
-    print(f"{options.count} faults of seed {options.seed}: {options.count - len(missed) - undecided} seen, "
-          f"{len(missed)} missed, {undecided} whose tests did not end in {options.seconds:g} s")
-    return int(len(missed) > options.count // 10)
+
+        def check(case: str) -> Found:
+            tests = covering(found[case].path, graph, with_host, chosen_.files)
+            was = seen(found[case], copy, tests, chosen_.seconds) if tests else False
+            say(f"{VERDICTS[was]} {case}")
+            if was is False:
+                raise Missed(f"no test sees it, of {len(tests)} files")
+            return ("seen" if was else f"whose tests did not end in {chosen_.seconds:g} s"), {}
+
+        return Results("mutate", ("**/*.py",), chosen_.keep, chosen_.out).judge(found, check)
 
 
 if __name__ == "__main__":

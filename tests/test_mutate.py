@@ -71,6 +71,6 @@ def test_a_fault_is_seen_by_a_test_that_fails(tmp_path, monkeypatch, new, found)
                                      "runpy.run_module('pytest', run_name='__main__', alter_sys=True)\n",
                                      encoding="utf-8")
     at = len("def f(a):\n    return a ")
-    fault = Fault(tmp_path / "code.py", at, at + 1, "+", new, 2)
+    fault = Fault(tmp_path / "code.py", at, at + 1, "+", new, 2, 14)
     assert seen(fault, tmp_path, ["test_code.py"], 60) == found
     assert (tmp_path / "code.py").read_text(encoding="utf-8").endswith("a + 1\n")

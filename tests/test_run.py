@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 from lora_ensemble.tools.comfyui import Host
-from lora_ensemble.tools.commands import DEEPER, ROOT, Summary, deeper_runs, pytest_runs, write_report
+from lora_ensemble.tools.commands import ROOT, Summary, deeper_runs, pytest_runs
+from lora_ensemble.tools.report import PARTS, SUITES, page
+from lora_ensemble.tools.results import Results
 
 
 def host(version: str, tools: str | None = None) -> Host:
@@ -39,21 +41,23 @@ def test_one_old_comfyui_is_the_newest_there_is():
 
 def test_all_that_takes_long_runs_on_the_newest():
     runs = list(deeper_runs([host("0.3.64"), host("0.33.0", "/tools")]))
-    assert [title for title, _, _ in runs] == [f"{title} on ComfyUI 0.33.0 at /comfy/0.33.0" for title in DEEPER]
-    for (_, command, env), (module, *arguments) in zip(runs, DEEPER.values(), strict=True):
-        assert command[-len(arguments) - 1:] == [f"lora_ensemble.tests.{module}", *arguments]
-        assert (ROOT / "tests" / f"{module}.py").is_file() and env["COMFYUI_UNDER_TEST"].endswith("0.33.0")
+    assert [title for title, _, _ in runs] == [f"{part.title} on ComfyUI 0.33.0 at /comfy/0.33.0" for part in PARTS]
+    for (_, command, env), part in zip(runs, PARTS, strict=True):
+        assert command[-len(part.arguments) - 1:] == [f"lora_ensemble.tests.{part.module}", *part.arguments]
+        assert (ROOT / "tests" / f"{part.module}.py").is_file() and env["COMFYUI_UNDER_TEST"].endswith("0.33.0")
     assert not list(deeper_runs([]))
+    assert all(command[-1] == "--keep" for _, command, _ in deeper_runs([host("0.33.0")], keep=True))
 
 
 @pytest.mark.parametrize("code", [0, 3])
-def test_the_report_has_the_last_line_of_each_run(tmp_path, code):
-    summary = Summary(figures={})
+def test_the_page_has_the_last_line_of_each_suite_and_what_passed_is_not_run_again(tmp_path, code):
     program = f"print('a' * 9)\nprint('== 3 passed, 1 | 2 ==')\nprint()\nraise SystemExit({code})"
-    assert summary.run("some tests at /comfy/0.33.0", [sys.executable, "-c", program]) == (code == 0)
-    write_report(summary, [host("0.33.0")], "--all", tmp_path / "REPORT.md")
-    text = (tmp_path / "REPORT.md").read_text(encoding="utf-8")
+    for again in (False, True):
+        summary = Summary(results=Results(SUITES.module, ("test_run.py",), folder=tmp_path))
+        assert summary.run("some tests at /comfy/0.33.0", [sys.executable, "-c", program]) == (code == 0)
+        assert summary.lines[0].endswith("before") == (again and code == 0)
+        assert summary.failed == (code != 0)
+    text = page("--all", tmp_path)
     failed = " (FAILED, exit 3)" if code else ""
-    assert f"| some tests | 3 passed, 1 / 2{failed} |" in text and "ComfyUI 0.33.0" in text and "/comfy" not in text
-    assert "run.py test --all" in text
-    assert summary.failed == (code != 0)
+    assert f"| some tests | 3 passed, 1 / 2{failed} |" in text and "/comfy" not in text
+    assert "run.py test --all" in text and (f"`suites` some tests: 3 passed, 1 / 2{failed}" in text) == bool(code)

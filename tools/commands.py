@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import datetime
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -15,6 +13,8 @@ from pathlib import Path
 
 from .comfyui import COMFYUI_TAG, Host, find_hosts, prepare
 from .environments import ROOT, Stop, child_env, say
+from .report import PARTS, SUITES, write
+from .results import Results
 
 PYTHONS = ((3, 10), (3, 14))  # oldest and newest version that the pinned torch has wheels for
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
@@ -27,22 +27,28 @@ WORKERS = min(os.cpu_count() or 1, 8)
 class Summary:
     """What was run, what was not and why; `close` prints it and gives the exit code.
 
-    figures   where it is given: title -> the last line that the run printed, with its time
+    results   where it is given: what has passed with this code is not run again, and the last line of what is run is
+              kept
     """
 
     lines: list[str] = field(default_factory=list)
     failed: bool = False
-    figures: dict[str, str] | None = None
+    results: Results | None = None
 
     def run(self, title: str, command: Sequence[str | Path], env: dict[str, str] | None = None) -> bool:
         say(f"\n=== {title}")
+        case = title.partition(" at ")[0]
+        if self.results is not None and self.results.done(case):
+            self.lines.append(f"  ok     {title}, before")
+            return True
         started = time.monotonic()
         command, env = [str(part) for part in command], env or child_env()
-        if self.figures is None:
+        if self.results is None:
             code = subprocess.run(command, cwd=ROOT, env=env).returncode
         else:
             code, last = _told(command, env)
-            self.figures[title] = f"{last.strip(' =')}{'' if code == 0 else f' (FAILED, exit {code})'}"
+            became = f"{last.strip(' =')}{'' if code == 0 else f' (FAILED, exit {code})'}"
+            self.results.add(case, became, code == 0, time.monotonic() - started)
         state = "ok    " if code == 0 else f"FAILED (exit {code})"
         self.lines.append(f"  {state} {title}, {time.monotonic() - started:.0f} s")
         self.failed |= code != 0
@@ -72,23 +78,6 @@ def _told(command: Sequence[str], env: dict[str, str]) -> tuple[int, str]:
     return process.returncode, last
 
 
-def write_report(summary: Summary, hosts: Sequence[Host], option: str,
-                 path: Path = ROOT / "tests" / "REPORT.md") -> None:
-    """What `run.py test` found with an option, with what and when, as a page."""
-    commit = subprocess.run(["git", "log", "-1", "--format=%h"], cwd=ROOT, capture_output=True, text=True)
-    when = f"{datetime.date.today()}, commit {commit.stdout.strip() or 'unknown'}"
-    versions = ", ".join(f"ComfyUI {host.version}" for host in hosts) or "no ComfyUI"
-    lines = ["# What the tests found", "",
-             f"Written by `python3 run.py test {option}`. What each run does is said at the head of its file in "
-             "`tests/`.", "", f"{when}, {platform.machine()} with {os.cpu_count()} cores, {platform.system()}, Python "
-             f"{platform.python_version()}; {versions}.", "",
-             "| run | result |", "| --- | --- |"]
-    for title, figure in (summary.figures or {}).items():
-        lines.append(f"| {title.partition(' at ')[0]} | {figure.replace('|', '/')} |")
-    path.write_text("\n".join([*lines, ""]), encoding="utf-8")
-    say(f"\nwritten: {path}")
-
-
 def with_pack(python: Path, *arguments: str | Path, tools: Path | None = None) -> list[str]:
     """The command that runs a module in another interpreter, with the pack importable."""
     return [str(part) for part in (python, ROOT / "run.py", "_with", tools or "-", *arguments)]
@@ -111,33 +100,29 @@ def pytest_runs(base: Path, hosts: Sequence[Host], everything: bool,
                host.env(**ONE_THREAD))
 
 
-DEEPER = {"damaged LoRA files": ("fuzz_files", "--count", "2000"),
-          "damaged coefficient files": ("fuzz_coeffs", "--count", "1500"),
-          "damaged API workflows": ("fuzz_api", "--count", "700"),
-          "faults in the code": ("mutate", "--count", "60")}
-"""What --all runs beside the tests, on the newest ComfyUI: title -> module in tests/ with its arguments. The last line
-that each prints is its figure in the report."""
-
-
-def deeper_runs(hosts: Sequence[Host]) -> Iterator[tuple[str, list[str], dict[str, str]]]:
-    """(title, command, environment) of every run that is longer than a test may be."""
+def deeper_runs(hosts: Sequence[Host], keep: bool = False) -> Iterator[tuple[str, list[str], dict[str, str]]]:
+    """(title, command, environment) of every run that is longer than a test may be, on the newest ComfyUI."""
     for host in sorted(hosts, key=lambda host: host.number)[-1:]:
-        for title, (module, *arguments) in DEEPER.items():
-            yield (f"{title} on {host}",
-                   with_pack(host.python, f"lora_ensemble.tests.{module}", *arguments, tools=host.tools),
+        for part in PARTS:
+            arguments = [f"lora_ensemble.tests.{part.module}", *part.arguments, *(["--keep"] if keep else [])]
+            yield (f"{part.title} on {host}", with_pack(host.python, *arguments, tools=host.tools),
                    host.env(**ONE_THREAD))
 
 
 def run_test(options: argparse.Namespace) -> int:
     base, hosts = prepare(options)
     long = options.all or options.report
-    summary = Summary(figures={} if long else None)
+    summary = Summary(results=Results(SUITES.module, ("**/*.py",), options.keep) if long else None)
     summary.run("ruff", [base, "-m", "ruff", "check", "."])
-    tests = () if options.report else pytest_runs(base, hosts, options.all, options.rest)
-    for title, command, env in (*tests, *(deeper_runs(hosts) if long else ())):
-        summary.run(title, command, env)
-    if long:
-        write_report(summary, hosts, "--all" if options.all else "--report")
+    try:
+        for title, command, env in () if options.report else pytest_runs(base, hosts, options.all, options.rest):
+            summary.run(title, command, env)
+        summary.results = None  # the long runs keep their own
+        for title, command, env in deeper_runs(hosts, options.keep) if long else ():
+            summary.run(title, command, env)
+    finally:
+        if long:  # also of what there is when somebody stops it
+            say(f"\nwritten: {write('--all' if options.all else '--report')}")
     if len({host.number for host in hosts}) > 1 and not options.all:
         summary.lines.append("  NOT RUN on the older releases: what does not touch their API; --all runs it as well")
     return summary.close(base, hosts)
@@ -191,8 +176,10 @@ def main(arguments: Sequence[str], description: str) -> int:
     parser.add_argument("--clone-comfyui", action="store_true", help=f"fetch ComfyUI {COMFYUI_TAG} and use it")
     parser.add_argument("--without-comfyui", action="store_true", help="use none, even if there is one")
     parser.add_argument("--all", action="store_true", help="test: every test on every ComfyUI, with all\n"
-                        "damaged files, workflows and faults; hours; writes tests/REPORT.md")
+                        "damaged files, workflows and faults; hours; writes\ntests/REPORT.md; goes on where "
+                        "it was stopped")
     parser.add_argument("--report", action="store_true", help="test: of --all the long runs alone, and the page")
+    parser.add_argument("--keep", action="store_true", help="test: what --all found with earlier code counts, too")
     parser.add_argument("--sets", help="bench: also the quality of so many LoRA sets (480 are all)")
     parser.add_argument("--as-it-is", action="store_true", help="bench: with this interpreter, making no environment")
     parser.add_argument("--device", default="cpu", help="bench: cpu (default) or cuda")

@@ -1,0 +1,96 @@
+"""What the long runs keep: a stopped run goes on, changed code begins anew, and the page says what is missing."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from lora_ensemble.tools import results
+from lora_ensemble.tools.report import Part, page
+from lora_ensemble.tools.results import Results, fingerprint, read
+
+CASES = ["1", "2", "3", "4"]
+PART = Part("some", "some cases", 4)
+
+
+def kept(folder, keep: bool = False) -> Results:
+    return Results("some", ("test_results.py",), keep, folder)
+
+
+def check(made: list, stop: str | None = None):
+    def one(case: str):
+        if case == stop:
+            raise KeyboardInterrupt
+        made.append(case)
+        if case == "2":
+            raise ValueError("too | much")
+        return ("odd" if int(case) % 2 else "even"), {"size": int(case)}
+
+    return one
+
+
+def test_a_stopped_run_goes_on_and_what_failed_is_made_again(tmp_path):
+    made: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        kept(tmp_path).judge(CASES, check(made, "3"))
+    text = page("--all", tmp_path, [PART])
+    assert "2 of 4 | 1 odd; 1 failed" in text and "2 of 4 cases are missing" in text
+    assert kept(tmp_path).judge(CASES, check(made)) == 1
+    assert made == ["1", "2", "2", "3", "4"]
+    assert [line["case"] for line in read("some", tmp_path)] == CASES
+    text = page("--all", tmp_path, [PART])
+    assert "4 of 4 | 2 odd, 1 even; 1 failed" in text and "are missing" not in text and "Nothing." in text
+    assert "`some` 2: FAILED: ValueError at test_results.py:26: too / much" in text
+
+
+def test_a_line_that_was_cut_short_is_made_again(tmp_path):
+    kept(tmp_path).add("1", "odd", True, 0.1)
+    with (tmp_path / "some.jsonl").open("a") as file:
+        file.write('\n{"case": "3", "beca')
+    made: list[str] = []
+    kept(tmp_path).judge(["1", "3"], check(made))
+    assert made == ["3"] and [line["case"] for line in read("some", tmp_path)] == ["1", "3"]
+
+
+def test_findings_of_other_code_are_made_again_unless_they_are_kept(tmp_path, monkeypatch):
+    kept(tmp_path).judge(["1"], check([]))
+    (line,) = read("some", tmp_path)
+    (tmp_path / "some.jsonl").write_text(json.dumps(line | {"code": "old", "commit": "abc"}) + "\n")
+    made: list[str] = []
+    kept(tmp_path, keep=True).judge(["1"], check(made))
+    assert not made and "abc" in page("--all", tmp_path, [PART])
+    kept(tmp_path).judge(["1"], check(made))
+    assert made == ["1"] and "abc" not in page("--all", tmp_path, [PART])
+
+
+def test_the_fingerprint_is_of_the_pack_and_of_the_files_named(tmp_path, monkeypatch):
+    for name in ("kernels/a.py", "tests/run.py", "tests/other.py", "__init__.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("1")
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+
+    def now() -> str:
+        fingerprint.cache_clear()
+        return fingerprint("run.py")
+
+    first = now()
+    (tmp_path / "tests/other.py").write_text("2")
+    assert now() == first
+    for name in ("kernels/a.py", "tests/run.py"):
+        before = now()
+        (tmp_path / name).write_text("2")
+        assert now() != before
+    fingerprint.cache_clear()
+
+
+def test_what_comes_after_is_held_against_the_cases_before_it(tmp_path):
+    def after(cases: list[str]) -> None:
+        assert cases == ["1", "3"]
+        raise AssertionError("another picture")
+
+    assert kept(tmp_path).judge(["1", "3"], check([]), after) == 1
+    assert not kept(tmp_path).done("3") and "another picture" in page("--all", tmp_path, [PART])
+
+
+def test_what_was_not_run_is_said(tmp_path):
+    assert "some cases (`some`): not run." in page("--report", tmp_path, [PART])

@@ -1,0 +1,98 @@
+"""tests/REPORT.md: one page made of what the long runs found (results.py), with what was cut.
+
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from .environments import ROOT
+from .results import OUT, commit, read, told
+
+PAGE = ROOT / "tests" / "REPORT.md"
+FAILURES = 40
+"""Failures of a part that are listed, at most."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A long run: a module in tests/, what it is about, and how many cases it has (None: as many as it finds).
+
+    each   its cases are few, and each has a row with its own figures
+    """
+
+    module: str
+    title: str
+    whole: int | None = None
+    each: bool = False
+    arguments: tuple[str, ...] = ()
+
+
+PARTS = (Part("fuzz_files", "damaged LoRA files", 2000),
+         Part("fuzz_coeffs", "damaged coefficient files", 1500),
+         Part("fuzz_api", "damaged API workflows", 700),
+         Part("mutate", "faults in the code", 60))
+SUITES = Part("suites", "the tests as a whole", each=True)
+
+
+def page(option: str, folder: Path = OUT, parts: Sequence[Part] = (SUITES, *PARTS)) -> str:
+    """The page, of all findings that there are; `option` is how the command was called."""
+    found = {part: read(part.module, folder) for part in parts}
+    hosts = sorted({line["host"] for lines in found.values() for line in lines})
+    lines = ["# What the tests found", "",
+             f"Written by `python3 run.py test {option}` on {date.today()} at commit {commit()}: {platform.machine()} "
+             f"with {os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}; "
+             f"{', '.join(hosts) or 'no ComfyUI'}. What a run does is said at the head of its file in `tests/`; the "
+             "same command makes what is missing here and goes on where it was stopped.", "",
+             "| run | cases | what became of them | time | commit |", "| --- | --- | --- | --- | --- |"]
+    lines += [_row(part, found[part]) for part in parts if found[part] and not part.each]
+    for part in parts:
+        if part.each and found[part]:
+            lines += ["", f"## {part.title[0].upper()}{part.title[1:]}", "", "| | | commit |", "| --- | --- | --- |"]
+            lines += [f"| {line['case']} | {_cell(_became(line))} | {line['commit']} |" for line in found[part]]
+    lines += ["", "## What was cut", "", *(_cut(parts, found) or ["Nothing."])]
+    failed = [f"* `{part.module}` {_cell(line['case'])}: {_cell(_became(line))}" for part in parts
+              for line in [line for line in found[part] if not line["ok"]][:FAILURES]]
+    lines += ["", "## What failed", "", *(failed or ["Nothing."]), ""]
+    return "\n".join(lines)
+
+
+def _became(line: dict[str, Any]) -> str:
+    return line["became"] + (f": {line['error']}" if line.get("error") else "")
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", "/").split())
+
+
+def _row(part: Part, lines: list[dict[str, Any]]) -> str:
+    asked = part.whole or max(line.get("of", 0) for line in lines)
+    seconds = sum(line["seconds"] for line in lines)
+    commits = ", ".join(dict.fromkeys(line["commit"] for line in lines))
+    return (f"| {part.title} (`{part.module}`) | {len(lines)} of {asked} | {_cell(told(lines).partition(': ')[2])} | "
+            f"{seconds:.0f} s | {commits} |")
+
+
+def _cut(parts: Sequence[Part], found: dict[Part, list[dict[str, Any]]]) -> list[str]:
+    """What is not whole, and what is not of one commit."""
+    out = []
+    for part in parts:
+        lines, done = found[part], len(found[part])
+        asked = part.whole or max((line.get("of", 0) for line in lines), default=0)
+        if not lines:
+            out.append(f"* {part.title} (`{part.module}`): not run.")
+        elif done < asked:
+            out.append(f"* {part.title} (`{part.module}`): {asked - done} of {asked} cases are missing.")
+    return out
+
+
+def write(option: str, folder: Path = OUT, path: Path = PAGE) -> Path:
+    path.write_text(page(option, folder), encoding="utf-8")
+    return path

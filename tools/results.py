@@ -1,0 +1,184 @@
+"""What the long runs of the tests found: one JSON line per case, so that a run that was stopped goes on where it was.
+
+A line holds for the code that it was found with: after a change of the pack or of the run's own files its case is made
+again, unless --keep says that older findings count as well. tests/REPORT.md is made of these lines.
+
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import hashlib
+import json
+import os
+import subprocess
+import time
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from .environments import ROOT, say
+
+OUT = ROOT / "tests" / "out"
+CODE = ("kernels", "methods", "engine", "host", "nodes", "testbed")
+Found = tuple[str, dict[str, Any]]
+"""What became of a case in a few words that others share, and more to be kept of it."""
+TOLD = 50
+"""Cases between two lines that say how far a run is."""
+LONGEST = 600
+"""Characters that are kept of an error."""
+
+
+@cache
+def fingerprint(*tests: str) -> str:
+    """Of everything that the pack and those files of tests/ are made of: a change makes earlier findings old."""
+    paths = {path for folder in CODE for path in (ROOT / folder).rglob("*.py")} | {ROOT / "__init__.py"}
+    paths |= {path for pattern in tests for path in (ROOT / "tests").glob(pattern)}
+    whole = hashlib.sha256()
+    for path in sorted(paths):
+        whole.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return whole.hexdigest()[:12]
+
+
+@cache
+def commit() -> str:
+    """The commit of this folder, with a + where files differ from it."""
+    try:
+        said = subprocess.run(["git", "describe", "--always", "--dirty=+", "--abbrev=7", "--exclude=*"], cwd=ROOT,
+                              capture_output=True, text=True)
+    except OSError:
+        return "unknown"
+    return said.stdout.strip() or "unknown"
+
+
+def host_version() -> str:
+    """Of the ComfyUI under test, by name."""
+    folder = os.environ.get("COMFYUI_UNDER_TEST")
+    if not folder:
+        return "no ComfyUI"
+    try:
+        text = (Path(folder).expanduser() / "comfyui_version.py").read_text(encoding="utf-8")
+        return "ComfyUI " + text.partition('__version__ = "')[2].partition('"')[0]
+    except OSError:
+        return "ComfyUI"
+
+
+@dataclass
+class Results:
+    """The findings of one part, in a file below `folder` that grows by a line per case.
+
+    part    the module in tests/ that makes them
+    tests   the files there that its findings depend on, as patterns
+    keep    findings of other code count too
+    """
+
+    part: str
+    tests: Sequence[str] = ()
+    keep: bool = False
+    folder: Path = OUT
+    lines: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.code = fingerprint(*(self.tests or (f"{self.part}.py",)))
+        self.lines = {line["case"]: line for line in read(self.part, self.folder)
+                      if self.keep or line["code"] == self.code}
+
+    def done(self, case: str) -> bool:
+        """Whether there is a finding, other than that it failed."""
+        return self.lines.get(case, {}).get("ok", False)
+
+    def add(self, case: str, became: str, ok: bool, seconds: float, **more: Any) -> None:
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        self.lines[case] = line = {"case": case, "became": became, "ok": ok, "seconds": round(seconds, 3), **more,
+                                   "code": self.code, "commit": commit(), "host": host_version(), "when": now}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(("\n" if file.tell() else "") + json.dumps(line))  # a line that a stop cut short ends here
+
+    @property
+    def _path(self) -> Path:
+        return self.folder / f"{self.part}.jsonl"
+
+    def judge(self, cases: Iterable[str], check: Callable[[str], Found],
+              after: Callable[[list[str]], None] = lambda cases: None) -> int:
+        """Every case that is not done yet, through `check`; an exception is what it may not become. Returns the exit
+        code. `after` is called between cases, with those since its last call, and may fail them by an AssertionError.
+        """
+        cases, started, since = list(cases), time.monotonic(), []
+        left = [case for case in cases if not self.done(case)]
+        if len(left) < len(cases):
+            say(f"{len(cases) - len(left)} of {len(cases)} are done")
+        for number, case in enumerate(left, 1):
+            began = time.monotonic()
+            try:
+                became, more = check(case)
+                ok = True
+            except Exception as error:
+                became, more, ok = _failure(error), {"error": f"{error}"[:LONGEST]}, False
+                say(f"{case}: {became}: {error}")
+            self.add(case, became, ok, time.monotonic() - began, of=len(cases), **more)
+            since.append(case)
+            if number % TOLD == 0 or number == len(left):
+                self._after(after, since)
+                since = []
+                say(f"{number} of {len(left)}: {self.told(cases)}, {time.monotonic() - started:.0f} s")
+        say(self.told(cases))
+        return int(any(not self.done(case) for case in cases))
+
+    def _after(self, after: Callable[[list[str]], None], since: list[str]) -> None:
+        try:
+            after(since)
+        except AssertionError as error:
+            say(f"one of {since}: {error}")
+            self.add(since[-1], "what comes after it is harmed", False, 0.0, error=f"{error}"[:LONGEST], since=since)
+
+    def told(self, cases: Iterable[str] | None = None) -> str:
+        """How many of the cases became what."""
+        return told([self.lines[case] for case in (self.lines if cases is None else cases) if case in self.lines])
+
+
+def _failure(error: Exception) -> str:
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"FAILED: {type(error).__name__} at {Path(frame.filename).name}:{frame.lineno}"
+
+
+def told(lines: Sequence[dict[str, Any]]) -> str:
+    """`n: became what, how often; m failed` of findings."""
+    seen = collections.Counter(line["became"] for line in lines if line["ok"])
+    parts = ", ".join(f"{count} {became}" for became, count in sorted(seen.items(), key=lambda item: -item[1]))
+    return f"{len(lines)}: {parts or 'none'}; {sum(not line['ok'] for line in lines)} failed"
+
+
+def read(part: str, folder: Path = OUT) -> list[dict[str, Any]]:
+    """The last finding of every case, of whatever code; a line that a stop has cut short is passed over."""
+    path, lines = folder / f"{part}.jsonl", {}
+    if path.is_file():
+        for text in path.read_text(encoding="utf-8").splitlines():
+            try:
+                line = json.loads(text)
+            except ValueError:
+                continue
+            lines[line["case"]] = line
+    return list(lines.values())
+
+
+def options(description: str | None, count: int | None = None) -> argparse.ArgumentParser:
+    """What every long run takes."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if count is not None:
+        parser.add_argument("--count", type=int, default=count, help=f"cases, {count} of them by default")
+        parser.add_argument("--first", type=int, default=0, help="first seed")
+    parser.add_argument("--keep", action="store_true", help="findings of earlier code count as well")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder of the findings")
+    return parser
+
+
+def seeds(chosen: argparse.Namespace) -> list[str]:
+    return [str(seed) for seed in range(chosen.first, chosen.first + chosen.count)]
+
