@@ -3,11 +3,15 @@
 Its tensors say that they are on `cuda:0` and compute on the CPU. What a real one punishes is found here as well:
 operations across devices fail, and whatever makes the host wait for the device, or moves data between them, is written
 down with the line that asked for it. It proves nothing about speed, memory or a real device's kernels.
+
+With TESTS_ON=cuda the same tests use the machine's own CUDA device, whose waits torch tells.
 """
 
 from __future__ import annotations
 
+import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -20,6 +24,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 DEVICE, CPU = torch.device("cuda", 0), torch.device("cpu")
+REAL = os.environ.get("TESTS_ON") == "cuda"
+"""Whether the device is there, and nothing has to be pretended."""
 ROOT = Path(__file__).parents[1]
 READS = {"_local_scalar_dense", "item", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "unique_dim",
          "unique_consecutive", "repeat_interleave"}
@@ -78,7 +84,7 @@ class OnDevice(Tensor):
 class Accelerator(TorchDispatchMode):
     """While open, the pretended device exists, for this thread."""
 
-    current: Accelerator | None = None
+    current: Accelerator | Watched | None = None
 
     def __init__(self):
         super().__init__()
@@ -95,6 +101,34 @@ class Accelerator(TorchDispatchMode):
             yield
         finally:
             TorchDispatchMode.__exit__(self, None, None, None)
+
+
+class Watched:
+    """A real device, of which `transfers` tells the waits alone."""
+
+    def __init__(self):
+        self.transfers: list[Transfer] = []
+
+
+@contextmanager
+def watched(monkeypatch) -> Iterator[Watched]:
+    """The real device; products in full float32, since results are compared with those of the CPU."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    monkeypatch.setattr(Accelerator, "current", opened := Watched())
+
+    def told(message, *args, **kwargs) -> None:
+        if "synchronizing CUDA operation" in str(message):
+            _note("wait", "sync")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        monkeypatch.setattr(warnings, "showwarning", told)
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield opened
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 class Event:
@@ -137,7 +171,7 @@ def _note(kind: str, by: str) -> None:
     if Accelerator.current is None:
         return
     frame = sys._getframe(1)
-    while frame.f_code.co_filename == __file__ or "/torch/" in frame.f_code.co_filename:
+    while frame.f_code.co_filename in (__file__, warnings.__file__) or "/torch/" in frame.f_code.co_filename:
         frame = frame.f_back
     path = Path(frame.f_code.co_filename)
     name = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path

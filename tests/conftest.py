@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from lora_ensemble.tests.accelerator import Accelerator
+    from lora_ensemble.tests.accelerator import Accelerator, Watched
     from lora_ensemble.tests.server import Server
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,11 +25,12 @@ if "lora_ensemble" not in sys.modules:
 
 
 @pytest.fixture
-def accelerator(monkeypatch: pytest.MonkeyPatch) -> Iterator[Accelerator]:
-    """A device called cuda:0 that computes on the CPU and writes down waits and copies; open during one test."""
-    from lora_ensemble.tests.accelerator import pretended
+def accelerator(monkeypatch: pytest.MonkeyPatch) -> Iterator[Accelerator | Watched]:
+    """A device called cuda:0 that computes on the CPU and writes down waits and copies, or with TESTS_ON=cuda the
+    machine's own; open during one test."""
+    from lora_ensemble.tests.accelerator import REAL, pretended, watched
 
-    with pretended(monkeypatch) as opened:
+    with (watched if REAL else pretended)(monkeypatch) as opened:
         yield opened
 
 

@@ -1,7 +1,7 @@
 """Tests inside a real ComfyUI: COMFYUI_UNDER_TEST names its folder, and without it this folder is skipped.
 
 ComfyUI reads its command line when it is imported, so this file prepares that before any test module imports `comfy`.
-One release per process.
+One release per process. On the CPU, or with TESTS_ON=cuda on a GPU: made for test_accelerator.py and test_cuda.py.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ releases; the others ask what our own mathematics does, which one release shows.
 
 if COMFYUI:
     sys.path.insert(0, str(Path(COMFYUI).expanduser()))
-    arguments, sys.argv = sys.argv, [sys.argv[0], "--cpu"]
+    arguments, sys.argv = sys.argv, [sys.argv[0], *([] if os.environ.get("TESTS_ON") == "cuda" else ["--cpu"])]
     import comfy.options
 
     comfy.options.enable_args_parsing()

@@ -19,7 +19,7 @@ from lora_ensemble.methods.composite import Composite
 from lora_ensemble.methods.loratorio import LoRAtorio
 from lora_ensemble.methods.merge import Merge
 from lora_ensemble.methods.switch import Switch
-from lora_ensemble.tests.accelerator import DEVICE
+from lora_ensemble.tests.accelerator import DEVICE, REAL
 
 from .builders import composite, merge, method, sample, three
 from .caches import cached, cmlora
@@ -41,6 +41,11 @@ PLENTY = 1 << 36
 def transfers(accelerator, monkeypatch):
     """The host believes in the device; what it cannot pretend is turned off."""
     management = comfy.model_management
+    if REAL:
+        with torch.inference_mode():
+            yield accelerator.transfers
+            management.unload_all_models()
+        return
     answers = {"get_torch_device": lambda: DEVICE, "soft_empty_cache": lambda force=False: None,
                "get_free_memory": lambda dev=None, torch_free_too=False: (PLENTY,) * 2 if torch_free_too else PLENTY,
                "get_total_memory": lambda dev=None, torch_total_too=False: (PLENTY,) * 2 if torch_total_too else PLENTY,
@@ -96,6 +101,12 @@ def run(model, family: str, transfers: list | None = None, **options) -> tuple[t
     return out, late
 
 
+def agree(got: torch.Tensor, want: torch.Tensor, tolerance: float = 0.0) -> None:
+    """Within so much of the largest number; a real device, which adds in another order, within 2e-3 in any case."""
+    tolerance = max(tolerance, 2e-3 if REAL else 0.0)
+    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance * want.abs().max().item())
+
+
 def harmless(transfers: list) -> list:
     """Without what is part of the plan: a value sent ahead and read steps later, when it has long arrived."""
     return [t for t in transfers if t.kind not in ("send", "settle")]
@@ -110,7 +121,7 @@ def test_every_method(name, family, loras, transfers):
     transfers.clear()
     got, late = run(model, family, transfers)
     # Bit for bit but for enlarged weights: on the pretended device torch computes those in parts of its own.
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-5 * want.abs().max().item() if "LoRAtorio" in name else 0)
+    agree(got, want, 1e-5 if "LoRAtorio" in name else 0)
     assert harmless(late) == []
     assert "double" not in {t.kind for t in transfers if t.ours}
 
@@ -124,7 +135,7 @@ def test_places_by_words(family, make, mode, loras, transfers):
     want, _ = run(routed(base(family), ensemble, make, mode=mode), family, positive=prompt(family))
     transfers.clear()
     got, late = run(routed(on_device(family), ensemble, make, mode=mode), family, transfers, positive=prompt(family))
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
+    agree(got, want, 1e-4)
     assert harmless(late) == []
     assert "double" not in {t.kind for t in transfers if t.ours}
 
@@ -134,7 +145,8 @@ def test_a_choice_per_layer(make, loras, transfers):
     ensemble = pair(base("SD15"), loras)
     want, _ = run(make(base("SD15"), ensemble), "SD15")
     got, late = run(make(on_device("SD15"), ensemble), "SD15", transfers)
-    assert torch.equal(got, want) and late == []
+    agree(got, want)
+    assert late == []
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -144,7 +156,7 @@ def test_adaptive_guidance(space, exact, loras, transfers):
     ensemble = three(base("SD15"), loras)
     want, _ = run(ag(composite(base("SD15"), ensemble), 0.9, space=space), "SD15", cfg=12.0)
     got, late = run(ag(composite(on_device("SD15"), ensemble), 0.9, exact, space=space), "SD15", transfers, cfg=12.0)
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
+    agree(got, want, 1e-4)
     assert harmless(late) == []
 
 
@@ -155,7 +167,7 @@ def test_extrapolated_guidance(tolerance, loras, transfers):
     want, _ = run(extrapolated(composite(base("SD15"), ensemble), tolerance=tolerance), "SD15", cfg=12.0)
     ours = extrapolated(composite(on_device("SD15"), ensemble), tolerance=tolerance)
     got, late = run(ours, "SD15", transfers, cfg=12.0)
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
+    agree(got, want, 1e-4)
     assert harmless(late) == [] and not all(step.negative for step in guidance_record_of(ours).steps)
 
 
@@ -170,7 +182,7 @@ def test_calibration_and_linear_ag(loras, transfers):
     transfers.clear()
     out = sample(guide(model, found), steps=CALIBRATED, cfg=12.0)
     again = sample(guide(merge(base("SD15"), ensemble), found, nearest=True), steps=CALIBRATED, cfg=12.0)
-    torch.testing.assert_close(out, again, rtol=1e-4, atol=1e-4 * again.abs().max().item())
+    agree(out, again, 1e-4)
 
 
 @pytest.mark.parametrize("make", [merge, composite])
@@ -180,7 +192,7 @@ def test_every_kind_of_adapter(where, make, loras, transfers):
     ensemble = [LoRASpec(loras(file_of(weights(where), kind)), 0.3, 0) for kind in kinds.values()]
     want = sample(make(base("SD15"), ensemble), steps=2)
     got = sample(make(on_device("SD15"), ensemble), steps=2)
-    assert torch.equal(got, want)
+    agree(got, want)
 
 
 @pytest.mark.parametrize("make", [composite, klora, METHODS["CMLoRA"]], ids=["Composite", "K-LoRA", "CMLoRA"])
@@ -193,4 +205,5 @@ def test_weights_that_are_streamed(make, loras, transfers, monkeypatch):
     got, late = run(make(model, ensemble), "SD15", transfers)
     weight = model.model.diffusion_model.middle_block[1].proj_in.weight
     assert weight.device.type == "cpu", "nothing is streamed"
-    assert torch.equal(got, want) and harmless(late) == []
+    agree(got, want)
+    assert harmless(late) == []
