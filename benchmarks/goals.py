@@ -86,7 +86,8 @@ PARTS: dict[str, Part] = {
                         quick=f"{SMALL} --n 2"),
     "stack SDXL": Part("speed", 150, "--model SDXL --only stack cache saving",
                        cuda="--size 1024 --n 5 --run-steps 31 --rounds 2", quick=f"{SMALL} --n 2"),
-    "statistics": Part("selection", 60, "--only topk energy", cpu="", quick="--repeats 1", needs=("device",)),
+    "statistics": Part("selection", 60, "--only topk energy", cuda="", cpu="", quick="--repeats 1", needs=()),
+    "nodes": Part("nodes", 90, cuda="", cpu="", quick="--quick --runs 1", needs=("comfyui",)),
     "choices": Part("selection", 90, "--only layers", cuda="--repeats 10", cpu="--every 7",
                     quick="--every 70 --tokens 0.02 --repeats 1", needs=("device",)),
     "share of a step": Part("speed", 90, "--model SD1.5 --only mixing guidance", cuda="--size 512 --n 2 5 --repeats 10",
@@ -100,8 +101,12 @@ PARTS: dict[str, Part] = {
                           cpu="--size 256 --n 4 --steps 3", quick=f"{SMALL} --n 4"),
     "SDXL in 24 GB": Part("speed", 180, "--model SDXL --only composite --memory 24",
                           cuda="--size 1024 --n 5 --steps 4", quick=f"{SMALL} --n 2"),
-    "Flux 1024": Part("speed", 240, "--model Flux --only composite cache --scope attention",
-                      cuda="--size 1024 --n 5 --steps 4", quick=f"{SMALL} --n 2"),
+    "Flux 1024": Part("speed", 240, "--model Flux --only composite tax cache --scope attention",
+                      cuda="--size 1024 --n 5 --steps 4 --repeats 5", quick=f"{SMALL} --n 2"),
+    "routed SDXL": Part("speed", 90, "--model SDXL --only routed",
+                        cuda="--size 1024 --n 5 --steps 8 --rounds 3", quick=f"{SMALL} --n 2"),
+    "routed Flux": Part("speed", 120, "--model Flux --only routed --scope attention",
+                        cuda="--size 1024 --n 5 --steps 6 --rounds 2", quick=f"{SMALL} --n 2"),
     "floor SDXL": Part("speed", 300, "--model SDXL --only floor", cuda="--size 1024 --n 5 --steps 8 --compile",
                        quick=f"{SMALL} --n 2"),
     "floor Flux": Part("speed", 300, "--model Flux --only floor --scope attention",
@@ -190,6 +195,7 @@ GOALS = (
     Goal("G5", "SD1.5, tax of LoRAs of rank 128", "rank 128", "tax", every("tax"), 0.12, True, "%"),
     Goal("G5", "SD1.5, tax of LoRAs of ranks 4, 8, 16 and 32", "unequal ranks", "tax", every("tax"), 0.08, True, "%",
          where={"ranks": [4, 8, 16, 32]}),
+    Goal("G5", "Flux, tax of LoRAs of rank 16", "Flux 1024", "tax", every("tax"), 0.08, True, "%"),
     Goal("G6", "SD1.5, start of a run: hooks over ours", "SD1.5 512", "start", most_loras("ratio"), 10),
     Goal("G6", "SDXL, start of a run: hooks over ours", "SDXL 1024", "start", every("ratio"), 10),
     Goal("G7", "K-LoRA and EST-LoRA on SDXL: released code over ours", "choices", "layers", every("ratio"), 3),
@@ -219,10 +225,16 @@ GOALS = (
     Goal("G15", "SD1.5, step of the most LoRAs over a step of one", "SD1.5 512", "composite", growth, 2.5, True),
     Goal("G16", "Wan with int8 weights, step with four LoRAs of rank 16 over one without", "int8", "int8", every("tax"),
          0.3, True, "%", where={"case": "Merge of 4"}),
+    Goal("R1", "SDXL, step of Routed LoRAs, places renewed in every step, over one of Merge", "routed SDXL", "routed",
+         every("ratio"), 1.05, True, where={"mode": "every step"}),
+    Goal("R1", "Flux, the same", "routed Flux", "routed", every("ratio"), 1.1, True, where={"mode": "every step"}),
     Goal("E1", "host time added to a layer call over two bare products", "host time", "layer", over_floor, 2, True),
     Goal("E2", "host time added to a step: five merged over one by ComfyUI's bypass loader", "host time", "step",
          over_bypass, 1, True),
     Goal("E3", "layer with a LoKr over the layer", "kinds", "kind", every("ratio"), 1.25, True, where={"kind": "LoKr"}),
+    Goal("E5", "SDXL, a node with another strength: its first run over that", "nodes", "node", every("ratio"), 20),
+    Goal("E6", "SDXL, seconds for the statistics of a pair on 722 layers", "nodes", "sizes", every("seconds"), 10, True,
+         unit="s"),
     Goal("E4", "SD1.5, step of unequal ranks over one of equal ranks", "unequal ranks", "composite",
          lambda records: [r["composite_seconds"] / r["equal_seconds"] for r in records], 1.1, True),
 )
@@ -275,7 +287,7 @@ def run_parts(options: argparse.Namespace) -> tuple[list[dict], dict[str, str]]:
             continue
 
         def told(record: dict, name: str = name) -> None:
-            record |= {"part": name, "commit": record["commit"] or options.commit, "quick": options.quick}
+            record |= {"part": name, "commit": options.commit or record["commit"], "quick": options.quick}
             sys.stdout.write(json.dumps(record) + "\n")
             sys.stdout.flush()
             records.append(record)
@@ -296,14 +308,14 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS), metavar="PART",
                         help=", ".join(PARTS))
     parser.add_argument("--quick", action="store_true", help="narrow models, few steps: measures nothing")
-    parser.add_argument("--commit", help="what to call this version where it is no repository")
+    parser.add_argument("--commit", help="what to call this version, where git does not know")
     options = parser.parse_args(arguments)
     if not options.comfyui:
         parser.error("name a ComfyUI with --comfyui PATH or in COMFYUI_UNDER_TEST")
     records, why = run_parts(options)
     versions = [r["comfyui"] for r in records if r.get("comfyui")]
     tell = Results(torch.device(options.device), comfyui=versions[0] if versions else None, quick=options.quick)
-    tell.stamp["commit"] = tell.stamp["commit"] or options.commit
+    tell.stamp["commit"] = options.commit or tell.stamp["commit"]
     found = [tell("goal", **goal.judged(records, why[goal.part] or "not measured")) for goal in GOALS]
     sys.stdout.write(f"\n{goal_table(found)}\n")
     failed = {name: reason for name, reason in why.items() if reason.startswith(("failed", "stopped"))}

@@ -112,7 +112,7 @@ def start_comfyui(path: Path, device: str) -> str:
 
 def build(name: str, scale: float, dtype: torch.dtype, device: torch.device, blocks: int | None = None):
     """ComfyUI's own class of an architecture as a MODEL, widths times `scale` (of the channels: in steps that its
-    normalisations and heads need), of a transformer some `blocks` only."""
+    normalisations and heads need), of a transformer some `blocks` only. On the device `meta` it has no weights."""
     import comfy.ldm.flux.model
     import comfy.model_patcher
     import comfy.sd  # noqa: F401  (its import order is the one the others rely on)
@@ -125,15 +125,17 @@ def build(name: str, scale: float, dtype: torch.dtype, device: torch.device, blo
         config["txt_ids_dims"] = []
     config = getattr(comfy.supported_models, architecture.kind)(config)
     config.unet_config["dtype"] = dtype
-    model = config.get_model({}, "", device=device)
+    model, cpu = config.get_model({}, "", device=device), torch.device("cpu")
+    if device.type == "meta":
+        return comfy.model_patcher.ModelPatcher(model.eval(), load_device=cpu, offload_device=cpu)
     generator = torch.Generator(device).manual_seed(0)
     for key, parameter in model.named_parameters():
-        if parameter.ndim > 1:
-            values = torch.randn(parameter.shape, generator=generator, device=device, dtype=dtype)
+        if parameter.ndim > 1:  # in their own dtype: Wan keeps some layers in float32
+            values = torch.randn(parameter.shape, generator=generator, device=device, dtype=parameter.dtype)
             parameter.data = values.div_(parameter[0].numel() ** 0.5)
         else:
             parameter.data = torch.full_like(parameter, float(key.endswith(("weight", "scale"))))
-    return comfy.model_patcher.ModelPatcher(model.eval(), load_device=device, offload_device=torch.device("cpu"))
+    return comfy.model_patcher.ModelPatcher(model.eval(), load_device=device, offload_device=cpu)
 
 
 def inputs(name: str, model, size: int, tokens: int = 77, batch: int = 1, frames: int = 1) -> tuple[Tensor, list]:
@@ -226,13 +228,13 @@ def stock(model, files: Sequence[Path], bypass: bool = False):
     return model
 
 
-def hooked(conds: list, files: Sequence[Path], base: bool = False) -> list:
+def hooked(conds: list, files: Sequence[Path], base: bool = False, strength: float = STRENGTH) -> list:
     """The stock composite: one copy of each cond per LoRA, with a hook that patches the model's weights for it; base:
     and one without a LoRA."""
     import comfy.hooks
     import comfy.utils
 
-    hooks = [comfy.hooks.create_hook_lora(comfy.utils.load_torch_file(str(file)), STRENGTH, 0.0) for file in files]
+    hooks = [comfy.hooks.create_hook_lora(comfy.utils.load_torch_file(str(file)), strength, 0.0) for file in files]
     return [[[embedding, {**extra, "hooks": hook}] for hook in hooks for embedding, extra in cond]
             + (cond if base else []) for cond in conds]
 

@@ -7,11 +7,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import comfy.sd
 import pytest
 import torch
-from lora_ensemble.benchmarks import int8, models, packed
+from lora_ensemble.benchmarks import int8, models, packed, speed
 from lora_ensemble.benchmarks.measure import Results
 from lora_ensemble.host.compose import fused
 
@@ -51,6 +52,25 @@ def test_composite_gives_the_picture_of_the_hooks():
     found = results("speed", *small, "--base", "--only", "composite")
     assert [r["bench"] for r in found] == ["composite", "start", "memory"]
     assert found[0]["difference"] < 1e-3 < found[0]["effect"] and "equal_seconds" in found[0]
+
+
+def test_nodes():
+    found = results("nodes", "--quick", "--runs", "1", "--n", "2")
+    assert [r["bench"] for r in found] == ["node", "sizes", "sizes"] and {r["layers"] for r in found} == {722}
+
+
+def test_a_picture_that_is_another_is_not_timed(monkeypatch):
+    """Guard: what rounding may do is no leave to be wrong."""
+    bench = object.__new__(speed.Bench)
+    bench.options = SimpleNamespace(dtype=torch.float16, base=False)
+    bench.model, bench.conds, bench.files = None, [], []
+    hooks, noise = torch.ones(100), torch.linspace(-1, 1, 100)
+    monkeypatch.setattr(models, "hooked", lambda *args: [])
+    bench.sampling = lambda *args: SimpleNamespace(latent=hooks + 0.01 * noise)
+    assert bench._parity(hooks + 0.005 * noise, hooks, 2)["difference"] < 1e-2
+    assert bench._parity(hooks + 0.025 * noise, hooks, 2).keys() == {"difference", "rounding"}
+    with pytest.raises(SystemExit, match="nothing is timed"):
+        bench._parity(hooks + 0.04 * noise, hooks, 2)
 
 
 def test_steps_of_the_whole_model():

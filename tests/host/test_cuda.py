@@ -22,7 +22,8 @@ from .test_routed import prompt, routed, specs
 pytestmark = pytest.mark.skipif(not REAL, reason="TESTS_ON=cuda runs this on a GPU")
 
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 0.2}
-"""Error of a run over the LoRAs' effect on its latent: ComfyUI's way rounds the merged weights, ours the factors."""
+"""Error of a run over the LoRAs' effect on its latent: ComfyUI's way rounds the merged weights, ours the factors. On a
+GPU ComfyUI multiplies factors in fp16 whatever the model's dtype; in full precision it is asked not to."""
 SMALL = ["SD15", "SDXL", "SD3", "Flux", "Wan"]
 
 
@@ -42,8 +43,10 @@ def on_gpu(family: str, dtype: torch.dtype = torch.float32):
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("family", SMALL)
-def test_the_hosts_own_way(family, dtype, loras):
+def test_the_hosts_own_way(family, dtype, loras, monkeypatch):
     """Composite beside the hooks, Merge beside the chain of loaders."""
+    if dtype == torch.float32:
+        monkeypatch.setattr(comfy.model_management, "lora_compute_dtype", lambda device: torch.float32)
     model, kind = on_gpu(family, dtype), FAMILIES[family]
     ensemble, plain = three(model, loras), sample(model, family)
     hooks = sample(model, family, hooked(kind.cond(11), ensemble), hooked(kind.cond(12), ensemble))
@@ -56,14 +59,18 @@ def test_the_hosts_own_way(family, dtype, loras):
 @pytest.mark.parametrize("family", ["SD3", "Flux"])
 def test_compiled(family, backend, loras):
     """One program for all LoRAs, turns and strengths; with `cudagraphs` one recording, which is repeated: a gain that
-    were baked into it would draw the first step's picture for ever."""
+    were baked into it would draw the first step's picture for ever. That backend takes one number of rows alone, of the
+    plain model as well: where it changes, the compiler begins anew."""
     model = on_gpu(family)
     ensemble, plain = three(model, loras), sample(model, family, steps=4)
     first = compiled(model, backend)
-    for make in (Switch, Merge, Composite, Switch):
+    for make in (Switch, Merge, Composite):
+        if make is Composite and backend == "cudagraphs":
+            torch.compiler.reset()
         want = sample(method(model, ensemble, make), family, steps=4)
         for _ in range(2):
             same(sample(method(first, ensemble, make), family, steps=4), want, plain, 5e-3)
+    torch.compiler.reset()
     same(sample(first, family, steps=4), plain, sample(merge(model, ensemble), family, steps=4), 5e-3)
 
 
