@@ -71,8 +71,9 @@ def packed(layer: nn.Linear, name: str, full_precision: bool = False) -> nn.Modu
 
 
 def pack(root: nn.Module, names: list[str], name: str, full_precision: bool = False) -> None:
-    """Put packed layers in the places of some linear ones of a model."""
+    """Put packed layers in the places of some linear ones of a model, made where ComfyUI makes its own: its loaders run
+    in inference mode, and there alone it can move them."""
     for each in names:
         owner, _, leaf = each.rpartition(".")
-        with torch.inference_mode(False):
+        with torch.inference_mode():
             setattr(root.get_submodule(owner), leaf, packed(root.get_submodule(each), name, full_precision))

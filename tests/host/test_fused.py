@@ -5,6 +5,7 @@ from __future__ import annotations
 import comfy.ops
 import pytest
 import torch
+from lora_ensemble.benchmarks.packed import pack
 from lora_ensemble.host.compose import fused
 from lora_ensemble.host.compose.composition import record_of
 from lora_ensemble.host.files.ensemble import LoRASpec
@@ -20,19 +21,8 @@ FEED_FORWARD = {"Wan": "ffn.2", "LTX-Video": "ff.net.2", "MiniMax H3": "fc2"}
 
 def int8(module: nn.Module, ending: str) -> list[str]:
     """The linear layers whose names end so hold int8 weights from now on, in the host's class of quantized layers."""
-    from comfy.quant_ops import QuantizedTensor
-
-    operations = comfy.ops.mixed_precision_ops({}, torch.float32)
     names = [name for name, layer in module.named_modules() if name.endswith(ending) and isinstance(layer, nn.Linear)]
-    for name in names:
-        layer = module.get_submodule(name)
-        made = operations.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
-        made.bias = layer.bias
-        made.weight = nn.Parameter(QuantizedTensor.from_float(layer.weight.detach(), "TensorWiseINT8Layout"),
-                                   requires_grad=False)
-        made.layout_type, made.quant_format = "TensorWiseINT8Layout", "int8_tensorwise"
-        made._apply = lambda fn, recurse=True, made=made: made  # stays where it is: torch moves none in inference mode
-        module.get_submodule(name.rpartition(".")[0])._modules[name.rpartition(".")[2]] = made
+    pack(module, names, "int8")
     return names
 
 

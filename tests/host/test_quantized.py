@@ -17,31 +17,34 @@ from .kinds import EVERYWHERE
 from .models import CPU, FAMILIES, base, patcher
 
 FP8 = torch.float8_e4m3fn
+FP8_KINDS = [FP8, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz]  # the last two are AMD's
 
 
-def fp8_pair(family: str):
+def fp8_pair(family: str, dtype: torch.dtype = FP8):
     """(a model whose weights are stored in fp8 and computed in fp32, the same model with those weights in fp32)."""
     import comfy.supported_models
 
     kind = FAMILIES[family]
     config = getattr(comfy.supported_models, kind.kind)(dict(kind.config))
-    config.set_inference_dtype(FP8, torch.float32)
+    config.set_inference_dtype(dtype, torch.float32)
     packed = config.get_model({}, "", device=CPU)
-    state = {key: value.to(FP8) if value.is_floating_point() else value
+    state = {key: value.to(dtype) if value.is_floating_point() else value
              for key, value in base(family).model.state_dict().items()}
     packed.load_state_dict(state)
     from .models import build
 
     plain = build(kind)
-    plain.load_state_dict({key: value.float() if value.dtype == FP8 else value for key, value in state.items()})
+    plain.load_state_dict({key: value.float() if value.dtype == dtype else value for key, value in state.items()})
     layer = next(m for m in packed.diffusion_model.modules() if isinstance(m, nn.Linear))
-    assert layer.weight.dtype == FP8, "the base must be stored in fp8"
+    assert layer.weight.dtype == dtype, "the base must be stored in fp8"
     return patcher(packed), patcher(plain)
 
 
-def test_fp8_base(loras):
-    """Against the same values in fp32: the host's own merge would round the LoRA to fp8 together with the weight."""
-    packed, plain = fp8_pair("SD15")
+@pytest.mark.parametrize("dtype", FP8_KINDS, ids=str)
+def test_fp8_base(dtype, loras):
+    """Linear layers and convolutions, against the same values in fp32: the host's own merge would round the LoRA to fp8
+    together with the weight."""
+    packed, plain = fp8_pair("SD15", dtype)
     ensemble, kind = three(packed, loras), FAMILIES["SD15"]
     without = sample(plain)
     assert (sample(packed) - without).abs().max() < 1e-4 * without.abs().max()
