@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import copy
 import io
-import json
 import os
 import random
 import re
@@ -22,7 +21,6 @@ import sys
 import tempfile
 import time
 import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +32,7 @@ from torch import Tensor
 
 from ..testbed.model import UNet
 from ..tools.results import Found, Results, options, seeds
-from .server import HTTP, PACK, PromptRefused, Server, ServerError
+from .server import PACK, PromptRefused, Server, ServerError
 from .workflows import ON_TESTBED, ROOT, TESTBED, Prompt, load, on_testbed
 
 DEPENDS = ("fuzz_api.py", "server.py", "workflows.py", "comfy_testbed/*.py")
@@ -144,13 +142,9 @@ class Fuzz:
     def log(self) -> bytes:
         return self.server.log.read_bytes()
 
-    def post(self, path: str, **content: Any) -> None:
-        url = f"http://127.0.0.1:{self.server.port}{path}"
-        HTTP.open(urllib.request.Request(url, data=json.dumps(content).encode()), timeout=60).close()
-
     def picture(self) -> np.ndarray:
         """What a good prompt draws, sampled anew."""
-        self.post("/free", free_memory=True)  # with all that the host keeps of earlier prompts
+        self.server.post("/free", free_memory=True)  # with all that the host keeps of earlier prompts
         time.sleep(0.5)
         entry = self.server.run(copy.deepcopy(self.prompts["testbed composite"]))
         cached = dict(entry["status"]["messages"])["execution_cached"]["nodes"]
@@ -225,7 +219,7 @@ class Fuzz:
                 raise Failure(f"the server died\n{self.server.log_tail()}")
             if time.monotonic() - started > PATIENCE and not interrupted:
                 interrupted = True
-                self.post("/interrupt")
+                self.server.post("/interrupt")
             if time.monotonic() - started > 2 * PATIENCE:
                 raise Failure("it does not end, though it was interrupted")
             time.sleep(0.05)

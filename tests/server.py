@@ -76,12 +76,15 @@ class Server:
     """A ComfyUI server on 127.0.0.1, with `base` as its base directory; a context manager.
 
     comfyui: the checkout.  python: its interpreter.  packs: folders for custom_nodes/, by link; the pack itself goes
-    in as `lora-ensemble`.  No other custom node is loaded and nothing is written into the checkout.
+    in as `lora-ensemble`.  arguments: further ones of ComfyUI's command line.  No other custom node is loaded and
+    nothing is written into the checkout.
     """
 
     def __init__(
-        self, comfyui: Path, base: Path, packs: Sequence[Path] = (ROOT,), python: Path | str = sys.executable
+        self, comfyui: Path, base: Path, packs: Sequence[Path] = (ROOT,), python: Path | str = sys.executable,
+        arguments: Sequence[str] = ()
     ) -> None:
+        self.arguments = list(arguments)
         self.comfyui, self.base, self.python = Path(comfyui), Path(base), str(python)
         self.log, self.port, self.process = self.base / "server.log", 0, None
         for folder in FOLDERS:
@@ -108,7 +111,8 @@ class Server:
         command = [self.python, "main.py", "--cpu", "--disable-auto-launch", "--disable-api-nodes"]
         command += ["--port", str(self.port), "--base-directory", str(self.base)]
         command += ["--database-url", f"sqlite:///{self.base / 'user' / 'comfyui.db'}"]
-        command += ["--disable-all-custom-nodes", "--whitelist-custom-nodes", *self.names]
+        command += ["--disable-all-custom-nodes", "--whitelist-custom-nodes", *self.names,
+                    *self.arguments]
         env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         env |= {"LORA_ENSEMBLE_ROOT": str(ROOT), "PYTHONIOENCODING": "utf-8", "PYTHONUNBUFFERED": "1"}
         env.setdefault("OMP_NUM_THREADS", "1")  # models this small lose time with more
@@ -159,6 +163,11 @@ class Server:
 
     def json(self, path: str, **query: str) -> Any:
         return json.loads(self.get(path, **query))
+
+    def post(self, path: str, **content: Any) -> None:
+        """Send a request whose answer does not matter."""
+        url = f"http://127.0.0.1:{self.port}{path}"
+        HTTP.open(urllib.request.Request(url, data=json.dumps(content).encode()), timeout=60).close()
 
     def queue(self, prompt: dict[str, Any], workflow: dict[str, Any] | None = None) -> str:
         """Queue an API-format prompt and return its id. Raises PromptRefused.

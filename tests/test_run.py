@@ -43,10 +43,12 @@ def test_all_that_takes_long_runs_on_the_newest():
     runs = list(deeper_runs([host("0.3.64"), host("0.33.0", "/tools")]))
     assert [title for title, _, _ in runs] == [f"{part.title} on ComfyUI 0.33.0 at /comfy/0.33.0" for part in PARTS]
     for (_, command, env), part in zip(runs, PARTS, strict=True):
-        assert command[-len(part.arguments) - 1:] == [f"lora_ensemble.tests.{part.module}", *part.arguments]
+        assert command[-1] == f"lora_ensemble.tests.{part.module}"
         assert (ROOT / "tests" / f"{part.module}.py").is_file() and env["COMFYUI_UNDER_TEST"].endswith("0.33.0")
     assert not list(deeper_runs([]))
     assert all(command[-1] == "--keep" for _, command, _ in deeper_runs([host("0.33.0")], keep=True))
+    nights = [command for _, command, _ in deeper_runs([host("0.33.0")], night=1000) if "1000" in command]
+    assert len(nights) == 1 and nights[0][-3:] == ["lora_ensemble.tests.soak", "--count", "1000"]
 
 
 @pytest.mark.parametrize("code", [0, 3])

@@ -19,6 +19,8 @@ from .results import Results
 PYTHONS = ((3, 10), (3, 14))  # oldest and newest version that the pinned torch has wheels for
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 """For models so small that more threads wait for each other longer than they compute."""
+NIGHT = 1000
+"""Prompts in each cache mode with --soak."""
 WORKERS = min(os.cpu_count() or 1, 8)
 """Test processes at once. Each takes 1 to 2 GB, and from eight on the longest file of tests sets the time."""
 
@@ -100,11 +102,17 @@ def pytest_runs(base: Path, hosts: Sequence[Host], everything: bool,
                host.env(**ONE_THREAD))
 
 
-def deeper_runs(hosts: Sequence[Host], keep: bool = False) -> Iterator[tuple[str, list[str], dict[str, str]]]:
-    """(title, command, environment) of every run that is longer than a test may be, on the newest ComfyUI."""
+def deeper_runs(hosts: Sequence[Host], keep: bool = False, night: int | None = None
+                ) -> Iterator[tuple[str, list[str], dict[str, str]]]:
+    """(title, command, environment) of every run that is longer than a test may be, on the newest ComfyUI.
+
+    night   prompts of the soak, None: as many as it has by itself
+    """
     for host in sorted(hosts, key=lambda host: host.number)[-1:]:
         for part in PARTS:
-            arguments = [f"lora_ensemble.tests.{part.module}", *part.arguments, *(["--keep"] if keep else [])]
+            arguments = [f"lora_ensemble.tests.{part.module}", *(["--keep"] if keep else [])]
+            if night and part.module == "soak":
+                arguments += ["--count", str(night)]
             yield (f"{part.title} on {host}", with_pack(host.python, *arguments, tools=host.tools),
                    host.env(**ONE_THREAD))
 
@@ -118,7 +126,7 @@ def run_test(options: argparse.Namespace) -> int:
         for title, command, env in () if options.report else pytest_runs(base, hosts, options.all, options.rest):
             summary.run(title, command, env)
         summary.results = None  # the long runs keep their own
-        for title, command, env in deeper_runs(hosts, options.keep) if long else ():
+        for title, command, env in deeper_runs(hosts, options.keep, NIGHT if options.soak else None) if long else ():
             summary.run(title, command, env)
     finally:
         if long:  # also of what there is when somebody stops it
@@ -179,6 +187,8 @@ def main(arguments: Sequence[str], description: str) -> int:
                         "damaged files, workflows and faults; hours; writes\ntests/REPORT.md; goes on where "
                         "it was stopped")
     parser.add_argument("--report", action="store_true", help="test: of --all the long runs alone, and the page")
+    parser.add_argument("--soak", action="store_true", help=f"test: with --all or --report, {NIGHT} prompts in each\n"
+                        "of ComfyUI's cache modes")
     parser.add_argument("--keep", action="store_true", help="test: what --all found with earlier code counts, too")
     parser.add_argument("--sets", help="bench: also the quality of so many LoRA sets (480 are all)")
     parser.add_argument("--as-it-is", action="store_true", help="bench: with this interpreter, making no environment")

@@ -32,12 +32,14 @@ class Part:
     title: str
     whole: int | None = None
     each: bool = False
-    arguments: tuple[str, ...] = ()
 
 
 PARTS = (Part("fuzz_files", "damaged LoRA files", 2000),
          Part("fuzz_coeffs", "damaged coefficient files", 1500),
          Part("fuzz_api", "damaged API workflows", 700),
+         Part("inject", "faults in a run"),
+         Part("same", "the same picture again"),
+         Part("soak", "a long night", each=True),
          Part("mutate", "faults in the code", 60))
 SUITES = Part("suites", "the tests as a whole", each=True)
 
