@@ -24,6 +24,24 @@ if "lora_ensemble" not in sys.modules:
     run.load_pack()
 
 
+LONG = ("test_server", "test_accelerator", "test_front_end", "test_compile", "test_parity_families", "test_selection",
+        "test_server_routed", "test_interop_server", "test_guidance_interop", "test_benchmarks", "test_testbed_joint",
+        "test_testbed", "test_compile_cached", "test_fuzz_files", "test_fuzz_api", "test_invariants",
+        "test_calibration", "test_compiled", "test_mutate")
+"""The files that take longest, given to a process first: at the end, other processes would have to wait for them."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.loadscopereorder = False  # else pytest-xdist gives out files by their number of tests
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):
+        from lora_ensemble.tests.shares import longest_first
+
+        items[:] = longest_first(items, LONG)
+
+
 @pytest.fixture
 def accelerator(monkeypatch: pytest.MonkeyPatch) -> Iterator[Accelerator | Watched]:
     """A device called cuda:0 that computes on the CPU and writes down waits and copies, or with TESTS_ON=cuda the

@@ -24,6 +24,9 @@ NIGHT = 1000
 WORKERS = min(os.cpu_count() or 1, 8)
 """Test processes at once. Each takes 1 to 2 GB, and from eight on the longest file of tests sets the time."""
 
+SHARE = 3
+"""On older releases each parametrised test runs one of so many of its cases: others on each, all of them with --all."""
+
 
 @dataclass
 class Summary:
@@ -88,7 +91,7 @@ def with_pack(python: Path, *arguments: str | Path, tools: Path | None = None) -
 def pytest_runs(base: Path, hosts: Sequence[Host], everything: bool,
                 more: Sequence[str]) -> Iterator[tuple[str, list[str], dict[str, str]]]:
     """(title, command, environment) of every run of pytest: the newest ComfyUI first, with all tests; on older ones
-    those of its API, or all as well. `more` goes to pytest."""
+    a share of those of its API, or all as well. `more` goes to pytest."""
     # The tests of one file share models and references, and stay in one process.
     pytest = ["pytest", "-n", str(WORKERS), "--dist", "loadfile"]
     yield ("tests without ComfyUI", with_pack(base, *pytest, "tests", "--ignore", "tests/host", *more),
@@ -96,7 +99,7 @@ def pytest_runs(base: Path, hosts: Sequence[Host], everything: bool,
     newest = max((host.number for host in hosts), default=())
     for host in sorted(hosts, key=lambda host: host.number, reverse=True):
         whole = everything or host.number == newest
-        marked = [] if whole else ["-m", "host_api"]
+        marked = [] if whole else ["-m", "host_api", "--one-of", str(SHARE)]
         yield (f"{'tests' if whole else 'tests of the API'} on {host}",
                with_pack(host.python, *pytest, "tests/host", *marked, *more, tools=host.tools),
                host.env(**ONE_THREAD))
@@ -132,7 +135,8 @@ def run_test(options: argparse.Namespace) -> int:
         if long:  # also of what there is when somebody stops it
             say(f"\nwritten: {write('--all' if options.all else '--report')}")
     if len({host.number for host in hosts}) > 1 and not options.all:
-        summary.lines.append("  NOT RUN on the older releases: what does not touch their API; --all runs it as well")
+        summary.lines.append("  NOT RUN on the older releases: what does not touch their API, and some of the cases "
+                             f"that a test has (one of {SHARE} runs); --all runs all")
     return summary.close(base, hosts)
 
 

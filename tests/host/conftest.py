@@ -28,6 +28,8 @@ HOST_API = {"test_always", "test_apply", "test_attention", "test_banks", "test_b
 """Files whose tests ask ComfyUI for what changes from release to release, marked `host_api`: loading and parsing, the
 life of a run and of a model, samplers, guiders and schemas, the models' own code. `run.py test` runs them on older
 releases; the others ask what our own mathematics does, which one release shows."""
+EVERY_CASE = {"test_example_workflows", "test_nodes", "test_server"}
+"""Files with a case for each node or example, of which no other stands for one: `--one-of` leaves them whole."""
 
 if COMFYUI:
     sys.path.insert(0, str(Path(COMFYUI).expanduser()))
@@ -54,13 +56,26 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> 
     return None if COMFYUI else _WithoutComfyUI.from_parent(parent, path=module_path)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--one-of", metavar="N", type=int, default=1, help="run one of N cases of each parametrised test, "
+                     "at least one: always the same on one release of ComfyUI, others on another")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
-    if gone := [name for name in sorted(HOST_API) if not (here / f"{name}.py").is_file()]:
+    if gone := [name for name in sorted(HOST_API | EVERY_CASE) if not (here / f"{name}.py").is_file()]:
         raise pytest.UsageError(f"HOST_API names files that do not exist: {', '.join(gone)}")
     for item in items:
         if item.path.parent == here and item.path.stem in HOST_API:
             item.add_marker("host_api")
+    if COMFYUI and config.option.one_of > 1:
+        from comfyui_version import __version__ as release
+        from lora_ensemble.tests.shares import one_of
+
+        kept = one_of(items, config.option.one_of, release, EVERY_CASE)
+        known = set(map(id, kept))
+        config.hook.pytest_deselected(items=[item for item in items if id(item) not in known])
+        items[:] = kept
 
 
 @pytest.fixture(scope="module", autouse=True)

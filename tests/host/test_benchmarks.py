@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -20,17 +21,32 @@ ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 
 
-def results(module: str, *arguments: str) -> list[dict]:
-    """What a benchmark prints, in a process of its own as it is meant to be run."""
-    command = [sys.executable, str(ROOT / "run.py"), "_module", f"benchmarks.{module}", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-2000:]
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"bench"')]
+def told(out: str) -> list[dict]:
+    """The results among what a benchmark has printed."""
+    return [json.loads(line) for line in out.splitlines() if line.startswith('{"bench"')]
+
+
+@pytest.fixture
+def results(capsys, monkeypatch):
+    """`results(module, *arguments)`: what a benchmark tells, run in this process, whose ComfyUI is there already."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+    def run(module: str, *arguments: str) -> list[dict]:
+        capsys.readouterr()
+        importlib.import_module(f"lora_ensemble.benchmarks.{module}").main([*arguments])
+        return told(capsys.readouterr().out)
+
+    return run
 
 
 def test_the_goals_in_quick_mode():
-    """Two parts of very different kind; the goals of the others are there and say that they were not asked for."""
-    found = results("goals", "--quick", "--only", "kinds", "rank 128")
+    """In processes of their own, as they are meant to be run: two parts of very different kind. The goals of the others
+    are there and say that they were not asked for."""
+    command = [sys.executable, str(ROOT / "run.py"), "_module", "benchmarks.goals", "--quick", "--only", "kinds",
+               "rank 128"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = told(done.stdout)
     by_bench = {bench: [r for r in found if r["bench"] == bench] for bench in ("kind", "tax", "goal")}
     assert {r["kind"] for r in by_bench["kind"]} == {"LoRA", "LoKr"} and len(by_bench["tax"]) == 1
     verdicts = {(r["goal"], r["what"]): r["verdict"] for r in by_bench["goal"]}
@@ -46,7 +62,7 @@ def test_narrow_models_have_all_layers(model, layers):
     assert sum(1 for _ in models.targets(model, narrow, "linear")) == layers
 
 
-def test_composite_gives_the_picture_of_the_hooks():
+def test_composite_gives_the_picture_of_the_hooks(results):
     """The benchmark stops where it does not."""
     small = ["--model", "Flux", "--scale", "0.05", "--size", "64", "--steps", "2", "--n", "2", "--ranks", "4", "8"]
     found = results("speed", *small, "--base", "--only", "composite")
@@ -54,7 +70,7 @@ def test_composite_gives_the_picture_of_the_hooks():
     assert found[0]["difference"] < 1e-3 < found[0]["effect"] and "equal_seconds" in found[0]
 
 
-def test_nodes():
+def test_nodes(results):
     found = results("nodes", "--quick", "--runs", "1", "--n", "2")
     assert [r["bench"] for r in found] == ["node", "sizes", "sizes"] and {r["layers"] for r in found} == {722}
 
@@ -73,7 +89,7 @@ def test_a_picture_that_is_another_is_not_timed(monkeypatch):
         bench._parity(hooks + 0.04 * noise, hooks, 2)
 
 
-def test_steps_of_the_whole_model():
+def test_steps_of_the_whole_model(results):
     found = results("host_time", "--quick", "--rounds", "1", "--only", "step", "--models", "SD1.5")
     bypass = hasattr(comfy.sd, "load_bypass_lora_for_models")
     assert len(found) == 4 + bypass and {r["layers"] for r in found} == {160}
