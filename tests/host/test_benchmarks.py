@@ -28,8 +28,13 @@ def told(out: str) -> list[dict]:
 
 @pytest.fixture
 def results(capsys, monkeypatch):
-    """`results(module, *arguments)`: what a benchmark tells, run in this process, whose ComfyUI is there already."""
+    """`results(module, *arguments)`: what a benchmark tells, run in this process, whose ComfyUI is there already and
+    does not keep its folder of LoRAs."""
+    import folder_paths
+
     monkeypatch.setattr(sys, "path", [*sys.path])
+    folders, kinds = folder_paths.folder_names_and_paths["loras"]
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([*folders], kinds))
 
     def run(module: str, *arguments: str) -> list[dict]:
         capsys.readouterr()
