@@ -158,11 +158,12 @@ class FrontEnd:
             pass
 
     def open_graph(self, graph: dict[str, Any], name: str) -> None:
-        """Opens a workflow as one of the template browser.
+        """Opens a workflow as one of the template browser, an app as the graph that it is.
 
         The host opens a workflow of its own when a page is new, in its own time: ours may have to come again.
         """
         kinds = sorted(node["type"] for node in graph["nodes"])
+        graph = graph | {"extra": {name: value for name, value in graph["extra"].items() if name != "linearMode"}}
         for _ in range(3):
             if self.browser.evaluate(OPEN % (json.dumps(graph), json.dumps(name), SETTLED)) == kinds:
                 return

@@ -15,7 +15,8 @@ SMALL = {"sdxl_routed": "SDXL", "sdxl_routed_masks": "SDXL", "flux_routed": "Flu
          "z_image_turbo_routed": "Z-Image", "krea2_routed": "Krea 2", "wan22_routed": "Wan",
          "sdxl_lightning_routed": "SDXL", "qwen_image_lightning_routed": "Qwen-Image", "flux2_klein_routed": "Flux.2",
          "wan22_lightx2v_routed": "Wan", "ltx23_distilled_routed": "LTX-2",
-         "minimax_h3_turbo_merge": "MiniMax H3", "sdxl_four_loras": "SDXL", "sdxl_lora_info": "SDXL"}
+         "minimax_h3_turbo_merge": "MiniMax H3", "sdxl_four_loras": "SDXL", "sdxl_three_loras.app": "SDXL",
+         "sdxl_lora_info": "SDXL"}
 """Examples that are about words in the host's own text encoders: the family whose small model stands for theirs."""
 ON_TESTBED = [path for path in EXAMPLES if path.stem not in SMALL]
 LOADERS = {"CheckpointLoaderSimple": None, "UNETLoader": 0, "CLIPLoader": 1, "DualCLIPLoader": 1, "VAELoader": 2,

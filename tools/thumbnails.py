@@ -114,6 +114,7 @@ LOOKS = {
     "sdxl_routed": Look("Two characters and a style, each in its place", about="Routed"),
     "sdxl_routed_masks": Look("A mask for one, words for the other", about="Routed"),
     "sdxl_switch": Look("One LoRA at a time, in turns", ("Switch",), about="Switch"),
+    "sdxl_three_loras.app": Look("Three LoRAs, a prompt, a button", about="an app"),
     "wan22_lightx2v_routed": Look("A film in 4 steps, LoRAs in pairs", about="Routed", film=True),
     "wan22_routed": Look("A film, each LoRA where its words are", about="Routed", film=True),
     "z_image_turbo_routed": Look("LoRAs where their words are, in 8 steps", about="Routed"),

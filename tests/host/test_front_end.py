@@ -10,6 +10,7 @@ import pytest
 from lora_ensemble.tests.browser import Browser, find_chromium
 from lora_ensemble.tests.front_end import FrontEnd, Shown
 from lora_ensemble.tests.server import Server
+from lora_ensemble.tools.thumbnails import SIDE
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATES = sorted(path.stem for path in (ROOT / "example_workflows").glob("*.json"))
@@ -77,6 +78,22 @@ def test_the_search_for_nodes_finds_ours_by_what_they_do(page: FrontEnd, word: s
 
 def is_ours(name: str) -> bool:
     return name.startswith("LoRAEnsemble")
+
+
+CARD = "document.querySelector('[role=dialog] [data-testid=template-workflow-%s]')"
+
+
+def test_the_template_browser_shows_the_thumbnails(page: FrontEnd):
+    """As one finds them: by the pack's shelf, with the picture that is beside each workflow."""
+    name, labels = "sdxl_four_loras", "[...document.querySelectorAll('[role=dialog] *')].filter(e => " \
+                                      "['lora-ensemble', 'LoRA Ensemble'].includes(e.textContent.trim()))"
+    page.browser.evaluate("app.extensionManager.command.execute('Comfy.BrowseTemplates').then(() => true)")
+    try:
+        page.browser.wait_for(f"{labels}.length > 0")
+        page.browser.evaluate(f"{labels}.pop().click()")
+        assert page.browser.wait_for(f"{CARD % name}?.querySelector('img')?.naturalWidth") == SIDE
+    finally:
+        page.browser.press("Escape")
 
 
 def test_a_workflow_that_is_not_tidy_is_noticed(page: FrontEnd, server: Server):

@@ -34,6 +34,7 @@ from lora_ensemble.tests.workflows import (
 from PIL import Image
 from safetensors.torch import save_file
 
+JPEG = b"\xff\xd8\xff"
 WORKFLOWS = {path.stem: load(path) for path in TESTBED}
 GOOD = ("one.safetensors", "two.safetensors", "three.safetensors")
 GREY_LEVEL = 1.01  # two roundings of one number may end up in neighbouring 8-bit values
@@ -137,6 +138,7 @@ def test_example_workflows_are_templates(server: Server):
     for name in listed:
         workflow = json.loads(server.get(f"/api/workflow_templates/{PACK}/{name}.json"))
         assert workflow["nodes"], name
+        assert server.get(f"/api/workflow_templates/{PACK}/{name}.jpg").startswith(JPEG), name
 
 
 # --- pictures --------------------------------------------------------------------------------------------------------
