@@ -201,7 +201,7 @@ def compose(model, files: Sequence[Path], make=lambda active: Composite(active.s
 
     ensemble = tuple(LoRASpec(file.name, STRENGTH, 0.0) for file in files)
     for spec in ensemble:
-        read(spec.name)
+        read(spec.name, model.model)
     start = now()
     composed, _ = apply_method(model, None, ensemble, make, "Composite")
     return composed, since(start).wall

@@ -97,7 +97,7 @@ def main(arguments: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         files = models.write_loras(Path(folder), "SDXL", model, [options.rank] * max(*options.n, 2))
         for file in files:
-            read(file.name)
+            read(file.name, model.model)
         for count in options.n:
             ensemble = tuple(LoRASpec(file.name, 0.8, 0.0) for file in files[:count])
             lines.append(bench(model, ensemble, options.runs, tell))

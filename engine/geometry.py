@@ -70,7 +70,7 @@ def _conv(module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
 
 def plain(x: Tensor) -> Tensor:
     """An ordinary tensor of an activation that the host may have quantized on the way into a layer."""
-    return x if type(x) in (Tensor, nn.Parameter) else x.dequantize()
+    return x if type(x) in (Tensor, nn.Parameter) else x.dequantize().to(x.dtype)
 
 
 def no_bias(y: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:

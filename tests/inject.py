@@ -108,7 +108,7 @@ class Job:
         banks._recent.clear()
         banks._known.clear()
         measure._kept.clear()
-        files._cache.clear()
+        files.forget()
         if self.look is not None:
             return flat(self.look())
         self.made[:] = [self.make()]

@@ -206,6 +206,14 @@ class Server:
             return entry
         raise ServerError(f"The prompt took longer than {timeout:.0f} s\n{self.log_tail()}")
 
+    def free(self) -> None:
+        """Ask it, as the front end does, to unload models and to keep no results."""
+        body = json.dumps({"unload_models": True, "free_memory": True}).encode()
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}/free", data=body,
+                                         headers={"Content-Type": "application/json"})
+        with HTTP.open(request, timeout=60):
+            pass
+
     def images(self, entry: dict[str, Any], node: str | None = None) -> list[bytes]:
         """The image files that a prompt saved, of one node or of all, fetched from /view; no previews."""
         outputs = entry["outputs"]

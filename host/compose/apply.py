@@ -226,13 +226,15 @@ def _shared(model, clip, ensemble: Ensemble, node: str, on_weights: bool) -> tup
     check_some(ensemble, node)
     used = [spec for spec in ensemble if spec.strength_model != 0 or spec.strength_clip != 0]
 
-    def make() -> tuple[Bank, Reading]:
+    def make() -> tuple[Bank, Reading, int]:
         reading = read_ensemble(model, clip, ensemble, node, on_weights)
         names = tuple(part.spec.name for part in reading.parts)
         bank = Bank([part.parsed.layers for part in reading.parts], names, compute_dtype(model))
-        return bank, Reading([Part(_index(used, part.spec), _rest(part), ParsedLoRA(left_out=part.parsed.left_out))
-                              for part in reading.parts],
-                             [(_index(used, spec), text) for spec, text in reading.texts], reading.problems)
+        notes = Reading([Part(_index(used, part.spec), _rest(part), ParsedLoRA(left_out=part.parsed.left_out))
+                         for part in reading.parts],
+                        [(_index(used, spec), text) for spec, text in reading.texts], reading.problems)
+        tensors = [part.patches for part in notes.parts] + [text for _, text in notes.texts]
+        return bank, notes, sum(patches.nbytes for patches in tensors)
 
     shared, kept = shared_bank(model, facts_of(model, clip, used, on_weights), compute_dtype(model), make)
     reading = Reading([part._replace(spec=used[part.spec]) for part in kept.parts],

@@ -24,7 +24,7 @@ from ...engine.bank import Bank
 KEPT = 2
 """Banks that are held for a base model though no MODEL may use them."""
 KEPT_BYTES = 2**30
-"""Of them together; the last one is held whatever its size."""
+"""Of them together with their notes; the last one is held whatever its size."""
 NOTES = "lora_ensemble_notes"
 
 Patcher = comfy.model_patcher.ModelPatcher
@@ -32,12 +32,13 @@ _known: WeakValueDictionary[Hashable, Patcher] = WeakValueDictionary()
 _recent: WeakKeyDictionary[nn.Module, OrderedDict[Hashable, Patcher]] = WeakKeyDictionary()
 
 
-def shared_bank(model: Patcher, facts: Hashable, dtype: torch.dtype,
-                make: Callable[[], tuple[Bank, object]]) -> tuple[Patcher, object]:
+def shared_bank(model: Patcher, facts: Hashable, dtype: torch.dtype, make: Callable[[], tuple[Bank, object, int]]
+                ) -> tuple[Patcher, object]:
     """The bank of `facts` (what was read, and how) over the layers of a MODEL, as a model of its own, and the notes
     that were made with it.
 
-    make   () -> (bank, notes), called where there is none yet. Notes must hold nothing that leads to the MODEL
+    make   () -> (bank, notes, bytes of tensors in the notes), called where there is none yet. Notes must hold nothing
+           that leads to the MODEL
     The patcher belongs to all who ask for it: put a clone of it on a MODEL. Clones are one model to the host, which
     loads and counts it once.
     """
@@ -45,11 +46,11 @@ def shared_bank(model: Patcher, facts: Hashable, dtype: torch.dtype,
     key = facts, layers_of(model.model), dtype, devices
     patcher = _known.get(key)
     if patcher is None:
-        bank, notes = make()
+        bank, *notes = make()
         patcher = _known[key] = bank_patcher(bank, *devices)
         patcher.set_attachments(NOTES, notes)
     _hold(model.model, key, patcher)
-    return patcher, patcher.get_attachment(NOTES)
+    return patcher, patcher.get_attachment(NOTES)[0]
 
 
 def layers_of(model: nn.Module) -> Hashable:
@@ -80,8 +81,18 @@ def _hold(base: nn.Module, key: Hashable, patcher: Patcher) -> None:
     recent = _recent.setdefault(base, OrderedDict())
     recent[key] = patcher
     recent.move_to_end(key)
-    while len(recent) > 1 and (len(recent) > KEPT or sum(held.model.nbytes() for held in recent.values()) > KEPT_BYTES):
+    while len(recent) > 1 and (len(recent) > KEPT or sum(map(_nbytes, recent.values())) > KEPT_BYTES):
         recent.popitem(last=False)
+
+
+def kept_bytes() -> int:
+    """Of the banks and their notes that are held though no MODEL may use them."""
+    held = {id(patcher): patcher for recent in _recent.values() for patcher in recent.values()}
+    return sum(map(_nbytes, held.values()))
+
+
+def _nbytes(patcher: Patcher) -> int:
+    return patcher.model.nbytes() + patcher.get_attachment(NOTES)[1]
 
 
 def bank_patcher(bank: Bank, load_device, offload_device, disable_dynamic: bool = False) -> Patcher:

@@ -67,7 +67,7 @@ def read_ensemble(model, clip, ensemble: Ensemble, node: str, on_weights: bool) 
     for spec in ensemble:
         if spec.strength_model == 0 and spec.strength_clip == 0:
             continue
-        file = read(spec.name)
+        file = read(spec.name, base)
         try:
             patches = load(file, model_keys, base, enlarged)
             text = load(file, clip_keys, clip.cond_stage_model, {}) if clip is not None else Patches()

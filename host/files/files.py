@@ -1,5 +1,8 @@
 """LoRA files: found through ComfyUI's folder lists, checked, read once.
 
+A file that was read is kept for the base model that it was read for, until ComfyUI lets go of that model: as it does
+when memory is to be freed (`/free`), under the pressure of memory, or where it keeps nothing between prompts.
+
 All errors are ValueErrors that name the file and say what to do.
 """
 
@@ -11,15 +14,17 @@ import math
 import os
 from collections import OrderedDict
 from collections.abc import Mapping
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import comfy.lora_convert
 import comfy.utils
 import folder_paths
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 FOLDER = "loras"
-CACHE_BYTES = 2**30
+KEPT_BYTES = 2**30
+"""Of all files that are kept, for all models together; the last one is kept whatever its size."""
 _OBJECT_BYTES = 1024  # what a tensor costs beside its data: files of very many small ones are not small
 _SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2, "I32": 4,
           "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8, "C64": 8}
@@ -29,10 +34,14 @@ Stamp = tuple[int, int] | None
 
 
 class LoRAFile(dict[str, Tensor]):
-    """The tensors of one file under ComfyUI's own names. They stay on disk until something reads their values."""
+    """The tensors of one file under ComfyUI's own names. They stay on disk until something reads their values.
 
-    def __init__(self, tensors: Mapping[str, Tensor]):
+    stamp   of the file when it was read
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], stamp: Stamp = None):
         super().__init__(tensors)
+        self.stamp = stamp
         self._peaks: dict[str, float] = {}
 
     def peak(self, key: str) -> float:
@@ -44,7 +53,8 @@ class LoRAFile(dict[str, Tensor]):
         return self._peaks[key]
 
 
-_cache: OrderedDict[str, tuple[Stamp, LoRAFile]] = OrderedDict()
+_known: WeakValueDictionary[str, LoRAFile] = WeakValueDictionary()
+_held: WeakKeyDictionary[nn.Module, OrderedDict[str, LoRAFile]] = WeakKeyDictionary()
 _seen: dict[str, Stamp] = {}
 _changes = 0
 
@@ -114,23 +124,39 @@ def check_file(name: str) -> None:
         raise ValueError(_truncated(name, size, 8 + length + end))
 
 
-def read(name: str) -> LoRAFile:
+def read(name: str, base: nn.Module) -> LoRAFile:
     """The tensors of a LoRA file in ComfyUI's own naming; read once per path, size and time of change.
 
+    base   the model that it is read for, with which it is let go; the last ones used are kept
     Raises ValueError as `check_file` does, and for what the host's reader refuses.
     """
     check_file(name)
     path = path_of(name)
     stamp = _note(path)
-    if path not in _cache or _cache[path][0] != stamp:
-        _cache[path] = (stamp, _load(name, path))
-    _cache.move_to_end(path)
-    while len(_cache) > 1 and sum(_nbytes(file) for _, file in _cache.values()) > CACHE_BYTES:
-        _cache.popitem(last=False)
-    return _cache[path][1]
+    file = _known.get(path)
+    if file is None or file.stamp != stamp:
+        file = _known[path] = _load(name, path, stamp)
+    held = _held.setdefault(base, OrderedDict())
+    held[path] = file
+    held.move_to_end(path)
+    while len(held) > 1 and kept_bytes() > KEPT_BYTES:
+        held.popitem(last=False)
+    return file
 
 
-def _load(name: str, path: str) -> LoRAFile:
+def forget() -> None:
+    """Keep no file."""
+    _held.clear()
+    _known.clear()
+
+
+def kept_bytes() -> int:
+    """Of all files that are kept; one that is kept for several models counts once."""
+    files = {id(file): file for held in _held.values() for file in held.values()}
+    return sum(map(_nbytes, files.values()))
+
+
+def _load(name: str, path: str, stamp: Stamp) -> LoRAFile:
     try:
         tensors = comfy.utils.load_torch_file(path, safe_load=True)
     # The host's reader looks for a text in the error's first argument: it ends in TypeError where that is a number.
@@ -140,7 +166,7 @@ def _load(name: str, path: str) -> LoRAFile:
         raise ValueError(f"LoRA '{name}' cannot be read ({error}). Unless memory or the disk ran short, download it "
                          "again.") from error
     try:
-        return LoRAFile(comfy.lora_convert.convert_lora(tensors))
+        return LoRAFile(comfy.lora_convert.convert_lora(tensors), stamp)
     except (KeyError, IndexError) as error:
         raise ValueError(f"LoRA '{name}' looks like a control LoRA of Flux, but its first layer is incomplete "
                          f"({error}). Download it again, or use another version.") from error

@@ -53,6 +53,11 @@ class Patches:
     used: set[str] = field(default_factory=set)
     enlarged: dict[str, Shape] = field(default_factory=dict)
 
+    @property
+    def nbytes(self) -> int:
+        """Of the tensors of all patches."""
+        return sum(tensor.nbytes for patch in self.found.values() for tensor in _values(patch))
+
 
 @dataclass
 class ParsedLoRA:

@@ -10,6 +10,7 @@ from math import isfinite, sqrt
 
 import torch
 from PIL import Image
+from torch import nn
 
 from ...engine.adapters import Decomposed, Op
 from ...engine.bank import Bank
@@ -78,17 +79,17 @@ def infos(model, clip, ensemble: Ensemble, node: str, tick: Tick = lambda: None)
             info.nothing = str(error).removeprefix(f"{node}: LoRA '{spec.name}' ").removesuffix(
                 ", or remove it from the ensemble.") + "."
             continue
-        _read_facts(info, reading, clip is not None)
+        _read_facts(info, reading, model.model, clip is not None)
         if reading.parts:
             parts[number] = reading.parts[0]
     _measure(found, parts, model, tick)
     return found
 
 
-def _read_facts(info: Info, reading: Reading, has_clip: bool) -> None:
+def _read_facts(info: Info, reading: Reading, base: nn.Module, has_clip: bool) -> None:
     start = f"LoRA '{info.spec.name}': "
     info.out = [line.removeprefix(start) for line in reading.problems]
-    keys = sum(key.startswith(TEXT_ENCODER) for key in read(info.spec.name))
+    keys = sum(key.startswith(TEXT_ENCODER) for key in read(info.spec.name, base))
     texts = sum(len(patches.found) for _, patches in reading.texts)
     info.encoder = (keys, bool(texts) if has_clip else None)
     for part in reading.parts:

@@ -7,7 +7,7 @@ from typing import Any
 
 from comfy_api.latest import ComfyExtension, io, ui
 
-from .families import CHECKPOINTS, FAMILIES, guidance_record, load_checkpoint, load_family
+from .families import CHECKPOINTS, FAMILIES, guidance_record, kept_bytes, load_checkpoint, load_family
 from .vision import load_vision
 from .wrap import load_testbed, load_unet
 
@@ -196,4 +196,11 @@ class TestbedExtension(ComfyExtension):
 
 
 async def comfy_entrypoint() -> TestbedExtension:
+    from aiohttp import web
+    from server import PromptServer
+
+    @PromptServer.instance.routes.get("/lora_ensemble_testbed/kept")
+    async def kept(request: web.Request) -> web.Response:
+        return web.json_response(kept_bytes())
+
     return TestbedExtension()

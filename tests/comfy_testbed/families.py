@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import sys
 from typing import Any
 
 from .wrap import load_pack
@@ -29,3 +30,11 @@ def load_checkpoint(name: str) -> tuple[Any, ...]:
 def guidance_record(model: Any) -> str:
     """What guidance did in the last run of a MODEL, as JSON."""
     return json.dumps(model.get_attachment("lora_ensemble_guidance").record.as_dict())
+
+
+def kept_bytes() -> dict[str, int]:
+    """What the pack that this server has loaded keeps, by the end of the module's name: bytes of LoRA files and banks.
+    """
+    loaded = {end: [module for name, module in sys.modules.items() if name.endswith(f".host.{end}")]
+              for end in ("files.files", "compose.banks")}
+    return {end: sum(module.kept_bytes() for module in modules) for end, modules in loaded.items()}

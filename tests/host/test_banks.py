@@ -270,6 +270,17 @@ def test_files_are_not_held_by_what_was_made_of_them(loras):
     model = own()
     ours = merge(model, three(model, loras))
     (shared,) = ours.get_additional_models_with_key(KEY)
-    kept = shared.get_attachment(banks.NOTES)
+    kept, size = shared.get_attachment(banks.NOTES)
+    assert size == 0
     assert len(kept.parts) == 3 and not any(part.parsed.layers or part.patches.found for part in kept.parts)
     assert shared.load_device == CPU and shared.model_size() == bank_of(ours).nbytes()
+
+
+def test_tensors_in_notes_are_counted(loras, clip):  # noqa: F811
+    """The text encoders' part of a file, which every MODEL of the bank adds to its CLIP."""
+    model, before = own(), banks.kept_bytes()
+    text = lora(text_layers(clip), 2, name=lambda layer: "lora_te_text_model_" + layer.replace(".", "_"))
+    ours, _ = apply.apply_method(model, clip, [LoRASpec(loras(lora(shapes(model), 1) | text), 0.8, 0.5)], plain(Merge),
+                                 "Merge LoRAs")
+    size = sum(tensor.nbytes for tensor in text.values())
+    assert banks.kept_bytes() - before == bank_of(ours).nbytes() + size > size > 0

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import struct
+import weakref
 from functools import partial
 
 import comfy.utils
@@ -14,7 +16,7 @@ from lora_ensemble.host.compose.apply import apply_method, bake
 from lora_ensemble.host.compose.composition import KEY
 from lora_ensemble.host.files import files
 from lora_ensemble.host.files.ensemble import LoRASpec
-from lora_ensemble.host.files.files import check_file, fingerprint, read
+from lora_ensemble.host.files.files import check_file, fingerprint
 from lora_ensemble.methods.merge import Merge
 from lora_ensemble.nodes.ensembles import LoRAEnsembleFromStack, LoRAEnsembleLoRA
 from safetensors.torch import save
@@ -25,6 +27,10 @@ from .models import base
 
 def small() -> dict:
     return lora(dict(list(shapes(base("SD15")).items())[:2]), 1)
+
+
+def read(name: str) -> files.LoRAFile:
+    return files.read(name, base("SD15").model)
 
 
 def refused(name: str, *words: str) -> None:
@@ -192,21 +198,37 @@ def test_a_file_is_read_once(loras, lora_folder, monkeypatch):
     assert torch.equal(read(name)[key], after[key]) and len(calls) == 3
 
 
-def test_the_cache_is_bounded(loras, monkeypatch):
-    """Guard: CACHE_BYTES. The file in use always stays."""
-    monkeypatch.setattr(files, "CACHE_BYTES", 1)
-    names = [loras(small()) for _ in range(3)]
-    kept = [read(name) for name in names]
-    assert len(files._cache) == 1 and read(names[2]) is kept[2]
+def test_what_is_kept_is_bounded(loras, monkeypatch):
+    """Guard: KEPT_BYTES, of all models together. The file in use always stays, and one for two models counts once."""
+    names, first, second = [loras(small()) for _ in range(3)], torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    monkeypatch.setattr(files, "_held", weakref.WeakKeyDictionary())
+    kept = [files.read(name, model) for name in names[:2] for model in (first, second)]
+    assert files.kept_bytes() == files._nbytes(kept[0]) + files._nbytes(kept[2])
+    assert kept[0] is kept[1] and kept[2] is kept[3]
+    monkeypatch.setattr(files, "KEPT_BYTES", 1)
+    last = files.read(names[2], second)
+    assert list(files._held[second]) == [files.path_of(names[2])] and files.read(names[2], second) is last
+    assert len(files._held[first]) == 2, "each model lets go of its own"
 
 
-def test_an_old_version_of_a_file_leaves_the_cache(loras, lora_folder):
+def test_what_is_kept_goes_with_its_model(loras):
+    """As ComfyUI lets go of a model: then the file is, too, and is read again for another one."""
+    model, name = torch.nn.Linear(1, 1), loras(small())
+    file = weakref.ref(files.read(name, model))
+    assert file() is not None and model in files._held
+    del model
+    gc.collect()
+    assert file() is None and read(name) is not None
+
+
+def test_an_old_version_of_a_file_is_let_go(loras, lora_folder):
     name = loras(small())
-    before = read(name)
+    before = weakref.ref(read(name))
     loras({key: value * 2 for key, value in small().items()}, name)
     os.utime(lora_folder / name, ns=(1, 1))
-    assert read(name) is not before
-    assert sum(path.endswith(name) for path in files._cache) == 1
+    assert read(name) is not None
+    gc.collect()
+    assert before() is None
 
 
 def test_the_cache_counts_what_many_small_tensors_cost():

@@ -43,7 +43,7 @@ def test_one_file_at_several_strengths(loras):
     """Guard: strengths are gains of a branch, never written on the adapters of the cached file."""
     model = base("SD15")
     name = three(model, loras)[0].name
-    before = {key: value.clone() for key, value in files.read(name).items()}
+    before = {key: value.clone() for key, value in files.read(name, model.model).items()}
     strong, weak = LoRASpec(name, 0.8, 0), LoRASpec(name, -0.3, 0)
     plain = sample(model)
     alone = {spec: sample(stock(model, [spec])) for spec in (strong, weak)}
@@ -51,7 +51,7 @@ def test_one_file_at_several_strengths(loras):
     for spec in (strong, weak, strong):
         same(sample(models[spec]), alone[spec], plain)
     same(sample(merge(model, [strong, weak])), sample(stock(model, [strong, weak])), plain)
-    assert all(torch.equal(files.read(name)[key], value) for key, value in before.items())
+    assert all(torch.equal(files.read(name, model.model)[key], value) for key, value in before.items())
 
 
 @pytest.mark.parametrize("order", ["outer first", "inner first"])
@@ -162,7 +162,8 @@ def test_memory_is_the_hosts_to_manage(loras):
     ours = merge(composite(model, ensemble[:2]), ensemble[2:])
     banks = ours.get_additional_models_with_key(KEY)
     assert len(banks) == 2 and all(bank in ours.get_nested_additional_models() for bank in banks)
-    held = sum(t.nbytes for spec in ensemble for key, t in files.read(spec.name).items() if key.endswith(".weight"))
+    held = sum(t.nbytes for spec in ensemble for key, t in files.read(spec.name, model.model).items()
+               if key.endswith(".weight"))
     assert sum(bank.model_size() for bank in banks) >= held > 0
     loaded: list[set] = []
 

@@ -107,7 +107,7 @@ def test_layers_of_both_are_a_merge_of_their_parts(make, family, loras):
     parts = pair(model, loras), []
     for i, spec in enumerate(parts[0]):
         kept = {name.replace(".", "_") for name, winner in acting.items() if winner == i}
-        file = {key: value for key, value in read(spec.name).items()
+        file = {key: value for key, value in read(spec.name, model.model).items()
                 if key.split(".")[0].removeprefix("lora_unet_") in kept}
         parts[1].append(LoRASpec(loras(file), spec.strength_model, 0.0))
     reference = sample(stock(model, parts[1]), family, steps=1)

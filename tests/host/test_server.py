@@ -6,6 +6,7 @@ import io
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -438,6 +439,23 @@ def test_switch_order_that_makes_no_sense(server: Server, order: str):
     with pytest.raises((PromptRefused, PromptFailed)) as error:
         server.run(changed("switch", order=order))
     assert "order" in str(error.value)
+
+
+def test_memory_is_given_back_on_request(server: Server):
+    """What the front end's button to free memory asks for: no file and no bank is kept, and the next prompt draws the
+    same."""
+    def kept() -> list[int]:
+        found = server.json("/lora_ensemble_testbed/kept")
+        return [found["files.files"], found["compose.banks"]]
+
+    before = pictures(server, changed("merge", filename_prefix="before"))
+    assert all(kept())
+    server.free()
+    deadline = time.monotonic() + 30
+    while any(kept()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert kept() == [0, 0]
+    assert difference(pictures(server, changed("merge", filename_prefix="after")), before) == 0 and all(kept())
 
 
 # --- the example client ----------------------------------------------------------------------------------------------
