@@ -41,6 +41,7 @@ class RunRecord:
     chosen      what users left to the number of steps, and what came of it
     before      steps that earlier runs took of the picture, where it is sampled in several
     whole       steps of all these runs together; 0: those of this one
+    devices     samples that were evaluated on each device, where several were at hand; else nothing
     """
 
     methods: list[str]
@@ -52,17 +53,20 @@ class RunRecord:
     chosen: list[str] = field(default_factory=list)
     before: int = 0
     whole: int = 0
+    devices: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._lock = Lock()  # no field: a record is copied and saved as plain data
 
-    def count(self, rows: int) -> None:
-        """One more forward of the diffusion model in the current step, and the samples in it; nothing before the first
-        step."""
+    def count(self, rows: int, device: str = "") -> None:
+        """One more forward of the diffusion model in the current step, the samples in it and where it was; nothing
+        before the first step."""
         with self._lock:
             if self.steps:
                 self.steps[-1].calls += 1
                 self.steps[-1].rows += rows
+                if device in self.devices:
+                    self.devices[device] += rows
 
     def note(self, key: str, value: object) -> None:
         """Record something about the current step: a JSON value, or a tensor, which is read when the run is over."""

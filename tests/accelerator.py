@@ -1,8 +1,9 @@
 """An accelerator that a machine without one can pretend to have.
 
-Its tensors say that they are on `cuda:0` and compute on the CPU. What a real one punishes is found here as well:
-operations across devices fail, and whatever makes the host wait for the device, or moves data between them, is written
-down with the line that asked for it. It proves nothing about speed, memory or a real device's kernels.
+Its tensors say that they are on `cuda:0`, or on a second one, `cuda:1`, and compute on the CPU. What a real one
+punishes is found here as well: operations across devices fail, and whatever makes the host wait for the device, or
+moves data between them, is written down with the line that asked for it. It proves nothing about speed, memory or a
+real device's kernels.
 
 With TESTS_ON=cuda the same tests use the machine's own CUDA device, whose waits torch tells.
 """
@@ -21,9 +22,9 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
-DEVICE, CPU = torch.device("cuda", 0), torch.device("cpu")
+DEVICE, SECOND, CPU = torch.device("cuda", 0), torch.device("cuda", 1), torch.device("cpu")
 REAL = os.environ.get("TESTS_ON") == "cuda"
 """Whether the device is there, and nothing has to be pretended."""
 ROOT = Path(__file__).parents[1]
@@ -37,7 +38,8 @@ class Transfer(NamedTuple):
     """What happened between host and device.
 
     kind    wait: the host waits for all that is queued; settle: for an event in the queue; send: a copy to the host
-            that nobody waits for; upload: a copy to the device; double: float64 on the device, which not all have
+            that nobody waits for; upload: a copy to the device; across: one from device to device; double: float64 on
+            the device, which not all have
     by      the operation
     line    the innermost line outside torch, below the pack's folder where it is the pack's
     """
@@ -57,8 +59,8 @@ class OnDevice(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
-    def __new__(cls, value: Tensor):
-        out = Tensor._make_wrapper_subclass(cls, value.shape, strides=value.stride(), dtype=value.dtype, device=DEVICE,
+    def __new__(cls, value: Tensor, device: torch.device = DEVICE):
+        out = Tensor._make_wrapper_subclass(cls, value.shape, strides=value.stride(), dtype=value.dtype, device=device,
                                             storage_offset=value.storage_offset())
         out.value = value
         return out
@@ -75,20 +77,26 @@ class OnDevice(Tensor):
         return self.value.tolist()
 
     def numpy(self, *args, **kwargs):
-        raise TypeError("can't convert cuda:0 device type tensor to numpy")
+        raise TypeError("can't convert cuda device type tensor to numpy")
 
     def data_ptr(self) -> int:
         return self.value.data_ptr()
 
 
 class Accelerator(TorchDispatchMode):
-    """While open, the pretended device exists, for this thread."""
+    """While open, the pretended devices exist, for this thread."""
 
     current: Accelerator | Watched | None = None
 
-    def __init__(self):
+    def __init__(self, transfers: list[Transfer] | None = None):
         super().__init__()
-        self.transfers: list[Transfer] = []
+        self.transfers: list[Transfer] = [] if transfers is None else transfers
+
+    @classmethod
+    def here(cls) -> None:
+        """For a thread of its own until it ends: what the host's threads do of `set_torch_device`."""
+        if cls.current is not None and not isinstance(_get_current_dispatch_mode(), cls):
+            cls(cls.current.transfers).__enter__()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return _call(func, args, kwargs or {}, self)
@@ -178,8 +186,10 @@ def _note(kind: str, by: str) -> None:
     Accelerator.current.transfers.append(Transfer(kind, by, f"{name}:{frame.f_lineno}"))
 
 
-def _is_on(device) -> bool:
-    return torch.device(device).type == DEVICE.type
+def _on(device) -> torch.device | None:
+    """The pretended device of that name; None: the CPU."""
+    device = torch.device(device)
+    return None if device.type != DEVICE.type else device if device.index is not None else DEVICE
 
 
 def _call(func, args, kwargs, mode: Accelerator | None = None):
@@ -195,8 +205,8 @@ def _call(func, args, kwargs, mode: Accelerator | None = None):
         with mode.reopened():
             return func.decompose(*args, **kwargs)
     name = func._schema.name.removeprefix("aten::")
-    on_device = _judge(name, args, kwargs)
-    if device is not None and _is_on(device):
+    place = _judge(name, args, kwargs)
+    if device is not None and _on(device):
         kwargs = {**kwargs, "device": CPU}
     if kwargs.get("pin_memory"):
         kwargs = {**kwargs, "pin_memory": False}
@@ -209,13 +219,13 @@ def _call(func, args, kwargs, mode: Accelerator | None = None):
         return value.value
 
     def outside(value: Tensor) -> Tensor:
-        if not on_device:
+        if place is None:
             return value
         if id(value) in known:  # an operation in place gives back what it was given
             return known[id(value)]
         if value.dtype == torch.float64:
             _note("double", name)
-        return OnDevice(value)
+        return OnDevice(value, place)
 
     args, kwargs = _mapped(inside, args), {key: _mapped(inside, value) for key, value in kwargs.items()}
     return _mapped(outside, func(*args, **kwargs))
@@ -241,31 +251,35 @@ def _tensors(args, kwargs) -> Iterator[Tensor]:
             yield from _tensors(value, {})
 
 
-def _judge(name: str, args, kwargs) -> bool:
-    """Whether the result is on the device. Notes waits and copies; raises RuntimeError for a mixture of devices."""
+def _judge(name: str, args, kwargs) -> torch.device | None:
+    """Where the result is, None: on the CPU. Notes waits and copies; raises RuntimeError for a mixture of devices."""
     tensors = list(_tensors(args, kwargs))
     there = [tensor for tensor in tensors if isinstance(tensor, OnDevice)]
     here = [tensor for tensor in tensors if not isinstance(tensor, OnDevice) and tensor.ndim]
     device, later = kwargs.get("device"), kwargs.get("non_blocking", False)
+    own = there[0].device if there else None
     if name == "_to_copy":
-        wanted = bool(there) if device is None else _is_on(device)
-        if wanted != bool(there):
-            _note("upload" if wanted else "send" if later else "wait", name)
+        wanted = own if device is None else _on(device)
+        _moved(name, own, wanted, later)
         return wanted
     if name == "copy_":
         target, source, *later = args[0], args[1], *(args[2:] or [later])
-        if isinstance(target, OnDevice) != isinstance(source, OnDevice):
-            _note("upload" if isinstance(target, OnDevice) else "send" if later[0] else "wait", name)
-        return isinstance(target, OnDevice)
+        place = target.device if isinstance(target, OnDevice) else None
+        _moved(name, source.device if isinstance(source, OnDevice) else None, place, later[0])
+        return place
     if not there:
-        return device is not None and _is_on(device)
+        return None if device is None else _on(device)
+    if here and name not in INDEXING or len({tensor.device for tensor in there if tensor.ndim}) > 1:
+        shapes = {str(tensor.device): tuple(tensor.shape) for tensor in (*there, *here)}
+        raise RuntimeError(f"{name}: expected all tensors to be on the same device, but there are {shapes}")
     if here:
-        if name not in INDEXING:
-            shapes = [[tuple(tensor.shape) for tensor in some] for some in (there, here)]
-            raise RuntimeError(f"{name}: expected all tensors to be on the same device, but {shapes[0]} are on "
-                               f"{DEVICE} and {shapes[1]} on the CPU")
         _note("upload", name)
     masks = name in INDEXING and any(isinstance(i, Tensor) and i.dtype == torch.bool for i in args[1])
     if name in READS or masks:
         _note("wait", name)
-    return device is None or _is_on(device)
+    return own if device is None else _on(device)
+
+
+def _moved(name: str, source: torch.device | None, target: torch.device | None, later: bool) -> None:
+    if source != target:
+        _note("across" if source and target else "upload" if target else "send" if later else "wait", name)

@@ -47,4 +47,14 @@ def test_it_is_saved_as_plain_data():
     saved = json.loads(json.dumps(run.as_dict()))
     assert saved["steps"][0]["rows"] == 2 and saved["steps"][0]["notes"] == {"Composite": {"led": 1}}
     assert set(saved) == {"methods", "adapters", "steps", "problems", "reasons", "finished", "chosen", "before",
-                          "whole"}
+                          "whole", "devices"}
+
+
+def test_devices_are_counted_where_several_are_named():
+    run = record()
+    run.count(1, "cuda:0")
+    assert run.devices == {}
+    run.devices |= {"cuda:0": 0, "cuda:1": 0}
+    run.count(2, "cuda:0")
+    run.count(3, "cuda:1")
+    assert run.devices == {"cuda:0": 2, "cuda:1": 3} and run.steps[0].rows == 6

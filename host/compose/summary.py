@@ -12,6 +12,7 @@ from ...methods.schedule import Uniform
 from ...methods.session import RunContext, Session
 from ...methods.windows import InTime
 from .cache import CacheSpec
+from .cards import unused
 
 
 def begun(applied: Sequence, contexts: Sequence[RunContext]) -> RunRecord:
@@ -65,9 +66,11 @@ def without_prompt(applied, routed: RoutedForwards) -> Iterator[str]:
 
 
 def missed(record: RunRecord, sessions: Sequence[Session]) -> Iterator[str]:
-    """What a method would have had happen in a finished run and did not: there were too few steps, or other ones."""
+    """What a method would have had happen in a finished run and did not: there were too few steps, or other ones; and
+    what had no part in it."""
     for name, adapters, session in zip(record.methods, record.adapters, sessions, strict=True):
         yield from (f"{name}: {line}" for line in (session.missed(adapters) if record.finished else ()))
+    yield from unused(record)
 
 
 def chosen(record: RunRecord, sessions: Sequence[Session], cache: CacheSpec | None, total: int) -> Iterator[str]:

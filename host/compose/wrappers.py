@@ -19,6 +19,7 @@ from ...engine.layout import NotRows
 from ...engine.tell import into
 from ...kernels.branch import Branch, scaled
 from ...methods.merge import Merge
+from .cards import note_cards, same_banks, settle
 from .composition import KEY, Composition, Free, Plan, Run
 from .context import is_flow, method_contexts, parts_of, run_context, sides_of
 from .control import CALLER_CONDS, OF_WEIGHTS, caller_indexes, made_of_weights
@@ -38,6 +39,9 @@ def install_wrappers(model) -> None:
             model.add_wrapper_with_key(kind, KEY, wrapper)
     if not model.get_callbacks(CallbacksMP.ON_PRE_RUN, KEY):
         model.add_callback_with_key(CallbacksMP.ON_PRE_RUN, KEY, pre_run)
+    matched = getattr(CallbacksMP, "ON_MATCH_MULTIGPU_CLONES", None)
+    if matched is not None and not model.get_callbacks(matched, KEY):
+        model.add_callback_with_key(matched, KEY, matching)
 
 
 def outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=None, callback=None, *args, **kwargs):
@@ -99,12 +103,18 @@ def pre_run(patcher) -> None:
             run.texts.enter_context(routed.rows(run.without.rows(k, [branch], 1)))
 
 
+def matching(model, copy) -> None:
+    """The host has matched a further card's copy of a model to it."""
+    same_banks(model, copy, KEY)
+
+
 def calc_cond_batch(executor, model, conds, x_in, timestep, model_options):
     """Evaluate every branch of this step for every cond of the caller, in the host's own batches, and mix."""
     run = _active(model)
     if run is None:
         return executor(model, conds, x_in, timestep, model_options)
     run.texts.close()
+    note_cards(run.record, model_options)
     plan, sides = run.plan(x_in, timestep, parts_of(conds)), run.sides(conds)
     run.areas.update({entry.get("uuid"): entry.get("area") for cond in conds for entry in cond or ()})
 
@@ -156,6 +166,7 @@ def _evaluated(executor, model, run: Run, plan: Plan, conds, sides, x_in, timest
     try:
         outs = evaluated(singles if run.apart(root, conds) else parts)
     except NotRows as reason:
+        settle(options)
         run.keep_apart(root, reason)
         outs = evaluated(singles)
     stacked = [torch.stack([outs[combo][i] for combo in combos]) for i in range(len(conds))]
@@ -177,7 +188,7 @@ def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, t
         return executor(x, t, c_concat, c_crossattn, control, run.keeping(root, options, combos, uuids), **kwargs)
     options = caller_indexes(run.keeping(root, options, combos, uuids))
     per_cond = x.shape[0] // len(combos)
-    run.record.count(x.shape[0])
+    run.record.count(x.shape[0], str(model.current_patcher.load_device))
     with ExitStack() as stack:
         for k, routed in enumerate(run.routed(root, partial(_banks, model), partial(read_weight, model.current_patcher),
                                               partial(_compiled, model.diffusion_model, options))):

@@ -148,7 +148,9 @@ def _run(record: RunRecord) -> str:
     ended = "" if record.finished else "; the run did not finish"
     count = f"{len(record.steps)} steps" if not record.whole else \
         f"steps {record.before + 1} to {record.before + len(record.steps)} of {record.whole}"
-    return f"{methods}: {count}, {rows} evaluations in {calls} calls of the model{ended}"
+    cards = [f"{each} on {card}" for card, each in record.devices.items()]
+    where = f" ({', '.join(cards)})" if len(cards) > 1 else ""
+    return f"{methods}: {count}, {rows} evaluations in {calls} calls of the model{where}{ended}"
 
 
 def _words(placed: Placed, i: int, maps: Tensor) -> str:
