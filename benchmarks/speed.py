@@ -10,7 +10,8 @@ the clock: use them where other programs are busy.
 
     composite   seconds per sampling step: ComfyUI's hook LoRAs (each LoRA patches the weights for its own forward) over
                 Composite (one batch, no weight touched). Nothing is timed before both give the same picture.
-    start       seconds that the first step takes beyond a later one: patching of the weights against installing
+    start       seconds that the first step takes beyond a later one, in a run after another of the same MODEL: patching
+                of the weights against installing
     memory      peak of a run above the level before it, and the bytes of the bank
     tax         one forward of the same batch: rows of N LoRAs over rows of the base model; and the forwards of one LoRA
                 after another over that of all
@@ -131,6 +132,7 @@ class Bench:
         plain = self.sampling(self.model)
         for _ in range(options.rounds):
             for name, arm in arms.items():
+                self.sampling(*arm, steps=1)  # hooks make the host load its model anew for every other MODEL
                 runs[name].append(self.sampling(*arm))
             if len(runs["hooks"]) == 1:
                 apart = self._parity(runs["composite"][0].latent, runs["hooks"][0].latent, count)

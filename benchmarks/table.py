@@ -4,7 +4,8 @@
 Reads the lines of JSON that the benchmarks print (others are passed over) and prints Markdown: the goals, the host's
 time, the price of adapter kinds, each under the machine, the date and the commit that it was measured on.
 --write puts that between the markers in benchmarks/README.md instead. Of a result that is there several times for one
-machine the last one counts. Needs the standard library alone.
+machine and date the last one counts; the commits of a table are those of the results that it shows. Needs the
+standard library alone.
 """
 
 from __future__ import annotations
@@ -79,10 +80,10 @@ TABLES: dict[str, tuple[tuple[str, ...], tuple[str, ...], Callable[[Iterable[dic
 
 
 def place(record: dict) -> str:
-    """Machine, date and commit of a result, in words."""
+    """Machine and date of a result, in words."""
     machine = record["cpu"] if record["device"] == "cpu" else f"{record['device']}, driver {record['driver']}"
     host = f", ComfyUI {record['comfyui']}" if record.get("comfyui") else ""
-    return f"{record['date']}, {machine}, torch {record['torch']}{host}, commit {record['commit'] or 'unknown'}"
+    return f"{record['date']}, {machine}, torch {record['torch']}{host}"
 
 
 def tables(records: Iterable[dict]) -> str:
@@ -91,10 +92,14 @@ def tables(records: Iterable[dict]) -> str:
     for title, (benches, keys, make) in TABLES.items():
         found: dict[str, dict[tuple, dict]] = {}
         for record in records:
-            if record["bench"] in benches:
-                found.setdefault(place(record), {})[tuple(record.get(key) for key in keys)] = record
+            if record["bench"] not in benches:
+                continue
+            here, result_of = found.setdefault(place(record), {}), tuple(record.get(key) for key in keys)
+            if result_of not in here or record.get("measured") != "":  # a goal not measured once more stays as it was
+                here[result_of] = record
         for where, here in found.items():
-            parts.append(f"### {title}\n\n{where}\n\n{make(here.values())}")
+            commits = dict.fromkeys(record["commit"] or "unknown" for record in here.values())
+            parts.append(f"### {title}\n\n{where}, commit {' and '.join(commits)}\n\n{make(here.values())}")
     return "\n\n".join(parts)
 
 

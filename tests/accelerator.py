@@ -50,7 +50,7 @@ class Transfer(NamedTuple):
 
     @property
     def ours(self) -> bool:
-        return not self.line.startswith(("/", "tests/"))
+        return not self.line.startswith(("/", "tests/", "."))
 
 
 class OnDevice(Tensor):

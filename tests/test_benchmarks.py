@@ -83,16 +83,25 @@ def layer_line(added: float, **stamp) -> str:
 
 
 def test_the_tables_of_some_results(tmp_path):
-    """The last result of a place counts; each place has a table of its own under its name."""
+    """The last result of a place counts; each place has a table of its own, which names the commits of its results."""
     file = tmp_path / "results.jsonl"
-    lines = [layer_line(14.0), "a line of another kind", layer_line(5.0), layer_line(3.0, commit="def5678"),
-             layer_line(2.0, commit="abc0000", quick=True)]
+    lines = [layer_line(14.0), "a line of another kind", layer_line(5.0), layer_line(3.0, date="2026-01-03"),
+             layer_line(2.0, commit="abc0000", quick=True), layer_line(7.0, case="Merge of 5", commit="def5678")]
     file.write_text("\n".join(lines), encoding="utf-8")
     text = table.tables(table.read([file]))
-    assert text.count("### Host time") == 2 and "+14" not in text
+    assert text.count("### Host time") == 2 and "+14" not in text and "+2.00" not in text
     first, second = text.split("### Host time")[1:]
-    assert "2026-01-02, a processor, torch 2.11.0, ComfyUI 0.33.0, commit abc1234" in first and "+5.00 us" in first
-    assert "def5678" in second and "+3.00 us" in second
+    assert "2026-01-02, a processor, torch 2.11.0, ComfyUI 0.33.0, commit abc1234 and def5678\n" in first
+    assert "+5.00 us" in first and "+7.00 us" in first
+    assert "2026-01-03" in second and "+3.00 us" in second
+
+
+def test_a_goal_that_was_not_measured_once_more_stays():
+    goal = {"bench": "goal", "goal": "G1", "what": "a step", "target": "at least 5", "verdict": "met", **STAMP}
+    later = [goal | {"measured": "6 times"}, goal | {"measured": "", "verdict": "not asked for", "commit": "def5678"}]
+    text = table.tables(later)
+    assert "| 6 times | met |" in text and "def5678" not in text
+    assert "| not asked for |" in table.tables(later[1:])
 
 
 def test_tables_are_written_between_their_markers():

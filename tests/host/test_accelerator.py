@@ -177,7 +177,8 @@ def test_calibration_and_linear_ag(loras, transfers):
     transfers.clear()
     model = merge(on_device("SD15"), ensemble)
     found = calibrate(model, paths(seeds=1))
-    torch.testing.assert_close(found.found.coefficients, want.found.coefficients, rtol=1e-3, atol=1e-4)
+    near = 1e-3 if REAL else 1e-4  # a solution of least squares: the last digit of its numbers is multiplied
+    torch.testing.assert_close(found.found.coefficients, want.found.coefficients, rtol=1e-3, atol=near)
     assert "double" not in {t.kind for t in transfers if t.ours}
     transfers.clear()
     out = sample(guide(model, found), steps=CALIBRATED, cfg=12.0)
