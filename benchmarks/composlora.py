@@ -36,8 +36,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..examples.kept_pictures import keep, kept, measured
+from ..examples.picture_grid import Cell, save_grids
 from ..examples.queue_prompt import Problem, Unreachable, call, fetched, finished, speaking_to
-from .composlora_grid import Cell, save_grids
+from ..examples.server_nodes import Info, choices, defaults, inputs_of
 from .composlora_sets import SIZES, Lora, Task, all_sets, example, hint, read_loras, some_of
 
 HEADS = {
@@ -51,34 +53,9 @@ HEADS = {
 """Style -> what a prompt begins with, and the negative prompt."""
 COLUMNS = ("set", "loras", "method", "seed", "file", "seconds", "evaluations", "words_found", "problems")
 PACK = "LoRAEnsemble"
-Info = dict[str, dict[str, Any]]
-"""What /object_info says of every node."""
 
 
 # --- what the server has ---------------------------------------------------------------------------------------------
-
-
-def inputs_of(info: Info, node: str) -> dict[str, list]:
-    """The inputs of a node, required ones first."""
-    groups = info[node]["input"]
-    return {**groups.get("required", {}), **groups.get("optional", {})}
-
-
-def choices(spec: Sequence[Any]) -> list[str]:
-    """What an input offers, in both of ComfyUI's notations; nothing where it is no choice."""
-    kind, *options = spec
-    return kind if isinstance(kind, list) else (options[0].get("options") or [] if options else [])
-
-
-def defaults(info: Info, node: str) -> dict[str, Any]:
-    """What the widgets of a node begin with."""
-    found = {}
-    for name, spec in inputs_of(info, node).items():
-        if len(spec) > 1 and "default" in spec[1]:
-            found[name] = spec[1]["default"]
-        elif choices(spec):
-            found[name] = choices(spec)[0]
-    return found
 
 
 def listed(name: str, known: Sequence[str], what: str) -> str:
@@ -190,21 +167,6 @@ def given(options: dict[str, Any]) -> dict[str, Any]:
 # --- drawing ---------------------------------------------------------------------------------------------------------
 
 
-def measured(entry: dict[str, Any]) -> dict[str, Any]:
-    """What an entry of /history says of its run: seconds on the server, and what the Ensemble Report adds."""
-    times = [details["timestamp"] for _, details in entry.get("status", {}).get("messages", ())
-             if "timestamp" in details]
-    found: dict[str, Any] = {"seconds": round((max(times) - min(times)) / 1000, 2)} if times else {}
-    for text in entry["outputs"].get("text", {}).get("text", ()):
-        report = json.loads(text)
-        if "steps" in report:
-            found["evaluations"] = sum(step["rows"] for step in report["steps"])
-        found["words_found"] = " | ".join(", ".join(each["words"]) or "-" for group in report.get("words", ())[:1]
-                                          for each in group)
-        found["problems"] = " ".join(report["problems"])
-    return found
-
-
 def draw(server: str, workflow: dict[str, Any], path: Path, timeout: float) -> None:
     """Run a workflow and keep its picture as `path`, beside a JSON file of what was measured. Raises Problem."""
     with speaking_to(server, timeout):
@@ -213,10 +175,7 @@ def draw(server: str, workflow: dict[str, Any], path: Path, timeout: float) -> N
         if not images:
             raise Problem("The server ran the workflow and has no picture of it.")
         picture = fetched(server, images[0])
-    path.with_suffix(".json").write_text(json.dumps(measured(entry), ensure_ascii=False), encoding="utf-8")
-    part = path.with_suffix(".part")  # what is there under its own name is whole
-    part.write_bytes(picture)
-    part.replace(path)
+    keep(path, picture, measured(entry))
 
 
 def rows_of(plan: Plan, tasks: Sequence[Task], seed: int, out: Path) -> list[tuple[dict[str, Any], dict[str, Any]]]:
@@ -253,14 +212,6 @@ def draw_all(rows: Sequence[tuple[dict[str, Any], dict[str, Any]]], options: arg
         row.update(kept(path))
         print(f"{what}: {'is there' if there else str(row['seconds']) + ' s'}", flush=True)
     return failed
-
-
-def kept(path: Path) -> dict[str, Any]:
-    """What was measured of a picture that is there; nothing where that file was lost."""
-    try:
-        return json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
 
 
 def save_table(rows: Sequence[dict[str, Any]], out: Path) -> None:

@@ -1,4 +1,4 @@
-"""The pictures of `composlora.py` side by side: a row per set, a column per method."""
+"""Pictures side by side on a sheet: lines of text beside each row, a name above each column. Needs Pillow."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from PIL import Image, ImageDraw
 from ..host.look.letters import fitted, font, wrapped
 
 SIDE, LABEL, GAP, LINE, TEXT = 320, 220, 8, 20, 15
-"""The longer side of a picture, the room for a set's LoRAs, and of text."""
+"""The longer side of a picture, the room for the lines beside a row, and of text."""
 ROWS = 24
-"""Sets on one sheet: viewers refuse pictures of any height."""
+"""On one sheet: viewers refuse pictures of any height."""
 INK, PAPER, FAINT, EMPTY = "#222222", "#FFFFFF", "#666666", "#EEEEEE"
 
 
@@ -25,9 +25,9 @@ class Cell:
     problem: str = ""
 
 
-def save_grids(methods: Sequence[str], titles: Sequence[Sequence[str]], cells: Sequence[Sequence[Cell]],
+def save_grids(columns: Sequence[str], titles: Sequence[Sequence[str]], cells: Sequence[Sequence[Cell]],
                out: Path) -> list[Path]:
-    """Write `grid.png`, and `grid_2.png` and so on where there are more than ROWS sets; what an earlier run left of
+    """Write `grid.png`, and `grid_2.png` and so on where there are more than ROWS rows; what an earlier run left of
     further ones is removed.
 
     titles   the lines beside each row
@@ -35,7 +35,7 @@ def save_grids(methods: Sequence[str], titles: Sequence[Sequence[str]], cells: S
     paths = []
     for start in range(0, len(cells), ROWS):
         paths.append(sheet_path(out, len(paths) + 1))
-        draw_sheet(methods, titles[start:start + ROWS], cells[start:start + ROWS]).save(paths[-1])
+        draw_sheet(columns, titles[start:start + ROWS], cells[start:start + ROWS]).save(paths[-1])
     number = len(paths) + 1
     while sheet_path(out, number).is_file():
         sheet_path(out, number).unlink()
@@ -47,16 +47,16 @@ def sheet_path(out: Path, number: int) -> Path:
     return out / ("grid.png" if number == 1 else f"grid_{number}.png")
 
 
-def draw_sheet(methods: Sequence[str], titles: Sequence[Sequence[str]],
+def draw_sheet(columns: Sequence[str], titles: Sequence[Sequence[str]],
                cells: Sequence[Sequence[Cell]]) -> Image.Image:
-    """One sheet: the methods above, each set's lines at the left."""
+    """One sheet: the columns' names above, each row's lines at the left."""
     width, height = cell_size(cells)
-    sheet = Image.new("RGB", (GAP + LABEL + (width + GAP) * len(methods),
+    sheet = Image.new("RGB", (GAP + LABEL + (width + GAP) * len(columns),
                               2 * GAP + LINE + (height + GAP) * len(cells)), PAPER)
     pen = ImageDraw.Draw(sheet)
-    lefts = [GAP + LABEL + (width + GAP) * i for i in range(len(methods))]
-    for left, method in zip(lefts, methods, strict=True):
-        pen.text((left, GAP), fitted(pen, method, width, TEXT), INK, font(TEXT))
+    lefts = [GAP + LABEL + (width + GAP) * i for i in range(len(columns))]
+    for left, name in zip(lefts, columns, strict=True):
+        pen.text((left, GAP), fitted(pen, name, width, TEXT), INK, font(TEXT))
     for k, (lines, row) in enumerate(zip(titles, cells, strict=True)):
         top = 2 * GAP + LINE + (height + GAP) * k
         for i, line in enumerate(lines[:height // LINE]):

@@ -5,7 +5,8 @@
     python3 queue_prompt.py workflow.json --server 192.168.1.5:8188 --out pictures --set 6.text="a cat" --set 3.seed=7
 
 The workflow is a file in API format (in ComfyUI: Workflow, Export (API)). `--set NODE.INPUT=VALUE` changes an input
-before it is queued; VALUE is JSON where it can be read as JSON, else text. Python 3.10 or newer, nothing to install.
+before it is queued. NODE is the node's number, or its title or class where one node alone has it; VALUE is JSON where
+it can be read as JSON, else text. Python 3.10 or newer, nothing to install.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class WebSocket:
     def _read(self, size: int) -> bytes:
         data = self.stream.read(size)
         if len(data) < size:
-            raise Problem("The server closed the connection.")
+            raise Unreachable("The server closed the connection.")
         return data
 
     def _frame(self) -> tuple[int, bool, bytes]:
@@ -86,7 +87,7 @@ class WebSocket:
         while True:
             opcode, last, data = self._frame()
             if opcode == 8:
-                raise Problem("The server closed the connection.")
+                raise Unreachable("The server closed the connection.")
             if opcode == 9:
                 mask = os.urandom(4)
                 payload = bytes(byte ^ mask[i % 4] for i, byte in enumerate(data))
@@ -133,14 +134,47 @@ def load_workflow(path: Path, changes: list[str]) -> dict[str, Any]:
         raise Problem(f"{path} is not in API format. In ComfyUI use Workflow, Export (API).")
     for change in changes:
         target, equals, text = change.partition("=")
-        node, _, name = target.partition(".")
-        if not equals or node not in workflow or name not in workflow[node]["inputs"]:
-            raise Problem(f"--set {change}: expected NODE.INPUT=VALUE with a node and an input of {path.name}")
         try:
-            workflow[node]["inputs"][name] = json.loads(text)
-        except ValueError:
-            workflow[node]["inputs"][name] = text
+            if not equals:
+                raise Problem(f"expected NODE.INPUT=VALUE with a node and an input of {path.name}")
+            node, name = place_of(workflow, target)
+        except Problem as problem:
+            raise Problem(f"--set {change}: {problem}") from None
+        workflow[node]["inputs"][name] = value_of(text)
     return workflow
+
+
+def place_of(workflow: dict[str, Any], target: str, more: tuple[str, ...] = ()) -> tuple[str, str]:
+    """(node, input) that NODE.INPUT means. Both may have dots in them. Raises Problem.
+
+    more   what counts as an input of every node
+    """
+    several: list[str] = []
+    for at in (i for i, letter in enumerate(target) if letter == "."):
+        name, found = target[at + 1:], named(workflow, target[:at])
+        found = [node for node in found if name in workflow[node]["inputs"] or name in more]
+        if len(found) == 1:
+            return found[0], name
+        several = several or found
+    if several:
+        raise Problem(f"several nodes are called so: {', '.join(several)}. Name one by its number.")
+    raise Problem("expected NODE.INPUT, with the number, title or class of a node of the workflow and an input of it")
+
+
+def named(workflow: dict[str, Any], name: str) -> list[str]:
+    """The nodes of a number, or else of a title, or else of a class."""
+    if name in workflow:
+        return [name]
+    titled = [node for node, entry in workflow.items() if entry.get("_meta", {}).get("title") == name]
+    return titled or [node for node, entry in workflow.items() if entry["class_type"] == name]
+
+
+def value_of(text: str) -> Any:
+    """JSON where it can be read as JSON, else text."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def follow(socket_: WebSocket, prompt_id: str, workflow: dict[str, Any], tell: Callable[[str], object]) -> None:

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from lora_ensemble.benchmarks import composlora
 from lora_ensemble.benchmarks.composlora import Cell, choices, defaults, measured, methods_of, plan_of, rows_of
-from lora_ensemble.benchmarks.composlora_grid import save_grids
 from lora_ensemble.benchmarks.composlora_sets import CATEGORIES, Lora, all_sets, example, read_loras, some_of
+from lora_ensemble.examples.picture_grid import save_grids
 from lora_ensemble.examples.queue_prompt import Problem
 from lora_ensemble.testbed.protocol import ORDER, chosen
 from lora_ensemble.testbed.scene import CONCEPTS
