@@ -7,7 +7,7 @@ import json
 import pytest
 from lora_ensemble.tools import results
 from lora_ensemble.tools.report import Part, page
-from lora_ensemble.tools.results import Results, fingerprint, read
+from lora_ensemble.tools.results import EVERYTHING, Results, fingerprint, read
 
 CASES = ["1", "2", "3", "4"]
 PART = Part("some", "some cases", 4)
@@ -69,17 +69,18 @@ def test_the_fingerprint_is_of_the_pack_and_of_the_files_named(tmp_path, monkeyp
         (tmp_path / name).write_text("1")
     monkeypatch.setattr(results, "ROOT", tmp_path)
 
-    def now() -> str:
+    def changes(name: str, of: str = "run.py") -> bool:
         fingerprint.cache_clear()
-        return fingerprint("run.py")
+        before = fingerprint(of)
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+        fingerprint.cache_clear()
+        return fingerprint(of) != before
 
-    first = now()
-    (tmp_path / "tests/other.py").write_text("2")
-    assert now() == first
-    for name in ("kernels/a.py", "tests/run.py"):
-        before = now()
-        (tmp_path / name).write_text("2")
-        assert now() != before
+    assert not changes("tests/other.py") and not changes("web/page.md")
+    assert changes("kernels/a.py") and changes("tests/run.py")
+    assert changes("web/other.md", EVERYTHING) and not changes("web/other.md", EVERYTHING)
+    assert not changes("tests/REPORT.md", EVERYTHING) and not changes("demo/x.png", EVERYTHING)
     fingerprint.cache_clear()
 
 

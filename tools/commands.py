@@ -14,7 +14,7 @@ from pathlib import Path
 from .comfyui import COMFYUI_TAG, Host, find_hosts, prepare
 from .environments import ROOT, Stop, child_env, say
 from .report import PARTS, SUITES, write
-from .results import Results
+from .results import EVERYTHING, Results
 
 PYTHONS = ((3, 10), (3, 14))  # oldest and newest version that the pinned torch has wheels for
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
@@ -123,7 +123,8 @@ def deeper_runs(hosts: Sequence[Host], keep: bool = False, night: int | None = N
 def run_test(options: argparse.Namespace) -> int:
     base, hosts = prepare(options)
     long = options.all or options.report
-    summary = Summary(results=Results(SUITES.module, ("**/*.py",), options.keep) if long else None)
+    whole = long and not options.rest  # chosen tests are no suite
+    summary = Summary(results=Results(SUITES.module, (EVERYTHING,), options.keep) if whole else None)
     summary.run("ruff", [base, "-m", "ruff", "check", "."])
     try:
         for title, command, env in () if options.report else pytest_runs(base, hosts, options.all, options.rest):

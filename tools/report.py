@@ -39,7 +39,7 @@ PARTS = (Part("fuzz_files", "damaged LoRA files", 2000),
          Part("fuzz_api", "damaged API workflows", 700),
          Part("inject", "faults in a run"),
          Part("same", "the same picture again"),
-         Part("soak", "a long night", each=True),
+         Part("soak", "a long night (1 000 prompts with --soak)", each=True),
          Part("mutate", "faults in the code", 60))
 SUITES = Part("suites", "the tests as a whole", each=True)
 

@@ -27,6 +27,9 @@ from .environments import ROOT, say
 
 OUT = ROOT / "tests" / "out"
 CODE = ("kernels", "methods", "engine", "host", "nodes", "testbed")
+EVERYTHING = "*"
+MADE = {"out", "demo", "__pycache__"}
+"""Folders of what is made here."""
 Found = tuple[str, dict[str, Any]]
 """What became of a case in a few words that others share, and more to be kept of it."""
 TOLD = 50
@@ -37,9 +40,14 @@ LONGEST = 600
 
 @cache
 def fingerprint(*tests: str) -> str:
-    """Of everything that the pack and those files of tests/ are made of: a change makes earlier findings old."""
-    paths = {path for folder in CODE for path in (ROOT / folder).rglob("*.py")} | {ROOT / "__init__.py"}
-    paths |= {path for pattern in tests for path in (ROOT / "tests").glob(pattern)}
+    """Of all that the pack and those files of tests/ are made of, or of the whole folder for EVERYTHING: a change makes
+    earlier findings old."""
+    if EVERYTHING in tests:
+        paths = {path for path in ROOT.rglob("*") if path.is_file() and path.name != "REPORT.md" and not any(
+            part.startswith(".") or part in MADE for part in path.relative_to(ROOT).parts)}
+    else:
+        paths = {path for folder in CODE for path in (ROOT / folder).rglob("*.py")} | {ROOT / "__init__.py"}
+        paths |= {path for pattern in tests for path in (ROOT / "tests").glob(pattern)}
     whole = hashlib.sha256()
     for path in sorted(paths):
         whole.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
