@@ -41,8 +41,12 @@ def guard(node: type[io.ComfyNode]) -> None:
 
     @functools.wraps(execute)
     def checked(cls, *args: Any, **kwargs: Any) -> io.NodeOutput:
-        bound = signature.bind(cls, *args, **kwargs)
         schema = cls.define_schema()
+        if rest is None and (strange := sorted(kwargs.keys() - signature.parameters.keys())):
+            # ComfyUI hands on what is linked, whether or not the schema names it.
+            raise ValueError(f"{schema.display_name}: this version of the node has no input {_brief(strange[0])}. The "
+                             "workflow was made for another one: update LoRA Ensemble, or remove that link.")
+        bound = signature.bind(cls, *args, **kwargs)
         given = {**bound.arguments, **bound.arguments.get(rest, {})}
         for part in sorted(schema.inputs, key=_socket):
             if part.id in given:

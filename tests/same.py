@@ -42,6 +42,9 @@ from .workflows import ROOT, find
 DEPENDS = ("same.py", "fuzz_api.py", "server.py", "workflows.py", "host/builders.py", "host/models.py",
            "host/test_two_runs.py", "comfy_testbed/*.py")
 ROUNDING = 1e-3
+EVEN = {"K-LoRA": {"scheduler": "normal"}}
+"""Settings of cut runs: K-LoRA's progress goes by the noise level, and the first of two runs cannot know a schedule
+that does not divide it evenly."""
 
 
 class Restarts:
@@ -114,11 +117,10 @@ class Parts:
     def check(self, case: str) -> str:
         what, _, name = case.partition(": ")
         if what.startswith("cut at"):
-            cut = int(what.removeprefix("cut at "))
-            whole = part(self.makes[name](self.ensemble), 0, STEPS)
-            half = part(self.makes[name](self.ensemble), 0, cut)
-            return self.same(part(self.makes[name](self.ensemble), cut, STEPS, half), whole,
-                             part(self.model, 0, STEPS))
+            cut, make, even = int(what.removeprefix("cut at ")), self.makes[name], EVEN.get(name, {})
+            half = part(make(self.ensemble), 0, cut, **even)
+            return self.same(part(make(self.ensemble), cut, STEPS, half, **even),
+                             part(make(self.ensemble), 0, STEPS, **even), part(self.model, 0, STEPS, **even))
         if what.startswith("batch"):
             ours = self.makes[name](self.ensemble)
             noise = torch.randn((3, 4, 8, 8), generator=torch.Generator().manual_seed(1))

@@ -73,6 +73,15 @@ def test_what_is_of_another_type_is_refused_by_the_name_of_its_input(node):
 
 
 @each_node
+def test_a_link_to_an_input_that_the_node_does_not_have(node):
+    """As a workflow of a later version may bring: ComfyUI hands it on."""
+    if any(part.kind is part.VAR_KEYWORD for part in inspect.signature(node.execute).parameters.values()):
+        return  # the node takes all inputs
+    with pytest.raises(ValueError, match="this version of the node has no input 'strange'. .*update LoRA Ensemble"):
+        node.execute(**plain(node), strange=5)
+
+
+@each_node
 def test_every_socket_is_one_that_is_checked(node):
     for part in node.define_schema().inputs:
         known = isinstance(part, io.Int.Input | io.Float.Input | io.String.Input | io.Boolean.Input | io.Combo.Input)
