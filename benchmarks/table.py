@@ -38,7 +38,8 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def goal_table(records: Iterable[dict]) -> str:
-    """What goals.py made of the results: one line per goal."""
+    """What goals.py made of the results: one line per goal, those of speed (G), of Routed (R), of the engine (E)."""
+    records = sorted(records, key=lambda r: ("GRE".index(r["goal"][0]), int(r["goal"][1:])))
     return markdown(["goal", "what", "target", "measured", "verdict"],
                     [[r["goal"], r["what"], r["target"], r["measured"], r["verdict"]] for r in records])
 
@@ -71,7 +72,7 @@ def int8_table(records: Iterable[dict]) -> str:
 
 
 TABLES: dict[str, tuple[tuple[str, ...], tuple[str, ...], Callable[[Iterable[dict]], str]]] = {
-    "Goals": (("goal",), ("goal",), goal_table),
+    "Goals": (("goal",), ("goal", "what"), goal_table),
     "Host time": (("layer", "step"), ("bench", "case", "layer", "model"), host_table),
     "Adapter kinds": (("kind",), ("kind", "layer", "tokens"), kind_table),
     "LoRAs on int8 weights": (("int8",), ("model", "format", "case", "blocks", "tokens", "rank"), int8_table),
