@@ -4,6 +4,10 @@ Rows are DynamicCombos of the host, one inside the other: no code in the browser
 those before it as they are, and the list of files is in the schema once per row. All fields are optional, so that a
 workflow in API format names those that it sets, and in the order of the rows, since the front end shows required ones
 first.
+
+Later releases have `io.DynamicGroup`, rows of one template. They are not used where they are: a template takes plain
+widgets alone, so that no row could keep its further settings closed, and a workflow that is saved with groups would not
+open where there are none. Rows are the same on every release.
 """
 
 from __future__ import annotations
