@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("lora_ensemble")
 AUTO = "auto"
+WIDE = ("style", "always")
+"""Roles of LoRAs that act everywhere, as they should."""
 METHODS: dict[str, type[io.ComfyNode]] = {
     "Routed": LoRAEnsembleRouted, "Merge": LoRAEnsembleMerge, "Switch": LoRAEnsembleSwitch,
     "Composite": LoRAEnsembleComposite, "CMLoRA": LoRAEnsembleCMLoRA, "LoRAtorio": LoRAEnsembleLoRAtorio,
@@ -155,7 +157,8 @@ def composed(model: ModelPatcher, clip: CLIP | None, ensemble: Ensemble, method:
         raise ValueError(f"{NODE}, row {' and '.join(numbers)}: {error}") from error
     if reason and model.get_attachment(KEY) is not None:
         model = with_reason(model, f"{NODE} took {name}: {reason}")
-    return model, clip, "\n".join([f"auto: {name}, {reason}" if reason else name, *_lines(ensemble)])
+    return model, clip, "\n".join([f"auto: {name}, {reason}" if reason else name,
+                                  *_lines(ensemble, name == "Routed")])
 
 
 def defaults(node: type[io.ComfyNode]) -> dict[str, Any]:
@@ -163,13 +166,13 @@ def defaults(node: type[io.ComfyNode]) -> dict[str, Any]:
     return {part.id: part.default for part in node.define_schema().inputs if getattr(part, "default", None) is not None}
 
 
-def _lines(ensemble: Ensemble) -> list[str]:
+def _lines(ensemble: Ensemble, by_words: bool) -> list[str]:
     """A line per LoRA: its number, which prompts count by, its strength, and what it is placed by."""
-    return [f"{number}  {lora.name}: {_about(lora, words.phrases, words.trigger)}"
+    return [f"{number}  {lora.name}: {_about(lora, words.phrases, words.trigger, by_words)}"
             for number, (lora, words) in enumerate(zip(ensemble, lora_words(ensemble), strict=True), 1)]
 
 
-def _about(lora: LoRASpec, typed: Sequence[tuple[str, str]], trigger: Sequence[str]) -> str:
+def _about(lora: LoRASpec, typed: Sequence[tuple[str, str]], trigger: Sequence[str], by_words: bool) -> str:
     if not lora.acts:
         return "off"
     parts = [f"{lora.strength_model:g}"]
@@ -180,6 +183,8 @@ def _about(lora: LoRASpec, typed: Sequence[tuple[str, str]], trigger: Sequence[s
         parts.append("words " + ", ".join(phrase for phrase, _ in typed))
     elif trigger:
         parts.append("trigger words of its file: " + ", ".join(trigger[:4]))
+    elif by_words and lora.mask is None and lora.role not in WIDE:
+        parts.append("no known words, so it acts everywhere: type them (more), or mark them in the prompt")
     return ", ".join(parts)
 
 

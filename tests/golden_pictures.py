@@ -2,8 +2,8 @@
 
     COMFYUI_UNDER_TEST=PATH python run.py _with - lora_ensemble.tests.golden_pictures CHECKOUT
 
-CHECKOUT is a checkout of that version in a folder called lora-ensemble. Writes tests/golden/VERSION/pictures/NAME.png for
-each of its workflows in API format: the pictures that it saves, one below the other.
+CHECKOUT is a checkout of that version in a folder called lora-ensemble. Writes tests/golden/VERSION/pictures/NAME.png
+for each of its workflows in API format: the pictures that it saves, one below the other.
 """
 
 from __future__ import annotations

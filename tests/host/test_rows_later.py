@@ -1,5 +1,5 @@
-"""Rows of LoRA Ensemble on later releases, which have groups of rows (`io.DynamicGroup`): a stand-in with their rule for
-what a row may hold. The rows stay as they are, and so do workflows that were saved on any release."""
+"""Rows of LoRA Ensemble on later releases, which have groups of rows (`io.DynamicGroup`): a stand-in with their rule
+for what a row may hold. The rows stay as they are, and so do workflows that were saved on any release."""
 
 from __future__ import annotations
 

@@ -278,6 +278,21 @@ def test_it_says_what_it_took(two, caplog):
     assert record["reasons"] == ["LoRA Ensemble took Routed: of 2 LoRAs 2 have words, so each can act where it belongs"]
 
 
+def test_routed_names_the_loras_whose_words_nobody_knows(two):
+    """They act everywhere; those that should, by their role, are no matter."""
+    given = nested(lora_1=two[0], words_1="ohwx", lora_2=two[1], lora_3=two[1], role_3="style")
+
+    def told(method: str) -> list[str]:
+        (text,) = NODE.execute(base("SD15"), method, **given, clip=small_clip()).ui.as_dict()["text"]
+        return text.splitlines()[1:]
+
+    assert told("Routed") == [
+        "1  a.safetensors: 1, words ohwx",
+        "2  b.safetensors: 1, no known words, so it acts everywhere: type them (more), or mark them in the prompt",
+        "3  b.safetensors: 1, style"]
+    assert told("Merge")[1] == "2  b.safetensors: 1"
+
+
 # --- auto ---
 
 
