@@ -8,6 +8,7 @@ import re
 
 import lora_ensemble
 import pytest
+from lora_ensemble.nodes import menu
 from lora_ensemble.tests.server import Server
 from lora_ensemble.tools.languages import FOLDER, LANGUAGES, english, flat, nested, read, translated
 
@@ -58,10 +59,20 @@ def test_choices_and_names_of_other_inputs_are_those_of_the_node(language):
                     assert option in text, f"{language}: {schema.node_id}.{part.id} does not explain {option}"
 
 
+@each_language
+def test_the_shelves_of_the_menu_are_translated(language):
+    """All of them and none that is gone, in words of the language; `LoRA` is a name."""
+    found = json.loads((FOLDER / language / "main.json").read_text(encoding="utf-8"))
+    assert set(found) == {"nodeCategories"} and set(found["nodeCategories"]) == {menu.ROOT, *menu.SHELVES}
+    assert not any(text.isascii() for text in found["nodeCategories"].values())
+    assert {part for schema in SCHEMAS for part in schema.category.split("/")} == set(found["nodeCategories"])
+
+
 def test_the_host_serves_them(server: Server):
     served = server.json("/i18n")
     for language in ("en", *LANGUAGES):
         assert {name: served[language]["nodeDefs"][name] for name in NEW} == read(language)
+    assert served["ja"]["nodeCategories"]["compose"] == "組み合わせ"
 
 
 HELP = sorted((FOLDER.parent / "web" / "docs").glob("*/*.md"))
