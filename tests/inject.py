@@ -171,7 +171,7 @@ def jobs(folder: Path) -> dict[str, Job]:
         "Routed by words on Flux": Job(lambda: routed(flux, flux_words), family="Flux"),
         "K-LoRA": Job(lambda: levers(sd15, LoRAEnsembleKLoRA, 1.5, -1.0, "s", "paper", 0, "as applied")),
         "EST-LoRA": Job(lambda: levers(sd15, LoRAEnsembleESTLoRA, 1.5, 0.5, "energy")),
-        "Adaptive Guidance": Job(lambda: ag(composite(sd15, few), 0.5)),
+        "Adaptive Guidance": Job(lambda: ag(composite(sd15, few), 0.5, min_steps=2)),
         "extrapolated guidance": Job(lambda: extrapolated(composite(sd15, few))),
         "Calibrate Guidance": Job(look=calibration),
         "LoRA Spectrum": Job(look=lambda: LoRAEnsembleSpectrum.execute(

@@ -93,5 +93,15 @@ def test_what_comes_after_is_held_against_the_cases_before_it(tmp_path):
     assert not kept(tmp_path).done("3") and "another picture" in page("--all", tmp_path, [PART])
 
 
+def test_the_page_says_how_a_run_was_started(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["some.py", "--files", "6", "--keep", "--out", str(tmp_path)])
+    kept(tmp_path).judge(["1"], check([]))
+    assert "some cases (`some --files 6`)" in page("--all", tmp_path, [PART])
+    monkeypatch.setattr("sys.argv", ["some.py", "--keep"])
+    (tmp_path / "some.jsonl").unlink()
+    kept(tmp_path).judge(["1"], check([]))
+    assert "some cases (`some`)" in page("--all", tmp_path, [PART])
+
+
 def test_what_was_not_run_is_said(tmp_path):
     assert "some cases (`some`): not run." in page("--report", tmp_path, [PART])

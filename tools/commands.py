@@ -121,6 +121,9 @@ def deeper_runs(hosts: Sequence[Host], keep: bool = False, night: int | None = N
 
 
 def run_test(options: argparse.Namespace) -> int:
+    if options.page:
+        say(f"written: {write('--page')}")
+        return 0
     base, hosts = prepare(options)
     long = options.all or options.report
     whole = long and not options.rest  # chosen tests are no suite
@@ -192,6 +195,7 @@ def main(arguments: Sequence[str], description: str) -> int:
                         "damaged files, workflows and faults; hours; writes\ntests/REPORT.md; goes on where "
                         "it was stopped")
     parser.add_argument("--report", action="store_true", help="test: of --all the long runs alone, and the page")
+    parser.add_argument("--page", action="store_true", help="test: run nothing, write the page of what has been found")
     parser.add_argument("--soak", action="store_true", help=f"test: with --all or --report, {NIGHT} prompts in each\n"
                         "of ComfyUI's cache modes")
     parser.add_argument("--keep", action="store_true", help="test: what --all found with earlier code counts, too")

@@ -49,10 +49,11 @@ def page(option: str, folder: Path = OUT, parts: Sequence[Part] = (SUITES, *PART
     found = {part: read(part.module, folder) for part in parts}
     hosts = sorted({line["host"] for lines in found.values() for line in lines})
     lines = ["# What the tests found", "",
-             f"Written by `python3 run.py test {option}` on {date.today()} at commit {commit()}: {platform.machine()} "
-             f"with {os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}; "
-             f"{', '.join(hosts) or 'no ComfyUI'}. What a run does is said at the head of its file in `tests/`; the "
-             "same command makes what is missing here and goes on where it was stopped.", "",
+             f"Written by `python3 run.py test {option}` of what `--all` has found, on {date.today()} at commit "
+             f"{commit()}: {platform.machine()} with {os.cpu_count()} cores, {platform.system()}, Python "
+             f"{platform.python_version()}; "
+             f"{', '.join(hosts) or 'no ComfyUI'}. What a run does is said at the head of its file in `tests/`; "
+             "`python3 run.py test --all --keep` goes on with what is missing here.", "",
              "| run | cases | what became of them | time | commit |", "| --- | --- | --- | --- | --- |"]
     lines += [_row(part, found[part]) for part in parts if found[part] and not part.each]
     for part in parts:
@@ -78,8 +79,9 @@ def _row(part: Part, lines: list[dict[str, Any]]) -> str:
     asked = part.whole or max(line.get("of", 0) for line in lines)
     seconds = sum(line["seconds"] for line in lines)
     commits = ", ".join(dict.fromkeys(line["commit"] for line in lines))
-    return (f"| {part.title} (`{part.module}`) | {len(lines)} of {asked} | {_cell(told(lines).partition(': ')[2])} | "
-            f"{seconds:.0f} s | {commits} |")
+    calls = "; ".join(dict.fromkeys(f"`{part.module} {line['call']}`" for line in lines if line.get("call")))
+    return (f"| {part.title} ({calls or f'`{part.module}`'}) | {len(lines)} of {asked} | "
+            f"{_cell(told(lines).partition(': ')[2])} | {seconds:.0f} s | {commits} |")
 
 
 def _cut(parts: Sequence[Part], found: dict[Part, list[dict[str, Any]]]) -> list[str]:

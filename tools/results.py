@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
@@ -52,6 +53,18 @@ def fingerprint(*tests: str) -> str:
     for path in sorted(paths):
         whole.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return whole.hexdigest()[:12]
+
+
+def call() -> str:
+    """How the run was started, as far as it differs from the defaults."""
+    given, out = list(sys.argv[1:]), []
+    while given:
+        argument = given.pop(0)
+        if argument == "--out":
+            given[:1] = []
+        elif argument != "--keep":
+            out.append(argument)
+    return " ".join(out)
 
 
 @cache
@@ -104,7 +117,8 @@ class Results:
     def add(self, case: str, became: str, ok: bool, seconds: float, **more: Any) -> None:
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         self.lines[case] = line = {"case": case, "became": became, "ok": ok, "seconds": round(seconds, 3), **more,
-                                   "code": self.code, "commit": commit(), "host": host_version(), "when": now}
+                                   "call": call(), "code": self.code, "commit": commit(), "host": host_version(),
+                                   "when": now}
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._path.open("a", encoding="utf-8") as file:
             file.write(("\n" if file.tell() else "") + json.dumps(line))  # a line that a stop cut short ends here
