@@ -80,12 +80,12 @@ PARTS: dict[str, Part] = {
                       cpu="--size 256 --n 1 4 --steps 3", quick=f"{SMALL} --n 1 2"),
     "SDXL 1024": Part("speed", 150, "--model SDXL --only composite tax --base",
                       cuda="--size 1024 --n 5 --steps 8 --rounds 3 --repeats 10", quick=f"{SMALL} --n 2"),
-    "host time": Part("host_time", 150, cuda="--rounds 30", cpu="--rounds 30", quick="--quick"),
+    "host time": Part("host_time", 150, cuda="--rounds 8", cpu="--rounds 30", quick="--quick"),
     "stack SD1.5": Part("speed", 90, "--model SD1.5 --only stack cache",
                         cuda="--size 512 --n 5 --run-steps 31 --rounds 3", cpu="--size 256 --n 4 --run-steps 7",
                         quick=f"{SMALL} --n 2"),
     "stack SDXL": Part("speed", 150, "--model SDXL --only stack cache saving",
-                       cuda="--size 1024 --n 5 --run-steps 31 --rounds 2", quick=f"{SMALL} --n 2"),
+                       cuda="--size 1024 --n 5 --run-steps 31 --rounds 1", quick=f"{SMALL} --n 2"),
     "statistics": Part("selection", 60, "--only topk energy", cuda="", cpu="", quick="--repeats 1", needs=()),
     "nodes": Part("nodes", 90, cuda="", cpu="", quick="--quick --runs 1", needs=("comfyui",)),
     "choices": Part("selection", 90, "--only layers", cuda="--repeats 10", cpu="--every 7",
@@ -107,10 +107,10 @@ PARTS: dict[str, Part] = {
                         cuda="--size 1024 --n 5 --steps 8 --rounds 3", quick=f"{SMALL} --n 2"),
     "routed Flux": Part("speed", 120, "--model Flux --only routed --scope attention",
                         cuda="--size 1024 --n 5 --steps 6 --rounds 2", quick=f"{SMALL} --n 2"),
-    "floor SDXL": Part("speed", 300, "--model SDXL --only floor", cuda="--size 1024 --n 5 --steps 8 --compile",
+    "floor SDXL": Part("speed", 300, "--model SDXL --only floor", cuda="--size 1024 --n 5 --steps 4 --compile",
                        quick=f"{SMALL} --n 2"),
     "floor Flux": Part("speed", 300, "--model Flux --only floor --scope attention",
-                       cuda="--size 1024 --n 5 --steps 8 --compile", quick=f"{SMALL} --n 1"),
+                       cuda="--size 1024 --n 5 --steps 4 --compile", quick=f"{SMALL} --n 1"),
 }
 
 

@@ -3,7 +3,6 @@ that its products alone would take."""
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from time import perf_counter
 
 import torch
@@ -58,15 +57,13 @@ def bench_floor(composed, conds: list, noise: Tensor, steps: int, cfg: float, dt
                 compiled: bool) -> dict[str, float]:
     """What the products of a step (of layers, convolutions, attention and LoRAs) would take at the matrix rate of the
     device, as a share of a step; compiled: also of a step of the model under torch.compile."""
-    def step(model, watch=None) -> float:
-        with watch or nullcontext():
-            times = sampled(model, *conds, noise, steps, cfg)[1]
-        return median(times[1:]).wall
+    def step(model) -> float:
+        return median(sampled(model, *conds, noise, steps, cfg)[1][1:]).wall
 
-    counter = FlopCounterMode(display=False)
+    with FlopCounterMode(display=False) as counter:  # looks at every operation: slow
+        sampled(composed, *conds, noise, 1, cfg)
+    operations = counter.get_total_flops()
     step(composed)
-    step(composed, counter)
-    operations = counter.get_total_flops() / steps
     rate = matrix_rate(composed.load_device, dtype)
     found = {"operations": float(operations), "rate": rate, "seconds": step(composed)}
     found["share"] = operations / rate / found["seconds"]
