@@ -3,9 +3,9 @@
 
 Reads the lines of JSON that the benchmarks print (others are passed over) and prints Markdown: the goals, the host's
 time, the price of adapter kinds, each under the machine, the date and the commit that it was measured on.
---write puts that between the markers in benchmarks/README.md instead. Of a result that is there several times for one
-machine and date the last one counts; the commits of a table are those of the results that it shows. Needs the
-standard library alone.
+--write puts that between the markers in benchmarks/README.md instead, and what methods.py printed into RESULTS.md. Of a
+result that is there several times for one machine and date the last one counts; the commits of a table are those of the
+results that it shows. Needs the standard library alone.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import floor, log10
 from pathlib import Path
 
-README = Path(__file__).with_name("README.md")
+README, RESULTS = (Path(__file__).with_name(name) for name in ("README.md", "RESULTS.md"))
 BEGIN, END = "<!-- measured: written by table.py -->", "<!-- end of measured -->"
 
 
@@ -71,6 +71,25 @@ def int8_table(records: Iterable[dict]) -> str:
                       f"{100 * r['quartiles'][0]:+.1f} to {100 * r['quartiles'][1]:+.1f}"] for r in records])
 
 
+def method_table(records: Iterable[dict]) -> str:
+    """What each way of drawing costs, a line per model, number of LoRAs and way; savings as times of the plain way."""
+    runs: dict[tuple, dict[str, dict]] = {}
+    for r in records:
+        model = f"{r['model']}, {r['size']} x {r['size']}, {r['dtype']}"
+        runs.setdefault((model, r["n"], r["way"]), {})[r["saving"]] = r
+    rows = []
+    for (model, n, way), here in runs.items():
+        if "none" not in here:
+            continue
+        plain = here["none"]
+        savings = [f"x {here[how]['seconds'] / plain['seconds']:.2f}" if how in here else ""
+                   for how in ("guidance", "cache", "both", "always on")]
+        rows.append([model, str(n), way, number(plain["seconds"] / (plain["steps"] - 1)), f"x {plain['ratio']:.2f}",
+                     str(plain["rows"]), f"{plain['bytes'] / 1e9:.2f}", *savings])
+    return markdown(["model", "LoRAs", "way", "step, s", "over the plain model", "samples in a run", "memory, GB",
+                     "extrapolated guidance", "forecast cache", "both", "one more LoRA, always on"], rows)
+
+
 TABLES: dict[str, tuple[tuple[str, ...], tuple[str, ...], Callable[[Iterable[dict]], str]]] = {
     "Goals": (("goal",), ("goal", "what"), goal_table),
     "Host time": (("layer", "step"), ("bench", "case", "layer", "model"), host_table),
@@ -78,6 +97,7 @@ TABLES: dict[str, tuple[tuple[str, ...], tuple[str, ...], Callable[[Iterable[dic
     "LoRAs on int8 weights": (("int8",), ("model", "format", "case", "blocks", "tokens", "rank"), int8_table),
 }
 """Title -> (benchmarks it shows, what tells their results apart, how it is made)."""
+OF_METHODS = {"Methods": (("method",), ("model", "size", "n", "way", "saving"), method_table)}
 
 
 def place(record: dict) -> str:
@@ -87,10 +107,10 @@ def place(record: dict) -> str:
     return f"{record['date']}, {machine}, torch {record['torch']}{host}"
 
 
-def tables(records: Iterable[dict]) -> str:
+def tables(records: Iterable[dict], chosen: Mapping[str, tuple] = TABLES) -> str:
     """All tables that the results give, by place."""
     parts, records = [], list(records)
-    for title, (benches, keys, make) in TABLES.items():
+    for title, (benches, keys, make) in chosen.items():
         found: dict[str, dict[tuple, dict]] = {}
         for record in records:
             if record["bench"] not in benches:
@@ -115,27 +135,29 @@ def read(paths: Iterable[Path]) -> list[dict]:
     return [found for found in map(result, lines) if found is not None and not found.get("quick")]
 
 
-def written(readme: str, text: str) -> str:
-    """`readme` with `text` between its markers. Raises ValueError where they are missing."""
-    before, begin, rest = readme.partition(BEGIN)
+def written(page: str, text: str) -> str:
+    """A page with `text` between its markers. Raises ValueError where they are missing."""
+    before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"benchmarks/README.md lacks the lines '{BEGIN}' and '{END}' that the tables go between")
+        raise ValueError(f"a page of benchmarks/ lacks the lines '{BEGIN}' and '{END}' that the tables go between")
     return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
 
 
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="table", description=__doc__.split("\n\n")[0])
     parser.add_argument("results", nargs="+", type=Path, help="what the benchmarks have printed")
-    parser.add_argument("--write", action="store_true", help="into benchmarks/README.md")
+    parser.add_argument("--write", action="store_true", help="into benchmarks/README.md and RESULTS.md")
     options = parser.parse_args(arguments)
-    text = tables(read(options.results))
-    if not text:
+    records = read(options.results)
+    found = {page: text for page, text in ((README, tables(records)), (RESULTS, tables(records, OF_METHODS))) if text}
+    if not found:
         raise SystemExit("no result in " + ", ".join(map(str, options.results)))
-    if options.write:
-        README.write_text(written(README.read_text(encoding="utf-8"), text), encoding="utf-8")
-    else:
-        sys.stdout.write(text + "\n")
+    for page, text in found.items():
+        if options.write:
+            page.write_text(written(page.read_text(encoding="utf-8"), text), encoding="utf-8")
+        else:
+            sys.stdout.write(text + "\n")
 
 
 if __name__ == "__main__":

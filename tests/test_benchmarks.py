@@ -104,6 +104,20 @@ def test_a_goal_that_was_not_measured_once_more_stays():
     assert "| not asked for |" in table.tables(later[1:])
 
 
+def method_line(way: str, saving: str, seconds: float) -> dict:
+    return {"bench": "method", "way": way, "saving": saving, "model": "SD1.5", "size": 256, "dtype": "float32", "n": 2,
+            "steps": 5, "seconds": seconds, "ratio": seconds / 4, "rows": 10, "bytes": 5e8, **STAMP}
+
+
+def test_the_table_of_methods():
+    records = [method_line("plain model", "none", 4.0), method_line("Merge", "none", 8.0),
+               method_line("Merge", "guidance", 6.0), method_line("Routed", "cache", 5.0)]
+    text = table.tables(records, table.OF_METHODS)
+    assert "| SD1.5, 256 x 256, float32 | 2 | plain model | 1.00 | x 1.00 | 10 | 0.50 |  |  |  |  |" in text
+    assert "| 2 | Merge | 2.00 | x 2.00 | 10 | 0.50 | x 0.75 |  |  |  |" in text and "Routed" not in text
+    assert not table.tables(records) and table.RESULTS.read_text(encoding="utf-8").count(table.BEGIN) == 1
+
+
 def test_tables_are_written_between_their_markers():
     readme = f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n"
     assert table.written(readme, "new") == f"before\n{table.BEGIN}\n\nnew\n\n{table.END}\nafter\n"

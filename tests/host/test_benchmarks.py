@@ -80,6 +80,15 @@ def test_nodes(results):
     assert [r["bench"] for r in found] == ["node", "sizes", "sizes"] and {r["layers"] for r in found} == {722}
 
 
+def test_every_method(results):
+    found = results("methods", "--scale", "0.05", "--size", "64", "--steps", "4", "--n", "2", "--methods", "Routed",
+                    "Composite", "--savings", "none", "both", "always on")
+    rows = {(r["way"], r["saving"]): r["rows"] for r in found}
+    assert rows["plain model", "none"] == rows["ComfyUI's loaders", "none"] == 8
+    assert rows["ComfyUI's hooks", "none"] == rows["Composite", "none"] == rows["Composite", "always on"] == 16
+    assert rows["Routed", "none"] == 9 and len(rows) == 9
+
+
 def test_a_picture_that_is_another_is_not_timed(monkeypatch):
     """Guard: what rounding may do is no leave to be wrong."""
     bench = object.__new__(speed.Bench)
