@@ -1,14 +1,16 @@
-"""What the branch cache costs in quality: `python3 benchmarks/cached.py [--sets K] [--seed S] [--methods ...]`.
+"""What the branch cache costs in quality: `python3 benchmarks/cached.py [--body B] [--sets K] [--seed S]`.
 
 Draws the testbed's sets with every branch whole at every step, and with a cache, whose features are held or foretold,
-and counts what the judge finds (see quality.py). The testbed's U-Net is cut as ComfyUI's are
-(host/families/split_points.py): its outer level runs in every step, the inner one with all attention only when the
-schedule says so. One JSON line per row, then a table:
+and counts what the judge finds (see quality.py). Both bodies are cut as ComfyUI's models of their kind are (cuts.py).
+One JSON line per row, then a table:
 
     held         every interval-th step whole
     held, 2      the same and the second step, as many whole passes as a forecast has
     forecast     these, and between them the features on the straight line through the last two
-    whole        whole passes of a picture's steps
+    paper, held  of CMLoRA, by its own schedule: the leader whole, the others' features as old as all take to lead
+    own, held    the same, and no features older than by the number of steps
+    own, forecast  the same, moved on along their line
+    whole        whole passes, of as many as there are steps
     error        of the pictures to those with every step whole: relative L2
     shown        share of the concepts shown, and its difference in points with its 95 % interval over the sets
 """
@@ -26,85 +28,131 @@ if not __package__:  # started as a file: run it as a module of the pack
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..engine.cache import FeatureCache
 from ..kernels.branch import Branch, Step
+from ..methods import Method
 from ..methods.schedule import NonUniform, Schedule, Uniform
-from ..testbed.base import Base
+from ..methods.session import RunContext, Session, begin
+from ..testbed.beds import BEDS, Bed
+from ..testbed.body import Body
 from ..testbed.evaluate import BATCH, METHODS, RECIPES, interval, score
-from ..testbed.protocol import SEED, LoraSet, some_sets
-from ..testbed.sampler import STEPS, Sampler
-from ..testbed.weights import load_base, load_judge, load_loras
+from ..testbed.protocol import SEED, LoraSet, some_of
+from ..testbed.sampler import ROWS, STEPS, Picture, Sampler
 from ..testbed.worlds import REGIMES
+from .cuts import Caught, cut_of
 from .guidance import apart
 
-INNER = ("downsample", "down_res2", "down_attn", "mid_res", "mid_attn", "up_res2", "up_attn")
+EVERYWHERE = 10**9
+"""An age that no feature reaches."""
 
 
 class CachedSampler(Sampler):
-    """A sampler whose rows reuse deep features. A step whose rows are not those of the last whole step runs whole."""
+    """A sampler whose rows reuse deep features, each those of its own picture, branch and side.
 
-    def __init__(self, base: Base, loras: Sequence[Mapping[str, Tensor]], schedule: Schedule, forecast: bool = False):
+    schedule   when all rows run whole; None: when their methods ask for it (`Session.refresh`)
+    forecast   features move on along the line through the last two
+    """
+
+    def __init__(self, base: Body, loras: Sequence[Mapping[str, Tensor]], schedule: Schedule | None,
+                 forecast: bool = False, depth: int = 1):
         super().__init__(base, loras)
-        self.schedule, self.forecast = schedule, forecast
-        self.steps = self.whole = 0
-        self._rows: tuple | None = None
-        self._kept: list[tuple[float, list[Tensor]]] = []  # of the last two whole steps: noise level, call by call
+        self.schedule, self.cut = schedule, cut_of(base, depth)
+        self.rows = self.whole = 0
+        self._asked: list[bool] = []
+        self._steps = STEPS
+        self._store = FeatureCache(EVERYWHERE if schedule is None else schedule.max_age, forecast)
+
+    def draw(self, pictures: Sequence[Picture], steps: int = STEPS, *more, **options) -> Tensor:
+        self._store.clear()
+        self._steps = steps
+        asking = [replace(p, method=_Asking(p.method, self._asked)) for p in pictures]
+        return super().draw(pictures if self.schedule is not None else asking, steps, *more, **options)
 
     def _predict(self, x: Tensor, sigma: float, contexts: Tensor, pictures: Tensor, branches: list[Branch],
                  *more) -> Tensor:
-        rows, index = (tuple(pictures.tolist()), tuple(branches)), round((1 - sigma) * STEPS)
-        if rows != self._rows or index == 0:
-            self._rows, self._kept = rows, []
-        whole = not self._kept or self.schedule.refreshes(Step(index, STEPS, sigma))
-        self.steps, self.whole = self.steps + 1, self.whole + whole
-        if whole:
-            self._kept = [*self._kept[-1:], (sigma, [])]
-        with self._caught() if whole else self._recalled(sigma):
-            return super()._predict(x, sigma, contexts, pictures, branches, *more)
+        step = Step(round((1 - sigma) * self._steps), self._steps, sigma)
+        seen: Counter = Counter()
+        keys = []  # picture, branch, and the how-manieth row of both: the side of guidance
+        for place in zip(pictures.tolist(), branches, strict=True):
+            keys.append((*place, seen[place]))
+            seen[place] += 1
+        fresh = [self.schedule.refreshes(step)] * len(keys) if self.schedule is not None else \
+            self._asked * (len(keys) // len(self._asked))
+        self._asked.clear()
+        whole = [r for r, key in enumerate(keys) if fresh[r] or self._store.get(key, step.index) is None]
+        rest = [r for r in range(len(keys)) if r not in set(whole)]
+        self.rows, self.whole = self.rows + len(keys), self.whole + len(whole)
+        out = torch.empty(len(keys), *x.shape[1:], device=x.device)
+        for part, run in ((whole, self._caught), (rest, self._recalled)):
+            if part:
+                # In the order of the sampler, which calls the net once for so many rows.
+                part = sorted(part, key=lambda r: branches[r].gains)
+                with run([[keys[r] for r in part[k:k + ROWS]] for k in range(0, len(part), ROWS)], step):
+                    out[part] = super()._predict(x, sigma, contexts[part], pictures[part], [branches[r] for r in part],
+                                                 *(more if len(part) == len(keys) else ()))
+        return out
 
     @contextmanager
-    def _caught(self) -> Iterator[None]:
-        """Keep what leaves the inner level, call by call."""
-        handle = self.base.unet.upsample.register_forward_hook(lambda _, __, out: self._kept[-1][1].append(out))
-        try:
+    def _caught(self, calls: list[list], step: Step) -> Iterator[None]:
+        found: list[Caught] = []
+        with self.cut.catch(found):
             yield
-        finally:
-            handle.remove()
+        for keys, features in zip(calls, found, strict=True):
+            for k, key in enumerate(keys):
+                self._store.put(key, step.index, {name: value[k:k + 1] for name, value in features.items()},
+                                [(self.device, float("inf"))], step.time(flow=True))
 
     @contextmanager
-    def _recalled(self, sigma: float) -> Iterator[None]:
-        """The inner level costs nothing, and what leaves it is what was kept, or foretold from it."""
-        kept = iter(self._foretold(sigma) if self.forecast and len(self._kept) > 1 else self._kept[-1][1])
-        layers = [getattr(self.base.unet, name) for name in (*INNER, "upsample")]
-        before = [layer.__dict__.get("forward") for layer in layers]
-        for layer in layers[1:-1]:
-            layer.forward = lambda x, *_: x[:, :0]
-        layers[0].forward = lambda x: x[:, :1, ::2, ::2]  # what is added to it needs the right places
-        layers[-1].forward = lambda x: next(kept)
-        try:
-            yield
-        finally:
-            for layer, forward in zip(layers, before, strict=True):
-                del layer.forward
-                if forward is not None:
-                    layer.forward = forward
+    def _recalled(self, calls: list[list], step: Step) -> Iterator[None]:
+        def features() -> Iterator[Caught]:
+            for keys in calls:
+                each = [self._store.at(key, step.index, step.time(flow=True), self.device) for key in keys]
+                yield {name: torch.cat([one[name] for one in each]) for name in each[0]}
 
-    def _foretold(self, sigma: float) -> list[Tensor]:
-        (t0, first), (t1, second) = self._kept
-        return [y1 + (y1 - y0) * ((sigma - t1) / (t1 - t0)) for y0, y1 in zip(first, second, strict=True)]
+        with self.cut.recall(features()):
+            yield
+
+
+@dataclass(frozen=True)
+class _Asking:
+    """A method whose sessions also tell which of their branches have to run whole."""
+
+    method: Method
+    asked: list[bool]
+
+    def begin(self, context: RunContext) -> Session:
+        return _AskingSession(begin(self.method, context), self.asked)
+
+
+class _AskingSession(Session):
+    def __init__(self, session: Session, asked: list[bool]):
+        self.session, self.asked = session, asked
+
+    def observe(self, step: Step, x: Tensor) -> None:
+        self.session.observe(step, x)
+
+    def branches(self, step: Step) -> tuple[Branch, ...]:
+        self.asked += self.session.refresh(step)
+        return self.session.branches(step)
+
+    def mix(self, step: Step, call) -> list[Tensor | None]:
+        return self.session.mix(step, call)
 
 
 @dataclass(frozen=True)
 class Row:
     """One line of the table; see the head of this file."""
 
+    body: str
     method: str
     kind: str
     interval: int
@@ -115,45 +163,65 @@ class Row:
     points_95: tuple[float, float]
 
 
-def arms(base: Base, loras: Sequence[Mapping[str, Tensor]], intervals: Sequence[int]) -> Iterator[tuple]:
-    """(kind, interval, sampler) of every row; interval 0 is CMLoRA's schedule."""
-    yield "every step", 1, CachedSampler(base, loras, Uniform(1))
+@dataclass(frozen=True)
+class Arm:
+    """A row of the table to be: how it samples, and what becomes of the method."""
+
+    kind: str
+    interval: int
+    schedule: Schedule | None
+    forecast: bool = False
+    changed: Callable[[Method], Method] = lambda method: method
+
+
+def arms(name: str, intervals: Sequence[int]) -> Iterator[Arm]:
+    """The rows of a method; interval 0 is CMLoRA's schedule, for all branches of any method."""
+    yield Arm("every step", 1, Uniform(1))
     for k in intervals:
-        yield "held", k, CachedSampler(base, loras, Uniform(k) if k else NonUniform())
+        yield Arm("held", k, Uniform(k) if k else NonUniform())
         if k:
-            yield "held, 2", k, CachedSampler(base, loras, Uniform(k, first=2))
-            yield "forecast", k, CachedSampler(base, loras, Uniform(k, first=2), forecast=True)
+            yield Arm("held, 2", k, Uniform(k, first=2))
+            yield Arm("forecast", k, Uniform(k, first=2), True)
+    if name == "CMLoRA":
+        yield Arm("paper, held", 0, None)
+        for kind in ("held", "forecast"):
+            yield Arm(f"own, {kind}", 0, None, kind == "forecast", lambda method: replace(method, cache_age=0))
 
 
-def rows_of(name: str, base: Base, judge, loras: Sequence[Mapping[str, Tensor]], sets: Sequence[LoraSet],
-            intervals: Sequence[int], tell: Callable[[Row], None]) -> None:
+def rows_of(name: str, bed: Bed, base: Body, judge, loras: Sequence[Mapping[str, Tensor]], sets: Sequence[LoraSet],
+            intervals: Sequence[int], depth: int, tell: Callable[[Row], None]) -> None:
     """All rows of one method."""
     exact, before = None, None
-    for kind, k, sampler in arms(base, loras, intervals):
-        with sampler:
+    for arm in arms(name, intervals):
+        with CachedSampler(base, loras, arm.schedule, arm.forecast, depth) as sampler:
             pictures = [RECIPES[name].picture(task, sampler.bank) for task in sets]
+            pictures = [replace(picture, method=arm.changed(picture.method)) for picture in pictures]
             images = torch.cat([sampler.draw(pictures[i:i + BATCH]) for i in range(0, len(sets), BATCH)])
         read = judge.read(images)
         shown = np.array([np.mean(score(task, {h: int(v[i]) for h, v in read.items()})[0])
                           for i, task in enumerate(sets)])
         exact, before = (images, shown) if exact is None else (exact, before)
-        tell(Row(name, kind, k, round(STEPS * sampler.whole / sampler.steps, 1), round(apart(images, exact), 5),
-                 round(float(shown.mean()), 4), round(100 * float((shown - before).mean()), 2),
+        tell(Row(bed.name, name, arm.kind, arm.interval, round(STEPS * sampler.whole / sampler.rows, 1),
+                 round(apart(images, exact), 5), round(float(shown.mean()), 4),
+                 round(100 * float((shown - before).mean()), 2),
                  tuple(round(100 * each, 1) for each in interval(shown - before))))
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure and print; see the head of this file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--body", choices=BEDS, default="unet", help="the testbed's model and world")
     parser.add_argument("--sets", type=int, help="a fixed random sample of this many sets, in equal parts per N")
     parser.add_argument("--seed", type=int, default=SEED, help="of the surroundings and the noise")
     parser.add_argument("--regime", choices=REGIMES, default=REGIMES[0])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["Merge", "Composite"])
-    parser.add_argument("--intervals", nargs="+", type=int, default=[2, 3, 4], help="0: CMLoRA's schedule")
+    parser.add_argument("--intervals", nargs="*", type=int, default=[2, 3, 4], help="0: CMLoRA's schedule")
+    parser.add_argument("--depth", type=int, default=1, help="blocks at either end of the transformer in every step")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args(arguments)
-    base, judge = load_base(options.device), load_judge(options.device)
-    sets, rows = some_sets(options.sets, options.seed), []
+    bed, rows = BEDS[options.body], []
+    base, judge, loras = bed.load_base(options.device), bed.load_judge(options.device), bed.load_loras(options.regime)
+    sets = some_of(bed.all_sets(seed=options.seed), options.sets)
 
     def tell(row: Row) -> None:
         rows.append(row)
@@ -161,12 +229,12 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.flush()
 
     for name in options.methods:
-        rows_of(name, base, judge, load_loras(options.regime), sets, options.intervals, tell)
-    sys.stdout.write("\n| method | features | interval | whole steps | error | shown % | difference, points |\n"
-                     "| --- | --- | --- | --- | --- | --- | --- |\n")
+        rows_of(name, bed, base, judge, loras, sets, options.intervals, options.depth, tell)
+    sys.stdout.write("\n| body | method | features | interval | whole steps | error | shown % | difference, points |\n"
+                     "| --- | --- | --- | --- | --- | --- | --- | --- |\n")
     for r in rows:
         low, high = r.points_95
-        sys.stdout.write(f"| {r.method} | {r.kind} | {r.interval} | {r.whole:g} | {r.error:.4f} | "
+        sys.stdout.write(f"| {r.body} | {r.method} | {r.kind} | {r.interval or '-'} | {r.whole:g} | {r.error:.4f} | "
                          f"{100 * r.shown:.1f} | {r.points:+.1f} [{low:+.1f}, {high:+.1f}] |\n")
     return 0
 

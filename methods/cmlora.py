@@ -29,6 +29,9 @@ the second half of a run, says nothing about its class. Ours: on the testbed's c
 third or more, and so do styles, which the paper counts as high (benchmarks/spectrum.py)."""
 PAPER = 2, 3
 """c1 and c2."""
+SHARE = 0.15
+"""Share of a run over which deep features may serve: 3 in 20 steps, which the testbed knows, and none in 9 and fewer,
+whose steps differ too much."""
 FIRST, SECOND = 0.375, 0.875
 """Progress at which the refresh interval goes from c1 to c2 and back."""
 
@@ -51,6 +54,18 @@ def oldest(count: int, c1: int = 0, c2: int = 0) -> int:
     """Age in steps at which cached features are no longer used: what it would be if all LoRAs took turns. c1 or c2 0:
     at most, whatever the number of steps."""
     return max(count, 1) * max(c1 or PAPER[0], c2 or PAPER[1])
+
+
+@dataclass(frozen=True)
+class AgeBySteps:
+    """`oldest` in a run of so many steps, see `at`: no more than SHARE of them, which is the paper's in its 200."""
+
+    count: int
+    c1: int = 0
+    c2: int = 0
+
+    def at(self, total: int) -> int:
+        return min(oldest(self.count, self.c1, self.c2), max(round(SHARE * total), 1))
 
 
 def dominance(start: float, refreshes: int, decay: Literal["none", "halving", "linear"]) -> float:
@@ -80,6 +95,8 @@ class CMLoRA:
     caching         False: every branch runs whole at every step
     dominant_full   whether the leader runs whole at every step (the paper), or only at refreshes (released code)
     steps_per_lora  of switch-a. 0: by the number of steps, as Switch's, and the low class begins after `boundary`
+    cache_age       steps over which what is cached of a LoRA serves, then it runs whole. None: as long as all take to
+                    lead in turn (`oldest`). 0: by the number of steps (`AgeBySteps`), ours
 
     Ours, where LoRAs have masks: each acts in its own in the model's layers, and at a place those alone have a say that
     act there. Where they have windows in time, a step knows those alone that are open: they take the turns and share
@@ -100,11 +117,14 @@ class CMLoRA:
     caching: bool = True
     dominant_full: Literal["every_step", "on_refresh"] = "every_step"
     steps_per_lora: int = 0
+    cache_age: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("c1", "c2", "steps_per_lora"):
             if getattr(self, name) < 0:
                 raise ValueError(f"CMLoRA: {name} must be at least 0, got {getattr(self, name)}")
+        if self.cache_age is not None and self.cache_age < 0:
+            raise ValueError(f"CMLoRA: cache_age must be at least 0, got {self.cache_age}")
         if self.start is not None and self.start < 0:
             raise ValueError(f"CMLoRA: the dominance weight must not be negative, got {self.start}")
         if self.high is not None and len(self.high) != len(self.strengths):
@@ -124,6 +144,13 @@ class CMLoRA:
         planned = replace(self, order="offline")
         return next((pair for pair in choices if len(planned.leaders(total, *pair)) == len(self.strengths)),
                     choices[-1])
+
+    def oldest(self, total: int) -> int:
+        """Age in steps, of a run of so many, at which cached features are no longer used."""
+        intervals = self.intervals(total)
+        if self.cache_age is None:
+            return oldest(len(self.strengths), *intervals)
+        return self.cache_age or AgeBySteps(len(self.strengths), *intervals).at(total)
 
     def leaders(self, total: int, c1: int, c2: int) -> set[int]:
         """Who leads in a run of so many steps, of order "offline"."""
@@ -179,7 +206,7 @@ class CMLoRASession(Session):
         self.open = tuple(range(self.count))
         self.intervals = method.intervals(context.total)
         self.refreshes = sorted(refresh_steps(context.total, *self.intervals))
-        self.oldest = oldest(self.count, *self.intervals)
+        self.oldest = method.oldest(context.total)
         self.lead: int | None = None
         self._led: set[int] = set()
         self._there: set[int] = set()  # whose windows were open at some step
@@ -234,7 +261,11 @@ class CMLoRASession(Session):
             turn = own_turn(self.context.total, self.count)
             return [] if method.steps_per_lora else [f"{head}: steps_per_lora is {turn}"]
         c1, c2 = self.intervals
-        return [] if method.c1 and method.c2 else [f"{head}: c1 is {c1}, c2 is {c2}"]
+        out = [] if method.c1 and method.c2 else [f"{head}: c1 is {c1}, c2 is {c2}"]
+        if method.caching and method.cache_age == 0:
+            serve = f"serve {self.oldest} steps" if self.oldest > 1 else "do not serve, so few steps differ too much"
+            out.append(f"{head}: cached features {serve}")
+        return out
 
     def missed(self, names: Sequence[str]) -> list[str]:
         """LoRAs that never led, by their classes."""

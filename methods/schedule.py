@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from ..kernels.branch import Step
-from .cmlora import PAPER, refresh_steps
+from .cmlora import PAPER, SHARE, refresh_steps
 
 
 class Schedule(Protocol):
@@ -21,9 +22,8 @@ class Schedule(Protocol):
     def refreshes(self, step: Step) -> bool: ...
 
 
-SHARE, LONGEST = 0.15, 5
-"""Share of a run over which deep features may serve, and the most steps: 3 in 20 steps, which the testbed knows, 5 in
-50 as DeepCache has it, and none in 9 and fewer, whose steps differ too much."""
+LONGEST = 5
+"""Most steps over which deep features serve, however long the run: DeepCache's in 50."""
 
 
 def own_interval(total: int) -> int:
@@ -46,6 +46,10 @@ class Uniform:
     def max_age(self) -> int:
         return self.interval
 
+    @property
+    def words(self) -> str:
+        return f"interval is {self.interval}"
+
     def refreshes(self, step: Step) -> bool:
         return step.index < self.first or step.index % self.interval == 0
 
@@ -64,6 +68,10 @@ class NonUniform:
     @property
     def max_age(self) -> int:
         return max(self.c1, self.c2)
+
+    @property
+    def words(self) -> str:
+        return f"every {self.c1}. step, in the middle every {self.c2}."
 
     def refreshes(self, step: Step) -> bool:
         return step.index in refresh_steps(step.total, self.c1, self.c2)
@@ -90,3 +98,44 @@ class BySteps:
 
     def refreshes(self, step: Step) -> bool:
         return self.at(step.total).refreshes(step)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a budget has come to.
+
+    schedule, depth   of the cache
+    whole             steps of the run that are computed whole
+    rest              what another step takes, as a share of a whole one's operations
+    share             what all steps take together, as a share of those of a run without a cache
+    """
+
+    schedule: Uniform | NonUniform
+    depth: int
+    whole: int
+    rest: float
+    share: float
+
+
+def schedules(of: BySteps) -> tuple[Uniform | NonUniform, ...]:
+    """What a budget may choose from, the most exact first."""
+    return tuple(Uniform(k, of.first) for k in range(2, LONGEST + 1)) if of.uniform else (NonUniform(),)
+
+
+def within(budget: float, total: int, rests: Mapping[int, float], choices: Sequence[Uniform | NonUniform]) -> Choice:
+    """The first of the schedules with which a run of `total` steps takes no more than `budget` of its operations at
+    some depth, and the greatest such depth; where there is none, whatever takes least.
+
+    rests   per depth: operations of a step that is not whole, as a share of a whole one's
+
+    The shortest interval first: between whole steps errors grow faster than the steps, and with depth they fall slowly.
+    """
+    def choice(schedule: Uniform | NonUniform, depth: int) -> Choice:
+        whole = sum(schedule.refreshes(Step(index, total, 0.0)) for index in range(total))
+        return Choice(schedule, depth, whole, rests[depth], (whole + (total - whole) * rests[depth]) / total)
+
+    if not rests:
+        raise ValueError("within: a model without a depth to cut it at has nothing to choose")
+    found = [[choice(schedule, depth) for depth in sorted(rests, reverse=True)] for schedule in choices]
+    every = [each for one in found for each in one]
+    return next((each for each in every if each.share <= budget), None) or min(every, key=lambda each: each.share)

@@ -56,15 +56,30 @@ class LoRAEnsembleBranchCache(io.ComfyNode):
                     tooltip="How many blocks at either end of the model are computed in every step. More is more "
                     "exact and slower. The deep ones between them come from the cache.",
                 ),
+                io.Float.Input(
+                    "budget",
+                    default=0.0,
+                    min=0.0,
+                    max=0.95,
+                    step=0.05,
+                    optional=True,
+                    tooltip="The share of the model's work that a run may take: 0.5 is half of it. Interval and depth "
+                    "are then chosen by counting the operations of whole and partial computations of this very model; "
+                    "Ensemble Report says what was chosen. 0: interval and depth as set.",
+                ),
             ],
             outputs=[model_output()],
         )
 
     @classmethod
-    def execute(cls, model: ModelPatcher, schedule: str, interval: int, depth: int) -> io.NodeOutput:
+    def execute(
+        cls, model: ModelPatcher, schedule: str, interval: int, depth: int, budget: float = 0.0
+    ) -> io.NodeOutput:
         uniform, first = schedule != "CMLoRA", 2 if schedule == "forecast" else 1
         given = Uniform(interval, first) if uniform and interval else NonUniform()
-        spec = CacheSpec(given if interval else BySteps(uniform, first), depth=depth, forecast=schedule == "forecast")
+        by_steps = budget > 0 or interval == 0
+        spec = CacheSpec(BySteps(uniform, first) if by_steps else given, depth=depth, forecast=schedule == "forecast",
+                         budget=budget)
         return io.NodeOutput(with_cache(model, spec))
 
 

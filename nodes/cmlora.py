@@ -11,7 +11,7 @@ from ..host.compose.cache import CacheSpec
 from ..host.compose.composition import KEY
 from ..host.compose.routes import Placing
 from ..host.files.ensemble import Ensemble
-from ..methods.cmlora import LOW_FREQUENCY, CMLoRA, oldest
+from ..methods.cmlora import LOW_FREQUENCY, AgeBySteps, CMLoRA, oldest
 from .sockets import method_schema
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 ORDERS = ["offline", "online", "async", "Switch-A"]
 DECAYS = ["none", "halving", "linear"]
 FULL = ["every_step", "on_refresh"]
+FEATURES = ["held", "forecast"]
 
 
 class LoRAEnsembleCMLoRA(io.ComfyNode):
@@ -116,6 +117,27 @@ class LoRAEnsembleCMLoRA(io.ComfyNode):
                     "computed whole in every step.",
                 ),
             ],
+            later=[
+                io.Combo.Input(
+                    "features",
+                    options=FEATURES,
+                    default="held",
+                    optional=True,
+                    tooltip="What a LoRA that does not lead takes from the cache. held: what it computed last, as in "
+                    "the paper. forecast: that, moved on along the straight line through its last two, which is more "
+                    "exact and needs two times the memory.",
+                ),
+                io.Int.Input(
+                    "cache_age",
+                    default=0,
+                    min=0,
+                    max=10000,
+                    optional=True,
+                    tooltip="Steps over which cached features serve; then the LoRA is computed whole, leading or not. "
+                    "0 goes by the number of steps: 15 % of them, so 3 of 20 and none of 9 and fewer, at most as long "
+                    "as all LoRAs take to lead, as in the paper.",
+                ),
+            ],
         )
 
     @classmethod
@@ -135,18 +157,21 @@ class LoRAEnsembleCMLoRA(io.ComfyNode):
         cache_depth: int,
         clip: CLIP | None = None,
         place: str = "masks",
+        features: str = "held",
+        cache_age: int | None = None,  # not there: saved before there was one, when it was the paper's
     ) -> io.NodeOutput:
         order = order.lower()
 
         def cmlora(active: Active) -> CMLoRA:
             high = tuple(role not in LOW_FREQUENCY for role in active.roles)
             return CMLoRA(active.strengths, high, order, boundary, threshold, dominance or None, decay, c1, c2,
-                          cache_depth > 0, dominant_full, steps_per_lora)
+                          cache_depth > 0, dominant_full, steps_per_lora, cache_age)
 
         composed, merged = apply_method(model, clip, ensemble, cmlora, node="CMLoRA", placing=Placing(place))
         if cache_depth > 0 and order != "switch-a":
             count = len(composed.get_attachment(KEY).applied[-1].names)
-            composed = with_cache(composed, CacheSpec(max_age=oldest(count, c1, c2), depth=cache_depth))
+            age = AgeBySteps(count, c1, c2) if cache_age == 0 else cache_age or oldest(count, c1, c2)
+            composed = with_cache(composed, CacheSpec(max_age=age, depth=cache_depth, forecast=features == "forecast"))
         return io.NodeOutput(composed, merged)
 
 

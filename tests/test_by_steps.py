@@ -129,6 +129,15 @@ def test_every_lora_leads_where_that_can_be(total, count, found):
     assert session.chosen(NAMES[:count]) == [f"{total} steps, {count} LoRAs: c1 is {found[0]}, c2 is {found[1]}"]
 
 
+def test_cmlora_says_how_long_its_cache_serves():
+    said = {total: begin(CMLoRA((1.0,) * 3, c1=2, c2=3, cache_age=0), context(total)).chosen(NAMES[:3])
+            for total in (8, 20, 200)}
+    assert said == {8: ["8 steps, 3 LoRAs: cached features do not serve, so few steps differ too much"],
+                    20: ["20 steps, 3 LoRAs: cached features serve 3 steps"],
+                    200: ["200 steps, 3 LoRAs: cached features serve 9 steps"]}
+    assert begin(CMLoRA((1.0,) * 3, c1=2, c2=3, cache_age=0, caching=False), context(8)).chosen(NAMES[:3]) == []
+
+
 @pytest.mark.parametrize("total", STEPS)
 def test_intervals_that_are_given_stay(total):
     for pair in ((2, 3), (1, 1), (5, 7)):

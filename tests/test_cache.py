@@ -10,7 +10,7 @@ import pytest
 import torch
 from lora_ensemble.engine.cache import FeatureCache
 from lora_ensemble.kernels.branch import Step
-from lora_ensemble.methods.schedule import NonUniform, Uniform
+from lora_ensemble.methods.schedule import BySteps, NonUniform, Uniform, schedules, within
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 ROOMY = [(CPU, float("inf"))]
@@ -45,6 +45,40 @@ def test_non_uniform_for_any_number_of_steps(total):
         last = expected[-1]
         assert j - last < NonUniform().max_age
     assert refreshed(NonUniform(), total) == expected
+
+
+# --- a budget ---
+
+
+def spent(schedule, total: int, rest: float) -> float:
+    """Step by step, a whole one costs 1."""
+    return sum(1.0 if schedule.refreshes(Step(j, total, 1.0)) else rest for j in range(total)) / total
+
+
+RESTS = {1: 0.08, 2: 0.22, 3: 0.38, 4: 0.47, 5: 0.56}
+"""Those of Stable Diffusion 1.5."""
+
+
+@pytest.mark.parametrize("first", [1, 2])
+@pytest.mark.parametrize("total", [10, 20, 50])
+@pytest.mark.parametrize("budget", [0.1, 0.3, 0.4, 0.5, 0.6, 0.75, 0.95])
+def test_a_budget_takes_the_shortest_interval_and_then_the_deepest_cut(budget, total, first):
+    found = within(budget, total, RESTS, schedules(BySteps(True, first)))
+    costs = {(k, depth): spent(Uniform(k, first), total, rest) for k in (2, 3, 4, 5) for depth, rest in RESTS.items()}
+    fitting = [pair for pair, cost in costs.items() if cost <= budget]
+    k = min((k for k, _ in fitting), default=None)
+    wanted = (k, max(depth for other, depth in fitting if other == k)) if fitting else min(costs, key=costs.get)
+    assert (found.schedule, found.depth) == (Uniform(wanted[0], first), wanted[1])
+    assert found.share == pytest.approx(costs[wanted]) and found.rest == RESTS[found.depth]
+    assert found.whole == len(refreshed(found.schedule, total))
+
+
+def test_a_budget_with_the_papers_schedule_is_one_of_depth():
+    found = within(0.7, 20, RESTS, schedules(BySteps(False)))
+    assert found.schedule == NonUniform() and found.depth == max(
+        depth for depth, rest in RESTS.items() if spent(NonUniform(), 20, rest) <= 0.7)
+    with pytest.raises(ValueError, match="nothing to choose"):
+        within(0.5, 20, {}, schedules(BySteps()))
 
 
 @pytest.mark.parametrize("make", [lambda: Uniform(0), lambda: Uniform(3, 0), lambda: NonUniform(0)])

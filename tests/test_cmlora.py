@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
 from lora_ensemble.kernels.branch import Branch, Step
 from lora_ensemble.kernels.spectrum import high_share, radial_amplitude, radial_bins
-from lora_ensemble.methods.cmlora import CMLoRA, dominance, refresh_steps
+from lora_ensemble.methods.cmlora import AgeBySteps, CMLoRA, dominance, refresh_steps
 from lora_ensemble.methods.composite import Composite
 from lora_ensemble.methods.session import POSITIVE, UNCONDITIONAL, Call, RunContext
 
@@ -216,6 +217,27 @@ def test_every_cache_is_made_at_first_and_of_bounded_age(order, dominant_full, h
             assert index - made[i] < 15, "never older than if all took turns: 5 LoRAs, 3 steps each"
     cached = sum(not whole for entry in entries for whole in entry["refresh"])
     assert cached > 0.5 * 5 * total, "most passes come from a cache"
+
+
+@pytest.mark.parametrize("order", ORDERS[:3])
+@pytest.mark.parametrize("count", [2, 5])
+@pytest.mark.parametrize("total", [4, 9, 10, 20, 50, 200])
+def test_the_age_goes_by_the_number_of_steps(order, count, total):
+    """0: at most 15 % of the steps and at most the paper's, which it is in the paper's 200; other numbers are taken."""
+    own, paper = (CMLoRA((1.0,) * count, HIGH[5 - count:], order=order, cache_age=age) for age in (0, None))
+    by_steps = min(max(round(0.15 * total), 1), count * max(paper.intervals(total)))
+    assert own.oldest(total) == by_steps and paper.oldest(total) == count * max(paper.intervals(total))
+    for method, most in ((own, by_steps), (replace(own, cache_age=3), 3)):
+        ages, made = [], [0] * count
+        for index, entry in enumerate(run(method, total)):
+            made = [index if whole else made[i] for i, whole in enumerate(entry["refresh"])]
+            ages += [index - since for since in made]
+        assert max(ages) < most and (max(ages) == most - 1 or total != 20), "no older, and as old where it may be"
+    if total == 200:
+        assert [e["refresh"] for e in run(own, total)] == [e["refresh"] for e in run(paper, total)]
+    assert AgeBySteps(count).at(total) >= own.oldest(total)
+    with pytest.raises(ValueError, match="cache_age must be at least 0"):
+        CMLoRA((1.0,), cache_age=-1)
 
 
 @pytest.mark.parametrize("dominant_full", ["every_step", "on_refresh"])

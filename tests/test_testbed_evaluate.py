@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from lora_ensemble.benchmarks import cached, quality
+from lora_ensemble.benchmarks.cuts import cut_of
+from lora_ensemble.kernels.branch import Step
 from lora_ensemble.methods.schedule import Uniform
-from lora_ensemble.testbed import evaluate, protocol, scene, weights, worlds
+from lora_ensemble.methods.session import RunContext, begin
+from lora_ensemble.testbed import evaluate, protocol, scene, worlds
+from lora_ensemble.testbed.beds import BEDS
 from lora_ensemble.testbed.sampler import Sampler
 
 
@@ -45,7 +51,7 @@ def test_sample_of_sets_is_fixed_and_balanced():
 
 def test_rows_of_a_run(task):
     """Costs in branches are exact: 20 steps, N branches for Composite, one for the others."""
-    base, judge, loras = weights.load_base(), weights.load_judge(), weights.load_loras("narrow")
+    base, judge, loras = BEDS["unet"].load_base(), BEDS["unet"].load_judge(), BEDS["unet"].load_loras("narrow")
     rows = {name: list(evaluate.evaluate("narrow", name, make, [task], base, judge, loras, 1.0))
             for name, make in {"Alone": None, **{n: evaluate.RECIPES[n] for n in evaluate.METHODS}}.items()}
     assert {name: row[0].branches for name, row in rows.items()} == {
@@ -84,11 +90,59 @@ def test_a_body_without_a_lora_for_few_steps_says_so(capsys):
     assert "'joint' has no LoRA for few steps" in capsys.readouterr().err
 
 
-def test_a_cache_that_never_stands_in_changes_nothing(task):
-    base, loras = weights.load_base(), weights.load_loras("narrow")
+@pytest.mark.parametrize("body", BEDS)
+def test_a_cache_that_never_stands_in_changes_nothing(body):
+    bed = BEDS[body]
+    base, loras, task = bed.load_base(), bed.load_loras("narrow"), bed.all_sets((2,))[0]
     with Sampler(base, loras) as sampler:
         picture = evaluate.RECIPES["Composite"].picture(task, sampler.bank)
         whole = sampler.draw([picture], 4)
     for interval in (1, 2):
         with cached.CachedSampler(base, loras, Uniform(interval)) as sampler:
             assert torch.allclose(sampler.draw([picture], 4), whole, atol=1e-4) is (interval == 1)
+            assert (sampler.whole, sampler.rows) == (16 // interval, 16)
+
+
+@pytest.mark.parametrize(("body", "depth"), [("unet", 1), ("joint", 1), ("joint", 2)])
+def test_a_cut_that_is_given_what_it_caught_changes_nothing(body, depth):
+    """Two calls of other rows; the deep layers are not called, and their features do matter."""
+    base = BEDS[body].load_base()
+    cut, contexts = cut_of(base, depth), base.contexts(["a red fox", "a blue house", "snow"])
+    x, sigma = torch.randn(3, *base.latent), torch.full((3,), 0.5)
+    deep = base.net.mid_attn.norm1 if body == "unet" else base.net.single_blocks[0].linear1
+    called: list = []
+
+    def calls() -> list[torch.Tensor]:
+        return [base.velocity(x[rows], sigma[rows], contexts[rows]) for rows in (slice(0, 1), slice(1, 3))]
+
+    handle = deep.register_forward_hook(lambda *_: called.append(1))
+    with torch.inference_mode():
+        found: list = []
+        with cut.catch(found):
+            whole = calls()
+        assert len(found) == len(called) == 2
+        with cut.recall(iter(found)):
+            again = calls()
+        assert len(called) == 2
+        with cut.recall(iter([{name: 2 * value for name, value in each.items()} for each in found])):
+            other = calls()
+        handle.remove()
+        for one, two, three, four in zip(whole, again, other, calls(), strict=True):
+            assert torch.allclose(one, two, atol=1e-4) and torch.equal(one, four)
+            assert (one - three).norm() > 1e-2 * one.norm()
+    with pytest.raises(ValueError):
+        cut_of(base, 3)
+
+
+def test_rows_run_whole_when_their_methods_ask():
+    """CMLoRA's own schedule on the testbed: as many whole rows as its session names, both sides of guidance."""
+    bed = BEDS["unet"]
+    base, loras, task = bed.load_base(), bed.load_loras("narrow"), bed.all_sets((3,))[0]
+    with cached.CachedSampler(base, loras, None, forecast=True) as sampler:
+        picture = evaluate.RECIPES["CMLoRA"].picture(task, sampler.bank)
+        sampler.draw([replace(picture, method=replace(picture.method, cache_age=3))], 8)
+    session, whole = begin(replace(picture.method, cache_age=3), RunContext(tuple(1 - j / 8 for j in range(9)))), 0
+    for j in range(8):
+        session.observe(Step(j, 8, 1 - j / 8), torch.zeros(1, *base.latent))
+        whole += 2 * sum(session.refresh(Step(j, 8, 1 - j / 8)))
+    assert (sampler.whole, sampler.rows) == (whole, 2 * 3 * 8) and whole < sampler.rows

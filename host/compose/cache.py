@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from ...engine.cache import FeatureCache, Home
 from ...engine.tell import Once
 from ...kernels.branch import Branch, Step
-from ...methods.schedule import BySteps, Schedule
+from ...methods.cmlora import AgeBySteps
+from ...methods.schedule import BySteps, Schedule, schedules, within
 from ..families.lasting import lasting
 from ..families.split_points import SplitPoint, split_point_of
+from ..families.work import Work
 
 Combo = tuple[Branch, ...]
 """One branch per applied method: what one row of a batch is evaluated with."""
@@ -33,25 +35,34 @@ class CacheSpec:
     """What a MODEL says of caching.
 
     schedule   when every branch runs whole; None: when its method asks for it (`Session.refresh`)
-    max_age    features of step s serve no step from s + max_age on, whatever the schedule; None: as the schedule says
+    max_age    features of step s serve no step from s + max_age on, whatever the schedule; None: as the schedule says.
+               It may go by the number of steps
     depth      blocks computed at either end of the model where features are reused
     forecast   features move on along the straight line through the last two, instead of being held
+    budget     share of the model's operations that a run may take: its first call counts them and chooses schedule and
+               depth. 0: they are as given. Needs a schedule that goes by the number of steps
     """
 
     schedule: Schedule | None = None
-    max_age: int | None = None
+    max_age: int | AgeBySteps | None = None
     depth: int = 2
     forecast: bool = False
+    budget: float = 0.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.budget < 1 or (self.budget and not isinstance(self.schedule, BySteps)):
+            raise ValueError(f"Branch Cache: a budget is a share from 0 to 1 of a schedule by steps, got {self}")
         if self.depth < 1:
             raise ValueError(f"Branch Cache: depth must be at least 1, got {self.depth}")
         if self.schedule is None and self.max_age is None:
             raise ValueError("Branch Cache: without a schedule it needs a max_age")
 
     def at(self, total: int) -> CacheSpec:
-        """What it says of a run of so many steps."""
-        return replace(self, schedule=self.schedule.at(total)) if isinstance(self.schedule, BySteps) else self
+        """What it says of a run of so many steps; a budget stays to be spent where they are enough."""
+        if self.budget and self.schedule.at(total).max_age > 1:
+            return self
+        return replace(self, **{name: value.at(total) for name, value in vars(self).items()
+                                if isinstance(value, AgeBySteps | BySteps)}, budget=0.0)
 
     @property
     def oldest(self) -> int:
@@ -74,10 +85,12 @@ class BranchCache:
     report   called with a sentence for what cannot be cached, each time it is found
     free     bytes that a device has left, as the host's batching counts them
     flow     whether noise levels are times of a flow; the run says so before its first call
+    chosen   called with a sentence for what a budget has come to; the run sets it before its first call
     """
 
     def __init__(self, spec: CacheSpec, report: Callable[[str], None], free: Callable[[torch.device], float]):
         self.spec, self._free, self.flow = spec, free, False
+        self.chosen: Callable[[str], None] = log.debug
         self.store = FeatureCache(spec.oldest, spec.forecast)
         self.reused = 0  # rows of this step that were evaluated on cached features
         self.ages: dict[Combo, int] = {}  # of what they were evaluated on
@@ -90,7 +103,7 @@ class BranchCache:
         self._split_points: dict[int, tuple[nn.Module, SplitPoint | None]] = {}
         self._limits: dict[torch.device, int] = {}
         self._spilled: set[torch.device] = set()
-        self._full = False
+        self._off = False
         self._lock = Lock()
 
     def parts(self, step: Step, combos: Sequence[Combo], fresh: Sequence[bool], timestep: Tensor,
@@ -104,14 +117,14 @@ class BranchCache:
             self._times.clear()
         self._step, self._timestep = step, timestep
         self._whole = {}
-        if self._full:
+        if self._off:
             self.store.clear()
             self._step, self._whole = None, dict.fromkeys(combos, True)
             return [list(combos)]
-        few = self.spec.forecast and step.total < FEWEST
+        few = self._few(step)
         if few:
             self._report(f"Branch Cache: a run of {step.total} steps is too short for a forecast, its features differ "
-                         "too much; every branch ran whole. With schedule 'uniform' they are held.")
+                         "too much; every branch ran whole. Those that are held can be used.")
         for combo, asked in zip(combos, fresh, strict=True):
             due = few or (asked if self.spec.schedule is None else self.spec.schedule.refreshes(step))
             self._whole[combo] = self._whole.get(combo, False) or due or any(
@@ -121,8 +134,13 @@ class BranchCache:
 
     @contextmanager
     def evaluate(self, root: nn.Module, uuids: Sequence[UUID | None], combos: Sequence[Combo], x: Tensor,
-                 context: Tensor | None, control: dict | None, options: dict) -> Iterator[tuple[dict | None, dict]]:
-        """(control, transformer options) to call the model with for one batch, `combos` and `uuids` per cond."""
+                 context: Tensor | None, control: dict | None, options: dict,
+                 work: Callable[[], Work | str] | None = None) -> Iterator[tuple[dict | None, dict]]:
+        """(control, transformer options) to call the model with for one batch, `combos` and `uuids` per cond. `work`
+        counts its operations, for a budget."""
+        with self._lock:
+            if self.spec.budget and self._step is not None and not self._few(self._step):
+                self._spend(work(), self._step.total)
         split = self._split_point(root)
         if split is None or self._step is None:
             yield control, options
@@ -168,13 +186,31 @@ class BranchCache:
         self.store.clear()
         self._split_points.clear()
         self._kept.clear()
-        del self._report, self._free
+        del self._report, self._free, self.chosen
+
+    def _few(self, step: Step) -> bool:
+        return self.spec.forecast and step.total < FEWEST
+
+    def _spend(self, work: Work | str, total: int) -> None:
+        """Schedule and depth by the budget, before anything is kept."""
+        spec, self.spec = self.spec, replace(self.spec, budget=0.0).at(total)
+        if isinstance(work, str):
+            self._report(f"Branch Cache: {work}. So the budget of {spec.budget:g} is not used: the interval goes by "
+                         f"the number of steps, and depth is {spec.depth}.")
+        else:
+            found = within(spec.budget, total, work.shares, schedules(spec.schedule))
+            self.spec = replace(self.spec, schedule=found.schedule, depth=found.depth)
+            least = "" if found.share <= spec.budget else "; less than that cannot be had"
+            self.chosen(f"Branch Cache: budget {spec.budget:g}, {total} steps: {found.schedule.words}, depth "
+                        f"{found.depth}; {found.whole} steps whole, the others {found.rest:.0%} of their operations "
+                        f"each, together {found.share:.0%} of a run without a cache{least}")
+        self.store = FeatureCache(self.spec.oldest, self.spec.forecast)
 
     def _keep(self, uuids: Sequence[UUID | None], keys: list, caught: dict[Hashable, tuple],
               device: torch.device) -> None:
         homes = self._homes(device)
         for k, (uuid, key) in enumerate(zip(uuids, keys, strict=True)):
-            if self._full:
+            if self._off:
                 return
             with lasting():
                 home = self.store.put(key, self._step.index, {name: each[k] for name, each in caught.items()}, homes,
@@ -190,7 +226,7 @@ class BranchCache:
     def _give_up(self, limit: int) -> None:
         """From the next call on: what the other batches of this one do must not depend on which of them came first."""
         with self._lock:
-            known, self._full = self._full, True
+            known, self._off = self._off, True
         if not known:
             self._report("Branch Cache: the features of this run do not fit into half of the free memory "
                          f"({limit >> 20} MB), so from step {self._step.index + 1} on every branch runs whole and "

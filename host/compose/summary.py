@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from ...engine.forwards import RoutedForwards
 from ...engine.record import RunRecord
 from ...kernels.branch import Branch
-from ...methods.schedule import Uniform
 from ...methods.session import RunContext, Session
 from ...methods.windows import InTime
 from .cache import CacheSpec
@@ -77,12 +76,10 @@ def chosen(record: RunRecord, sessions: Sequence[Session], cache: CacheSpec | No
     """What was left to the number of steps, and what came of it."""
     for name, adapters, session in zip(record.methods, record.adapters, sessions, strict=True):
         yield from (f"{name}: {line}" for line in session.chosen(adapters))
-    if cache is not None and cache != cache.at(total):
+    if cache is not None and cache.schedule is not None and cache != cache.at(total):
         schedule = cache.at(total).schedule
-        each = f"interval is {schedule.max_age}" if isinstance(schedule, Uniform) else \
-            f"every {schedule.c1}. step, in the middle every {schedule.c2}."
-        yield f"Branch Cache: {total} steps: {each}" + ("; so few steps differ too much, nothing is reused"
-                                                        if schedule.max_age == 1 else "")
+        yield f"Branch Cache: {total} steps: {schedule.words}" + ("; so few steps differ too much, nothing is reused"
+                                                                  if schedule.max_age == 1 else "")
 
 
 def sum_up(layers: Mapping[tuple[str, str], Sequence[str]], problems: list[str]) -> None:

@@ -19,6 +19,7 @@ from ...engine.layout import NotRows
 from ...engine.tell import into
 from ...kernels.branch import Branch, scaled
 from ...methods.merge import Merge
+from ..families.work import work_of
 from .cards import note_cards, same_banks, settle
 from .composition import KEY, Composition, Free, Plan, Run
 from .context import is_flow, method_contexts, parts_of, run_context, sides_of
@@ -60,7 +61,7 @@ def outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=No
     for regions in run.routes if earlier is not None else ():
         regions.known = earlier.maps
     if run.cache is not None:
-        run.cache.flow = is_flow(guider.model_patcher)
+        run.cache.flow, run.cache.chosen = is_flow(guider.model_patcher), run.record.chosen.append
     finished, added = False, []
     watchers = watching(guider.model_patcher, run.record, tracker.total)
     callback.also += [partial(told, False) for told in watchers]
@@ -200,8 +201,9 @@ def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, t
         for reading in found:
             options = reading.reader.options(options)
         if run.cache is not None and not run.probing:
+            work = partial(work_of, model, root, x, t, c_concat, c_crossattn, options, kwargs)
             control, options = stack.enter_context(run.cache.evaluate(
-                root, uuids, combos, x, c_crossattn, control, options))
+                root, uuids, combos, x, c_crossattn, control, options, work))
         out = executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
     for reading in found:
         reading.done()

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 from typing import Protocol
 
@@ -31,6 +31,11 @@ Caught = dict
 
 
 class SplitPoint(Protocol):
+    """Also: `deep`, the modules whose forward is not called on reuse, none within another."""
+
+    @property
+    def deep(self) -> list[nn.Module]: ...
+
     def capture(self, options: Options, caught: Caught) -> Options: ...
 
     def reuse(self, features: Mapping, control: dict | None, options: Options): ...
@@ -55,7 +60,8 @@ def split_point_of(root: nn.Module, depth: int) -> SplitPoint | str:
         return _shallow(len(blocks) // 2, depth)
     kinds = dict.fromkeys(kind for kind, *_ in deep)
     members = {kind: [i for other, i, _ in deep if other == kind] for kind in kinds}
-    return BlockSplit(tuple(Span(kind, ids[0], ids[-1] + 1) for kind, ids in members.items()))
+    return BlockSplit(tuple(Span(kind, ids[0], ids[-1] + 1) for kind, ids in members.items()),
+                      [block for *_, block in deep])
 
 
 def _shallow(blocks: int, depth: int) -> str:
@@ -116,7 +122,7 @@ class UNetSplit:
         inputs = {name: [self._outer(patch) for patch in _patches(options, name)]
                   for name in ("input_block_patch", "input_block_patch_after_skip")}
         options = _with_patches(options, output_block_patch=[recall], middle_block_after_patch=[], **inputs)
-        layers = self._deep_layers()
+        layers = self.deep
         before = [layer.__dict__.get("forward") for layer in layers]
         try:
             for layer in layers:
@@ -141,7 +147,8 @@ class UNetSplit:
         return {name: [value if len(values) - 1 - i in outer[name] else None for i, value in enumerate(values)]
                 if name in outer else values for name, values in control.items()}
 
-    def _deep_layers(self) -> list[nn.Module]:
+    @property
+    def deep(self) -> list[nn.Module]:
         blocks = [*self.root.input_blocks[self.depth:], self.root.middle_block, *self.root.output_blocks[:self.cut]]
         return [layer for block in blocks if block is not None for layer in block]
 
@@ -200,6 +207,7 @@ class BlockSplit:
     """
 
     spans: tuple[Span, ...]
+    deep: list[nn.Module] = field(default_factory=list, compare=False)
 
     def complete(self, caught: Mapping) -> bool:
         return {kind for kind, *_ in caught} == {span.kind for span in self.spans}

@@ -26,9 +26,10 @@ def steps_of(model) -> list[dict]:
     return [{**step.notes["cache"], "rows": step.rows, "calls": step.calls} for step in record_of(model).steps]
 
 
-def cmlora(model, ensemble, cache_depth: int, dominance: float = 0.0, full: str = "every_step", order: str = "offline"):
+def cmlora(model, ensemble, cache_depth: int, dominance: float = 0.0, full: str = "every_step", order: str = "offline",
+           **later):
     return LoRAEnsembleCMLoRA.execute(model, ensemble, order, 0.6, 0.4, dominance, "none", 2, 3, full, 5,
-                                      cache_depth).args[0]
+                                      cache_depth, **later).args[0]
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,8 @@ class InTurnSession(PlainSession):
         return tuple(step.index % 3 == i for i in range(len(self.method.strengths)))
 
 
-def in_turn(model, ensemble, max_age: int = 4):
-    return with_cache(method(model, ensemble, InTurn), CacheSpec(max_age=max_age, depth=1))
+def in_turn(model, ensemble, max_age: int = 4, forecast: bool = False):
+    return with_cache(method(model, ensemble, InTurn), CacheSpec(max_age=max_age, depth=1, forecast=forecast))
 
 
 class Watch:

@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 COMFYUI = os.environ.get("COMFYUI_UNDER_TEST")
-HOST_API = {"test_always", "test_apply", "test_attention", "test_banks", "test_border", "test_by_steps", "test_compile",
-            "test_composlora", "test_control", "test_example_workflows", "test_files", "test_fused", "test_guidance",
+HOST_API = {"test_always", "test_apply", "test_attention", "test_banks", "test_border", "test_by_steps",
+            "test_cache_budget", "test_compile", "test_composlora", "test_control", "test_example_workflows",
+            "test_files", "test_fused", "test_guidance",
             "test_guidance_extrapolated", "test_guidance_guiders", "test_hazards", "test_info", "test_inner_code",
             "test_kept", "test_keymaps", "test_kinds", "test_lasting", "test_leave_one_out", "test_lifecycle",
             "test_live", "test_marked", "test_masks", "test_memory", "test_models", "test_multigpu", "test_nested",

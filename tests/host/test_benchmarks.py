@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import comfy.sd
 import pytest
 import torch
-from lora_ensemble.benchmarks import int8, models, packed, speed
+from lora_ensemble.benchmarks import counted, int8, models, packed, speed
 from lora_ensemble.benchmarks.measure import Results
 from lora_ensemble.host.compose import fused
 
@@ -65,6 +65,24 @@ def test_the_goals_in_quick_mode():
 def test_narrow_models_have_all_layers(model, layers):
     narrow = models.build(model, 0.05, torch.float32, CPU)
     assert sum(1 for _ in models.targets(model, narrow, "linear")) == layers
+
+
+@pytest.mark.parametrize("name", ["SD1.5", "Flux"])
+def test_what_is_written_of_budgets_is_what_is_counted(name):
+    """In the help page and beside the benchmark."""
+    _, rests = counted.shares(name)
+    column = list(counted.SIZES).index(name) + 1
+    page, readme = (ROOT.joinpath(*path).read_text(encoding="utf-8").splitlines() for path in (
+        ("web", "docs", "LoRAEnsembleBranchCache.md"), ("benchmarks", "README.md")))
+    for budget in (0.7, 0.6, 0.5, 0.4):
+        told = counted.budgets_table({name: rests}, 20, [budget]).splitlines()[-1].split(" | ")[1].removesuffix(" |")
+        for text in (page, readme):
+            row = next(line for line in text if line.startswith(f"| {budget} |"))
+            assert row.split(" | ")[column].strip(" |") == told
+    told = counted.intervals_table({name: rests}, 20).splitlines()[2:]
+    rows = [line.split(" | ") for line in readme if line.startswith(tuple(f"| {k} | {d} | " for k in (2, 3, 4, 5)
+                                                                          for d in (1, 2, 3)))]
+    assert [row[column + 1].strip(" |") for row in rows] == [line.split(" | ")[2].strip(" |") for line in told]
 
 
 def test_composite_gives_the_picture_of_the_hooks(results):

@@ -62,7 +62,6 @@ def test_what_was_chosen_is_in_the_record_and_in_the_report(steps, loras):
     model = base("SD15")
     ensemble = with_roles(three(model, loras), "character", "style", "background")
     for node, said in ((LoRAEnsembleSwitch, f"Switch: {steps} steps, 3 LoRAs: steps_per_lora is 1"),
-                       (LoRAEnsembleCMLoRA, f"CMLoRA: {steps} steps, 3 LoRAs: c1 is 2, c2 is 3"),
                        (LoRAEnsembleLoRAtorio, f"LoRAtorio: {steps} steps: the inverse temperature rises to 70")):
         composed = new(node, model, ensemble)
         sample(composed, steps=steps)
@@ -71,6 +70,27 @@ def test_what_was_chosen_is_in_the_record_and_in_the_report(steps, loras):
         assert json.loads(text)["chosen"] == [said]
         record_of(composed).chosen.clear()
         assert report(composed)[0].shape[1] < picture.shape[1], "the sheet has a section for it"
+
+
+@pytest.mark.parametrize(("steps", "said"), [(8, "do not serve, so few steps differ too much"), (12, "serve 2 steps")])
+def test_the_age_of_cmloras_cache_goes_by_the_steps(steps, said, loras):
+    """Off in few steps, to the bit; a number is that number; without the input, as saved before, the paper's."""
+    model = base("SD15")
+    ensemble = with_roles(three(model, loras), "character", "style", "background")
+    composed, values = new(LoRAEnsembleCMLoRA, model, ensemble), CMLORA[:-1] + [1]
+    head = f"CMLoRA: {steps} steps, 3 LoRAs: "
+    out = sample(composed, steps=steps)
+    assert record_of(composed).chosen == [f"{head}c1 is 2, c2 is 3", f"{head}cached features {said}"]
+    ages = [max(step["ages"]) for step in steps_of(composed)] if steps > 9 else [0]
+    assert max(ages) == (1 if steps > 9 else 0)
+    if steps <= 9:
+        whole = LoRAEnsembleCMLoRA.execute(model, tuple(ensemble), **defaults(LoRAEnsembleCMLoRA) | {"cache_depth": 0})
+        assert torch.equal(out, sample(whole.args[0], steps=steps))
+    for later, oldest in (({}, 8), ({"cache_age": 4}, 3)):
+        given = made(LoRAEnsembleCMLoRA, model, ensemble, *values, **later)
+        sample(given, steps=steps)
+        assert record_of(given).chosen == [] and max(age for step in steps_of(given) for age in step["ages"]) <= oldest
+    assert given.get_attachment(KEY).cache == CacheSpec(max_age=4, depth=1)
 
 
 def test_values_of_the_first_version_keep_their_meaning(loras):

@@ -10,7 +10,7 @@ from lora_ensemble.host.compose.composition import record_of
 from lora_ensemble.methods.schedule import Uniform
 
 from .builders import composite, merge, sample, three
-from .caches import Watch, cached, steps_of
+from .caches import Watch, cached, cmlora, in_turn, steps_of
 from .guidance_tools import extrapolated
 from .models import FAMILIES, base
 
@@ -21,11 +21,12 @@ def forecast(model, interval: int = 3, depth: int = 1):
 
 class WatchLine(Watch):
     """Checks at every reuse that a row gets the point of this noise level, on the straight line through what that row's
-    branch and cond caught in the last two whole steps."""
+    branch and cond caught in the last two whole steps. Where there is one such step alone, or the line would have to
+    be believed farther than `reach` times its length, what was caught last."""
 
-    def __init__(self, monkeypatch, flow: bool):
+    def __init__(self, monkeypatch, flow: bool, reach: float = float("inf")):
         super().__init__(monkeypatch)
-        self.flow, self.lines = flow, 0
+        self.flow, self.reach, self.lines, self.held = flow, reach, 0, 0
 
     def time(self, options: dict) -> float:
         sigma = float(options["sigmas"].flatten()[0])
@@ -43,8 +44,13 @@ class WatchLine(Watch):
         def reuse(split, features, control, options):
             places, t = self.places(options), self.time(options)
             for r, place in enumerate(places):
-                (t0, first, i, n), (t1, second, k, m) = self.caught[place][-2:]
+                (t0, first, i, n), (t1, second, k, m) = (self.caught[place] * 2)[-2:]
+                line = t0 != t1 and (t - t1) / (t1 - t0) <= self.reach
                 for name, value in features.items():
+                    if not line:
+                        assert torch.equal(value.chunk(len(places))[r], second[name].chunk(m)[k])
+                        self.held += 1
+                        continue
                     y0, y1 = first[name].chunk(n)[i].double(), second[name].chunk(m)[k].double()
                     wanted = y1 + (y1 - y0) * (t - t1) / (t1 - t0)
                     found = value.chunk(len(places))[r].double()
@@ -65,6 +71,35 @@ def test_every_row_is_on_its_own_line(family, loras, monkeypatch):
     assert [bool(step["reused"]) for step in steps] == [i not in (0, 1, 3, 6) for i in range(8)] and watch.lines
     assert steps[1]["bytes"] == steps[7]["bytes"] == 2 * steps[0]["bytes"], "both are in the books"
     assert record_of(model).problems == []
+
+
+@pytest.mark.parametrize("family", ["SD15", "Flux"])
+def test_branches_that_run_whole_in_turn_have_lines_of_their_own(family, loras, monkeypatch):
+    """A method's own schedule: each branch's line is between the steps in which that branch was whole."""
+    watch = WatchLine(monkeypatch, family == "Flux", reach=4)
+    sample(in_turn(base(family), three(base(family), loras), forecast=True), family, steps=9)
+    assert watch.lines > watch.held > 0
+
+
+@pytest.mark.parametrize("family", ["SD15", "Flux"])
+def test_cmlora_holds_as_the_paper_does_and_forecasts_where_asked(family, loras, monkeypatch):
+    """The one difference is `features`: the same LoRAs are whole at the same steps."""
+    model = base(family)
+    ensemble = three(model, loras)
+    saved, held, line = (cmlora(model, ensemble, 1, **later) for later in (
+        {}, {"features": "held", "cache_age": 3}, {"features": "forecast", "cache_age": 3}))
+    assert saved.get_attachment("lora_ensemble").cache == CacheSpec(max_age=9, depth=1)
+    with monkeypatch.context() as patch:
+        watch = Watch(patch)  # every row gets what it caught last
+        out = {"held": sample(held, family, steps=12)}
+        assert watch.reused
+    watch = WatchLine(monkeypatch, family == "Flux", reach=3)
+    out["line"] = sample(line, family, steps=12)
+    assert watch.lines > watch.held > 0
+    assert [step["ages"] for step in steps_of(line)] == [step["ages"] for step in steps_of(held)]
+    assert max(step["bytes"] for step in steps_of(line)) == 2 * max(step["bytes"] for step in steps_of(held))
+    assert torch.isfinite(out["line"]).all() and not torch.equal(out["line"], out["held"])
+    assert record_of(line).problems == record_of(held).problems == []
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -22,7 +22,8 @@ SEEDS = {"seed", "noise_seed"}  # each with a widget of the front end's own behi
 VIRTUAL = {"MarkdownNote", "Note"}  # known to the front end alone
 LATER = {"LoRA": {"words", "start", "end", "fade"}, "LoRAtorio": {"place", "reweigh_every"},
          "Switch": {"place", "ending", "lengths"},
-         **{node: {"place"} for node in ("Merge", "Composite", "CMLoRA", "KLoRA", "ESTLoRA")},
+         "CMLoRA": {"place", "features", "cache_age"}, "BranchCache": {"budget"},
+         **{node: {"place"} for node in ("Merge", "Composite", "KLoRA", "ESTLoRA")},
          **{node: {"theme"} for node in ("Report", "LayerMap", "Spectrum", "CalibrateGuidance")},
          **{node: {"tolerance"} for node in ("AdaptiveGuidance", "AdaptiveGuider", "KSampler")}}
 """Widgets that workflows saved with earlier versions lack, per node: the front end fills in their defaults."""

@@ -1,0 +1,95 @@
+#!/usr/bin/env python3
+"""What runs with the branch cache take, counted: `python3 benchmarks/counted.py --comfyui PATH [--steps N]`.
+
+Start it with the interpreter that ComfyUI runs in. Counts the operations of SD1.5 (512 x 512), SDXL and Flux (1024 x
+1024) at full size, whole and cut, on tensors without memory: no weights, no device, nothing timed. One JSON line per
+model, then two tables: what a run takes with an interval and a depth, as a share of the operations of a run without a
+cache, held and forecast (which has the second step whole as well); and what the node's budgets choose.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if not __package__:  # started as a file: run it as a module of the pack
+    import runpy
+
+    run = runpy.run_path(str(Path(__file__).resolve().parents[1] / "run.py"))
+    sys.exit(run["main"](["_module", "benchmarks.counted", *sys.argv[1:]]))
+
+import argparse
+import os
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from ..methods.schedule import LONGEST, BySteps, Uniform, schedules, within
+from . import models
+from .measure import Results
+
+SIZES = {"SD1.5": (64, 77), "SDXL": (128, 77), "Flux": (128, 512)}
+"""Name -> (side of the latent, tokens of the text)."""
+DEPTHS = (1, 2, 3)
+
+
+def shares(name: str) -> tuple[int, Mapping[int, float]]:
+    """(operations of a whole call, per depth the share of one that is cut there), of one row."""
+    from ..host.families.work import work_of
+
+    size, tokens = SIZES[name]
+    architecture = models.ARCHITECTURES[name]
+    model = models.build(name, 1.0, torch.float32, torch.device("meta")).model
+    config = model.model_config.unet_config
+    pooled = config["vec_in_dim"] if name == "Flux" else config["adm_in_channels"]
+    conds = {"y": torch.zeros(1, pooled)} if pooled else {}
+    conds |= {"guidance": torch.full((1,), 3.5)} if config.get("guidance_embed") else {}
+    x = torch.zeros(1, model.latent_format.latent_channels, size, size)
+    context = torch.zeros(1, tokens, config[architecture.context])
+    work = work_of(model, model.diffusion_model, x, torch.full((1,), 0.6), None, context, {}, conds)
+    if isinstance(work, str):
+        raise RuntimeError(work)
+    return work.whole, work.shares
+
+
+def intervals_table(found: Mapping[str, Mapping[int, float]], steps: int) -> str:
+    """Rows: interval and depth; per model the share of a run, held / forecast."""
+    lines = [f"| interval | depth | {' | '.join(found)} |", f"| --- | --- | {' | '.join('---' for _ in found)} |"]
+    for interval in range(2, LONGEST + 1):
+        for depth in DEPTHS:
+            cells = [" / ".join(f"{within(1.0, steps, {depth: rests[depth]}, [Uniform(interval, first)]).share:.0%}"
+                                for first in (1, 2)) for rests in found.values()]
+            lines.append(f"| {interval} | {depth} | {' | '.join(cells)} |")
+    return "\n".join(lines).replace("%", " %")
+
+
+def budgets_table(found: Mapping[str, Mapping[int, float]], steps: int, budgets: Sequence[float]) -> str:
+    """Rows: budgets; per model what a forecast chooses."""
+    lines = [f"| budget | {' | '.join(found)} |", f"| --- | {' | '.join('---' for _ in found)} |"]
+    for budget in budgets:
+        chosen = [within(budget, steps, rests, schedules(BySteps(True, 2))) for rests in found.values()]
+        lines.append(f"| {budget:g} | " + " | ".join(f"{each.schedule.words.replace(' is', '')}, depth {each.depth}: "
+                                                     f"{each.share:.0%}" for each in chosen) + " |")
+    return "\n".join(lines).replace("%", " %")
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="counted", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--comfyui", type=Path, default=os.environ.get("COMFYUI_UNDER_TEST"), metavar="PATH")
+    parser.add_argument("--models", nargs="+", choices=list(SIZES), default=list(SIZES))
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.7, 0.6, 0.5, 0.4, 0.3])
+    options = parser.parse_args(arguments)
+    if not options.comfyui:
+        parser.error("name a ComfyUI with --comfyui PATH or in COMFYUI_UNDER_TEST")
+    tell, found = Results(torch.device("cpu"), comfyui=models.start_comfyui(options.comfyui, "cpu")), {}
+    for name in options.models:
+        whole, found[name] = shares(name)
+        tell("counted", model=name, operations=float(whole), depths=list(found[name]),
+             shares=list(found[name].values()))
+    sys.stdout.write(f"\n{intervals_table(found, options.steps)}\n\n"
+                     f"{budgets_table(found, options.steps, options.budgets)}\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
