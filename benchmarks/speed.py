@@ -22,7 +22,7 @@ the clock: use them where other programs are busy.
     cache       steps of Composite over the same steps with the branch cache, interval 3 and depth 2; the relative error
                 of the final latent, and the bytes held
     saving      a run with guidance over the same run with Adaptive Guidance that saves a quarter, and with LinearAG
-    stack       a run of the stock hook composite over one of Composite with the branch cache and Adaptive Guidance
+    stack       a run of the stock hook composite over one of Composite with forecast cache and extrapolated guidance
     floor       what a step's products would take at the device's matrix rate, as a share of a step of Composite;
                 with --compile also compiled
 
@@ -296,7 +296,7 @@ class Bench:
         found = bench_stack(self.model, models.hooked(self.conds, self.files[:count]), composed, self.conds, self.noise,
                             options.run_steps, options.rounds, self.cfg)
         self.tell("stack", n=count, **found)
-        return f"with cache and Adaptive Guidance {found['ratio']:.2f} times as fast as the stock hook composite"
+        return f"with cache and extrapolated guidance {found['ratio']:.2f} times as fast as the stock hook composite"
 
     def floor(self, count: int) -> str:
         composed, options = compose(self.model, self.files[:count])[0], self.options

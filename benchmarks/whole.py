@@ -9,32 +9,28 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from .deciding import guided, half_saved
 from .measure import Seconds, median, synchronize, total
+from .methods import saving
 from .models import sampled
 
 
 def bench_stack(model, hooks: list, composed, conds: list, noise: Tensor, steps: int, rounds: int,
                 cfg: float) -> dict[str, float]:
-    """Seconds of whole runs, the first step included, of the stock hook composite and of Composite with the branch
-    cache (interval 3, depth 2) and, where the model has a negative, Adaptive Guidance that saves a quarter. The
-    pictures are not the same: cache and guidance are approximations."""
-    from ..host.compose.apply import with_cache
-    from ..host.compose.cache import CacheSpec
-    from ..methods.schedule import Uniform
-
-    ours = with_cache(composed, CacheSpec(Uniform(3), depth=2))
-    if cfg != 1:
-        ours = guided(ours, half_saved(steps))
-    arms = {"hooks": (model, *hooks), "stack": (ours, *conds)}
+    """Seconds of whole runs, the first step included, of the stock hook composite and of Composite with the forecast
+    cache and, where the model has a negative, extrapolated guidance (methods.py); how far the last pictures are apart,
+    as a share of the hooks' norm: cache and guidance are approximations."""
+    arms = {"hooks": (model, *hooks), "stack": (saving(composed, "both" if cfg != 1 else "cache"), *conds)}
     runs: dict[str, list[Seconds]] = {name: [] for name in arms}
+    latents: dict[str, Tensor] = {}
     for _ in range(rounds):
         for name, arm in arms.items():
             sampled(*arm, noise, 1, cfg)  # hooks make the host load its model anew for every other MODEL
-            runs[name].append(total(sampled(*arm, noise, steps, cfg)[1]))
+            latents[name], times = sampled(*arm, noise, steps, cfg)
+            runs[name].append(total(times))
     theirs, mine = median(runs["hooks"]), median(runs["stack"])
+    apart = (latents["stack"] - latents["hooks"]).double().norm() / latents["hooks"].double().norm()
     return {"ratio": theirs.wall / mine.wall, "cpu_ratio": theirs.cpu / mine.cpu, "hooks_seconds": theirs.wall,
-            "stack_seconds": mine.wall, "steps": steps}
+            "stack_seconds": mine.wall, "steps": steps, "difference": apart.item()}
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> float:
