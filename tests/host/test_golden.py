@@ -1,11 +1,11 @@
-"""Workflows that version 0.1.0 saved: they open with every value at its widget, run, and draw what they drew.
+"""Workflows that version 0.1.0 saved: every value is that of its widget, they run, and they draw what they drew. How
+the front end opens them is in `test_golden_pages.py`.
 
 What they drew is in tests/golden, made by that version's own nodes (`tests/golden_pictures.py`).
 """
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,14 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from lora_ensemble.tests import golden_pictures
-from lora_ensemble.tests.front_end import FrontEnd
 from lora_ensemble.tests.golden_pictures import FOLDER, GRAPHS, PROMPTS
 from lora_ensemble.tests.server import Server
 from lora_ensemble.tests.workflows import load
 from PIL import Image
 
 from .test_example_workflows import as_api, check_graph, check_prompt, defaults_of_later
-from .test_front_end import browser, page  # noqa: F401  (fixtures)
 
 PICTURES = sorted((FOLDER / "pictures").glob("*.png"))
 GREY_LEVELS = 2.0  # in any pixel: another order of sums, over six steps
@@ -46,19 +44,6 @@ def test_they_agree_with_the_schemas_of_today(path):
     check_graph(graph)
     check_prompt(load(FOLDER / "api" / path.name))
     assert as_api(graph) == twin(path)
-
-
-@pytest.mark.parametrize("page", ["classic"], indirect=True)
-@each_graph
-def test_they_open_with_every_value_at_its_widget(page: FrontEnd, path: Path):  # noqa: F811
-    """No node is missing, no widget has the value of another, no wire is lost."""
-    graph, said = json.loads(path.read_text(encoding="utf-8")), len(page.complaints())
-    page.open_graph(copy.deepcopy(graph), path.stem)
-    assert [node.kind for node in page.nodes() if not node.known] == []
-    sent = page.browser.evaluate("app.graphToPrompt().then(prompt => JSON.stringify(prompt.output))")
-    assert {key: {"class_type": node["class_type"], "inputs": node["inputs"]}
-            for key, node in json.loads(sent).items()} == twin(path)
-    assert page.complaints()[said:] == []
 
 
 @pytest.fixture(scope="module")
