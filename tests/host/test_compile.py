@@ -47,12 +47,13 @@ BLOCKS = [f"diffusion_model.{kind}.{i}" for kind, count in (("double_blocks", 3)
           for i in range(count)]
 
 
-@pytest.mark.parametrize("keys", [["diffusion_model"], BLOCKS], ids=["whole", "block by block"])
-def test_no_more_graphs_than_the_plain_model_has(keys, loras, monkeypatch):
+@pytest.mark.parametrize(("name", "keys"), [("Flux", ["diffusion_model"]), (DEEP.name, BLOCKS)],
+                         ids=["whole", "block by block"])
+def test_no_more_graphs_than_the_plain_model_has(name, keys, loras, monkeypatch):
     """Guard: every block compiled anew, up to the compiler's limit, as with a number of its own in each. Other LoRAs,
     strengths and turns bring no graph either."""
     monkeypatch.setitem(FAMILIES, DEEP.name, DEEP)
-    model, graphs = base(DEEP.name), []
+    model, graphs = base(name), []
 
     def counted(graph, inputs):
         graphs.append(graph)
@@ -61,18 +62,18 @@ def test_no_more_graphs_than_the_plain_model_has(keys, loras, monkeypatch):
     torch.compiler.reset()
     first = compiled(model, counted, keys)
     ensemble = three(model, loras)
-    plain = sample(first, DEEP.name)
+    plain = sample(first, name)
     alone = len(graphs)
     for make in (Switch, Merge, Composite):
         ours = method(first, ensemble, lambda strengths, make=make: make(strengths))
-        same(sample(ours, DEEP.name, steps=3), sample(method(model, ensemble, make), DEEP.name, steps=3),
-             sample(model, DEEP.name, steps=3))
+        same(sample(ours, name, steps=3), sample(method(model, ensemble, make), name, steps=3),
+             sample(model, name, steps=3))
         again = len(graphs)
-        sample(method(first, [replace(spec, strength_model=0.3) for spec in ensemble], make), DEEP.name)
+        sample(method(first, [replace(spec, strength_model=0.3) for spec in ensemble], make), name)
         assert len(graphs) == again
         # One set for batches of two rows, and one for Composite's wider ones; with LoRAs each is another graph.
         assert len(graphs) - alone <= alone * (2 if make is Composite else 1)
-    same(plain, sample(model, DEEP.name), sample(stock(model, ensemble), DEEP.name), 1e-4)
+    same(plain, sample(model, name), sample(stock(model, ensemble), name), 1e-4)
     assert not [node for graph in graphs for node in graph.graph.nodes if "route_" in str(node.target)]
 
 
