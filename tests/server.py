@@ -192,13 +192,14 @@ class Server:
             ) -> dict[str, Any]:
         """Queue a prompt, wait for its end, and return its entry of /history. Raises PromptRefused or PromptFailed."""
         prompt_id = self.queue(prompt, workflow)
-        deadline = time.monotonic() + timeout
+        deadline, pause = time.monotonic() + timeout, 0.01
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
                 raise ServerError(f"ComfyUI died while the prompt ran\n{self.log_tail()}")
             entry = self.json(f"/history/{prompt_id}").get(prompt_id)
             if entry is None:
-                time.sleep(0.1)
+                time.sleep(pause)
+                pause = min(0.1, 1.5 * pause)
                 continue
             for name, details in entry["status"]["messages"]:
                 if name in ("execution_error", "execution_interrupted"):

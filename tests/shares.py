@@ -12,17 +12,21 @@ import pytest
 def one_of(items: Sequence[pytest.Item], share: int, release: str, whole: Collection[str] = ()) -> list[pytest.Item]:
     """Of the cases of every test one of `share`, rounded up; by lot, which is drawn by their names and the release.
 
-    whole   the files (stems) of which every case stays
+    whole   files and tests of which every case stays: "test_a", "test_a::test_of_it"
     """
     cases: dict[str, list[pytest.Item]] = defaultdict(list)
     for item in items:
         cases[item.nodeid.partition("[")[0]].append(item)
 
+    def stays(item: pytest.Item) -> bool:
+        test = item.nodeid.partition("[")[0].rpartition("::")[2]
+        return item.path.stem in whole or f"{item.path.stem}::{test}" in whole
+
     def lot(item: pytest.Item) -> bytes:
         return hashlib.sha256(f"{release} {item.nodeid}".encode()).digest()
 
     kept = {id(item) for same in cases.values() for item in sorted(same, key=lot)[:-(-len(same) // share)]}
-    return [item for item in items if id(item) in kept or item.path.stem in whole]
+    return [item for item in items if id(item) in kept or stays(item)]
 
 
 def longest_first(items: Sequence[pytest.Item], long: Sequence[str]) -> list[pytest.Item]:

@@ -20,6 +20,7 @@ def counts(items) -> list[int]:
 def test_a_share_of_every_test_and_never_none():
     assert counts(one_of(ITEMS, 3, "0.28.0")) == [1, 1, 3, 10]
     assert counts(one_of(ITEMS, 3, "0.28.0", {"test_b"})) == [1, 1, 7, 10]
+    assert counts(one_of(ITEMS, 3, "0.28.0", {"test_a::three", "test_b::thirty"})) == [1, 3, 3, 10]
     assert one_of(ITEMS, 1, "0.28.0") == ITEMS
 
 

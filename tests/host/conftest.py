@@ -29,8 +29,8 @@ HOST_API = {"test_always", "test_apply", "test_attention", "test_banks", "test_b
 """Files whose tests ask ComfyUI for what changes from release to release, marked `host_api`: loading and parsing, the
 life of a run and of a model, samplers, guiders and schemas, the models' own code. `run.py test` runs them on older
 releases; the others ask what our own mathematics does, which one release shows."""
-EVERY_CASE = {"test_example_workflows", "test_nodes", "test_server"}
-"""Files with a case for each node or example, of which no other stands for one: `--one-of` leaves them whole."""
+EVERY_CASE = {"test_example_workflows", "test_nodes", "test_server::test_example_misses_only_its_models"}
+"""Files and tests with a case for each node or example; none stands for another, and `--one-of` leaves them whole."""
 
 if COMFYUI:
     sys.path.insert(0, str(Path(COMFYUI).expanduser()))
@@ -64,8 +64,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
-    if gone := [name for name in sorted(HOST_API | EVERY_CASE) if not (here / f"{name}.py").is_file()]:
-        raise pytest.UsageError(f"HOST_API names files that do not exist: {', '.join(gone)}")
+    files = sorted(HOST_API | {name.partition("::")[0] for name in EVERY_CASE})
+    if gone := [name for name in files if not (here / f"{name}.py").is_file()]:
+        raise pytest.UsageError(f"HOST_API or EVERY_CASE names files that do not exist: {', '.join(gone)}")
     for item in items:
         if item.path.parent == here and item.path.stem in HOST_API:
             item.add_marker("host_api")
