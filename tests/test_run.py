@@ -29,6 +29,7 @@ def test_all_on_the_newest_and_the_api_on_the_others(everything):
     assert list(found) == ["0.33.0", "0.28.0", "0.3.64"]
     for part in ("host_api", "--one-of"):
         assert [part in command for command in found.values()] == [False, not everything, not everything]
+    assert ["--crossed" in command for command in found.values()] == [not everything, False, False]
     assert all(command[-2:] == ["-k", "parity"] for command in found.values())
     assert str(Path("/tools")) in found["0.33.0"] and str(Path("/tools")) not in found["0.28.0"]
     assert all(env["OMP_NUM_THREADS"] == "1" for _, _, env in (first, *others))

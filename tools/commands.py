@@ -24,7 +24,9 @@ NIGHT = 1000
 WORKERS = min(os.cpu_count() or 1, 8)
 """Test processes at once. Each takes 1 to 2 GB, and from eight on the longest file of tests sets the time."""
 
-SHARE = 3
+CROSSED = 2
+"""On the newest release tests of all combinations of several things run one of so many, all of them with --all."""
+SHARE = 4
 """On older releases each parametrised test runs one of so many of its cases: others on each, all of them with --all."""
 
 
@@ -99,7 +101,8 @@ def pytest_runs(base: Path, hosts: Sequence[Host], everything: bool,
     newest = max((host.number for host in hosts), default=())
     for host in sorted(hosts, key=lambda host: host.number, reverse=True):
         whole = everything or host.number == newest
-        marked = [] if whole else ["-m", "host_api", "--one-of", str(SHARE)]
+        marked = [] if everything else ["--crossed", str(CROSSED)] if whole else [
+            "-m", "host_api", "--one-of", str(SHARE)]
         yield (f"{'tests' if whole else 'tests of the API'} on {host}",
                with_pack(host.python, *pytest, "tests/host", *marked, *more, tools=host.tools),
                host.env(**ONE_THREAD))
@@ -138,9 +141,10 @@ def run_test(options: argparse.Namespace) -> int:
     finally:
         if long:  # also of what there is when somebody stops it
             say(f"\nwritten: {write('--all' if options.all else '--report')}")
-    if len({host.number for host in hosts}) > 1 and not options.all:
-        summary.lines.append("  NOT RUN on the older releases: what does not touch their API, and some of the cases "
-                             f"that a test has (one of {SHARE} runs); --all runs all")
+    if hosts and not options.all:
+        summary.lines += [f"  NOT RUN but with --all: of tests that cross several things all but one of {CROSSED}",
+                          f"           combinations; on older releases of a test's cases all but one of {SHARE}, and "
+                          "what does not touch their API"]
     return summary.close(base, hosts)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -30,7 +31,7 @@ HOST_API = {"test_always", "test_apply", "test_attention", "test_banks", "test_b
 life of a run and of a model, samplers, guiders and schemas, the models' own code. `run.py test` runs them on older
 releases; the others ask what our own mathematics does, which one release shows."""
 EVERY_CASE = {"test_example_workflows", "test_nodes", "test_server::test_example_misses_only_its_models"}
-"""Files and tests with a case for each node or example; none stands for another, and `--one-of` leaves them whole."""
+"""Files and tests with a case for each node or example; none stands for another."""
 
 if COMFYUI:
     sys.path.insert(0, str(Path(COMFYUI).expanduser()))
@@ -58,8 +59,10 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> 
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--one-of", metavar="N", type=int, default=1, help="run one of N cases of each parametrised test, "
-                     "at least one: always the same on one release of ComfyUI, others on another")
+    parser.addoption("--one-of", metavar="N", type=int, default=1, help="of each test's cases one of N; on another "
+                     "release of ComfyUI others")
+    parser.addoption("--crossed", metavar="N", type=int, default=1, help="the same for tests of all combinations of "
+                     "several things alone; each thing still has its case")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -70,11 +73,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.path.parent == here and item.path.stem in HOST_API:
             item.add_marker("host_api")
-    if COMFYUI and config.option.one_of > 1:
+    if COMFYUI:
         from comfyui_version import __version__ as release
         from lora_ensemble.tests.shares import one_of
 
-        kept = one_of(items, config.option.one_of, release, EVERY_CASE)
+        which = zlib.crc32(release.encode())
+        kept = one_of(items, config.option.crossed, which, 2, EVERY_CASE)
+        kept = one_of(kept, config.option.one_of, which, 1, EVERY_CASE)
         known = set(map(id, kept))
         config.hook.pytest_deselected(items=[item for item in items if id(item) not in known])
         items[:] = kept
