@@ -34,7 +34,7 @@ from .test_selection import klora
 if not hasattr(comfy.model_patcher.ModelPatcher, "match_multigpu_clones"):
     pytest.skip("this ComfyUI has no multi-GPU scheduler", allow_module_level=True)
 
-from comfy_extras.nodes_multigpu import MultiGPUCFGSplitNode
+from comfy_extras.nodes_multigpu import MultiGPUCFGSplitNode, SelectModelDeviceNode
 
 SECOND = torch.device("cpu", 0)
 
@@ -260,3 +260,19 @@ def test_no_places_are_across_cards(mode, loras, pretended):
     ours = split(routed(loaded("Flux", DEVICE), ensemble, mode=mode))
     near(sample(ours, "Flux", prompt("Flux"), steps=3), want)
     assert min(rows(ours)) == 3
+
+
+@pytest.mark.parametrize("behind", [True, False], ids=["behind", "before"])
+def test_a_model_that_the_host_puts_on_another_card(behind, loras, pretended):
+    """Select Model Device: the model and its LoRAs are there alone."""
+    ensemble = three(base("SD15"), loras)
+    want = sample(composite(base("SD15"), ensemble))
+
+    def put(model):
+        return SelectModelDeviceNode.execute(model, "gpu:1").args[0]
+
+    model = loaded(device=DEVICE)
+    ours = put(composite(model, ensemble)) if behind else composite(put(model), ensemble)
+    near(sample(ours), want)
+    (bank,) = ours.get_additional_models_with_key(KEY)
+    assert ours.load_device == bank.load_device == SECOND_CARD and record_of(ours).problems == []
