@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
 from comfy_api.latest import io
 from lora_ensemble.tests.front_end import FrontEnd
-from lora_ensemble.tests.server import PACK, Server
+from lora_ensemble.tests.server import PACK, ROOT, Server
 from lora_ensemble.tests.workflows import EXAMPLES, load
 
 from .test_front_end import browser  # noqa: F401  (a fixture)
@@ -16,7 +17,7 @@ from .test_front_end import browser  # noqa: F401  (a fixture)
 if not hasattr(io, "DynamicCombo"):
     pytest.skip("this release cannot show rows", allow_module_level=True)
 
-from .test_server_stack import FILES, lora_files  # noqa: E402, F401  (a fixture)
+from .test_server_stack import FILES, STACK, lora_files  # noqa: E402, F401  (a fixture)
 
 NAME = "sdxl_three_loras.app"
 ROWS = "[...document.querySelectorAll('[data-testid=linear-widgets] [data-testid=app-mode-widget-item]')]"
@@ -74,3 +75,11 @@ def test_its_button_makes_the_picture(page: FrontEnd, server: Server):
     assert opened(page, workflow)[1] == "lora_1"  # the file of a model is no longer asked for
     page.browser.evaluate(f"{BUTTON}.click()")
     assert page.browser.wait_for(MADE, seconds=120) == 64
+
+
+def test_the_address_in_readme_opens_its_example(page: FrontEnd, server: Server):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (name,) = re.findall(rf"http://127\.0\.0\.1:8188/\?template=(\w+)&source={PACK}\n", text)
+    page.browser.open(f"http://127.0.0.1:{server.port}/?template={name}&source={PACK}")
+    page.browser.wait_for(f"window.app?.extensionManager?.workflow?.activeWorkflow?.filename === '{name}'", seconds=120)
+    assert page.browser.evaluate(f"app.graph._nodes.some(node => node.type === '{STACK}')")
