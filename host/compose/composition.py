@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import product
 from math import prod
 from uuid import UUID, uuid4
 
@@ -28,6 +27,7 @@ from ...methods.windows import InTime, Window
 from ..families.lasting import lasting
 from ..families.row_order import one_row_only, row_order
 from .cache import BranchCache, CacheSpec, Combo
+from .combos import any_of, combinations
 from .control import Controls
 from .fused import as_before, call_routed_layers
 from .kept import KeptBetweenCalls
@@ -180,8 +180,7 @@ class Run:
         self.cache = BranchCache(cache, self._tell, free) if cache is not None and cache.oldest > 1 else None
         self.combos: dict[UUID, Combo] = {}
         self.single: Combo | None = None
-        self.controls = Controls()
-        self.texts = ExitStack()  # open while the host prepares conds
+        self.controls, self.texts = Controls(), ExitStack()  # texts: open while the host prepares conds
         self._sides = sides
         self._tags: dict[tuple[UUID, Combo], UUID] = {}
         self._routed: dict[int, tuple[nn.Module, list[RoutedForwards]]] = {}
@@ -220,8 +219,8 @@ class Run:
             session.observe(step, unpack(x, parts)[0])
         branches = self.branches = tuple(in_time(step, session.branches(step)) for in_time, session
                                          in zip(self._in_time, self.sessions, strict=True))
-        combos = tuple(product(*branches))
-        fresh = tuple(any(flags) for flags in product(*(session.refresh(step) for session in self.sessions)))
+        combos = combinations(branches, self.record.methods)
+        fresh = any_of([session.refresh(step) for session in self.sessions])
         note_acting(self._acted, branches)
         entry = self.record.steps[-1]
         entry.branches = entry.branches or [[list(branch.gains) for branch in combo] for combo in combos]
@@ -284,7 +283,8 @@ class Run:
             if not known:
                 self._tell(f"{type(root).__name__}: in which order this kind of model keeps the rows of a batch is not "
                            f"known; {APART}")
-        return self._apart[id(root)][1] or one_row_only(root, values_by_name(conds))
+        apart = self.kept.neighbours.patched(conds) or self._apart[id(root)][1]
+        return apart or one_row_only(root, values_by_name(conds))
 
     def keep_apart(self, root: nn.Module, reason: NotRows) -> None:
         """From now on branches have batches of their own."""
@@ -332,7 +332,7 @@ class Run:
                   for combo, uuid in zip(combos, uuids, strict=True)]
         words = tuple(regions.texts for regions in self.regions if regions is not None)
         rows = tuple((each, words, self.without) for each in acting)
-        return self.kept.arrange(root, options, rows, prod(map(len, self.branches)))
+        return self.kept.arrange(root, options, rows, prod(map(len, self.branches)), uuids)
 
     def close(self, finished: bool) -> None:
         """Leave the models as they were, whatever becomes of the record: a failed accelerator raises there."""

@@ -8,10 +8,13 @@ on, they are not used at all. The record says so.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from uuid import UUID
 
 from torch import Tensor, nn
+
+from .neighbours import Neighbours
 
 IN_VAIN = 2
 """So many times in a row something was kept that nothing was read of, and it is kept no longer."""
@@ -61,11 +64,14 @@ class KeptBetweenCalls:
     def __init__(self, tell: Callable[[str], None], without: str = ""):
         self._tell, self._without = tell, without
         self._found: dict[int, _Kept] = {}
+        self.neighbours = Neighbours(tell)
 
-    def arrange(self, root: nn.Module, options: dict, rows: tuple[Hashable, ...], branches: int) -> dict:
+    def arrange(self, root: nn.Module, options: dict, rows: tuple[Hashable, ...], branches: int,
+                uuids: Sequence[UUID | None]) -> dict:
         """Transformer options for a call in whose rows this acts, an entry per cond.
 
         branches   combinations of branches of this step
+        uuids      the conds
 
         Raises ValueError where a sampler keeps the history of one film and there are several branches.
         """
@@ -73,6 +79,7 @@ class KeptBetweenCalls:
             raise ValueError(f"{type(root).__name__} draws a film frame by frame and keeps one history of it, so it "
                              "cannot be evaluated with several branches. Use Merge, Switch, K-LoRA, EST-LoRA or Routed "
                              "with it, which have one.")
+        options = self.neighbours.arrange(options, uuids, rows, branches)
         keepers = {keeper.name: keeper for keeper in keepers_of(root, options)}
         if not keepers:
             return options
@@ -86,6 +93,7 @@ class KeptBetweenCalls:
 
     def close(self) -> None:
         """Nothing stays of what a run's LoRAs have computed, and nothing leads back to its models."""
+        self.neighbours.close()
         for kept in self._found.values():
             for keeper in kept.keepers.values():
                 keeper.forget()

@@ -79,13 +79,17 @@ FAMILIES = {
 }
 
 
-def build(family: Family, device: torch.device = CPU, dtype: torch.dtype = torch.float32):
-    """The family's base model as ComfyUI's own class makes it; weights as they come."""
+def build(family: Family, device: torch.device = CPU, dtype: torch.dtype = torch.float32, operations=None):
+    """The family's base model as ComfyUI's own class makes it; weights as they come.
+
+    operations   the classes of layers, as loaders hand them over; None: the host's own
+    """
     config = dict(family.config)
     if family.kind == "Flux" and "txt_ids_dims" in {f.name for f in fields(comfy.ldm.flux.model.FluxParams)}:
         config["txt_ids_dims"] = []
     config = getattr(comfy.supported_models, family.kind)(config)
     config.set_inference_dtype(dtype, None)
+    config.custom_operations = operations
     return config.get_model({}, "", device=device)
 
 

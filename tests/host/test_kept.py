@@ -263,9 +263,9 @@ def test_qwen_is_off_where_loras_change(qwen, loras, make):
 
 def test_nothing_is_kept_for_a_film_with_one_history():
     guard, state = KeptBetweenCalls(pytest.fail), {"ar_state": {"kv_caches": []}}
-    assert guard.arrange(nn.Linear(1, 1), state, (1,), 1) is state
+    assert guard.arrange(nn.Linear(1, 1), state, (1,), 1, (None,)) is state
     with pytest.raises(ValueError, match="one history"):
-        guard.arrange(nn.Linear(1, 1), state, (1, 2), 2)
+        guard.arrange(nn.Linear(1, 1), state, (1, 2), 2, (None, None))
 
 
 def test_what_is_no_store_of_a_run_is_left_alone():
@@ -282,7 +282,7 @@ def test_only_a_few_calls_are_in_vain():
     root, options = nn.Linear(1, 1), {"store": store}
     for sequence, used in (("aabbaabb", True), ("abbbbbbb", True), ("ababab", False)):
         guard = KeptBetweenCalls(told.append)
-        outs = [guard.arrange(root, options, (row,), 1) for row in sequence]
+        outs = [guard.arrange(root, options, (row,), 1, (None,)) for row in sequence]
         assert ("store" in outs[-1]) is used
         guard.close()
     assert ["made anew 3 times" in told[0], "made anew 1 time " in told[1], "not used" in told[2]] == [True] * 3

@@ -1,0 +1,106 @@
+"""Nodes of others that leave out model calls, and know which cond a result is of but not which LoRAs acted in it
+(EasyCache, TeaCache, MagCache), and hooks that patch the model for one prompt.
+
+Where other LoRAs act than in the result that such a node keeps, the call is computed anew. Those that keep one result
+for each side of guidance keep none where several branches are evaluated. The record says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from uuid import UUID
+
+import comfy.hooks
+
+Renew = Callable[[dict, Sequence["UUID | None"]], dict]
+"""(transformer options, conds of a call) -> options under which nothing earlier is used in the call."""
+SWITCHES = {"TeaCache": ("rel_l1_thresh", "enable_teacache"), "MagCache": ("magcache_thresh", "enable_magcache")}
+"""Nodes that are told by transformer options -> the one by which they are known, and the one that turns them off."""
+
+
+@dataclass(frozen=True)
+class Skipping:
+    """A node that leaves out model calls.
+
+    renew     None: it decides before any call of the model is made
+    by_conds  whether it tells conds apart, and so the branches; else it tells the sides of guidance
+    """
+
+    name: str
+    renew: Renew | None
+    by_conds: bool = True
+
+
+class Neighbours:
+    """The guard of one run; `tell` is called with a sentence for the record."""
+
+    def __init__(self, tell: Callable[[str], None]):
+        self._tell = tell
+        self._acted: dict[UUID | None, Hashable] = {}
+        self._anew: dict[str, tuple[Skipping, int]] = {}
+
+    def arrange(self, options: dict, uuids: Sequence[UUID | None], rows: Sequence[Hashable], branches: int) -> dict:
+        """Transformer options for a call of these conds, in each of which this acts.
+
+        branches   combinations of branches of this step
+        """
+        found = list(skipping_of(options))
+        if not found:
+            return options
+        changed = any(self._acted.get(uuid, row) != row for uuid, row in zip(uuids, rows, strict=True))
+        self._acted.update(zip(uuids, rows, strict=True))
+        for each in found:
+            several = branches > 1 and not each.by_conds
+            if several:
+                self._tell(f"{each.name}: not used in this run, since it keeps one result for each side of guidance "
+                           f"and {branches} branches are evaluated; Branch Cache keeps one for each")
+            elif changed:
+                self._anew[each.name] = each, self._anew.get(each.name, (each, 0))[1] + 1
+            if (several or changed) and each.renew is not None:
+                options = each.renew(options, uuids)
+        return options
+
+    def patched(self, conds: Sequence[list[dict] | None]) -> bool:
+        """Whether a hook on one of the conds patches the model for that cond, as Attention Couple's do: such patches
+        count on being called for one cond of each side, and every branch needs a batch of its own."""
+        hooks = [hook for cond in conds for entry in cond or () if entry.get("hooks") is not None
+                 for hook in entry["hooks"].hooks]
+        found = next((hook for hook in hooks if isinstance(hook, comfy.hooks.TransformerOptionsHook)), None)
+        if found is not None:
+            self._tell(f"{type(found).__name__}: patches the model for one prompt at a time; every branch is evaluated "
+                       "in a batch of its own, which takes longer and changes nothing else")
+        return found is not None
+
+    def close(self) -> None:
+        for each, count in self._anew.values():
+            self._tell(f"{each.name}: {count} call{'s' * (count > 1)} of the model computed anew, since other LoRAs "
+                       "acted than in what it keeps" if each.renew is not None else
+                       f"{each.name}: leaves out whole steps, whatever LoRAs were to act in them; EasyCache heeds them")
+        self._acted.clear()
+
+
+def skipping_of(options: Mapping) -> Iterator[Skipping]:
+    """The nodes that leave their marks in the options of a call."""
+    holder = options.get("easycache")
+    if hasattr(holder, "can_apply_cache_diff"):
+        yield Skipping("EasyCache", _without_differences)
+    elif hasattr(holder, "uuid_cache_diffs"):  # as it was at first: it mixes up what it keeps of the conds of a batch
+        yield Skipping("EasyCache", _begun_anew, False)
+    elif hasattr(holder, "cache_diff"):
+        yield Skipping("LazyCache", None)
+    for name, (mark, switch) in SWITCHES.items():
+        if mark in options:
+            yield Skipping(name, lambda known, uuids, switch=switch: {**known, switch: False}, False)
+
+
+def _without_differences(options: dict, uuids: Sequence[UUID | None]) -> dict:
+    for uuid in uuids:
+        for name in ("uuid_cache_diffs", "uuid_cache_diffs_audio"):
+            getattr(options["easycache"], name, {}).pop(uuid, None)
+    return options
+
+
+def _begun_anew(options: dict, uuids: Sequence[UUID | None]) -> dict:
+    options["easycache"].reset()
+    return options

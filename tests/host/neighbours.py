@@ -1,0 +1,316 @@
+"""Nodes of others, as they change a MODEL: small ones of the same contract, which are always there, and the packs
+themselves, where NEIGHBOUR_PACKS names a folder that holds clones of them (and what they import, for Python to find).
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from .models import FAMILIES, base, build, patcher
+
+PACKS = os.environ.get("NEIGHBOUR_PACKS")
+OVERRIDE = "optimized_attention_override"
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A node.
+
+    make       MODEL -> MODEL, as its node does
+    family     of the model that it is for
+    tolerance  of several branches in one batch, where it takes a mean over all rows of it
+    cfg        that it is meant for
+    """
+
+    make: Callable
+    family: str = "SD15"
+    tolerance: float = 1e-3
+    cfg: float = 3.0
+
+
+def pack(name: str, module: str) -> ModuleType:
+    """A module of a pack, by the name of its repository; the rest of the pack is not imported."""
+    if not PACKS:
+        pytest.skip("no packs of others; name a folder with clones of them in NEIGHBOUR_PACKS")
+    folder = Path(PACKS) / name
+    if not folder.is_dir():
+        pytest.skip(f"{name} is not in the folder of NEIGHBOUR_PACKS")
+    package = "neighbour_" + "".join(letter if letter.isalnum() else "_" for letter in name)
+    if package not in sys.modules:
+        sys.modules[package] = root = ModuleType(package)
+        root.__path__ = [str(folder)]
+    try:
+        return importlib.import_module(f"{package}.{module}")
+    except ImportError as error:
+        pytest.skip(f"{name} does not run on this ComfyUI: {error}")
+
+
+# --- stand-ins -------------------------------------------------------------------------------------------------------
+
+
+def sparse(model):
+    """Attention to every second token alone, as sparse kernels come: an override that looks at nothing else."""
+    model = model.clone()
+
+    def override(func, q, k, v, heads, *args, **kwargs):
+        return func(q, k[..., ::2, :], v[..., ::2, :], heads, *args, **{**kwargs, "mask": None})
+
+    model.model_options["transformer_options"][OVERRIDE] = override
+    return model
+
+
+def coarse(model):
+    """Attention with coarse queries and keys, as quantizing kernels (SageAttention) compute it."""
+    model = model.clone()
+
+    def override(func, q, k, v, heads, *args, **kwargs):
+        return func(*((t * 4).round() / 4 for t in (q, k)), v, heads, *args, **kwargs)
+
+    model.model_options["transformer_options"][OVERRIDE] = override
+    return model
+
+
+def cross_attentions(model) -> dict[tuple, nn.Module]:
+    """Where the small U-Net's cross attentions are, as patches name the place."""
+    root, found = model.model.diffusion_model, {}
+    for part, blocks in (("input", root.input_blocks), ("middle", [root.middle_block]), ("output", root.output_blocks)):
+        for number, block in enumerate(blocks):
+            for layer in block:
+                if hasattr(layer, "transformer_blocks"):
+                    found[part, 1 if part == "middle" else number] = layer.transformer_blocks[0].attn2
+    return found
+
+
+def picture_prompt(model, replaces: Callable[[nn.Module], Callable]):
+    """A second cross attention beside the first one, for the tokens of a picture, as IP-Adapter adds it."""
+    attentions, model = cross_attentions(model), model.clone()
+    for place, attention in attentions.items():
+        model.set_model_attn2_replace(replaces(attention), *place)
+    return model
+
+
+def ip_adapter(model):
+    """The positive sees a picture, the negative an empty one: known by `cond_or_uncond`."""
+    from comfy.ldm.modules.attention import optimized_attention
+
+    def replaces(attention: nn.Module) -> Callable:
+        made = torch.Generator().manual_seed(attention.to_k.out_features)
+        keys, values = (torch.randn(2, 4, attention.to_k.out_features, generator=made) for _ in range(2))
+
+        def replaced(q, k, v, options):
+            of = [index for index in options["cond_or_uncond"] for _ in range(len(q) // len(options["cond_or_uncond"]))]
+            return optimized_attention(q, k, v, options["n_heads"]) + optimized_attention(
+                q, keys[of].to(q), values[of].to(q), options["n_heads"])
+
+        return replaced
+
+    return picture_prompt(model, replaces)
+
+
+def attention_forward(model):
+    """An attention whose forward is an object patch, as KJNodes' NAG and Enhance-A-Video have it."""
+    model, name = model.clone(), "middle_block.1.transformer_blocks.0.attn2"
+    attention = model.model.diffusion_model.get_submodule(name)
+    whole = type(attention).forward
+
+    def forward(x, context=None, **kwargs):
+        return whole(attention, x, context, **kwargs) + 0.5 * whole(attention, x, context.flip(1) * 1.5, **kwargs)
+
+    model.add_object_patch(f"diffusion_model.{name}.forward", forward)
+    return model
+
+
+def output_blocks(model):
+    """What FreeU and its like do."""
+    model = model.clone()
+    model.set_model_output_block_patch(lambda h, skip, options: (h * 1.1, skip * 0.8))
+    return model
+
+
+def by_sides(mark: str, switch: str, every: int = 3) -> Callable:
+    """A node that leaves out model calls as TeaCache and MagCache do: it patches the model's forward while a function
+    wrapper runs, and keeps on the model, for each side of guidance, what the forward added to its input."""
+    def make(model):
+        model = model.clone()
+        root = model.model.diffusion_model
+        whole = root.forward
+
+        def forward(x, timesteps=None, context=None, y=None, control=None, transformer_options=None, **kwargs):
+            indexes = transformer_options["cond_or_uncond"]
+            state = root.__dict__.setdefault("kept_by_sides", {})
+            rows = len(x) // len(indexes)
+            skip = transformer_options[switch] and all(state.get(k, (0, None))[0] % every for k in indexes)
+            if skip:
+                out = torch.cat([x[i * rows:(i + 1) * rows] + state[k][1] for i, k in enumerate(indexes)])
+            else:
+                out = whole(x, timesteps, context, y, control=control, transformer_options=transformer_options,
+                            **kwargs)
+            for i, k in enumerate(indexes):
+                rest = (out - x)[i * rows:(i + 1) * rows]
+                state[k] = (state[k][0] + 1, state[k][1]) if skip else (1, rest)
+            return out
+
+        def wrapper(apply, args):
+            options = args["c"]["transformer_options"]
+            options[switch] = True
+            if args["timestep"][0] == options["sample_sigmas"][0]:
+                root.__dict__.pop("kept_by_sides", None)  # a run begins
+            with patch.multiple(root, forward=forward):
+                return apply(args["input"], args["timestep"], **args["c"])
+
+        model.model_options["transformer_options"][mark] = 0.1
+        model.set_model_unet_function_wrapper(wrapper)
+        return model
+
+    return make
+
+
+def easy_cache(model, node: str = "EasyCacheNode"):
+    """With a threshold at which it leaves out all steps that it can."""
+    nodes = pytest.importorskip("comfy_extras.nodes_easycache")
+    return getattr(nodes, node).execute(model, 3.0, 0.0, 1.0, False)[0]
+
+
+STAND_INS = {
+    "a sparse attention": Neighbour(sparse),
+    "a sparse attention, Flux": Neighbour(sparse, "Flux"),
+    "a coarse attention": Neighbour(coarse, "Wan"),
+    "a picture prompt": Neighbour(ip_adapter),
+    "another attention's forward": Neighbour(attention_forward),
+    "output blocks": Neighbour(output_blocks),
+}
+"""Nodes that keep nothing from call to call."""
+
+
+SKIPPING = {
+    "EasyCache": Neighbour(easy_cache, "Flux"),
+    "TeaCache": Neighbour(by_sides("rel_l1_thresh", "enable_teacache")),
+    "MagCache": Neighbour(by_sides("magcache_thresh", "enable_magcache")),
+}
+"""Nodes that leave out model calls. EasyCache is ComfyUI's own."""
+
+
+# --- the packs -------------------------------------------------------------------------------------------------------
+
+
+def kj(node: str, *arguments, method: str = "patch", **options) -> Callable:
+    """A node of KJNodes."""
+    def make(model):
+        sys.modules.setdefault("sageattention", Sage())
+        made = getattr(pack("ComfyUI-KJNodes", "nodes.model_optimization_nodes"), node)
+        node_of = made() if not hasattr(made, "execute") else made
+        return getattr(node_of, method)(model, *arguments, **options)[0]
+
+    return make
+
+
+class Sage(ModuleType):
+    """The kernels of SageAttention want a GPU; the node calls them by these names."""
+
+    def __init__(self):
+        super().__init__("sageattention")
+
+    @staticmethod
+    def sageattn(q: Tensor, k: Tensor, v: Tensor, is_causal=False, attn_mask=None, tensor_layout="NHD") -> Tensor:
+        if tensor_layout == "NHD":
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        out = nn.functional.scaled_dot_product_attention((q * 4).round() / 4, (k * 4).round() / 4, v, attn_mask)
+        return out.transpose(1, 2) if tensor_layout == "NHD" else out
+
+
+def cond(family: str) -> list:
+    return FAMILIES[family].cond(13)
+
+
+def real_ip_adapter(model):
+    module = pack("ComfyUI_IPAdapter_plus", "CrossAttentionPatch")
+
+    def replaces(attention: nn.Module) -> Callable:
+        made = torch.Generator().manual_seed(attention.to_k.out_features)
+        layers = nn.ModuleDict({f"1_to_{part}_ip": nn.Linear(32, attention.to_k.out_features, bias=False)
+                                for part in "kv"})
+        for parameter in layers.parameters():
+            nn.init.normal_(parameter, std=0.3, generator=made).requires_grad_(False)
+        adapter = type("Adapter", (), {"ip_layers": type("Layers", (), {"to_kvs": layers})(),
+                                       "get_multigpu_clone": lambda self, device: self})()
+        pictures = torch.randn(2, 1, 4, 32, generator=made)
+        return module.Attn2Replace(module.ipadapter_attention, module_key="1", ipadapter=adapter, weight=1.0,
+                                   cond=pictures[0], uncond=pictures[1], sigma_start=1e9, sigma_end=0.0)
+
+    return picture_prompt(model, replaces)
+
+
+REAL = {
+    "KJNodes: SageAttention": Neighbour(kj("PathchSageAttentionKJ", "auto"), "Flux"),
+    "KJNodes: torch settings": Neighbour(kj("ModelPatchTorchSettings", False), "Flux"),
+    "KJNodes: compiled blocks": Neighbour(kj("TorchCompileModelAdvanced", "eager", False, "default", "auto", 64, True,
+                                             False), "Flux"),
+    "KJNodes: NAG": Neighbour(lambda model: kj("WanVideoNAG", cond("Wan"), 5.0, 0.25, 2.5)(model), "Wan", cfg=1.0),
+    "KJNodes: Enhance-A-Video": Neighbour(kj("WanVideoEnhanceAVideoKJ", 2.0, {"samples": torch.zeros(1, 16, 3, 8, 8)},
+                                             method="enhance"), "Wan", 2e-2),
+    "KJNodes: chunked feed-forward": Neighbour(kj("WanChunkFeedForward", 2, 4, method="execute"), "Wan"),
+    "KJNodes: CFG-Zero*": Neighbour(kj("CFGZeroStarAndInit", False, 0), "Wan"),
+    "IPAdapter plus": Neighbour(real_ip_adapter),
+}
+
+
+def tea_cache(kind: str, threshold: float = 1e9) -> Callable:
+    return lambda model: pack("ComfyUI-TeaCache", "nodes").TeaCache().apply_teacache(
+        model, kind, threshold, 0.0, 1.0, "cpu")[0]
+
+
+def mag_cache(kind: str) -> Callable:
+    return lambda model: pack("ComfyUI-MagCache", "nodes").MagCache().apply_magcache(
+        model, kind, 0.3, 0.3, 2, 0, -1)[0]
+
+
+REAL_SKIPPING = {
+    "TeaCache, Flux": Neighbour(tea_cache("flux"), "Flux"),
+    "TeaCache, Wan": Neighbour(tea_cache("wan2.1_t2v_1.3B"), "Wan"),
+    "MagCache, Flux": Neighbour(mag_cache("flux"), "Flux"),
+    "MagCache, Wan": Neighbour(mag_cache("wan2.1_t2v_1.3B"), "Wan"),
+}
+
+
+def attention_couple(positive: list, others: list) -> list:
+    """Regional prompts by prompt-control: the others are seen in their masks."""
+    couple = pack("comfyui-prompt-control", "prompt_control.attention_couple_ppm")
+    return couple.set_cond_attnmask(positive, others, fill=True)
+
+
+def gguf(family: str, folder: Path) -> tuple:
+    """(a MODEL of ComfyUI-GGUF, the same with ordinary weights): linear layers in 8 bits, out of a real file."""
+    gguf = pytest.importorskip("gguf", reason="no package gguf")
+    ops, loader, nodes = (pack("ComfyUI-GGUF", name) for name in ("ops", "loader", "nodes"))
+    writer, plain = gguf.GGUFWriter(folder / "model.gguf", "flux"), {}
+    for name, tensor in base(family).model.diffusion_model.state_dict().items():
+        values = tensor.numpy()
+        if tensor.ndim == 2 and tensor.shape[1] % 32 == 0:
+            packed = gguf.quants.quantize(values, gguf.GGMLQuantizationType.Q8_0)
+            writer.add_tensor(name, packed, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+            values = gguf.quants.dequantize(packed, gguf.GGMLQuantizationType.Q8_0)
+        else:
+            writer.add_tensor(name, values)
+        plain[name] = torch.tensor(values)
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file,
+                  writer.close):
+        write()
+    layers = ops.GGMLOps()
+    layers.Linear.dequant_dtype = torch.float32
+    packed = build(FAMILIES[family], operations=layers)
+    found = loader.gguf_sd_loader(str(folder / "model.gguf"))
+    packed.diffusion_model.load_state_dict(found[0] if isinstance(found, tuple) else found)
+    ordinary = build(FAMILIES[family])
+    ordinary.diffusion_model.load_state_dict(plain)
+    return nodes.GGUFModelPatcher.clone(patcher(packed)), patcher(ordinary)

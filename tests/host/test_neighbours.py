@@ -1,0 +1,263 @@
+"""Beside nodes that people have installed: what comes out is what the node makes of ComfyUI's own LoRA loaders,
+whatever the order in the graph, or the record says what is not done.
+
+docs/neighbours.md is the table of them.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import comfy.hooks
+import comfy.model_management
+import comfy.sample
+import comfy.samplers
+import pytest
+import torch
+from lora_ensemble.host.compose.composition import record_of
+from lora_ensemble.host.files.ensemble import LoRASpec
+from lora_ensemble.methods.switch import Switch
+from torch import Tensor
+
+from .builders import composite, hooked, lora, merge, method, same, sample, schedule, shapes, stock, three
+from .models import FAMILIES, alive, base
+from .neighbours import (
+    REAL,
+    REAL_SKIPPING,
+    SKIPPING,
+    STAND_INS,
+    attention_couple,
+    easy_cache,
+    gguf,
+    pack,
+)
+from .test_selection import pair
+
+NEUTRAL = {"KJNodes: torch settings", "KJNodes: compiled blocks", "KJNodes: chunked feed-forward"}
+"""Those that change nothing but time and memory."""
+
+
+@pytest.fixture(autouse=True)
+def unloaded():
+    """What others patch into a loaded model goes when it is unloaded; ComfyUI puts back a forward that was the class's
+    as one of the instance."""
+    yield
+    comfy.model_management.unload_all_models()
+    for module in (module for model in alive() for module in model.modules()):
+        if getattr(vars(module).get("forward"), "__func__", None) is type(module).forward:
+            del module.forward
+    torch.compiler.reset()
+
+
+def said(model, *words: str) -> bool:
+    return any(all(word in line for word in words) for line in record_of(model).problems)
+
+
+def anew(make):
+    """A node as it changes a MODEL that is not loaded: some read its weights."""
+    comfy.model_management.unload_all_models()
+    return make
+
+
+@pytest.mark.parametrize("name", STAND_INS | REAL)
+def test_it_is_what_the_node_makes_of_the_loaders(name, loras):
+    neighbour = (STAND_INS | REAL)[name]
+    family, make = neighbour.family, neighbour.make
+    kind, model = FAMILIES[family], base(family)
+    ensemble = three(model, loras)
+
+    def drawn(model, *conds):
+        return sample(model, family, *conds, cfg=neighbour.cfg)
+
+    plain = drawn(anew(make)(model))
+    assert name in NEUTRAL or not torch.equal(plain, drawn(model)), "it does nothing"
+    merged = drawn(anew(make)(stock(model, ensemble)))
+    mixed = drawn(anew(make)(model), hooked(kind.cond(11), ensemble), hooked(kind.cond(12), ensemble))
+    for ours, wanted, tolerance in ((merge, merged, 1e-3), (composite, mixed, neighbour.tolerance)):
+        same(drawn(anew(make)(ours(model, ensemble))), wanted, plain, tolerance)
+        same(drawn(ours(anew(make)(model), ensemble)), wanted, plain, tolerance)
+
+
+def test_gguf(loras, tmp_path):
+    """Beside the packed weights, and as the pack's own loader of LoRAs would have it."""
+    packed, ordinary = gguf("Flux", tmp_path)
+    kind, ensemble = FAMILIES["Flux"], three(ordinary, loras)
+    plain = sample(ordinary, "Flux")
+    assert (sample(packed, "Flux") - plain).abs().max() < 1e-4
+    mixed = sample(ordinary, "Flux", hooked(kind.cond(11), ensemble), hooked(kind.cond(12), ensemble))
+    for ours, wanted in ((merge, sample(stock(ordinary, ensemble), "Flux")), (composite, mixed)):
+        made = ours(packed, ensemble)
+        same(sample(made, "Flux"), wanted, plain)
+
+
+# --- prompts that carry hooks -----------------------------------------------------------------------------------------
+
+
+def regions(*seeds: int) -> list:
+    """Prompts, each in a part of the picture."""
+    found = []
+    for k, seed in enumerate(seeds):
+        mask = torch.zeros(1, 64, 64)
+        mask[..., 64 * k // len(seeds):64 * (k + 1) // len(seeds)] = 1
+        found += FAMILIES["SD15"].cond(seed, mask=mask, mask_strength=1.0)
+    return found
+
+
+class Couple(comfy.hooks.TransformerOptionsHook):
+    """A hook such as Attention Couple's: in cross attention its prompt stands for several, which are mixed again behind
+    it. It counts on one positive in the batch."""
+
+    def __init__(self, others: list):
+        super().__init__(hook_scope=comfy.hooks.EnumHookScope.HookedOnly)
+        self.others = others
+        self.transformers_dict = {"patches": {"attn2_patch": [self.before], "attn2_output_patch": [self.behind]}}
+
+    def clone(self):
+        found = super().clone()
+        found.others = self.others
+        return found
+
+    def before(self, q, k, v, options):
+        texts = torch.cat([k, *self.others])
+        return q.repeat(len(texts), 1, 1), texts, texts
+
+    def behind(self, out, options):
+        if len(out) != 1 + len(self.others):
+            raise RuntimeError("more than one positive")
+        return out.mean(0, keepdim=True)
+
+
+def coupled(positive: list, others: list) -> list:
+    group = comfy.hooks.HookGroup()
+    group.add(Couple([text for text, _ in others]))
+    return comfy.hooks.set_hooks_for_conditioning(positive, hooks=group)
+
+
+@pytest.mark.parametrize("couple", [coupled, attention_couple], ids=["stand-in", "prompt-control"])
+def test_prompts_that_patch_the_model(couple, loras):
+    """Guard: `Neighbours.patched`. In one batch with all branches, such patches find several positives; LoRAs on other
+    layers than theirs see nothing of it."""
+    model, kind = base("SD15"), FAMILIES["SD15"]
+    layers = shapes(model, lambda layer: "attn2" not in layer)
+    ensemble = [LoRASpec(loras(lora(layers, seed, 4)), 0.8, 0) for seed in (1, 2, 3)]
+    positive = couple(kind.cond(11), regions(21, 22))
+    plain = sample(model, "SD15", positive)
+    assert not torch.equal(plain, sample(model)), "it does nothing"
+    same(sample(merge(model, ensemble), "SD15", positive), sample(stock(model, ensemble), "SD15", positive), plain)
+    alone = [sample(stock(model, [spec]), "SD15", positive, steps=1) for spec in ensemble]
+    ours = composite(model, ensemble)
+    same(sample(ours, "SD15", positive, steps=1), sum(alone) / 3, sample(model, "SD15", positive, steps=1))
+    assert said(ours, "one prompt at a time", "batch of its own")
+
+
+def test_loras_that_prompts_bring(loras):
+    """prompt-control's schedule of hooks, which come and go during the run, beside ours in the model."""
+    hooks = pack("comfyui-prompt-control", "prompt_control.nodes_hooks")
+    model, kind = base("SD15"), FAMILIES["SD15"]
+    *ensemble, spec = three(model, loras)
+    info = {"weight": spec.strength_model, "weight_clip": 0.0}
+    group = hooks.lora_hooks_from_schedule([(0.5, {spec.name: info}), (1.0, {})], {})
+    positive = comfy.hooks.set_hooks_for_conditioning(kind.cond(11), hooks=group)
+    plain, wanted = sample(model, "SD15", positive), sample(stock(model, ensemble), "SD15", positive)
+    assert not torch.equal(plain, sample(model))
+    same(sample(merge(model, ensemble), "SD15", positive), wanted, plain)
+    alone = [sample(stock(model, [each]), "SD15", positive, steps=1) for each in ensemble]
+    same(sample(composite(model, ensemble), "SD15", positive, steps=1), sum(alone) / 2,
+         sample(model, "SD15", positive, steps=1))
+
+
+# --- nodes that leave out model calls -------------------------------------------------------------------------------
+
+STEPS, TURN = 8, 4
+
+
+def drawn(model, family: str, conds: tuple = (None, None), callback=None, steps: int = STEPS) -> Tensor:
+    return sample(model, family, *conds, steps=steps, callback=callback)
+
+
+def predicted(model, family: str, step: int, x: Tensor) -> Tensor:
+    """What a MODEL makes of the noisy latent x in one step of the schedule."""
+    kind, found, inner = FAMILIES[family], [], model.get_model_object("model_sampling")
+    sigmas = schedule(model, STEPS)[step:step + 2]
+    latent = model.model.process_latent_out(inner.inverse_noise_scaling(sigmas[0], x))
+    with torch.inference_mode():
+        comfy.sample.sample_custom(model, torch.zeros_like(x), 3.0, comfy.samplers.sampler_object("euler"), sigmas,
+                                   kind.cond(11), kind.cond(12), latent, disable_pbar=True,
+                                   callback=lambda _, x0, *rest: found.append(x0))
+    return found[0]
+
+
+@pytest.mark.parametrize("name", SKIPPING | REAL_SKIPPING)
+def test_one_branch_is_left_out_as_with_the_loaders(name, loras):
+    neighbour = (SKIPPING | REAL_SKIPPING)[name]
+    family, make, model = neighbour.family, neighbour.make, base(neighbour.family)
+    ensemble = three(model, loras)
+    plain, wanted = drawn(make(model), family), drawn(make(stock(model, ensemble)), family)
+    assert not torch.equal(wanted, drawn(stock(model, ensemble), family)), "it leaves nothing out"
+    for ours in (make(merge(model, ensemble)), merge(make(model), ensemble)):
+        same(drawn(ours, family), wanted, plain)
+        assert not record_of(ours).problems
+
+
+@pytest.mark.parametrize("name", SKIPPING | REAL_SKIPPING)
+def test_another_lora_is_computed_anew(name, loras):
+    """Two LoRAs take turns: what a node keeps of the first is not the second's. Guard: `Neighbours.arrange`."""
+    neighbour = (SKIPPING | REAL_SKIPPING)[name]
+    family, model, seen = neighbour.family, base(neighbour.family), {}
+    ensemble = pair(model, loras)
+    switch = method(model, ensemble, lambda strengths: Switch(strengths, TURN))
+    whole, ours = drawn(switch, family), neighbour.make(switch)
+    out = drawn(ours, family, callback=lambda step, x0, x, total: seen.update({step: (x0.clone(), x.clone())}))
+    assert not torch.equal(out, whole), "it leaves nothing out"
+    assert said(ours, name.split(",")[0], "computed anew")
+    found, x = seen[TURN]
+    same(found, predicted(stock(model, ensemble[1:]), family, TURN, x), predicted(model, family, TURN, x))
+
+
+def tells_conds_apart() -> bool:
+    """Whether this release's EasyCache keeps the conds of a batch apart."""
+    nodes = pytest.importorskip("comfy_extras.nodes_easycache")
+    return hasattr(nodes.EasyCacheHolder, "can_apply_cache_diff")
+
+
+@pytest.mark.parametrize("name", SKIPPING | REAL_SKIPPING)
+def test_several_branches(name, loras):
+    """A node that tells conds apart tells branches apart; one that tells the sides of guidance is off, and named."""
+    neighbour = (SKIPPING | REAL_SKIPPING)[name]
+    family, make, model = neighbour.family, neighbour.make, base(neighbour.family)
+    kind, ensemble = FAMILIES[family], three(model, loras)
+    ours = make(composite(model, ensemble))
+    if name == "EasyCache" and tells_conds_apart():
+        # It decides by one cond, another one than in the reference: later it may differ.
+        conds, steps = (hooked(kind.cond(11), ensemble), hooked(kind.cond(12), ensemble)), 5
+        wanted = drawn(make(model), family, conds, steps=steps)
+        assert not torch.equal(wanted, drawn(model, family, conds, steps=steps)), "it leaves nothing out"
+        same(drawn(ours, family, steps=steps), wanted, drawn(make(model), family, steps=steps))
+        assert not record_of(ours).problems
+    else:
+        out = drawn(ours, family)
+        assert said(ours, name.split(",")[0], "not used", "3 branches", "Branch Cache")
+        same(out, drawn(composite(model, ensemble), family), drawn(model, family), 1e-5)
+
+
+def test_what_leaves_out_whole_steps_is_told_of(loras):
+    """LazyCache decides before any LoRA has a say."""
+    model = base("SD15")
+    ensemble = pair(model, loras)
+    lazy = partial(easy_cache, node="LazyCacheNode")
+    merged = lazy(merge(model, ensemble))
+    same(drawn(merged, "SD15"), drawn(lazy(stock(model, ensemble)), "SD15"), drawn(lazy(model), "SD15"))
+    assert not record_of(merged).problems
+    turns = lazy(method(model, ensemble, lambda strengths: Switch(strengths, 1)))
+    drawn(turns, "SD15")
+    assert said(turns, "LazyCache", "whole steps", "EasyCache")
+
+
+def test_combinations_without_end_are_refused(loras):
+    """Nodes in a row multiply their branches: eight small ones would make half a million."""
+    model = base("SD15")
+    (spec, *_) = three(model, loras)
+    for _ in range(8):
+        model = composite(model, [spec] * 5)
+    with pytest.raises(ValueError, match=r"5 \(Composite\) x .* = 390,625 combinations .* into one ensemble"):
+        sample(model)
