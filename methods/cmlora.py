@@ -215,7 +215,7 @@ class CMLoRASession(Session):
         self._made = [-1] * self.count
         self._gains: list[float | None] = [None] * self.count  # with which what is cached was made
         self._fresh: tuple[bool, ...] = ()
-        self._share = 1.0
+        self._share = 1.0 if context.left is None else context.left
         self._sent: Sent | None = None
         self._bins: Tensor | None = None
         self._notes: dict[str, object] = {}
@@ -282,6 +282,10 @@ class CMLoRASession(Session):
             elif never:
                 out.append(f"{', '.join(never)} never led in {steps} steps")
         return out
+
+    def left(self) -> float | None:
+        """The high-frequency share of the latent at the last step, by which the next run's first one goes."""
+        return None if self._sent is None else self._sent.read()
 
     def _mixed(self, predictions: Tensor, parts: Parts) -> Tensor:
         """sum_i lambda_i e_i = mean + (w - 1) / (w + N - 1) (e_d - mean), which is the mean exactly for w = 1."""

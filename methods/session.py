@@ -42,8 +42,9 @@ class RunContext:
              branches multiplies by them; a method has to know who is there
     shares   per LoRA: how much the prompt says by its words, 1 - cos(E(prompt), E(prompt without them)), for methods
              that ask; (): not known
+    left     what this method's session of the run before left of the same picture (`Session.left`); None: nothing
 
-    `times`, `span`, `masks`, `gains` and `shares` are known to composition methods alone; to guidance alone:
+    `times`, `span`, `masks`, `gains`, `shares` and `left` are known to composition methods alone; to guidance alone:
 
     sampler      name of the sampler's function, with its options where it has any
     cfg          scale of guidance; None where a guider has no single one
@@ -62,6 +63,7 @@ class RunContext:
     negatives: int = 1
     before: int = 0
     whole: int = 0
+    left: object = None
 
     @property
     def total(self) -> int:
@@ -149,6 +151,11 @@ class Session(ABC):
     def missed(self, names: Sequence[str]) -> list[str]:
         """What the method would have had happen and did not in the whole run, in words: a class that never led."""
         return []
+
+    def left(self) -> object:
+        """The run is over and its picture is not: what was measured of the picture, whatever model goes on with it, for
+        the context of the next run."""
+        return None
 
 
 class Sent:

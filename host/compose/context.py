@@ -15,7 +15,7 @@ from ...kernels.nested import Parts
 from ...methods.session import OTHER, POSITIVE, UNCONDITIONAL, RunContext
 from ...methods.windows import gains_of
 from .composition import Applied
-from .earlier import Earlier
+from .earlier import Earlier, names_of
 from .prompts import shares_of
 
 SIDES = {"positive": POSITIVE, "negative": UNCONDITIONAL, "empty_negative_prompt": UNCONDITIONAL}
@@ -47,9 +47,10 @@ def method_contexts(context: RunContext, model, applied: Sequence[Applied], cond
     windowed = any(each.windows for each in applied)
     known = earlier.sigmas if earlier is not None else ()
     times = _schedule(sampling, context.sigmas, timed, known) if windowed else ()
+    left, names = earlier.left if earlier is not None else {}, names_of([each.method for each in applied])
     return [replace(timed, masks=tuple(mask if mask is None else mask.to(device) for mask in masks),
-                    gains=gains_of(each.windows, times), shares=shares_of(conds, each.asked))
-            for masks, each in zip(placed, applied, strict=True)]
+                    gains=gains_of(each.windows, times), shares=shares_of(conds, each.asked), left=left.get(name))
+            for masks, each, name in zip(placed, applied, names, strict=True)]
 
 
 def guidance_context(context: RunContext, guider, sampler) -> RunContext:

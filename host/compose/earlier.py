@@ -8,13 +8,15 @@ from collections import deque
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from ...methods.session import RunContext
+from ...methods.session import RunContext, Session
 from .routes import RoutedLoRAs
 
+Value = TypeVar("Value")
 KEPT = 4
 """Runs that are remembered: two chains of samplers in one graph may take turns."""
 SAMPLES = 512
@@ -28,41 +30,58 @@ class Earlier:
     steps   that they took
     times   the model's own time of each, as `RunContext.times`; `sigmas` their noise levels
     maps    where words were found at their end, by what was asked (`Prompt.asked`)
+    left    what the last one's methods left (`Session.left`), by `names_of`
     """
 
     steps: int
     times: tuple[float, ...]
     sigmas: tuple[float, ...] = ()
     maps: Mapping[Hashable, Tensor] = field(default_factory=dict)
+    left: Mapping[Hashable, object] = field(default_factory=dict)
 
 
-class Runs:
-    """The last runs that ended with noise left."""
+class Left(Generic[Value]):
+    """What was known at the end of the last runs, by the latent that they left."""
 
     def __init__(self, kept: int = KEPT):
-        self._runs: deque[tuple[tuple, Tensor, Earlier]] = deque(maxlen=kept)
+        self._runs: deque[tuple[tuple, Tensor, Value]] = deque(maxlen=kept)
         self._lock = Lock()
 
-    def left(self, latent: Tensor, context: RunContext, routes: Sequence[RoutedLoRAs],
-             earlier: Earlier | None = None) -> None:
-        """A run has left this latent, which itself may have gone on with one."""
-        maps = {asked: found.cpu() for each in routes for asked, found in each.answers().items()}
-        known = earlier.sigmas if earlier is not None else ()
-        sigmas = (*known, *context.sigmas[:-1]) if len(known) == context.before else ()
-        run = (*_mark(latent), Earlier(context.before + context.steps, context.times, sigmas, maps))
+    def keep(self, latent: Tensor, value: Value) -> None:
+        """A run has left this latent."""
+        run = (*_mark(latent), value)
         with self._lock:
             self._runs.append(run)
 
-    def before(self, latent: Tensor) -> Earlier | None:
+    def before(self, latent: Tensor) -> Value | None:
         """What is known of the run that left this latent; None where none did."""
         shape, values = _mark(latent)
         with self._lock:
             # Some nodes keep latents in half precision.
-            return next((earlier for size, known, earlier in reversed(self._runs)
+            return next((value for size, known, value in reversed(self._runs)
                          if size == shape and torch.allclose(known, values, rtol=1e-2, atol=1e-3)), None)
 
 
+class Runs(Left[Earlier]):
+    """The last runs with methods that ended with noise left."""
+
+    def left(self, latent: Tensor, context: RunContext, routes: Sequence[RoutedLoRAs],
+             earlier: Earlier | None = None, sessions: Mapping[Hashable, Session] | None = None) -> None:
+        """A run has left this latent, which itself may have gone on with one."""
+        maps = {asked: found.cpu() for each in routes for asked, found in each.answers().items()}
+        known = earlier.sigmas if earlier is not None else ()
+        sigmas = (*known, *context.sigmas[:-1]) if len(known) == context.before else ()
+        left = {name: session.left() for name, session in (sessions or {}).items()}
+        self.keep(latent, Earlier(context.before + context.steps, context.times, sigmas, maps, left))
+
+
 RUNS = Runs()
+
+
+def names_of(methods: Sequence[object]) -> list[Hashable]:
+    """What tells the methods on a MODEL from each other, and finds their like on another one."""
+    kinds = [type(method).__name__ for method in methods]
+    return [(kind, kinds[:k].count(kind)) for k, kind in enumerate(kinds)]
 
 
 def bare(noise: Tensor) -> bool:

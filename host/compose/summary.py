@@ -76,6 +76,9 @@ def chosen(record: RunRecord, sessions: Sequence[Session], cache: CacheSpec | No
     """What was left to the number of steps, and what came of it."""
     for name, adapters, session in zip(record.methods, record.adapters, sessions, strict=True):
         yield from (f"{name}: {line}" for line in session.chosen(adapters))
+    if cache is not None and record.before:
+        yield ("Branch Cache: nothing is kept from the earlier run of this picture, since features are of one model: "
+               "the first step runs whole")
     if cache is not None and cache.schedule is not None and cache != cache.at(total):
         schedule = cache.at(total).schedule
         yield f"Branch Cache: {total} steps: {schedule.words}" + ("; so few steps differ too much, nothing is reused"

@@ -24,7 +24,7 @@ from .cards import note_cards, same_banks, settle
 from .composition import KEY, Composition, Free, Plan, Run
 from .context import is_flow, method_contexts, parts_of, run_context, sides_of
 from .control import CALLER_CONDS, OF_WEIGHTS, caller_indexes, made_of_weights
-from .earlier import RUNS, bare
+from .earlier import RUNS, bare, names_of
 from .probe import find_places, positives, readings, with_variants
 from .rows import in_range
 from .steps import tracked
@@ -73,7 +73,8 @@ def outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=No
         out = executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, *args, **kwargs)
         finished = True
         if context.sigmas[-1] > 0:
-            RUNS.left(out, contexts[0] if contexts else context, run.routes, earlier)
+            sessions = zip(names_of([each.method for each in run.applied]), run.sessions, strict=True)
+            RUNS.left(out, contexts[0] if contexts else context, run.routes, earlier, dict(sessions))
         return out
     finally:
         for name in added:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from weakref import ReferenceType, ref
 
 from comfy.model_patcher import ModelPatcher, create_model_options_clone
 from comfy.patcher_extension import WrappersMP
@@ -13,10 +14,25 @@ from ...methods.guidance.record import GuidanceRecord
 from ...methods.guidance.session import GuidanceSession, Tell
 from ...methods.session import RunContext
 from ..compose.context import guidance_context, run_context
+from ..compose.earlier import Left, bare
 from ..compose.steps import tracked
 from .run import GuidedRun
 
 KEY = "lora_ensemble_guidance"
+
+
+@dataclass(frozen=True)
+class Guided:
+    """A run with guidance that left noise: the rule in words, the model, the steps taken of the picture, and what the
+    session left."""
+
+    policy: str
+    model: ReferenceType
+    steps: int
+    left: object
+
+
+GUIDED: Left[Guided] = Left()
 
 
 @dataclass
@@ -67,10 +83,14 @@ def sample_guided(executor, noise, latent_image, sampler, sigmas, denoise_mask=N
     tell = into(record.problems)
     context = guidance_context(run_context(sigmas, noise, kwargs.get("latent_shapes")), guider, sampler)
     session = guidance.begin(guider.model_patcher, context, tell)
+    earlier = GUIDED.before(latent_image) if bare(noise) else None
+    if earlier is not None:
+        same = earlier.policy == guidance.policy and earlier.model() is guider.model_patcher.model
+        session.go_on(earlier.steps, earlier.left if same else None)
     tracker, callback = tracked(context.sigmas, callback)
     run = GuidedRun(guider, session, tracker, record, tell)
     guidance.record = record
-    options = guider.model_options
+    options, out = guider.model_options, None
     guider.model_options = run.installed(create_model_options_clone(options), KEY)
     try:
         out = executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, *args, **kwargs)
@@ -82,3 +102,6 @@ def sample_guided(executor, noise, latent_image, sampler, sigmas, denoise_mask=N
     finally:
         guider.model_options = options
         session.summary(record)
+        if record.finished and context.sigmas[-1] > 0:
+            steps = context.steps + (earlier.steps if earlier is not None else 0)
+            GUIDED.keep(out, Guided(guidance.policy, ref(guider.model_patcher.model), steps, session.left()))

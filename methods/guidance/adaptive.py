@@ -88,11 +88,26 @@ class AdaptiveSession(GuidanceSession):
         self._back = ReadBack(exact)
         self._open: Rows | None = None  # rows whose negative is evaluated; None: all of them
         self._step: Step | None = None
+        self._before = 0  # steps that other runs took of the picture
         self._pictures, self._windowed = 1, False
         self._fresh = False  # until this step's decision was taken
         self._terms: dict[str, Tensor] = {}  # of this call, per negative, added up over windows: [3, B]
         self._fade: Tensor | None = None  # [B]: ramp_steps + 1 while guided, then one less each step, down to 0
         self._crossed: Tensor | None = None
+
+    def go_on(self, steps: int, left: object) -> None:
+        """On the same model pictures that were done with their negative stay so. `min_steps` counts over all runs."""
+        self._before = steps
+        if left is not None:
+            self._fade, self._crossed, self._open = left
+        else:
+            self.tell("Adaptive Guidance: this run goes on with the picture of another model, or under another rule, "
+                      "and looks anew how alike the two sides are; steps that are guided in any case are those of the "
+                      "whole picture")
+
+    def left(self) -> object:
+        """Which pictures are guided no longer."""
+        return None if self._fade is None else (self._fade, self._crossed, self._open)
 
     def begin(self, step: Step, pictures: int = 1, windowed: bool = False) -> Need:
         """The negatives of all rows that are still guided, as far as the host knows."""
@@ -131,7 +146,7 @@ class AdaptiveSession(GuidanceSession):
         if self._fade is None or self._fade.shape != gamma.shape:
             self._fade = torch.full_like(gamma, self.policy.ramp_steps + 1)
             self._crossed = torch.zeros_like(gamma, dtype=torch.bool)
-        if self._step.index >= self.policy.min_steps:
+        if self._before + self._step.index >= self.policy.min_steps:
             lowest = gamma if self.policy.per_sample else gamma.min().expand_as(gamma)
             self._crossed = self._crossed | (lowest >= self.policy.threshold)
         self._fade = torch.where(self._crossed, (self._fade - 1).clamp_min(0), self._fade)
@@ -161,7 +176,7 @@ class AdaptiveSession(GuidanceSession):
 
     def _too_early(self) -> None:
         policy, first = self.policy, self.gamma.get(self.policy.min_steps)
-        if first and all(g is not None and g >= policy.threshold for g in first):
+        if first and not self._before and all(g is not None and g >= policy.threshold for g in first):
             self.tell(f"Adaptive Guidance: the similarity is above the threshold {policy.threshold:g} from the first "
                       f"step on that may be left out ({min(first):.6f}): this model, in the space '{policy.space}', "
                       "needs a higher threshold. Calibrate Guidance finds it.")

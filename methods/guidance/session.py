@@ -85,6 +85,15 @@ class GuidanceSession(ABC):
     def end(self) -> None:  # noqa: B027
         """The model call is over."""
 
+    def go_on(self, steps: int, left: object) -> None:
+        """Before the first call: earlier runs took so many steps of this picture. `left` is what a session of the same
+        rule on the same model has left; None: another model's."""
+        self.tell("Guidance: begins anew in this run of the picture, since what the rule has seen is of one run")
+
+    def left(self) -> object:
+        """After `summary`, where the picture is not finished: what `go_on` takes."""
+        return None
+
     def summary(self, record: GuidanceRecord) -> None:  # noqa: B027
         """The run is over, `record.finished` or not: add to the record what only the rule knows."""
 

@@ -9,16 +9,23 @@ import comfy.sample
 import pytest
 import torch
 from lora_ensemble.host.compose import earlier, wrappers
+from lora_ensemble.host.compose.apply import with_cache
+from lora_ensemble.host.compose.cache import CacheSpec
 from lora_ensemble.host.compose.composition import places_of, record_of
+from lora_ensemble.host.guidance import apply as guided
+from lora_ensemble.host.guidance.apply import apply_guidance, guidance_record_of
+from lora_ensemble.host.guidance.options import GuidanceOptions, guidance_of
 from lora_ensemble.methods.cmlora import CMLoRA
 from lora_ensemble.methods.composite import Composite
+from lora_ensemble.methods.guidance.adaptive import AdaptiveGuidance
 from lora_ensemble.methods.loratorio import LoRAtorio
+from lora_ensemble.methods.schedule import Uniform
 from lora_ensemble.methods.switch import Switch
 from lora_ensemble.nodes.klora import LoRAEnsembleKLoRA
 from torch import Tensor
 
 from .builders import method, same, three
-from .models import FAMILIES, base
+from .models import FAMILIES, base, build, patcher, randomize
 from .test_routed import prompt, routed, specs
 
 STEPS = 8
@@ -29,6 +36,7 @@ ROUNDING = 1e-4  # a latent is scaled out of one run and into the next
 def fresh(monkeypatch) -> earlier.Runs:
     runs = earlier.Runs()
     monkeypatch.setattr(wrappers, "RUNS", runs)
+    monkeypatch.setattr(guided, "GUIDED", earlier.Left())
     return runs
 
 
@@ -55,6 +63,8 @@ MAKES = {
     "Switch": lambda strengths: Switch(strengths, 1),
     "Switch, turns": lambda strengths: Switch(strengths, order=(2, 0, 1), late=True),
     "CMLoRA": lambda strengths: CMLoRA(strengths, (True, False, True), caching=False, decay="halving"),
+    # The first step of all has no measurement before it and is the high class's; all others are the low one's.
+    "CMLoRA online": lambda strengths: CMLoRA(strengths, (True, False, True), "online", threshold=0.99, caching=False),
     "CMLoRA async": lambda strengths: CMLoRA(strengths, order="async", caching=False),
     "LoRAtorio": lambda strengths: LoRAtorio(strengths, kappa=0.4),
     "LoRAtorio, timesteps": lambda strengths: LoRAtorio(strengths, kappa=0.02, unit="timesteps"),
@@ -179,6 +189,85 @@ def test_late_starts_count_over_both_runs(loras):
     ours = routed(model, specs(model, loras), start=0.5)
     whole, plain = part(ours, 0, STEPS, positive=text), part(model, 0, STEPS, positive=text)
     same(part(ours, 2, STEPS, part(ours, 0, 2, positive=text), positive=text), whole, plain, ROUNDING)
+
+
+# --- guidance, caches and measurements ------------------------------------------------------------------------------
+
+
+def two_models():
+    """Two Wan models of different weights, for high and low noise."""
+    found = []
+    for seed in (0, 1):
+        model = build(FAMILIES["Wan"])
+        randomize(model, seed)
+        found.append(patcher(model))
+    return found
+
+
+def adaptive(model, **policy):
+    return apply_guidance(model, guidance_of(GuidanceOptions("threshold", AdaptiveGuidance(**policy))))
+
+
+def negatives(model) -> list[int]:
+    return [step.negative for step in guidance_record_of(model).steps]
+
+
+@pytest.mark.parametrize("cut", [2, 5])
+@pytest.mark.parametrize("policy", [dict(threshold=-1.0, min_steps=4, ramp_steps=2), dict(threshold=-1.0),
+                                    dict(threshold=2.0)], ids=["fading", "at once", "never"])
+def test_guidance_goes_on_with_the_same_model(policy, cut, loras):
+    """What had ended stays so, also halfway through its fading; with LoRAs and without."""
+    plain = base("SD15")
+    for model in (plain, method(plain, three(plain, loras), MAKES["Switch"])):
+        ours = adaptive(model, **policy)
+        whole = part(ours, 0, STEPS)
+        evaluated = negatives(ours)
+        half = part(ours, 0, cut)
+        first = negatives(ours)
+        same(part(ours, cut, STEPS, half), whole, torch.zeros_like(whole), ROUNDING)
+        assert first + negatives(ours) == evaluated
+    part(ours, 0, STEPS)
+    assert negatives(ours) == evaluated  # a run that begins a picture knows of no other
+
+
+def test_guidance_looks_anew_at_another_model():
+    """One negative tells it that the sides are alike; the steps that are guided in any case are over. The line says
+    so, and not that the threshold was wrong."""
+    high, low = (adaptive(model, threshold=-1.0, min_steps=2) for model in two_models())
+    half = part(high, 0, 4, family="Wan")
+    assert negatives(high) == [1, 1, 1, 0]
+    part(low, 4, STEPS, half, "Wan")
+    assert negatives(low) == [1, 0, 0, 0]
+    (line,) = guidance_record_of(low).problems
+    assert "another model" in line and "looks anew" in line
+    part(low, 4, STEPS, half + 0.1, "Wan")  # a picture of which nothing is known
+    assert negatives(low) == [1, 1, 1, 0]
+
+
+def test_what_other_rules_know_is_of_one_run():
+    model = apply_guidance(base("SD15"), guidance_of(GuidanceOptions("extrapolate", AdaptiveGuidance())))
+    part(model, 4, STEPS, part(model, 0, 4))
+    assert any("begins anew in this run of the picture" in line for line in guidance_record_of(model).problems)
+
+
+def test_classes_and_measurements_go_on_with_another_model(loras):
+    """The high-frequency share is the picture's, so the low class leads on."""
+    high, low = (method(model, three(model, loras), MAKES["CMLoRA online"]) for model in two_models())
+    half = part(high, 0, 4, family="Wan")
+    part(low, 4, STEPS, half, "Wan")
+    led = [[step.notes["CMLoRA"]["led"] for step in record_of(model).steps] for model in (high, low)]
+    assert led == [[0, 1, 1, 1], [1, 1, 1, 1]]
+
+
+def test_features_are_of_one_model(loras):
+    """The second run makes its own in its first step, as one over all steps does where the first run ended."""
+    model = base("SD15")
+    ours = with_cache(method(model, three(model, loras), Composite), CacheSpec(Uniform(3), depth=1))
+    whole, half = part(ours, 0, STEPS), part(ours, 0, 3)
+    assert not [line for line in record_of(ours).chosen if "earlier run" in line]
+    same(part(ours, 3, STEPS, half), whole, part(model, 0, STEPS), ROUNDING)
+    assert any("nothing is kept from the earlier run of this picture" in line for line in record_of(ours).chosen)
+    assert record_of(ours).steps[0].notes["cache"]["reused"] == 0 < record_of(ours).steps[1].notes["cache"]["reused"]
 
 
 def test_a_latent_in_half_precision_is_recognised(fresh, loras):
