@@ -47,15 +47,17 @@ class Places:
     more      words of further texts of the model, by their source: a text of a source that is not there gets all of the
               delta
     locate    what the tokens of a layer are
+    flat      layers have no dimension for entries: the model takes one row, and its tokens are their first dimension
 
     Tokens that are neither picture nor text, and rows of layers that have no tokens, get all of the delta.
     """
 
     def __init__(self, maps: Tensor, pictures: Sequence[int], words: Tensor | None = None, texts: Sequence[int] = (),
-                 locate: Locate = lambda layer, tokens: None, more: Mapping[str, Tensor] | None = None):
+                 locate: Locate = lambda layer, tokens: None, more: Mapping[str, Tensor] | None = None,
+                 flat: bool = False):
         self.maps, self.pictures, self.words, self.texts = maps, tuple(pictures), words, tuple(texts)
         self.more = dict(more or {})
-        self.locate = locate
+        self.locate, self.flat = locate, flat
         self._kept: dict[Hashable, tuple[Tensor, Callable[[], Tensor]]] = {}
         self._indexes: dict[tuple[int, ...], Tensor] = {}
 

@@ -69,8 +69,10 @@ class Programs:
 
         Raises NotRows where rows of several branches cannot be told apart in the layer.
         """
-        name = layer.site.name
+        name, shape, flat = layer.site.name, x.shape, layout.places is not None and layout.places.flat and y.ndim == 2
         self.seen.add(name)
+        if flat:
+            y, x = y.unsqueeze(0), plain(x).unsqueeze(0)
         owners = self._owners(layout, name, y, x)
         places = None if owners is None else layout.places
         if owners is None:
@@ -78,10 +80,11 @@ class Programs:
         else:
             gains = [branch.at(name) for branch in layout.rows]
             gains = tuple(gains[row] for row in owners)
-        key = name, gains, x.shape, x.dtype, x.device, places, owners if places is not None else None
+        key = name, gains, shape, x.dtype, x.device, places, owners if places is not None else None
         if key not in self._programs:
             with self._lasting():
-                self._programs[key] = self._program(layer, gains, y, x, places, owners)
+                program = self._program(layer, gains, y, x, places, owners)
+                self._programs[key] = Program(shape, x.dtype, _flat(program.run), program.text) if flat else program
         return self._programs[key]
 
     def _owners(self, layout: Layout, name: str, y: Tensor, x: Tensor) -> Entries | None:
@@ -241,6 +244,11 @@ class Programs:
 def nothing(y: Tensor, x: Tensor) -> Tensor:
     """The run of a layer on which no adapter acts."""
     return y
+
+
+def _flat(run: Run) -> Run:
+    """For a layer without a dimension for entries, which are one."""
+    return lambda y, x: run(y.unsqueeze(0), plain(x).unsqueeze(0)).squeeze(0)
 
 
 def _plainly(run: Run) -> Run:

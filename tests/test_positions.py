@@ -84,6 +84,21 @@ def test_text_and_picture_in_one_stream(first):
     assert close(routed_output(layer, LORAS, branches, x, places), token_reference(layer, branches, x, gain))
 
 
+@pytest.mark.parametrize("kinds", [LORAS, ("glora", "dora out", "lora")], ids=["side by side", "in order"])
+def test_layers_without_a_dimension_for_entries(kinds):
+    """One row, whose tokens come first: as the same layer with that dimension. Also of layers that see no tokens."""
+    torch.manual_seed(0)
+    layer, m, words = nn.Linear(6, 8), maps(), torch.rand(1, 3, 5)
+    segments = Segment("text", 5), Segment("picture", 16, (1, 4, 4)), Segment("other", 2)
+    usual, flat = (Places(m, (0,), words, (0,), lambda name, tokens: segments if tokens == 23 else (), flat=flat)
+                   for flat in (False, True))
+    for x in (torch.randn(23, 6), torch.randn(4, 6)):
+        assert close(routed_output(layer, kinds, [ALL], x, flat), routed_output(layer, kinds, [ALL], x[None], usual)[0])
+    x, gain = torch.randn(23, 6), torch.cat([words.mT, m.flatten(2).mT, torch.ones(1, 2, 3)], dim=1)
+    want = token_reference(layer, [ALL], x[None], gain)[0]
+    assert kinds != LORAS or close(routed_output(layer, kinds, [ALL], x, flat), want)
+
+
 @pytest.mark.parametrize(("count", "tokens", "want"), [(6, 3, [0, 1, 2, 0, 1, 2]), (5, 3, [0, 1, 2, None, None])],
                          ids=["repeated", "padded"])
 def test_texts_that_were_made_longer(count, tokens, want):

@@ -53,7 +53,7 @@ class MaskedLoRAs:
             each = len(maps) // len(distinct)
             index = [distinct.index(part) * each + p % each for part in parts for p in range(pictures)]
             texts = [distinct.index(part) for part in parts for _ in range(pictures)]
-            places = Places(maps.clone(), index, words, texts, self._locate(root, x, conds), more)
+            places = Places(maps.clone(), index, words, texts, *self._locate(root, x, conds, more))
             self._places[key] = places, self.version, self.texts
         places, version, texts = self._places[key]
         if version != self.version:
@@ -95,14 +95,14 @@ class MaskedLoRAs:
                 found[source] = on_device(torch.stack(words), x.device)
         return found.pop("", None), found
 
-    def _locate(self, root: nn.Module, x: Tensor, conds: Mapping[str, object]
-                ) -> Callable[[str, int], Segments | None]:
+    def _locate(self, root: nn.Module, x: Tensor, conds: Mapping[str, object], more: dict[str, Tensor]
+                ) -> tuple[Callable[[str, int], Segments | None], dict[str, Tensor], bool]:
         tokens = call_tokens(root, x, conds)
-        if tokens is None or tokens.order.axis != 1:
+        if tokens is None:
             self.tell(f"{type(root).__name__}: where its tokens lie in the picture is not known, so LoRAs are confined "
                       "to their places in its convolutions alone")
-            return lambda layer, tokens: ()
-        return tokens.segments
+            return lambda layer, tokens: (), more, False
+        return tokens.segments, more, tokens.order.axis == 0
 
 
 def call_tokens(root: nn.Module, x: Tensor, conds: Mapping[str, object]) -> CallTokens | None:
