@@ -15,6 +15,8 @@ median of the differences within each round, between its quartiles. Prints one J
     step    per step of ComfyUI's sampler, of SD1.5 and SDXL with all their layers but narrow: milliseconds beyond the
             model without LoRAs, of five merged LoRAs and of one, beside ComfyUI's own chain of loaders (weights are
             patched before the run) and its bypass loader, which takes one; Composite of five beside as large a batch
+    live    per message of what a run tells while it samples, text and panel: milliseconds, as a share of the time
+            between two messages, which is the most that it can be of a step
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ if not __package__:  # started as a file: run it as a module of the pack
     sys.exit(run["main"](["_module", "benchmarks.host_time", *sys.argv[1:]]))
 
 import argparse
+import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -41,6 +44,7 @@ from torch import Tensor, nn
 from ..engine.adapters import LowRank
 from ..engine.bank import Bank
 from ..engine.forwards import RoutedForwards
+from ..engine.record import RunRecord, StepRecord
 from ..kernels.branch import Branch, one_hot
 from ..methods.merge import Merge
 from . import models
@@ -232,12 +236,39 @@ def bench_step(tell: Results, name: str, rounds: int, steps: int, scale: float, 
     return lines
 
 
+LIVE = ((4, 30), (20, 50), (4, 1000))
+"""Numbers of LoRAs and steps."""
+
+
+def bench_live(tell: Results, loras: int, steps: int, rounds: int) -> dict:
+    """Host time of what is told at the last step of a run of CMLoRA with a branch cache, of which most is known."""
+    from ..host.look.live import EVERY
+    from ..host.look.panel import shown
+    from ..host.look.story import costs_of, line
+
+    branches = [[[0.8 * (i == k) for i in range(loras)]] for k in range(loras)]
+    notes = {"CMLoRA": {"led": 0, "weight": 0.5}, "cache": {"reused": 2, "ages": [1] * loras}}
+    record = RunRecord(["CMLoRA"], [[f"lora_{k}.safetensors" for k in range(loras)]],
+                       [StepRecord(k, 1.0, branches, 1, 2 * loras, 0.5, notes) for k in range(steps)])
+
+    def message() -> None:
+        costs = costs_of(record, None)
+        json.dumps([line(record, ["CMLoRA"], costs, steps), shown(record, ["CMLoRA"], ["1"], costs, steps)])
+
+    found = in_turns({"ours": message}, rounds, torch.device("cpu"), warmups=3)["ours"]
+    taken, plain = spread([1e3 * seconds.thread for seconds in found]), 1e3 * EVERY
+    return tell("live", case=f"{loras} LoRAs, {steps} steps", model="a message", layers="text and panel", unit="ms",
+                plain=plain, added=taken.middle, quartiles=[taken.low, taken.high], share=taken.middle / plain,
+                rounds=rounds)
+
+
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="host_time", description=__doc__.split("\n\n")[0])
     parser.add_argument("--comfyui", type=Path, default=os.environ.get("COMFYUI_UNDER_TEST"), metavar="PATH",
                         help="without one only layers are measured")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--only", nargs="+", choices=("layer", "step"), default=["layer", "step"])
+    parser.add_argument("--only", nargs="+", choices=("layer", "step", "live"),
+                        default=["layer", "step", "live"])
     parser.add_argument("--models", nargs="+", choices=("SD1.5", "SDXL"), default=["SD1.5", "SDXL"])
     parser.add_argument("--rounds", type=int, help="of layers (default 200) and runs (default 10)")
     parser.add_argument("--steps", type=int, default=8, help="sampler steps of a run, the first not timed")
@@ -257,6 +288,8 @@ def main(arguments: list[str]) -> None:
     if "step" in options.only and version:
         for name in options.models:
             found += bench_step(tell, name, options.rounds or 10, options.steps, options.scale, device)
+    if "live" in options.only and version:
+        found += [bench_live(tell, loras, steps, options.rounds or 200) for loras, steps in LIVE]
     sys.stdout.write("\n" + host_table(found) + "\n")
 
 

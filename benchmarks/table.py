@@ -92,7 +92,7 @@ def method_table(records: Iterable[dict]) -> str:
 
 TABLES: dict[str, tuple[tuple[str, ...], tuple[str, ...], Callable[[Iterable[dict]], str]]] = {
     "Goals": (("goal",), ("goal", "what"), goal_table),
-    "Host time": (("layer", "step"), ("bench", "case", "layer", "model"), host_table),
+    "Host time": (("layer", "step", "live"), ("bench", "case", "layer", "model"), host_table),
     "Adapter kinds": (("kind",), ("kind", "layer", "tokens"), kind_table),
     "LoRAs on int8 weights": (("int8",), ("model", "format", "case", "blocks", "tokens", "rank"), int8_table),
 }

@@ -41,7 +41,8 @@ def method_schema(*, options: list[io.Input] | None = None, place: bool = True, 
     """
     inputs = [model_input(), ensemble_input(), *(options or []), clip_input()]
     inputs += [*([place_input()] if place else []), *(later or [])]
-    return schema(inputs=inputs, outputs=[model_output(), clip_output()], **fields)
+    # With its id the host does not take the output of an equal node of another workflow: the run is told on this one.
+    return schema(inputs=inputs, outputs=[model_output(), clip_output()], hidden=[io.Hidden.unique_id], **fields)
 
 
 def model_input() -> io.Input:

@@ -54,12 +54,15 @@ def accelerator(monkeypatch: pytest.MonkeyPatch) -> Iterator[Accelerator | Watch
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One headless server of the ComfyUI under test for the whole run, with the pack and the testbed's loader nodes."""
+    """One headless server of the ComfyUI under test for the whole run, with the pack and the testbed's loader nodes; of
+    the front end whose folder FRONT_END_UNDER_TEST names, instead of the installed one."""
     from lora_ensemble.tests.server import Server
 
     comfyui = os.environ.get("COMFYUI_UNDER_TEST")
     if not comfyui:
         pytest.skip("no ComfyUI; name it in COMFYUI_UNDER_TEST")
     packs = [ROOT, ROOT / "tests" / "comfy_testbed"]
-    with Server(Path(comfyui), tmp_path_factory.mktemp("comfyui"), packs) as running:
+    front_end = os.environ.get("FRONT_END_UNDER_TEST")
+    arguments = ("--front-end-root", front_end) if front_end else ()
+    with Server(Path(comfyui), tmp_path_factory.mktemp("comfyui"), packs, arguments=arguments) as running:
         yield running

@@ -96,6 +96,27 @@ NODES = r"""(() => {
 SEARCH = """document.querySelector('#vue-app').__vue_app__.config.globalProperties.$pinia._s.get('nodeDef')
   .nodeSearchService.searchNode(%s, []).map(node => node.name)"""
 
+RUN = """(async () => {
+  const { api } = await import('/scripts/api.js')
+  const seen = window.seen = {texts: {}, panels: [], over: ''}
+  const once = (list, text) => text && !list.includes(text) && list.push(text)
+  const look = () => {
+    for (const node of app.graph._nodes) {
+      const shown = node.widgets?.find(widget => widget.name.includes('text-preview'))?.value
+      once(seen.texts[node.type] ??= [], shown)
+    }
+    document.querySelectorAll('.lora-ensemble-panel').forEach(panel => once(seen.panels, panel.innerText))
+  }
+  const looking = setInterval(look, 20)
+  const end = what => { look(); clearInterval(looking); seen.over ||= what }
+  api.addEventListener('execution_success', () => end('success'))
+  api.addEventListener('execution_error', error => end(error.detail.exception_message))
+  await app.queuePrompt(0)
+})()"""
+PICTURE = """(() => {
+  const node = app.graph._nodes.find(node => node.type === %s)
+  return node.imgs?.length || document.querySelectorAll(`[data-node-id="${node.id}"] img`).length
+})()"""
 NARROWEST, WIDEST = 240, 420  # widths of nodes that are tried
 
 
@@ -139,7 +160,12 @@ class FrontEnd:
         self.set("Comfy.Minimap.Visible", False)
         self.set("Comfy.Workflow.Persist", False)
         self.set("LiteGraph.Canvas.MinFontSizeForLOD", 0)  # texts are laid out at every zoom
-        browser.open(f"http://127.0.0.1:{server.port}")
+        self.load()
+
+    def load(self) -> None:
+        """The page anew."""
+        browser = self.browser
+        browser.open(f"http://127.0.0.1:{self.server.port}")
         browser.wait_for("document.readyState === 'complete'")
         browser.wait_for(READY, seconds=300)
         browser.wait_for("Object.keys(LiteGraph.registered_node_types).some(name => name.startsWith('LoRAEnsemble'))")
@@ -176,9 +202,27 @@ class FrontEnd:
     def nodes(self) -> list[Shown]:
         return [Shown(**entry) for entry in json.loads(self.browser.evaluate(NODES % (NARROWEST, WIDEST, NARROWEST)))]
 
+    def run(self, seconds: float = 300.0) -> dict[str, Any]:
+        """Queues the workflow as the button does, and says what was seen until it was done: the texts on nodes by their
+        types, what the panels of the pack had written on them, and "success" or an error (`over`)."""
+        self.browser.evaluate(RUN)
+        self.browser.wait_for("seen.over", seconds)
+        self.browser.evaluate(SETTLED)
+        return json.loads(self.browser.evaluate("JSON.stringify(seen)"))
+
+    def shows_a_picture(self, kind: str) -> bool:
+        """Whether the first node of a type does, in a while."""
+        return bool(self.browser.wait_for(PICTURE % json.dumps(kind)))
+
     def search(self, words: str) -> list[str]:
         """The types of the nodes that the search for nodes finds, best first."""
         return self.browser.evaluate(SEARCH % json.dumps(words))
+
+    def saved(self) -> list[Any]:
+        """What a file of the workflow would say of its nodes' sizes and values; a seed is another after each run."""
+        return json.loads(self.browser.evaluate(
+            "JSON.stringify(app.graph.serialize().nodes.filter(node => node.type.startsWith('LoRAEnsemble'))"
+            ".map(node => [node.id, [...node.size].map(Math.round), node.widgets_values]))"))
 
     def zoom(self) -> float:
         return self.browser.evaluate("app.canvas.ds.scale")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from lora_ensemble.tools.comfyui import Host
-from lora_ensemble.tools.commands import ROOT, Summary, deeper_runs, pytest_runs
+from lora_ensemble.tools.commands import ROOT, Summary, deeper_runs, front_end_runs, pytest_runs
 from lora_ensemble.tools.report import PARTS, SUITES, page
 from lora_ensemble.tools.results import Results
 
@@ -51,6 +51,16 @@ def test_all_that_takes_long_runs_on_the_newest():
     assert all(command[-1] == "--keep" for _, command, _ in deeper_runs([host("0.33.0")], keep=True))
     nights = [command for _, command, _ in deeper_runs([host("0.33.0")], night=1000) if "1000" in command]
     assert len(nights) == 1 and nights[0][-3:] == ["lora_ensemble.tests.soak", "--count", "1000"]
+
+
+def test_other_front_ends_on_the_newest():
+    found = [("1.45.21", Path("/fe/old")), ("1.58.1", Path("/fe/new"))]
+    runs = list(front_end_runs([host("0.3.64"), host("0.33.0", "/tools")], found))
+    assert [title.split(" on ")[0] for title, _, _ in runs] == ["front end 1.45.21", "front end 1.58.1"]
+    for (_, command, env), (_, folder) in zip(runs, found, strict=True):
+        assert Path(command[-1]).name == "test_front_end.py" and (ROOT / command[-1]).is_file()
+        assert env["COMFYUI_UNDER_TEST"].endswith("0.33.0") and env["FRONT_END_UNDER_TEST"] == str(folder)
+    assert not list(front_end_runs([], found))
 
 
 @pytest.mark.parametrize("code", [0, 3])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from lora_ensemble.tools.tidy import READABLE, TITLE, Room, inside, tidy
+from lora_ensemble.tools.tidy import LIVE, LIVE_ROW, READABLE, TITLE, Room, inside, tidy
 
 
 def node(key: int, x: float, y: float, kind: str = "LoRAEnsembleLoRA", width: float = 340, height: float = 200) -> dict:
@@ -68,3 +68,12 @@ def test_the_workflow_that_is_handed_in_is_left_alone(untidy):
     before = boxes(untidy)
     tidy(untidy, ROOMS)
     assert boxes(untidy) == before
+
+
+def test_below_a_node_that_composes_there_is_room_for_its_panel(untidy):
+    untidy["nodes"][2] |= {"inputs": [{"type": "LORA_ENSEMBLE"}], "outputs": [{"type": "MODEL"}]}
+    untidy["nodes"].append(node(7, 400, 600, "MarkdownNote"))
+    placed = boxes(tidy(untidy, ROOMS | {7: Room(90, 150, 280, False)})[0])
+    (x, y, _, height), below = placed[2], LIVE + 3 * LIVE_ROW
+    assert placed[7][0] == x and placed[7][1] < y, "the note stands above it"
+    assert all(other[1] - TITLE >= y + height + below for other in placed.values() if other[0] == x and other[1] > y)

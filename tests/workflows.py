@@ -62,6 +62,22 @@ def on_testbed(workflow: Prompt, loras: Sequence[str], text: str | None = None, 
     return prompt
 
 
+def opened_on_small(graph: dict[str, Any], family: str, loras: Sequence[str], steps: int) -> dict[str, Any]:
+    """An example workflow in the front end's format with the small model of a family in place of its checkpoint, at 64
+    by 64 pixels, its LoRAs, in order, by `loras`."""
+    graph, names = copy.deepcopy(graph), iter(loras)
+    for node in graph["nodes"]:
+        if node["type"] == "CheckpointLoaderSimple":
+            node.update(type="LoRAEnsembleTestbedCheckpoint", widgets_values=[family], properties={})
+        elif node["type"] in LATENTS:
+            node["widgets_values"][:2] = [64, 64]
+        elif node["type"] == "LoRAEnsembleLoRA":
+            node["widgets_values"][0] = next(names)
+        elif node["type"] == "KSampler":
+            node["widgets_values"][2] = steps
+    return graph
+
+
 def on_small(workflow: Prompt, family: str, loras: Sequence[str]) -> Prompt:
     """An example workflow with the small model of a family, its text encoder and a VAE in place of all files, at 64 by
     64 pixels, its LoRAs, in order, by `loras`. Its prompts and steps stay as they are."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .comfyui import COMFYUI_TAG, Host, find_hosts, prepare
-from .environments import ROOT, Stop, child_env, say
+from .environments import ROOT, Stop, child_env, front_end, say
 from .report import PARTS, SUITES, write
 from .results import EVERYTHING, Results
 
@@ -123,6 +123,21 @@ def deeper_runs(hosts: Sequence[Host], keep: bool = False, night: int | None = N
                    host.env(**ONE_THREAD))
 
 
+FRONT_ENDS = ("1.45.21", "")
+"""Releases of the front end that --all opens the templates in, beside the installed one: that of ComfyUI 0.28, and the
+newest."""
+
+
+def front_end_runs(hosts: Sequence[Host], found: Sequence[tuple[str, Path]]
+                   ) -> Iterator[tuple[str, list[str], dict[str, str]]]:
+    """(title, command, environment) for each (version, folder) of a front end, on the newest ComfyUI."""
+    for host in sorted(hosts, key=lambda host: host.number)[-1:]:
+        for version, folder in found:
+            yield (f"front end {version} on {host}",
+                   with_pack(host.python, "pytest", "tests/host/test_front_end.py", tools=host.tools),
+                   host.env(**ONE_THREAD, FRONT_END_UNDER_TEST=str(folder)))
+
+
 def run_test(options: argparse.Namespace) -> int:
     if options.page:
         say(f"written: {write('--page')}")
@@ -132,8 +147,11 @@ def run_test(options: argparse.Namespace) -> int:
     whole = long and not options.rest  # chosen tests are no suite
     summary = Summary(results=Results(SUITES.module, (EVERYTHING,), options.keep) if whole else None)
     summary.run("ruff", [base, "-m", "ruff", "check", "."])
+    runs = [] if options.report else [*pytest_runs(base, hosts, options.all, options.rest)]
+    if options.all and hosts:
+        runs += front_end_runs(hosts, [front_end(base, version) for version in FRONT_ENDS])
     try:
-        for title, command, env in () if options.report else pytest_runs(base, hosts, options.all, options.rest):
+        for title, command, env in runs:
             summary.run(title, command, env)
         summary.results = None  # the long runs keep their own
         for title, command, env in deeper_runs(hosts, options.keep, NIGHT if options.soak else None) if long else ():
@@ -195,9 +213,9 @@ def main(arguments: Sequence[str], description: str) -> int:
     parser.add_argument("--comfyui", metavar="PATH", nargs="+", action="extend", default=[], help="the ComfyUI to use")
     parser.add_argument("--clone-comfyui", action="store_true", help=f"fetch ComfyUI {COMFYUI_TAG} and use it")
     parser.add_argument("--without-comfyui", action="store_true", help="use none, even if there is one")
-    parser.add_argument("--all", action="store_true", help="test: every test on every ComfyUI, with all\n"
-                        "damaged files, workflows and faults; hours; writes\ntests/REPORT.md; goes on where "
-                        "it was stopped")
+    parser.add_argument("--all", action="store_true", help="test: every test on every ComfyUI, in three\n"
+                        "front ends, with all damaged files, workflows and faults;\nhours; writes tests/REPORT.md; "
+                        "goes on where it was stopped")
     parser.add_argument("--report", action="store_true", help="test: of --all the long runs alone, and the page")
     parser.add_argument("--page", action="store_true", help="test: run nothing, write the page of what has been found")
     parser.add_argument("--soak", action="store_true", help=f"test: with --all or --report, {NIGHT} prompts in each\n"

@@ -147,3 +147,18 @@ def test_tools(base: Path, host: Path) -> Path:
         pip(base, [*target, *pure], folder.with_name(f"{folder.name}.log"))
         (folder / "complete").touch()
     return folder
+
+
+def front_end(base: Path, version: str = "") -> tuple[str, Path]:
+    """(version, folder) of a release of ComfyUI's front end, for the server's --front-end-root; without a version the
+    newest that the package index has today."""
+    folder = cache_dir() / f"front-end-{version or 'newest'}"
+    if not version or not (folder / "complete").is_file():
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        say(f"  front end {version or 'of today'}: {folder}, 60 MB")
+        wanted = f"comfyui-frontend-package{version and f'=={version}'}"
+        pip(base, ["--no-deps", "--target", str(folder), wanted], folder.with_name(f"{folder.name}.log"))
+        (folder / "complete").touch()
+    found = next(folder.glob("comfyui_frontend_package-*.dist-info"))
+    return found.name.split("-")[1].removesuffix(".dist"), folder / "comfyui_frontend_package" / "static"

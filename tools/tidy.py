@@ -2,9 +2,11 @@
 
     python3 run.py _with - lora_ensemble.tools.tidy             every example workflow
     python3 run.py _with - lora_ensemble.tools.tidy NAME ...    some of them
+    python3 run.py _with - lora_ensemble.tools.tidy --front-end FOLDER ...    for other front ends as well
 
 It asks the real front end in a headless Chromium how much room each node takes, in the classic canvas and in Nodes 2.0.
-Run it in the environment of a ComfyUI, with COMFYUI_UNDER_TEST naming its folder. Nodes keep their groups and their
+Run it in the environment of a ComfyUI, with COMFYUI_UNDER_TEST naming its folder. Of other releases of the front end,
+FOLDER is that with the index.html; in 1.45.21 the nodes of Nodes 2.0 are taller. Nodes keep their groups and their
 order; what changes is `pos` and `size`, the boxes of the groups and the view.
 """
 
@@ -30,6 +32,9 @@ TITLE, FOOTER, GAP = 30, 8, 24
 the name of the pack in it."""
 HEAD, MARGIN = 40, 20  # of a group: the room for its name, and the frame around its nodes
 SHRUNK = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
+LIVE, LIVE_ROW, ROWS = 140, 20, 4
+"""What grows below a node that composes while it samples: the text and the panel, and of the panel a row per LoRA; the
+rows where the LoRAs are in the node itself."""
 SMALLEST, NARROW, SWITCHES = 240, 280, 320
 """Side of a picture, width of other nodes, width in which two switches of Nodes 2.0 stand side by side."""
 STARTS = (0, 40)
@@ -72,6 +77,27 @@ def is_sampler(node: dict[str, Any]) -> bool:
     return "Sampler" in node["type"] and any(output["type"] == "LATENT" for output in node["outputs"])
 
 
+def composes(node: dict[str, Any]) -> bool:
+    """Puts LoRAs on a model."""
+    takes, gives = ({entry["type"] for entry in node.get(slots, ())} for slots in ("inputs", "outputs"))
+    return node["type"].startswith("LoRAEnsemble") and "LORA_ENSEMBLE" in takes and "MODEL" in gives
+
+
+def is_note(node: dict[str, Any]) -> bool:
+    return node["type"] in ("MarkdownNote", "Note")
+
+
+def grows(node: dict[str, Any], loras: int, shrink: float) -> float:
+    """The room that stays free below a node for what it shows of a run, where there is some."""
+    return LIVE + LIVE_ROW * loras if composes(node) and shrink >= 0.8 else 0.0
+
+
+def taken(node: dict[str, Any], room: Room, shrink: float, loras: int) -> tuple[float, float, float]:
+    """The width and height that a node gets, and the height that it takes with what is around it."""
+    width, height = size(node, room, shrink)
+    return width, height, TITLE + height + FOOTER + GAP + grows(node, loras, shrink)
+
+
 def size(node: dict[str, Any], room: Room, shrink: float) -> tuple[float, float]:
     """The width and height that a node gets: as saved, and where that is too much together, less for pictures, for the
     preview below a sampler and for the width of the others; never less than it needs."""
@@ -80,7 +106,7 @@ def size(node: dict[str, Any], room: Room, shrink: float) -> tuple[float, float]
         least = SMALLEST if node["type"] != "PreviewAny" else SWITCHES
         return max(least, room.width, round(width * shrink, -1)), max(SMALLEST, room.least, round(height * shrink, -1))
     width = max(room.width, NARROW if shrink < 0.8 else width)
-    if node["type"] in ("MarkdownNote", "Note"):
+    if is_note(node):
         return width, room.text
     if is_sampler(node) and shrink < 0.8 or not is_sampler(node) and not room.writable:
         return width, room.least
@@ -88,7 +114,8 @@ def size(node: dict[str, Any], room: Room, shrink: float) -> tuple[float, float]
 
 
 def blocks(graph: Graph) -> list[Block]:
-    """The groups with their nodes, and nodes without one between them, from left to right, then downwards."""
+    """The groups with their nodes, and nodes without one between them, from left to right, then downwards. Notes stand
+    above nodes that grow."""
     found = [Block(group, []) for group in graph["groups"]]
     order = sorted(graph["nodes"], key=lambda node: (*node["pos"], node["id"]))
     for node in order:
@@ -99,6 +126,9 @@ def blocks(graph: Graph) -> list[Block]:
         if home is None:
             found.append(home := Block(None, []))
         home.nodes.append(node)
+    for block in found:
+        if any(map(composes, block.nodes)):
+            block.nodes.sort(key=is_note, reverse=True)
     return sorted((block for block in found if block.nodes), key=place)
 
 
@@ -112,12 +142,11 @@ def place(block: Block) -> tuple[float, float]:
     return block.nodes[0]["pos"][0], block.nodes[0]["pos"][1] - HEAD - TITLE
 
 
-def columns(sizes: Iterable[tuple[float, float]], height: float) -> list[list[int]]:
+def columns(sizes: Iterable[tuple[float, float, float]], height: float) -> list[list[int]]:
     """The indexes of a block's nodes in columns of at most `height`, in order."""
     filled: list[list[int]] = [[]]
     used = 0.0
-    for i, (_, tall) in enumerate(sizes):
-        tall += TITLE + FOOTER + GAP
+    for i, (_, _, tall) in enumerate(sizes):
         if filled[-1] and used + tall > height:
             filled.append([])
             used = 0.0
@@ -145,11 +174,12 @@ def plan(found: Sequence[Block], rooms: dict[int, Room], height: float, shrink: 
     """Blocks in columns of `height` at most, where their nodes allow it; blocks that fit below another stand there."""
     nodes, groups = {}, []
     left, top, widest, tallest = 0.0, 0.0, 0.0, 0.0
+    loras = sum(node["type"] == "LoRAEnsembleLoRA" for block in found for node in block.nodes) or ROWS
     for block in found:
-        sizes = [size(node, rooms[node["id"]], shrink) for node in block.nodes]
+        sizes = [taken(node, rooms[node["id"]], shrink, loras) for node in block.nodes]
         filled = columns(sizes, height - HEAD - MARGIN)
         spans = [max(sizes[i][0] for i in column) for column in filled]
-        tall = HEAD + MARGIN + max(sum(sizes[i][1] + TITLE + FOOTER + GAP for i in column) for column in filled)
+        tall = HEAD + MARGIN + max(sum(sizes[i][2] for i in column) for column in filled)
         wide = sum(spans) + 2 * MARGIN * len(spans)
         if top and top + tall > height:
             left, top, widest = left + widest + GAP, 0.0, 0.0
@@ -157,10 +187,9 @@ def plan(found: Sequence[Block], rooms: dict[int, Room], height: float, shrink: 
         for column, span in zip(filled, spans, strict=True):
             y = top + HEAD
             for i in column:
-                y += TITLE
                 wanted = sizes[i][0] if is_picture(block.nodes[i]) else span
-                nodes[block.nodes[i]["id"]] = (x, y, wanted, sizes[i][1])
-                y += sizes[i][1] + FOOTER + GAP
+                nodes[block.nodes[i]["id"]] = (x, y + TITLE, wanted, sizes[i][1])
+                y += sizes[i][2]
             x += span + 2 * MARGIN
         groups.append((left, top, wide, tall))
         top, widest = top + tall + GAP, max(widest, wide)
@@ -219,21 +248,24 @@ def main(arguments: Sequence[str]) -> int:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="example workflows, without .json")
-    names = parser.parse_args(arguments).names
-    paths = [FOLDER / f"{name}.json" for name in names] or sorted(FOLDER.glob("*.json"))
+    parser.add_argument("--front-end", nargs="+", type=Path, default=[], help="folders of other front ends")
+    options = parser.parse_args(arguments)
+    paths = [FOLDER / f"{name}.json" for name in options.names] or sorted(FOLDER.glob("*.json"))
     comfyui, chromium = os.environ.get("COMFYUI_UNDER_TEST"), find_chromium()
     if not comfyui or not chromium:
         sys.stderr.write("Needs a ComfyUI (COMFYUI_UNDER_TEST) and a Chromium (on the PATH, or CHROMIUM).\n")
         return 1
     graphs = {path: json.loads(path.read_text(encoding="utf-8")) for path in paths}
     rooms: dict[Path, dict[int, Room]] = {path: {} for path in paths}
-    with tempfile.TemporaryDirectory() as folder, Server(Path(comfyui), Path(folder, "comfyui")) as server, \
-            Browser(Path(folder, "browser"), chromium) as browser:
-        for nodes_2 in (True, False):
-            page = FrontEnd(browser, server, nodes_2)
-            for path, graph in graphs.items():
-                for key, room in measure(page, graph).items():
-                    rooms[path][key] = rooms[path].get(key, room) | room
+    for served in ((), *(("--front-end-root", str(front_end)) for front_end in options.front_end)):
+        with tempfile.TemporaryDirectory() as folder, \
+                Server(Path(comfyui), Path(folder, "comfyui"), arguments=served) as server, \
+                Browser(Path(folder, "browser"), chromium) as browser:
+            for nodes_2 in (True, False):
+                page = FrontEnd(browser, server, nodes_2)
+                for path, graph in graphs.items():
+                    for key, room in measure(page, graph).items():
+                        rooms[path][key] = rooms[path].get(key, room) | room
     for path, graph in graphs.items():
         changed, zoom = tidy(graph, rooms[path])
         if changed != graph:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
+from comfy_execution.utils import get_executing_context
 from torch import Tensor
 
 from ...engine.bank import Bank
@@ -120,7 +121,7 @@ def _applied(model, clip, ensemble: Ensemble, make: Callable[[Active], Method], 
     new_model.set_additional_models(KEY, banks if place < len(banks) else [*banks, shared.clone()])
     applied = (*(before.applied if before is not None else ()),
                Applied(method, bank.names, tuple(problems), masks, place, routed, _windows(active),
-                       always=ensemble[0].role == ALWAYS, asked=asked))
+                       always=ensemble[0].role == ALWAYS, asked=asked, node=_executed()))
     new_model.set_attachments(KEY, Composition(applied, before.cache if before is not None else None))
     install_wrappers(new_model)
     follow_weights(new_model)
@@ -129,6 +130,12 @@ def _applied(model, clip, ensemble: Ensemble, make: Callable[[Active], Method], 
         contrast = asked is not None or placing.routing.mode == "contrast"
         new_clip = marked(new_clip, (routed or asked).words, contrast)
     return new_model, new_clip
+
+
+def _executed() -> str:
+    """The id of the node that is executed, in whose work this is."""
+    context = get_executing_context()
+    return str(context.node_id) if context is not None and context.node_id is not None else ""
 
 
 def _windows(active: list[LoRASpec]) -> tuple[Window, ...]:

@@ -50,8 +50,8 @@ class Applied:
     """One method node's share of a MODEL: its method, the names of its LoRAs, what it could not express at load, where
     each LoRA may act (masks as users give them, [B, height, width] in pixels), which of the MODEL's banks holds them,
     how their places are found by their words, if they are, when each may act, () for LoRAs that always do, why the
-    method was taken, if not by the user, whether they are part of the model, and whose shares in the prompts it asks
-    for."""
+    method was taken, if not by the user, whether they are part of the model, whose shares in the prompts it asks for,
+    and the id of the node in the prompt, "" where none was executed."""
 
     method: Method
     names: tuple[str, ...]
@@ -63,6 +63,7 @@ class Applied:
     reason: str = ""
     always: bool = False
     asked: Asked | None = None
+    node: str = ""
 
 
 @dataclass(frozen=True)
@@ -356,8 +357,7 @@ class Run:
         sum_up(self._layers, self.record.problems)
 
     def _unseen(self, routed: RoutedForwards) -> None:
-        """Name layers that were never called while adapters acted: the model reads their weights in another way, or
-        calls them before it is evaluated."""
+        """Name layers that were never called while adapters acted: the model uses them in another way, or earlier."""
         missed = [name for name in routed.bank.sites if name not in routed.seen]
         if missed and routed.acted and self.record.finished:
             self._problem("all", missed[0], f"layers that were never called in this run: {len(missed)}; their LoRA "

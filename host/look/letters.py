@@ -25,12 +25,16 @@ def measure() -> ImageDraw.ImageDraw:
     return ImageDraw.Draw(Image.new("RGB", (1, 1)))
 
 
+def short_names(names: Sequence[str]) -> list[str]:
+    """LoRAs by their files without folder and ending, as far as that tells them apart."""
+    short = [PurePath(name.replace("\\", "/")).stem for name in names]
+    return [one if short.count(one) == 1 else name for one, name in zip(short, names, strict=True)]
+
+
 def labels(names: Sequence[str]) -> list[str]:
-    """LoRAs as charts call them: their files without folder and ending, as far as that tells them apart, without the
-    accents that the font lacks. What it has no letters for, and what is still alike, is called by its number."""
-    whole = [name if has_letters(name) else plain(name) for name in names]
-    short = [PurePath(name.replace("\\", "/")).stem for name in whole]
-    found = [one if short.count(one) == 1 else name for one, name in zip(short, whole, strict=True)]
+    """LoRAs as charts call them: their short names without the accents that the font lacks. What it has no letters for,
+    and what is still alike, is called by its number."""
+    found = short_names([name if has_letters(name) else plain(name) for name in names])
     return [name if has_letters(name) and found.count(name) == 1 else f"LoRA {i + 1}" for i, name in enumerate(found)]
 
 

@@ -1,4 +1,5 @@
-"""What a run does, as text on the node that samples, while it samples: `send_progress_text` of the host's server.
+"""What a run does, while it samples, over the websocket of the host's server: as text on the node that samples and on
+those that applied its methods (`send_progress_text`), and as data for the panel of these (web/panel.js).
 
 Nothing is made or sent where nobody looks: without a server, without a client that asked for the run, or once it has
 gone. What is said is known to the host anyway: no tensor is read.
@@ -13,23 +14,29 @@ import time
 from comfy_execution.utils import get_executing_context
 
 from ...engine.record import RunRecord
+from ..compose.composition import KEY
 from ..compose.watch import Told
 from ..guidance.apply import guidance_record_of
-from .story import line
+from .panel import shown
+from .story import costs_of, line, titles
 
 EVERY = 0.25
 """Seconds between two texts of a run, at least."""
+EVENT = "lora_ensemble.run"
+"""The type of the message to the panels; its data are what `panel.shown` gives."""
 log = logging.getLogger("lora_ensemble")
 
 
 def on_the_node(model, record: RunRecord, total: int) -> Told | None:
-    """A watcher (compose/watch.py) that writes on the node that is executed."""
+    """A watcher (compose/watch.py) that tells the client of the node that is executed."""
     server, context = _server(), get_executing_context()
     if server is None or context is None or not record.methods:
         return None
     client, node = server.client_id, context.node_id
     if client is None or node is None:
         return None
+    applied = model.get_attachment(KEY).applied
+    methods, called = [each.node for each in applied], titles(record, [each.routed is not None for each in applied])
     said = [0.0]
 
     def told(over: bool) -> None:
@@ -37,9 +44,17 @@ def on_the_node(model, record: RunRecord, total: int) -> Told | None:
         if not over and now - said[0] < EVERY or client not in server.sockets:
             return
         said[0] = now
-        text = line(record, total, guidance_record_of(model), over)
+        guidance = guidance_record_of(model)
+        costs = costs_of(record, guidance)
+        text = line(record, called, costs, total, guidance, over)
+        if not text:
+            return
+        panels = shown(record, called, methods, costs, total, over)
         try:
-            server.send_progress_text(text, node, client)
+            if panels:  # before the texts: a panel remembers the height that its node had without either
+                server.send_sync(EVENT, panels, client)
+            for each in dict.fromkeys((node, *filter(None, methods))):
+                server.send_progress_text(text.replace("\n", "  \n"), each, client)  # Nodes 2.0 reads Markdown
         except RuntimeError as error:  # the server is going down
             log.debug("live text: %s", error)
 

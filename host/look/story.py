@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from ...engine.record import RunRecord, StepRecord
 from ...methods.guidance.record import GuidanceRecord
 from .chart import HeatRows, Lines, Series, Stack
-from .letters import labels
+from .letters import labels, short_names
 from .sheet import Beside, Block, Figures
 from .theme import BLUE, LIGHT, SKY, Theme
 
@@ -18,6 +18,8 @@ CURVES = 6
 HEADS = {"Switch": "Whose turn it was", "CMLoRA": "Say of each LoRA",
          "LoRAtorio": "Weight of each LoRA, averaged over the picture", "KLoRA": "Layers of each LoRA",
          "ESTLoRA": "Layers of each LoRA"}
+BY_STRENGTH = ("Merge", "Switch", "Composite")
+"""Methods that go by the strengths alone: what these are is known as soon as a step begins."""
 NAMES = {"KLoRA": "K-LoRA", "ESTLoRA": "EST-LoRA"}
 
 
@@ -71,9 +73,8 @@ def costs_of(record: RunRecord | None, guidance: GuidanceRecord | None) -> Costs
 def says(record: RunRecord, k: int) -> list[list[float]]:
     """Per LoRA of the k-th method the share of the say that it had in each step: its weight, its layers, or its part of
     the strengths, whichever the method goes by. Of all LoRAs together 1 or, where none acted, 0."""
-    count, kind = len(record.adapters[k]), record.methods[k]
-    name = f"{kind} {k + 1}" if kind in record.methods[:k] else kind
-    steps = [_say(step, k, count, step.notes.get(name) or {}) for step in record.steps]
+    count = len(record.adapters[k])
+    steps = [_say(step, k, count, step.notes.get(_key(record, k)) or {}) for step in record.steps]
     return [[step[i] for step in steps] for i in range(count)]
 
 
@@ -87,7 +88,8 @@ def _say(step: StepRecord, k: int, count: int, notes: dict) -> list[float]:
         return _normal([found.get(i, 0.0) for i in range(count)])
     if "led" in notes:
         open_ = [any(branch[i] for branch in acting) for i in range(count)]
-        return _normal([(notes["weight"] if i == notes["led"] else 1.0) * open_[i] for i in range(count)])
+        rest = (1 - notes["weight"]) / max(sum(open_) - 1, 1)
+        return _normal([(notes["weight"] if i == notes["led"] else rest) * open_[i] for i in range(count)])
     parts = [_normal(branch) for branch in acting]
     return _normal([sum(part[i] for part in parts) for i in range(count)])
 
@@ -170,9 +172,8 @@ def _costs(costs: Costs, theme: Theme) -> list[Block]:
 def _places(record: RunRecord | None) -> list[Block]:
     """How much of the picture LoRAs had that are confined by their words."""
     out = []
-    for k, kind in enumerate(record.methods if record is not None else ()):
-        name = f"{kind} {k + 1}" if kind in record.methods[:k] else kind
-        found = [(step.notes.get(name) or {}).get("places") for step in record.steps]
+    for k in range(len(record.methods) if record is not None else 0):
+        found = places(record, k)
         if any(found):
             called = labels(record.adapters[k])
             lines = [Series(one, [None if each is None else each[i] for each in found])
@@ -180,6 +181,17 @@ def _places(record: RunRecord | None) -> list[Block]:
             out.append(Lines("Share of the picture that each LoRA acts on", lines, highest=1.0, tall=120,
                              marks=((0, "0 %"), (0.5, "50 %"), (1, "100 %"))))
     return out
+
+
+def places(record: RunRecord, k: int) -> list[list[float] | None]:
+    """Per step the share of the picture that each LoRA of the k-th method acts on, where their words confine them."""
+    return [(step.notes.get(_key(record, k)) or {}).get("places") for step in record.steps]
+
+
+def _key(record: RunRecord, k: int) -> str:
+    """Under which the k-th method has its notes; the second of a kind has its place as well."""
+    kind = record.methods[k]
+    return f"{kind} {k + 1}" if kind in record.methods[:k] else kind
 
 
 def _ages(record: RunRecord | None) -> list[Block]:
@@ -208,16 +220,25 @@ def _cache(step: StepRecord) -> dict:
     return step.notes.get("cache") or {}
 
 
-def line(record: RunRecord, total: int, guidance: GuidanceRecord | None = None, over: bool = False) -> str:
+def titles(record: RunRecord, routed: Sequence[bool]) -> list[str]:
+    """The methods as users call them; `routed` are those whose LoRAs act where their words are."""
+    return ["Routed" if by_words and kind == "Merge" else NAMES.get(kind, kind)
+            for kind, by_words in zip(record.methods, routed, strict=True)]
+
+
+def line(record: RunRecord, called: Sequence[str], costs: Costs, total: int, guidance: GuidanceRecord | None = None,
+         over: bool = False) -> str:
     """A run in a line or two while it goes on, or when it is over, from what the host knows: no tensor is read, since
-    that would wait for the device. What methods note of a step is known when the next one begins."""
+    that would wait for the device. What methods note of a step is known when the next one begins.
+
+    called   the methods, as `titles` has them
+    """
     if not record.steps:
         return ""
-    step, costs = record.steps[-1], costs_of(record, guidance)
+    step = record.steps[-1]
     seconds = sum(each.seconds for each in record.steps)
     lines = [f"{len(record.steps)} of {total} steps" + (f" in {seconds:.1f} s" if over else "")]
-    for k, kind in enumerate(record.methods):
-        lines.append(_leader(record, k, kind) if not over else NAMES.get(kind, kind))
+    lines += [_leader(record, k, name) if not over else name for k, name in enumerate(called)]
     parts = [f"{sum(costs.whole):.0f} evaluations"]
     parts += [f"{sum(costs.cached):.0f} on cached features"] * bool(sum(costs.cached))
     parts += [f"{sum(costs.left_out):.0f} left out by guidance"] * (sum(costs.left_out) >= 0.5)
@@ -227,21 +248,33 @@ def line(record: RunRecord, total: int, guidance: GuidanceRecord | None = None, 
     return "\n".join([f"{lines[0]}: {'; '.join(lines[1:])}", ", ".join(parts)]) if step.calls or over else ""
 
 
-def _leader(record: RunRecord, k: int, kind: str) -> str:
-    """Who has the most say at this step, if one has."""
-    name, key = NAMES.get(kind, kind), f"{kind} {k + 1}" if kind in record.methods[:k] else kind
-    noted = [step for step in record.steps[-2:] if _numbers(step.notes.get(key))]
-    step = record.steps[-1] if kind in ("Switch", "Merge") or not noted else noted[-1]
-    notes = step.notes.get(key) if step in noted else {}
-    shares = _say(step, k, len(record.adapters[k]), notes)
-    top = max(shares, default=0.0)
+def now(record: RunRecord, k: int) -> tuple[list[float] | None, dict]:
+    """(the share of the say that each LoRA of the k-th method has while the run goes on, what the method noted of that
+    step), as far as the host knows. None: the method's weights are on the device until the run is over."""
+    if record.methods[k] in BY_STRENGTH:
+        return _say(record.steps[-1], k, len(record.adapters[k]), {}), {}
+    latest = [step for step in record.steps[-2:] if step.notes.get(_key(record, k))]
+    noted = [step for step in latest if _numbers(step.notes[_key(record, k)])]
+    if latest and not noted:
+        return None, {}
+    step = (noted or record.steps)[-1]
+    notes = step.notes[_key(record, k)] if noted else {}
+    return _say(step, k, len(record.adapters[k]), notes), notes
+
+
+def _leader(record: RunRecord, k: int, name: str) -> str:
+    """Who has the most say at this step, if one has, behind the name of the method."""
+    called, (shares, notes) = short_names(record.adapters[k]), now(record, k)
+    top = max(shares or (), default=0.0)
     if "led" in notes and top:
-        return f"{name}, {labels(record.adapters[k])[notes['led']]} leads"
+        return f"{name}, {called[notes['led']]} leads"
+    if shares is None:
+        return name
     if not top:
         return f"{name}, no LoRA acts"
     if sum(share > top - 1e-6 for share in shares) > 1 or len(shares) == 1:
         return name
-    leader = labels(record.adapters[k])[shares.index(top)]
+    leader = called[shares.index(top)]
     return f"{name}, {leader} acts" if top > 1 - 1e-6 else f"{name}, {leader} leads with {100 * top:.0f} %"
 
 

@@ -121,6 +121,11 @@ def test_a_picture_that_is_another_is_not_timed(monkeypatch):
         bench._parity(hooks + 0.04 * noise, hooks, 2)
 
 
+def test_what_is_told_of_a_run(results):
+    found = results("host_time", "--quick", "--rounds", "2", "--only", "live")
+    assert [r["bench"] for r in found] == ["live"] * 3 and all(0 < r["share"] < 1 for r in found)
+
+
 def test_steps_of_the_whole_model(results):
     found = results("host_time", "--quick", "--rounds", "1", "--only", "step", "--models", "SD1.5")
     bypass = hasattr(comfy.sd, "load_bypass_lora_for_models")

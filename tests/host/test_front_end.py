@@ -10,7 +10,12 @@ import pytest
 from lora_ensemble.tests.browser import Browser, find_chromium
 from lora_ensemble.tests.front_end import FrontEnd, Shown
 from lora_ensemble.tests.server import Server
+from lora_ensemble.tests.workflows import opened_on_small
 from lora_ensemble.tools.thumbnails import SIDE
+from safetensors.torch import save_file
+
+from .builders import lora, shapes
+from .small_checkpoints import lack_of, model
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATES = sorted(path.stem for path in (ROOT / "example_workflows").glob("*.json"))
@@ -74,6 +79,67 @@ def test_the_search_for_nodes_shows_ours_among_the_first(page: FrontEnd, word: s
 @pytest.mark.parametrize("word", ["multi lora", "skip cfg", "regional lora", "lora stack", "trigger words"])
 def test_the_search_for_nodes_finds_ours_by_what_they_do(page: FrontEnd, word: str):
     assert is_ours(page.search(word)[0])
+
+
+FAMILY, LORAS = "SDXL", ("her.safetensors", "him.safetensors", "paint.safetensors")
+
+TOLD = ("KSampler", "LoRAEnsembleRouted")
+"""The nodes that tell the story of a run."""
+
+
+@pytest.fixture
+def routed(server: Server) -> Iterator[dict]:
+    """`sdxl_routed` in the front end's format on a small model, with files for its LoRAs."""
+    if reason := lack_of(FAMILY):
+        pytest.skip(reason)
+    files = [server.base / "models" / "loras" / name for name in LORAS]
+    for seed, file in enumerate(files):
+        save_file({key: value.contiguous() for key, value in lora(shapes(model(FAMILY)), seed).items()}, file)
+    graph = server.json("/api/workflow_templates/lora-ensemble/sdxl_routed.json")
+    yield opened_on_small(graph, FAMILY, LORAS, steps=6)
+    for file in files:
+        file.unlink()
+
+
+def test_a_template_that_is_queued_tells_its_story(page: FrontEnd, routed: dict):
+    """Text on the nodes that compose and sample, the panel, the report; and the workflow is saved as it was."""
+    said = len(page.complaints())
+    page.open_graph(routed, "queued")
+    before = page.saved()
+    seen = page.run()
+    assert seen["over"] == "success"
+    if PICTURES:
+        page.browser.picture(Path(PICTURES, f"queued-{'nodes_2' if page.nodes_2 else 'classic'}.png"))
+    for kind in TOLD:
+        texts = seen["texts"][kind]
+        assert len(texts) > 1 and "of 6 steps: Routed" in texts[0] and "6 of 6 steps in" in texts[-1]
+    first, last = seen["panels"][0], seen["panels"][-1]
+    assert all(name.removesuffix(".safetensors") in first for name in LORAS)
+    assert "of 6 steps" in first and "6 of 6 steps" in last and "picture" in last and last.count("%") == 3
+    assert page.shows_a_picture("PreviewImage") and page.shows_a_picture("SaveImage")
+    nodes = page.nodes()
+    assert overlaps(nodes) == []
+    assert [node.hidden for node in nodes if node.kind in TOLD] == [0, 0]
+    assert page.saved() == before
+    assert page.complaints()[said:] == []
+
+
+@pytest.mark.parametrize("page", ["classic"], indirect=True)
+def test_without_the_panel_all_else_works(page: FrontEnd, routed: dict):
+    """A front end that cannot load it says so, and has text and pictures as before."""
+    page.browser.call("Network.enable")
+    page.browser.call("Network.setBlockedURLs", urls=["*/lora-ensemble/panel.js*"])
+    try:
+        page.load()
+        said = len(page.complaints())
+        page.open_graph(routed, "without")
+        seen = page.run()
+        assert seen["over"] == "success" and seen["panels"] == []
+        assert "6 of 6 steps in" in seen["texts"]["LoRAEnsembleRouted"][-1]
+        assert page.complaints()[said:] == []
+    finally:
+        page.browser.call("Network.setBlockedURLs", urls=[])
+        page.load()
 
 
 def is_ours(name: str) -> bool:

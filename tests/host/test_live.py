@@ -7,6 +7,7 @@ import json
 import struct
 import sys
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import aiohttp
@@ -17,9 +18,11 @@ from comfy_execution.utils import CurrentNodeContext
 from lora_ensemble.engine.record import RunRecord, StepRecord
 from lora_ensemble.host.compose.composition import record_of
 from lora_ensemble.host.look import live
-from lora_ensemble.host.look.live import on_the_node
-from lora_ensemble.host.look.story import line
+from lora_ensemble.host.look.live import EVENT, on_the_node
+from lora_ensemble.host.look.panel import shown
+from lora_ensemble.host.look.story import costs_of, line, titles
 from lora_ensemble.methods.cmlora import CMLoRA
+from lora_ensemble.methods.composite import Composite
 from lora_ensemble.methods.loratorio import LoRAtorio
 from lora_ensemble.methods.switch import Switch
 from lora_ensemble.tests.server import Server
@@ -51,6 +54,8 @@ def test_the_story_comes_over_the_websocket(server: Server):
     (sampler,) = [key for key, node in prompt.items() if node["class_type"] == "KSampler"]
     steps = prompt[sampler]["inputs"]["steps"]
 
+    heard = []
+
     async def queued() -> list[bytes]:
         address, seen = f"http://127.0.0.1:{server.port}", []
         async with aiohttp.ClientSession() as session, session.ws_connect(f"{address}/ws?clientId=looking") as socket:
@@ -62,15 +67,22 @@ def test_the_story_comes_over_the_websocket(server: Server):
                 elif message.type is aiohttp.WSMsgType.TEXT:
                     told = json.loads(message.data)
                     assert told["type"] != "execution_error", told
+                    heard.extend([told["data"]] if told["type"] == EVENT else [])
                     if told["type"] == "executing" and told["data"].get("node") is None \
                             and told["data"].get("prompt_id") == number:
                         return seen
         return seen
 
     found = texts_of(asyncio.run(asyncio.wait_for(queued(), 120)))
-    assert found and {node for node, _ in found} == {sampler}
+    assert [node for node, _ in found] == [sampler, "method"] * (len(found) // 2), "the method's node tells it, too"
     assert "1 of" in found[0][1] and "Switch, two acts" in found[0][1]  # the order is 2,1
     assert found[-1][1].startswith(f"{steps} of {steps} steps in ") and f"{2 * steps} evaluations" in found[-1][1]
+    assert len(heard) == len(found) // 2
+    (first,), (last,) = heard[0], heard[-1]
+    assert [(row["name"], row["part"], row["strength"]) for row in first["rows"]] == [("one", 0, 0), ("two", 1, 1)]
+    assert first["node"] == "method" and first["head"] == "Switch: whose turn it was"
+    assert sum(row["part"] for row in last["rows"]) == pytest.approx(1) and last["rows"][0]["part"] > 0
+    assert last["foot"] == f"{steps} of {steps} steps, {2 * steps} evaluations"
 
 
 # --- who looks ---
@@ -80,10 +92,14 @@ class Wire(SimpleNamespace):
     """Stands for the server of a process that has none, and keeps what it is to send."""
 
     def __init__(self, client, sockets):
-        super().__init__(client_id=client, sockets=sockets, sent=[])
+        super().__init__(client_id=client, sockets=sockets, sent=[], panels=[])
 
     def send_progress_text(self, text, node, sid) -> None:
         self.sent.append((text, node, sid))
+
+    def send_sync(self, event, data, sid) -> None:
+        assert event == EVENT and sid == "c"
+        self.panels.append(json.loads(json.dumps(data)))
 
 
 def wired(monkeypatch, client="c", sockets=("c",)) -> Wire:
@@ -106,7 +122,7 @@ def test_nothing_is_sent_where_nobody_looks(case, loras, monkeypatch):
     else:
         with CurrentNodeContext("p", "7"):
             sample(ours, steps=3)
-    assert wire.sent == made == [] and record_of(ours).finished
+    assert wire.sent == wire.panels == made == [] and record_of(ours).finished
 
 
 def test_it_is_told_of_steps_and_of_the_end(loras, monkeypatch):
@@ -118,9 +134,9 @@ def test_it_is_told_of_steps_and_of_the_end(loras, monkeypatch):
     with CurrentNodeContext("p", "7"):
         sample(ours, steps=3)
     texts = [text for text, _, _ in wire.sent]
-    assert {(node, sid) for _, node, sid in wire.sent} == {("7", "c")} and len(texts) == 4
+    assert {(node, sid) for _, node, sid in wire.sent} == {("7", "c")} and len(texts) == 4 and not wire.panels
     names = [spec.name.removesuffix(".safetensors") for spec in ensemble]
-    assert [text.splitlines()[0] for text in texts[:3]] == [
+    assert [text.splitlines()[0].rstrip() for text in texts[:3]] == [
         f"{k + 1} of 3 steps: Switch, {name} acts" for k, name in enumerate(names)]
     assert texts[3].startswith("3 of 3 steps in ") and texts[3].endswith("6 evaluations")
 
@@ -153,24 +169,70 @@ def test_no_tensor_is_read(make, loras, monkeypatch):
     with CurrentNodeContext("p", "7"):
         sample(ours, steps=4)
     assert len(wire.sent) == 5 and any(" leads" in text for text, _, _ in wire.sent) == (make is not LoRAtorio)
+    record = record_of(ours)
+    (panel,) = shown(record, ["a"], ["5"], costs_of(record, None), 4, over=True)
+    assert panel["rows"][0]["part"] > 0
     record = RunRecord(["LoRAtorio"], [["a", "b"]], [
         StepRecord(0, 1.0, [[[1.0, 0.0]], [[0.0, 1.0]]], 1, 4,
                    notes={"LoRAtorio": {"active": [0, 1], "weights": torch.zeros(2, device="meta")}})] * 2)
-    assert line(record, 2).startswith("2 of 2 steps: LoRAtorio\n8 evaluations")
+    costs = costs_of(record, None)
+    assert line(record, ["LoRAtorio"], costs, 2).startswith("2 of 2 steps: LoRAtorio\n8 evaluations")
+    assert [row["part"] for row in shown(record, record.methods, ["5"], costs, 2)[0]["rows"]] == [None, None]
 
 
 def test_what_it_costs():
     """A text, for a run of 50 steps with cache and a leader: far below a hundredth of a step of any real model."""
-    notes = {"CMLoRA": {"led": 0, "weight": 2.0}, "cache": {"reused": 2, "ages": [0, 1]}}
+    notes = {"CMLoRA": {"led": 0, "weight": 0.75}, "cache": {"reused": 2, "ages": [0, 1]}}
     steps = [StepRecord(i, 1.0, [[[1.0, 0.0]], [[0.0, 1.0]]], 1, 4, 0.1, notes) for i in range(50)]
     record = RunRecord(["CMLoRA"], [["a.safetensors", "b.safetensors"]], steps)
-    assert line(record, 50) == "50 of 50 steps: CMLoRA, a leads\n100 evaluations, 100 on cached features"
+    costs = costs_of(record, None)
+    text = line(record, record.methods, costs, 50)
+    assert text == "50 of 50 steps: CMLoRA, a leads\n100 evaluations, 100 on cached features"
+    (panel,) = shown(record, record.methods, ["5"], costs, 50)
+    assert panel["foot"] == "50 of 50 steps, 100 evaluations, 50 % on cached features"
     since = time.process_time()
     for _ in range(100):
-        line(record, 50)
+        costs = costs_of(record, None)
+        line(record, record.methods, costs, 50), shown(record, record.methods, ["5"], costs, 50)
     assert (time.process_time() - since) / 100 < 0.002
 
 
+def test_every_node_that_applied_a_method_has_its_own_panel(loras, monkeypatch):
+    """A LoRA of role always is a method beneath, of the same node; one that no node applied has none."""
+    wire = wired(monkeypatch)
+    model = base("SD15")
+    one, two, three_ = three(model, loras)
+    with CurrentNodeContext("p", "5"):
+        ours = method(model, (replace(one, role="always"), two), Composite)
+    with CurrentNodeContext("p", "6:2"):
+        ours = method(ours, (three_,), Composite)
+    ours = method(ours, (one,), Composite)
+    with CurrentNodeContext("p", "7"):
+        sample(ours, steps=2)
+    assert [node for _, node, _ in wire.sent[-3:]] == ["7", "5", "6:2"]
+    last = wire.panels[-1]
+    stems = [spec.name.removesuffix(".safetensors") for spec in (one, two, three_)]
+    assert [(part["node"], part["head"].split(":")[0], [row["name"] for row in part["rows"]]) for part in last] == [
+        ("5", "Merge", stems[:1]), ("5", "Composite", stems[1:2]), ("6:2", "Composite", stems[2:])]
+    assert [row["strength"] for part in last for row in part["rows"]] == [
+        round(spec.strength_model, 2) for spec in (one, two, three_)]
+
+
+def test_where_words_confine_loras_the_last_panel_shows_their_places():
+    steps = [StepRecord(i, 1.0, [[[0.8, 0.4]]], 1, 2, notes={"Merge": {"places": each}})
+             for i, each in enumerate([[0.25, 1.0], [0.75, 1.0]])]
+    record = RunRecord(["Merge"], [["a.safetensors", "sub/a.safetensors"]], steps)
+    costs = costs_of(record, None)
+    called = titles(record, [True])
+    (during,), (after,) = (shown(record, called, ["5"], costs, 2, over) for over in (False, True))
+    assert [row["part"] for row in during["rows"]] == pytest.approx([2 / 3, 1 / 3], abs=1e-3)
+    assert [row["part"] for row in after["rows"]] == [0.5, 1.0]
+    assert during["head"] == "Routed: strength of each LoRA"
+    assert after["head"] == "Routed: share of the picture of each LoRA"
+    assert [row["name"] for row in after["rows"]] == ["a.safetensors", "sub/a.safetensors"]
+
+
 def test_a_run_without_a_step_has_no_text():
-    assert line(RunRecord(["Merge"], [["a"]]), 5) == ""
+    empty = RunRecord(["Merge"], [["a"]])
+    assert line(empty, ["Merge"], costs_of(empty, None), 5) == ""
     assert on_the_node(None, RunRecord([], []), 5) is None

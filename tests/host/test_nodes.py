@@ -134,6 +134,15 @@ def test_execute_takes_exactly_the_inputs_of_the_schema(node):
 
 
 @each_node
+def test_a_node_that_composes_has_its_id(node):
+    """What it does while a model samples is told on it, not on an equal node whose output the host has kept."""
+    schema = node.GET_SCHEMA()
+    composes = "LORA_ENSEMBLE" in {part.io_type for part in schema.inputs} \
+        and "MODEL" in {part.io_type for part in schema.outputs}
+    assert not composes or io.Hidden.unique_id in schema.hidden
+
+
+@each_node
 def test_help_page_names_every_input(node):
     text = (ROOT / "web" / "docs" / f"{node.GET_SCHEMA().node_id}.md").read_text(encoding="utf-8")
     assert text.startswith(f"# {node.GET_SCHEMA().display_name}\n")

@@ -226,7 +226,7 @@ def test_who_led_is_what_the_method_says(kind, loras):
     for k, step in enumerate(record.steps):
         said = step.notes[notes]
         if kind == "CMLoRA":
-            assert shares[:, k].argmax() == said["led"] or said["weight"] <= 1
+            assert shares[:, k].argmax() == said["led"] and shares[said["led"], k] == pytest.approx(said["weight"])
         else:
             given = np.array(said["layers" if kind == "K-LoRA" else "weights"], dtype=float)
             assert np.allclose(shares[:, k], given / given.sum())

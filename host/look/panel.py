@@ -1,0 +1,60 @@
+"""What the panel on a method's node shows of a run (web/panel.js): per LoRA its part in the picture and its strength,
+and what was evaluated. Names and numbers that the host knows: no tensor is read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ...engine.record import RunRecord
+from .letters import short_names
+from .story import HEADS, Costs, now, places, says
+from .theme import DARK, LIGHT
+
+
+def shown(record: RunRecord, called: Sequence[str], nodes: Sequence[str], costs: Costs, total: int,
+          over: bool = False) -> list[dict]:
+    """One entry for each method that a node has applied; `called` are their titles, `nodes` the ids of the nodes, ""
+    for a method that none applied.
+
+    node   the id
+    head   what the parts are of
+    rows   per LoRA its name, its part of the say from 0 to 1 (of the whole run when it is over; None: not known yet),
+           its strength at this step, and its colours on light and on dark ground
+    foot   how far the run is, what was evaluated and saved
+    """
+    foot = _foot(record, costs, total)
+    return [{"node": node, "rows": _rows(record, k, parts), "head": head, "foot": foot}
+            for k, node in enumerate(nodes) if node for head, parts in (_parts(record, k, called[k], over),)]
+
+
+def _parts(record: RunRecord, k: int, name: str, over: bool) -> tuple[str, list[float] | None]:
+    """(what they are of, the part of each LoRA)"""
+    of = HEADS.get(record.methods[k], "strength of each LoRA")
+    head = f"{name}: {of[0].lower()}{of[1:]}"
+    if not over:
+        return head, now(record, k)[0]
+    if (acted := [each for each in places(record, k) if each]):
+        return f"{name}: share of the picture of each LoRA", _mean(acted)
+    return f"{head}, whole run", _mean(list(zip(*says(record, k), strict=True)))
+
+
+def _mean(steps: Sequence[Sequence[float]]) -> list[float]:
+    return [sum(each) / len(each) for each in zip(*steps, strict=True)]
+
+
+def _rows(record: RunRecord, k: int, parts: Sequence[float] | None) -> list[dict]:
+    branches = record.steps[-1].branches
+    strengths = [max((branch[k][i] for branch in branches), key=abs, default=0.0)
+                 for i in range(len(record.adapters[k]))]
+    return [{"name": name, "part": None if parts is None else round(parts[i], 4), "strength": round(strengths[i], 2),
+             "light": LIGHT.colour(i), "dark": DARK.colour(i)}
+            for i, name in enumerate(short_names(record.adapters[k]))]
+
+
+def _foot(record: RunRecord, costs: Costs, total: int) -> str:
+    parts = [f"{len(record.steps)} of {total} steps", f"{sum(costs.whole):.0f} evaluations"]
+    if costs.plain and (cached := sum(costs.cached)):
+        parts.append(f"{100 * cached / costs.plain:.0f} % on cached features")
+    if costs.saved > 0.005:
+        parts.append(f"{100 * costs.saved:.0f} % saved")
+    return ", ".join(parts)

@@ -1,0 +1,123 @@
+// The panel on a method's node: per LoRA its part in the picture and its strength, step by step. The server sends what
+// it shows (host/look/panel.py) over the host's own websocket; without this file everything else works as it does.
+import { app } from '../../scripts/app.js'
+import { api } from '../../scripts/api.js'
+
+const EVENT = 'lora_ensemble.run'
+const SETTING = 'LoRAEnsemble.Panel'
+const NAME = 'lora_ensemble_panel'
+const ROW = 20
+const MOST = 10 // rows that are seen without scrolling
+
+const STYLE = `
+.lora-ensemble-panel { box-sizing: border-box; display: flex; flex-direction: column; gap: 2px; padding: 4px 6px;
+  overflow: hidden; border-radius: 6px; font: 11px/16px sans-serif; color: var(--input-text, #ddd);
+  background: var(--comfy-input-bg, #222) }
+.lora-ensemble-panel p { margin: 0; flex: none; color: var(--descrip-text, #999); overflow: hidden;
+  white-space: nowrap; text-overflow: ellipsis }
+.lora-ensemble-panel ul { margin: 0; padding: 0; min-height: 0; list-style: none; overflow: hidden auto }
+.lora-ensemble-panel li { display: grid; height: ${ROW}px; align-items: center; gap: 6px;
+  grid-template-columns: minmax(0, 2fr) minmax(40px, 3fr) 34px 34px; font-variant-numeric: tabular-nums }
+.lora-ensemble-panel span { overflow: hidden; white-space: nowrap; text-overflow: ellipsis; text-align: right }
+.lora-ensemble-panel span:first-child { text-align: left }
+.lora-ensemble-panel .bar { height: 8px; border: 1px solid var(--descrip-text, #999); border-radius: 2px }
+.lora-ensemble-panel .bar i { display: block; height: 100%; background: var(--light) }
+.dark-theme .lora-ensemble-panel .bar i { background: var(--dark) }`
+
+/** An element with a class and a text, in another one. */
+function put(parent, tag, text = '', name = '') {
+  const made = parent.appendChild(document.createElement(tag))
+  made.className = name
+  made.textContent = text
+  return made
+}
+
+function row(list, { name, part, strength, light, dark }) {
+  const item = put(list, 'li')
+  const percent = part === null ? 'at the end' : `${Math.round(100 * part)} %`
+  item.setAttribute('aria-label', `${name}: ${percent}, strength ${strength.toFixed(2)}`)
+  item.title = name
+  put(item, 'span', name)
+  const bar = put(put(item, 'div', '', 'bar'), 'i')
+  bar.style.cssText = `width: ${100 * (part ?? 0)}%; --light: ${light}; --dark: ${dark}`
+  put(item, 'span', part === null ? '…' : percent)
+  put(item, 'span', strength.toFixed(2))
+}
+
+function draw(element, parts) {
+  element.replaceChildren()
+  for (const { head, rows } of parts) {
+    put(element, 'p', head).title = `${head}; on the right the strength at this step`
+    const list = put(element, 'ul')
+    rows.forEach((each) => row(list, each))
+  }
+  put(element, 'p', parts[0].foot).title = parts[0].foot
+}
+
+/** The node of an id as the server has it: "12", or "3:12" for node 12 inside the subgraph of node 3. */
+function nodeOf(id) {
+  const path = String(id).split(':')
+  const last = path.pop()
+  const find = (graph, part) => graph?.getNodeById(part) ?? graph?.getNodeById(Number(part))
+  const graph = path.reduce((outer, part) => find(outer, part)?.subgraph, app.rootGraph ?? app.graph)
+  return find(graph, last)
+}
+
+/** The widget of a node's panel, made where there is none. Its element knows how high it is to be. */
+function panelOf(node) {
+  const found = node.widgets?.find((widget) => widget.name === NAME)
+  if (found) return found
+  const element = document.createElement('div')
+  element.className = 'lora-ensemble-panel'
+  element.setAttribute('role', 'group')
+  element.setAttribute('aria-label', 'What each LoRA does')
+  const height = () => Number(element.dataset.height)
+  const before = node.size[1]
+  const panel = node.addDOMWidget(NAME, NAME, element,
+    { serialize: false, getMinHeight: height, getMaxHeight: height })
+  panel.serialize = false
+  // A workflow is saved as it is without the panel, which is there for the session alone: with what a user has made the
+  // node higher since, and nothing of what the panel has.
+  const saved = node.onSerialize
+  node.onSerialize = function (data) {
+    saved?.call(this, data)
+    if (node.widgets?.includes(panel))
+      data.size = [data.size[0], before + Math.max(0, data.size[1] - Number(element.dataset.grown))]
+  }
+  return panel
+}
+
+function show(node, parts) {
+  const panel = panelOf(node)
+  const rows = parts.reduce((count, part) => count + Math.min(part.rows.length, MOST), 0)
+  panel.element.dataset.height = rows * ROW + (parts.length + 1) * 18 + 30
+  draw(panel.element, parts)
+  const least = window.LiteGraph?.vueNodesMode ? 0 : node.computeSize()[1] // Nodes 2.0 makes room by itself
+  if (least > node.size[1]) node.setSize([node.size[0], least])
+  panel.element.dataset.grown = node.size[1]
+  node.setDirtyCanvas?.(true, true)
+}
+
+function told({ detail }) {
+  if (!app.extensionManager?.setting?.get(SETTING)) return
+  for (const id of new Set(detail.map((part) => part.node))) {
+    const node = nodeOf(id)
+    if (node?.addDOMWidget && node.comfyClass?.startsWith('LoRAEnsemble'))
+      show(node, detail.filter((part) => part.node === id))
+  }
+}
+
+app.registerExtension({
+  name: 'LoRAEnsemble.Panel',
+  settings: [{
+    id: SETTING,
+    name: 'Show what each LoRA does on the node that composes',
+    category: ['LoRA Ensemble', 'Panel', 'Show'],
+    type: 'boolean',
+    defaultValue: true
+  }],
+  setup() {
+    put(document.head, 'style', STYLE)
+    api.addEventListener(EVENT, told)
+  }
+})
