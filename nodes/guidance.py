@@ -24,8 +24,8 @@ GuidanceCoeffs = io.Custom("GUIDANCE_COEFFS")
 DECISIONS = ["per picture", "whole batch"]
 READ_BACK = ["late", "exact"]
 IF_DIFFERENT = ["refuse", "nearest"]
-ALIASES = ["adaptive guidance", "extrapolated guidance", "skip cfg", "skip negative", "faster cfg", "linear ag",
-           "speed up"]
+ALIASES = ["cfg", "skip", "adaptive guidance", "extrapolated guidance", "skip cfg", "skip negative", "faster cfg",
+           "linear ag", "speed up"]
 
 
 def guidance_inputs() -> list[io.Input]:

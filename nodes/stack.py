@@ -62,8 +62,8 @@ class LoRAEnsembleStack(io.ComfyNode):
             display_name=NODE,
             description="Several LoRAs and the way they are composed in one node: put it between the checkpoint and "
             "everything else. auto takes the method that suits what is connected and says which.",
-            search_aliases=["multi lora", "lora stack", "lora loader", "power lora", "lora stacker", "several loras",
-                            "combine loras", "load lora"],
+            search_aliases=["multi", "multi lora", "lora stack", "lora loader", "power lora", "lora stacker",
+                            "several loras", "combine loras", "load lora"],
             hidden=[*HIDDEN, io.Hidden.prompt],
             inputs=[
                 model_input(),

@@ -94,7 +94,7 @@ NODES = r"""(() => {
   }))
 })()"""
 SEARCH = """document.querySelector('#vue-app').__vue_app__.config.globalProperties.$pinia._s.get('nodeDef')
-  .nodeSearchService.searchNode(%s, []).map(node => node.name)"""
+  .nodeSearchService.searchNode(%s, []).map(node => [node.name, node.display_name])"""
 
 RUN = """(async () => {
   const { api } = await import('/scripts/api.js')
@@ -107,8 +107,8 @@ RUN = """(async () => {
     }
     document.querySelectorAll('.lora-ensemble-panel').forEach(panel => once(seen.panels, panel.innerText))
   }
-  const looking = setInterval(look, 20)
-  const end = what => { look(); clearInterval(looking); seen.over ||= what }
+  for (const told of ['progress_text', 'lora_ensemble.run']) api.addEventListener(told, look)
+  const end = what => { look(); seen.over ||= what }
   api.addEventListener('execution_success', () => end('success'))
   api.addEventListener('execution_error', error => end(error.detail.exception_message))
   await app.queuePrompt(0)
@@ -214,8 +214,8 @@ class FrontEnd:
         """Whether the first node of a type does, in a while."""
         return bool(self.browser.wait_for(PICTURE % json.dumps(kind)))
 
-    def search(self, words: str) -> list[str]:
-        """The types of the nodes that the search for nodes finds, best first."""
+    def search(self, words: str) -> list[tuple[str, str]]:
+        """(type, name) of the nodes that the search for nodes finds, best first."""
         return self.browser.evaluate(SEARCH % json.dumps(words))
 
     def saved(self) -> list[Any]:
