@@ -11,6 +11,7 @@ from collections.abc import Collection, Hashable, Sequence
 from typing import NamedTuple
 
 import comfy.lora
+import comfy.model_management
 from torch import nn
 
 from ..files.ensemble import Ensemble, LoRASpec
@@ -56,7 +57,8 @@ def read_ensemble(model, clip, ensemble: Ensemble, node: str, on_weights: bool) 
     node         display name of the node, for messages
     on_weights   whether what no forward can express goes into the weights, in the order of the ensemble: a LoRA that
                  enlarges a layer does so for the LoRAs behind it
-    Raises ValueError for an empty ensemble and for files that cannot be used with this model.
+    Raises ValueError for an empty ensemble and for files that cannot be used with this model. The user can interrupt it
+    between files.
     """
     check_some(ensemble, node)
     base = model.model
@@ -67,6 +69,7 @@ def read_ensemble(model, clip, ensemble: Ensemble, node: str, on_weights: bool) 
     for spec in ensemble:
         if spec.strength_model == 0 and spec.strength_clip == 0:
             continue
+        comfy.model_management.throw_exception_if_processing_interrupted()
         file = read(spec.name, base)
         try:
             patches = load(file, model_keys, base, enlarged)

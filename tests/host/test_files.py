@@ -9,9 +9,11 @@ import struct
 import weakref
 from functools import partial
 
+import comfy.model_management
 import comfy.utils
 import pytest
 import torch
+from lora_ensemble.host.compose import reading
 from lora_ensemble.host.compose.apply import apply_method, bake
 from lora_ensemble.host.compose.composition import KEY
 from lora_ensemble.host.files import files
@@ -196,6 +198,24 @@ def test_a_file_is_read_once(loras, lora_folder, monkeypatch):
     assert fingerprint(name) != print_before
     os.utime(lora_folder / name, ns=(2, 2))
     assert torch.equal(read(name)[key], after[key]) and len(calls) == 3
+
+
+def test_reading_many_files_can_be_interrupted(loras, monkeypatch):
+    """Guard: `read_ensemble`. The next node is as ever."""
+    model, found = base("SD15"), []
+
+    def reads(name, holder):
+        found.append(name)
+        comfy.model_management.interrupt_current_processing()
+        return files.read(name, holder)
+
+    ensemble = [LoRASpec(loras(lora(shapes(model), seed)), 0.8, 0) for seed in (1, 2, 3)]
+    with monkeypatch.context() as patched:
+        patched.setattr(reading, "read", reads)
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            merge(model, ensemble)
+    assert found == [ensemble[0].name]
+    same(sample(merge(model, ensemble)), sample(stock(model, ensemble)), sample(model))
 
 
 def test_what_is_kept_is_bounded(loras, monkeypatch):
