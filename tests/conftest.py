@@ -24,10 +24,10 @@ if "lora_ensemble" not in sys.modules:
     run.load_pack()
 
 
-LONG = ("test_server", "test_accelerator", "test_front_end", "test_compile", "test_parity_families", "test_selection",
-        "test_server_routed", "test_interop_server", "test_guidance_interop", "test_benchmarks", "test_testbed_joint",
-        "test_testbed", "test_compile_cached", "test_fuzz_files", "test_fuzz_api", "test_invariants",
-        "test_calibration", "test_compiled", "test_mutate")
+LONG = ("test_server", "test_accelerator", "test_interop_server", "test_leave_one_out", "test_front_end",
+        "test_fuzz_files", "test_guidance_files", "test_compile", "test_words", "test_guidance_extrapolated",
+        "test_server_routed", "test_benchmarks", "test_compile_cached", "test_parity_families", "test_fuzz_api",
+        "test_kinds", "test_testbed_joint", "test_testbed", "test_compiled", "test_mutate")
 """The files that take longest, given to a process first: at the end, other processes would have to wait for them."""
 
 
