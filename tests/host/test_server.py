@@ -302,6 +302,14 @@ def test_branch_cache(server: Server, lora_files: Path):
     assert difference(found[1], whole) == 0 == difference(found[0], whole), "six steps are too few"
     assert all(difference(a, b) > 2 for a, b in ((found[3], whole), (found[2], whole), (found[3], found[2])))
     assert all(np.abs(found[n] - whole).mean() < 25 for n in (2, 3))
+    # This model has no configuration to count its work by: a budget then leaves the node as it is without one.
+    prompt[sampler]["inputs"]["steps"] = 10
+    options.update(interval=0, budget=0.5)
+    budget = pictures(server, prompt)
+    options.update(interval=2, budget=0.0)
+    assert difference(pictures(server, prompt), budget) == 0
+    options["interval"] = 1
+    assert difference(pictures(server, prompt), budget) > 0
 
 
 def test_left_to_the_number_of_steps(server: Server):
