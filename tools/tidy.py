@@ -32,10 +32,10 @@ TITLE, FOOTER, GAP = 30, 8, 24
 the name of the pack in it."""
 HEAD, MARGIN = 40, 20  # of a group: the room for its name, and the frame around its nodes
 SHRUNK = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
-LIVE, LIVE_ROW, ROWS = 140, 20, 4
+LIVE, LIVE_ROW, ROWS, TEXT = 140, 20, 4, 50
 """What grows below a node that composes while it samples: the text and the panel, and of the panel a row per LoRA; the
-rows where the LoRAs are in the node itself."""
-SMALLEST, NARROW, SWITCHES = 240, 280, 320
+rows where the LoRAs are in the node itself; the text alone, below a sampler."""
+SMALLEST, NARROW, SWITCHES = 240, 280, 370
 """Side of a picture, width of other nodes, width in which two switches of Nodes 2.0 stand side by side."""
 STARTS = (0, 40)
 Graph = dict[str, Any]
@@ -88,7 +88,10 @@ def is_note(node: dict[str, Any]) -> bool:
 
 
 def grows(node: dict[str, Any], loras: int, shrink: float) -> float:
-    """The room that stays free below a node for what it shows of a run, where there is some."""
+    """The room that stays free below a node for what it shows of a run, where there is some. A sampler of its full size
+    has room for the text within."""
+    if is_sampler(node):
+        return TEXT if SHRUNK[-1] < shrink < 0.8 else 0.0
     return LIVE + LIVE_ROW * loras if composes(node) and shrink >= 0.8 else 0.0
 
 
