@@ -48,6 +48,15 @@ def reference_softmin(similarity: np.ndarray, inverse_temperature: float) -> np.
     return powers / powers.sum(axis=0)
 
 
+def test_a_mask_without_frames_beside_one_with_frames_is_the_same_in_all():
+    still, film = random(1, 1, 4, 6, seed=1), random(2, 1, 3, 4, 6, seed=2)
+    for masks, where in (((still, None, film), (0, 2)), ((film, still), (1, 0))):
+        found = stacked(masks)
+        assert found.shape == (len(masks), 2, 1, 3, 4, 6)
+        assert torch.equal(found[where[0]], still[:, :, None].expand(2, 1, 3, 4, 6))
+        assert torch.equal(found[where[1]], film)
+
+
 def test_masks_are_stacked_with_ones_where_there_are_none():
     one, many = torch.rand(1, 1, 4, 3), torch.rand(2, 1, 4, 3)
     found = stacked((one, None, many))

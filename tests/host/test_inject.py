@@ -49,7 +49,7 @@ def test_a_run_that_stays_open_is_seen(faults, monkeypatch):
     faults.wanted("Composite")
     monkeypatch.setattr(Composition, "end", open_still)
     with pytest.raises(Failure, match="still open"):
-        faults.check("Composite: interrupt 1")
+        faults.check("Composite: neighbour before wrapper APPLY_MODEL")
 
 
 def test_another_error_and_a_hidden_one_are_seen(faults, monkeypatch):
