@@ -135,3 +135,12 @@ def test_layers_that_the_model_lacks_and_unknown_keys(make, loras, caplog):
     text = "\n".join(caplog.messages)
     assert "1 keys have no place in this model, 'strange.diff' for one" in text
     assert f"{key_map[lacking]}: the model has no such layer" in text and "bare parameter" not in text
+
+
+@pytest.mark.parametrize(("keys", "whole"), [
+    ([f"lora_unet_block_{k}.lora_up.weight" for k in range(20)], False),
+    ([f"block_{k}.weight" for k in range(8)], False), ([f"block_{k}.weight" for k in range(9)], True),
+    ([*(f"block_{k}.weight" for k in range(20)), "block_0.lora_up.weight"], False)])
+def test_a_whole_model_is_many_keys_of_which_none_is_a_loras(keys, whole):
+    found = other_kind(keys)
+    assert (found is not None and found.what == "a whole model or a part of one") if whole else found is None
