@@ -181,10 +181,10 @@ def follow(socket_: WebSocket, prompt_id: str, workflow: dict[str, Any], tell: C
     """Tell which node runs and how far it is, until the prompt ends. Raises Problem when a node fails."""
     node = None
     for message in socket_.messages():
-        data = message.get("data", {})
-        if data.get("prompt_id", prompt_id) != prompt_id:
+        kind, data = message.get("type"), message.get("data")
+        # Nodes send messages of their own, which may hold anything.
+        if not isinstance(data, dict) or data.get("prompt_id", prompt_id) != prompt_id:
             continue
-        kind = message.get("type")
         if kind == "executing":
             node = data.get("node")
             if node is None and "prompt_id" in data:

@@ -106,11 +106,11 @@ class Parts:
 
     def loras(self, tensors: dict) -> str:
         content = save({key: value.contiguous() for key, value in tensors.items()})
-        known = {path.read_bytes(): path.name for path in self.folder.iterdir()}
+        known = {path.read_bytes(): path.name for path in self.folder.glob("same_*.safetensors")}
         if content not in known:
-            (self.folder / f"lora_{len(known)}.safetensors").write_bytes(content)
+            (self.folder / f"same_{len(known)}.safetensors").write_bytes(content)
             folder_paths.filename_list_cache.clear()
-        return known.get(content, f"lora_{len(known)}.safetensors")
+        return known.get(content, f"same_{len(known)}.safetensors")
 
     def cases(self) -> list[str]:
         cuts = [f"cut at {cut}: {name}" for name in self.makes for cut in range(1, STEPS)]

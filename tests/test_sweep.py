@@ -9,10 +9,11 @@ import sys
 import threading
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from lora_ensemble.examples import sweep
-from lora_ensemble.examples.queue_prompt import Problem, Unreachable, load_workflow
+from lora_ensemble.examples.queue_prompt import Problem, Unreachable, follow, load_workflow
 from lora_ensemble.examples.sweep import on_servers
 from lora_ensemble.examples.sweep_grid import Book, Cell, axis_of, cells_of, values_of
 from lora_ensemble.examples.sweep_work import Headless, Worker, alone, fitted, pictures_of
@@ -28,6 +29,17 @@ WORKFLOW = {
     "11": {"class_type": "KSampler", "inputs": {"seed": 1, "steps": 20}},
     "12": {"class_type": "SaveImage", "inputs": {"filename_prefix": "cat", "images": ["11", 0]}},
 }
+
+
+def test_messages_of_other_packs_are_passed_over():
+    """They may hold anything, and so may those of other prompts."""
+    lines, messages = [], [
+        {"type": "pack.told", "data": [1, 2]}, {"type": "pack.told"}, {"type": "pack.told", "data": "text"},
+        {"type": "executing", "data": {"node": "6", "prompt_id": "another"}},
+        {"type": "executing", "data": {"node": "11", "prompt_id": "p"}},
+        {"type": "executing", "data": {"node": None, "prompt_id": "p"}}]
+    follow(SimpleNamespace(messages=lambda: iter(messages)), "p", WORKFLOW, lines.append)
+    assert lines == ["  11: KSampler"]
 
 
 def axes(*texts: str):

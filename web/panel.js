@@ -98,12 +98,12 @@ function show(node, parts) {
   node.setDirtyCanvas?.(true, true)
 }
 
-function told({ detail }) {
+function told({ detail: { panels } }) {
   if (!app.extensionManager?.setting?.get(SETTING)) return
-  for (const id of new Set(detail.map((part) => part.node))) {
+  for (const id of new Set(panels.map((part) => part.node))) {
     const node = nodeOf(id)
     if (node?.addDOMWidget && node.comfyClass?.startsWith('LoRAEnsemble'))
-      show(node, detail.filter((part) => part.node === id))
+      show(node, panels.filter((part) => part.node === id))
   }
 }
 

@@ -23,7 +23,8 @@ from .story import costs_of, line, titles
 EVERY = 0.25
 """Seconds between two texts of a run, at least."""
 EVENT = "lora_ensemble.run"
-"""The type of the message to the panels; its data are what `panel.shown` gives."""
+"""The type of the message to the panels. Its data are an object, as clients expect of any message, with the id of the
+prompt, by which they leave out what is not theirs, and `panels`, what `panel.shown` gives."""
 log = logging.getLogger("lora_ensemble")
 
 
@@ -52,7 +53,7 @@ def on_the_node(model, record: RunRecord, total: int) -> Told | None:
         panels = shown(record, called, methods, costs, total, over)
         try:
             if panels:  # before the texts: a panel remembers the height that its node had without either
-                server.send_sync(EVENT, panels, client)
+                server.send_sync(EVENT, {"prompt_id": context.prompt_id, "panels": panels}, client)
             for each in dict.fromkeys((node, *filter(None, methods))):
                 server.send_progress_text(text.replace("\n", "  \n"), each, client)  # Nodes 2.0 reads Markdown
         except RuntimeError as error:  # the server is going down

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 from lora_ensemble.tests.fuzz_api import Failure, Fuzz
 from lora_ensemble.tests.server import Server
@@ -11,8 +13,9 @@ SHARE = 35
 
 
 @pytest.fixture(scope="module")
-def fuzz(server: Server) -> Fuzz:
-    return Fuzz(server)
+def fuzz(server: Server) -> Iterator[Fuzz]:
+    yield Fuzz(server)
+    server.post("/history", clear=True)  # infinite numbers in it are no JSON that a front end could read
 
 
 @pytest.mark.parametrize("first", range(0, COUNT, SHARE))

@@ -67,7 +67,9 @@ def test_the_story_comes_over_the_websocket(server: Server):
                 elif message.type is aiohttp.WSMsgType.TEXT:
                     told = json.loads(message.data)
                     assert told["type"] != "execution_error", told
-                    heard.extend([told["data"]] if told["type"] == EVENT else [])
+                    if told["type"] == EVENT:
+                        assert told["data"]["prompt_id"] == number
+                        heard.append(told["data"]["panels"])
                     if told["type"] == "executing" and told["data"].get("node") is None \
                             and told["data"].get("prompt_id") == number:
                         return seen
@@ -98,8 +100,8 @@ class Wire(SimpleNamespace):
         self.sent.append((text, node, sid))
 
     def send_sync(self, event, data, sid) -> None:
-        assert event == EVENT and sid == "c"
-        self.panels.append(json.loads(json.dumps(data)))
+        assert event == EVENT and sid == "c" and data["prompt_id"] == "p"
+        self.panels.append(json.loads(json.dumps(data["panels"])))
 
 
 def wired(monkeypatch, client="c", sockets=("c",)) -> Wire:
