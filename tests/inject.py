@@ -35,7 +35,6 @@ import folder_paths
 import pytest
 import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
-from safetensors.torch import save
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -57,7 +56,7 @@ from ..nodes.klora import LoRAEnsembleESTLoRA, LoRAEnsembleKLoRA
 from ..nodes.selection import LoRAEnsembleLayerMap
 from ..nodes.spectrum import LoRAEnsembleSpectrum
 from ..tools.results import CODE, Found, Results, options
-from .host.builders import composite, merge, method, sample, three
+from .host.builders import composite, merge, method, sample, three, written_once
 from .host.guidance_tools import ag, extrapolated
 from .host.models import FAMILIES, alive, base
 from .host.test_lasting import half, unlike
@@ -131,15 +130,7 @@ def equal(a: list, b: list, tolerance: float = 0.0) -> bool:
 
 def jobs(folder: Path) -> dict[str, Job]:
     """All of them, over LoRA files that are written into a folder of ComfyUI's."""
-
-    def loras(tensors: dict, name: str | None = None) -> str:
-        content = save({key: value.contiguous() for key, value in tensors.items()})
-        known = {path.read_bytes(): path.name for path in folder.iterdir()}
-        if content not in known:
-            (folder / f"lora_{len(known)}.safetensors").write_bytes(content)
-            folder_paths.filename_list_cache.clear()
-        return known.get(content, f"lora_{len(known)}.safetensors")
-
+    loras = written_once(folder, "inject")
     sd15, flux = base("SD15"), base("Flux")
     few, flux_few, kinds = three(sd15, loras), three(flux, loras), unlike(sd15, loras)
     pair, words, flux_words = few[:2], specs(sd15, loras), specs(flux, loras)

@@ -27,13 +27,13 @@ import comfy.sample
 import folder_paths
 import torch
 from PIL import Image
-from safetensors.torch import save, save_file
+from safetensors.torch import save_file
 
 from ..methods.composite import Composite
 from ..methods.merge import Merge
 from ..tools.results import Found, Results, options
 from .fuzz_api import NAMES, small_lora, workflows
-from .host.builders import method, sample, three
+from .host.builders import method, sample, three, written_once
 from .host.models import FAMILIES, base
 from .host.test_two_runs import MAKES, STEPS, k_lora, part
 from .server import Server
@@ -96,21 +96,13 @@ class Parts:
     """Runs cut in two, batches, and lists in another order, on small models."""
 
     def __init__(self, folder: Path):
-        self.folder, self.model = folder, base("SD15")
+        self.model, self.loras = base("SD15"), written_once(folder, "same")
         self.makes = {name: partial(self._with, make) for name, make in {**MAKES, "Merge": Merge}.items()}
         self.makes["K-LoRA"] = lambda ensemble: k_lora(self.model, self.loras)
         self.ensemble = three(self.model, self.loras)
 
     def _with(self, make, ensemble):
         return method(self.model, ensemble, make)
-
-    def loras(self, tensors: dict) -> str:
-        content = save({key: value.contiguous() for key, value in tensors.items()})
-        known = {path.read_bytes(): path.name for path in self.folder.glob("same_*.safetensors")}
-        if content not in known:
-            (self.folder / f"same_{len(known)}.safetensors").write_bytes(content)
-            folder_paths.filename_list_cache.clear()
-        return known.get(content, f"same_{len(known)}.safetensors")
 
     def cases(self) -> list[str]:
         cuts = [f"cut at {cut}: {name}" for name in self.makes for cut in range(1, STEPS)]

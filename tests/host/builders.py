@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import comfy.hooks
 import comfy.sample
@@ -16,6 +17,7 @@ from lora_ensemble.host.files.ensemble import LoRASpec
 from lora_ensemble.methods import Method
 from lora_ensemble.methods.composite import Composite
 from lora_ensemble.methods.merge import Merge
+from safetensors.torch import save
 from torch import Tensor
 
 from .models import FAMILIES
@@ -76,6 +78,21 @@ def three(model, loras: Callable[[dict], str], strengths=(0.8, 0.5, -0.6)) -> tu
     layers = shapes(model)
     files = (lora(layers, 1, 4), lora(layers, 2, 8, alpha=6.0), lora(layers, 3, 4, alpha=4.0))
     return tuple(LoRASpec(loras(file), s, s) for file, s in zip(files, strengths, strict=True))
+
+
+def written_once(folder: Path, prefix: str) -> Callable[..., str]:
+    """Writes LoRA files into a folder of ComfyUI's, each content once and beside whatever is there already:
+    `loras(tensors)` -> name in ComfyUI's list."""
+    def loras(tensors: dict, name: str | None = None) -> str:
+        content = save({key: value.contiguous() for key, value in tensors.items()})
+        known = {path.read_bytes(): path.name for path in folder.glob(f"{prefix}_*.safetensors")}
+        if content not in known:
+            known[content] = f"{prefix}_{len(known)}.safetensors"
+            (folder / known[content]).write_bytes(content)
+            folder_paths.filename_list_cache.clear()
+        return known[content]
+
+    return loras
 
 
 # --- the pack -------------------------------------------------------------------------------------------------------
