@@ -62,9 +62,13 @@ def free_port() -> int:
 
 
 def link(source: Path, target: Path) -> None:
-    """A link where the platform allows one, else a copy."""
+    """A link where the platform allows one, else a copy; nothing where it is there already: tests share a server."""
+    if target.exists() and target.samefile(source):
+        return
     try:
         target.symlink_to(source, target_is_directory=source.is_dir())
+    except FileExistsError:
+        raise  # a copy would go through what is there, perhaps a link, into another file
     except OSError:
         if source.is_dir():
             shutil.copytree(source, target, ignore=shutil.ignore_patterns(".git", "demo", "__pycache__"))
