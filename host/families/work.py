@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import comfy.ldm.modules.attention
+import comfy.model_management
 import comfy.ops
 import torch
 from torch import Tensor, nn
@@ -60,6 +61,8 @@ def work_of(model, root: nn.Module, x: Tensor, t: Tensor, c_concat: Tensor | Non
             twin = type(root)(**model.model_config.unet_config | {"dtype": torch.float32}, device=META,
                               operations=comfy.ops.disable_weight_init).eval()
             known[shapes] = _counted(twin, *_arguments(model, twin, x, t, c_concat, context, options, conds))
+        except (comfy.model_management.InterruptProcessingException, comfy.model_management.OOM_EXCEPTION):
+            raise  # these say nothing of the model, and must not be remembered of it
         except Exception as error:  # whatever a model's own code does on tensors without numbers
             known[shapes] = f"the operations of {type(root).__name__} cannot be counted: {error or repr(error)}"
     return known[shapes]

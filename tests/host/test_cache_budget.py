@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import comfy.model_management
 import pytest
 import torch
 from comfy.ldm.modules.attention import attention_basic
@@ -151,3 +152,20 @@ def test_values_of_saved_workflows_mean_what_they_did():
                   dict(schedule=BySteps(), budget=-0.1)):
         with pytest.raises(ValueError, match="a budget is a share"):
             with_cache(model, CacheSpec(**wrong))
+
+
+@pytest.mark.parametrize("reason", [torch.OutOfMemoryError, comfy.model_management.InterruptProcessingException])
+def test_what_says_nothing_of_the_model_is_not_remembered_of_it(reason, monkeypatch):
+    """Guard: a lack of memory or the user's interrupt while operations are counted, taken for a model that cannot be
+    counted, for as long as it lives."""
+    family, model = of("SD15")
+    call = model, model.diffusion_model, family.noise(1), torch.full((1,), 0.6), None, torch.randn(1, 5, family.context)
+
+    def stopped(*_):
+        raise reason
+
+    with monkeypatch.context() as patched:
+        patched.setattr(work, "_counted", stopped)
+        with pytest.raises(reason):
+            work.work_of(*call, {}, {})
+    assert isinstance(work.work_of(*call, {}, {}), work.Work)
