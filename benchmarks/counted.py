@@ -18,15 +18,13 @@ if not __package__:  # started as a file: run it as a module of the pack
     run = runpy.run_path(str(Path(__file__).resolve().parents[1] / "run.py"))
     sys.exit(run["main"](["_module", "benchmarks.counted", *sys.argv[1:]]))
 
-import argparse
-import os
 from collections.abc import Mapping, Sequence
 
 import torch
 
 from ..methods.schedule import LONGEST, BySteps, Uniform, schedules, within
 from . import models
-from .measure import Results
+from .measure import Results, parser_of
 
 SIZES = {"SD1.5": (64, 77), "SDXL": (128, 77), "Flux": (128, 512)}
 """Name -> (side of the latent, tokens of the text)."""
@@ -74,14 +72,11 @@ def budgets_table(found: Mapping[str, Mapping[int, float]], steps: int, budgets:
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="counted", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--comfyui", type=Path, default=os.environ.get("COMFYUI_UNDER_TEST"), metavar="PATH")
+    parser = parser_of("counted", __doc__)
     parser.add_argument("--models", nargs="+", choices=list(SIZES), default=list(SIZES))
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.7, 0.6, 0.5, 0.4, 0.3])
     options = parser.parse_args(arguments)
-    if not options.comfyui:
-        parser.error("name a ComfyUI with --comfyui PATH or in COMFYUI_UNDER_TEST")
     tell, found = Results(torch.device("cpu"), comfyui=models.start_comfyui(options.comfyui, "cpu")), {}
     for name in options.models:
         whole, found[name] = shares(name)

@@ -38,7 +38,7 @@ from time import monotonic
 import torch
 
 from .host_time import BYPASS
-from .measure import ROOT, Results
+from .measure import ROOT, Results, parser_of
 from .table import goal_table, number, result
 
 
@@ -302,8 +302,7 @@ def run_parts(options: argparse.Namespace) -> tuple[list[dict], dict[str, str]]:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="goals", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--comfyui", type=Path, default=os.environ.get("COMFYUI_UNDER_TEST"), metavar="PATH")
+    parser = parser_of("goals", __doc__)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--minutes", type=float, default=25, help="for all parts together")
     parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS), metavar="PART",
@@ -311,8 +310,6 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--quick", action="store_true", help="narrow models, few steps: measures nothing")
     parser.add_argument("--commit", help="what to call this version, where git does not know")
     options = parser.parse_args(arguments)
-    if not options.comfyui:
-        parser.error("name a ComfyUI with --comfyui PATH or in COMFYUI_UNDER_TEST")
     records, why = run_parts(options)
     versions = [r["comfyui"] for r in records if r.get("comfyui")]
     tell = Results(torch.device(options.device), comfyui=versions[0] if versions else None, quick=options.quick)

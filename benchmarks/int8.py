@@ -21,7 +21,6 @@ if not __package__:  # started as a file: run it as a module of the pack
     sys.exit(run["main"](["_module", "benchmarks.int8", *sys.argv[1:]]))
 
 import argparse
-import os
 import tempfile
 from collections.abc import Sequence
 
@@ -32,7 +31,7 @@ from ..engine.forwards import RoutedForwards
 from ..kernels.branch import Branch
 from ..methods.merge import Merge
 from . import models, packed
-from .measure import Results, Seconds, spread
+from .measure import Results, Seconds, parser_of, spread
 from .models import STRENGTH
 from .table import int8_table
 
@@ -122,8 +121,7 @@ def taxed(ours: Sequence[Sequence[Seconds]], plain: Sequence[Sequence[Seconds]],
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="int8", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--comfyui", type=Path, default=os.environ.get("COMFYUI_UNDER_TEST"), metavar="PATH")
+    parser = parser_of("int8", __doc__)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--model", choices=["Wan", "Flux"], default="Wan")
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
@@ -136,8 +134,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="small and few: shows that it works and measures nothing")
     options = parser.parse_args(arguments)
-    if not options.comfyui:
-        parser.error("name a ComfyUI with --comfyui PATH or in COMFYUI_UNDER_TEST")
     cuda = options.device == "cuda"
     options.scale, options.dtype = 1.0, torch.bfloat16 if cuda else torch.float32
     for name, on_cpu, on_gpu in (("blocks", 1, 8), ("frames", 1, 9), ("steps", 2, 5)):

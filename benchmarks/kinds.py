@@ -17,8 +17,6 @@ if not __package__:  # started as a file: run it as a module of the pack
     run = runpy.run_path(str(Path(__file__).resolve().parents[1] / "run.py"))
     sys.exit(run["main"](["_module", "benchmarks.kinds", *sys.argv[1:]]))
 
-import argparse
-import os
 from collections.abc import Callable
 
 import torch
@@ -28,7 +26,7 @@ from ..engine.bank import Bank
 from ..engine.forwards import RoutedForwards
 from ..kernels.branch import Branch
 from . import models
-from .measure import Results, in_turns, one_thread, spread
+from .measure import Results, in_turns, one_thread, parser_of, spread
 from .table import kind_table
 
 CPU = torch.device("cpu")
@@ -130,8 +128,7 @@ def bench_kind(tell: Results, kind: str, size: int, tokens: int, rank: int, coun
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="kinds", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--comfyui", type=Path, default=os.environ.get("COMFYUI_UNDER_TEST"), metavar="PATH")
+    parser = parser_of("kinds", __doc__)
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
     parser.add_argument("--size", type=int, default=1280)
     parser.add_argument("--tokens", type=int, default=512)
@@ -140,8 +137,6 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--quick", action="store_true", help="small and few: shows that it works and measures nothing")
     options = parser.parse_args(arguments)
-    if not options.comfyui:
-        parser.error("name a ComfyUI with --comfyui PATH or in COMFYUI_UNDER_TEST")
     if options.quick:
         options.size, options.tokens, options.rounds = 128, 16, 2
     one_thread()

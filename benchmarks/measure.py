@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -163,6 +164,21 @@ def environment(device: torch.device) -> dict:
         "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
     }
     return found | {"driver": driver()} if device.type == "cuda" else found
+
+
+class _Parser(argparse.ArgumentParser):
+    def parse_args(self, *arguments):
+        options = super().parse_args(*arguments)
+        if not options.comfyui:
+            self.error("name a ComfyUI with --comfyui PATH or in COMFYUI_UNDER_TEST")
+        return options
+
+
+def parser_of(name: str, doc: str) -> argparse.ArgumentParser:
+    """The command line of a benchmark that needs a ComfyUI: with --comfyui, which ends it where none is named."""
+    parser = _Parser(prog=name, description=doc.split("\n\n")[0])
+    parser.add_argument("--comfyui", type=Path, default=os.environ.get("COMFYUI_UNDER_TEST"), metavar="PATH")
+    return parser
 
 
 class Results:

@@ -28,15 +28,15 @@ if not __package__:  # started as a file: run it as a module of the pack
     sys.exit(run["main"](["_module", "benchmarks.methods", *sys.argv[1:]]))
 
 import argparse
-import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from ..methods.cmlora import CMLoRA, oldest
+from ..methods.cmlora import AgeBySteps, CMLoRA
 from ..methods.composite import Composite
 from ..methods.guidance.adaptive import AdaptiveGuidance
 from ..methods.loratorio import LoRAtorio
@@ -44,11 +44,12 @@ from ..methods.merge import Merge
 from ..methods.routed import Routing
 from ..methods.schedule import Uniform
 from . import models
-from .measure import Peak, Results, Seconds, median, total
+from .measure import Peak, Results, Seconds, median, parser_of, total
 from .models import STRENGTH
 from .routing import clauses
 
-METHODS = {"Merge": Merge, "Routed": Merge, "Composite": Composite, "LoRAtorio": LoRAtorio, "CMLoRA": CMLoRA}
+METHODS = {"Merge": Merge, "Routed": Merge, "Composite": Composite, "LoRAtorio": LoRAtorio,
+           "CMLoRA": partial(CMLoRA, cache_age=0)}
 SAVINGS = ("none", "guidance", "cache", "both", "always on")
 PLAIN, LOADERS, HOOKS = "plain model", "ComfyUI's loaders", "ComfyUI's hooks"
 INTERVAL, DEPTH, SAVED = 3, 2, 0.3
@@ -98,7 +99,7 @@ def composed(model, files: Sequence[Path], name: str, always: Path | None = None
         ensemble += (LoRASpec(always.name, STRENGTH, 0.0, role=ALWAYS),)
     placing = Placing("words", Routing("every step")) if name == "Routed" else None
     ours, _ = apply_method(model, None, ensemble, lambda active: METHODS[name](active.strengths), name, placing=placing)
-    return with_cache(ours, CacheSpec(max_age=oldest(len(files), 2, 3), depth=3)) if name == "CMLoRA" else ours
+    return with_cache(ours, CacheSpec(max_age=AgeBySteps(len(files)), depth=3)) if name == "CMLoRA" else ours
 
 
 def saving(model, how: str):
@@ -150,8 +151,7 @@ def bench(model, files: Sequence[Path], always: Path, options: argparse.Namespac
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="methods", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--comfyui", type=Path, default=os.environ.get("COMFYUI_UNDER_TEST"), metavar="PATH")
+    parser = parser_of("methods", __doc__)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--model", choices=list(models.ARCHITECTURES), default="SD1.5")
     parser.add_argument("--size", type=int, default=256, help="picture size in pixels")
@@ -164,8 +164,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--savings", nargs="+", choices=SAVINGS, default=list(SAVINGS))
     options = parser.parse_args(arguments)
-    if not options.comfyui:
-        parser.error("name a ComfyUI with --comfyui PATH or in COMFYUI_UNDER_TEST")
     if options.steps < 2:
         parser.error("--steps must be at least 2: the first step is the start of the run")
     return options

@@ -19,8 +19,6 @@ if not __package__:  # started as a file: run it as a module of the pack
     run = runpy.run_path(str(Path(__file__).resolve().parents[1] / "run.py"))
     sys.exit(run["main"](["_module", "benchmarks.nodes", *sys.argv[1:]]))
 
-import argparse
-import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -31,7 +29,7 @@ from ..engine.sizes import measure
 from ..methods.composite import Composite
 from ..methods.merge import Merge
 from . import models
-from .measure import Results, Seconds, median, now, since
+from .measure import Results, Seconds, median, now, parser_of, since
 
 
 def bench(model, ensemble: tuple, runs: int, tell: Results) -> str:
@@ -77,15 +75,12 @@ def bench_sizes(model, files: Sequence[Path], tell: Results) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="nodes", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--comfyui", type=Path, default=os.environ.get("COMFYUI_UNDER_TEST"), metavar="PATH")
+    parser = parser_of("nodes", __doc__)
     parser.add_argument("--n", type=int, nargs="+", default=[2, 5], help="numbers of LoRAs")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--runs", type=int, default=3, help="first runs of each kind")
     parser.add_argument("--quick", action="store_true", help="a narrow model: shows that it works and measures nothing")
     options = parser.parse_args(arguments)
-    if not options.comfyui:
-        parser.error("name a ComfyUI with --comfyui PATH or in COMFYUI_UNDER_TEST")
     version = models.start_comfyui(options.comfyui, "cpu")
 
     from ..host.files.ensemble import LoRASpec

@@ -42,7 +42,6 @@ if not __package__:  # started as a file: run it as a module of the pack
     sys.exit(run["main"](["_module", "benchmarks.speed", *sys.argv[1:]]))
 
 import argparse
-import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -60,7 +59,7 @@ from ..methods.klora import KLoRA
 from ..methods.merge import Merge
 from . import models
 from .deciding import bench_deciding, bench_saving
-from .measure import Peak, Results, Seconds, alternate, median
+from .measure import Peak, Results, Seconds, alternate, median, parser_of
 from .mixing import bench_mixing
 from .models import STRENGTH, bank_of, compose
 from .routing import bench_routed
@@ -306,8 +305,7 @@ class Bench:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="speed", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--comfyui", type=Path, default=os.environ.get("COMFYUI_UNDER_TEST"), metavar="PATH")
+    parser = parser_of("speed", __doc__)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--model", choices=list(models.ARCHITECTURES), default="SD1.5")
     parser.add_argument("--dtype", choices=["fp32", "fp16", "bf16"], help="default: fp32 on a CPU, fp16 elsewhere, for "
@@ -328,8 +326,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="floor: also with torch.compile")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(USUAL))
     options = parser.parse_args(arguments)
-    if not options.comfyui:
-        parser.error("name a ComfyUI with --comfyui PATH or in COMFYUI_UNDER_TEST")
     if options.steps < 2:
         parser.error("--steps must be at least 2: the first step is the start of the run")
     if options.run_steps < 4:

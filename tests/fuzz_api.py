@@ -122,6 +122,12 @@ def damage(dice: random.Random, prompt: Prompt, schemas: dict[str, dict[str, Any
 # --- what must become of them ---------------------------------------------------------------------------------------
 
 
+def give_loras(server: Server) -> None:
+    """Writes a small LoRA for each of NAMES where a server looks for them."""
+    for seed, name in enumerate(NAMES):
+        save_file(small_lora(seed), server.base / "models" / "loras" / name)
+
+
 class Failure(AssertionError):
     """A prompt that neither runs nor is refused as it should."""
 
@@ -131,8 +137,7 @@ class Fuzz:
 
     def __init__(self, server: Server):
         self.server = server
-        for seed, name in enumerate(NAMES):
-            save_file(small_lora(seed), server.base / "models" / "loras" / name)
+        give_loras(server)
         self.prompts = workflows()
         self.schemas = {name: info for name, info in server.json("/object_info").items()
                         if name.startswith("LoRAEnsemble") and "Testbed" not in name}

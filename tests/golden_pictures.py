@@ -20,7 +20,7 @@ from PIL import Image
 from ..testbed import demo
 from ..testbed.scene import CONCEPTS
 from ..testbed.weights import lora_path
-from .server import ROOT, Server, link
+from .server import ROOT, Server
 from .workflows import find, load, on_testbed
 
 VERSION = "0.1.0"
@@ -35,8 +35,7 @@ SIDE, STEPS = 32, 6
 
 def give_files(server: Server) -> None:
     """Puts the LoRAs where a server looks for them."""
-    for file in FILES:
-        link(file, server.base / "models" / "loras" / file.name)
+    server.give_loras(FILES)
 
 
 def drawn(server: Server, path: Path) -> np.ndarray | None:

@@ -25,7 +25,7 @@ from ..testbed import demo
 from ..testbed.sampler import GUIDANCE, STEPS, Picture, Sampler
 from ..testbed.scene import CONCEPTS
 from ..testbed.weights import load_base, load_judge, load_loras, lora_path
-from .server import ROOT, Server, link
+from .server import ROOT, Server
 from .workflows import ON_TESTBED, Prompt, compose, find, load, on_testbed, widgets
 
 # Two programs, one formula, fp32: rounding differs and grows over the steps. A real fault changes pictures far more.
@@ -87,8 +87,7 @@ def main(out: Path, comfyui: Path) -> None:
     files = [lora_path(demo.REGIME, concept) for concept in CONCEPTS]
     with tempfile.TemporaryDirectory() as folder, \
             Server(comfyui, Path(folder), [ROOT, ROOT / "tests" / "comfy_testbed"]) as server:
-        for file in files:
-            link(file, server.base / "models" / "loras" / file.name)
+        server.give_loras(files)
         names = [file.name for file in files]
         version = server.json("/system_stats")["system"]["comfyui_version"]
         ready = time.monotonic()

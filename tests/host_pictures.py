@@ -18,7 +18,7 @@ from PIL import Image
 from ..testbed import demo
 from ..testbed.scene import CONCEPTS
 from ..testbed.weights import lora_path
-from .server import ROOT, Server, link
+from .server import ROOT, Server
 from .workflows import EXAMPLES, Prompt, find, load, on_testbed
 
 PICTURES = {"leave_one_out": ("sd15_leave_one_out", "LoRAEnsembleLeaveOneOut", 0),
@@ -54,8 +54,7 @@ def main(names: list[str], comfyui: Path) -> None:
     workflows = {path.stem: path for path in EXAMPLES}
     with tempfile.TemporaryDirectory() as folder, \
             Server(comfyui, Path(folder), [ROOT, ROOT / "tests" / "comfy_testbed"]) as server:
-        for file in files:
-            link(file, server.base / "models" / "loras" / file.name)
+        server.give_loras(files)
         for name in names or PICTURES:
             workflow, node, output = PICTURES[name]
             prompt = on_testbed(load(workflows[workflow]), [file.name for file in files], text=task.prompt())

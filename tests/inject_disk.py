@@ -17,13 +17,12 @@ from pathlib import Path
 
 import folder_paths
 import torch
-from safetensors.torch import save_file
 
 from ..host.guidance import files
 from ..host.guidance.coeffs import GuidanceCoeffs
 from ..methods.guidance.adaptive import SPACES
 from ..methods.guidance.calibration import Calibration
-from .fuzz_api import NAMES, small_lora
+from .fuzz_api import NAMES, give_loras
 from .server import Server
 from .workflows import load
 
@@ -165,8 +164,7 @@ def killed_while_sampling(seed: int) -> str:
     pictures = []
     with tempfile.TemporaryDirectory() as folder:
         server = Server(Path(os.environ["COMFYUI_UNDER_TEST"]), Path(folder), packs)
-        for number, name in enumerate(NAMES):
-            save_file(small_lora(number), server.base / "models" / "loras" / name)
+        give_loras(server)
         for key, name in zip(("lora1", "lora2"), NAMES, strict=False):
             prompt[key]["inputs"]["lora_name"] = name
         for _ in range(2):

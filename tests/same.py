@@ -27,12 +27,11 @@ import comfy.sample
 import folder_paths
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 
 from ..methods.composite import Composite
 from ..methods.merge import Merge
 from ..tools.results import Found, Results, options
-from .fuzz_api import NAMES, small_lora, workflows
+from .fuzz_api import give_loras, workflows
 from .host.builders import method, sample, three, written_once
 from .host.models import FAMILIES, base
 from .host.test_two_runs import MAKES, STEPS, k_lora, part
@@ -73,8 +72,7 @@ class Restarts:
         out: dict[str, list[bytes] | str] = {}
         with tempfile.TemporaryDirectory() as folder, \
                 Server(self.comfyui, Path(folder), [ROOT, ROOT / "tests" / "comfy_testbed"]) as server:
-            for number, name in enumerate(NAMES):
-                save_file(small_lora(number), server.base / "models" / "loras" / name)
+            give_loras(server)
             for name in sorted(self.prompts, reverse=backwards):
                 prompt = copy.deepcopy(self.prompts[name])
                 try:

@@ -20,7 +20,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +164,11 @@ class Server:
             url += "?" + urllib.parse.urlencode(query)
         with HTTP.open(url, timeout=60) as answer:
             return answer.read()
+
+    def give_loras(self, files: Iterable[Path]) -> None:
+        """Puts files where the server looks for LoRAs."""
+        for file in files:
+            link(file, self.base / "models" / "loras" / file.name)
 
     def json(self, path: str, **query: str) -> Any:
         return json.loads(self.get(path, **query))

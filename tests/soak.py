@@ -27,10 +27,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from safetensors.torch import save_file
-
 from ..tools.results import Found, Results, options, say
-from .fuzz_api import NAMES, small_lora
+from .fuzz_api import give_loras
 from .server import PromptFailed, PromptRefused, Server
 from .workflows import ROOT, TESTBED, Prompt, load
 
@@ -85,8 +83,7 @@ class Worker:
     seen: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in UNITS})
 
     def prepare(self) -> None:
-        for number, name in enumerate(NAMES):
-            save_file(small_lora(number), self.server.base / "models" / "loras" / name)
+        give_loras(self.server)
 
     def one(self, number: int) -> None:
         """A prompt with strengths and seed of its own; then a look at the server."""
