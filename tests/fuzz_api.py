@@ -260,7 +260,7 @@ def main() -> int:
             done, became = fuzz.check(int(case))
             return became, {"done": done}
 
-        return Results("fuzz_api", DEPENDS, chosen.keep, chosen.out).judge(
+        return Results.asked("fuzz_api", DEPENDS, chosen).judge(
             seeds(chosen), check, lambda cases: fuzz.unharmed())
 
 

@@ -182,7 +182,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         folder_paths.add_model_folder_path(files.FOLDER, folder, is_default=True)
         fuzz = Fuzz(Path(folder))
-        return Results("fuzz_coeffs", DEPENDS, chosen.keep, chosen.out).judge(
+        return Results.asked("fuzz_coeffs", DEPENDS, chosen).judge(
             seeds(chosen), lambda case: (fuzz.check(int(case)), {}))
 
 

@@ -360,7 +360,7 @@ def main() -> int:
             done, became = fuzz.check(int(case))
             return became, {"done": done}
 
-        return Results("fuzz_files", DEPENDS, chosen.keep, chosen.out).judge(seeds(chosen), check)
+        return Results.asked("fuzz_files", DEPENDS, chosen).judge(seeds(chosen), check)
 
 
 if __name__ == "__main__":

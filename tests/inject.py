@@ -275,7 +275,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         folder_paths.add_model_folder_path("loras", folder, is_default=True)
         faults = Faults(Path(folder))
-        return Results("inject", DEPENDS, chosen.keep, chosen.out).judge(faults.cases(), faults.check)
+        return Results.asked("inject", DEPENDS, chosen).judge(faults.cases(), faults.check)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..tools.results import Found, Results, options, say
+from ..tools.results import Found, Results, TimeOver, options, say
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = ("kernels", "methods", "engine", "host")
@@ -258,19 +258,23 @@ def main() -> int:
     sources = [path for top in (*FLOORS, "nodes", "testbed", "tests") for path in (ROOT / top).rglob("*.py")]
     graph = {path: imported(path) for path in sources}
     found = {str(fault): fault for fault in chosen(chosen_.first + chosen_.count, chosen_.seed)[chosen_.first:]}
+    results = Results.asked("mutate", ("**/*.py",), chosen_)
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "pack"
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "__pycache__", "out", ".pytest_cache"))
 
         def check(case: str) -> Found:
             tests = covering(found[case].path, graph, with_host, chosen_.files)
-            was = seen(found[case], copy, tests, chosen_.seconds) if tests else False
+            seconds = min(chosen_.seconds, results.left())
+            was = seen(found[case], copy, tests, seconds) if tests else False
+            if was is None and seconds < chosen_.seconds:
+                raise TimeOver
             say(f"{VERDICTS[was]} {case}")
             if was is False:
                 raise Missed(f"no test sees it, of {len(tests)} files")
             return ("seen" if was else f"whose tests did not end in {chosen_.seconds:g} s"), {}
 
-        return Results("mutate", ("**/*.py",), chosen_.keep, chosen_.out).judge(found, check)
+        return results.judge(found, check)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ from .workflows import ROOT, find
 DEPENDS = ("same.py", "fuzz_api.py", "server.py", "workflows.py", "host/builders.py", "host/models.py",
            "host/test_two_runs.py", "comfy_testbed/*.py")
 ROUNDING = 1e-3
+RESTARTS = "restart and order"
 EVEN = {"K-LoRA": {"scheduler": "normal"}}
 """Settings of cut runs: K-LoRA's progress goes by the noise level, and the first of two runs cannot know a schedule
 that does not divide it evenly."""
@@ -57,7 +58,7 @@ class Restarts:
         self._drawn: list[dict[str, list[bytes] | str]] = []
 
     def cases(self) -> list[str]:
-        return [f"restart and order: {name}" for name in self.prompts]
+        return [f"{RESTARTS}: {name}" for name in self.prompts]
 
     def check(self, name: str) -> str:
         while len(self._drawn) < 2:
@@ -152,9 +153,13 @@ def main() -> int:
 
         def check(case: str) -> Found:
             head, _, rest = case.partition(": ")
-            return (restarts.check(rest) if head == "restart and order" else parts.check(case)), {}
+            return (restarts.check(rest) if head == RESTARTS else parts.check(case)), {}
 
-        return Results("same", DEPENDS, chosen.keep, chosen.out).judge([*parts.cases(), *restarts.cases()], check)
+        def together(case: str) -> str:
+            return RESTARTS if case.startswith(RESTARTS) else case  # one pair of servers draws all
+
+        cases = [*restarts.cases(), *parts.cases()]
+        return Results.asked("same", DEPENDS, chosen).judge(cases, check, together=together)
 
 
 if __name__ == "__main__":

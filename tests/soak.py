@@ -15,6 +15,7 @@ Memory, handles and maps can be seen on Linux; elsewhere only the time is. At la
 from __future__ import annotations
 
 import copy
+import math
 import os
 import random
 import statistics
@@ -27,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from ..tools.results import Found, Results, options, say
+from ..tools.results import Found, Results, TimeOver, options, say
 from .fuzz_api import give_loras
 from .server import PromptFailed, PromptRefused, Server
 from .workflows import ROOT, TESTBED, Prompt, load
@@ -38,6 +39,10 @@ MODES = {"the default cache": (), "--cache-classic": ("--cache-classic",), "--ca
 OURS = ("composite", "merge", "switch", "merge_baked", "merge_stack")
 ODD = 24
 BLOCKS = 16
+LEAST = 200
+"""Prompts below which a soak that has to end says nothing: a server's first hundred grow."""
+LAST = 15.0
+"""Seconds for the picture at last."""
 T95 = 2.145
 """Of Student's distribution at 95 % with 14 degrees of freedom: 16 blocks, two parameters."""
 UNITS = {"memory": "KB", "handles": "handles", "maps": "maps", "time": "ms"}
@@ -148,8 +153,12 @@ def looked_at(pid: int) -> dict[str, float]:
                 "maps": sum(1 for _ in maps)}
 
 
-def soak(comfyui: Path, mode: Sequence[str], count: int, told: Callable[[str], None] = say) -> tuple[str, bool]:
-    """The figures of one cache mode, and whether nothing grows."""
+def soak(comfyui: Path, mode: Sequence[str], count: int, told: Callable[[str], None] = say,
+         left: Callable[[], float] = lambda: math.inf) -> tuple[str, bool]:
+    """The figures of one cache mode, and whether nothing grows.
+
+    left   seconds until it has to end, with the prompts that there have been
+    """
     beds = {path.stem: load(path) for path in TESTBED}
     pack = ROOT / "tests" / "comfy_testbed"
     with ExitStack() as stack:
@@ -162,13 +171,19 @@ def soak(comfyui: Path, mode: Sequence[str], count: int, told: Callable[[str], N
 
         workers = {"ours": begun([ROOT, pack], OURS), "stock": begun([pack], ("stock_chain",))}
         first = workers["ours"].picture()
+        made = 0
         for number in range(count):
+            if left() < LAST:
+                break
             for worker in workers.values():
                 worker.one(number)
+            made += 1
             if number % 100 == 99:
                 told(f"{number + 1} of {count} prompts")
         if workers["ours"].picture() != first:
             raise AssertionError("a prompt is drawn differently at last")
+    if made < LEAST:
+        raise TimeOver
     figures, good = [], True
     for name, unit in UNITS.items():
         ours, stock = ([] if len(seen) < 2 * BLOCKS else [slope(seen[len(seen) // 5:])]
@@ -176,7 +191,8 @@ def soak(comfyui: Path, mode: Sequence[str], count: int, told: Callable[[str], N
         if ours and stock:
             good &= not grows(ours[0], stock[0], FLOOR[name])
             figures.append(f"{name} {ours[0]} / {stock[0]} {unit}")
-    return f"per prompt, ours / stock: {'; '.join(figures)}", good
+    cut = "" if made == count else f"{made} prompts in the time there was; "
+    return f"{cut}per prompt, ours / stock: {'; '.join(figures)}", good
 
 
 def known(comfyui: Path) -> dict[str, Sequence[str]]:
@@ -192,13 +208,15 @@ def main() -> int:
     comfyui = Path(os.environ["COMFYUI_UNDER_TEST"])
     cases = {f"{name}, {chosen.count} prompts": mode for name, mode in known(comfyui).items()}
 
+    results = Results.asked("soak", DEPENDS, chosen)
+
     def check(case: str) -> Found:
-        text, good = soak(comfyui, cases[case], chosen.count)
+        text, good = soak(comfyui, cases[case], chosen.count, left=results.left)
         if not good:
             raise AssertionError(text)
         return text, {}
 
-    return Results("soak", DEPENDS, chosen.keep, chosen.out).judge(cases, check)
+    return results.judge(cases, check)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import json
 import pytest
 from lora_ensemble.tools import results
 from lora_ensemble.tools.report import Part, page
-from lora_ensemble.tools.results import EVERYTHING, Results, fingerprint, read
+from lora_ensemble.tools.results import EVERYTHING, Results, Share, TimeOver, fingerprint, options, read
 
 CASES = ["1", "2", "3", "4"]
 PART = Part("some", "some cases", 4)
@@ -103,5 +103,89 @@ def test_the_page_says_how_a_run_was_started(tmp_path, monkeypatch):
     assert "some cases (`some`)" in page("--all", tmp_path, [PART])
 
 
+def test_the_page_names_the_machines_of_the_findings(tmp_path):
+    """Not the one that it is written on."""
+    kept(tmp_path).judge(["1"], check([]))
+    (line,) = read("some", tmp_path)
+    assert f"found on {line['machine']};" in page("--all", tmp_path, [PART])
+    (tmp_path / "some.jsonl").write_text(json.dumps(line | {"machine": "a PDP-11"}))
+    kept(tmp_path, keep=True).judge(["3"], check([]))
+    assert f"found on a PDP-11 and {line['machine']};" in page("--all", tmp_path, [PART])
+
+
 def test_what_was_not_run_is_said(tmp_path):
     assert "some cases (`some`): not run." in page("--report", tmp_path, [PART])
+
+
+def shared(folder, text: str) -> Results:
+    chosen = options(None).parse_args(["--out", str(folder), "--share", text])
+    return Results.asked("some", ("test_results.py",), chosen)
+
+
+@pytest.mark.parametrize("whole", [1, 2, 3, 7])
+def test_shares_are_all_cases_and_each_once(whole):
+    cases = [f"{kind} {k}" for k in range(3) for kind in "abcd"]
+    for together in (lambda case: case, lambda case: case[0]):
+        shares = [Share(which, whole).of(cases, together) for which in range(1, whole + 1)]
+        assert sorted(sum(shares, [])) == sorted(cases)
+    kinds = [{case[0] for case in share} for share in shares]
+    assert sum(map(len, kinds)) == 4, "what belongs together is in one share"
+    assert all(share == [case for case in cases if case in share] for share in shares), "in their order"
+
+
+@pytest.mark.parametrize("text", ["0/3", "4/3", "1", "a/b", "1/2/3"])
+def test_what_is_no_share_is_refused(tmp_path, text, capsys):
+    with pytest.raises(SystemExit):
+        shared(tmp_path, text)
+    assert "--share" in capsys.readouterr().err
+
+
+def test_processes_with_a_share_each_make_one_whole(tmp_path):
+    """Each writes a file of its own; a later run of the whole has nothing to do, and the page joins them."""
+    made: list[str] = []
+    assert shared(tmp_path, "1/2").judge(CASES, check(made)) == 0 and made == ["1", "3"]
+    text = page("--all", tmp_path, [PART])
+    assert "2 of 4 | 2 odd; 0 failed" in text and "2 of 4 cases are missing" in text
+    assert shared(tmp_path, "2/2").judge(CASES, check(made)) == 1 and made == ["1", "3", "2", "4"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["some.1-of-2.jsonl", "some.2-of-2.jsonl"]
+    assert {line["case"]: line["of"] for line in read("some", tmp_path)} == dict.fromkeys(CASES, 4)
+    assert ", 2 processes at once) | 4 of 4 | 2 odd, 1 even; 1 failed" in page("--all", tmp_path, [PART])
+    assert kept(tmp_path).judge(CASES, lambda case: ("mended", {})) == 0
+    assert [line["became"] for line in sorted(read("some", tmp_path), key=lambda line: line["case"])] == [
+        "odd", "mended", "odd", "even"], "the last finding counts, whichever file it is in"
+
+
+def test_the_last_finding_counts_in_whatever_file_it_is(tmp_path):
+    for name, became, day in (("some", "new", 2), ("some.1-of-2", "old", 1)):
+        line = {"case": "1", "ok": True, "code": "x", "became": became, "when": f"2026-01-0{day}T00:00:00+00:00"}
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(line))
+    assert [line["became"] for line in read("some", tmp_path)] == ["new"]
+
+
+def test_no_case_is_begun_when_the_time_is_over(tmp_path):
+    made: list[str] = []
+    over = Results.asked("some", (), options(None).parse_args(["--out", str(tmp_path), "--minutes", "0"]))
+    assert over.judge(CASES, check(made)) == 1 and not made
+    enough = Results.asked("some", (), options(None).parse_args(["--out", str(tmp_path), "--minutes", "60"]))
+    assert 3500 < enough.left() < 3600
+
+    def cut(case: str):
+        if case == "3":
+            raise TimeOver
+        return "whole", {}
+
+    assert enough.judge(CASES, cut) == 1
+    assert [line["case"] for line in read("some", tmp_path)] == ["1", "2"], "what was cut has no finding"
+
+
+def test_a_copy_without_its_history_is_told_its_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    monkeypatch.setenv("LORA_ENSEMBLE_COMMIT", "abc1234")
+    results.commit.cache_clear()
+    try:
+        assert results.commit() == "abc1234"
+        (tmp_path / ".git").mkdir()
+        results.commit.cache_clear()
+        assert results.commit() != "abc1234"
+    finally:
+        results.commit.cache_clear()

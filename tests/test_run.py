@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,51 @@ def test_all_that_takes_long_runs_on_the_newest():
     assert all(command[-1] == "--keep" for _, command, _ in deeper_runs([host("0.33.0")], keep=True))
     nights = [command for _, command, _ in deeper_runs([host("0.33.0")], night=1000) if "1000" in command]
     assert len(nights) == 1 and nights[0][-3:] == ["lora_ensemble.tests.soak", "--count", "1000"]
+
+
+def test_long_runs_are_shared_out_to_as_many_processes_as_they_have_use_for():
+    shares: dict[str, list[str]] = {}
+    for _, command, _ in deeper_runs([host("0.33.0")], night=1000, jobs=12):
+        module = next(part for part in command if part.startswith("lora_ensemble.tests."))
+        shares.setdefault(module.rpartition(".")[2], []).append(command[command.index("--share") + 1])
+    assert {name: len(some) for name, some in shares.items()} == {
+        part.module: min(part.shares or 12, 12) for part in PARTS}
+    assert shares["inject"] == [f"{share}/12" for share in range(1, 13)]
+    assert all("--share" not in command for _, command, _ in deeper_runs([host("0.33.0")], jobs=1))
+    titles = [title for title, _, _ in deeper_runs([host("0.33.0")], jobs=2)]
+    assert len(titles) == len(set(titles)) == 2 * len(PARTS)
+
+
+def test_processes_side_by_side(tmp_path):
+    """Two that wait for each other end only beside each other; one that fails fails the whole."""
+    program = ("import pathlib, sys, time\nmine, other = map(pathlib.Path, sys.argv[1:3])\nmine.touch()\n"
+               "for _ in range(600):\n    if other.exists(): break\n    time.sleep(0.05)\nelse: sys.exit(1)\n"
+               "sys.exit(3 if mine.name == 'b' else 0)")
+    ways = [tmp_path / "a", tmp_path / "b"]
+    summary = Summary()
+    summary.run_beside([(f"{one.name} on x", [sys.executable, "-c", program, str(one), str(other)], dict(os.environ))
+                        for one, other in (ways, ways[::-1])], jobs=2)
+    assert summary.failed
+    assert sorted(line.split(" on")[0] for line in summary.lines) == ["  FAILED (exit 3) b", "  ok     a"]
+
+
+def test_no_process_is_begun_when_the_time_is_over(tmp_path):
+    summary, program = Summary(), f"import sys; open({str(tmp_path / 'told')!r}, 'w').write(' '.join(sys.argv[1:]))"
+    runs = [("some on x", [sys.executable, "-c", program], dict(os.environ))]
+    summary.run_beside(runs, 1, time.monotonic())
+    assert summary.failed and summary.lines == ["  NOT RUN some on x: the time is over"] and not [*tmp_path.iterdir()]
+    summary.run_beside(runs, 1, time.monotonic() + 120)
+    name, minutes = (tmp_path / "told").read_text().split()
+    assert name == "--minutes" and 1.9 < float(minutes) <= 2
+
+
+def test_an_interpreter_as_it_is_keeps_the_callers_paths(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "/somewhere")
+    one = host("0.33.0")
+    assert "PYTHONPATH" not in one.env()
+    one.as_it_is = True
+    assert one.env(OMP_NUM_THREADS="1").items() >= {
+        "PYTHONPATH": "/somewhere", "OMP_NUM_THREADS": "1", "COMFYUI_UNDER_TEST": str(one.path)}.items()
 
 
 def test_other_front_ends_on_the_newest():

@@ -34,6 +34,7 @@ class Host:
     python: Path | None = None
     tools: Path | None = None  # a folder with pytest, where the environment is the user's own
     note: str = ""
+    as_it_is: bool = False  # nothing was made for it: what the caller's PYTHONPATH names is needed
 
     def __str__(self) -> str:
         return f"ComfyUI {self.version} at {self.path}"
@@ -44,7 +45,8 @@ class Host:
         return tuple(int(part) for part in re.findall(r"\d+", self.version))
 
     def env(self, **extra: str) -> dict[str, str]:
-        return child_env(COMFYUI_UNDER_TEST=str(self.path), **extra)
+        env = dict(os.environ) if self.as_it_is else child_env()
+        return env | {"COMFYUI_UNDER_TEST": str(self.path), **extra}
 
 
 def own_python(path: Path) -> Path | None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +24,8 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 NIGHT = 1000
 """Prompts in each cache mode with --soak."""
 WORKERS = min(os.cpu_count() or 1, 8)
-"""Test processes at once. Each takes 1 to 2 GB, and from eight on the longest file of tests sets the time."""
+"""Test processes at once, if --jobs says nothing. Each takes 1 to 2 GB, and from eight on the longest file of tests
+sets the time of the suite."""
 
 CROSSED = 2
 """On the newest release tests of all combinations of several things run one of so many, all of them with --all."""
@@ -56,10 +59,36 @@ class Summary:
             code, last = _told(command, env)
             became = f"{last.strip(' =')}{'' if code == 0 else f' (FAILED, exit {code})'}"
             self.results.add(case, became, code == 0, time.monotonic() - started)
+        self._ended(title, code, started)
+        return code == 0
+
+    def run_beside(self, runs: Iterable[tuple[str, Sequence[str], dict[str, str]]], jobs: int, ends: float = math.inf
+                   ) -> None:
+        """(title, command, environment) of long runs, `jobs` at a time, those ahead first; each is told how many
+        minutes are left until `ends`, and none is begun then."""
+        def one(title: str, command: Sequence[str], env: dict[str, str]) -> None:
+            started = time.monotonic()
+            minutes = [] if ends == math.inf else ["--minutes", f"{(ends - started) / 60:.3f}"]
+            if started >= ends:
+                self.lines.append(f"  NOT RUN {title}: the time is over")
+                self.failed = True
+                return
+            say(f"\n=== {title}")
+            code, _ = _told([*command, *minutes], env, "" if jobs == 1 else f"[{title.partition(' on ')[0]}] ")
+            self._ended(title, code, started)
+
+        with ThreadPoolExecutor(jobs) as pool:
+            waiting = [pool.submit(one, *run) for run in runs]
+            try:
+                for future in waiting:
+                    future.result()
+            finally:
+                pool.shutdown(cancel_futures=True)  # where somebody stops it, what has begun is stopped as well
+
+    def _ended(self, title: str, code: int, started: float) -> None:
         state = "ok    " if code == 0 else f"FAILED (exit {code})"
         self.lines.append(f"  {state} {title}, {time.monotonic() - started:.0f} s")
         self.failed |= code != 0
-        return code == 0
 
     def close(self, base: Path, hosts: Sequence[Host]) -> int:
         say("\nSummary")
@@ -74,13 +103,13 @@ class Summary:
         return int(self.failed)
 
 
-def _told(command: Sequence[str], env: dict[str, str]) -> tuple[int, str]:
-    """(exit code, last line that is not empty) of a command whose lines are shown as they come."""
+def _told(command: Sequence[str], env: dict[str, str], head: str = "") -> tuple[int, str]:
+    """(exit code, last line that is not empty) of a command whose lines are shown as they come, `head` before each."""
     last = ""
     with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                           encoding="utf-8", errors="replace") as process:
         for line in process.stdout:
-            say(line.rstrip())
+            say(head + line.rstrip())
             last = line.strip() or last
     return process.returncode, last
 
@@ -90,12 +119,12 @@ def with_pack(python: Path, *arguments: str | Path, tools: Path | None = None) -
     return [str(part) for part in (python, ROOT / "run.py", "_with", tools or "-", *arguments)]
 
 
-def pytest_runs(base: Path, hosts: Sequence[Host], everything: bool,
-                more: Sequence[str]) -> Iterator[tuple[str, list[str], dict[str, str]]]:
+def pytest_runs(base: Path, hosts: Sequence[Host], everything: bool, more: Sequence[str], jobs: int = WORKERS
+                ) -> Iterator[tuple[str, list[str], dict[str, str]]]:
     """(title, command, environment) of every run of pytest: the newest ComfyUI first, with all tests; on older ones
     a share of those of its API, or all as well. `more` goes to pytest."""
     # The tests of one file share models and references, and stay in one process.
-    pytest = ["pytest", "-n", str(WORKERS), "--dist", "loadfile"]
+    pytest = ["pytest", "-n", str(jobs), "--dist", "loadfile"]
     yield ("tests without ComfyUI", with_pack(base, *pytest, "tests", "--ignore", "tests/host", *more),
            child_env(**ONE_THREAD))
     newest = max((host.number for host in hosts), default=())
@@ -108,19 +137,23 @@ def pytest_runs(base: Path, hosts: Sequence[Host], everything: bool,
                host.env(**ONE_THREAD))
 
 
-def deeper_runs(hosts: Sequence[Host], keep: bool = False, night: int | None = None
+def deeper_runs(hosts: Sequence[Host], keep: bool = False, night: int | None = None, jobs: int = 1
                 ) -> Iterator[tuple[str, list[str], dict[str, str]]]:
     """(title, command, environment) of every run that is longer than a test may be, on the newest ComfyUI.
 
     night   prompts of the soak, None: as many as it has by itself
+    jobs    processes that each part is shared out to, or as many as it has use for
     """
     for host in sorted(hosts, key=lambda host: host.number)[-1:]:
         for part in PARTS:
             arguments = [f"lora_ensemble.tests.{part.module}", *(["--keep"] if keep else [])]
             if night and part.module == "soak":
                 arguments += ["--count", str(night)]
-            yield (f"{part.title} on {host}", with_pack(host.python, *arguments, tools=host.tools),
-                   host.env(**ONE_THREAD))
+            whole = min(jobs, part.shares or jobs)
+            for share in range(1, whole + 1):
+                shared = ["--share", f"{share}/{whole}"] if whole > 1 else []
+                yield (f"{part.title}{f', {share} of {whole}' if shared else ''} on {host}",
+                       with_pack(host.python, *arguments, *shared, tools=host.tools), host.env(**ONE_THREAD))
 
 
 FRONT_ENDS = ("1.45.21", "")
@@ -142,20 +175,25 @@ def run_test(options: argparse.Namespace) -> int:
     if options.page:
         say(f"written: {write('--page')}")
         return 0
-    base, hosts = prepare(options)
+    ends = time.monotonic() + 60 * options.minutes
+    base, hosts = as_they_are(options) if options.as_it_is else prepare(options)
     long = options.all or options.report
     whole = long and not options.rest  # chosen tests are no suite
     summary = Summary(results=Results(SUITES.module, (EVERYTHING,), options.keep) if whole else None)
-    summary.run("ruff", [base, "-m", "ruff", "check", "."])
-    runs = [] if options.report else [*pytest_runs(base, hosts, options.all, options.rest)]
-    if options.all and hosts:
+    runs = [] if options.report else [*pytest_runs(base, hosts, options.all, options.rest, options.jobs)]
+    if options.as_it_is:
+        summary.lines.append("  NOT RUN with --as-it-is: ruff, other front ends")
+    elif not options.report:
+        summary.run("ruff", [base, "-m", "ruff", "check", "."])
+    if options.all and hosts and not options.as_it_is:
         runs += front_end_runs(hosts, [front_end(base, version) for version in FRONT_ENDS])
     try:
         for title, command, env in runs:
             summary.run(title, command, env)
         summary.results = None  # the long runs keep their own
-        for title, command, env in deeper_runs(hosts, options.keep, NIGHT if options.soak else None) if long else ():
-            summary.run(title, command, env)
+        if long:
+            night = NIGHT if options.soak else None
+            summary.run_beside(deeper_runs(hosts, options.keep, night, options.jobs), options.jobs, ends)
     finally:
         if long:  # also of what there is when somebody stops it
             say(f"\nwritten: {write('--all' if options.all else '--report')}")
@@ -164,6 +202,14 @@ def run_test(options: argparse.Namespace) -> int:
                           f"           combinations; on older releases of a test's cases all but one of {SHARE}, and "
                           "what does not touch their API"]
     return summary.close(base, hosts)
+
+
+def as_they_are(options: argparse.Namespace) -> tuple[Path, list[Host]]:
+    """This interpreter for everything, with what it has."""
+    base, hosts = Path(sys.executable), find_hosts(options.comfyui)
+    for host in hosts:
+        host.python, host.note, host.as_it_is = base, "this interpreter as it is", True
+    return base, hosts
 
 
 def run_demo(options: argparse.Namespace) -> int:
@@ -185,9 +231,7 @@ def run_bench(options: argparse.Namespace) -> int:
     """The goals of speed on the newest ComfyUI that was named or found; with --sets also quality."""
     summary, env = Summary(), None
     if options.as_it_is:
-        base, hosts = Path(sys.executable), find_hosts(options.comfyui)
-        for host in hosts:
-            host.python, host.note = base, "this interpreter as it is"
+        base, hosts = as_they_are(options)
         env = dict(os.environ)
     else:
         base, hosts = prepare(options)
@@ -197,8 +241,7 @@ def run_bench(options: argparse.Namespace) -> int:
         summary.run("quality", with_pack(base, *quality), env)
     for host in hosts:
         goals = with_pack(host.python, "lora_ensemble.benchmarks.goals", "--device", options.device, *options.rest)
-        there = host.env() if env is None else env | {"COMFYUI_UNDER_TEST": str(host.path)}
-        summary.run(f"speed on {host}", goals, there)
+        summary.run(f"speed on {host}", goals, host.env())
     return summary.close(base, hosts)
 
 
@@ -221,8 +264,13 @@ def main(arguments: Sequence[str], description: str) -> int:
     parser.add_argument("--soak", action="store_true", help=f"test: with --all or --report, {NIGHT} prompts in each\n"
                         "of ComfyUI's cache modes")
     parser.add_argument("--keep", action="store_true", help="test: what --all found with earlier code counts, too")
+    parser.add_argument("--jobs", type=int, default=WORKERS, help="test: processes at once, by default as many as\n"
+                        "there are cores, eight at most; each takes 1 to 2 GB")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="test: after so long no long run and no\n"
+                        "case of one is begun")
     parser.add_argument("--sets", help="bench: also the quality of so many LoRA sets (480 are all)")
-    parser.add_argument("--as-it-is", action="store_true", help="bench: with this interpreter, making no environment")
+    parser.add_argument("--as-it-is", action="store_true", help="test, bench: with this interpreter, making no\n"
+                        "environment")
     parser.add_argument("--device", default="cpu", help="bench: cpu (default) or cuda")
     options, options.rest = parser.parse_known_args(arguments)
     if options.rest and options.command == "demo":

@@ -5,8 +5,6 @@ Standard library only.
 
 from __future__ import annotations
 
-import os
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -14,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .environments import ROOT
-from .results import OUT, commit, read, told
+from .results import OUT, commit, machine, read, told
 
 PAGE = ROOT / "tests" / "REPORT.md"
 FAILURES = 40
@@ -25,22 +23,25 @@ FAILURES = 40
 class Part:
     """A long run: a module in tests/, what it is about, and how many cases it has (None: as many as it finds).
 
-    each   its cases are few, and each has a row with its own figures
+    each    its cases are few, and each has a row with its own figures
+    shares  processes that it has use for, None: as many as there are
     """
 
     module: str
     title: str
     whole: int | None = None
     each: bool = False
+    shares: int | None = None
 
 
-PARTS = (Part("fuzz_files", "damaged LoRA files", 2000),
-         Part("fuzz_coeffs", "damaged coefficient files", 1500),
-         Part("fuzz_api", "damaged API workflows", 700),
+PARTS = (Part("soak", "a long night (1 000 prompts with --soak)", each=True, shares=5),
+         Part("same", "the same picture again", shares=4),
+         Part("mutate", "faults in the code", 60),
          Part("inject", "faults in a run"),
-         Part("same", "the same picture again"),
-         Part("soak", "a long night (1 000 prompts with --soak)", each=True),
-         Part("mutate", "faults in the code", 60))
+         Part("fuzz_files", "damaged LoRA files", 2000),
+         Part("fuzz_coeffs", "damaged coefficient files", 1500, shares=2),
+         Part("fuzz_api", "damaged API workflows", 700, shares=3))
+"""Those ahead have the longest cases, and are begun first."""
 SUITES = Part("suites", "the tests as a whole", each=True)
 
 
@@ -48,18 +49,19 @@ def page(option: str, folder: Path = OUT, parts: Sequence[Part] = (SUITES, *PART
     """The page, of all findings that there are; `option` is how the command was called."""
     found = {part: read(part.module, folder) for part in parts}
     hosts = sorted({line["host"] for lines in found.values() for line in lines})
+    machines = sorted({line.get("machine", "") for lines in found.values() for line in lines} - {""})
     lines = ["# What the tests found", "",
              f"Written by `python3 run.py test {option}` of what `--all` has found, on {date.today()} at commit "
-             f"{commit()}: {platform.machine()} with {os.cpu_count()} cores, {platform.system()}, Python "
-             f"{platform.python_version()}; "
-             f"{', '.join(hosts) or 'no ComfyUI'}. What a run does is said at the head of its file in `tests/`; "
+             f"{commit()}; found on {' and '.join(machines) or machine()}; {', '.join(hosts) or 'no ComfyUI'}. What a "
+             "run does is said at the head of its file in `tests/`; "
              "`python3 run.py test --all --keep` goes on with what is missing here.", "",
              "| run | cases | what became of them | time | commit |", "| --- | --- | --- | --- | --- |"]
     lines += [_row(part, found[part]) for part in parts if found[part] and not part.each]
     for part in parts:
         if part.each and found[part]:
             lines += ["", f"## {part.title[0].upper()}{part.title[1:]}", "", "| | | commit |", "| --- | --- | --- |"]
-            lines += [f"| {line['case']} | {_cell(_became(line))} | {line['commit']} |" for line in found[part]]
+            lines += [f"| {line['case']}{_shared(part, [line])} | {_cell(_became(line))} | {line['commit']} |"
+                      for line in found[part]]
     lines += ["", "## What was cut", "", *(_cut(parts, found) or ["Nothing."])]
     failed = [f"* `{part.module}` {_cell(line['case'])}: {_cell(_became(line))}" for part in parts
               for line in [line for line in found[part] if not line["ok"]][:FAILURES]]
@@ -80,8 +82,13 @@ def _row(part: Part, lines: list[dict[str, Any]]) -> str:
     seconds = sum(line["seconds"] for line in lines)
     commits = ", ".join(dict.fromkeys(line["commit"] for line in lines))
     calls = "; ".join(dict.fromkeys(f"`{part.module} {line['call']}`" for line in lines if line.get("call")))
-    return (f"| {part.title} ({calls or f'`{part.module}`'}) | {len(lines)} of {asked} | "
+    return (f"| {part.title} ({calls or f'`{part.module}`'}{_shared(part, lines)}) | {len(lines)} of {asked} | "
             f"{_cell(told(lines).partition(': ')[2])} | {seconds:.0f} s | {commits} |")
+
+
+def _shared(part: Part, lines: list[dict[str, Any]]) -> str:
+    shares = max(line.get("shares", 1) for line in lines)
+    return "" if shares == 1 else ", beside others" if part.each else f", {shares} processes at once"
 
 
 def _cut(parts: Sequence[Part], found: dict[Part, list[dict[str, Any]]]) -> list[str]:
