@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from lora_ensemble.tools.comfyui import Host
-from lora_ensemble.tools.commands import ROOT, Summary, deeper_runs, front_end_runs, pytest_runs
+from lora_ensemble.tools.commands import ROOT, Summary, deeper_runs, front_end_runs, newest, pytest_runs
 from lora_ensemble.tools.report import PARTS, SUITES, page
 from lora_ensemble.tools.results import Results
 
@@ -20,6 +20,13 @@ def host(version: str, tools: str | None = None) -> Host:
 
 def test_versions_are_numbers():
     assert host("0.33.0").number > host("0.28.0").number > host("0.3.64").number > host("unknown").number
+
+
+def test_of_two_folders_of_the_newest_the_first_is_used():
+    named, found, old = host("0.33.0"), host("0.33.0"), host("0.3.64")
+    assert newest([old, named, found])[0] is named and newest([]) == []
+    named.path = Path("/named/0.33.0")
+    assert {env["COMFYUI_UNDER_TEST"] for _, _, env in deeper_runs([named, found, old])} == {str(named.path)}
 
 
 @pytest.mark.parametrize("everything", [False, True])

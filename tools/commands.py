@@ -127,14 +127,19 @@ def pytest_runs(base: Path, hosts: Sequence[Host], everything: bool, more: Seque
     pytest = ["pytest", "-n", str(jobs), "--dist", "loadfile"]
     yield ("tests without ComfyUI", with_pack(base, *pytest, "tests", "--ignore", "tests/host", *more),
            child_env(**ONE_THREAD))
-    newest = max((host.number for host in hosts), default=())
+    latest = max((host.number for host in hosts), default=())
     for host in sorted(hosts, key=lambda host: host.number, reverse=True):
-        whole = everything or host.number == newest
+        whole = everything or host.number == latest
         marked = [] if everything else ["--crossed", str(CROSSED)] if whole else [
             "-m", "host_api", "--one-of", str(SHARE)]
         yield (f"{'tests' if whole else 'tests of the API'} on {host}",
                with_pack(host.python, *pytest, "tests/host", *marked, *more, tools=host.tools),
                host.env(**ONE_THREAD))
+
+
+def newest(hosts: Sequence[Host]) -> list[Host]:
+    """The newest release alone; of several folders of it the one that was named, or found, first."""
+    return [max(hosts, key=lambda host: host.number)] if hosts else []
 
 
 def deeper_runs(hosts: Sequence[Host], keep: bool = False, night: int | None = None, jobs: int = 1
@@ -144,7 +149,7 @@ def deeper_runs(hosts: Sequence[Host], keep: bool = False, night: int | None = N
     night   prompts of the soak, None: as many as it has by itself
     jobs    processes that each part is shared out to, or as many as it has use for
     """
-    for host in sorted(hosts, key=lambda host: host.number)[-1:]:
+    for host in newest(hosts):
         for part in PARTS:
             arguments = [f"lora_ensemble.tests.{part.module}", *(["--keep"] if keep else [])]
             if night and part.module == "soak":
@@ -164,7 +169,7 @@ newest."""
 def front_end_runs(hosts: Sequence[Host], found: Sequence[tuple[str, Path]]
                    ) -> Iterator[tuple[str, list[str], dict[str, str]]]:
     """(title, command, environment) for each (version, folder) of a front end, on the newest ComfyUI."""
-    for host in sorted(hosts, key=lambda host: host.number)[-1:]:
+    for host in newest(hosts):
         for version, folder in found:
             yield (f"front end {version} on {host}",
                    with_pack(host.python, "pytest", "tests/host/test_front_end.py", tools=host.tools),
@@ -235,7 +240,7 @@ def run_bench(options: argparse.Namespace) -> int:
         env = dict(os.environ)
     else:
         base, hosts = prepare(options)
-    hosts = sorted(hosts, key=lambda host: host.number)[-1:]
+    hosts = newest(hosts)
     if options.sets:
         quality = ["lora_ensemble.benchmarks.quality", "--sets", options.sets, "--device", options.device]
         summary.run("quality", with_pack(base, *quality), env)
