@@ -36,8 +36,8 @@ class Part:
 
 PARTS = (Part("soak", "a long night (1 000 prompts with --soak)", each=True, shares=5),
          Part("same", "the same picture again", shares=4),
-         Part("mutate", "faults in the code", 60),
          Part("inject", "faults in a run"),
+         Part("mutate", "faults in the code", 60),
          Part("fuzz_files", "damaged LoRA files", 2000),
          Part("fuzz_coeffs", "damaged coefficient files", 1500, shares=2),
          Part("fuzz_api", "damaged API workflows", 700, shares=3))
