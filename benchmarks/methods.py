@@ -1,19 +1,23 @@
 #!/usr/bin/env python3
 """What every method costs on a model: time, evaluations and memory, with each way of saving, beside ComfyUI's own ways.
 
-    python3 benchmarks/methods.py --comfyui PATH [--device cuda --model SDXL --size 1024 --n 2 5 10] >> results.jsonl
+    python3 benchmarks/methods.py --comfyui PATH [--device cuda --model SDXL --size 1024 --n 5 2 10] >> results.jsonl
     python3 benchmarks/table.py results.jsonl --write                                             into RESULTS.md
 
 Start it with the interpreter that ComfyUI runs in. The model has a true architecture and random weights (models.py).
-Runs of all ways take turns; before each goes a run of one step (see README.md). Prints one JSON object per result:
+Before each run goes one of one step (see README.md). The first of --n, --rank, --size and --steps is what the others
+vary, one at a time: what is measured there are --sweep-methods. The most telling comes first, and after --seconds
+nothing is begun any more. Prints one JSON object per result, as soon as it is there:
 
     way          the plain model; ComfyUI's loaders, LoRAs in the weights; its hooks, one LoRA per evaluation; a method
     saving       none; guidance: extrapolated, 30 % of the evaluations saved; cache: forecast, every third step whole;
                  both; always on: one LoRA more, of role `always`
     seconds      of all steps of a run but the first; `first_seconds`: of that one
-    host         processor time of the sampling thread in those steps; on a CPU it holds torch's work of that thread
+    host         processor time of the sampling thread in those steps until all was queued for the device; on a CPU it
+                 holds torch's work of that thread
     rows         samples that the model evaluated in the run, whole or (cache) in part
-    bytes        peak of a run above the level before it
+    bytes        peak of a run above the level before it, at which the LoRAs are there already: `bank_bytes`
+    sweep        what is varied, "" in the table of methods
 """
 
 from __future__ import annotations
@@ -29,9 +33,10 @@ if not __package__:  # started as a file: run it as a module of the pack
 
 import argparse
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property, partial
+from time import time
 
 import torch
 from torch import Tensor
@@ -61,6 +66,7 @@ class Way:
 
     model: object
     conds: Sequence[list]
+    bank: int = 0
     rows: int = 0
     bytes: int = 0
     first: list[Seconds] = field(default_factory=list)
@@ -116,73 +122,180 @@ def saving(model, how: str):
     return model
 
 
-def ways(model, files: Sequence[Path], always: Path, conds: list, options: argparse.Namespace
-         ) -> Iterator[tuple[str, str, Callable[[], Way]]]:
-    """(way, saving, how it is made) of everything that is asked for."""
-    marked = [[tensor, {**extra, "lora_ensemble_prompt": clauses(len(files), tensor.shape[1])}]
-              for tensor, extra in conds[0]]
+@dataclass(frozen=True)
+class Case:
+    """What ways are compared at. `sweep`: which of it is varied, if any."""
+
+    n: int
+    rank: int
+    size: int
+    steps: int
+    sweep: str = ""
+
+
+Cells = Sequence[tuple[str, str]]
+"""(way, saving) each."""
+
+
+def savings_of(way: str, asked: Sequence[str], guided: bool) -> list[str]:
+    """What can be saved: at cfg 1 nothing of guidance; CMLoRA has a cache of its own."""
+    return [how for how in asked if (guided or how not in ("guidance", "both"))
+            and not (way == "CMLoRA" and how in ("cache", "both"))]
+
+
+def plan(options: argparse.Namespace) -> list[tuple[Case, Cells]]:
+    """What is measured together, the most telling first: with the first number of LoRAs what methods cost, ComfyUI's
+    own ways, what saves; then other numbers, what varies, and what saves there. A case begins with the plain model."""
     guided = models.ARCHITECTURES[options.model].cfg != 1
-    yield PLAIN, "none", lambda: Way(model, conds)
-    yield LOADERS, "none", lambda: Way(models.stock(model, files), conds)
-    yield HOOKS, "none", lambda: Way(model, models.hooked(conds, files))
-    for name in options.methods:
-        prompts = (marked, conds[1]) if name == "Routed" else conds
-        for how in options.savings:
-            if (how in ("guidance", "both") and not guided) or (name == "CMLoRA" and how in ("cache", "both")):
-                continue  # nothing to save at cfg 1; CMLoRA has a cache of its own
-            yield name, how, lambda name=name, how=how, prompts=prompts: Way(saving(composed(
-                model, files, name, always if how == "always on" else None), how), prompts)
+    cases = [Case(n, options.rank[0], options.size[0], options.steps[0]) for n in options.n]
+
+    def saved(case: Case) -> tuple[Case, Cells]:
+        return case, [(name, how) for name in options.saved_methods if case.n in options.saved_n
+                      for how in savings_of(name, options.savings, guided) if how != "none"]
+
+    whole = [(case, [(PLAIN, "none"), *((name, "none") for name in options.methods)]) for case in cases]
+    found = [whole[0], *((replace(cases[0], n=n), [(way, "none")])
+                         for way, numbers in ((LOADERS, options.loaders), (HOOKS, options.hooks)) for n in numbers)]
+    found += [saved(cases[0]), *whole[1:]]
+    for sweep, values in (("n", options.sweep_n), ("rank", options.rank[1:]), ("size", options.size[1:]),
+                          ("steps", options.steps[1:])):
+        asked = [how for how in SAVINGS if sweep == "steps" and how != "always on"] or ["none"]
+        found += [(replace(cases[0], **{sweep: value}, sweep=sweep),
+                   [(name, how) for name in options.sweep_methods for how in savings_of(name, asked, guided)])
+                  for value in values]
+    found += [saved(case) for case in cases[1:]]
+    seen: set[Case] = set()
+    for i, (case, cells) in enumerate(found):
+        if case in seen:
+            found[i] = case, [cell for cell in cells if cell != (PLAIN, "none")]
+        elif cells and (PLAIN, "none") not in cells:
+            found[i] = case, [(PLAIN, "none"), *cells]
+        seen.update([case] if cells else [])
+    return [(case, cells) for case, cells in found if cells]
 
 
-def bench(model, files: Sequence[Path], always: Path, options: argparse.Namespace, tell: Results) -> None:
-    """All ways with one number of LoRAs."""
-    noise, conds = models.inputs(options.model, model, options.size)
-    cfg, count = models.ARCHITECTURES[options.model].cfg, len(files)
-    found = {(way, how): make() for way, how, make in ways(model, files, always, conds, options)}
-    for _ in range(options.rounds):
-        for way in found.values():
-            way.run(noise, options.steps, cfg)
-    plain = median(found[PLAIN, "none"].later).wall
-    for (way, how), each in found.items():
-        later = median(each.later)
-        tell("method", way=way, saving=how, n=count, steps=options.steps, seconds=later.wall, ratio=later.wall / plain,
-             host=later.thread, cpu_seconds=later.cpu, first_seconds=median(each.first).wall, rows=each.rows,
-             bytes=each.bytes, rank=options.rank)
+class Bench:
+    """A model with what its cases need: files, prompts, how long the plain model takes."""
+
+    def __init__(self, model, folder: Path, options: argparse.Namespace, tell: Results):
+        self.model, self.folder, self.options, self.tell = model, folder, options, tell
+        self.architecture = models.ARCHITECTURES[options.model]
+        self.plain: dict[Case, float] = {}
+
+    @cached_property
+    def most(self) -> int:
+        return max(*self.options.n, *self.options.sweep_n, *self.options.loaders, *self.options.hooks) + 1
+
+    def files(self, case: Case) -> tuple[list[Path], Path]:
+        """(LoRAs, the one that is always on), written when they are first asked for."""
+        count = self.most if case.rank == self.options.rank[0] else case.n + 1
+        folder = self.folder / str(case.rank)
+        if not folder.exists():
+            folder.mkdir()
+            models.write_loras(folder, self.options.model, self.model, [case.rank] * count, self.options.scope,
+                               self.options.device)
+        files = [folder / f"{self.options.model}-{i}-rank{case.rank}.safetensors" for i in range(count)]
+        return files[:case.n], files[-1]
+
+    def way(self, case: Case, name: str, how: str, conds: Sequence[list]) -> Way:
+        files, always = self.files(case)
+        if name == PLAIN:
+            return Way(self.model, conds)
+        if name == LOADERS:
+            return Way(models.stock(self.model, files), conds)
+        if name == HOOKS:
+            return Way(self.model, models.hooked(conds, files))
+        if name == "Routed":
+            marked = [[tensor, {**extra, "lora_ensemble_prompt": clauses(len(files), tensor.shape[1])}]
+                      for tensor, extra in conds[0]]
+            conds = (marked, conds[1])
+        made = composed(self.model, files, name, always if how == "always on" else None)
+        return Way(saving(made, how), conds, bank=bank_bytes(made))
+
+    def measure(self, case: Case, cells: Cells, late: Callable[[], bool]) -> list[str]:
+        """Measure some ways, in turns. In words what was left out, as it is late or does not work here."""
+        noise, conds = models.inputs(self.options.model, self.model, case.size, frames=self.options.frames)
+        ways: dict[tuple[str, str], Way] = {}
+        left: list[str] = []
+        for round_ in range(self.options.rounds):
+            for cell in cells if round_ == 0 else list(ways):
+                if round_ == 0 and late():
+                    left.append(f"{case} {cell}: late")
+                    continue
+                try:
+                    if round_ == 0:
+                        ways[cell] = self.way(case, *cell, conds)
+                    ways[cell].run(noise, case.steps, self.architecture.cfg)
+                except RuntimeError as e:  # as a lack of memory is
+                    left.append(f"{case} {cell}: {e}")
+                    ways.pop(cell, None)
+                else:
+                    if round_ == self.options.rounds - 1:
+                        self.report(case, *cell, ways.pop(cell))
+        return left
+
+    def report(self, case: Case, name: str, how: str, way: Way) -> None:
+        later = median(way.later)
+        if name == PLAIN:
+            self.plain[case] = later.wall
+        ratio = {"ratio": later.wall / self.plain[case]} if case in self.plain else {}
+        self.tell("method", way=name, saving=how, **asdict(case), seconds=later.wall, **ratio, host=later.thread,
+                  cpu_seconds=later.cpu, first_seconds=median(way.first).wall, rows=way.rows, bytes=way.bytes,
+                  bank_bytes=way.bank)
+
+
+def bank_bytes(composed) -> int:
+    """Of the LoRAs of a composed MODEL, on the device while it runs."""
+    return sum(bank.model.nbytes() for bank in models.banks_of(composed))
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = parser_of("methods", __doc__)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--model", choices=list(models.ARCHITECTURES), default="SD1.5")
-    parser.add_argument("--size", type=int, default=256, help="picture size in pixels")
+    parser.add_argument("--size", type=int, nargs="+", default=[256], help="picture size in pixels; more: varied")
+    parser.add_argument("--frames", type=int, default=1, help="latent frames, where the model has some")
     parser.add_argument("--scale", type=float, default=1.0, help="width of the model as a share of the true one")
     parser.add_argument("--n", type=int, nargs="+", default=[2, 5], help="numbers of LoRAs")
-    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--sweep-n", type=int, nargs="*", default=[], help="more of them, for --sweep-methods")
+    parser.add_argument("--rank", type=int, nargs="+", default=[16], help="of the LoRAs; more: varied")
     parser.add_argument("--scope", choices=["attention", "linear", "conv"], default="linear", help="as in speed.py")
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, nargs="+", default=[20], help="of a run; more: varied, with what saves")
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
     parser.add_argument("--savings", nargs="+", choices=SAVINGS, default=list(SAVINGS))
+    parser.add_argument("--saved-n", type=int, nargs="*", help="numbers of LoRAs for --savings; default: --n")
+    parser.add_argument("--saved-methods", nargs="*", choices=METHODS, help="for --savings; default: --methods")
+    parser.add_argument("--loaders", type=int, nargs="*", help="numbers of LoRAs for ComfyUI's loaders; default: --n")
+    parser.add_argument("--hooks", type=int, nargs="*", help="numbers of LoRAs for ComfyUI's hooks; default: --n")
+    parser.add_argument("--sweep-methods", nargs="+", choices=METHODS, default=["Merge", "Composite"])
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="after that, counted from the start of "
+                        "the process, nothing more is begun")
     options = parser.parse_args(arguments)
-    if options.steps < 2:
+    if min(options.steps) < 2:
         parser.error("--steps must be at least 2: the first step is the start of the run")
+    for name, usual in (("loaders", "n"), ("hooks", "n"), ("saved_n", "n"), ("saved_methods", "methods")):
+        if getattr(options, name) is None:
+            setattr(options, name, getattr(options, usual))
     return options
 
 
 def main(arguments: list[str]) -> None:
-    options = parse(arguments)
+    import psutil  # one of ComfyUI's
+
+    options, begun = parse(arguments), psutil.Process().create_time()
     version = models.start_comfyui(options.comfyui, options.device)
     device = torch.device(options.device)
-    dtype = torch.float32 if options.device == "cpu" else torch.bfloat16 if options.model in ("Flux", "Wan") \
-        else torch.float16
+    dtype = torch.float32 if options.device == "cpu" else models.ARCHITECTURES[options.model].dtype
     model = models.build(options.model, options.scale, dtype, device)
+    models.settle(model)
     tell = Results(device, comfyui=version, model=options.model, dtype=str(dtype).removeprefix("torch."),
-                   size=options.size, scale=options.scale, scope=options.scope, quick=options.scale != 1)
+                   frames=options.frames, scale=options.scale, scope=options.scope, quick=options.scale != 1)
     with tempfile.TemporaryDirectory() as folder:
-        *files, always = models.write_loras(Path(folder), options.model, model, [options.rank] * (max(options.n) + 1),
-                                            options.scope)
-        for count in options.n:
-            bench(model, files[:count], always, options, tell)
+        bench = Bench(model, Path(folder), options, tell)
+        for case, cells in plan(options):
+            for words in bench.measure(case, cells, lambda: time() - begun > options.seconds):
+                sys.stderr.write(f"left out: {words}\n")
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ class Architecture:
     cfg         scale of guidance; 1: the model is guidance-distilled and has no negative
     blocks      (number) -> what of the configuration a model of so few blocks has otherwise; speed has none of it
     frames      whether its latents have a dimension for frames
+    dtype       that it is commonly computed in on a GPU
     """
 
     kind: str
@@ -48,6 +49,7 @@ class Architecture:
     cfg: float = 7.0
     blocks: Callable[[int], dict] = lambda number: {}
     frames: bool = False
+    dtype: torch.dtype = torch.float16
 
 
 def _multiple(width: float, of: int) -> int:
@@ -69,8 +71,13 @@ def _wan(scale: float) -> dict:
             "text_dim": _multiple(4096 * scale, 32)}
 
 
+def _qwen(scale: float) -> dict:
+    return {"num_attention_heads": max(1, round(24 * scale)), "joint_attention_dim": _multiple(3584 * scale, 32)}
+
+
 ATTENTION = (".to_q", ".to_k", ".to_v", ".to_out.0")
 TRANSFORMER = (*ATTENTION, ".ff.net.0.proj", ".ff.net.2", ".proj_in", ".proj_out")
+QWEN = (*ATTENTION, ".add_q_proj", ".add_k_proj", ".add_v_proj", ".to_add_out")
 ADM = 1536  # of SDXL's `adm_in_channels`, for sizes and crops; the rest is the pooled text embedding
 
 ARCHITECTURES = {
@@ -91,11 +98,14 @@ ARCHITECTURES = {
         "guidance_embed": True}, _flux, (".qkv", "_attn.proj"),
         (".qkv", "_attn.proj", "_mlp.0", "_mlp.2", ".linear1", ".linear2"), "context_in_dim",
         pooled=lambda config: config["vec_in_dim"], cfg=1.0,
-        blocks=lambda number: {"depth": number, "depth_single_blocks": 2 * number}),
+        blocks=lambda number: {"depth": number, "depth_single_blocks": 2 * number}, dtype=torch.bfloat16),
+    "Qwen-Image": Architecture("QwenImage", {"image_model": "qwen_image", "num_layers": 60}, _qwen, QWEN,
+        (*QWEN, "_mlp.net.0.proj", "_mlp.net.2"), "joint_attention_dim", cfg=4.0,
+        blocks=lambda number: {"num_layers": number}, frames=True, dtype=torch.bfloat16),
     "Wan": Architecture("WAN21_T2V", {
         "image_model": "wan2.1", "model_type": "t2v", "num_layers": 40, "in_dim": 16, "out_dim": 16}, _wan,
         ("attn.q", "attn.k", "attn.v", "attn.o"), ("attn.q", "attn.k", "attn.v", "attn.o", ".ffn.0", ".ffn.2"),
-        "text_dim", cfg=1.0, blocks=lambda number: {"num_layers": number}, frames=True),
+        "text_dim", cfg=5.0, blocks=lambda number: {"num_layers": number}, frames=True, dtype=torch.bfloat16),
 }  # fmt: skip
 
 
@@ -138,6 +148,13 @@ def build(name: str, scale: float, dtype: torch.dtype, device: torch.device, blo
     return comfy.model_patcher.ModelPatcher(model.eval(), load_device=device, offload_device=cpu)
 
 
+def settle(patcher) -> None:
+    """Tell ComfyUI that a model made on its device is there. It would make room for it a second time, and take a large
+    one for one that does not fit."""
+    inner = patcher.model
+    inner.model_loaded_weight_memory, inner.current_weight_patches_uuid = patcher.model_size(), patcher.patches_uuid
+
+
 def inputs(name: str, model, size: int, tokens: int = 77, batch: int = 1, frames: int = 1) -> tuple[Tensor, list]:
     """Noise for a picture of `size` pixels, or for so many latent frames of that size, and [positive, negative] conds
     of random text embeddings."""
@@ -167,29 +184,31 @@ def targets(name: str, model, scope: str) -> Iterator[tuple[str, Tensor]]:
             yield layer, weight
 
 
-def write_lora(path: Path, layers: Iterator[tuple[str, Tensor]], seed: int, rank: int) -> None:
-    """A LoRA file in the ordinary format whose deltas are a tenth of the weights."""
+def write_lora(path: Path, layers: Iterator[tuple[str, Tensor]], seed: int, rank: int, device: str = "cpu") -> None:
+    """A LoRA file in the ordinary format whose deltas are a tenth of the weights. device: where it is drawn; of large
+    ones a CPU draws for minutes."""
     import safetensors.torch
 
-    generator, tensors = torch.Generator().manual_seed(seed), {}
+    generator, tensors = torch.Generator(device).manual_seed(seed), {}
     for name, weight in layers:
         out, shape, wide = weight.shape[0], weight.shape[1:], weight[0].numel()
         key = f"lora_unet_{name.replace('.', '_')}"
-        down = torch.randn(rank, *shape, generator=generator) / wide**0.5
-        up = 0.1 * torch.randn(out, rank, *[1] * (len(shape) - 1), generator=generator) / rank**0.5
-        tensors[f"{key}.lora_down.weight"], tensors[f"{key}.lora_up.weight"] = down.half(), up.half()
+        down = torch.randn(rank, *shape, generator=generator, device=device) / wide**0.5
+        up = 0.1 * torch.randn(out, rank, *[1] * (len(shape) - 1), generator=generator, device=device) / rank**0.5
+        tensors[f"{key}.lora_down.weight"], tensors[f"{key}.lora_up.weight"] = down.half().cpu(), up.half().cpu()
         tensors[f"{key}.alpha"] = torch.tensor(float(rank))
     safetensors.torch.save_file(tensors, path)
 
 
-def write_loras(folder: Path, name: str, model, ranks: Sequence[int], scope: str = "linear") -> list[Path]:
+def write_loras(folder: Path, name: str, model, ranks: Sequence[int], scope: str = "linear", device: str = "cpu"
+                ) -> list[Path]:
     """A LoRA file for each rank, in a folder that ComfyUI lists as `loras`."""
     import folder_paths
 
     folder_paths.add_model_folder_path("loras", str(folder), is_default=True)
     files = [folder / f"{name}-{i}-rank{rank}.safetensors" for i, rank in enumerate(ranks)]
     for seed, (file, rank) in enumerate(zip(files, ranks, strict=True)):
-        write_lora(file, targets(name, model, scope), seed, rank)
+        write_lora(file, targets(name, model, scope), seed, rank, device)
     return files
 
 
@@ -207,11 +226,16 @@ def compose(model, files: Sequence[Path], make=lambda active: Composite(active.s
     return composed, since(start).wall
 
 
-def bank_of(composed):
-    """The patcher that holds the bank of a composed MODEL."""
+def banks_of(composed) -> list:
+    """The patchers that hold the banks of a composed MODEL: of its method, and of LoRAs that are always on."""
     from ..host.compose.composition import KEY
 
-    return composed.get_additional_models_with_key(KEY)[0]
+    return composed.get_additional_models_with_key(KEY)
+
+
+def bank_of(composed):
+    """The one of its method alone."""
+    return banks_of(composed)[0]
 
 
 def stock(model, files: Sequence[Path], bypass: bool = False):
@@ -241,15 +265,16 @@ def hooked(conds: list, files: Sequence[Path], base: bool = False, strength: flo
 
 def sampled(model, positive: list, negative: list, noise: Tensor, steps: int,
             cfg: float = 7.0) -> tuple[Tensor, list[Seconds]]:
-    """One run of ComfyUI's sampler: the latent, and what each step took."""
+    """One run of ComfyUI's sampler: the latent, and what each step took; `thread` only until all of it is queued."""
     import comfy.sample
 
     times, start = [], now()
 
     def told(*_) -> None:
         nonlocal start
+        queued = since(start).thread  # waiting for a GPU takes processor time too
         synchronize(model.load_device)
-        times.append(since(start))
+        times.append(since(start)._replace(thread=queued))
         start = now()
 
     with torch.inference_mode():

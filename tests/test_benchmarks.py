@@ -104,17 +104,22 @@ def test_a_goal_that_was_not_measured_once_more_stays():
     assert "| not asked for |" in table.tables(later[1:])
 
 
-def method_line(way: str, saving: str, seconds: float) -> dict:
+def method_line(way: str, saving: str, seconds: float, **more) -> dict:
     return {"bench": "method", "way": way, "saving": saving, "model": "SD1.5", "size": 256, "dtype": "float32", "n": 2,
-            "steps": 5, "seconds": seconds, "ratio": seconds / 4, "rows": 10, "bytes": 5e8, **STAMP}
+            "steps": 5, "seconds": seconds, "first_seconds": 1.5 * seconds / 4, "host": seconds / 8,
+            "ratio": seconds / 4, "rows": 10, "rank": 16, "sweep": "", "bytes": 5e8, "bank_bytes": 2e7, **STAMP, **more}
 
 
 def test_the_table_of_methods():
     records = [method_line("plain model", "none", 4.0), method_line("Merge", "none", 8.0),
-               method_line("Merge", "guidance", 6.0), method_line("Routed", "cache", 5.0)]
+               method_line("Merge", "guidance", 6.0), method_line("Routed", "cache", 5.0),
+               method_line("Merge", "none", 80.0, rank=4, sweep="rank"), method_line("Merge", "none", 16.0, n=1),
+               method_line("Merge", "none", 3.0, model="Wan", frames=2)]
     text = table.tables(records, table.OF_METHODS)
-    assert "| SD1.5, 256 x 256, float32 | 2 | plain model | 1.00 | x 1.00 | 10 | 0.50 |  |  |  |  |" in text
-    assert "| 2 | Merge | 2.00 | x 2.00 | 10 | 0.50 | x 0.75 |  |  |  |" in text and "Routed" not in text
+    assert "| SD1.5, 256 x 256, float32, 5 steps | 2 | plain model | 1.00 | x 1.00 | 125 | 0.500 | 10 | 0.52 |" in text
+    assert "| 2 | Merge | 2.00 | x 2.00 | 250 | 1.00 | 10 | 0.52 | x 0.75 |  |  |  |" in text and "Routed" not in text
+    assert "| 20.0 |" not in text and text.index("| 1 | Merge | 4.00") < text.index("| 2 | plain model")
+    assert "| Wan, 256 x 256 x 2 frames, float32, 5 steps |" in text
     assert not table.tables(records) and table.RESULTS.read_text(encoding="utf-8").count(table.BEGIN) == 1
 
 

@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import comfy.sd
 import pytest
 import torch
-from lora_ensemble.benchmarks import counted, int8, models, packed, speed
-from lora_ensemble.benchmarks.measure import Results
+from lora_ensemble.benchmarks import counted, int8, methods, models, packed, speed
+from lora_ensemble.benchmarks.measure import Results, Seconds
 from lora_ensemble.host.compose import fused
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,7 +61,8 @@ def test_the_goals_in_quick_mode():
     assert all(r["comfyui"] and r["date"] for r in found)
 
 
-@pytest.mark.parametrize(("model", "layers"), [("SD1.5", 160), ("SDXL", 722), ("Flux", 228), ("Wan", 400)])
+@pytest.mark.parametrize(("model", "layers"), [("SD1.5", 160), ("SDXL", 722), ("Flux", 228), ("Wan", 400),
+                                               ("Qwen-Image", 720)])
 def test_narrow_models_have_all_layers(model, layers):
     narrow = models.build(model, 0.05, torch.float32, CPU)
     assert sum(1 for _ in models.targets(model, narrow, "linear")) == layers
@@ -99,12 +100,53 @@ def test_nodes(results):
 
 
 def test_every_method(results):
-    found = results("methods", "--scale", "0.05", "--size", "64", "--steps", "4", "--n", "2", "--methods", "Routed",
-                    "Composite", "--savings", "none", "both", "always on")
+    found = results("methods", "--scale", "0.05", "--size", "64", "--steps", "4", "2", "--n", "2", "--methods",
+                    "Routed", "Composite", "--savings", "none", "both", "always on", "--sweep-methods", "Merge",
+                    "--rank", "4", "2")
+    varied = [(r["sweep"], r["rank"], r["steps"], r["way"], r["saving"]) for r in found if r["sweep"]]
+    assert varied == [("rank", 2, 4, "plain model", "none"), ("rank", 2, 4, "Merge", "none"),
+                      ("steps", 4, 2, "plain model", "none"),
+                      *(("steps", 4, 2, "Merge", how) for how in ("none", "guidance", "cache", "both"))]
+    found = [r for r in found if not r["sweep"]]
+    assert all(r["bank_bytes"] > 0 for r in found if r["way"] in ("Routed", "Composite"))
     rows = {(r["way"], r["saving"]): r["rows"] for r in found}
     assert rows["plain model", "none"] == rows["ComfyUI's loaders", "none"] == 8
     assert rows["ComfyUI's hooks", "none"] == rows["Composite", "none"] == rows["Composite", "always on"] == 16
     assert rows["Routed", "none"] == 9 and len(rows) == 9
+
+
+def test_methods_leave_out_what_no_longer_fits(monkeypatch):
+    """What fails for want of memory, and what is late, is named; the rest is measured."""
+    options = methods.parse(["--comfyui", "x", "--rounds", "2", "--size", "64", "--steps", "2"])
+    bench, told, made = methods.Bench(None, ROOT, options, lambda bench, **found: told.append(found)), [], []
+
+    def way(case, name, how, conds):
+        def run(*args):
+            if name == "Composite":
+                raise torch.OutOfMemoryError("no room")
+
+        made.append(name)
+        return SimpleNamespace(first=[Seconds(1, 1, 1)], later=[Seconds(2, 2, 2)], rows=1, bytes=1, bank=0, run=run)
+
+    monkeypatch.setattr(bench, "way", way)
+    monkeypatch.setattr(models, "inputs", lambda *args, **kwargs: (None, None))
+    case, late = methods.plan(options)[0][0], iter([False, False, False, True])
+    left = bench.measure(case, [(methods.PLAIN, "none"), ("Merge", "none"), ("Composite", "none"), ("Routed", "none")],
+                         lambda: next(late))
+    assert [r["way"] for r in told] == [methods.PLAIN, "Merge"] and told[1]["ratio"] == 1
+    assert [words.rsplit(": ", 1)[1] for words in left] == ["no room", "late"] and "Routed" not in made
+
+
+def test_the_most_telling_of_methods_comes_first():
+    options = methods.parse(["--comfyui", "x", "--n", "5", "2", "--rank", "16", "4", "--hooks", "2", "--loaders",
+                             "--saved-n", "5", "--saved-methods", "Merge", "CMLoRA"])
+    found = [(case.n, case.sweep, [way for way, _ in cells], {how for _, how in cells})
+             for case, cells in methods.plan(options)]
+    first = [methods.PLAIN, *methods.METHODS]
+    assert found == [(5, "", first, {"none"}), (2, "", [methods.PLAIN, methods.HOOKS], {"none"}),
+                     (5, "", ["Merge"] * 4 + ["CMLoRA"] * 2, {*methods.SAVINGS} - {"none"}),
+                     (2, "", first[1:], {"none"}), (5, "rank", [methods.PLAIN, "Merge", "Composite"], {"none"})]
+    assert methods.savings_of("Merge", methods.SAVINGS, guided=False) == ["none", "cache", "always on"]
 
 
 def test_a_picture_that_is_another_is_not_timed(monkeypatch):
