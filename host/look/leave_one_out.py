@@ -106,6 +106,7 @@ def leave_one_out(model, how: Sampling, progress: Callable[[int, int], None] = l
     titles = ("all LoRAs", *(f"without {name}" for name in called if len(loras) > 1), "without LoRAs")
     study = _Study(loras, every)
     room, why = _room(model, composition, how, len(variants))
+    log.info("%s: %d pictures of %d steps, %d at a time", NODE, len(variants), how.steps, min(room, len(variants)))
     latents: list[Tensor] = []
     batches: list[int] = []
     problems: list[str] = []

@@ -317,11 +317,13 @@ def test_silent_branches():
     assert Without().rows(0, [branch], 3) == [branch] * 3
 
 
-def test_progress_and_cancelling(loras):
+def test_progress_and_cancelling(loras, caplog):
+    caplog.set_level("INFO")
     model, told = base("SD15"), []
     ours = merge(model, three(model, loras))
     leave_one_out(ours, how(sampler="lcm"), lambda done, total: told.append((done, total)))
     assert told == [(k, 5 * STEPS) for k in range(1, 5 * STEPS + 1)]
+    assert f"5 pictures of {STEPS} steps, 1 at a time" in caplog.text, "what it takes, before it begins"
 
     def cancel(done, total) -> None:
         comfy.model_management.interrupt_current_processing(done >= 10)
