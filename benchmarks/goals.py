@@ -87,6 +87,7 @@ PARTS: dict[str, Part] = {
     "stack SDXL": Part("speed", 150, "--model SDXL --only stack cache saving",
                        cuda="--size 1024 --n 5 --run-steps 31 --rounds 1", quick=f"{SMALL} --n 2"),
     "statistics": Part("selection", 60, "--only topk energy", cuda="", cpu="", quick="--repeats 1", needs=()),
+    "statistics of a pair": Part("selection", 40, "--only setup", cuda="", quick="--every 100", needs=("device",)),
     "nodes": Part("nodes", 90, cuda="", cpu="", quick="--quick --runs 1", needs=("comfyui",)),
     "choices": Part("selection", 90, "--only layers", cuda="--repeats 10", cpu="--every 7",
                     quick="--every 70 --tokens 0.02 --repeats 1", needs=("device",)),
@@ -236,6 +237,8 @@ GOALS = (
     Goal("E5", "SDXL, a node with another strength: its first run over that", "nodes", "node", every("ratio"), 20),
     Goal("E6", "SDXL, seconds for the statistics of a pair on 722 layers", "nodes", "sizes", every("seconds"), 10, True,
          unit="s"),
+    Goal("E6", "SDXL, seconds for the statistics of a pair on a GPU", "statistics of a pair", "setup",
+         every("klora_seconds"), 1.5, True, unit="s", where={"place": "gpu"}),
     Goal("E4", "SD1.5, step of unequal ranks over one of equal ranks", "unequal ranks", "composite",
          lambda records: [r["composite_seconds"] / r["equal_seconds"] for r in records], 1.1, True),
 )

@@ -3,6 +3,7 @@
 
     python3 benchmarks/selection.py                       everything; some minutes on two cores
     python3 benchmarks/selection.py --only topk energy    some seconds
+    python3 benchmarks/selection.py --only setup --device cuda      some 20 seconds: the statistics, on both
     python3 benchmarks/selection.py --device cuda
 
 Prints one JSON object per result, and a summary to stderr. Factors are random; what is compared runs in alternation in
@@ -10,7 +11,8 @@ one process, and nothing is timed before both ways give the same number.
 
     topk       sum of the K largest |entries| and sum of all of B A: exact and tiled, over torch.topk of the product
     energy     squared Frobenius norm: Gram matrices in float64, over the norm of the product
-    setup      all sizes of a pair of LoRAs on SDXL, as the K-LoRA and EST-LoRA nodes measure them once
+    setup      all sizes of a pair of LoRAs on SDXL, as the K-LoRA and EST-LoRA nodes measure them once: on the
+               processor and, with --device cuda, on the GPU; both must agree to 1e-6
     layers     one pass over SDXL's 560 attention linears, each with the LoRA that K-LoRA and EST-LoRA choose: over a
                pass with one LoRA everywhere, and against the released algorithms written plainly from their formulas,
                which rebuild and compare both products at every layer call and apply the winner's dense delta
@@ -28,7 +30,8 @@ if not __package__:  # started as a file: run it as a module of the pack
     sys.exit(run["main"](["_module", "benchmarks.selection", *sys.argv[1:]]))
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import astuple
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +43,7 @@ from ..engine.forwards import RoutedForwards
 from ..engine.sizes import measure
 from ..kernels.branch import Branch
 from ..kernels.energy import energy
-from ..kernels.topk import top_and_total
+from ..kernels.topk import sums_on_device, top_and_total
 from ..methods.est import ESTLoRA
 from ..methods.klora import KLoRA
 from .measure import Results, alternate, now, since, synchronize
@@ -69,7 +72,9 @@ def bench_topk(options: argparse.Namespace, device: torch.device, tell: Results)
             down, up = factors(*shape, options.rank, 0, spread, device)
             k = options.rank**2
 
-            def ours(down=down, up=up, k=k) -> tuple[float, float]:
+            def ours(down=down, up=up, k=k) -> Sequence[float]:
+                if device.type == "cuda":
+                    return sums_on_device([(down, up)], k, device, 2**24).tolist()
                 return top_and_total([(down, up)], k)
 
             def dense(down=down, up=up, k=k) -> tuple[float, float]:
@@ -128,14 +133,25 @@ def bench_setup(options: argparse.Namespace, device: torch.device, tell: Results
     layers = sdxl_layers(feed_forward=True)
     layers = dict(list(layers.items())[::options.every])
     bank = pair(layers, options.rank, torch.device("cpu"))
-    found = {}
-    for method, top in (("klora", True), ("est", False)):
-        start = now()
-        measure(bank, PAIR, top=top)
-        found[method] = since(start)
-    tell("setup", layers=len(layers), rank=options.rank, klora_seconds=found["klora"].wall,
-         est_seconds=found["est"].wall, klora_cpu_seconds=found["klora"].cpu, est_cpu_seconds=found["est"].cpu)
-    return f"sizes of a pair on {len(layers)} SDXL layers: {found['klora'].wall:.1f} s (goal 10 for all 700)"
+    places = {"cpu": None} | ({"gpu": device} if device.type == "cuda" else {})
+    seconds, sizes, lines = {}, {}, []
+    if device.type == "cuda":  # libraries are loaded with the first product
+        measure(pair(dict(list(layers.items())[:3]), options.rank, torch.device("cpu")), PAIR, device=device)
+    for place, where in places.items():
+        for method, top in (("klora", True), ("est", False)):
+            start = now()
+            sizes[place, method] = measure(bank, PAIR, top=top, device=where)
+            seconds[method] = since(start)
+        tell("setup", place=place, layers=len(layers), rank=options.rank, klora_seconds=seconds["klora"].wall,
+             est_seconds=seconds["est"].wall, klora_cpu_seconds=seconds["klora"].cpu,
+             est_cpu_seconds=seconds["est"].cpu)
+        lines.append(f"sizes of a pair on {len(layers)} SDXL layers, {place}: K-LoRA {seconds['klora'].wall:.2f} s, "
+                     f"EST-LoRA {seconds['est'].wall:.2f} s (goal 10 on all 700 layers, on a GPU 1.5)")
+    for name, here in sizes["cpu", "klora"].items() if "gpu" in places else ():
+        for i, size in here.items():
+            for one, other in zip(astuple(size), astuple(sizes["gpu", "klora"][name][i]), strict=True):
+                agree(other, one, 1e-6, f"size on both at {name}")
+    return "\n".join(lines)
 
 
 def released(layer: nn.Linear, x: Tensor, loras: list[tuple[Tensor, Tensor]], size: Callable[[Tensor], Tensor],

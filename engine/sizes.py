@@ -14,21 +14,23 @@ from torch import Tensor
 
 from ..kernels.energy import energy
 from ..kernels.size import Size
-from ..kernels.topk import LARGEST_TILE, Part, top_and_total
+from ..kernels.topk import LARGEST_TILE, Part, sums_on_device, top_and_total
 from .adapters import Bias, Decomposed, GLoRA, Op, Span
 from .bank import Bank, Site, StackOp
+from .transfer import on_device
 
 Reader = Callable[[str], "Tensor | None"]
 Report = Callable[[str, str, str], None]
 Made = TypeVar("Made")
 
 AT_ONCE = 2**27  # entries of dense deltas, half a gigabyte, that wait or are measured at a time
+ROOM = 40  # bytes on a GPU for each entry that is measured at a time: float64, float32, and the search among them
 
 
 def measure(bank: Bank, subjects: Sequence[bool], k: int = 0, raw: bool = False, top: bool = True,
             reader: Reader | None = None, visit: Callable[[int, int], None] | None = None,
-            report: Report | None = None, strengths: Sequence[float] | None = None, alone: bool = False
-            ) -> dict[str, dict[int, Size]]:
+            report: Report | None = None, strengths: Sequence[float] | None = None, alone: bool = False,
+            device: torch.device | None = None, most: int = 2**24) -> dict[str, dict[int, Size]]:
     """Layer -> adapter -> the size of its delta there at strength 1, for layers on which several adapters act; a layer
     of one adapter has a size of NaN, as there is nothing to compare, unless `alone` asks for it.
 
@@ -44,21 +46,58 @@ def measure(bank: Bank, subjects: Sequence[bool], k: int = 0, raw: bool = False,
     report     called as report(adapter name, layer, reason) where a size is not the whole truth
     strengths  per adapter, the strength at which W' - W is taken, to be divided by it: not all such changes are
                proportional to it. None: 1
+    device     a GPU to compute on, wherever the bank is: one that has float64. None: the processor, in threads. Both
+               agree to 1e-6, so that a choice by these sizes can differ where two are that near to being equal; of
+               equal deltas they are equal on either
+    most       entries of a delta that the device holds at a time, each in at most ROOM bytes
 
     A layer is a module of the model: where a model fuses several projections, they are one. Biases do not count.
     Raises ValueError for a delta that holds values which are not finite.
     """
+    jobs = _jobs(bank, subjects, k, raw, reader, report, strengths, alone)
+    if device is not None:
+        return _on_device(bank, jobs, top, visit, device, most)
     sizes: dict[str, dict[int, Size]] = {}
     with _pool() as pool:
-        begun = (((name, {adapter: job and pool.submit(_size, *job, top) for adapter, job in jobs.items()}),
-                  _dense_entries(jobs))
-                 for name, jobs in _jobs(bank, subjects, k, raw, reader, report, strengths, alone))
+        begun = (((name, {adapter: job and pool.submit(_size, *job, top) for adapter, job in here.items()}),
+                  _dense_entries(here)) for name, here in jobs)
         for done, (name, here) in enumerate(_ahead(begun, torch.get_num_threads()), start=1):
             sizes[name] = {adapter: size.result() if size else Size() for adapter, size in here.items()}
             _check(bank, name, sizes[name], here)
             if visit is not None:
                 visit(done, len(bank.sites))
     return sizes
+
+
+@torch.inference_mode()
+def _on_device(bank: Bank, jobs: Iterable[tuple[str, dict[int, Job | None]]], top: bool,
+               visit: Callable[[int, int], None] | None, device: torch.device, most: int
+               ) -> dict[str, dict[int, Size]]:
+    """`measure` on a GPU. Numbers come to the host together, when all have been asked for."""
+    found: dict[str, dict[int, Tensor | None]] = {}
+    for done, (name, here) in enumerate(jobs, start=1):
+        found[name] = {adapter: _sums(*job, top, device, most) if job else None for adapter, job in here.items()}
+        if visit is not None:
+            visit(done, len(bank.sites))
+    asked = [each for here in found.values() for each in here.values() if each is not None]
+    numbers = iter(torch.stack(asked).tolist() if asked else ())
+    sizes = {name: {adapter: Size() if each is None else Size(*next(numbers)) if top else Size(energy=next(numbers)[0])
+                    for adapter, each in here.items()} for name, here in found.items()}
+    for name, here in sizes.items():
+        _check(bank, name, here, {adapter: each is not None for adapter, each in found[name].items()})
+    return sizes
+
+
+def _sums(parts: Sequence[Part], k: int, top: bool, device: torch.device, most: int) -> Tensor:
+    """Of one delta [top, total, energy], or [energy], in float64 on the device."""
+    parts = [on_device(part, device) if isinstance(part, Tensor) else tuple(on_device(each, device) for each in part)
+             for part in parts]
+    if top:
+        return sums_on_device(parts, k, device, most)
+    squares = [tile.double().square().sum() for part in parts if isinstance(part, Tensor)
+               for tile in part.flatten().split(most)]
+    squares += [energy(part[0].flatten(1), part[1]) for part in parts if not isinstance(part, Tensor)]
+    return torch.stack([torch.zeros((), dtype=torch.float64, device=device), *squares]).sum(dim=0, keepdim=True)
 
 
 Job = tuple[list[Part], int]

@@ -11,27 +11,30 @@ import torch
 from torch import Tensor
 
 CHUNK = 2**20
+NOTHING = 1e-9
 
 
-def similarity_terms(c: Tensor, u: Tensor) -> Tensor:
-    """Semantics: t[0, b] = <c_b, u_b>, t[1, b] = |c_b|^2, t[2, b] = |u_b|^2, over all elements of sample b.
+def similarity_terms(c: Tensor, u: Tensor, x: Tensor | None = None) -> Tensor:
+    """Semantics: g[i, j, b] = <v_i, v_j> over all elements of sample b, where v = (c, u), or (x - c, x - u).
 
-    c, u: [B, ...] of any floating dtype; the sums are fp32 (half precision saturates near cosine 1).  Returns [3, B].
-    Terms of parts of a sample (windows) may be added before `cosine`. No host synchronisation.
+    c, u, x: [B, ...] of any floating dtype; the sums are fp32 (half precision saturates near cosine 1).  [2, 2, B].
+    Terms of parts of a sample (windows) may be added before `cosine`. No host synchronisation. In four operations,
+    since it is done in every step: a GPU computes them in no time, and waits for the host to ask for each.
     """
-    c, u = c.flatten(1).float(), u.flatten(1).float()
-    return torch.stack([(c * u).sum(1), (c * c).sum(1), (u * u).sum(1)])
+    sides = torch.stack([c, u])
+    sides = (sides if x is None else x - sides).flatten(2).float()
+    return (sides[:, None] * sides).sum(-1)
 
 
 def cosine(terms: Tensor) -> Tensor:
-    """Semantics: g[b] = <c_b, u_b> / (|c_b| |u_b|); 1 where both are zero, 0 where one is.  terms: [3, B].  [B], fp32.
+    """Semantics: g[b] = <v_0, v_1> / (|v_0| |v_1|); 1 where both are zero, NOTHING / |v| where the other one is.
 
+    terms: [2, 2, B], as `similarity_terms` has them.  Returns [B], fp32. Every vector counts as having one more
+    element, NOTHING: where both are zero that is what they have in common, and else it is lost in the rounding.
     Source: section 4, gamma_t. Unchanged by positive scaling of either side.
     """
-    dot, cc, uu = terms
-    scale = (cc * uu).sqrt()
-    both_zero = (cc == 0) & (uu == 0)
-    return torch.where(scale > 0, dot / scale.clamp_min(torch.finfo(scale.dtype).tiny), both_zero.to(dot.dtype))
+    terms = terms + NOTHING**2
+    return terms[0, 1] / terms.diagonal().prod(-1).sqrt()
 
 
 def products(a: Tensor, b: Tensor) -> Tensor:
@@ -106,16 +109,15 @@ def line(d0: Tensor, d1: Tensor, t0: Tensor, t1: Tensor, t: Tensor) -> Tensor:
 
     d0, d1: [B, ...] of one floating dtype, which the result has.  t0, t1, t: [B], floating.  No host synchronisation.
     """
-    apart = t1 - t0
-    share = torch.where(apart == 0, 0.0, (t - t1) / torch.where(apart == 0, 1.0, apart))
-    return torch.lerp(d1, d0, -share.to(d1.dtype).view(-1, *[1] * (d1.ndim - 1)))
+    back = torch.nan_to_num((t1 - t) / (t1 - t0), 0.0, 0.0, 0.0)
+    return torch.lerp(d1, d0, back.to(d1.dtype).view(-1, *[1] * (d1.ndim - 1)))
 
 
 def relative_miss(guess: Tensor, found: Tensor) -> Tensor:
     """Semantics: m[b] = |guess_b - found_b| / |found_b|; 0 where both are zero.  guess, found: [B, ...].  [B], fp32."""
     apart = (guess - found).flatten(1).float().norm(dim=1)
     size = found.flatten(1).float().norm(dim=1)
-    return torch.where(apart > 0, apart / size.clamp_min(torch.finfo(size.dtype).tiny), 0.0)
+    return apart / size.clamp_min(torch.finfo(size.dtype).tiny)
 
 
 def spread_steps(total: int, evaluated: int) -> tuple[int, ...]:

@@ -1,5 +1,6 @@
 """LoRAtorio's weights: per patch, how far each LoRA's prediction turns away from the base model's, as a softmin over
-LoRAs (Foteinopoulou et al. 2025, arXiv 2508.11624). Everything is computed in fp32 and stays on its device.
+LoRAs (Foteinopoulou et al. 2025, arXiv 2508.11624). Everything is computed in fp32 and stays on its device, in few
+operations, as in every step: a GPU computes them in no time, and waits for the host to ask for each.
 
 Latents are [B, C, h, w], video [B, C, frames, h, w] (each frame by itself) or sequences [B, C, length] (patches along
 the length). Sizes that a patch does not divide are padded by repeating the border.
@@ -18,54 +19,46 @@ NEAR_ZERO = 1e-6
 """A patch whose vector is shorter than this part of its picture's root mean square has no direction."""
 
 
-def patch_vectors(x: Tensor, patch: int) -> Tensor:
+def tiles(x: Tensor, patch: int) -> Tensor:
     """Non-overlapping patches of the channel mean.
 
-    x [B, C, *size] with one, two or three entries in `size` -> [B, rows, columns, patch * patch] in fp32. The rows are
-    those of all frames one below the other; a sequence has one row, and `patch` values per vector.
+    x [B, C, *size] with one, two or three entries in `size` -> [B, rows, high, columns, patch] in fp32: high * patch
+    values per patch, of which a sequence has one row and a `high` of 1. The rows are those of all frames one below the
+    other.
     """
     plane = x.float().mean(dim=1)
-    if plane.ndim == 2:
-        plane, high = plane[:, None, None, :], 1
-    elif plane.ndim == 3:
-        plane, high = plane[:, None], patch
-    else:
-        high = patch
-    batch, frames, h, w = plane.shape
-    plane = F.pad(plane.flatten(0, 1)[:, None], (0, -w % patch, 0, -h % high), mode="replicate")[:, 0]
-    tiles = plane.unflatten(-1, (-1, patch)).unflatten(-3, (-1, high)).transpose(-3, -2)
-    return tiles.flatten(-2).unflatten(0, (batch, frames)).flatten(1, 2)
+    high = patch if plane.ndim > 2 else 1
+    plane = plane.reshape(len(plane), -1, *plane.shape[-2:]) if plane.ndim > 2 else plane[:, None, None]
+    wide, tall = -plane.shape[-1] % patch, -plane.shape[-2] % high
+    if wide or tall:
+        plane = F.pad(plane, (0, wide, 0, tall), mode="replicate")
+    return plane.flatten(1, 2).unflatten(-1, (-1, patch)).unflatten(1, (-1, high))
 
 
-def patch_cosine(base: Tensor, loras: Tensor, patch: int) -> Tensor:
+def patch_cosine(predictions: Tensor, patch: int) -> Tensor:
     """Omega[i, b, q] = cos(base patch, LoRA i's patch).
 
-    base [B, C, *size], loras [N, B, C, *size] -> [N, B, rows, columns] in fp32. Where any of the vectors of a place is
-    near zero, all LoRAs get 0 there: equal similarities are uniform weights.
+    predictions [N + 1, B, C, *size], the base model's last -> [N, B, rows, columns] in fp32. Where any of the vectors
+    of a place is near zero, all LoRAs get 0 there: equal similarities are uniform weights.
     """
-    reference = patch_vectors(base, patch)
-    vectors = patch_vectors(loras.flatten(0, 1), patch).unflatten(0, loras.shape[:2])
-    own, other = reference.norm(dim=-1), vectors.norm(dim=-1)
-    cosine = (reference * vectors).sum(dim=-1) / (own * other).clamp_min(torch.finfo(torch.float32).tiny)
-    known = (own > _floor(own)) & (other > _floor(other)).all(dim=0)
-    return torch.where(known, cosine, 0.0).clamp(-1, 1)
+    planes = tiles(predictions.flatten(0, 1), patch).unflatten(0, predictions.shape[:2])
+    norms = torch.linalg.vector_norm(planes, dim=(-3, -1), keepdim=True)
+    places = norms.shape[-4] * norms.shape[-2]
+    floor = torch.linalg.vector_norm(norms, dim=(-4, -2), keepdim=True) * (NEAR_ZERO / places**0.5)
+    units = planes / norms.masked_fill((norms <= floor).any(dim=0), torch.inf)
+    return (units[:-1] * units[-1]).sum(dim=(-3, -1))
 
 
-def _floor(norms: Tensor) -> Tensor:
-    """NEAR_ZERO of the root mean square over the patches of each picture."""
-    return NEAR_ZERO * norms.square().mean(dim=(-2, -1), keepdim=True).sqrt()
+def softmin(similarity: Tensor, inverse_temperature: float, keep: Tensor | None = None) -> Tensor:
+    """exp(-s_i / tau) / sum_k exp(-s_k / tau) over the first dimension, in fp32.
 
-
-def log_softmin(similarity: Tensor, inverse_temperature: float, keep: Tensor | None = None) -> Tensor:
-    """log of exp(-s_i / tau) / sum_k exp(-s_k / tau) over the first dimension, in fp32.
-
-    keep   boolean, like `similarity` up to broadcasting: LoRAs that are not kept get -inf; at least one must be kept.
+    keep   boolean, like `similarity` up to broadcasting: LoRAs that are not kept get 0; at least one must be kept.
     inverse_temperature 0 gives uniform weights over those kept.
     """
     logits = -inverse_temperature * similarity.float()
     if keep is not None:
         logits = logits.masked_fill(~keep, -torch.inf)
-    return torch.log_softmax(logits, dim=0)
+    return torch.softmax(logits, dim=0)
 
 
 def most_divergent(similarity: Tensor, k: int, scope: Literal["image", "patch"] = "image") -> Tensor:
@@ -89,7 +82,9 @@ def upsample(weights: Tensor, size: tuple[int, ...], patch: int, mode: Literal["
     maps = weights.flatten(0, 1).unflatten(1, (frames, -1)).flatten(0, 1)[:, None]
     high = patch if len(size) > 1 else 1
     if mode == "nearest":
-        full = maps.repeat_interleave(high, dim=-2).repeat_interleave(patch, dim=-1)
+        rows, columns = maps.shape[-2:]
+        full = maps[:, :, :, None, :, None].expand(-1, -1, -1, high, -1, patch).reshape(-1, 1, rows * high,
+                                                                                        columns * patch)
     else:
         full = F.interpolate(maps, scale_factor=(high, patch), mode="bilinear", align_corners=False)
     full = full[..., :h, :w].unflatten(0, (count, batch, frames)).squeeze(3)
@@ -116,8 +111,7 @@ def confine(weights: Tensor, masks: Tensor) -> Tensor:
     weights [N, B, 1, *size], masks [N, 1 or B, 1, ...] that broadcasts to it
     """
     allowed = weights * masks
-    total = allowed.sum(dim=0, keepdim=True)
-    return torch.where(total > 0, allowed / total.clamp_min(torch.finfo(torch.float32).tiny), 0.0)
+    return allowed / allowed.sum(dim=0, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def weighted(base: Tensor, loras: Tensor, weights: Tensor, share: float = 1.0) -> Tensor:
@@ -126,4 +120,4 @@ def weighted(base: Tensor, loras: Tensor, weights: Tensor, share: float = 1.0) -
     base [B, C, *size], loras [N, B, C, *size], weights [N, B, 1, *size] -> like base. Written with differences, so that
     LoRAs equal to the base give the base exactly.
     """
-    return base + share * (weights.to(base.dtype) * (loras - base)).sum(dim=0)
+    return torch.add(base, (weights.to(base.dtype) * (loras - base)).sum(dim=0), alpha=share)

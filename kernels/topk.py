@@ -1,4 +1,4 @@
-"""Sums of the largest absolute entries of B A, exact, without holding the product."""
+"""Sums of the largest absolute entries of B A, exact: on a processor without holding the product, on a GPU from it."""
 
 from __future__ import annotations
 
@@ -41,6 +41,38 @@ def top_and_total(parts: Sequence[Part], k: int) -> tuple[float, float]:
             best = best.topk(k, sorted=False).values
             bound = best.min().item()
     return 0.0 if best is None else best.double().sum().item(), total
+
+
+def sums_on_device(parts: Sequence[Part], k: int, device: torch.device, most: int) -> Tensor:
+    """[sum of the k largest |entries|, sum of all |entries|, sum of squares] of a matrix given in disjoint parts.
+
+    Semantics: those of `top_and_total`, and of `energy` for what is no product as well. parts: on `device`. Returns [3]
+    in float64 there; the host waits for nothing and asks for a dozen operations per part.
+
+    For a GPU, on which every product is formed whole, or `most` entries of it at a time: 12 bytes for each of them, and
+    the room that the search for the largest takes. Products are float64, which no setting of the device rounds as it
+    may round float32 (TF32), and the largest entries are sought in float32. Equal matrices give equal numbers.
+    """
+    sums, found = [torch.zeros(2, dtype=torch.float64, device=device)], []
+    for tile in (each for part in parts for each in _wide_tiles(part, most)):
+        norm = torch.linalg.vector_norm
+        sums.append(torch.stack([norm(tile, 1), norm(tile).square()]))
+        entries = tile.float().abs_().flatten()
+        found.append(entries.topk(min(k, entries.numel())).values)
+    if len(found) > 1:
+        found = [torch.cat(found).topk(min(k, sum(each.numel() for each in found))).values]
+    total = sums[-1] if len(sums) == 2 else torch.stack(sums).sum(0)
+    top = found[0].sum(dtype=torch.float64) if found else total[0]
+    return torch.cat([top[None], total])
+
+
+def _wide_tiles(part: Part, most: int) -> Iterator[Tensor]:
+    """One part in float64, in tiles of about `most` entries."""
+    if isinstance(part, Tensor):
+        yield from (tile.double() for tile in part.flatten().split(most))
+        return
+    down, up = part[0].flatten(1).double(), part[1].double()
+    yield from (rows @ down for rows in up.split(max(most // down.shape[1], 1)))
 
 
 def _tiles(part: Part, k: int) -> Iterator[tuple[Tensor, float]]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..kernels.branch import Branch, Step, one_hot
 from ..kernels.nested import pack_weights, unpack
-from ..kernels.patches import confine, log_softmin, most_divergent, patch_cosine, stacked, upsample, weighted
+from ..kernels.patches import confine, most_divergent, patch_cosine, softmin, stacked, upsample, weighted
 from .session import POSITIVE, UNCONDITIONAL, Call, RunContext, Sent, Session
 
 ENOUGH = 8
@@ -182,13 +182,13 @@ class LoRAtorioSession(Session):
 
     def _weigh_part(self, step: Step, vectors: Tensor) -> Tensor:
         method = self.method
-        similarity = patch_cosine(vectors[-1], vectors[:-1], method.patch)
+        similarity = patch_cosine(vectors, method.patch)
         keep = None
-        if self.dynamic:
+        if 0 < method.top_k < len(similarity):
             keep = most_divergent(similarity, method.top_k, method.scope)
             if self._asking and method.recheck_every > 1:
                 self._report(step, keep)
-        weights = log_softmin(similarity, method.inverse_temperature(step, self.context.times), keep).exp()
+        weights = softmin(similarity, method.inverse_temperature(step, self.context.times), keep)
         return upsample(weights, tuple(vectors.shape[3:]), method.patch, method.upsampling)
 
     def _masks_like(self, weights: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from lora_ensemble.methods.guidance.record import GuidanceRecord, GuidanceStep
 from lora_ensemble.methods.guidance.session import CONDITIONAL, FULL, REPLACED, noise_of
 from lora_ensemble.methods.session import Sent
 from lora_ensemble.tests.devices import Far, Plain
+from lora_ensemble.tests.operations import Operations
 from lora_ensemble.tests.test_engine_cost import Spy
 from torch import Tensor
 
@@ -51,6 +52,8 @@ def test_cosine(dtype, away):
     found = cosine(similarity_terms(a, b))
     assert found.dtype == torch.float32 and found.shape == (5,)
     assert np.abs(found.double().numpy() - cosine_64(a, b)).max() < 1e-6
+    x = rand(5, 4, 32, 32, seed=2, dtype=dtype)
+    assert np.abs(cosine(similarity_terms(a, b, x)).double().numpy() - cosine_64(x - a, x - b)).max() < 1e-6
 
 
 def test_cosine_ignores_positive_scaling_and_adds_up_over_parts():
@@ -64,7 +67,9 @@ def test_cosine_ignores_positive_scaling_and_adds_up_over_parts():
 
 def test_cosine_of_nothing():
     zero, one = torch.zeros(1, 4), torch.ones(1, 4)
-    assert cosine(similarity_terms(zero, zero)) == 1 and cosine(similarity_terms(zero, one)) == 0
+    assert cosine(similarity_terms(zero, zero)) == 1
+    assert cosine(similarity_terms(zero, one)) == cosine(similarity_terms(one, zero)) <= kernels.NOTHING
+    assert cosine(similarity_terms(one, one)) == 1 and cosine(similarity_terms(1e-4 * one, 1e-4 * one)) == 1
 
 
 def test_products(monkeypatch):
@@ -194,6 +199,22 @@ def test_read_back(exact, wanted, monkeypatch):
         back.send(index, None, torch.zeros(1))
     assert seen == wanted
     assert [sent for sent, _, _ in back.arrived(None)] == ([3] if exact else [2, 3])
+
+
+@pytest.mark.parametrize(("options", "most"), [({}, 12), ({"space": "x0"}, 11), ({"per_sample": False}, 13),
+                                               ({"ramp_steps": 3}, 17)])
+def test_operations_of_a_decision(options, most):
+    """On a fast GPU a decision takes as long as the host needs to ask for its operations, some 15 us each."""
+    session = AdaptiveSession(AdaptiveGuidance(0.9, **options))
+    x, c, u = (rand(2, 4, 8, 8, seed=seed) for seed in range(3))
+    sigma = torch.ones(2)
+    for index in range(3):
+        with torch.no_grad(), Operations() as asked:
+            session.begin(Step(index, 3, 1.0), 2)
+            session.keep(x, c, {"negative": u}, sigma)
+            torch.lerp(c, u, session.weigh(c))
+            session.end()
+        assert index == 0 or len(asked.names) <= most, asked.names
 
 
 class OnDevice:

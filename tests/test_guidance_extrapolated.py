@@ -12,6 +12,7 @@ from lora_ensemble.methods.guidance.extrapolated import ExtrapolatedSession, Ext
 from lora_ensemble.methods.guidance.record import GuidanceRecord, GuidanceStep
 from lora_ensemble.methods.guidance.session import FULL, REPLACED, Need
 from lora_ensemble.tests.devices import Far
+from lora_ensemble.tests.operations import Operations
 from torch import Tensor
 
 
@@ -102,6 +103,25 @@ def drive(session: ExtrapolatedSession, sigmas: list[float], term, batch: int = 
             needs.append(need)
             negatives.append((out, true))
     return [needs, negatives]
+
+
+@pytest.mark.parametrize("tolerance", [None, 1e-3])
+def test_operations_of_a_step(tolerance):
+    """On a fast GPU a step of the rule takes as long as the host needs to ask for its operations, some 15 us each."""
+    session = ExtrapolatedSession(Extrapolation(tolerance=tolerance), flow=False)
+    kinds = set()
+    for index in range(8):
+        sigma, (x, c, u) = torch.full((2,), 8.0 - index), (rand(2, 4, 8, 8, seed=10 * index + k) for k in range(3))
+        with torch.no_grad(), Operations() as asked:
+            need = session.begin(Step(index, 8, 8.0 - index), 2)
+            if need == REPLACED:
+                session.replace("negative", x, c, sigma)
+            else:
+                session.keep(x, c, {"negative": u}, sigma)
+            session.end()
+        kinds.add(need)
+        assert len(asked.names) <= (9 if need == REPLACED else 15), asked.names
+    assert kinds == {FULL, REPLACED}
 
 
 SIGMAS = torch.linspace(1, 0, 21).tolist()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from lora_ensemble.kernels.branch import Branch, Step
 from lora_ensemble.methods.cmlora import CMLoRA
 from lora_ensemble.methods.loratorio import LoRAtorio
 from lora_ensemble.methods.session import OTHER, POSITIVE, UNCONDITIONAL, Call, RunContext, Sent
+from lora_ensemble.tests.operations import Operations
 from lora_ensemble.tests.test_patches import reference_cosine, reference_softmin
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -302,6 +305,26 @@ def test_masks_of_white_and_masks_on_video():
     for rows, i in ((slice(0, 4), 0), (slice(4, 8), 1)):
         want = film.base[POSITIVE] + film.turns[i, POSITIVE]
         torch.testing.assert_close(got[..., rows, :], want[..., rows, :])
+
+
+@pytest.mark.parametrize(("options", "masks", "most"), [
+    ({}, (), 23), ({"upsampling": "bilinear"}, (), 23), ({"space": "x0"}, (), 22), ({"top_k": 2}, (), 30),
+    ({"top_k": 2, "recheck_every": 3}, (), 30), ({}, (torch.ones(1, 1, 8, 8), None, None), 30)])
+def test_operations_of_a_step(options, masks, most):
+    """On a fast GPU the weights take as long as the host needs to ask for their operations, some 15 us each. Eight of
+    them mix the two sides, one is for the record; once a re-check has arrived none chooses among those left."""
+    world, x, facts = World(3, (1, 4, 8, 8)), random(1, 4, 8, 8, seed=99), replace(FACTS, masks=masks)
+    session, counts = LoRAtorio((1.0,) * 3, **options).begin(facts), []
+    for index in range(6):
+        at = step(index)
+        branches = session.branches(at)
+        predictions = [torch.stack([world.predict(b, side) for b in branches]) for side in (POSITIVE, UNCONDITIONAL)]
+        with torch.no_grad(), Operations() as asked:
+            session.observe(at, x)
+            session.mix(at, Call(x, SIGMA, branches, predictions, (POSITIVE, UNCONDITIONAL)))
+        counts.append(len(asked.names))
+        assert counts[-1] <= most, asked.names
+    assert "recheck_every" not in options or counts[4] == counts[5] <= 23
 
 
 class Reads(TorchDispatchMode):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from lora_ensemble.kernels.branch import Branch
 from lora_ensemble.kernels.nested import pack_weights, unpack
-from lora_ensemble.kernels.patches import log_softmin, patch_cosine, upsample
+from lora_ensemble.kernels.patches import patch_cosine, softmin, upsample
 from lora_ensemble.methods.loratorio import LoRAtorio
 from lora_ensemble.methods.session import POSITIVE, UNCONDITIONAL, Call, RunContext
 from lora_ensemble.tests.test_loratorio import FACTS, SIGMA, TOTAL, random, step
@@ -75,8 +75,8 @@ def test_one_flat_vector_would_be_weighed_otherwise():
 
 @pytest.mark.parametrize("mode", ["nearest", "bilinear"])
 def test_weights_sum_to_one_at_every_element(mode):
-    cosines = [patch_cosine(random(2, *part, seed=1), random(COUNT, 2, *part, seed=2), 2) for part in PARTS]
-    parts = [upsample(log_softmin(cosine, 9.0).exp(), part[1:], 2, mode)
+    cosines = [patch_cosine(random(COUNT + 1, 2, *part, seed=1), 2) for part in PARTS]
+    parts = [upsample(softmin(cosine, 9.0), part[1:], 2, mode)
              for cosine, part in zip(cosines, PARTS, strict=True)]
     weights = pack_weights(parts, PARTS)
     assert weights.shape == (COUNT, 2, 1, LENGTH) and weights.min() >= 0

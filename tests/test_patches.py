@@ -7,11 +7,11 @@ import pytest
 import torch
 from lora_ensemble.kernels.patches import (
     confine,
-    log_softmin,
     most_divergent,
     patch_cosine,
-    patch_vectors,
+    softmin,
     stacked,
+    tiles,
     upsample,
     weighted,
 )
@@ -24,6 +24,10 @@ SIZES = [(8, 8), (9, 8), (15, 23), (64, 64), (97, 160), (160, 160)]
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def cosine_of(base: Tensor, loras: Tensor, patch: int) -> Tensor:
+    return patch_cosine(torch.cat([loras, base[None]]), patch)
 
 
 def padded(plane: np.ndarray, p: int) -> np.ndarray:
@@ -71,26 +75,27 @@ def test_masks_are_stacked_with_ones_where_there_are_none():
 @pytest.mark.parametrize("patch", [1, 2, 3, 8])
 def test_cosine_and_softmin_are_the_formulas(size, patch, dtype):
     base, loras = random(2, 4, *size, seed=1, dtype=dtype), random(3, 2, 4, *size, seed=2, dtype=dtype)
-    got = patch_cosine(base, loras, patch)
+    got = cosine_of(base, loras, patch)
     assert got.dtype == torch.float32
     for b in range(2):
         want = reference_cosine(base[b].double().numpy(), loras[:, b].double().numpy(), patch)
         np.testing.assert_allclose(got[:, b].numpy(), want, atol=TOLERANCE[dtype])
-        weights = log_softmin(got[:, b], 7.5).exp().numpy()
+        weights = softmin(got[:, b], 7.5).numpy()
         np.testing.assert_allclose(weights, reference_softmin(want, 7.5), atol=20 * TOLERANCE[dtype])
 
 
 def test_a_padded_border_repeats():
     x = torch.arange(9.0).reshape(1, 1, 3, 3)
-    assert patch_vectors(x, 2)[0].tolist() == [[[0, 1, 3, 4], [2, 2, 5, 5]], [[6, 7, 6, 7], [8, 8, 8, 8]]]
+    want = [[[0, 1, 3, 4], [2, 2, 5, 5]], [[6, 7, 6, 7], [8, 8, 8, 8]]]
+    assert tiles(x, 2)[0].transpose(-3, -2).flatten(-2).tolist() == want
 
 
 def test_video_is_frame_by_frame():
     base, loras = random(2, 4, 3, 9, 7, seed=1), random(2, 2, 4, 3, 9, 7, seed=2)
-    got = patch_cosine(base, loras, 2)
-    frames = torch.cat([patch_cosine(base[:, :, f], loras[:, :, :, f], 2) for f in range(3)], dim=-2)
+    got = cosine_of(base, loras, 2)
+    frames = torch.cat([cosine_of(base[:, :, f], loras[:, :, :, f], 2) for f in range(3)], dim=-2)
     assert torch.equal(got, frames)
-    weights = log_softmin(got, 3.0).exp()
+    weights = softmin(got, 3.0)
     whole = upsample(weights, (3, 9, 7), 2, "nearest")
     assert whole.shape == (2, 2, 1, 3, 9, 7)
     one = upsample(weights[..., 5:10, :], (9, 7), 2, "nearest")
@@ -99,12 +104,12 @@ def test_video_is_frame_by_frame():
 
 def test_a_sequence_has_patches_along_its_length():
     base, loras = random(2, 8, 11, seed=1), random(3, 2, 8, 11, seed=2)
-    got = patch_cosine(base, loras, 4)
+    got = cosine_of(base, loras, 4)
     assert got.shape == (3, 2, 1, 3)
     a, b = base[0].mean(0)[:4], loras[1, 0].mean(0)[:4]
     torch.testing.assert_close(got[1, 0, 0, 0], torch.cosine_similarity(a, b, dim=0))
     for mode in ("nearest", "bilinear"):
-        weights = upsample(log_softmin(got, 2.0).exp(), (11,), 4, mode)
+        weights = upsample(softmin(got, 2.0), (11,), 4, mode)
         assert weights.shape == (3, 2, 1, 11)
         torch.testing.assert_close(weights.sum(dim=0), torch.ones(2, 1, 11))
 
@@ -114,20 +119,20 @@ def test_vectors_near_zero_give_uniform_weights():
     base[..., :2, :2] = 0
     loras[1, ..., 4:6, 4:6] -= loras[1, ..., 4:6, 4:6].mean(dim=1, keepdim=True)  # the channel mean cancels
     base[..., 6:, :2] = 1e-9
-    weights = log_softmin(patch_cosine(base, loras, 2), 50.0).exp()
+    weights = softmin(cosine_of(base, loras, 2), 50.0)
     for r, c in ((0, 0), (2, 2), (3, 0)):
         assert weights[:, 0, r, c].tolist() == pytest.approx([1 / 3] * 3, abs=1e-6)
     assert weights[:, 0, 1, 1].max() > 0.5
-    nothing = patch_cosine(torch.zeros_like(base), torch.zeros_like(loras), 2)
-    assert nothing.eq(0).all() and torch.isfinite(log_softmin(nothing, 1e4)).all()
+    nothing = cosine_of(torch.zeros_like(base), torch.zeros_like(loras), 2)
+    assert nothing.eq(0).all() and torch.isfinite(softmin(nothing, 1e4)).all()
 
 
 @pytest.mark.parametrize("mode", ["nearest", "bilinear"])
 @pytest.mark.parametrize("size", [(8, 8), (9, 15)], ids=str)
 @pytest.mark.parametrize("inverse_temperature", [0.0, 10.0, 5e2, 1e4])
 def test_weights_sum_to_one_at_every_pixel(size, inverse_temperature, mode):
-    similarity = patch_cosine(random(2, 4, *size, seed=1), random(5, 2, 4, *size, seed=2), 2)
-    weights = upsample(log_softmin(similarity, inverse_temperature).exp(), size, 2, mode)
+    similarity = cosine_of(random(2, 4, *size, seed=1), random(5, 2, 4, *size, seed=2), 2)
+    weights = upsample(softmin(similarity, inverse_temperature), size, 2, mode)
     assert weights.shape == (5, 2, 1, *size) and weights.min() >= 0
     torch.testing.assert_close(weights.sum(dim=0), torch.ones(2, 1, *size), atol=1e-6, rtol=0)
 
@@ -162,19 +167,19 @@ def test_bilinear_upsampling_is_its_formula(size, patch):
 def test_a_lora_equal_to_the_base_weighs_least_and_order_does_not_matter():
     base = random(1, 4, 16, 16, seed=1)
     loras = torch.stack([base + 0.5 * random(1, 4, 16, 16, seed=2), base, base + random(1, 4, 16, 16, seed=3)])
-    similarity = patch_cosine(base, loras, 2)
-    weights = log_softmin(similarity, 10.0).exp()
+    similarity = cosine_of(base, loras, 2)
+    weights = softmin(similarity, 10.0)
     assert (weights[1] <= weights[0] + 1e-6).all() and (weights[1] <= weights[2] + 1e-6).all()
     order = [2, 0, 1]
-    torch.testing.assert_close(log_softmin(patch_cosine(base, loras[order], 2), 10.0).exp(), weights[order])
-    torch.testing.assert_close(log_softmin(similarity + 0.3, 10.0).exp(), weights, atol=1e-5, rtol=0)
+    torch.testing.assert_close(softmin(cosine_of(base, loras[order], 2), 10.0), weights[order])
+    torch.testing.assert_close(softmin(similarity + 0.3, 10.0), weights, atol=1e-5, rtol=0)
 
 
-def test_log_weights_stay_finite_where_weights_underflow():
-    """fp16 weights would be 0 and their sum no longer 1; the log-weights are fp32 whatever comes in."""
+def test_weights_are_fp32_whatever_comes_in():
+    """In fp16 the smaller one is 0 already, and before that their sum is not 1."""
     similarity = torch.tensor([-1.0, 1.0]).reshape(2, 1, 1, 1).half()
-    logs = log_softmin(similarity, 40.0)
-    assert logs.dtype == torch.float32 and logs[1].item() == pytest.approx(-80.0)
+    weights = softmin(similarity, 40.0)
+    assert weights.dtype == torch.float32 and weights[1].item() == pytest.approx(np.exp(-80.0), rel=1e-5)
 
 
 @pytest.mark.parametrize("scope", ["image", "patch"])
@@ -188,11 +193,11 @@ def test_the_most_divergent_are_kept(scope):
     want = np.zeros(relevance.shape, bool)
     np.put_along_axis(want, lowest, True, axis=0)
     assert np.array_equal(keep.numpy(), want)
-    weights = log_softmin(similarity, 4.0, keep).exp()
+    weights = softmin(similarity, 4.0, keep)
     assert (weights > 0).sum(dim=0).eq(2).all()
     torch.testing.assert_close(weights.sum(dim=0), torch.ones(2, 4, 3))
     everyone = most_divergent(similarity, 5, scope)
-    assert torch.equal(log_softmin(similarity, 4.0, everyone), log_softmin(similarity, 4.0))
+    assert torch.equal(softmin(similarity, 4.0, everyone), softmin(similarity, 4.0))
 
 
 def test_of_equals_the_first_are_kept():
@@ -200,7 +205,7 @@ def test_of_equals_the_first_are_kept():
 
 
 def test_masks_confine_and_the_rest_is_renormalised():
-    weights = log_softmin(random(3, 1, 8, 8, seed=4), 1.0).exp().unsqueeze(2)
+    weights = softmin(random(3, 1, 8, 8, seed=4), 1.0).unsqueeze(2)
     masks = torch.ones(3, 1, 1, 8, 8)
     masks[0, ..., 4:] = 0
     masks[:, ..., 0, 0] = 0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import astuple
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
@@ -14,8 +16,11 @@ from lora_ensemble.engine.sizes import measure
 from lora_ensemble.kernels.deltas import hadamard, kronecker
 from lora_ensemble.kernels.orthogonal import cayley
 from lora_ensemble.kernels.size import Size
+from lora_ensemble.methods.est import ESTLoRA
+from lora_ensemble.methods.klora import KLoRA
+from lora_ensemble.tests.accelerator import DEVICE
 from lora_ensemble.tests.devices import Plain
-from lora_ensemble.tests.selections import LAYERS, PAIR, PAIRS, bank, top
+from lora_ensemble.tests.selections import LAYERS, PAIR, PAIRS, Lora, bank, each_pair, schedule, top
 
 
 def sized(*ops, k: int = 7, **options) -> Size:
@@ -197,6 +202,67 @@ def test_the_number_of_threads_does_not_change_sizes():
     finally:
         torch.set_num_threads(threads)
     assert found[0] == found[1] and len(found[0]) == len(LAYERS)
+
+
+# --- on a GPU ---
+
+
+def everything() -> Bank:
+    """All ways to hold a delta, and a layer of one LoRA alone."""
+    up, down, weight = rand(12, 3), rand(3, 10), rand(12, 10, seed=7)
+    kinds = {"low-rank": [LowRank(up, down, 0.5)], "dense": [Dense(given, [weight], (12, 10))],
+             "sliced": [LowRank(rand(4, 2, seed=s), rand(2, 10), span=(0, 4 * s, 4)) for s in range(3)],
+             "both": [LowRank(up, down), Dense(given, [weight], (12, 10))], "bias": [Bias(torch.ones(12))],
+             "rotated": [OFT(cayley(rand(3, 4, 4)))]}
+    other = {name: [LowRank(rand(12, 2, seed=3), rand(2, 10, seed=3))] for name in kinds}
+    return Bank([{**kinds, "alone": other["dense"]}, other])
+
+
+@pytest.mark.parametrize("most", [7, 10**6])
+@pytest.mark.parametrize("options", [{}, {"top": False}, {"alone": True}, {"k": 3}], ids=str)
+def test_a_device_finds_what_the_processor_finds(options, most, accelerator):
+    """To 1e-6, in tiles and whole; the numbers come to the host together, when all have been asked for."""
+    bank, seen, reader = everything(), [], lambda name: rand(12, 10, seed=9)
+    want = measure(bank, PAIR, reader=reader, **options)
+    accelerator.transfers.clear()
+    found = measure(bank, PAIR, reader=reader, visit=lambda *at: seen.append(at), device=DEVICE, most=most, **options)
+    assert [t for t in accelerator.transfers if t.kind not in ("upload", "double")] == [("wait", ANY, ANY)]
+    assert seen == [(n + 1, len(bank.sites)) for n in range(len(bank.sites))]
+    assert list(found) == list(want) and all(list(found[name]) == list(want[name]) for name in want)
+    for name, here in want.items():
+        for i, size in here.items():
+            assert astuple(found[name][i]) == pytest.approx(astuple(size), rel=1e-6, nan_ok=True), (name, i)
+
+
+@each_pair
+def test_a_device_chooses_as_the_processor_does(make, accelerator):
+    loras = make()
+    here, there = (measure(bank(*loras), PAIR, device=device) for device in (None, DEVICE))
+    for method in (KLoRA, ESTLoRA):
+        assert (schedule(method.of(there, (1.0, 1.0), PAIR)) == schedule(method.of(here, (1.0, 1.0), PAIR))).all()
+
+
+def test_equal_deltas_are_equal_on_a_device_too(accelerator):
+    """A tie stays one: the choice at equal sums must not depend on where they were made."""
+    lora = Lora.random(1, 4)
+    for device in (None, DEVICE):
+        found = measure(bank(lora, lora), PAIR, device=device)
+        assert all(here[0] == here[1] for here in found.values())
+        twice = measure(Bank([lora.ops, {name: [LowRank(op.up, op.down, 2.0)] for name, (op,) in lora.ops.items()}]),
+                        PAIR, device=device)
+        assert all(here[1] == here[0].at(2.0) for here in twice.values())
+
+
+def test_a_device_refuses_values_that_are_not_finite_and_is_stopped(accelerator):
+    pair = [{"x": [LowRank(torch.full((12, 1), 6e4), torch.ones(1, 10), scale)]} for scale in (1.0, 2.0)]
+    with pytest.raises(ValueError, match="LoRA 'b': its change of the layer 'x' holds values that are not finite"):
+        measure(Bank(pair, ("a", "b"), torch.float16), PAIR, device=DEVICE)
+
+    def stop(done: int, total: int) -> None:
+        raise InterruptedError(done)
+
+    with pytest.raises(InterruptedError, match="1"):
+        measure(bank(*PAIRS["alike"]()), PAIR, visit=stop, device=DEVICE)
 
 
 def test_a_base_weight_on_a_device_without_float64():

@@ -7,7 +7,8 @@ import pytest
 import torch
 from lora_ensemble.kernels import topk
 from lora_ensemble.kernels.energy import energy
-from lora_ensemble.kernels.topk import top_and_total
+from lora_ensemble.kernels.topk import sums_on_device, top_and_total
+from lora_ensemble.tests.operations import Operations
 from torch import Tensor
 
 LAYERS = {  # (out, in, *kernel) of real models
@@ -46,6 +47,33 @@ def reference(entries: np.ndarray, k: int) -> tuple[float, float]:
 def test_sums_equal_the_dense_ones(shape, dtype):
     down, up = factors(shape, 16, dtype)
     assert top_and_total([(down, up)], 256) == pytest.approx(reference(dense(down, up), 256), rel=TOLERANCE)
+
+
+CPU = torch.device("cpu")
+
+
+@each_dtype
+@pytest.mark.parametrize("most", [1000, 50_000, 10**9])
+@pytest.mark.parametrize("k", [0, 5, 3000, 10**7])
+def test_sums_on_a_device_equal_the_dense_ones(k, most, dtype):
+    """Products and dense parts, whole and in tiles; also where K is more than a tile or all of it."""
+    down, up = factors((64, 30, 3, 3), 8, dtype)
+    rest = 0.02 * torch.randn(40, 50, generator=torch.Generator().manual_seed(3)).to(dtype)
+    found = sums_on_device([(down, up), rest], k, CPU, most)
+    entries = np.concatenate([dense(down, up), np.abs(rest.double().numpy()).reshape(-1)])
+    assert found.dtype == torch.float64
+    assert found.tolist() == pytest.approx([*reference(entries, k), float(np.square(entries).sum())], rel=TOLERANCE)
+    assert found[:2].tolist() == pytest.approx(top_and_total([(down, up), rest], k), rel=TOLERANCE)
+    assert torch.equal(sums_on_device([(down, up), rest], k, CPU, most), found), "equal deltas have equal sums"
+    assert sums_on_device([], k, CPU, most).tolist() == [0, 0, 0]
+
+
+def test_operations_of_sums_on_a_device():
+    """A GPU waits for the host to ask for each."""
+    down, up = factors((64, 48), 8)
+    with torch.no_grad(), Operations() as asked:
+        sums_on_device([(down, up)], 64, CPU, 10**9)
+    assert len(asked.names) <= 16, asked.names
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.7, 2.0])

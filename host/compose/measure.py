@@ -5,20 +5,23 @@ from __future__ import annotations
 import copy
 import logging
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import comfy.model_management
 import comfy.utils
 
 from ...engine.bank import Bank
-from ...engine.sizes import measure
+from ...engine.sizes import ROOM, measure
 from ...methods.selection import Sizes, sides
 from ..files.files import fingerprint
 from .apply import Active
+from .memory import is_lack_of_memory, to_spare
 from .wrappers import read_weight
 
 KEPT = 8
+LEAST, MOST = 2**20, 2**25
+"""Entries of a layer that a GPU has to have room for at a time, 40 MiB, and those that are enough, 1.3 GiB."""
 log = logging.getLogger("lora_ensemble")
 _kept: OrderedDict[tuple, Sizes] = OrderedDict()
 
@@ -36,7 +39,9 @@ def subjects_of(active: Active, node: str) -> tuple[bool, ...]:
 def sizes_of(active: Active, subjects: Sequence[bool], k: int = 0, raw: bool = False, top: bool = True) -> Sizes:
     """`engine.sizes.measure` for LoRAs on their model, with a progress bar; stops when the user cancels.
 
-    What was measured is kept, by the files and the layers they act on; not where it depends on the model's weights.
+    On the GPU that the model is loaded to, in memory that the host has to spare there; on the processor where there is
+    none, and where its memory is short, which is said. What was measured is kept, by the files and the layers they act
+    on, wherever it was; not where it depends on the model's weights.
     """
     bank = active.bank
     layers = tuple((site.name, *(i for i in range(bank.count) if site.all_ops(i))) for site in bank.sites.values())
@@ -51,9 +56,15 @@ def sizes_of(active: Active, subjects: Sequence[bool], k: int = 0, raw: bool = F
         bar.update_absolute(done, total)
 
     told: dict[tuple[str, str], list[str]] = {}
-    sizes = measure(_in_main_memory(bank), subjects, k, raw, top, partial(read_weight, active.model), visit,
-                    lambda name, layer, reason: told.setdefault((name, reason), []).append(layer),
-                    None if raw else active.strengths)
+
+    def report(name: str, layer: str, reason: str) -> None:
+        where = told.setdefault((name, reason), [])
+        if layer not in where:  # on the processor once more
+            where.append(layer)
+
+    sizes = _measured(active, partial(measure, _in_main_memory(bank), subjects, k, raw, top,
+                                      partial(read_weight, active.model), visit, report,
+                                      None if raw else active.strengths))
     for (name, reason), layers in told.items():
         active.problems.append(f"LoRA '{name}': {len(layers)} layers such as {layers[0]}: {reason}")
     if bank.additive:
@@ -63,8 +74,24 @@ def sizes_of(active: Active, subjects: Sequence[bool], k: int = 0, raw: bool = F
     return sizes
 
 
+def _measured(active: Active, measured: Callable[..., Sizes]) -> Sizes:
+    """Measured on the model's GPU, or on the processor."""
+    device = active.model.load_device
+    if device.type != "cuda":  # others may lack float64
+        return measured()
+    if room := to_spare(device, LEAST * ROOM):
+        try:
+            return measured(device=device, most=min(room // ROOM, MOST))
+        except comfy.model_management.OOM_EXCEPTION as error:
+            if not is_lack_of_memory(error):
+                raise
+    active.problems.append(f"{device}: no memory to measure the LoRAs there; they were measured on the processor, "
+                           "which takes longer")
+    return measured()
+
+
 def _in_main_memory(bank: Bank) -> Bank:
-    """The bank where it can be measured: some accelerators have no float64, and a run may have left it on one."""
+    """The bank where its kinds can be put together for being measured; a run may have left it on an accelerator."""
     if all(factor.device.type == "cpu" for factor in bank.parameters()):
         return bank
     return copy.deepcopy(bank, {id(factor): factor.cpu() for factor in bank.parameters()})

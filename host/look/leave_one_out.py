@@ -30,6 +30,7 @@ from ...methods.session import POSITIVE
 from ...methods.switch import Switch
 from ..compose.composition import KEY, Composition
 from ..compose.context import parts_of
+from ..compose.memory import is_lack_of_memory
 from ..compose.without import AnotherBatch, Left, Without, beside
 from ..guidance.apply import KEY as GUIDANCE
 from .letters import labels
@@ -119,7 +120,7 @@ def leave_one_out(model, how: Sampling, progress: Callable[[int, int], None] = l
             room, why = 1, f"a node calls the model with {reason}"
             continue
         except comfy.model_management.OOM_EXCEPTION as error:
-            if len(chunk) == 1 or not _is_lack_of_memory(error):
+            if len(chunk) == 1 or not is_lack_of_memory(error):
                 raise
             room, why = (len(chunk) + 1) // 2, "memory is short"
             log.info("%s: no memory for %d pictures at a time; going on with %d", NODE, len(chunk), room)
@@ -274,11 +275,6 @@ def _several(entry: Sequence) -> bool:
     control = options.get("control")
     hint = getattr(control, "cond_hint_original", None)
     return isinstance(cross, Tensor) and len(cross) > 1 or isinstance(hint, Tensor) and len(hint) > 1
-
-
-def _is_lack_of_memory(error: BaseException) -> bool:
-    """Where torch has no error of its own for it, the host's name means any."""
-    return type(error).__name__ == "OutOfMemoryError" or "out of memory" in str(error).lower()
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -91,15 +91,14 @@ class AdaptiveSession(GuidanceSession):
         self._before = 0  # steps that other runs took of the picture
         self._pictures, self._windowed = 1, False
         self._fresh = False  # until this step's decision was taken
-        self._terms: dict[str, Tensor] = {}  # of this call, per negative, added up over windows: [3, B]
+        self._terms: dict[str, Tensor] = {}  # of this call, per negative, added up over windows: [2, 2, B]
         self._fade: Tensor | None = None  # [B]: ramp_steps + 1 while guided, then one less each step, down to 0
-        self._crossed: Tensor | None = None
 
     def go_on(self, steps: int, left: object) -> None:
         """On the same model pictures that were done with their negative stay so. `min_steps` counts over all runs."""
         self._before = steps
         if left is not None:
-            self._fade, self._crossed, self._open = left
+            self._fade, self._open = left
         else:
             self.tell("Adaptive Guidance: this run goes on with the picture of another model, or under another rule, "
                       "and looks anew how alike the two sides are; steps that are guided in any case are those of the "
@@ -107,7 +106,7 @@ class AdaptiveSession(GuidanceSession):
 
     def left(self) -> object:
         """Which pictures are guided no longer."""
-        return None if self._fade is None else (self._fade, self._crossed, self._open)
+        return None if self._fade is None else (self._fade, self._open)
 
     def begin(self, step: Step, pictures: int = 1, windowed: bool = False) -> Need:
         """The negatives of all rows that are still guided, as far as the host knows."""
@@ -122,9 +121,9 @@ class AdaptiveSession(GuidanceSession):
         if not self._fresh:
             return
         for name, u in negatives.items():
-            terms = similarity_terms(c, u) if self.policy.space == "x0" else similarity_terms(x - c, x - u)
-            if terms.shape[1] != self._pictures:  # windows over the batch: frames decide together
-                terms = terms.sum(1, keepdim=True).expand(-1, self._pictures)
+            terms = similarity_terms(c, u, x if self.policy.space == "noise" else None)
+            if terms.shape[-1] != self._pictures:  # windows over the batch: frames decide together
+                terms = terms.sum(-1, keepdim=True).expand(-1, -1, self._pictures)
             self._terms[name] = self._terms[name] + terms if name in self._terms else terms
         if not self._windowed:
             self._measured()
@@ -136,7 +135,8 @@ class AdaptiveSession(GuidanceSession):
 
     def _measured(self) -> None:
         """With several negatives (DualCFG, PerpNeg) all must agree with the conditional prediction."""
-        self.decide(torch.stack([cosine(terms) for terms in self._terms.values()]).amin(0))
+        gammas = [cosine(terms) for terms in self._terms.values()]
+        self.decide(gammas[0] if len(gammas) == 1 else torch.stack(gammas).amin(0))
 
     def decide(self, gamma: Tensor) -> None:
         """Take this step's decision from similarities [B]; rows whose negative was not evaluated are ignored."""
@@ -145,19 +145,25 @@ class AdaptiveSession(GuidanceSession):
         self._fresh = False
         if self._fade is None or self._fade.shape != gamma.shape:
             self._fade = torch.full_like(gamma, self.policy.ramp_steps + 1)
-            self._crossed = torch.zeros_like(gamma, dtype=torch.bool)
         if self._before + self._step.index >= self.policy.min_steps:
             lowest = gamma if self.policy.per_sample else gamma.min().expand_as(gamma)
-            self._crossed = self._crossed | (lowest >= self.policy.threshold)
-        self._fade = torch.where(self._crossed, (self._fade - 1).clamp_min(0), self._fade)
+            self._fade = self._faded(lowest >= self.policy.threshold)
         self._back.send(self._step.index, self._open, torch.stack([gamma, self._fade]))
+
+    def _faded(self, reached: Tensor) -> Tensor:
+        """The fade of this step, where the threshold was reached in it or before."""
+        ramp = self.policy.ramp_steps
+        if not ramp:
+            return self._fade.masked_fill(reached, 0.0)
+        return torch.where(reached | (self._fade <= ramp), (self._fade - 1).clamp_min(0), self._fade)
 
     def weigh(self, c: Tensor) -> Tensor:
         """1 while guided, then falling over the ramp to 0."""
         if self._fade is None:
             return super().weigh(c)
         fade = self._fade if self._fade.shape[0] == c.shape[0] else self._fade.min().expand(c.shape[0])
-        return (fade / (self.policy.ramp_steps + 1)).to(c).view(c.shape[0], *[1] * (c.ndim - 1))
+        fade = fade / (self.policy.ramp_steps + 1) if self.policy.ramp_steps else fade
+        return fade.to(c).view(c.shape[0], *[1] * (c.ndim - 1))
 
     def summary(self, record: GuidanceRecord) -> None:
         """The similarities of every step, and whether the threshold was one to be used with this model."""

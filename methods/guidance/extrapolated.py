@@ -81,17 +81,19 @@ class Line:
         """The term at time t [B]."""
         return line(self.d0, self.d1, self.t0, self.t1, t)
 
-    def move(self, d: Tensor, t: Tensor, rows: Rows | None) -> None:
-        """Take in a new term for some rows, or all; at the time of the last one it takes that one's place."""
-        on = (t - self.t1).abs() > NEAR * self.t1
-        known = torch.ones_like(on)
-        if rows is not None:
-            known.zero_()
-            for row in rows:
-                known[row] = True
+    def move(self, d: Tensor, t: Tensor, rows: Rows | None, later: bool) -> None:
+        """Take in a new term for some rows, or all; it takes the last one's place unless its time is `later`."""
+        if rows is None:
+            if later:
+                self.d0, self.t0 = self.d1, self.t1
+            self.d1, self.t1 = d, t
+            return
+        known = torch.zeros_like(t, dtype=torch.bool)
+        for row in rows:
+            known[row] = True
         wide = (len(t), *[1] * (d.ndim - 1))
-        on = on & known
-        self.d0, self.t0 = torch.where(on.view(wide), self.d1, self.d0), torch.where(on, self.t1, self.t0)
+        if later:
+            self.d0, self.t0 = torch.where(known.view(wide), self.d1, self.d0), torch.where(known, self.t1, self.t0)
         self.d1, self.t1 = torch.where(known.view(wide), d, self.d1), torch.where(known, t, self.t1)
 
 
@@ -117,6 +119,7 @@ class ExtrapolatedSession(GuidanceSession):
         self._need, self._parts = FULL, False
         self._kept = False  # whether this step's terms are in the lines
         self._origin = 0  # the step that the lines begin at
+        self._newest = 0.0  # noise level of the newest term
         self._planned: frozenset[int] = frozenset()
         self._widest = WIDEST
         self._last: list[int] = []  # per picture, the step that was evaluated last; empty: none was
@@ -162,6 +165,8 @@ class ExtrapolatedSession(GuidanceSession):
         if self._parts or self._kept:
             return
         rows, t = self._need.rows, self._time(sigma)
+        later = abs(self._step.sigma - self._newest) > NEAR * self._newest
+        self._newest = self._step.sigma
         for name, u in negatives.items():
             d = (u.float() - c.float()) / _wide(t, c)  # e(c) - e(u), since e = (x - x0) / t
             known = self._lines.get(name)
@@ -171,7 +176,7 @@ class ExtrapolatedSession(GuidanceSession):
             if self._step.index > self._origin + 1:
                 miss = relative_miss(known.at(t), d)
                 self._measured = miss if self._measured is None else torch.maximum(self._measured, miss)
-            known.move(d, t, rows)
+            known.move(d, t, rows, later)
         self._evaluated = tuple(range(len(c))) if rows is None else rows
 
     def end(self) -> None:

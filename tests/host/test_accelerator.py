@@ -11,6 +11,8 @@ import comfy.model_management
 import pytest
 import torch
 from lora_ensemble.engine import products
+from lora_ensemble.host.compose import measure
+from lora_ensemble.host.compose.composition import record_of
 from lora_ensemble.host.files.ensemble import LoRASpec, Mask
 from lora_ensemble.host.guidance.apply import guidance_record_of
 from lora_ensemble.host.guidance.calibrate import calibrate
@@ -31,7 +33,7 @@ from .test_calibration import STEPS as CALIBRATED
 from .test_calibration import guide, paths
 from .test_kinds import KERNEL, LINEAR, POINTWISE, file_of, weights
 from .test_routed import prompt, routed, specs
-from .test_selection import est, klora, pair
+from .test_selection import est, klora, method_of, pair
 
 STEPS, KNOWN = 6, 4
 """From step KNOWN on the clock knows the sampler, and every layout of a batch was met."""
@@ -151,6 +153,56 @@ def test_a_choice_per_layer(make, loras, transfers):
     got, late = run(make(on_device("SD15"), ensemble), "SD15", transfers)
     agree(got, want)
     assert late == []
+
+
+@pytest.mark.parametrize("make", [klora, lambda *which: est(*which, balance="energy"),
+                                  lambda *which: est(*which, balance="l1")], ids=["K-LoRA", "energy", "l1"])
+@pytest.mark.parametrize("family", ["SD15", "Flux"])
+def test_what_layers_are_chosen_by_is_measured_on_the_device(family, make, loras, transfers):
+    """The numbers come to the host together, agree with the processor's to 1e-6, and serve it as well."""
+    ensemble = pair(base(family), loras)
+    measure._kept.clear()
+    transfers.clear()
+    there = make(on_device(family), ensemble)
+    assert [t.kind for t in transfers if t.ours and t.kind not in ("upload", "double")] == ["wait"]
+    assert method_of(make(base(family), ensemble)).contest == method_of(there).contest, "kept"
+    measure._kept.clear()
+    here = make(base(family), ensemble)
+    contests = method_of(here).contest, method_of(there).contest
+    assert contests[0].ratios == pytest.approx(contests[1].ratios, rel=2e-6)
+    assert [contests[0].acting(0.1 * n) for n in range(20)] == [contests[1].acting(0.1 * n) for n in range(20)]
+    assert record_of(there) is None
+
+
+@pytest.mark.parametrize("how", ["none free", "lost while it measures", "another error"])
+def test_without_memory_the_processor_measures(how, loras, transfers, monkeypatch):
+    """And the record says so. What is no lack of memory is not taken for one."""
+    ensemble, tried, real = pair(base("SD15"), loras), [], measure.measure
+    error = {"lost while it measures": torch.cuda.OutOfMemoryError("out of memory"),
+             "another error": RuntimeError("lost")}.get(how)
+
+    def measured(*given, **options):
+        tried.append(options.get("device"))
+        found = real(*given, **options)
+        if options:
+            raise error
+        return found
+
+    measure._kept.clear()
+    model = on_device("SD15")
+    with monkeypatch.context() as patched:
+        patched.setattr(measure, "measure", measured)
+        if how == "none free":
+            patched.setattr(comfy.model_management, "get_free_memory", lambda device, both=False: 2**20)
+            patched.setattr(comfy.model_management, "free_memory", lambda *given, **options: [])
+        if how == "another error":
+            with pytest.raises(RuntimeError, match="lost"):
+                klora(model, ensemble)
+            return
+        there = klora(model, ensemble)
+    assert tried == ([None] if how == "none free" else [model.load_device, None])
+    sample(there, steps=1)
+    assert sum("no memory to measure the LoRAs there" in line for line in record_of(there).problems) == 1
 
 
 @pytest.mark.parametrize("exact", [True, False])
