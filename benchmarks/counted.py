@@ -2,9 +2,10 @@
 """What runs with the branch cache take, counted: `python3 benchmarks/counted.py --comfyui PATH [--steps N]`.
 
 Start it with the interpreter that ComfyUI runs in. Counts the operations of SD1.5 (512 x 512), SDXL and Flux (1024 x
-1024) at full size, whole and cut, on tensors without memory: no weights, no device, nothing timed. One JSON line per
-model, then two tables: what a run takes with an interval and a depth, as a share of the operations of a run without a
-cache, held and forecast (which has the second step whole as well); and what the node's budgets choose.
+1024) at full size, with --models also of Qwen-Image (1024 x 1024) and Wan (480 x 480, two latent frames), whole and
+cut, on tensors without memory: no weights, no device, nothing timed. One JSON line per model, then two tables: what a
+run takes with an interval and a depth, as a share of the operations of a run without a cache, held and forecast (which
+has the second step whole as well); and what the node's budgets choose.
 """
 
 from __future__ import annotations
@@ -26,8 +27,10 @@ from ..methods.schedule import LONGEST, BySteps, Uniform, schedules, within
 from . import models
 from .measure import Results, parser_of
 
-SIZES = {"SD1.5": (64, 77), "SDXL": (128, 77), "Flux": (128, 512)}
+SIZES = {"SD1.5": (64, 77), "SDXL": (128, 77), "Flux": (128, 512), "Qwen-Image": (128, 77), "Wan": (60, 77)}
 """Name -> (side of the latent, tokens of the text)."""
+FRAMES = {"Qwen-Image": 1, "Wan": 2}
+USUAL = ("SD1.5", "SDXL", "Flux")
 DEPTHS = (1, 2, 3)
 
 
@@ -39,10 +42,10 @@ def shares(name: str) -> tuple[int, Mapping[int, float]]:
     architecture = models.ARCHITECTURES[name]
     model = models.build(name, 1.0, torch.float32, torch.device("meta")).model
     config = model.model_config.unet_config
-    pooled = config["vec_in_dim"] if name == "Flux" else config["adm_in_channels"]
+    pooled = config.get("vec_in_dim") if name == "Flux" else config.get("adm_in_channels")
     conds = {"y": torch.zeros(1, pooled)} if pooled else {}
     conds |= {"guidance": torch.full((1,), 3.5)} if config.get("guidance_embed") else {}
-    x = torch.zeros(1, model.latent_format.latent_channels, size, size)
+    x = torch.zeros(1, model.latent_format.latent_channels, *[FRAMES[name]] if name in FRAMES else [], size, size)
     context = torch.zeros(1, tokens, config[architecture.context])
     work = work_of(model, model.diffusion_model, x, torch.full((1,), 0.6), None, context, {}, conds)
     if isinstance(work, str):
@@ -73,15 +76,17 @@ def budgets_table(found: Mapping[str, Mapping[int, float]], steps: int, budgets:
 
 def main(arguments: list[str]) -> None:
     parser = parser_of("counted", __doc__)
-    parser.add_argument("--models", nargs="+", choices=list(SIZES), default=list(SIZES))
+    parser.add_argument("--models", nargs="+", choices=list(SIZES), default=list(USUAL))
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.7, 0.6, 0.5, 0.4, 0.3])
     options = parser.parse_args(arguments)
     tell, found = Results(torch.device("cpu"), comfyui=models.start_comfyui(options.comfyui, "cpu")), {}
     for name in options.models:
         whole, found[name] = shares(name)
-        tell("counted", model=name, operations=float(whole), depths=list(found[name]),
-             shares=list(found[name].values()))
+        tell("counted", model=name, size=8 * SIZES[name][0], frames=FRAMES.get(name, 1), tokens=SIZES[name][1],
+             sides=1 + (models.ARCHITECTURES[name].cfg != 1), operations=float(whole), depths=list(found[name]),
+             shares=list(found[name].values()), steps=options.steps, cached=within(
+                 1.0, options.steps, {2: found[name][2]}, [Uniform(3, 2)]).share)
     sys.stdout.write(f"\n{intervals_table(found, options.steps)}\n\n"
                      f"{budgets_table(found, options.steps, options.budgets)}\n")
 

@@ -3,9 +3,9 @@
 
 Reads the lines of JSON that the benchmarks print (others are passed over) and prints Markdown: the goals, the host's
 time, the price of adapter kinds, each under the machine, the date and the commit that it was measured on.
---write puts that between the markers in benchmarks/README.md instead, and what methods.py printed into RESULTS.md. Of a
-result that is there several times for one machine and date the last one counts; the commits of a table are those of the
-results that it shows. Needs the standard library alone.
+--write puts that between the markers in benchmarks/README.md instead, and what methods.py and counted.py printed into
+RESULTS.md. Of a result that is there several times for one machine and date the last one counts; the commits of a table
+are those of the results that it shows. Needs the standard library alone.
 """
 
 from __future__ import annotations
@@ -102,6 +102,21 @@ def whole(run: dict) -> float:
     return run["first_seconds"] + run["seconds"]
 
 
+def counted_table(records: Iterable[dict]) -> str:
+    """Operations of a step of the ways whose evaluations are known beforehand, without the LoRAs' own products."""
+    rows = []
+    for r in records:
+        frames = f" x {r['frames']} frames" if r["frames"] > 1 else ""
+
+        def tera(samples: int, r: dict = r) -> str:
+            return number(r["operations"] * r["sides"] * samples / 1e12)
+
+        rows.append([f"{r['model']}, {r['size']} x {r['size']}{frames}", number(r["operations"] / 1e12), tera(1),
+                     *(f"{tera(n)} / {tera(n + 1)}" for n in (2, 5, 10)), f"x {r['cached']:.2f}"])
+    return markdown(["model", "one sample", "plain model, Merge, Routed", "Composite or hooks / LoRAtorio of 2", "of 5",
+                     "of 10", "forecast cache, 20 steps"], rows)
+
+
 TABLES: dict[str, tuple[tuple[str, ...], tuple[str, ...], Callable[[Iterable[dict]], str]]] = {
     "Goals": (("goal",), ("goal", "what"), goal_table),
     "Host time": (("layer", "step", "live"), ("bench", "case", "layer", "model"), host_table),
@@ -109,8 +124,10 @@ TABLES: dict[str, tuple[tuple[str, ...], tuple[str, ...], Callable[[Iterable[dic
     "LoRAs on int8 weights": (("int8",), ("model", "format", "case", "blocks", "tokens", "rank"), int8_table),
 }
 """Title -> (benchmarks it shows, what tells their results apart, how it is made)."""
-OF_METHODS = {"Methods": (("method",), ("model", "size", "frames", "n", "rank", "steps", "sweep", "way", "saving"),
-                          method_table)}
+OF_METHODS: dict[str, tuple[tuple[str, ...], tuple[str, ...], Callable[[Iterable[dict]], str]]] = {
+    "Methods": (("method",), ("model", "size", "frames", "n", "rank", "steps", "sweep", "way", "saving"), method_table),
+    "Operations of a step, in 10^12": (("counted",), ("model", "size"), counted_table),
+}
 
 
 def place(record: dict) -> str:

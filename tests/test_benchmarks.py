@@ -123,6 +123,13 @@ def test_the_table_of_methods():
     assert not table.tables(records) and table.RESULTS.read_text(encoding="utf-8").count(table.BEGIN) == 1
 
 
+def test_the_table_of_operations():
+    record = {"bench": "counted", "model": "Wan", "size": 480, "frames": 2, "sides": 2, "operations": 4e13,
+              "cached": 0.456, **STAMP}
+    text = table.tables([record], table.OF_METHODS)
+    assert "| Wan, 480 x 480 x 2 frames | 40.0 | 80.0 | 160 / 240 | 400 / 480 | 800 / 880 | x 0.46 |" in text
+
+
 def test_tables_are_written_between_their_markers():
     readme = f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n"
     assert table.written(readme, "new") == f"before\n{table.BEGIN}\n\nnew\n\n{table.END}\nafter\n"

@@ -157,12 +157,14 @@ class Lines(Chart):
     behind    grey columns from 0 to 1, whatever the scale: a name and its values
     levels    dashed lines over the whole width: (value, name)
     ends      curves go from edge to edge, as over progress; False: from middle to middle of their steps
+    places    where the values stand from left to right, 0 to 1; None: evenly
     """
 
     bands: Sequence[Sequence[tuple[float, float]]] = ()
     behind: Series | None = None
     levels: Sequence[tuple[float, str]] = ()
     ends: bool = False
+    places: Sequence[float] | None = None
 
     def panel(self, on: Image.Image, theme: Theme, at: Place, width: int) -> None:
         low, high = self.scale()
@@ -170,6 +172,8 @@ class Lines(Chart):
         pen = ImageDraw.Draw(tile, "RGBA")
 
         def x(i: float) -> float:
+            if self.places is not None:
+                return FINE * (width - 1) * self.places[int(i)]
             return FINE * (width - 1) * (i / max(self.count - 1, 1) if self.ends else (i + 0.5) / max(self.count, 1))
 
         def y(value: float) -> float:
