@@ -112,7 +112,9 @@ def test_other_front_ends_on_the_newest():
     runs = list(front_end_runs([host("0.3.64"), host("0.33.0", "/tools")], found))
     assert [title.split(" on ")[0] for title, _, _ in runs] == ["front end 1.45.21", "front end 1.58.1"]
     for (_, command, env), (_, folder) in zip(runs, found, strict=True):
-        assert Path(command[-1]).name == "test_front_end.py" and (ROOT / command[-1]).is_file()
+        files = [Path(part) for part in command if part.endswith(".py") and part.startswith("tests/")]
+        assert [path.name for path in files] == ["test_front_end.py", "test_panel.py"]
+        assert all((ROOT / path).is_file() for path in files)
         assert env["COMFYUI_UNDER_TEST"].endswith("0.33.0") and env["FRONT_END_UNDER_TEST"] == str(folder)
     assert not list(front_end_runs([], found))
 

@@ -172,7 +172,8 @@ def front_end_runs(hosts: Sequence[Host], found: Sequence[tuple[str, Path]]
     for host in newest(hosts):
         for version, folder in found:
             yield (f"front end {version} on {host}",
-                   with_pack(host.python, "pytest", "tests/host/test_front_end.py", tools=host.tools),
+                   with_pack(host.python, "pytest", "tests/host/test_front_end.py", "tests/host/test_panel.py",
+                             tools=host.tools),
                    host.env(**ONE_THREAD, FRONT_END_UNDER_TEST=str(folder)))
 
 

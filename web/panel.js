@@ -8,6 +8,7 @@ const SETTING = 'LoRAEnsemble.Panel'
 const NAME = 'lora_ensemble_panel'
 const ROW = 20
 const MOST = 10 // rows that are seen without scrolling
+const JOINED = ', '
 
 const STYLE = `
 .lora-ensemble-panel { box-sizing: border-box; display: flex; flex-direction: column; gap: 2px; padding: 4px 6px;
@@ -24,6 +25,28 @@ const STYLE = `
 .lora-ensemble-panel .bar i { display: block; height: 100%; background: var(--light) }
 .dark-theme .lora-ensemble-panel .bar i { background: var(--dark) }`
 
+let language = 'en'
+let words = {} // English text -> that of the page's language; what is missing is English
+let latest = [] // what was sent last
+
+/** The texts of a language, which the host has of locales/<language>/main.json. */
+async function learn(other) {
+  language = other // asked for once, whatever comes of it
+  try {
+    words = (await api.getCustomNodesI18n())[other]?.loraEnsemble ?? {}
+  } catch (error) {
+    words = {}
+    console.warn('LoRA Ensemble: the panel stays in English', error)
+  }
+}
+
+/** A text in the page's language, with values in its {places}. */
+function say(text, values = {}) {
+  return (words[text] ?? text).replace(/\{(\w+)\}/g, (place, name) => values[name] ?? place)
+}
+
+const sayAll = (parts) => parts.map(([text, values]) => say(text, values)).join(say(JOINED))
+
 /** An element with a class and a text, in another one. */
 function put(parent, tag, text = '', name = '') {
   const made = parent.appendChild(document.createElement(tag))
@@ -34,8 +57,9 @@ function put(parent, tag, text = '', name = '') {
 
 function row(list, { name, part, strength, light, dark }) {
   const item = put(list, 'li')
-  const percent = part === null ? 'at the end' : `${Math.round(100 * part)} %`
-  item.setAttribute('aria-label', `${name}: ${percent}, strength ${strength.toFixed(2)}`)
+  const percent = part === null ? say('at the end') : `${Math.round(100 * part)} %`
+  item.setAttribute('aria-label',
+    say('{name}: {part}, strength {strength}', { name, part: percent, strength: strength.toFixed(2) }))
   item.title = name
   put(item, 'span', name)
   const bar = put(put(item, 'div', '', 'bar'), 'i')
@@ -46,12 +70,15 @@ function row(list, { name, part, strength, light, dark }) {
 
 function draw(element, parts) {
   element.replaceChildren()
+  element.setAttribute('aria-label', say('What each LoRA does'))
   for (const { head, rows } of parts) {
-    put(element, 'p', head).title = `${head}; on the right the strength at this step`
+    const text = sayAll(head)
+    put(element, 'p', text).title = say('{text}; on the right the strength at this step', { text })
     const list = put(element, 'ul')
     rows.forEach((each) => row(list, each))
   }
-  put(element, 'p', parts[0].foot).title = parts[0].foot
+  const foot = sayAll(parts[0].foot)
+  put(element, 'p', foot).title = foot
 }
 
 /** The node of an id as the server has it: "12", or "3:12" for node 12 inside the subgraph of node 3. */
@@ -70,7 +97,6 @@ function panelOf(node) {
   const element = document.createElement('div')
   element.className = 'lora-ensemble-panel'
   element.setAttribute('role', 'group')
-  element.setAttribute('aria-label', 'What each LoRA does')
   const height = () => Number(element.dataset.height)
   const before = node.size[1]
   const panel = node.addDOMWidget(NAME, NAME, element,
@@ -98,13 +124,21 @@ function show(node, parts) {
   node.setDirtyCanvas?.(true, true)
 }
 
-function told({ detail: { panels } }) {
-  if (!app.extensionManager?.setting?.get(SETTING)) return
-  for (const id of new Set(panels.map((part) => part.node))) {
+function showAll() {
+  for (const id of new Set(latest.map((part) => part.node))) {
     const node = nodeOf(id)
     if (node?.addDOMWidget && node.comfyClass?.startsWith('LoRAEnsemble'))
-      show(node, panels.filter((part) => part.node === id))
+      show(node, latest.filter((part) => part.node === id))
   }
+}
+
+function told({ detail: { panels } }) {
+  const settings = app.extensionManager?.setting
+  if (!settings?.get(SETTING)) return
+  latest = panels
+  showAll() // at once, since a panel remembers the height that its node had before
+  const wanted = settings.get('Comfy.Locale') ?? 'en'
+  if (wanted !== language) learn(wanted).then(showAll)
 }
 
 app.registerExtension({

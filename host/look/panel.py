@@ -10,6 +10,17 @@ from .letters import short_names
 from .story import HEADS, Costs, now, places, says
 from .theme import DARK, LIGHT
 
+Words = tuple[str, dict[str, str | int]]
+"""An English text and what stands in its {places}. The text is the key of its translation, below `loraEnsemble` in
+locales/<language>/main.json, which the host serves to web/panel.js."""
+OF = {kind: f"{{method}}: {of[0].lower()}{of[1:]}" for kind, of in HEADS.items()}
+STRENGTH, SHARE = "{method}: strength of each LoRA", "{method}: share of the picture of each LoRA"
+WHOLE = "whole run"
+STEPS, EVALUATIONS = "{done} of {total} steps", "{count} evaluations"
+CACHED, SAVED = "{percent} % on cached features", "{percent} % saved"
+SAID = (*dict.fromkeys(OF.values()), STRENGTH, SHARE, WHOLE, STEPS, EVALUATIONS, CACHED, SAVED)
+"""Every text that a panel may be sent."""
+
 
 def shown(record: RunRecord, called: Sequence[str], nodes: Sequence[str], costs: Costs, total: int,
           over: bool = False) -> list[dict]:
@@ -21,21 +32,22 @@ def shown(record: RunRecord, called: Sequence[str], nodes: Sequence[str], costs:
     rows   per LoRA its name, its part of the say from 0 to 1 (of the whole run when it is over; None: not known yet),
            its strength at this step, and its colours on light and on dark ground
     foot   how far the run is, what was evaluated and saved
+
+    Head and foot are lists of `Words`, which the panel puts into the language of the page.
     """
     foot = _foot(record, costs, total)
     return [{"node": node, "rows": _rows(record, k, parts), "head": head, "foot": foot}
             for k, node in enumerate(nodes) if node for head, parts in (_parts(record, k, called[k], over),)]
 
 
-def _parts(record: RunRecord, k: int, name: str, over: bool) -> tuple[str, list[float] | None]:
+def _parts(record: RunRecord, k: int, name: str, over: bool) -> tuple[list[Words], list[float] | None]:
     """(what they are of, the part of each LoRA)"""
-    of = HEADS.get(record.methods[k], "strength of each LoRA")
-    head = f"{name}: {of[0].lower()}{of[1:]}"
+    head = [(OF.get(record.methods[k], STRENGTH), {"method": name})]
     if not over:
         return head, now(record, k)[0]
     if (acted := [each for each in places(record, k) if each]):
-        return f"{name}: share of the picture of each LoRA", _mean(acted)
-    return f"{head}, whole run", _mean(list(zip(*says(record, k), strict=True)))
+        return [(SHARE, {"method": name})], _mean(acted)
+    return [*head, (WHOLE, {})], _mean(list(zip(*says(record, k), strict=True)))
 
 
 def _mean(steps: Sequence[Sequence[float]]) -> list[float]:
@@ -51,10 +63,10 @@ def _rows(record: RunRecord, k: int, parts: Sequence[float] | None) -> list[dict
             for i, name in enumerate(short_names(record.adapters[k]))]
 
 
-def _foot(record: RunRecord, costs: Costs, total: int) -> str:
-    parts = [f"{len(record.steps)} of {total} steps", f"{sum(costs.whole):.0f} evaluations"]
+def _foot(record: RunRecord, costs: Costs, total: int) -> list[Words]:
+    parts = [(STEPS, {"done": len(record.steps), "total": total}), (EVALUATIONS, {"count": round(sum(costs.whole))})]
     if costs.plain and (cached := sum(costs.cached)):
-        parts.append(f"{100 * cached / costs.plain:.0f} % on cached features")
+        parts.append((CACHED, {"percent": round(100 * cached / costs.plain)}))
     if costs.saved > 0.005:
-        parts.append(f"{100 * costs.saved:.0f} % saved")
-    return ", ".join(parts)
+        parts.append((SAVED, {"percent": round(100 * costs.saved)}))
+    return parts

@@ -8,6 +8,7 @@ import re
 
 import lora_ensemble
 import pytest
+from lora_ensemble.host.look.panel import SAID
 from lora_ensemble.nodes import menu
 from lora_ensemble.tests.server import Server
 from lora_ensemble.tools.languages import FOLDER, LANGUAGES, english, flat, nested, read, translated
@@ -63,9 +64,24 @@ def test_choices_and_names_of_other_inputs_are_those_of_the_node(language):
 def test_the_shelves_of_the_menu_are_translated(language):
     """All of them and none that is gone, in words of the language; `LoRA` is a name."""
     found = json.loads((FOLDER / language / "main.json").read_text(encoding="utf-8"))
-    assert set(found) == {"nodeCategories"} and set(found["nodeCategories"]) == {menu.ROOT, *menu.SHELVES}
+    assert set(found["nodeCategories"]) == {menu.ROOT, *menu.SHELVES}
     assert not any(text.isascii() for text in found["nodeCategories"].values())
     assert {part for schema in SCHEMAS for part in schema.category.split("/")} == set(found["nodeCategories"])
+
+
+@each_language
+def test_the_panel_speaks_the_language(language):
+    """All that it is sent and all that it says by itself, with the same {places}; and its setting has a name."""
+    script = (FOLDER.parent / "web" / "panel.js").read_text(encoding="utf-8")
+    own = re.findall(r"\bsay\(\s*'([^']+)'", script) + re.findall(r"^const JOINED = '(.+)'$", script, re.MULTILINE)
+    assert len(own) == 5
+    main, settings = (json.loads((FOLDER / language / f"{name}.json").read_text(encoding="utf-8"))
+                      for name in ("main", "settings"))
+    words = main["loraEnsemble"]
+    assert set(words) == {*SAID, *own} and not any(text.isascii() for text in words.values())
+    assert all(sorted(re.findall(r"{\w+}", text)) == sorted(re.findall(r"{\w+}", words[text])) for text in words)
+    (setting,) = re.findall(r"^const SETTING = '(.+)'$", script, re.MULTILINE)
+    assert set(settings) == {setting.replace(".", "_")} and not settings[setting.replace(".", "_")]["name"].isascii()
 
 
 def test_the_host_serves_them(server: Server):
@@ -73,6 +89,8 @@ def test_the_host_serves_them(server: Server):
     for language in ("en", *LANGUAGES):
         assert {name: served[language]["nodeDefs"][name] for name in NEW} == read(language)
     assert served["ja"]["nodeCategories"]["compose"] == "組み合わせ"
+    assert served["ja"]["loraEnsemble"]["whole run"] == "全ステップ"
+    assert served["ja"]["settings"]["LoRAEnsemble_Panel"]["name"]
 
 
 HELP = sorted((FOLDER.parent / "web" / "docs").glob("*/*.md"))

@@ -47,6 +47,11 @@ def texts_of(messages: list[bytes]) -> list[tuple[str, str]]:
     return found
 
 
+def read(said: list) -> str:
+    """Head or foot of a panel as the page has it in English."""
+    return ", ".join(text.format(**values) for text, values in said)
+
+
 def test_the_story_comes_over_the_websocket(server: Server):
     for seed, name in enumerate(GOOD):
         save_file(random_lora(seed), server.base / "models" / "loras" / name)
@@ -82,9 +87,9 @@ def test_the_story_comes_over_the_websocket(server: Server):
     assert len(heard) == len(found) // 2
     (first,), (last,) = heard[0], heard[-1]
     assert [(row["name"], row["part"], row["strength"]) for row in first["rows"]] == [("one", 0, 0), ("two", 1, 1)]
-    assert first["node"] == "method" and first["head"] == "Switch: whose turn it was"
+    assert first["node"] == "method" and read(first["head"]) == "Switch: whose turn it was"
     assert sum(row["part"] for row in last["rows"]) == pytest.approx(1) and last["rows"][0]["part"] > 0
-    assert last["foot"] == f"{steps} of {steps} steps, {2 * steps} evaluations"
+    assert read(last["foot"]) == f"{steps} of {steps} steps, {2 * steps} evaluations"
 
 
 # --- who looks ---
@@ -191,7 +196,7 @@ def test_what_it_costs():
     text = line(record, record.methods, costs, 50)
     assert text == "50 of 50 steps: CMLoRA, a leads\n100 evaluations, 100 on cached features"
     (panel,) = shown(record, record.methods, ["5"], costs, 50)
-    assert panel["foot"] == "50 of 50 steps, 100 evaluations, 50 % on cached features"
+    assert read(panel["foot"]) == "50 of 50 steps, 100 evaluations, 50 % on cached features"
     since = time.process_time()
     for _ in range(100):
         costs = costs_of(record, None)
@@ -214,7 +219,9 @@ def test_every_node_that_applied_a_method_has_its_own_panel(loras, monkeypatch):
     assert [node for _, node, _ in wire.sent[-3:]] == ["7", "5", "6:2"]
     last = wire.panels[-1]
     stems = [spec.name.removesuffix(".safetensors") for spec in (one, two, three_)]
-    assert [(part["node"], part["head"].split(":")[0], [row["name"] for row in part["rows"]]) for part in last] == [
+    heads = [read(part["head"]).split(":")[0] for part in last]
+    assert [(part["node"], head, [row["name"] for row in part["rows"]])
+            for part, head in zip(last, heads, strict=True)] == [
         ("5", "Merge", stems[:1]), ("5", "Composite", stems[1:2]), ("6:2", "Composite", stems[2:])]
     assert [row["strength"] for part in last for row in part["rows"]] == [
         round(spec.strength_model, 2) for spec in (one, two, three_)]
@@ -229,8 +236,8 @@ def test_where_words_confine_loras_the_last_panel_shows_their_places():
     (during,), (after,) = (shown(record, called, ["5"], costs, 2, over) for over in (False, True))
     assert [row["part"] for row in during["rows"]] == pytest.approx([2 / 3, 1 / 3], abs=1e-3)
     assert [row["part"] for row in after["rows"]] == [0.5, 1.0]
-    assert during["head"] == "Routed: strength of each LoRA"
-    assert after["head"] == "Routed: share of the picture of each LoRA"
+    assert read(during["head"]) == "Routed: strength of each LoRA"
+    assert read(after["head"]) == "Routed: share of the picture of each LoRA"
     assert [row["name"] for row in after["rows"]] == ["a.safetensors", "sub/a.safetensors"]
 
 

@@ -1,0 +1,71 @@
+"""The panel on a method's node in the real front end (web/panel.js): inside subgraphs, and in the page's language."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from lora_ensemble.tests.front_end import SETTLED, FrontEnd
+
+from .test_front_end import browser, page, routed  # noqa: F401  (fixtures)
+
+WRAP = """(() => {
+  let inner = app.graph._nodes.filter(node => node.type.startsWith('LoRAEnsemble') && node.type.match(/LoRA$|Routed/))
+  for (let depth = 0; depth < %d; depth++) inner = [app.graph.convertToSubgraph(new Set(inner)).node]
+  return app.graph._nodes.length
+})()"""
+STEP_IN = """(() => {
+  const node = app.canvas.graph._nodes.find(node => node.isSubgraphNode?.())
+  if (node) app.canvas.openSubgraph(node.subgraph, node)
+  return !!node
+})()"""
+STEP_OUT = "(app.canvas.setGraph(app.rootGraph), true)"
+SHOWN = """JSON.stringify([...document.querySelectorAll('.lora-ensemble-panel')]
+  .filter(panel => panel.checkVisibility()).map(panel => panel.innerText))"""
+SAVED = """JSON.stringify((app.graph.serialize().definitions?.subgraphs ?? []).flatMap(graph => graph.nodes)
+  .filter(node => node.type.startsWith('LoRAEnsemble'))
+  .map(node => [node.id, [...node.size].map(Math.round), node.widgets_values, node.properties]))"""
+
+
+def panels(page: FrontEnd) -> list[str]:  # noqa: F811
+    """What is written on the panels in sight."""
+    page.browser.evaluate(SETTLED)
+    return json.loads(page.browser.evaluate(SHOWN))
+
+
+@pytest.mark.parametrize(("page", "depth"), [("classic", 2), ("nodes_2", 1)], indirect=["page"])
+def test_the_panel_is_on_the_node_inside_its_subgraph(page: FrontEnd, routed: dict, depth: int):  # noqa: F811
+    """A run is queued from outside; whoever steps in sees the panel, and it goes on while one is inside. Nothing of it
+    is outside, or in the saved workflow."""
+    said = len(page.complaints())
+    page.open_graph(routed, "inside")
+    page.browser.evaluate(WRAP % depth)
+    before = page.browser.evaluate(SAVED)
+    assert page.run()["over"] == "success"
+    assert panels(page) == []
+    for _ in range(depth):
+        assert page.browser.evaluate(STEP_IN)
+    (text,) = panels(page)
+    assert "6 of 6 steps" in text and text.count("%") == 3
+    seen = page.run()
+    assert seen["over"] == "success" and any("1 of 6 steps" in each for each in seen["panels"])
+    (text,) = panels(page)
+    assert "6 of 6 steps" in text
+    page.browser.evaluate(STEP_OUT)
+    assert panels(page) == []
+    assert page.browser.evaluate(SAVED) == before
+    assert page.complaints()[said:] == []
+
+
+@pytest.mark.parametrize(("page", "language", "words"), [
+    ("classic", "ja", "6 ステップ中 6"), ("nodes_2", "zh", "第 6 / 6 步")], indirect=["page"])
+def test_the_panel_speaks_the_language_of_the_page(page: FrontEnd, routed: dict, language: str, words: str):  # noqa: F811
+    page.set("Comfy.Locale", language)
+    try:
+        page.load()
+        page.open_graph(routed, language)
+        seen = page.run()
+        assert seen["over"] == "success" and words in seen["panels"][-1] and "steps" not in seen["panels"][-1]
+    finally:
+        page.set("Comfy.Locale", "en")
+        page.load()
