@@ -115,6 +115,25 @@ def test_every_method(results):
     assert rows["Routed", "none"] == 9 and len(rows) == 9
 
 
+def test_a_model_that_is_there_already_draws_what_a_loaded_one_does(tmp_path, monkeypatch):
+    """Also after LoRAs were in its weights."""
+    import folder_paths
+
+    folders, kinds = folder_paths.folder_names_and_paths["loras"]
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([*folders], kinds))
+    pictures = []
+    for settle in (models.settle, lambda model: None):
+        model = models.build("SD1.5", 0.05, torch.float32, CPU)
+        settle(model)
+        file, = models.write_loras(tmp_path, "SD1.5", model, [4])
+        noise, conds = models.inputs("SD1.5", model, 64)
+        pictures.append([models.sampled(each, *conds, noise, 2)[0] for each in (
+            model, models.stock(model, [file]), model)])
+    torch.testing.assert_close(*pictures)
+    plain, lora, again = pictures[0]
+    assert not torch.allclose(plain, lora, rtol=1e-3, atol=1e-3) and torch.equal(plain, again)
+
+
 def test_methods_leave_out_what_no_longer_fits(monkeypatch):
     """What fails for want of memory, and what is late, is named; the rest is measured."""
     options = methods.parse(["--comfyui", "x", "--rounds", "2", "--size", "64", "--steps", "2"])
