@@ -6,7 +6,7 @@ One JSON line per row, then a table:
 
     held         every interval-th step whole
     held, 2      the same and the second step, as many whole passes as a forecast has
-    forecast     these, and between them the features on the straight line through the last two
+    forecast     these, and between them the features on the line through the last two, its slope damped
     paper, held  of CMLoRA, by its own schedule: the leader whole, the others' features as old as all take to lead
     own, held    the same, and no features older than by the number of steps
     own, forecast  the same, moved on along their line
@@ -59,7 +59,7 @@ class CachedSampler(Sampler):
     """A sampler whose rows reuse deep features, each those of its own picture, branch and side.
 
     schedule   when all rows run whole; None: when their methods ask for it (`Session.refresh`)
-    forecast   features move on along the line through the last two
+    forecast   features move on along the line through the last two (`FeatureCache`)
     """
 
     def __init__(self, base: Body, loras: Sequence[Mapping[str, Tensor]], schedule: Schedule | None,
