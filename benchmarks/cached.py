@@ -6,7 +6,7 @@ One JSON line per row, then a table:
 
     held         every interval-th step whole
     held, 2      the same and the second step, as many whole passes as a forecast has
-    forecast     these, and between them the features on the line through the last two, its slope damped
+    forecast     these, and between them the features on the line through the last two, the less far the farther on
     paper, held  of CMLoRA, by its own schedule: the leader whole, the others' features as old as all take to lead
     own, held    the same, and no features older than by the number of steps
     own, forecast  the same, moved on along their line

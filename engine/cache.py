@@ -1,5 +1,9 @@
-"""Deep features of earlier model calls, kept for later ones, or moved on along the line through the last two, as far as
-the line before has come true."""
+"""Deep features of earlier model calls, kept for later ones, or moved on along the line through the last two.
+
+A line is believed the less the farther it reaches: for a place s lengths of the line beyond its end features go on by
+s / (1 + s / 2) lengths, as fast as the line at first and never by more than two. Features settle as noise falls, so
+that the slope between two whole passes, which is that of the middle between them, is too steep for what comes after.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +13,6 @@ from threading import Lock
 
 import torch
 from torch import Tensor
-
-from ..kernels.forecast import came_true, damped
 
 Features = Mapping[Hashable, Tensor]
 """What a model's split point keeps of one call: by name, [rows, ...]."""
@@ -26,19 +28,19 @@ class _Entry:
     features: Features
     device: torch.device
     earlier: _Entry | None = None
-    proven: Features | None = None  # by name, [rows]: what share of its slope came true of the line before
 
     @property
     def bytes(self) -> int:
         return _nbytes(self.features)
 
-    def share(self, time: float, reach: float) -> float:
-        """Where a time lies on the line through the earlier features (-1) and these (0). 0, too, where there is no
-        line, or where it would have to be believed farther than `reach` times its length, or back in time."""
+    def ahead(self, time: float, reach: float) -> float:
+        """How far features of a time go on along the line through the earlier ones and these, in lengths of it. 0, too,
+        where there is no line, or where it would have to be believed farther than `reach` times its length, or back in
+        time."""
         if self.earlier is None or self.earlier.time == self.time:
             return 0.0
         share = (time - self.time) / (self.time - self.earlier.time)
-        return share if 0 < share <= reach else 0.0
+        return share / (1 + share / 2) if 0 < share <= reach else 0.0
 
 
 class FeatureCache:
@@ -68,7 +70,7 @@ class FeatureCache:
         """
         size = _nbytes(features)
         with self._lock:
-            earlier, proven = self._earlier(key, step, features), self._proven(key, step, features, time)
+            earlier = self._earlier(key, step, features)
             # Too old to be used, but a line may begin at them.
             oldest = (2 if self.forecast else 1) * self.max_age
             for other in [other for other in self._entries if other == key or self.age(other, step) >= oldest]:
@@ -82,7 +84,7 @@ class FeatureCache:
                 return None
             # Copies: a view would hold the whole batch for as long as its oldest row is kept.
             kept = {name: tensor.to(device, copy=True) for name, tensor in features.items()}
-            self._entries[key] = _Entry(step, time, kept, device, earlier, proven)
+            self._entries[key] = _Entry(step, time, kept, device, earlier)
             self._count(device, size)
             self.peak = max(self.peak, self.bytes)
             return device
@@ -93,17 +95,16 @@ class FeatureCache:
         return None if entry is None or abs(step - entry.step) >= self.max_age else entry.features
 
     def at(self, key: Hashable, step: int, time: float, device: torch.device) -> Features | None:
-        """The features on a device; those of this time, where the key has two, on the straight line through them, its
-        slope damped by how far the line before has come true (`kernels.forecast`)."""
+        """The features on a device; those of this time, on the line through the last two of the key, where there are
+        two."""
         if self.get(key, step) is None:
             return None
         entry = self._entries[key]
-        share = entry.share(time, self.max_age)
-        if not share:
+        ahead = entry.ahead(time, self.max_age)
+        if not ahead:
             return {name: tensor.to(device) for name, tensor in entry.features.items()}
-        before, proven = entry.earlier.features, entry.proven
-        return {name: damped(tensor.to(device), before[name].to(device), share,
-                             None if proven is None else proven[name].to(device))
+        before = entry.earlier.features
+        return {name: torch.lerp(tensor.to(device), before[name].to(device), -ahead)
                 for name, tensor in entry.features.items()}
 
     def age(self, key: Hashable, step: int) -> int | None:
@@ -125,18 +126,7 @@ class FeatureCache:
         if last is None or {name: tensor.shape for name, tensor in last.features.items()} != \
                 {name: tensor.shape for name, tensor in features.items()}:
             return None
-        return replace(last, earlier=None, proven=None)
-
-    def _proven(self, key: Hashable, step: int, features: Features, time: float) -> Features | None:
-        """What these features say of the line through the last two of their key."""
-        last = self._entries.get(key) if self.forecast else None
-        if last is None or last.step == step:
-            return None if last is None else last.proven
-        ahead = last.share(time, float("inf"))
-        if not ahead or self._earlier(key, step, features) is None:
-            return None
-        return {name: came_true(last.earlier.features[name].to(now.device), last.features[name].to(now.device), now,
-                                ahead) for name, now in features.items()}
+        return replace(last, earlier=None)
 
     def _drop(self, key: Hashable) -> None:
         entry = self._entries.pop(key, None)

@@ -38,8 +38,8 @@ class CacheSpec:
     max_age    features of step s serve no step from s + max_age on, whatever the schedule; None: as the schedule says.
                It may go by the number of steps
     depth      blocks computed at either end of the model where features are reused
-    forecast   features move on along the line through the last two, as far as the one before has come true, instead of
-               being held
+    forecast   features move on along the line through the last two, the less the farther it reaches, instead of being
+               held
     budget     share of the model's operations that a run may take: its first call counts them and chooses schedule and
                depth. 0: they are as given. Needs a schedule that goes by the number of steps
     """
