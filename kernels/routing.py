@@ -14,7 +14,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def clause_attention(q: Tensor, k: Tensor, members: Tensor, text: slice, mask: Tensor | None = None,
+def clause_values(members: Tensor, keys: int, text: slice, like: Tensor) -> Tensor:
+    """What `clause_attention` takes for the values of its keys: which clauses each of them belongs to.
+
+    members    [1 or B, clauses, tokens] in [0, 1]: how far a token of the text belongs to a clause
+    text       where the text's tokens lie among the keys
+    like       q [..., d], whose dtype and device are taken
+    -> [1 or B, 1, keys, clauses or more], the least multiple of d
+    """
+    clauses, width = members.shape[1], like.shape[-1]
+    values = like.new_zeros(len(members), 1, keys, -(-clauses // width) * width)
+    values[:, 0, text, :clauses] = members.to(like.device, like.dtype).mT
+    return values
+
+
+def clause_attention(q: Tensor, k: Tensor, values: Tensor, clauses: int, mask: Tensor | None = None,
                      scale: float | None = None) -> Tensor:
     """a_c(p) = mean over heads of the softmax over all keys of q k^T * scale, summed over the tokens of clause c.
 
@@ -23,20 +37,16 @@ def clause_attention(q: Tensor, k: Tensor, members: Tensor, text: slice, mask: T
 
     q          [B, heads, places, d], those of the picture alone
     k          [B, heads or fewer that divide them, keys, d], of all that is attended to
-    members    [1 or B, clauses, tokens] in [0, 1]: how far a token of the text belongs to a clause
-    text       where the text's tokens lie among the keys
+    values     `clause_values` of so many clauses; the same for all layers whose keys lie alike
     mask       of the attention, broadcasting to [B, heads, places, keys]: True or 0 where a key counts
     -> [B, clauses, places] in fp32; computed in the dtype of q
     """
     batch, heads, _, width = q.shape
-    clauses = members.shape[1]
-    values = q.new_zeros(batch, 1, k.shape[2], -(-clauses // width) * width)
-    values[:, 0, text, :clauses] = members.to(q.device, q.dtype).mT
     if k.shape[1] != heads:
         k = k.repeat_interleave(heads // k.shape[1], dim=1)
-    parts = [F.scaled_dot_product_attention(q, k, part.expand(-1, heads, -1, -1), attn_mask=mask, scale=scale)
-             .float().mean(dim=1) for part in values.split(width, dim=-1)]
-    return torch.cat(parts, dim=-1)[..., :clauses].mT
+    parts = [F.scaled_dot_product_attention(q, k, part.expand(batch, heads, -1, -1), attn_mask=mask, scale=scale)
+             .mean(dim=1, dtype=torch.float32) for part in values.split(width, dim=-1)]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1))[..., :clauses].mT
 
 
 def contrast(whole: Tensor, without: Tensor) -> Tensor:
@@ -65,7 +75,6 @@ def compete(attention: Tensor, own: Sequence[int | None], rivals: Sequence[int],
     if not rivals:
         return relative.new_ones(len(relative), len(own), *relative.shape[2:])
     best = torch.stack([relative[:, clause] for clause in rivals]).amax(dim=0)
-    shares = [torch.ones_like(best) if clause is None else
-              torch.where(best > 0, relative[:, clause] / best.clamp_min(tiny), 1.0).clamp(max=1) ** gamma
-              for clause in own]
-    return torch.stack(shares, dim=1)
+    # A LoRA that acts everywhere is the best one; where nothing is attended to, all are as good as the best.
+    mine = torch.stack([best if clause is None else relative[:, clause] for clause in own], dim=1)
+    return ((mine + tiny) / (best + tiny).unsqueeze(1)).clamp(max=1) ** gamma

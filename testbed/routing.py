@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ..engine.positions import Places
 from ..kernels.branch import Step
-from ..kernels.routing import clause_attention, contrast
+from ..kernels.routing import clause_attention, clause_values, contrast
 from ..methods.prompt import Found, LoRAWords, PromptTokens, find_clauses, stand_in, without
 from ..methods.routed import Clauses, Routes, Routing, clauses_of
 from .body import Body
@@ -166,7 +166,9 @@ class Seen:
         self._found: list[Tensor] = []
 
     def __call__(self, q: Tensor, k: Tensor, text: slice) -> None:
-        found = clause_attention(q[self._rows], k[self._rows], self._members, text)
+        q, k = q[self._rows], k[self._rows]
+        values = clause_values(self._members, k.shape[2], text, q)
+        found = clause_attention(q, k, values, self._members.shape[1])
         self._found.append(found.unflatten(-1, self._grid))
 
     def mean(self) -> Tensor:

@@ -5,14 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 from lora_ensemble.kernels.branch import Step
-from lora_ensemble.kernels.routing import clause_attention, compete, contrast
+from lora_ensemble.kernels.routing import clause_attention, clause_values, compete, contrast
 from lora_ensemble.methods.routed import MODES, Routes, Routing, clauses_of
+from lora_ensemble.tests.operations import Operations
 from lora_ensemble.tests.reference import close
 from torch import Tensor
 
 
 def rand(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def attention(q, k, members, text, *more) -> Tensor:
+    return clause_attention(q, k, clause_values(members, k.shape[2], text, q), members.shape[1], *more)
 
 
 def attention_by_loops(q, k, members, text, mask=None, scale=None):
@@ -37,7 +42,7 @@ def test_attention_to_clauses(clauses, heads, groups):
     q, k = rand(2, heads, 6, 8), rand(2, groups, 11, 8, seed=1)
     members = (torch.rand(2, clauses, 5, generator=torch.Generator().manual_seed(2)) > 0.5).float()
     for text in (slice(0, 5), slice(3, 8)):
-        found = clause_attention(q, k, members, text)
+        found = attention(q, k, members, text)
         assert found.dtype is torch.float32 and found.shape == (2, clauses, 6)
         assert close(found, attention_by_loops(q, k, members, text))
 
@@ -46,14 +51,14 @@ def test_attention_with_a_mask_and_a_scale():
     q, k, members = rand(2, 2, 4, 8), rand(2, 2, 7, 8, seed=1), torch.ones(1, 1, 3)
     mask = torch.ones(2, 1, 1, 7, dtype=torch.bool)
     mask[1, ..., 2:] = False
-    found = clause_attention(q, k, members, slice(0, 3), mask, 0.9)
+    found = attention(q, k, members, slice(0, 3), mask, 0.9)
     assert close(found, attention_by_loops(q, k, members, slice(0, 3), mask, 0.9))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_attention_in_half_precision(dtype):
     q, k, members = rand(1, 2, 4, 8).to(dtype), rand(1, 2, 7, 8, seed=1).to(dtype), torch.eye(3)[None]
-    found = clause_attention(q, k, members, slice(2, 5))
+    found = attention(q, k, members, slice(2, 5))
     assert found.dtype is torch.float32
     assert close(found, attention_by_loops(q, k, members, slice(2, 5)), dtype)
 
@@ -80,6 +85,24 @@ def test_competition(grid, gamma):
     found = compete(attention, own, rivals, gamma)
     assert torch.allclose(found, compete_by_loops(attention, own, rivals, gamma), atol=1e-6)
     assert (found[:, 1] == 1).all() and found.amax() <= 1 and found.amin() >= 0
+
+
+def test_a_place_that_no_rival_is_attended_to_from_is_everybodys():
+    attention = torch.tensor([[[0.0, 0.5], [0.0, 0.2], [0.3, 0.0]]])
+    assert compete(attention, (0, 1, 2, None), (0, 1), 2.0)[0, :, 0].tolist() == [1, 1, 1, 1]
+
+
+def test_operations_of_a_step():
+    """On a fast GPU they take as long as the host needs to ask for them: per call that is read an attention and a mean,
+    per step a dozen, however many LoRAs there are."""
+    q, k, members = rand(2, 4, 6, 8), rand(2, 4, 11, 8, seed=1), torch.ones(2, 3, 5)
+    values = clause_values(members, 11, slice(0, 5), q)
+    with torch.no_grad(), Operations() as asked:
+        found = clause_attention(q, k, values, 3)
+    assert len(asked.names) == 2 and asked.names[-1] == "mean", asked.names
+    with torch.no_grad(), Operations() as asked:
+        compete(found.unflatten(-1, (2, 3)), (0, 1, None, 2) * 3, (0, 1, 2), 2.0)
+    assert len(asked.names) <= 12, asked.names
 
 
 def test_a_clause_wins_where_it_is_attended_to_most():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...kernels.routing import clause_attention
+from ...kernels.routing import clause_attention, clause_values
 from ..families.attention import Joint, joint
 from ..families.lasting import lasting
 from ..families.token_streams import Streams
@@ -34,6 +34,7 @@ class AttentionReader:
         self._last = int(rows.max()) if isinstance(rows, Tensor) else rows.stop - 1
         self._wanted = None if wanted is None else frozenset(wanted)
         self._joint: dict[tuple[int, int], Joint | None] = {}
+        self._made: dict[tuple, Tensor] = {}
         self.count = 0
         self.found: list[Tensor] = []  # per call [rows, clauses, frames, height, width]
 
@@ -55,9 +56,13 @@ class AttentionReader:
         found = self.found if wanted is None else [self.found[k] for k in wanted]
         if not found:
             return None
-        grid = max((each.shape[2:] for each in found), key=prod)
-        return torch.stack([each if each.shape[2:] == grid else F.interpolate(each, grid, mode="trilinear")
-                            for each in found]).mean(dim=0)
+        grids: dict[torch.Size, list[Tensor]] = {}
+        for each in found:
+            grids.setdefault(each.shape[2:], []).append(each)
+        finest = max(grids, key=prod)
+        sums = [torch.stack(each).sum(dim=0) for each in grids.values()]
+        return sum(each if each.shape[2:] == finest else F.interpolate(each, finest, mode="trilinear")
+                   for each in sums) / len(found)
 
     def _see(self, q: Tensor, k: Tensor, heads: int, mask: Tensor | None, split: bool, scale: float | None) -> None:
         queries, keys = (q.shape[2], k.shape[2]) if split else (q.shape[1], k.shape[1])
@@ -70,10 +75,11 @@ class AttentionReader:
         if self._wanted is not None and self.count - 1 not in self._wanted or self._last >= len(q):
             return
         q, k = (t if split else t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k))
-        picture, text = slice(*where.picture), slice(*where.text)
+        batch, picture, text = len(q), slice(*where.picture), slice(*where.text)
         with lasting():
-            read = clause_attention(self._of(q)[:, :, picture], self._of(k), self._for(text.stop - text.start), text,
-                                    self._masked(mask, len(q), picture, queries), scale)
+            q, k = self._of(q)[:, :, picture], self._of(k)
+            read = clause_attention(q, k, self._values(q, k.shape[2], text), self._members.shape[1],
+                                    self._masked(mask, batch, picture, queries), scale)
         self.found.append(read.unflatten(-1, where.grid))
 
     def _of(self, tensor: Tensor) -> Tensor:
@@ -91,10 +97,15 @@ class AttentionReader:
             mask = self._of(mask)
         return mask[:, :, picture] if mask.shape[2] == queries and queries > 1 else mask
 
-    def _for(self, count: int) -> Tensor:
-        """Members for as many tokens as the text has in this call: padding belongs to no clause."""
-        members = self._members[..., :count]
-        return F.pad(members, (0, count - members.shape[-1]))
+    def _values(self, q: Tensor, keys: int, text: slice) -> Tensor:
+        """Which clauses the keys of a call belong to, made once for all that are alike. The text has as many tokens as
+        this call says: padding belongs to no clause."""
+        key = (text.start, text.stop, keys, q.shape[-1], q.dtype, q.device)
+        if key not in self._made:
+            count = text.stop - text.start
+            members = self._members[..., :count]
+            self._made[key] = clause_values(F.pad(members, (0, count - members.shape[-1])), keys, text, q)
+        return self._made[key]
 
 
 def _mask(args: tuple, kwargs: dict) -> Tensor | None:

@@ -171,9 +171,12 @@ class RoutedLoRAs(MaskedLoRAs):
         found = prompt.clauses.places(attention[:, :len(prompt.clauses.members)], self.routes.routing.gamma)
         grid = tuple(crop(self.maps, prompt.area).shape[2:])
         found = found[:, :, 0] if len(grid) == 2 else found
-        whole = torch.zeros_like(self.maps)
-        crop(whole, prompt.area).copy_(_resized(found.to(whole.device), grid))
-        self._pending[uuid] = whole
+        found = _resized(found.to(self.maps.device), grid)
+        if found.shape != self.maps.shape:
+            whole = torch.zeros_like(self.maps)
+            crop(whole, prompt.area).copy_(found)
+            found = whole
+        self._pending[uuid] = found
 
     def compare(self, uuid: UUID, whole: Tensor, without: Tensor) -> None:
         """Predictions for a cond, and without each of its clauses as they are counted: [pictures, C, ...], [clauses,
@@ -262,7 +265,8 @@ class RoutedLoRAs(MaskedLoRAs):
     def _show(self) -> None:
         """Bring the maps of all other conds up to date."""
         shown = [self._shown(prompt) for prompt in self._prompts.values()]
-        union = torch.stack(shown).amax(dim=0) if shown else self._masked(torch.ones_like(self.maps))
+        union = shown[0] if len(shown) == 1 else torch.stack(shown).amax(dim=0) if shown else \
+            self._masked(torch.ones_like(self.maps))
         self.maps.copy_(union if self._acted is not False else torch.zeros_like(union))
         self.version += 1
 

@@ -17,6 +17,7 @@ from lora_ensemble.methods.merge import Merge
 from lora_ensemble.methods.prompt import PromptTokens
 from lora_ensemble.methods.routed import Routing
 from lora_ensemble.methods.switch import Switch
+from lora_ensemble.tests.operations import Operations
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -379,3 +380,21 @@ def test_further_texts_have_words_of_their_own(loras):
     segments = (Segment("text", 5), Segment("text", 7, source="llama"), Segment("text", 2, source="other"))
     assert torch.equal(places.on_tokens(segments, (0,))[0].T,
                        torch.cat([found.clauses.words, words, torch.ones(2, 2)], dim=1))
+
+
+@pytest.mark.parametrize("family", ["SDXL", "Flux"])
+def test_operations_of_places_that_are_renewed(family, loras):
+    """On a fast GPU a step takes as long as the host needs to ask for its operations: reading where words are, and
+    bringing all layers up to date, takes no more of them than some blocks of the model have."""
+    def a_step(model) -> int:
+        counts = []
+        for steps in (4, 5):
+            with torch.no_grad(), Operations() as asked:
+                sample(model, family, positive=prompt(family), steps=steps)
+            counts.append(len(asked.names))
+        return counts[1] - counts[0]
+
+    ensemble = specs(base(family), loras)
+    every, once = (routed(base(family), ensemble, mode=mode) for mode in ("every step", "once"))
+    sample(every, family, positive=prompt(family), steps=1)  # the model is loaded
+    assert 20 < a_step(every) - a_step(once) <= 60
