@@ -10,8 +10,8 @@ vary, one at a time: what is measured there are --sweep-methods. The most tellin
 nothing is begun any more. Prints one JSON object per result, as soon as it is there:
 
     way          the plain model; ComfyUI's loaders, LoRAs in the weights; its hooks, one LoRA per evaluation; a method
-    saving       none; guidance: extrapolated, 30 % of the evaluations saved; cache: forecast, every third step whole;
-                 both; always on: one LoRA more, of role `always`
+    saving       none; guidance: extrapolated, 30 % of the evaluations saved; cache: forecast, the second and every
+                 third step whole; both; always on: one LoRA more, of role `always`
     seconds      of all steps of a run but the first; `first_seconds`: of that one
     host         processor time of the sampling thread in those steps until all was queued for the device; on a CPU it
                  holds torch's work of that thread
@@ -32,8 +32,10 @@ if not __package__:  # started as a file: run it as a module of the pack
     sys.exit(run["main"](["_module", "benchmarks.methods", *sys.argv[1:]]))
 
 import argparse
+import gc
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from time import time
@@ -69,15 +71,19 @@ class Way:
     bank: int = 0
     rows: int = 0
     bytes: int = 0
+    evaluated: list[int] = field(default_factory=list)
     first: list[Seconds] = field(default_factory=list)
     later: list[Seconds] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        """Count what the model evaluates."""
+        """Count what the model evaluates. The model must not hold this object: in a circle of references it would stay
+        until Python collects them, and ComfyUI empties the GPU's memory pool before every run while it does."""
         from comfy.patcher_extension import WrappersMP
 
+        found = self.evaluated
+
         def counted(executor, x: Tensor, *args, **kwargs) -> Tensor:
-            self.rows += x.shape[0]
+            found.append(x.shape[0])
             return executor(x, *args, **kwargs)
 
         self.model = self.model.clone()
@@ -85,12 +91,25 @@ class Way:
 
     def run(self, noise: Tensor, steps: int, cfg: float) -> None:
         models.sampled(self.model, *self.conds, noise, 1, cfg)
-        self.rows = 0
-        with Peak(self.model.load_device) as peak:
+        self.evaluated.clear()
+        with collected(), Peak(self.model.load_device) as peak:
             first, *later = models.sampled(self.model, *self.conds, noise, steps, cfg)[1]
+        self.rows = sum(self.evaluated)
         self.first.append(first)
         self.later.append(total(later))
         self.bytes = max(self.bytes, peak.bytes)
+
+
+@contextmanager
+def collected() -> Iterator[None]:
+    """Python collects circles of references before, not within: which way it falls on is chance, and among the objects
+    of large models it takes as long as many steps."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def composed(model, files: Sequence[Path], name: str, always: Path | None = None):
@@ -116,7 +135,7 @@ def saving(model, how: str):
     from ..host.guidance.options import GuidanceOptions, guidance_of
 
     if how in ("cache", "both"):
-        model = with_cache(model, CacheSpec(Uniform(INTERVAL), depth=DEPTH, forecast=True))
+        model = with_cache(model, CacheSpec(Uniform(INTERVAL, first=2), depth=DEPTH, forecast=True))
     if how in ("guidance", "both"):
         model = apply_guidance(model, guidance_of(GuidanceOptions("extrapolate", AdaptiveGuidance(), SAVED)))
     return model
