@@ -41,6 +41,7 @@ class RunRecord:
     chosen      what users left to the number of steps, and what came of it
     before      steps that earlier runs took of the picture, where it is sampled in several
     whole       steps of all these runs together; 0: those of this one
+    carried     what goes on from the earlier run of the picture, and what begins anew
     devices     samples that were evaluated on each device, where several were at hand; else nothing
     """
 
@@ -54,6 +55,7 @@ class RunRecord:
     before: int = 0
     whole: int = 0
     devices: dict[str, int] = field(default_factory=dict)
+    carried: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._lock = Lock()  # no field: a record is copied and saved as plain data

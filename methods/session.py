@@ -194,6 +194,10 @@ class PlainSession(Session):
         """Those of the method."""
         return self.method.branches(step)
 
+    def refresh(self, step: Step) -> tuple[bool, ...]:
+        """As another method on the MODEL asks: a branch of this one is the same at every step that it is there."""
+        return (False,) * len(self.branches(step))
+
     def mix(self, step: Step, call: Call) -> list[Tensor | None]:
         """The method's mix of each cond by itself."""
         return [None if p is None else self.method.mix(step, p) for p in call.predictions]

@@ -41,7 +41,11 @@ def method_contexts(context: RunContext, model, applied: Sequence[Applied], cond
     before, whole = _of_whole(sampling, context.sigmas, earlier.steps if earlier is not None else None if noisy else 0)
     times = earlier.times if earlier is not None else tuple(
         1 - (1 - own[0]) * k / before for k in range(before))  # in equal parts, since they are not known
-    timed = replace(context, times=times + own, span=_span(sampling, context.sigmas), before=before, whole=whole)
+    first, last = _span(sampling, context.sigmas)
+    if earlier is not None and earlier.sigmas and context.sigmas[-1] == 0:  # the last run knows all steps
+        begun = _percent(sampling, earlier.sigmas[0])
+        first = begun + (1 - begun) * before / max(whole - 1, 1)
+    timed = replace(context, times=times + own, span=(first, last), before=before, whole=whole)
     device = model.load_device
     placed = [[on_latent(mask, context.shape) for mask in each.masks] for each in applied]
     windowed = any(each.windows for each in applied)
@@ -53,11 +57,13 @@ def method_contexts(context: RunContext, model, applied: Sequence[Applied], cond
             for masks, each, name in zip(placed, applied, names, strict=True)]
 
 
-def guidance_context(context: RunContext, guider, sampler) -> RunContext:
-    """The context for guidance: with how the guider samples."""
+def guidance_context(context: RunContext, guider, sampler, before: int | None = 0) -> RunContext:
+    """The context for guidance: with how the guider samples. `before` as `_of_whole` takes it."""
     cfg = getattr(guider, "cfg", None)
+    sampling = guider.model_patcher.get_model_object("model_sampling")
+    before, whole = _of_whole(sampling, context.sigmas, before)
     return replace(context, sampler=sampler_name(sampler), cfg=None if cfg is None else float(cfg),
-                   negatives=len(guider.conds) - 1)
+                   negatives=len(guider.conds) - 1, before=before, whole=whole)
 
 
 def is_flow(model) -> bool:

@@ -89,6 +89,13 @@ def bare(noise: Tensor) -> bool:
     return not any(part.any() for part in (noise.unbind() if noise.is_nested else (noise,)))
 
 
+def marks(tensor: Tensor, count: int) -> tuple:
+    """The shape of a tensor and so many of its values, spread over it, as numbers."""
+    flat = tensor.detach().flatten()
+    index = torch.linspace(0, max(len(flat) - 1, 0), min(count, len(flat)), dtype=torch.float64).long()
+    return tuple(tensor.shape), tuple(flat[index.to(flat.device)].float().tolist())
+
+
 def _mark(latent: Tensor) -> tuple[tuple, Tensor]:
     """(the shapes of a latent's parts, some of its values on the CPU)"""
     parts = latent.unbind() if latent.is_nested else (latent,)

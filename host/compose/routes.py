@@ -78,6 +78,7 @@ class RoutedLoRAs(MaskedLoRAs):
         self.calls: dict[int, int] = {}  # per diffusion model, how many of its calls of attention join text and picture
         self.found: list[dict] = []
         self.known: Mapping[Hashable, Tensor] = {}  # from the run before, of the same picture
+        self.taken = False  # whether places were taken from there
         self._show()
 
     @property
@@ -240,7 +241,7 @@ class RoutedLoRAs(MaskedLoRAs):
         asked = prompt.asked
         if not any(asked) or any(each is not None and each not in self.known for each in asked):
             return None
-        maps = torch.ones_like(self.maps)
+        maps, self.taken = torch.ones_like(self.maps), True
         for i, each in enumerate(asked):
             if each is not None:
                 maps[:, i] = self.known[each].to(maps)

@@ -12,6 +12,7 @@ from ...methods.session import RunContext, Session
 from ...methods.windows import InTime
 from .cache import CacheSpec
 from .cards import unused
+from .earlier import Earlier
 
 
 def begun(applied: Sequence, contexts: Sequence[RunContext]) -> RunRecord:
@@ -76,13 +77,32 @@ def chosen(record: RunRecord, sessions: Sequence[Session], cache: CacheSpec | No
     """What was left to the number of steps, and what came of it."""
     for name, adapters, session in zip(record.methods, record.adapters, sessions, strict=True):
         yield from (f"{name}: {line}" for line in session.chosen(adapters))
-    if cache is not None and record.before:
-        yield ("Branch Cache: nothing is kept from the earlier run of this picture, since features are of one model: "
-               "the first step runs whole")
     if cache is not None and cache.schedule is not None and cache != cache.at(total):
         schedule = cache.at(total).schedule
         yield f"Branch Cache: {total} steps: {schedule.words}" + ("; so few steps differ too much, nothing is reused"
                                                                   if schedule.max_age == 1 else "")
+
+
+def carried(record: RunRecord, contexts: Sequence[RunContext], earlier: Earlier | None, known: Sequence[bool],
+            cache: CacheSpec | None) -> Iterator[str]:
+    """What goes on from the runs before, and what begins anew; nothing in a run that begins a picture.
+
+    known   per method whose LoRAs are confined by their words, whether it has taken their places from there
+    """
+    if not record.before:
+        return
+    steps = f"{record.before} step{'s' * (record.before > 1)}"
+    yield f"{steps} of this picture were taken before: turns, leaders, windows and ramps go on" + (
+        "" if earlier is not None else "; counted by the noise level, since that run is not known")
+    for name, context in zip(record.methods, contexts, strict=True):
+        if context.left is not None:
+            yield f"{name}: what was measured of the picture is known"
+    if known:
+        yield "places: " + ("those that words were found at are known" if all(known) else
+                            "looked for anew, since the earlier run had none for these words")
+    if cache is not None:
+        yield ("Branch Cache: features are those of one run, and the first step is computed whole; kept for a second "
+               "run they would hold up to half of the free memory, and save a step")
 
 
 def sum_up(layers: Mapping[tuple[str, str], Sequence[str]], problems: list[str]) -> None:

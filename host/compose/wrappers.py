@@ -28,7 +28,7 @@ from .earlier import RUNS, bare, names_of
 from .probe import find_places, positives, readings, with_variants
 from .rows import in_range
 from .steps import tracked
-from .summary import without_prompt
+from .summary import carried, without_prompt
 from .watch import watching
 
 
@@ -72,6 +72,8 @@ def outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=No
         run.conds = lambda: guider.conds
         out = executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, *args, **kwargs)
         finished = True
+        known = [each.taken for each in run.routes if not each.idle]
+        run.record.carried += carried(run.record, contexts, earlier, known, composition.cache)
         if context.sigmas[-1] > 0:
             sessions = zip(names_of([each.method for each in run.applied]), run.sessions, strict=True)
             RUNS.left(out, contexts[0] if contexts else context, run.routes, earlier, dict(sessions))

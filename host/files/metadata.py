@@ -20,8 +20,8 @@ WORDS, LETTERS, TAGS = 32, 200, 32  # no more trigger words, letters of one, and
 TRIGGERS = ("modelspec.trigger_phrase", "ss_trigger_words", "trigger_words", "trigger_word", "trigger",
             "activation text", "instance_prompt", "ss_instance_prompt", "trainedWords")
 FEW_STEPS = re.compile(r"lightning|lightx2v|turbo|(?<![a-z])lcm(?![a-z])|hyper[-_ ]?(sd|flux|\d)|causvid"
-                       r"|distill?(ed|ation)?(?![a-z])|(?<!\d)[1248][-_ ]?steps?(?![a-z])|self[-_ ]?forcing",
-                       re.IGNORECASE)
+                       r"|(?<![a-z])(dmd2?|tcd|pcm|accvid(eo)?)(?![a-z])|distill?(ed|ation)?(?![a-z])"
+                       r"|(?<!\d)[1248][-_ ]?steps?(?![a-z])|self[-_ ]?forcing", re.IGNORECASE)
 NEARLY_ALL = 0.8
 """A tag that is so often there as the most frequent one describes what all pictures of the training show. A LoRA learns
 such a thing with its trigger, and its base knows it by the tag."""
@@ -63,6 +63,17 @@ def wording(name: str) -> Wording:
 def for_few_steps(name: str) -> bool:
     """Whether a file is, by its name or by what its header calls it, a LoRA that lets a model draw in few steps."""
     return any(FEW_STEPS.search(title) for title in (name, *wording(name).titles))
+
+
+def proposal(name: str, role: str) -> str:
+    """What to say of a file that looks like one for few steps, where its role was left open; empty: nothing. Whoever
+    reads the file says where it is missing."""
+    try:
+        return (f"'{name}' looks like a LoRA for few steps (Lightning, Turbo, LCM and their like): with the role "
+                "'always' it is part of the model and takes no turn") if (
+            name and role == "auto" and for_few_steps(name)) else ""
+    except ValueError:
+        return ""
 
 
 def wording_of(metadata: object) -> Wording:

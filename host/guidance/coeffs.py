@@ -48,6 +48,14 @@ class GuidanceCoeffs:
         """Whether a MODEL has the LoRAs that this was calibrated with, at other strengths."""
         return bool(self.kind) and describe_model(model) != self.model and describe_kind(model) == self.kind
 
+    def begins(self, run: RunContext) -> int | None:
+        """The step of this schedule at which a run begins that goes along it: all of it, or one of the runs in which a
+        picture is sampled. None: it does not."""
+        own, size = torch.tensor(self.sigmas), len(run.sigmas)
+        at = range(len(own) - size + 1) if run.whole else (0,) if size == len(own) else ()
+        return next((k for k in at if torch.allclose(torch.tensor(run.sigmas), own[k:k + size], rtol=1e-3, atol=1e-6)),
+                    None)
+
     def differences(self, model: ModelPatcher, run: RunContext) -> list[str]:
         """How a run of a MODEL differs from what this was calibrated on, in words, other strengths of its LoRAs left
         out; empty where it does not."""
@@ -56,9 +64,11 @@ class GuidanceCoeffs:
             out.append(f"model '{self.model}', here '{here}'")
         if run.sampler != self.sampler:
             out.append(f"sampler {self.sampler}, here {run.sampler}")
-        if len(run.sigmas) != len(self.sigmas):
+        if self.begins(run) is not None:
+            pass
+        elif len(run.sigmas) != len(self.sigmas):
             out.append(f"{len(self.sigmas) - 1} steps, here {len(run.sigmas) - 1}")
-        elif not torch.allclose(torch.tensor(run.sigmas), torch.tensor(self.sigmas), rtol=1e-3, atol=1e-6):
+        else:
             out.append(f"a schedule from {self.sigmas[0]:.4g} to {self.sigmas[-2]:.4g}, here another one, from "
                        f"{run.sigmas[0]:.4g} to {run.sigmas[-2]:.4g}")
         if run.cfg is None or abs(run.cfg - self.cfg) > 1e-4:

@@ -78,7 +78,10 @@ def _linear(options: GuidanceOptions) -> Guidance:
             raise ValueError(f"LinearAG predicts one negative, and this guider has {context.negatives}. Use CFGGuider "
                               "or KSampler, or another mode of Adaptive Guidance.")
         options.coeffs.check(model, context, options.nearest, tell)
-        return LinearSession(options.coeffs.linear(context.sigmas), tell)
+        at = options.coeffs.begins(context)
+        if at is None:
+            return LinearSession(options.coeffs.linear(context.sigmas), tell)
+        return LinearSession(options.coeffs.found.policy(), tell, at, len(options.coeffs.sigmas) - 1)
 
     return Guidance("LinearAG", begin)
 
@@ -93,7 +96,7 @@ def _extrapolated(options: GuidanceOptions) -> Guidance:
             tell(f"Extrapolated guidance: {ADAPTIVE} chooses its steps by the error that it sees, of which an "
                  "extrapolation would be a part; the negative was evaluated in every step")
             return ExtrapolatedSession(Extrapolation(0.0), flow, tell)
-        return ExtrapolatedSession(policy, flow, tell)
+        return ExtrapolatedSession(policy, flow, tell, context.before, context.whole)
 
     goal = f"a tolerance of {policy.tolerance:g}" if policy.tolerance else f"to save {100 * policy.saving:g} %"
     return Guidance(f"Extrapolated guidance, {goal}", begin)

@@ -64,7 +64,8 @@ def _rows(record: RunRecord, k: int, parts: Sequence[float] | None) -> list[dict
 
 
 def _foot(record: RunRecord, costs: Costs, total: int) -> list[Words]:
-    parts = [(STEPS, {"done": len(record.steps), "total": total}), (EVALUATIONS, {"count": round(sum(costs.whole))})]
+    done = {"done": record.before + len(record.steps), "total": record.whole or total}
+    parts = [(STEPS, done), (EVALUATIONS, {"count": round(sum(costs.whole))})]
     if costs.plain and (cached := sum(costs.cached)):
         parts.append((CACHED, {"percent": round(100 * cached / costs.plain)}))
     if costs.saved > 0.005:

@@ -112,6 +112,9 @@ def draw(record: RunRecord | None, sections: Sequence[tuple[str, Sequence[Map]]]
         blocks += _pictures(title + cut, shown)
     if record is not None and record.chosen:
         blocks.append(Text("\n".join(f"- {line}" for line in record.chosen), "Chosen by the number of steps", most=2))
+    carried = [*(record.carried if record is not None else ()), *(guidance.carried if guidance is not None else ())]
+    if carried:
+        blocks.append(Text("\n".join(f"- {line}" for line in carried), "From the earlier run of this picture", most=2))
     told = [*(record.problems if record is not None else ()), *(guidance.problems if guidance is not None else ())]
     notes = [f"- {problem}" for problem in told[:PROBLEMS]]
     notes += [f"- and {len(told) - PROBLEMS} more in the text"] if len(told) > PROBLEMS else []

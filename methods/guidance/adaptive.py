@@ -94,19 +94,20 @@ class AdaptiveSession(GuidanceSession):
         self._terms: dict[str, Tensor] = {}  # of this call, per negative, added up over windows: [2, 2, B]
         self._fade: Tensor | None = None  # [B]: ramp_steps + 1 while guided, then one less each step, down to 0
 
-    def go_on(self, steps: int, left: object) -> None:
-        """On the same model pictures that were done with their negative stay so. `min_steps` counts over all runs."""
+    def go_on(self, steps: int, left: object, why: str, device: torch.device) -> str:
+        """Pictures that were done with their negative stay so. `min_steps` counts over all runs."""
         self._before = steps
-        if left is not None:
-            self._fade, self._open = left
-        else:
-            self.tell("Adaptive Guidance: this run goes on with the picture of another model, or under another rule, "
-                      "and looks anew how alike the two sides are; steps that are guided in any case are those of the "
-                      "whole picture")
+        if left is None:
+            if why:
+                self.tell(f"Adaptive Guidance: looks anew how alike the two sides are, since {why}; steps that are "
+                          "guided in any case are those of the whole picture")
+            return ""
+        self._fade, self._open = left[0].to(device), left[1]
+        return "Adaptive Guidance: pictures that were done with their negative in the earlier run stay so"
 
     def left(self) -> object:
         """Which pictures are guided no longer."""
-        return None if self._fade is None else (self._fade, self._open)
+        return None if self._fade is None else (self._fade.cpu(), self._open)
 
     def begin(self, step: Step, pictures: int = 1, windowed: bool = False) -> Need:
         """The negatives of all rows that are still guided, as far as the host knows."""

@@ -77,6 +77,10 @@ class Line:
     t0: Tensor
     t1: Tensor
 
+    def to(self, device: torch.device) -> Line:
+        """The same on a device."""
+        return Line(*(each.to(device) for each in (self.d0, self.d1, self.t0, self.t1)))
+
     def at(self, t: Tensor) -> Tensor:
         """The term at time t [B]."""
         return line(self.d0, self.d1, self.t0, self.t1, t)
@@ -104,15 +108,19 @@ class ExtrapolatedSession(GuidanceSession):
     It starts anew, with two steps in full, where the noise level rises (restarts) and where guidance was off for longer
     than an extrapolation reaches (schedules of cfg).
 
-    flow   whether sigma is the time of a flow; else that time is sigma / (1 + sigma), and the term that of the velocity
-           of the same path, so that a model is extrapolated alike in both forms
+    flow            whether sigma is the time of a flow; else that time is sigma / (1 + sigma), and the term that of the
+                    velocity of the same path, so that a model is extrapolated alike in both forms
+    before, whole   of a picture in several runs, the steps before this one and all of them. Turns are those of the
+                    whole picture
     """
 
     tracks = True
 
-    def __init__(self, policy: Extrapolation, flow: bool, tell: Tell | None = None):
+    def __init__(self, policy: Extrapolation, flow: bool, tell: Tell | None = None, before: int = 0, whole: int = 0):
         super().__init__(tell)
         self.policy, self.flow = policy, flow
+        self._before, self._whole = before, whole
+        self._end: tuple = ()
         self.misses: dict[int, list[float | None]] = {}  # step -> relative error per picture, None where not known
         self._lines: dict[str, Line] = {}
         self._step: Step | None = None  # with the noise level of its first call
@@ -128,8 +136,28 @@ class ExtrapolatedSession(GuidanceSession):
         self._evaluated: Rows = ()
         self._sent: list[tuple[Rows, list[int], Sent]] = []
 
+    def go_on(self, steps: int, left: object, why: str, device: torch.device) -> str:
+        """The lines, whose turn it was last, and what was measured and not yet looked at."""
+        if left is None:
+            if why:
+                self.tell(f"Extrapolated guidance: begins anew in this run of the picture, since {why}; its first two "
+                          "steps need the negative")
+            return ""
+        lines, self._last, self._gaps, self._origin, self._newest, self._sent = left
+        self._lines = {name: line.to(device) for name, line in lines.items()}
+        self._last, self._gaps, self._sent = list(self._last), list(self._gaps), list(self._sent)
+        self._plan(self._whole)
+        return "Extrapolated guidance: the term goes on along the line of the earlier run"
+
+    def left(self) -> object:
+        """What `go_on` takes."""
+        if not self._lines or not self._last:
+            return None
+        return {name: line.to(torch.device("cpu")) for name, line in self._lines.items()}, *self._end
+
     def begin(self, step: Step, pictures: int = 1, windowed: bool = False) -> Need:
         """The negatives of the pictures whose turn it is."""
+        step = replace(step, index=step.index + self._before, total=self._whole or step.total)
         self._parts = windowed
         if windowed:
             self.tell("Extrapolated guidance: this guider has a formula of its own, and in context windows it shows no "
@@ -194,9 +222,11 @@ class ExtrapolatedSession(GuidanceSession):
 
     def summary(self, record: GuidanceRecord) -> None:
         """By how much the extrapolated terms missed, where that was seen; and what there was to save."""
+        # before all that was sent is looked at
+        self._end = tuple(self._last), tuple(self._gaps), self._origin, self._newest, tuple(self._sent)
         self._read(None)
         for step in record.steps:
-            step.missed = self.misses.get(step.index, [])
+            step.missed = self.misses.get(step.index + self._before, [])
         if record.finished:
             self._saved(record)
 
@@ -214,13 +244,17 @@ class ExtrapolatedSession(GuidanceSession):
     # --- whose turn it is ---
 
     def _begin_anew(self, step: Step, pictures: int) -> None:
-        policy, left = self.policy, step.total - step.index
         self._origin, self._need = step.index, FULL
         self._lines, self._last, self._gaps = {}, [], [2] * pictures
+        self._plan(step.total)
+
+    def _plan(self, total: int) -> None:
+        """The steps from where the lines begin up to the last of so many."""
+        policy, begin, left = self.policy, self._origin, total - self._origin
         self._widest = widest(left)
         if policy.tolerance is None:
-            steps = policy.steps(left) if not step.index else replace(policy, first=2).steps(left)
-            self._planned = frozenset(step.index + each for each in steps)
+            steps = policy.steps(left) if not begin else replace(policy, first=2).steps(left)
+            self._planned = frozenset(begin + each for each in steps)
 
     def _turn(self, index: int) -> Need:
         policy, last = self.policy, self._last

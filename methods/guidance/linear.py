@@ -6,9 +6,10 @@ It needs coefficients that were calibrated on this model, sampler and schedule: 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from ...kernels.branch import Step
@@ -47,17 +48,44 @@ class LinearAG:
 
 
 class LinearSession(GuidanceSession):
-    """LinearAG in one run: the predictions so far, and the negative that they foretell. For one negative."""
+    """LinearAG in one run: the predictions so far, and the negative that they foretell. For one negative.
 
-    def __init__(self, policy: LinearAG, tell: Tell | None = None):
+    before, whole   where the policy is that of a picture in several runs: its steps before this one, and all of them
+    """
+
+    def __init__(self, policy: LinearAG, tell: Tell | None = None, before: int = 0, whole: int = 0):
         super().__init__(tell)
-        self.policy = policy
-        self.steps: list[int] = []  # the step of each call
+        self.policy, self._before, self._whole = policy, before, whole
+        # the step of each call
+        self.steps: list[int] = [step for step in policy.steps if step < before] if before else []
         self.features: list[Tensor] = []  # c_0, u_0, c_1, u_1, ... in noise space, u as guidance used it
         self._windowed = False
+        self._missing = "the earlier run of this picture is not known" if before else ""
+
+    def go_on(self, steps: int, left: object, why: str, device: torch.device) -> str:
+        """The predictions of the runs before are features of this one's."""
+        if not self._before:
+            self.tell("LinearAG: begins anew in this run of the picture, since "
+                      f"{why or 'it was calibrated along another schedule'}")
+            return ""
+        if left is None:
+            self._missing = why or self._missing
+            return ""
+        self.steps, features = list(left[0]), left[1]
+        self.features, self._missing = [feature.to(device) for feature in features], ""
+        return f"LinearAG: the predictions of {len(self.steps)} calls of the earlier run are known"
+
+    def left(self) -> object:
+        """All predictions so far, where a negative is still to be foretold from them."""
+        if not self._whole or not self.steps:
+            return None
+        done = LinearAG.kind_at(self.steps[-1] + 1, self._whole) == "conditional"
+        return tuple(self.steps), () if done else tuple(feature.cpu() for feature in self.features)
 
     def begin(self, step: Step, pictures: int = 1, windowed: bool = False) -> Need:
         """As the policy says, and in full where its coefficients do not fit the calls of this run."""
+        if self._whole:
+            step = replace(step, index=step.index + self._before, total=self._whole)
         call = len(self.steps)
         self.steps.append(step.index)
         self._windowed = windowed
@@ -67,6 +95,10 @@ class LinearSession(GuidanceSession):
         if windowed:
             self.tell("LinearAG: context windows leave no whole predictions to foretell the negative from; those steps "
                       "were guided in full")
+            return FULL
+        if self._missing:
+            self.tell(f"LinearAG: begins anew in this run of the picture, since {self._missing}; steps whose negative "
+                      "it would have foretold were guided in full")
             return FULL
         if self.policy.steps[call:call + 1] != (step.index,) or len(self.features) != 2 * call:
             self.tell("LinearAG: another node left out or added model calls, the coefficients do not fit them; those "

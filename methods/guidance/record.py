@@ -35,6 +35,7 @@ class GuidanceRecord:
     policy      the decision in words
     full        evaluations that full guidance would have cost
     problems    what could not be done as asked, and what was done instead
+    carried     what goes on from the earlier run of a picture that is sampled in several
     """
 
     policy: str
@@ -42,6 +43,7 @@ class GuidanceRecord:
     full: int = 0
     problems: list[str] = field(default_factory=list)
     finished: bool = False
+    carried: list[str] = field(default_factory=list)
 
     @property
     def evaluations(self) -> int:
@@ -67,4 +69,4 @@ class GuidanceRecord:
             lines.append(f"step {step.index + 1}, sigma {step.sigma:.4g}: negative {side}"
                          + (f", similarity {known}" if known else "")
                          + (f", its term missed by {missed}" if missed else ""))
-        return "\n".join(lines + self.problems)
+        return "\n".join(lines + self.carried + self.problems)

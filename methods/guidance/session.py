@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ...kernels.branch import Step
@@ -85,13 +86,21 @@ class GuidanceSession(ABC):
     def end(self) -> None:  # noqa: B027
         """The model call is over."""
 
-    def go_on(self, steps: int, left: object) -> None:
-        """Before the first call: earlier runs took so many steps of this picture. `left` is what a session of the same
-        rule on the same model has left; None: another model's."""
-        self.tell("Guidance: begins anew in this run of the picture, since what the rule has seen is of one run")
+    def go_on(self, steps: int, left: object, why: str, device: torch.device) -> str:
+        """Before the first call: earlier runs took so many steps of this picture.
+
+        left     what a session of the same rule left, which has seen the same model under the same prompts up to the
+                 noise level at which this run begins; None: there is none
+        why      there is none, in words that go on after "since"; empty: that session had seen nothing
+        device   of this run's predictions
+
+        Returns what goes on, in words; empty: nothing does, and a rule that would have is told of.
+        """
+        return ""
 
     def left(self) -> object:
-        """After `summary`, where the picture is not finished: what `go_on` takes."""
+        """After `summary`, where the picture is not finished: what `go_on` takes; None: nothing was seen. It outlives
+        the run, so whatever is not small is in main memory."""
         return None
 
     def summary(self, record: GuidanceRecord) -> None:  # noqa: B027

@@ -133,13 +133,14 @@ class LoRAEnsembleTestbedCheckpoint(io.ComfyNode):
             display_name="Load Testbed Checkpoint",
             category="LoRA Ensemble/testbed",
             description="ComfyUI's own model and text encoder of a family, tiny and with random weights.",
-            inputs=[io.Combo.Input("family", options=CHECKPOINTS, tooltip="The architecture.")],
+            inputs=[io.Combo.Input("family", options=CHECKPOINTS, tooltip="The architecture."),
+                    io.Int.Input("seed", default=0, optional=True, tooltip="Of its weights.")],
             outputs=[io.Model.Output(), io.Clip.Output(), io.Vae.Output(), io.Vae.Output(display_name="SOUND VAE")],
         )
 
     @classmethod
-    def execute(cls, family: str) -> io.NodeOutput:
-        return io.NodeOutput(*load_checkpoint(family))
+    def execute(cls, family: str, seed: int = 0) -> io.NodeOutput:
+        return io.NodeOutput(*load_checkpoint(family, seed))
 
 
 class LoRAEnsembleTestbedValue(io.ComfyNode):

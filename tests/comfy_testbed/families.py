@@ -20,11 +20,11 @@ def load_family(name: str) -> tuple[Any, ...]:
     return models.base(name), *(models.FAMILIES[name].cond(seed) for seed in (11, 12, 13))
 
 
-def load_checkpoint(name: str) -> tuple[Any, ...]:
+def load_checkpoint(name: str, seed: int = 0) -> tuple[Any, ...]:
     """MODEL, CLIP, VAE and a VAE for sound of a family, small, with random weights and the host's own tokenizer."""
     load_pack()
     checkpoints = importlib.import_module("lora_ensemble.tests.host.small_checkpoints")
-    return checkpoints.model(name), checkpoints.text_encoder(name), checkpoints.VAE(), checkpoints.SoundVAE()
+    return checkpoints.model(name, seed), checkpoints.text_encoder(name), checkpoints.VAE(), checkpoints.SoundVAE()
 
 
 def guidance_record(model: Any) -> str:

@@ -66,10 +66,10 @@ def lack_of(name: str) -> str:
 
 
 @torch.inference_mode(False)  # of ordinary tensors, wherever it is first asked for
-def model(name: str) -> ModelPatcher:
+def model(name: str, seed: int = 0) -> ModelPatcher:
     """A MODEL."""
     made = build(CHECKPOINTS[name][0])
-    randomize(made)
+    randomize(made, seed)
     return patcher(made)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from lora_ensemble.host.compose.apply import apply_method, bake
@@ -17,8 +19,11 @@ from lora_ensemble.methods.routed import Routing
 from lora_ensemble.methods.switch import Switch
 
 from .builders import lora, plain, same, sample, shapes, stock
+from .caches import cached, cmlora
+from .guidance_tools import ag, extrapolated
 from .models import base
 from .test_routed import bare, prompt, specs
+from .test_selection import est, klora, pair
 
 METHODS = [Merge, Switch, Composite, LoRAtorio, CMLoRA]
 each = pytest.mark.parametrize("make", METHODS, ids=lambda make: make.__name__)
@@ -29,7 +34,7 @@ def turbo(model, loras, **options) -> LoRASpec:
 
 
 def composed(model, ensemble, make, **options):
-    return apply_method(model, None, tuple(ensemble), plain(make), make.__name__, **options)[0]
+    return apply_method(model, None, tuple(ensemble), plain(make), "LoRAs", **options)[0]
 
 
 @each
@@ -60,6 +65,31 @@ def test_routed_on_a_model_that_has_it(family, options, loras):
     same(found, want, sample(model, family, prompt(family), steps=3), 1e-4)
     assert torch.allclose(places_of(ours)[-1].maps, places_of(behind)[-1].maps, atol=1e-3)
     assert record_of(ours).problems == []
+
+
+FURTHER = {
+    "K-LoRA": klora,
+    "EST-LoRA": est,
+    "a pool": lambda model, ensemble: composed(model, ensemble, partial(LoRAtorio, top_k=1)),
+    "Switch-A": lambda model, ensemble: composed(model, ensemble, partial(CMLoRA, order="switch-a")),
+    "CMLoRA, cached": lambda model, ensemble: cmlora(model, ensemble, 1),
+    "Composite, cached": lambda model, ensemble: cached(composed(model, ensemble, Composite), 2),
+    "Composite, guided": lambda model, ensemble: ag(composed(model, ensemble, Composite), -1.0, min_steps=2),
+    "LoRAtorio, extrapolated": lambda model, ensemble: extrapolated(composed(model, ensemble, LoRAtorio), 0.5),
+}
+
+
+@pytest.mark.parametrize("name", FURTHER)
+def test_choices_caches_and_guidance_on_a_model_that_has_it(name, loras):
+    """It is none of those that compete, is not measured, and what is cached or extrapolated has it in."""
+    model = base("SD15")
+    always, ensemble = turbo(model, loras), pair(model, loras)
+    ours = FURTHER[name](model, (always, *ensemble))
+    behind = FURTHER[name](stock(model, [always]), ensemble)
+    found, want = (sample(each, steps=6, cfg=7.0) for each in (ours, behind))
+    same(found, want, sample(model, steps=6, cfg=7.0), 1e-4)
+    assert [step.rows for step in record_of(ours).steps] == [step.rows for step in record_of(behind).steps]
+    assert record_of(ours).adapters[-1] == [spec.name for spec in ensemble]
 
 
 def test_alone_it_is_merged(loras):

@@ -8,13 +8,16 @@ from dataclasses import replace
 import comfy.sample
 import pytest
 import torch
+from comfy.nested_tensor import NestedTensor
 from lora_ensemble.host.compose.composition import places_of, record_of
 from lora_ensemble.host.files.ensemble import LoRASpec, Mask
 from torch.nn import functional as F
 
 from .any_model import any_model, latent_of, prompt_of
-from .builders import file_of, lora, merge, same, stock
+from .blocks import noise
+from .builders import composite, file_of, lora, merge, same, shapes, stock
 from .disturbed import newest
+from .small_checkpoints import model as checkpoint
 from .small_video import SMALL
 from .test_masks import LEFT, bare
 from .test_packed import effects
@@ -29,6 +32,35 @@ def h3():
     if "MiniMax H3" not in SMALL or not newest():
         pytest.skip("this ComfyUI has no MiniMax H3")
     return any_model(SMALL["MiniMax H3"])
+
+
+class Guided:
+    """The host's own model with a negative beside the prompt: it evaluates the two one after the other, each in a run
+    of tokens as long as its text. A step from pure noise."""
+
+    FILM, SOUND = (24, 2, 4, 6), (32, 2, 5)
+
+    def __init__(self):
+        self.model = checkpoint("MiniMax H3")
+        start = [noise(1, *shape, seed=seed) for seed, shape in enumerate((self.FILM, self.SOUND))]
+        self.start = NestedTensor(start)
+        self.empty = NestedTensor([torch.zeros_like(part) for part in start])
+
+    def film(self, model, cfg: float = 3.0, options: dict | None = None) -> torch.Tensor:
+        """[1, 24, 2, 4, 6]"""
+        said, other = [[noise(1, 5, 16, seed=11), options or {}]], [[noise(1, 7, 16, seed=12), {}]]
+        with torch.inference_mode():
+            return comfy.sample.sample(model, self.start, 1, cfg, "euler", "simple", said, other, self.empty, seed=1,
+                                       disable_pbar=True).unbind()[0]
+
+    def specs(self, loras, wanted) -> list[LoRASpec]:
+        layers = {name: shape for name, shape in shapes(self.model).items() if wanted(name)}
+        return [LoRASpec(loras(lora(layers, seed)), strength, 0.0) for seed, strength in ((1, 0.8), (2, 0.6))]
+
+
+@pytest.fixture
+def guided(h3) -> Guided:
+    return Guided()
 
 
 def parts_of(drawn) -> tuple[torch.Tensor, torch.Tensor]:
@@ -103,3 +135,56 @@ def test_loras_act_where_their_words_are(h3, loras):
     assert record_of(ours).problems == [] and placed.maps.std() > 1e-3
     want = plain + sum(maps[:, i:i + 1] * (each - plain) for i, each in enumerate(alone))
     same(found, want, plain, 1e-4)
+
+
+# --- with a negative ------------------------------------------------------------------------------------------------
+
+
+def test_masks_of_ones_are_the_chain_of_loaders_with_a_negative(guided, loras):
+    """On both sides of guidance, in all layers but those that prepare the text, which have no places; LoRAs without a
+    mask act there as well."""
+    specs, plain = guided.specs(loras, lambda name: True), guided.film(guided.model)
+    same(guided.film(merge(guided.model, specs)), guided.film(stock(guided.model, specs)), plain, 1e-4)
+    there = [spec for spec in guided.specs(loras, lambda name: "token_refiner" not in name and "condition" not in name)]
+    ours = merge(guided.model, [replace(spec, mask=Mask(torch.ones(1, 4, 6))) for spec in there])
+    same(guided.film(ours), guided.film(stock(guided.model, there)), plain, 1e-4)
+    assert record_of(ours).problems == []
+    assert [step.rows for step in record_of(ours).steps] == [2]
+
+
+def test_each_lora_acts_in_its_region_with_a_negative(guided, loras):
+    """In the film's last layer, on both sides of guidance: left the first LoRA alone, right the second."""
+    specs = guided.specs(loras, lambda name: name.endswith("video_out"))
+    masks = LEFT[0], 1 - LEFT[0]
+    ours = merge(guided.model, [replace(spec, mask=Mask(mask[None])) for spec, mask in zip(specs, masks, strict=True)])
+    plain, found = guided.film(guided.model), guided.film(ours)
+    for spec, side in zip(specs, (slice(0, 2), slice(4, 6)), strict=True):  # the middle patch has a half of each
+        same(found[..., side], guided.film(stock(guided.model, [spec]))[..., side], plain[..., side], 1e-4)
+
+
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+def test_loras_act_where_their_words_are_with_a_negative(cfg, guided, loras):
+    """base + sum of m_i times what LoRA i does there, on both sides; words are read off the prompt's side alone."""
+    specs = guided.specs(loras, lambda name: name.endswith("video_out"))
+    ensemble = [replace(spec, words=words) for spec, words in zip(specs, ("ohwx", "sks"), strict=True)]
+    ours = routed(guided.model, ensemble)
+    marks = {"lora_ensemble_prompt": MARKS}
+    plain, found = guided.film(guided.model, cfg), guided.film(ours, cfg, marks)
+    alone = [guided.film(stock(guided.model, [spec]), cfg) for spec in specs]
+    (placed,) = places_of(ours)
+    maps = F.avg_pool3d(placed.maps, (1, 2, 2)).repeat_interleave(2, -1).repeat_interleave(2, -2)
+    assert record_of(ours).problems == [] and placed.maps.std() > 1e-3
+    same(found, plain + sum(maps[:, i:i + 1] * (each - plain) for i, each in enumerate(alone)), plain, 1e-4)
+    if cfg > 1:
+        again = routed(guided.model, ensemble)
+        guided.film(again, 1.0, marks)
+        torch.testing.assert_close(places_of(again)[0].maps, placed.maps)
+
+
+def test_branches_with_a_negative(guided, loras):
+    """Each side of guidance of each branch is a call of its own."""
+    specs = guided.specs(loras, lambda name: "token_refiner" not in name and "condition" not in name)
+    ours = composite(guided.model, specs)
+    alone = [guided.film(stock(guided.model, [spec])) for spec in specs]
+    same(guided.film(ours), sum(alone) / 2, guided.film(guided.model), 1e-4)
+    assert [(step.calls, step.rows) for step in record_of(ours).steps] == [(4, 4)]

@@ -14,10 +14,12 @@ from lora_ensemble.host.compose.cache import CacheSpec
 from lora_ensemble.host.compose.composition import places_of, record_of
 from lora_ensemble.host.guidance import apply as guided
 from lora_ensemble.host.guidance.apply import apply_guidance, guidance_record_of
+from lora_ensemble.host.guidance.calibrate import calibrate
 from lora_ensemble.host.guidance.options import GuidanceOptions, guidance_of
 from lora_ensemble.methods.cmlora import CMLoRA
 from lora_ensemble.methods.composite import Composite
 from lora_ensemble.methods.guidance.adaptive import AdaptiveGuidance
+from lora_ensemble.methods.guidance.extrapolated import Extrapolation
 from lora_ensemble.methods.loratorio import LoRAtorio
 from lora_ensemble.methods.schedule import Uniform
 from lora_ensemble.methods.switch import Switch
@@ -25,7 +27,9 @@ from lora_ensemble.nodes.klora import LoRAEnsembleKLoRA
 from torch import Tensor
 
 from .builders import method, same, three
+from .guidance_tools import extrapolated
 from .models import FAMILIES, base, build, patcher, randomize
+from .test_calibration import guide, paths
 from .test_routed import prompt, routed, specs
 
 STEPS = 8
@@ -130,6 +134,17 @@ def test_k_lora_ramps_on(loras):
     ours = k_lora(model, loras)
     same(part(ours, 3, STEPS, part(ours, 0, 3, **equal), **equal), part(ours, 0, STEPS, **equal),
          part(model, 0, STEPS, **equal), ROUNDING)
+
+
+@pytest.mark.parametrize("scheduler", ["simple", "sgm_uniform", "karras"])
+def test_the_last_run_ramps_as_one_run_does(scheduler, loras):
+    """It knows how many steps there were before it, and so is no more bound to the noise level."""
+    ours = k_lora(base("SD15"), loras)
+    part(ours, 0, STEPS, scheduler=scheduler)
+    whole = [step.branches for step in record_of(ours).steps]
+    for cut in (2, 5):
+        part(ours, cut, STEPS, part(ours, 0, cut, scheduler=scheduler), scheduler=scheduler)
+        assert [step.branches for step in record_of(ours).steps] == whole[cut:]
 
 
 def test_a_run_that_adds_noise_begins_anew(loras):
@@ -244,10 +259,124 @@ def test_guidance_looks_anew_at_another_model():
     assert negatives(low) == [1, 1, 1, 0]
 
 
-def test_what_other_rules_know_is_of_one_run():
-    model = apply_guidance(base("SD15"), guidance_of(GuidanceOptions("extrapolate", AdaptiveGuidance())))
-    part(model, 4, STEPS, part(model, 0, 4))
-    assert any("begins anew in this run of the picture" in line for line in guidance_record_of(model).problems)
+GOES_ON = ["Extrapolated guidance: the term goes on along the line of the earlier run"]
+
+
+@pytest.mark.parametrize("cut", [1, 4])
+@pytest.mark.parametrize("policy", [dict(saving=0.3), dict(saving=0.5, first=3), dict(tolerance=0.5)], ids=str)
+def test_an_extrapolated_term_goes_on_with_the_same_model(policy, cut, loras):
+    """Turns are those of the whole picture, and so is the line: with LoRAs and without, wherever the first run ends."""
+    plain = base("SD15")
+    for model in (plain, method(plain, three(plain, loras), MAKES["Switch"])):
+        ours = extrapolated(model, **policy)
+        whole = part(ours, 0, STEPS, cfg=12.0)
+        evaluated = negatives(ours)
+        assert 0 in evaluated and guidance_record_of(ours).carried == []
+        half = part(ours, 0, cut, cfg=12.0)
+        first = negatives(ours)
+        same(part(ours, cut, STEPS, half, cfg=12.0), whole, torch.zeros_like(whole), ROUNDING)
+        assert first + negatives(ours) == evaluated and guidance_record_of(ours).carried == GOES_ON
+        assert not any("anew" in line for line in guidance_record_of(ours).problems)
+
+
+def test_three_runs_of_a_term(loras):
+    ours = extrapolated(base("SD15"), saving=0.5)
+    whole, evaluated = part(ours, 0, STEPS, cfg=12.0), negatives(ours)
+    found, latent = [], None
+    for first, last in ((0, 3), (3, 5), (5, STEPS)):
+        latent = part(ours, first, last, latent, cfg=12.0)
+        found += negatives(ours)
+    same(latent, whole, torch.zeros_like(whole), ROUNDING)
+    assert found == evaluated
+
+
+def other_prompt(ours, half):
+    return part(ours, 4, STEPS, half, cfg=12.0, positive=FAMILIES["SD15"].cond(13))
+
+
+def other_level(ours, half):
+    return part(ours, 5, STEPS, half, cfg=12.0)
+
+
+def other_loras(ours, half):
+    return part(ours, 4, STEPS, half, cfg=12.0)
+
+
+@pytest.mark.parametrize("go_on, why", [(other_prompt, "the prompts are others"), (other_loras, "other LoRAs"),
+                                        (other_level, "does not begin at the noise level of its end")])
+def test_a_term_of_something_else_is_not_taken(go_on, why, loras):
+    """Two steps in full, as at any beginning, and a line that says why."""
+    model = base("SD15")
+    ours = extrapolated(model, saving=0.5)
+    half = part(ours, 0, 4, cfg=12.0)
+    if go_on is other_loras:
+        ours = extrapolated(method(model, three(model, loras), MAKES["Switch"]), saving=0.5)
+    go_on(ours, half)
+    assert negatives(ours)[:2] == [1, 1] and guidance_record_of(ours).carried == []
+    assert [line for line in guidance_record_of(ours).problems if why in line and "begins anew" in line]
+
+
+def test_a_term_of_another_model_or_rule_is_not_taken():
+    high, low = (extrapolated(model, saving=0.5) for model in two_models())
+    half = part(high, 0, 4, family="Wan")
+    assert negatives(high) == [1, 1, 1, 0] == [int(k in Extrapolation(0.5).steps(STEPS)) for k in range(4)]
+    part(low, 4, STEPS, half, "Wan")
+    assert negatives(low) == [1, 1, 1, 1]  # of four steps
+    assert any("another model" in line and "begins anew" in line for line in guidance_record_of(low).problems)
+    other = extrapolated(high, saving=0.3)
+    part(other, 4, STEPS, half, "Wan")
+    assert any("the rule is another one" in line for line in guidance_record_of(other).problems)
+
+
+def test_without_a_negative_nothing_begins_anew():
+    """At cfg 1 no rule has seen anything, and there is nothing to say of another model."""
+    for make in (adaptive, extrapolated):
+        high, low = (make(model) for model in two_models())
+        part(low, 4, STEPS, part(high, 0, 4, family="Wan", cfg=1.0), "Wan", cfg=1.0)
+        assert not any("anew" in line for line in guidance_record_of(low).problems)
+
+
+@pytest.fixture(scope="module")
+def coeffs():
+    return calibrate(base("SD15"), paths(steps=STEPS, scheduler="simple"))
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3, 5])
+def test_linear_ag_goes_on(cut, coeffs):
+    """Its coefficients are those of the whole schedule; both runs go along it."""
+    ours = guide(base("SD15"), coeffs)
+    whole, evaluated = part(ours, 0, STEPS, cfg=12.0), negatives(ours)
+    assert evaluated == [1, 0, 1, 0, 0, 0, 0, 0]
+    half = part(ours, 0, cut, cfg=12.0)
+    first = negatives(ours)
+    same(part(ours, cut, STEPS, half, cfg=12.0), whole, torch.zeros_like(whole), ROUNDING)
+    assert first + negatives(ours) == evaluated and guidance_record_of(ours).problems == []
+    assert guidance_record_of(ours).carried == [
+        f"LinearAG: the predictions of {cut} calls of the earlier run are known"]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_linear_ag_without_the_predictions_before(known, coeffs):
+    """Of another prompt, or of a run that is not known: what it would have foretold is guided in full."""
+    ours = guide(base("SD15"), coeffs)
+    half = part(ours, 0, 1, cfg=12.0)
+    part(ours, 1, STEPS, half if known else half + 0.1, cfg=12.0, positive=FAMILIES["SD15"].cond(13))
+    assert negatives(ours) == [1, 1, 1, 0, 0, 0, 0]
+    (line,) = guidance_record_of(ours).problems
+    assert "begins anew" in line and ("the prompts are others" if known else "is not known") in line
+
+
+def test_a_calibrated_threshold_holds_for_both_runs(coeffs):
+    ours = guide(base("SD15"), coeffs, "saving")
+    whole, evaluated = part(ours, 0, STEPS, cfg=12.0), negatives(ours)
+    half, first = part(ours, 0, 3, cfg=12.0), negatives(ours)
+    same(part(ours, 3, STEPS, half, cfg=12.0), whole, torch.zeros_like(whole), ROUNDING)
+    assert first + negatives(ours) == evaluated and 0 in evaluated
+
+
+def test_a_part_of_another_schedule_is_refused(coeffs):
+    with pytest.raises(ValueError, match="8 steps, here 4"):
+        part(guide(base("SD15"), coeffs), 0, 4, cfg=12.0, scheduler="karras")
 
 
 def test_classes_and_measurements_go_on_with_another_model(loras):
@@ -264,9 +393,9 @@ def test_features_are_of_one_model(loras):
     model = base("SD15")
     ours = with_cache(method(model, three(model, loras), Composite), CacheSpec(Uniform(3), depth=1))
     whole, half = part(ours, 0, STEPS), part(ours, 0, 3)
-    assert not [line for line in record_of(ours).chosen if "earlier run" in line]
+    assert record_of(ours).carried == []
     same(part(ours, 3, STEPS, half), whole, part(model, 0, STEPS), ROUNDING)
-    assert any("nothing is kept from the earlier run of this picture" in line for line in record_of(ours).chosen)
+    assert any("features are those of one run" in line for line in record_of(ours).carried)
     assert record_of(ours).steps[0].notes["cache"]["reused"] == 0 < record_of(ours).steps[1].notes["cache"]["reused"]
 
 

@@ -19,7 +19,7 @@ from lora_ensemble.nodes.klora import LoRAEnsembleESTLoRA, LoRAEnsembleKLoRA
 from lora_ensemble.nodes.loratorio import LoRAEnsembleLoRAtorio
 from lora_ensemble.nodes.unused import _RULES, unused
 
-from .builders import sample, three
+from .builders import lora, sample, three
 from .models import base
 
 NODES = {node.__name__: node for node in asyncio.run(asyncio.run(lora_ensemble.comfy_entrypoint()).get_node_list())}
@@ -121,3 +121,16 @@ def test_a_lora_by_itself():
     assert unused(schema, {"lora_name": "x", "role": "always", "mask": torch.ones(1, 8, 8)}) == [
         "mask is not used: role is always: it acts everywhere"]
     assert unused(schema, {"lora_name": "x", "mask": torch.ones(1, 8, 8)}) == []
+
+
+def test_a_file_for_few_steps_is_proposed_on_its_node(loras):
+    """By its name or by its metadata, while its role is open; a role that somebody chose is theirs."""
+    schema, tensors = LoRAEnsembleLoRA.define_schema(), lora({"x": (4, 4)}, 1, 2)
+    calls_itself = loras(tensors, "a.safetensors", {"modelspec.title": "SDXL Lightning 4step"})
+    is_called, other = loras(tensors, "dmd2_sdxl.safetensors"), loras(tensors, "cat.safetensors")
+    for name in (calls_itself, is_called):
+        (line,) = unused(schema, {"lora_name": name})
+        assert name in line and "role 'always'" in line
+        assert unused(schema, {"lora_name": name, "role": "always"}) == unused(schema, {
+            "lora_name": name, "role": "style"}) == []
+    assert unused(schema, {"lora_name": other}) == []
