@@ -37,8 +37,13 @@ SAID = {"raise", "warning", "info", "debug", "tell", "_tell", "say", "append"}
 VERDICTS = {True: "seen  ", False: "MISSED", None: "slow  "}
 FAILED = re.compile(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", re.MULTILINE)
 """What pytest says of a test."""
-EQUIVALENT: dict[tuple[str, str, str], str] = {}
-"""(file, what stood there, what stands there) -> why nobody could see a difference."""
+EQUIVALENT: dict[tuple[str, str, str, str], str] = {
+    ("methods/guidance/calibration.py", "self.gram = torch.zeros(0, 0, dtype=torch.float64)", "0", "1"):
+        "an empty matrix has no number in it whatever its other side is, and the first paths replace it as a whole",
+    ("engine/compiled.py", '_TAGS = [torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else []',
+     'hasattr(torch.Tag, "cudagraph_unsafe")', "True"): "every torch that the tests run on has the tag",
+}
+"""(file, its line, what stood there, what stands there) -> why nobody could see a difference."""
 
 
 class Missed(AssertionError):
@@ -64,6 +69,12 @@ class Fault:
     @property
     def key(self) -> tuple[str, str, str]:
         return self.path.relative_to(ROOT).as_posix(), " ".join(self.old.split()), " ".join(self.new.split())
+
+    @property
+    def at(self) -> tuple[str, str, str, str]:
+        """The same, with the line that it begins in."""
+        line = self.path.read_text(encoding="utf-8").splitlines()[self.line - 1]
+        return self.key[0], line.strip(), *self.key[1:]
 
 
 def faults(path: Path) -> list[Fault]:
@@ -243,7 +254,7 @@ def chosen(count: int, seed: int) -> list[Fault]:
     for _, fault in sorted(drawn, key=lambda pair: pair[0]):
         if len(out) == count:
             break
-        if compiles(fault) and fault.key not in EQUIVALENT:
+        if compiles(fault) and fault.at not in EQUIVALENT:
             out.append(fault)
     return out
 

@@ -18,7 +18,7 @@ from lora_ensemble.host.look.chart import (
     step_marks,
 )
 from lora_ensemble.host.look.heat import RAMP
-from lora_ensemble.host.look.letters import fitted, font, has_letters, labels, measure
+from lora_ensemble.host.look.letters import fitted, font, has_letters, labels, measure, wrapped
 from lora_ensemble.host.look.sheet import (
     MARGIN,
     WIDTH,
@@ -121,6 +121,20 @@ def test_the_first_layer_lies_below():
     picture = drawn(Stack("", [Series("", [0.5]), Series("", [0.5])], tall=200))
     first, second = (np.flatnonzero(where(picture, LIGHT.colour(i))[:, 500]) for i in (0, 1))
     assert first.min() > second.max()
+
+
+def test_a_line_parts_a_layer_from_the_one_below():
+    """In the layer's own lowest row: not below the lowest layer, and not in one that is hardly higher than the line."""
+    layers = [Series("", [share]) for share in (0.5, 0.49, 0.01)]
+    picture = drawn(Stack("", layers, tall=200))
+    assert [where(picture, LIGHT.colour(i))[:, 500].sum() for i in range(3)] == [100, 97, 2]
+
+
+def test_figures_are_their_numbers_and_what_they_are():
+    """Each of the two changes the picture, in rows of its own."""
+    base, number, what = (drawn(Figures([each])) for each in (("20", "steps"), ("21", "steps"), ("20", "stops")))
+    rows = [np.flatnonzero((base != other).any(axis=(1, 2))) for other in (number, what)]
+    assert len(rows[0]) and len(rows[1]) and rows[0].max() < rows[1].min()
 
 
 def test_a_name_stands_in_the_widest_place_of_its_layer():
@@ -241,6 +255,7 @@ def test_letters_that_the_font_lacks_are_not_drawn_as_boxes():
     assert labels(["角色.safetensors", "Zoë.safetensors", "水.safetensors"]) == ["LoRA 1", accented, "LoRA 3"]
     assert labels(["é.safetensors", "e.safetensors"]) == ["LoRA 1", "LoRA 2"] or has_letters("é")
     assert labels(["x", "x"]) == ["LoRA 1", "LoRA 2"]
+    assert labels(["ink™.safetensors"]) == ["ink™" if has_letters("™") else "inkTM"], "what it has stays"
     assert has_letters("plain ASCII (v2)") and not has_letters("水墨")
 
 
@@ -248,3 +263,19 @@ def test_a_long_name_leaves_its_middle_out():
     short = fitted(measure(), LONG + "end", 120, 13)
     assert " ... " in short and short.startswith("a") and short.endswith("d")
     assert measure().textlength(short, font(13)) <= 120
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 9])
+def test_a_text_takes_as_many_lines_as_it_may(most):
+    """All but the last are full, and the last says what is left as far as it fits."""
+    words = [f"word{k}" for k in range(20)]
+    lines = wrapped(measure(), " ".join(words), 200, 13, most)
+    assert all(measure().textlength(line, font(13)) <= 200 for line in lines)
+    said = " ".join(lines).split()
+    if most == 9:
+        assert said == words and 3 < len(lines) < 9
+    else:
+        assert len(lines) == most and " ... " in lines[-1] and lines[-1].endswith("9")
+        assert " ".join(lines[:-1]).split() == words[:len(" ".join(lines[:-1]).split())]
+    assert all(measure().textlength(f"{line} {after.split()[0]}", font(13)) > 200
+               for line, after in zip(lines, lines[1:], strict=False))

@@ -6,7 +6,18 @@ import ast
 
 import pytest
 from lora_ensemble.tests import mutate
-from lora_ensemble.tests.mutate import FLOORS, ROOT, Fault, chosen, compiles, covering, faults, imported, seen
+from lora_ensemble.tests.mutate import (
+    EQUIVALENT,
+    FLOORS,
+    ROOT,
+    Fault,
+    chosen,
+    compiles,
+    covering,
+    faults,
+    imported,
+    seen,
+)
 
 CODE = '''"""A file."""
 from typing import TYPE_CHECKING
@@ -47,6 +58,14 @@ def test_faults_of_a_seed_are_the_same_and_differ_from_what_was():
         text = fault.path.read_text(encoding="utf-8")
         assert text[fault.start:fault.end] == fault.old != fault.new
         assert ast.dump(ast.parse(text)) != ast.dump(ast.parse(text[:fault.start] + fault.new + text[fault.end:]))
+
+
+def test_what_is_called_equivalent_is_a_fault_that_is_not_made(monkeypatch):
+    every = {fault.at for name in {name for name, *_ in EQUIVALENT} for fault in faults(ROOT / name)}
+    assert set(EQUIVALENT) <= every, "its line is another one now: look at it again"
+    first, *others = chosen(6, 0)
+    monkeypatch.setattr(mutate, "EQUIVALENT", {first.at: "why"})
+    assert chosen(5, 0) == others
 
 
 def test_the_nearest_covering_a_file():

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from lora_ensemble.engine.record import RunRecord, StepRecord
 from lora_ensemble.host.look.chart import HeatRows, Lines, Stack
 from lora_ensemble.host.look.sheet import Beside, Figures, sheet
-from lora_ensemble.host.look.story import charts, costs_of, says, switch_of
+from lora_ensemble.host.look.story import charts, costs_of, now, says, switch_of
 from lora_ensemble.methods.guidance.record import GuidanceRecord, GuidanceStep
 
 NAMES = ["a.safetensors", "b.safetensors"]
@@ -39,6 +40,15 @@ def guided(negatives, full=None, rows=1, gamma=None, predicted=()) -> GuidanceRe
 def test_who_has_the_say(branches, notes, shares):
     record = run([{"branches": branches, "notes": {"Composite": notes}}])
     assert [each[0] for each in says(record, 0)] == pytest.approx(shares)
+
+
+def test_what_is_still_on_a_device_is_not_waited_for():
+    """One such number among the others is enough; then the step before says it, if it is known."""
+    there, known = {"led": 1, "weight": torch.tensor(0.75)}, {"led": 0, "weight": 0.75}
+    steps = [{"branches": BOTH, "notes": {"CMLoRA": notes}} for notes in (known, there)]
+    assert now(run(steps[1:], ("CMLoRA",)), 0) == (None, {})
+    assert now(run(steps, ("CMLoRA",)), 0) == (pytest.approx([0.75, 0.25]), known)
+    assert now(run(steps[:1], ("CMLoRA",)), 0)[1] == known
 
 
 def test_the_second_method_of_a_kind_is_told_apart():

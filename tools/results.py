@@ -72,9 +72,9 @@ def call() -> str:
 
 @cache
 def commit() -> str:
-    """The commit of this folder, with a + where files differ from it; of a copy without its history what
+    """The commit of this folder, with a + where files differ from it; of a copy that has not its own history what
     LORA_ENSEMBLE_COMMIT says."""
-    if (told := os.environ.get("LORA_ENSEMBLE_COMMIT")) and not (ROOT / ".git").exists():
+    if told := os.environ.get("LORA_ENSEMBLE_COMMIT"):
         return told
     try:
         said = subprocess.run(["git", "describe", "--always", "--dirty=+", "--abbrev=7", "--exclude=*"], cwd=ROOT,

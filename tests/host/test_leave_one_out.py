@@ -16,7 +16,7 @@ from lora_ensemble.host.compose.without import AnotherBatch, Without, silent
 from lora_ensemble.host.files.ensemble import ALWAYS, LoRASpec, Mask
 from lora_ensemble.host.look import leave_one_out as looking
 from lora_ensemble.host.look.leave_one_out import leave_one_out, measured_steps
-from lora_ensemble.host.look.leave_one_out_sheet import _half, changed, draw, pictures_of
+from lora_ensemble.host.look.leave_one_out_sheet import _half, _shares, changed, draw, pictures_of
 from lora_ensemble.host.look.sheet import WIDTH
 from lora_ensemble.host.look.spectrum import Sampling
 from lora_ensemble.kernels.branch import Branch
@@ -386,6 +386,8 @@ def test_sheets_of_many_loras(count, loras):
     layers = shapes(model, lambda layer: "attn" in layer)
     specs = tuple(LoRASpec(loras(lora(layers, k)), 0.5, 0.5) for k in range(count))
     found = leave_one_out(merge(model, specs), how(steps=2))
+    _, lines = _shares(found, found.names).blocks
+    assert lines.across == ("step", [(0.25, "1"), (0.75, "2")]) and found.steps == [0, 1]
     sheet = draw(found, pictures_of(found, model), "about")
     assert sheet.shape[2] == WIDTH and sheet.shape[1] < 6000
     assert changed(pictures_of(found, model))[0] == 0
@@ -395,6 +397,4 @@ def test_sheets_of_many_loras(count, loras):
 
 def test_half_of_a_map():
     assert _half(torch.ones(10, 10)) == 0.5
-    one = torch.zeros(10, 10)
-    one[0, :4] = 1
-    assert _half(one) == 0.02
+    assert _half(torch.tensor([1.0] * 4 + [0.0] * 96)) == 0.02
