@@ -14,7 +14,8 @@ median of the differences within each round, between its quartiles. Prints one J
             the plain layer and the floor: the two bare products of one LoRA for all rows, without any wrapping.
     step    per step of ComfyUI's sampler, of SD1.5 and SDXL with all their layers but narrow: milliseconds beyond the
             model without LoRAs, of five merged LoRAs and of one, beside ComfyUI's own chain of loaders (weights are
-            patched before the run) and its bypass loader, which takes one; Composite of five beside as large a batch
+            patched before the run) and its bypass loader, which takes one; Composite of five beside as large a batch;
+            both with one LoRA more that is always on
     live    per message of what a run tells while it samples, text and panel: milliseconds, as a share of the time
             between two messages, which is the most that it can be of a step
 """
@@ -114,6 +115,15 @@ def chosen() -> Case:
     return Case(EQUAL[:2], layouts)
 
 
+def always_on(case: Case) -> Case:
+    """The same above a LoRA that acts in all rows, the first of the bank."""
+    def layouts(names: Sequence[str]) -> Iterator[list[Branch]]:
+        for rows in case.layouts(names):
+            yield [Branch((1.0, *branch.gains)) for branch in rows]
+
+    return Case((2, *case.ranks), layouts)
+
+
 CASES: dict[str, Case] = {
     "Merge of 1": merged(1),
     "Merge of 5": merged(5),
@@ -122,6 +132,8 @@ CASES: dict[str, Case] = {
     "Composite of 5, scattered rows": scattered(),
     "LoRAtorio, 5 and the base": loratorio(),
     "K-LoRA, a choice per layer and step": chosen(),
+    "Merge of 5, one more always on": always_on(merged(5)),
+    "Composite of 5, unequal ranks, one more always on": always_on(composite(UNEQUAL)),
 }
 """What is measured of a layer; a new way to act on one is a new line."""
 
@@ -197,15 +209,19 @@ def beyond(times: Sequence[float], reference: Sequence[float]) -> Spread:
 
 def step_arms(model, files: list[Path]) -> dict[str, tuple[str, object]]:
     """Name -> (what it is compared with, MODEL); a MODEL of None is one that this ComfyUI cannot make."""
-    def merge(count: int):
-        return models.compose(model, files[:count], lambda active: Merge(active.strengths))[0]
+    *files, further = files
+
+    def merge(count: int, always: Sequence[Path] = ()):
+        return models.compose(model, files[:count], lambda active: Merge(active.strengths), always)[0]
 
     return {
         "no LoRA, 2 rows": ("", model), "no LoRA, 10 rows": ("", model),
         "ComfyUI's loaders, 5 LoRAs in the weights": ("no LoRA, 2 rows", models.stock(model, files)),
         BYPASS: ("no LoRA, 2 rows", models.stock(model, files[:1], bypass=True)),
         "Merge of 1": ("no LoRA, 2 rows", merge(1)), "Merge of 5": ("no LoRA, 2 rows", merge(5)),
+        "Merge of 5, one more always on": ("no LoRA, 2 rows", merge(5, [further])),
         "Composite of 5": ("no LoRA, 10 rows", models.compose(model, files)[0]),
+        "Composite of 5, one more always on": ("no LoRA, 10 rows", models.compose(model, files, always=[further])[0]),
     }  # fmt: skip
 
 
@@ -216,7 +232,7 @@ def bench_step(tell: Results, name: str, rounds: int, steps: int, scale: float, 
     one, conds = models.inputs(name, model, 64, tokens=8)
     five = one.repeat(5, 1, 1, 1)
     with tempfile.TemporaryDirectory() as folder:
-        files = models.write_loras(Path(folder), name, model, UNEQUAL)
+        files = models.write_loras(Path(folder), name, model, (*UNEQUAL, 2))
         arms = {arm: made for arm, made in step_arms(model, files).items() if made[1] is not None}
         times: dict[str, list[float]] = {arm: [] for arm in arms}
         for round_ in range(-1, rounds):

@@ -212,13 +212,15 @@ def write_loras(folder: Path, name: str, model, ranks: Sequence[int], scope: str
     return files
 
 
-def compose(model, files: Sequence[Path], make=lambda active: Composite(active.strengths)):
-    """The MODEL that a method's node would give, and the seconds that takes with the files read already."""
+def compose(model, files: Sequence[Path], make=lambda active: Composite(active.strengths), always: Sequence[Path] = ()):
+    """The MODEL that a method's node would give, and the seconds that takes with the files read already. The LoRAs of
+    `always` are of that role."""
     from ..host.compose.apply import apply_method
-    from ..host.files.ensemble import LoRASpec
+    from ..host.files.ensemble import ALWAYS, LoRASpec
     from ..host.files.files import read
 
     ensemble = tuple(LoRASpec(file.name, STRENGTH, 0.0) for file in files)
+    ensemble += tuple(LoRASpec(file.name, 1.0, 0.0, ALWAYS) for file in always)
     for spec in ensemble:
         read(spec.name, model.model)
     start = now()

@@ -92,6 +92,11 @@ class Site(nn.Module):
         self.stacks = nn.ModuleList([Stack(entries, span, dtype) for span, entries in by_span.items() if entries])
         self.others = nn.ModuleDict({str(adapter): nn.ModuleList(kept) for adapter, kept in others.items()})
 
+    @property
+    def adapters(self) -> set[int]:
+        """Those that act here."""
+        return {*map(int, self.others), *(adapter for stack in self.stacks for adapter in stack.slots)}
+
     def ops(self, adapter: int) -> list[Op]:
         """The ops of one adapter that are not in a stack."""
         return list(self.others[str(adapter)]) if str(adapter) in self.others else []
@@ -146,10 +151,13 @@ class Bank(nn.Module):
         """Where the layers' first tensors lie in memory: elsewhere once the host has moved the bank."""
         return [held[leaf].data_ptr() for held, leaf in self._first]
 
-    @property
-    def additive(self) -> bool:
-        """Whether no change of a layer depends on the layer's weight."""
-        return all(op.additive for op in self.modules() if isinstance(op, Op))
+    def sites_of(self, first: int) -> list[Site]:
+        """The layers on which an adapter from the first-th on acts."""
+        return [site for site in self.site_list if max(site.adapters, default=-1) >= first]
+
+    def additive(self, first: int = 0) -> bool:
+        """Whether no change of a layer by the adapters from the first-th on depends on the layer's weight."""
+        return all(op.additive for site in self.site_list for a in range(first, self.count) for op in site.ops(a))
 
     def nbytes(self) -> int:
         """Bytes of all tensors held."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 
@@ -54,7 +54,7 @@ class RoutedForwards:
                Where it does although this is False, all that adapters add is an opaque operator
     lasting    a context for tensors that are kept beyond the layer that runs, as a host may ask for
 
-    `acted` says whether any batch had adapters that act in it.
+    `acted` are the adapters that acted in any batch.
     """
 
     def __init__(self, root: nn.Module, bank: Bank, reader: Reader | None = None,
@@ -65,7 +65,7 @@ class RoutedForwards:
         # Not a method: programs hold it, and a circle would keep the model of a run that is over.
         self._tell = lambda adapter, layer, reason: say(adapter, layer, reason, about=(adapter, layer))
         self._state = _State()
-        self.acted = False
+        self.acted: set[int] = set()
         self._installed: list[_Installed] = []
         self._layers: list[Layer] = []
         self._layouts: dict[Hashable, Layout] = {}
@@ -77,7 +77,15 @@ class RoutedForwards:
     def seen(self) -> set[str]:
         """Names of the layers that were met by a batch on which an adapter acts. All where the model is compiled: a
         graph does not say which it calls."""
-        return set(self.bank.sites) if self.compiled else self._programs.seen
+        return set(self.bank.sites) if self.compiled else set(self._programs.seen)
+
+    def unseen(self, groups: Sequence[Collection[int]]) -> list[str]:
+        """Layers that have adapters of a group that acted, in no batch which came to them."""
+        if self.compiled:
+            return []
+        acted, met = [group for group in groups if not self.acted.isdisjoint(group)], self._programs.seen
+        return [name for name, site in self.bank.sites.items() if any(
+            met.get(name, set()).isdisjoint(group) for group in acted if not site.adapters.isdisjoint(group))]
 
     @property
     def current(self) -> Layout | None:
@@ -126,8 +134,8 @@ class RoutedForwards:
             layout = self._layouts[key] = Layout(branches, places, self.order)
             layout.programs = [_UNMET] * len(self._layers)
         state = self._state
-        before, state.current = state.current, None if layout.base else layout
-        self.acted |= not layout.base
+        before, state.current = state.current, layout if layout.acting else None
+        self.acted |= layout.acting
         self._trace(state.current)
         try:
             yield

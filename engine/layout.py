@@ -39,12 +39,16 @@ class Layout:
 
     rows     the branch of each row, in any order
     places   where in the picture and in the text adapters act; None: everywhere
+
+    `acting` are the adapters that act in any of the rows, at any layer.
     """
 
     def __init__(self, rows: Sequence[Branch], places: Places | None = None, order: Order = folded):
         self.rows, self.places, self._order = tuple(rows), places, order
         self.uniform = len(set(self.rows)) == 1
-        self.base = all(branch.is_base for branch in self.rows)
+        self.acting = frozenset(a for branch in set(self.rows)
+                                for gains in (branch.gains, *(gains for _, gains in branch.per_module))
+                                for a, gain in enumerate(gains) if gain)
         self.programs: list = []
 
     def owners(self, layer: str, entries: int) -> tuple[int, ...] | None:

@@ -48,29 +48,35 @@ class Places:
               delta
     locate    what the tokens of a layer are
     flat      layers have no dimension for entries: the model takes one row, and its tokens are their first dimension
+    beneath   how many adapters of the bank, its first ones, act everywhere: maps and words begin with the next one
 
     Tokens that are neither picture nor text, and rows of layers that have no tokens, get all of the delta.
     """
 
     def __init__(self, maps: Tensor, pictures: Sequence[int], words: Tensor | None = None, texts: Sequence[int] = (),
                  locate: Locate = lambda layer, tokens: None, more: Mapping[str, Tensor] | None = None,
-                 flat: bool = False):
-        self.maps, self.pictures, self.words, self.texts = maps, tuple(pictures), words, tuple(texts)
-        self.more = dict(more or {})
-        self.locate, self.flat = locate, flat
+                 flat: bool = False, beneath: int = 0):
+        self.beneath, self.locate, self.flat = beneath, locate, flat
+        self.maps, self.pictures, self.texts = self._of_all(maps), tuple(pictures), tuple(texts)
+        self.words = None if words is None else self._of_all(words)
+        self.more = {source: self._of_all(tensor) for source, tensor in (more or {}).items()}
         self._kept: dict[Hashable, tuple[Tensor, Callable[[], Tensor]]] = {}
         self._indexes: dict[tuple[int, ...], Tensor] = {}
 
     def update(self, maps: Tensor, words: Tensor | None = None, more: Mapping[str, Tensor] | None = None) -> None:
         """Other maps and words of the same shapes: everything made of the earlier ones is brought up to date in place,
         in the order in which it was made."""
-        self.maps.copy_(maps)
+        self.maps[:, self.beneath:].copy_(maps)
         if words is not None:
-            self.words.copy_(words)
+            self.words[:, self.beneath:].copy_(words)
         for source, tensor in (more or {}).items():
-            self.more[source].copy_(tensor)
+            self.more[source][:, self.beneath:].copy_(tensor)
         for tensor, make in self._kept.values():
             tensor.copy_(make())
+
+    def _of_all(self, some: Tensor) -> Tensor:
+        """Maps or words with ones for the adapters that act everywhere."""
+        return F.pad(some, (0, 0) * (some.ndim - 2) + (self.beneath, 0), value=1.0) if self.beneath else some
 
     def keep(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
         """`make()`, made once per key and again, into the same tensor, at each update."""

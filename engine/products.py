@@ -6,6 +6,9 @@ are three ways to serve several branches, and `stack_products` takes the one of 
     groups    a product for the entries of each branch, with the ranks of that branch alone
     batched   one for all of them, where each has one adapter of equal rank, in the order of the stack
     masked    one over all entries and ranks that matter, with zeros in the gains
+
+Adapters that act alike in all entries, as a LoRA for few steps does beneath every branch, are in these products where
+that takes the least time, and have one of their own before them where it does not: two operations more at the most.
 """
 
 from __future__ import annotations
@@ -60,6 +63,7 @@ class Call:
     geometry   the layer's
     factors    stack -> (down [R, in, *k], up [out, R]) in the dtype and on the device of x
     where      where adapters act inside the entries; None: everywhere
+    beneath    how many adapters of the bank, its first ones, act everywhere in any case
     """
 
     y: Tensor
@@ -67,6 +71,10 @@ class Call:
     geometry: Geometry
     factors: Callable[[Stack], tuple[Tensor, Tensor]]
     where: Where | None = None
+    beneath: int = 0
+
+    def everywhere(self, adapter: int) -> bool:
+        return self.where is None or adapter < self.beneath
 
     def narrowed(self, entries: Entries) -> Call:
         """The call for some of its entries alone."""
@@ -78,10 +86,14 @@ class Call:
     def rates(self) -> Rates:
         return RATES.get(self.x.device.type, ACCELERATOR)
 
+    @property
+    def places(self) -> int:
+        """Of one entry."""
+        return self.y[0].numel() // self.y.shape[self.geometry.channel]
+
     def work(self, stack: Stack, entries: int, width: int) -> float:
         """Seconds of arithmetic of one product."""
-        places = self.y[0].numel() // self.y.shape[self.geometry.channel]
-        return entries * places * width * (stack.down[0].numel() + stack.up.shape[0]) / self.rates.madds
+        return entries * self.places * width * (stack.down[0].numel() + stack.up.shape[0]) / self.rates.madds
 
 
 Built = tuple[Run, str]
@@ -103,12 +115,25 @@ class Choice:
 def stack_products(call: Call, stack: Stack, numbers: Numbers) -> list[Built]:
     """The products that add a stack's deltas in the least time; none where nothing acts. `numbers` has one gain per
     entry and slot, in the order of the slots."""
+    if not any(map(any, numbers)):
+        return []
+    alike = [len(set(column)) == 1 and call.everywhere(adapter)
+             for adapter, column in zip(stack.slots, zip(*numbers, strict=True), strict=True)]
+    common, rest = (tuple(tuple(number if same is one else 0.0 for number, same in zip(row, alike, strict=True))
+                          for row in numbers) for one in (True, False))
+    choices = [_least(call, stack, numbers)]
+    if any(common[0]) and any(map(any, rest)):
+        both = _least(replace(call, where=None), stack, common), _least(call, stack, rest)
+        choices.append(Choice(lambda: both[0].build() + both[1].build(), both[0].seconds + both[1].seconds))
+    return min(choices, key=lambda choice: choice.seconds).build()
+
+
+def _least(call: Call, stack: Stack, numbers: Numbers) -> Choice:
+    """The way that takes the least time; something has to act."""
     groups: dict[tuple[float, ...], list[int]] = {}
     for entry, row in enumerate(numbers):
         if any(row):
             groups.setdefault(row, []).append(entry)
-    if not groups:
-        return []
     slots = list(stack.slots.values())
     by_group = _groups(call, stack, slots, groups)
     choices = [Choice(lambda: [built for choice in by_group for built in choice.build()],
@@ -119,7 +144,7 @@ def stack_products(call: Call, stack: Stack, numbers: Numbers) -> list[Built]:
                     for stretch in ((within[0], within[-1] + 1), (0, len(numbers)))]
     if len(groups) > 1:
         choices.append(_batched(call, stack, slots, groups))
-    return min((choice for choice in choices if choice is not None), key=lambda choice: choice.seconds).build()
+    return min((choice for choice in choices if choice is not None), key=lambda choice: choice.seconds)
 
 
 # --- the three ways ---
@@ -218,7 +243,10 @@ def _product(call: Call, stack: Stack, slots: Sequence[Slot], entries: Entries, 
         text += "" if gain is None else f", gains {'x'.join(map(str, gain.shape))}"
         return [(on_entries(add, entries, call.y), text + (f", slice {stack.span}" if stack.span else ""))]
 
-    seconds = (2 if needed is None else 3) * rates.launch + call.work(stack, n, ranks.stop - ranks.start)
+    width = ranks.stop - ranks.start
+    seconds = (2 if needed is None else 3) * rates.launch + call.work(stack, n, width)
+    if needed is not None and call.where is not None:  # a gain for every place
+        seconds += n * call.places * width / rates.values
     if entries[-1] - entries[0] + 1 != n:  # scattered
         values = n / call.y.shape[0] * (call.x.numel() + 2 * call.y.numel())
         seconds += 3 * rates.launch + 2 * values / rates.values

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,8 @@ from .products import Call, Entries, Numbers, Where, gain_tensor, in_turn, on_en
 
 Reader = Callable[[str], "Tensor | None"]
 """(parameter name) -> the base model's tensor in fp32, or None where it cannot be read."""
+Gains = tuple[tuple[float, ...], ...]
+"""Per entry of a layer, one gain per adapter of the bank."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,8 @@ class Programs:
 
     def __init__(self, bank: Bank, reader: Reader, tell: Callable[[str, str, str], None],
                  lasting: Callable[[], AbstractContextManager] = nullcontext):
-        self.bank, self.seen = bank, set()
+        self.bank = bank
+        self.seen: dict[str, set[int]] = {}  # layer -> the adapters that acted in a batch which came to it
         self._reader, self._tell, self._lasting = reader, tell, lasting
         self._programs: dict[Hashable, Program] = {}
         self._made: dict[Hashable, object] = {}
@@ -70,7 +74,7 @@ class Programs:
         Raises NotRows where rows of several branches cannot be told apart in the layer.
         """
         name, shape, flat = layer.site.name, x.shape, layout.places is not None and layout.places.flat and y.ndim == 2
-        self.seen.add(name)
+        self.seen.setdefault(name, set()).update(layout.acting)
         if flat:
             y, x = y.unsqueeze(0), plain(x).unsqueeze(0)
         owners = self._owners(layout, name, y, x)
@@ -109,55 +113,58 @@ class Programs:
         if owners is None:
             gains *= y.shape[0]
         call = Call(y, x, layer.geometry, lambda stack: self._factors(stack, x),
-                    self._where(layer, y, places, owners) if places is not None else None)
-        groups: dict[tuple, list[int]] = {}
-        for entry, row in enumerate(gains):
-            groups.setdefault(row, []).append(entry)
-        others = {row: [(a, row[a], op) for a in map(int, site.others) if row[a] for op in site.ops(a)]
-                  for row in groups}
-        if all(op.additive for ops in others.values() for _, _, op in ops):
-            runs, text = self._added(call, site, gains, groups, others)
-        else:
-            runs, text = self._chained(call, layer, groups, others)
+                    self._where(layer, y, places, owners) if places is not None else None,
+                    places.beneath if places is not None else 0)
+        runs, text = (self._added(call, site, gains) if all(_additive(site, row) for row in set(gains)) else
+                      self._chained(call, layer, gains))
         run = in_turn(runs) if runs else nothing
         return Program(shape, dtype, _plainly(run) if quantized else run, text)
 
-    def _added(self, call: Call, site: Site, gains: tuple, groups: dict, others: dict) -> tuple[list[Run], tuple]:
+    def _added(self, call: Call, site: Site, gains: Gains) -> tuple[list[Run], tuple]:
         """The products of a layer on which nothing depends on the order."""
         runs, text = [], ()
+        others: dict[Entries, list[tuple[int, float, Op]]] = {}
         for stack in site.stacks:
             for run, line in stack_products(call, stack, tuple(tuple(row[a] for a in stack.slots) for row in gains)):
                 runs.append(run)
                 text += (line,)
-        for row, entries in groups.items():
-            if others[row]:
-                run = additions([self._link(call, tuple(entries), *each) for each in others[row]], call.geometry)
-                runs.append(on_entries(run, tuple(entries), call.y))
-                text += tuple(f"{len(entries)} of {len(gains)} entries, {type(op).__name__}" for *_, op in others[row])
+        for a in map(int, site.others):
+            for gain, entries in _alike(tuple(row[a] for row in gains)).items():
+                if gain:
+                    others.setdefault(entries, []).extend((a, gain, op) for op in site.ops(a))
+        for entries, ops in others.items():
+            run = additions([self._link(call, entries, *each) for each in ops], call.geometry)
+            runs.append(on_entries(run, entries, call.y))
+            text += tuple(f"{len(entries)} of {len(gains)} entries, {type(op).__name__}" for *_, op in ops)
         return runs, text
 
-    def _chained(self, call: Call, layer: Layer, groups: dict, others: dict) -> tuple[list[Run], tuple]:
-        """Groups of entries one by one: some have ops whose order matters."""
-        runs, text = [], ()
-        for row, entries in groups.items():
-            if all(op.additive for *_, op in others[row]):
-                inner = call.narrowed(tuple(entries))
-                added, lines = self._added(inner, layer.site, (row,) * len(entries), {row: range(len(entries))}, others)
+    def _chained(self, call: Call, layer: Layer, gains: Gains) -> tuple[list[Run], tuple]:
+        """Groups of entries one by one: some have ops whose order matters. What all have alike beneath these comes
+        first, for all of them together."""
+        site, count = layer.site, _beneath(call, layer.site, gains)
+        below = tuple(row[:count] + (0.0,) * (len(row) - count) for row in gains)
+        runs, text = self._added(call, site, below)
+        for row, entries in _alike(gains).items():
+            inner = call.narrowed(entries)
+            if _additive(site, row):
+                added, lines = self._added(inner, site, ((0.0,) * count + row[count:],) * len(entries))
                 if added:
-                    runs.append(on_entries(in_turn(added), tuple(entries), call.y))
+                    runs.append(on_entries(in_turn(added), entries, call.y))
                     text += lines
                 continue
-            ops, biases = self._in_order(layer.site, row, call.x.device)
-            links = [self._link(call, tuple(entries), *each) for each in ops]
-            run = chain(links, [self._link(call, tuple(entries), *each) for each in biases], layer.base,
+            ops, biases = self._in_order(site, row, call.x.device)
+            ops = [each for each in ops if each[0] >= count]
+            links = [self._link(call, entries, *each) for each in ops]
+            base = _with(layer.base, self._added(inner, site, below[:len(entries)])[0])
+            run = chain(links, [self._link(call, entries, *each) for each in biases], base,
                         self._bias(layer, call.x), call.geometry)
-            runs.append(on_entries(run, tuple(entries), call.y))
-            text += (f"{len(entries)} of {sum(map(len, groups.values()))} entries, in order: "
+            runs.append(on_entries(run, entries, call.y))
+            text += (f"{len(entries)} of {len(gains)} entries, in order: "
                      + ", ".join(type(op).__name__ for _, _, op, *_ in ops),)
         return runs, text
 
     def _link(self, call: Call, entries: Entries, adapter: int, gain: float, op: Op, scales=None) -> Link:
-        if call.where is None:
+        if call.everywhere(adapter):
             return Link(gain, op, scales)
         return Link(gain, op, scales, call.where(entries, (Slot(adapter, 0, 1),), ((1.0,),)))
 
@@ -239,6 +246,34 @@ class Programs:
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]
+
+
+def _alike(values: Sequence[Hashable]) -> dict[Hashable, Entries]:
+    """Value -> the entries that have it, in order."""
+    found: dict[Hashable, list[int]] = {}
+    for entry, value in enumerate(values):
+        found.setdefault(value, []).append(entry)
+    return {value: tuple(entries) for value, entries in found.items()}
+
+
+def _additive(site: Site, gains: Sequence[float]) -> bool:
+    """Whether the order of all that acts on a site at these gains does not matter."""
+    return all(op.additive for a in map(int, site.others) if gains[a] for op in site.ops(a))
+
+
+def _beneath(call: Call, site: Site, gains: Gains) -> int:
+    """How many adapters of a bank, its first ones, act alike in all entries and at all places of them, by changes of
+    the weight alone that do not depend on it."""
+    def fits(a: int, column: Sequence[float]) -> bool:
+        return len(set(column)) == 1 and call.everywhere(a) and all(
+            op.additive and not isinstance(op, Bias) for op in site.ops(a) if column[0])
+
+    return sum(1 for _ in takewhile(lambda each: fits(*each), enumerate(zip(*gains, strict=True))))
+
+
+def _with(base: Callable, runs: Sequence[Run]) -> Callable:
+    """A layer with what is beneath an op on its inputs."""
+    return (lambda x: in_turn(runs)(base(x), x)) if runs else base
 
 
 def nothing(y: Tensor, x: Tensor) -> Tensor:

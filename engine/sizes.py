@@ -30,12 +30,12 @@ ROOM = 40  # bytes on a GPU for each entry that is measured at a time: float64, 
 def measure(bank: Bank, subjects: Sequence[bool], k: int = 0, raw: bool = False, top: bool = True,
             reader: Reader | None = None, visit: Callable[[int, int], None] | None = None,
             report: Report | None = None, strengths: Sequence[float] | None = None, alone: bool = False,
-            device: torch.device | None = None, most: int = 2**24) -> dict[str, dict[int, Size]]:
+            device: torch.device | None = None, most: int = 2**24, first: int = 0) -> dict[str, dict[int, Size]]:
     """Layer -> adapter -> the size of its delta there at strength 1, for layers on which several adapters act; a layer
     of one adapter has a size of NaN, as there is nothing to compare, unless `alone` asks for it.
 
-    subjects   per adapter, whether it is on the subject side; K is the product of the largest rank of either side (with
-               one side only, of that one), for two adapters the product of their ranks
+    subjects   per adapter that is compared, whether it is on the subject side; K is the product of the largest rank of
+               either side (with one side only, of that one), for two adapters the product of their ranks
     k          a fixed K instead; 0: that product
     raw        leave alpha/rank out where it is a factor of the delta, which the released code of K-LoRA does
     top        False: neither the largest entries nor the sums, only energies, which cost next to nothing
@@ -50,41 +50,44 @@ def measure(bank: Bank, subjects: Sequence[bool], k: int = 0, raw: bool = False,
                agree to 1e-6, so that a choice by these sizes can differ where two are that near to being equal; of
                equal deltas they are equal on either
     most       entries of a delta that the device holds at a time, each in at most ROOM bytes
+    first      the adapters before this one are not compared: those that are, are counted from here
 
     A layer is a module of the model: where a model fuses several projections, they are one. Biases do not count.
     Raises ValueError for a delta that holds values which are not finite.
     """
-    jobs = _jobs(bank, subjects, k, raw, reader, report, strengths, alone)
+    jobs = _jobs(bank, subjects, k, raw, reader, report, strengths, alone, first)
     if device is not None:
-        return _on_device(bank, jobs, top, visit, device, most)
+        return _on_device(bank, jobs, top, visit, device, most, first)
     sizes: dict[str, dict[int, Size]] = {}
+    count = len(bank.sites_of(first))
     with _pool() as pool:
         begun = (((name, {adapter: job and pool.submit(_size, *job, top) for adapter, job in here.items()}),
                   _dense_entries(here)) for name, here in jobs)
         for done, (name, here) in enumerate(_ahead(begun, torch.get_num_threads()), start=1):
             sizes[name] = {adapter: size.result() if size else Size() for adapter, size in here.items()}
-            _check(bank, name, sizes[name], here)
+            _check(bank, name, sizes[name], here, first)
             if visit is not None:
-                visit(done, len(bank.sites))
+                visit(done, count)
     return sizes
 
 
 @torch.inference_mode()
 def _on_device(bank: Bank, jobs: Iterable[tuple[str, dict[int, Job | None]]], top: bool,
-               visit: Callable[[int, int], None] | None, device: torch.device, most: int
-               ) -> dict[str, dict[int, Size]]:
+               visit: Callable[[int, int], None] | None, device: torch.device, most: int,
+               first: int) -> dict[str, dict[int, Size]]:
     """`measure` on a GPU. Numbers come to the host together, when all have been asked for."""
     found: dict[str, dict[int, Tensor | None]] = {}
+    count = len(bank.sites_of(first))
     for done, (name, here) in enumerate(jobs, start=1):
         found[name] = {adapter: _sums(*job, top, device, most) if job else None for adapter, job in here.items()}
         if visit is not None:
-            visit(done, len(bank.sites))
+            visit(done, count)
     asked = [each for here in found.values() for each in here.values() if each is not None]
     numbers = iter(torch.stack(asked).tolist() if asked else ())
     sizes = {name: {adapter: Size() if each is None else Size(*next(numbers)) if top else Size(energy=next(numbers)[0])
                     for adapter, each in here.items()} for name, here in found.items()}
     for name, here in sizes.items():
-        _check(bank, name, here, {adapter: each is not None for adapter, each in found[name].items()})
+        _check(bank, name, here, {adapter: each is not None for adapter, each in found[name].items()}, first)
     return sizes
 
 
@@ -105,17 +108,17 @@ Job = tuple[list[Part], int]
 
 
 def _jobs(bank: Bank, subjects: Sequence[bool], k: int, raw: bool, reader: Reader | None, report: Report | None,
-          strengths: Sequence[float] | None, alone: bool) -> Iterator[tuple[str, dict[int, Job | None]]]:
+          strengths: Sequence[float] | None, alone: bool, first: int) -> Iterator[tuple[str, dict[int, Job | None]]]:
     """Per layer, for each adapter that acts there: the parts of its delta and K, or None where it acts alone and that
     is not asked for."""
-    for site in bank.sites.values():
-        here = {adapter: site.all_ops(adapter) for adapter in range(bank.count)}
+    for site in bank.sites_of(first):
+        here = {adapter: site.all_ops(first + adapter) for adapter in range(len(subjects))}
         here = {adapter: ops for adapter, ops in here.items() if ops}
         if len(here) == 1 and not alone:
             yield site.name, dict.fromkeys(here)
             continue
         count = k or _k({adapter: _rank(ops) for adapter, ops in here.items()}, subjects)
-        yield site.name, {adapter: (_parts(bank, site, adapter, ops, raw, reader, report,
+        yield site.name, {adapter: (_parts(bank.names[first + adapter], site, ops, raw, reader, report,
                                            1.0 if strengths is None else strengths[adapter]), count)
                           for adapter, ops in here.items()}
 
@@ -124,12 +127,12 @@ def _dense_entries(jobs: dict[int, Job | None]) -> int:
     return sum(part.numel() for job in jobs.values() if job for part in job[0] if isinstance(part, Tensor))
 
 
-def _check(bank: Bank, layer: str, sizes: dict[int, Size], measured: dict[int, object]) -> None:
+def _check(bank: Bank, layer: str, sizes: dict[int, Size], measured: dict[int, object], first: int) -> None:
     for adapter, size in sizes.items():
         if measured[adapter] and not isfinite(size.energy):
-            raise ValueError(f"LoRA '{bank.names[adapter]}': its change of the layer '{layer}' holds values that are "
-                             f"not finite in {bank.dtype or 'the dtype of its file'}. Use the model in a wider dtype "
-                             "(bf16, fp32), or take the LoRA out of the ensemble.")
+            raise ValueError(f"LoRA '{bank.names[first + adapter]}': its change of the layer '{layer}' holds "
+                             f"values that are not finite in {bank.dtype or 'the dtype of its file'}. Use the model in "
+                             "a wider dtype (bf16, fp32), or take the LoRA out of the ensemble.")
 
 
 @contextmanager
@@ -191,7 +194,7 @@ def _rank_of(op: Op) -> int:
     return min((min(p.shape[:2]) for p in op.parameters() if p.ndim > 1), default=0)
 
 
-def _parts(bank: Bank, site: Site, adapter: int, ops: Sequence[Op], raw: bool, reader: Reader | None,
+def _parts(adapter: str, site: Site, ops: Sequence[Op], raw: bool, reader: Reader | None,
            report: Report | None, strength: float) -> list[Part]:
     """The delta of one adapter at one layer, in disjoint parts: one per slice of the weight."""
     ops = [op for op in ops if not isinstance(op, Bias)]
@@ -203,7 +206,7 @@ def _parts(bank: Bank, site: Site, adapter: int, ops: Sequence[Op], raw: bool, r
                 changed = op.on_weight(changed, strength)
             return [(changed - weight).div_(strength)]
         if report is not None:
-            report(bank.names[adapter], site.name, "the base weight is unreadable, so only the part of its change that "
+            report(adapter, site.name, "the base weight is unreadable, so only the part of its change that "
                                                    "does not depend on the weight is compared")
     slices: dict[Span, list[Op]] = {}
     for op in ops:

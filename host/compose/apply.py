@@ -30,6 +30,7 @@ from .reading import (
     check_some,
     facts_of,
     left_out,
+    on_its_weights,
     read_ensemble,
     say_without_effect,
 )
@@ -49,12 +50,14 @@ class Active:
     bank       what each of them does to each layer, in the same order
     model      the MODEL they act on
     problems   what cannot be done as asked; a method may add to it, each line is logged and recorded once
+    first      how many adapters of the bank come before theirs: LoRAs that are always on
     """
 
     specs: tuple[LoRASpec, ...]
     bank: Bank
     model: object
     problems: list[str] = field(default_factory=list)
+    first: int = 0
 
     @property
     def strengths(self) -> tuple[float, ...]:
@@ -76,53 +79,42 @@ def apply_method(model, clip, ensemble: Ensemble, make: Callable[[Active], Metho
     placing           where the LoRAs act; None: in their masks
 
     LoRAs of role ALWAYS are merged beneath the method, which does not know of them: they act in all of its branches,
-    the base model's included, on both sides of guidance and at all places.
+    the base model's included, on both sides of guidance and at all places. They are the first of the one bank of all
+    the LoRAs, so that a layer's products serve them and the method's together.
     Raises ValueError for an empty ensemble and for files that cannot be used with this model.
     """
     check_some(ensemble, node)
-    always = tuple(spec for spec in ensemble if spec.role == ALWAYS)
-    rest = tuple(spec for spec in ensemble if spec.role != ALWAYS)
-    if always:
-        lasting = tuple(replace(spec, mask=None) for spec in always)
-        model, clip = _applied(model, clip, lasting, _merge, f"{node}, always on", True, Placing(), ensemble)
-    return _applied(model, clip, rest, make, node, rest_on_weights, placing or Placing(), ensemble) if rest \
-        else (model, clip)
-
-
-def _merge(active: Active) -> Method:
-    return Merge(active.strengths)
-
-
-def _applied(model, clip, ensemble: Ensemble, make: Callable[[Active], Method], node: str, rest_on_weights: bool,
-             placing: Placing, listed: Ensemble):
-    """`apply_method` for LoRAs of one kind; `listed` are all of the user's, whose rows a prompt counts."""
-    reading, shared = _shared(model, clip, ensemble, node, rest_on_weights)
-    new_model, bank, problems = model.clone(), shared.model, list(reading.problems)
-    for part in reading.parts:
-        on_weights = rest_on_weights and part.spec.window.whole
-        problems += left_out(part, on_weights)
-        if on_weights and part.parsed.left_out:
-            rest = {key: part.patches.found[key] for key, _ in part.parsed.left_out}
-            new_model.add_patches(rest, part.spec.strength_model)
-    active = [part.spec for part in reading.parts]
-    method = make(Active(tuple(active), bank, model, problems))
-    masks, routed = _placed(listed, active, method, placing, problems)
-    asked = Asked(lora_words(listed), _numbers(listed, active)) if getattr(method, "by_prompt", False) else None
+    rest = [spec for spec in ensemble if spec.role != ALWAYS]
+    ordered = (*(spec for spec in ensemble if spec.role == ALWAYS), *rest)
+    reading, shared = _shared(model, clip, ordered, node, rest_on_weights)
+    bank, problems, placing = shared.model, list(reading.problems), placing or Placing()
+    lasting, active = ([part.spec for part in reading.parts if (part.spec.role == ALWAYS) is one]
+                       for one in (True, False))
+    first, before = len(lasting), model.get_attachment(KEY)
+    model = _on_weights(model, reading.parts[:first], rest_on_weights, problems)
+    new_model = _on_weights(model, reading.parts[first:], rest_on_weights, problems)
+    # Methods in a row may have one bank: it is on the MODEL once, or the host would load and count it twice.
+    banks = list(new_model.get_additional_models_with_key(KEY))
+    place = next((k for k, other in enumerate(banks) if other.model is bank), len(banks))
+    new_model.set_additional_models(KEY, banks if place < len(banks) else [*banks, shared.clone()])
+    method, routed, asked = Merge(tuple(spec.strength_model for spec in lasting)), None, None
+    applied = [Applied(method, bank.names[:first], (), (None,) * first, place, windows=_windows(lasting), always=True,
+                       node=_executed())] if lasting or not rest else []
+    if rest:
+        method = make(Active(tuple(active), bank, model, problems, first))
+        masks, routed = _placed(ensemble, active, method, placing, problems)
+        asked = Asked(lora_words(ensemble), _numbers(ensemble, active)) if getattr(method, "by_prompt", False) else None
+        applied.append(Applied(method, bank.names[first:], (), masks, place, routed, _windows(active), asked=asked,
+                               node=_executed(), first=first))
     if not isinstance(method, Merge) or routed is not None:
         problems += [f"LoRA '{spec.name}' looks like one for few steps: with the role '{ALWAYS}' it would be part of "
                      "the model; now it is composed as the others are" for spec in active
                      if spec.role == "auto" and for_few_steps(spec.name)]
     for problem in problems:
         log.warning("%s: %s", node, problem)
-    before = model.get_attachment(KEY)
-    # Methods in a row may have one bank: it is on the MODEL once, or the host would load and count it twice.
-    banks = list(new_model.get_additional_models_with_key(KEY))
-    place = next((k for k, other in enumerate(banks) if other.model is bank), len(banks))
-    new_model.set_additional_models(KEY, banks if place < len(banks) else [*banks, shared.clone()])
-    applied = (*(before.applied if before is not None else ()),
-               Applied(method, bank.names, tuple(problems), masks, place, routed, _windows(active),
-                       always=ensemble[0].role == ALWAYS, asked=asked, node=_executed()))
-    new_model.set_attachments(KEY, Composition(applied, before.cache if before is not None else None))
+    applied[-1] = replace(applied[-1], problems=tuple(problems))
+    new_model.set_attachments(KEY, Composition((*(before.applied if before is not None else ()), *applied),
+                                               before.cache if before is not None else None))
     install_wrappers(new_model)
     follow_weights(new_model)
     new_clip = merge_clip(clip, reading)
@@ -130,6 +122,18 @@ def _applied(model, clip, ensemble: Ensemble, make: Callable[[Active], Method], 
         contrast = asked is not None or placing.routing.mode == "contrast"
         new_clip = marked(new_clip, (routed or asked).words, contrast)
     return new_model, new_clip
+
+
+def _on_weights(model, parts: list[Part], rest_on_weights: bool, problems: list[str]):
+    """A copy of a MODEL, with what no forward can express of these LoRAs on its weights where it may be there."""
+    new_model = model.clone()
+    for part in parts:
+        on_weights = on_its_weights(part.spec, rest_on_weights)
+        problems += left_out(part, on_weights)
+        if on_weights and part.parsed.left_out:
+            rest = {key: part.patches.found[key] for key, _ in part.parsed.left_out}
+            new_model.add_patches(rest, part.spec.strength_model)
+    return new_model
 
 
 def _executed() -> str:

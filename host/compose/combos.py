@@ -1,4 +1,5 @@
-"""What one model call is evaluated with: a branch of each method that is applied to the MODEL."""
+"""What one model call is evaluated with: a branch of each method that is applied to the MODEL, and one of each bank.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +25,48 @@ def combinations(branches: Sequence[Sequence[Branch]], methods: Sequence[str]) -
                          f"evaluation of the model in every step; {MOST:,} are the most. Methods in a row multiply "
                          "theirs: put the LoRAs into one ensemble.")
     return tuple(product(*branches))
+
+
+class Joined:
+    """Applied methods whose LoRAs one bank serves at once: what is always on, and the method above it.
+
+    methods    which of the applied ones
+    adapters   of the bank, per method
+    """
+
+    def __init__(self, methods: Sequence[int], applied: Sequence):
+        self.methods = tuple(methods)
+        self.adapters = [range(applied[k].first, applied[k].first + len(applied[k].names)) for k in methods]
+        self._made: dict[tuple[Branch, ...], Branch] = {}
+
+    def branch(self, branches: tuple[Branch, ...], count: int) -> Branch:
+        """A branch of each of the methods as one of their bank of `count` adapters, made once; adapters that none of
+        the methods has do nothing."""
+        if self.adapters == [range(count)]:
+            return branches[0]
+        if branches not in self._made:
+            names = dict.fromkeys(name for branch in branches for name, _ in branch.per_module)
+            self._made[branches] = Branch(self._side_by_side([branch.gains for branch in branches], count), tuple(
+                (name, self._side_by_side([branch.at(name) for branch in branches], count)) for name in names))
+        return self._made[branches]
+
+    def _side_by_side(self, gains: Sequence[tuple[float, ...]], count: int) -> tuple[float, ...]:
+        out = [0.0] * count
+        for own, some in zip(self.adapters, gains, strict=True):
+            out[own.start:own.stop] = some
+        return tuple(out)
+
+
+def together(applied: Sequence) -> list[Joined]:
+    """The applied methods, those together that one bank serves at once."""
+    groups: list[list[int]] = []
+    for k, each in enumerate(applied):
+        below = applied[k - 1] if k else None
+        if below is not None and below.always and below.bank == each.bank and each.first == len(below.names):
+            groups[-1].append(k)
+        else:
+            groups.append([k])
+    return [Joined(group, applied) for group in groups]
 
 
 def any_of(flags: Sequence[Sequence[bool]]) -> tuple[bool, ...]:

@@ -27,13 +27,13 @@ from ...methods.windows import InTime, Window
 from ..families.lasting import lasting
 from ..families.row_order import one_row_only, row_order
 from .cache import BranchCache, CacheSpec, Combo
-from .combos import any_of, combinations
+from .combos import Joined, any_of, combinations, together
 from .control import Controls
 from .fused import as_before, call_routed_layers
 from .kept import KeptBetweenCalls
-from .places import Area, MaskedLoRAs, values_by_name
+from .places import Area, values_by_name
 from .prompts import Asked
-from .routes import Routed, RoutedLoRAs
+from .routes import Routed, RoutedLoRAs, regions_of
 from .steps import StepTracker
 from .summary import begun, chosen, idle, missed, note_acting, sum_up, unplaced
 from .without import Without
@@ -51,7 +51,7 @@ class Applied:
     each LoRA may act (masks as users give them, [B, height, width] in pixels), which of the MODEL's banks holds them,
     how their places are found by their words, if they are, when each may act, () for LoRAs that always do, why the
     method was taken, if not by the user, whether they are part of the model, whose shares in the prompts it asks for,
-    and the id of the node in the prompt, "" where none was executed."""
+    the id of the node in the prompt, "" where none was executed, and how many LoRAs of the bank come before them."""
 
     method: Method
     names: tuple[str, ...]
@@ -64,6 +64,7 @@ class Applied:
     always: bool = False
     asked: Asked | None = None
     node: str = ""
+    first: int = 0
 
 
 @dataclass(frozen=True)
@@ -189,7 +190,8 @@ class Run:
         self._since = time.perf_counter()
         self.areas: dict[UUID | None, Area] = {}
         self.origins: dict[UUID | None, UUID | None] = {}
-        self.regions = [self._regions(each, context, device) if context.masks else None  # no LoRA acts
+        self.banked = together(applied)
+        self.regions = [regions_of(each, context, device, self._tell)
                         for each, context in zip(applied, contexts, strict=True)]
         self.routes = [regions for regions in self.regions if isinstance(regions, RoutedLoRAs)]
         self.kept = KeptBetweenCalls(self._tell, "LoRAs act in places of the picture" if
@@ -264,8 +266,8 @@ class Run:
 
     def routed(self, root: nn.Module, banks: Callable[[], list[Bank]], reader: Callable[[str], Tensor | None],
                compiled: Callable[[], bool]) -> list[RoutedForwards]:
-        """The routed forwards on one live diffusion model, installed on first sight (delegates and multi-GPU clones
-        have modules of their own)."""
+        """The routed forwards on one live diffusion model, one per bank of `banked`, installed on first sight
+        (delegates and multi-GPU clones have modules of their own)."""
         if id(root) not in self._routed:
             order, seen = row_order(root) or (lambda layer, entries, rows: None), compiled()
             forwards = [RoutedForwards(root, bank, reader, self._problem, k, order, seen, lasting)
@@ -292,14 +294,22 @@ class Run:
         self._apart[id(root)] = (root, True)
         self._tell(f"{type(root).__name__}: {reason}; {APART}")
 
-    def places(self, k: int, root: nn.Module, x: Tensor, conds: Mapping[str, object],
+    def places(self, joined: Joined, root: nn.Module, x: Tensor, conds: Mapping[str, object],
                uuids: Sequence[UUID | None]) -> Places | None:
-        """Where the LoRAs of the k-th method may act in a batch of these conds; None: everywhere."""
+        """Where the LoRAs of the methods of a bank may act in a batch of these conds; None: everywhere."""
+        k = joined.methods[-1]  # what is beneath it is always on, everywhere
         regions = self.regions[k]
         if regions is None or getattr(self.applied[k].method, "masks", "") == "predictions":
             return None
         return regions.places(root, x, conds, [self.areas.get(uuid) for uuid in uuids],
                               [self.origins.get(uuid, uuid) for uuid in uuids])
+
+    def rows(self, joined: Joined, count: int, conds: Sequence[tuple[Combo, UUID | None]], pictures: int
+             ) -> list[Branch]:
+        """The branch of every row of a batch, of a bank of `count` adapters: for each cond all pictures."""
+        own = [self.without.rows(k, [self.confined(k, combo[k], uuid) for combo, uuid in conds], pictures)
+               for k in joined.methods]
+        return [joined.branch(branches, count) for branches in zip(*own, strict=True)]
 
     def confined(self, k: int, branch: Branch, uuid: UUID | None) -> Branch:
         """The k-th method's branch for a cond's rows, as far as its LoRAs act there at all."""
@@ -358,20 +368,10 @@ class Run:
 
     def _unseen(self, routed: RoutedForwards) -> None:
         """Name layers that were never called while adapters acted: the model uses them in another way, or earlier."""
-        missed = [name for name in routed.bank.sites if name not in routed.seen]
-        if missed and routed.acted and self.record.finished:
+        missed = routed.unseen(self.banked[routed.position].adapters)
+        if missed and self.record.finished:
             self._problem("all", missed[0], f"layers that were never called in this run: {len(missed)}; their LoRA "
                                             "keys had no effect")
-
-    def _regions(self, applied: Applied, context: RunContext, device: torch.device) -> MaskedLoRAs | None:
-        """Where the LoRAs of a method may act, if anything says so."""
-        if applied.routed is not None and len(context.shape) > 3:
-            return RoutedLoRAs(applied.routed, context.masks, context.shape, device, self._tell)
-        if applied.routed is not None:
-            self._tell("this latent has no height and width, so LoRAs act everywhere")
-        if any(mask is not None for mask in context.masks) and getattr(applied.method, "masks", "") == "layers":
-            return MaskedLoRAs(context.masks, self._tell)
-        return None
 
     def tell(self, lines: Iterable[str]) -> None:
         """Lines for the record, each once."""

@@ -43,13 +43,14 @@ def sizes_of(active: Active, subjects: Sequence[bool], k: int = 0, raw: bool = F
     none, and where its memory is short, which is said. What was measured is kept, by the files and the layers they act
     on, wherever it was; not where it depends on the model's weights.
     """
-    bank = active.bank
-    layers = tuple((site.name, *(i for i in range(bank.count) if site.all_ops(i))) for site in bank.sites.values())
+    bank, first = active.bank, active.first
+    layers = tuple((site.name, *(i for i in range(len(active.specs)) if site.all_ops(first + i)))
+                   for site in bank.sites_of(first))
     key = (tuple(fingerprint(spec.name) for spec in active.specs), layers, bank.dtype, tuple(subjects), k, raw, top)
     if key in _kept:
         _kept.move_to_end(key)
         return _kept[key]
-    bar = comfy.utils.ProgressBar(len(bank.sites))
+    bar = comfy.utils.ProgressBar(len(layers))
 
     def visit(done: int, total: int) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
@@ -64,10 +65,10 @@ def sizes_of(active: Active, subjects: Sequence[bool], k: int = 0, raw: bool = F
 
     sizes = _measured(active, partial(measure, _in_main_memory(bank), subjects, k, raw, top,
                                       partial(read_weight, active.model), visit, report,
-                                      None if raw else active.strengths))
+                                      None if raw else active.strengths, first=first))
     for (name, reason), layers in told.items():
         active.problems.append(f"LoRA '{name}': {len(layers)} layers such as {layers[0]}: {reason}")
-    if bank.additive:
+    if bank.additive(first):
         _kept[key] = sizes
         while len(_kept) > KEPT:
             _kept.popitem(last=False)

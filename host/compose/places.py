@@ -28,9 +28,11 @@ class MaskedLoRAs:
     masks   per LoRA, as `RunContext.masks`: [pictures or 1, 1, (frames,) height, width] on the latent's grid, None:
             everywhere
     tell    called with a sentence where the places of a model are not known
+    first   how many LoRAs of their bank come before them, which act everywhere
     """
 
-    def __init__(self, masks: Sequence[Tensor | None], tell: Callable[[str], None]):
+    def __init__(self, masks: Sequence[Tensor | None], tell: Callable[[str], None], first: int = 0):
+        self.first = first
         self.maps = stacked(masks).squeeze(2).transpose(0, 1)  # [pictures, LoRAs, (frames,) height, width]
         self.tell = tell
         self.version = 0  # of the maps, and
@@ -53,7 +55,7 @@ class MaskedLoRAs:
             each = len(maps) // len(distinct)
             index = [distinct.index(part) * each + p % each for part in parts for p in range(pictures)]
             texts = [distinct.index(part) for part in parts for _ in range(pictures)]
-            places = Places(maps.clone(), index, words, texts, *self._locate(root, x, conds, more))
+            places = Places(maps.clone(), index, words, texts, *self._locate(root, x, conds, more), self.first)
             self._places[key] = places, self.version, self.texts
         places, version, texts = self._places[key]
         if version != self.version:

@@ -14,7 +14,7 @@ import comfy.lora
 import comfy.model_management
 from torch import nn
 
-from ..files.ensemble import Ensemble, LoRASpec
+from ..files.ensemble import ALWAYS, Ensemble, LoRASpec
 from ..files.files import LoRAFile, fingerprint, read
 from ..files.fit import Broken, Misfit, Shape, Torn, named, reshape_of
 from ..files.formats import is_foreign, lora_format, other_kind
@@ -56,7 +56,7 @@ def read_ensemble(model, clip, ensemble: Ensemble, node: str, on_weights: bool) 
 
     node         display name of the node, for messages
     on_weights   whether what no forward can express goes into the weights, in the order of the ensemble: a LoRA that
-                 enlarges a layer does so for the LoRAs behind it
+                 enlarges a layer does so for the LoRAs behind it. Of LoRAs that are always on it does in any case
     Raises ValueError for an empty ensemble and for files that cannot be used with this model. The user can interrupt it
     between files.
     """
@@ -64,8 +64,7 @@ def read_ensemble(model, clip, ensemble: Ensemble, node: str, on_weights: bool) 
     base = model.model
     model_keys = comfy.lora.model_lora_keys_unet(base, {})
     clip_keys = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {}) if clip is not None else {}
-    before = _enlarged_before(model)
-    enlarged, found, texts, problems = dict(before), [], [], []
+    enlarged, found, texts, problems = dict(_enlarged_before(model)), [], [], []
     for spec in ensemble:
         if spec.strength_model == 0 and spec.strength_clip == 0:
             continue
@@ -74,7 +73,7 @@ def read_ensemble(model, clip, ensemble: Ensemble, node: str, on_weights: bool) 
         try:
             patches = load(file, model_keys, base, enlarged)
             text = load(file, clip_keys, clip.cond_stage_model, {}) if clip is not None else Patches()
-            lasting = on_weights and spec.window.whole  # what is in the weights follows no window
+            lasting = on_its_weights(spec, on_weights)
             _check_enlarged(model, patches, text, lasting)
         except Broken as reason:
             raise ValueError(f"{node}: LoRA '{spec.name}' {reason}, or remove it from the ensemble.") from None
@@ -90,9 +89,13 @@ def read_ensemble(model, clip, ensemble: Ensemble, node: str, on_weights: bool) 
             texts.append((spec, text))
         applied = [part for part, strength in ((patches, spec.strength_model), (text, spec.strength_clip)) if strength]
         problems += _problems(spec, [misfit for part in applied for misfit in part.misfits], unused)
-    changed = enlarged if on_weights else before
-    parts = [Part(spec, patches, parse(patches, base, changed)) for spec, patches in found]
+    parts = [Part(spec, patches, parse(patches, base, enlarged)) for spec, patches in found]
     return Reading(parts, texts, problems)
+
+
+def on_its_weights(spec: LoRASpec, on_weights: bool) -> bool:
+    """Whether what no forward can express of a LoRA goes into the weights, which follow no window in time."""
+    return (on_weights or spec.role == ALWAYS) and spec.window.whole
 
 
 def check_some(ensemble: Ensemble, node: str) -> None:
@@ -104,7 +107,7 @@ def check_some(ensemble: Ensemble, node: str) -> None:
 def facts_of(model, clip, specs: Sequence[LoRASpec], on_weights: bool) -> Hashable:
     """What `read_ensemble` goes by besides the layers of the model: equal facts, equal reading."""
     files = tuple((spec.name, fingerprint(spec.name), spec.strength_model != 0, spec.strength_clip != 0,
-                   not on_weights or spec.window.whole) for spec in specs)
+                   on_its_weights(spec, on_weights)) for spec in specs)
     routed = frozenset(_FIRST_LAYERS) & _routed(model)
     return (files, None if clip is None else layers_of(clip.cond_stage_model), on_weights,
             frozenset(_enlarged_before(model).items()), routed)

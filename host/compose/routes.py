@@ -15,6 +15,7 @@ from ...kernels.branch import Branch, Step
 from ...kernels.routing import contrast
 from ...methods.prompt import LoRAWords
 from ...methods.routed import Routes, Routing
+from ...methods.session import RunContext
 from .places import MaskedLoRAs, crop
 from .prompts import BESIDE, Prompt, fitted, search
 
@@ -60,11 +61,11 @@ class RoutedLoRAs(MaskedLoRAs):
     """
 
     def __init__(self, routed: Routed, masks: Sequence[Tensor | None], shape: Sequence[int], device: torch.device,
-                 tell: Callable[[str], None]):
+                 tell: Callable[[str], None], first: int = 0):
         count = len(routed.active)
         grid = tuple(shape[2:])
         whole = torch.ones(shape[0], count, *grid, device=device)
-        super().__init__([whole[:, i:i + 1] for i in range(count)], tell)
+        super().__init__([whole[:, i:i + 1] for i in range(count)], tell, first)
         self.maps = whole
         self.routed, self.routes = routed, Routes(routed.routing)
         self._masks = [None if mask is None else _on_grid(mask.to(device), grid)[:, 0] for mask in masks]
@@ -286,6 +287,19 @@ class RoutedLoRAs(MaskedLoRAs):
             if mask is not None:
                 maps[:, i] = mask
         return maps
+
+
+def regions_of(applied, context: RunContext, device: torch.device, tell: Callable[[str], None]) -> MaskedLoRAs | None:
+    """Where the LoRAs of an applied method may act in a run, if anything says so."""
+    if not context.masks:  # no LoRA acts
+        return None
+    if applied.routed is not None and len(context.shape) > 3:
+        return RoutedLoRAs(applied.routed, context.masks, context.shape, device, tell, applied.first)
+    if applied.routed is not None:
+        tell("this latent has no height and width, so LoRAs act everywhere")
+    if any(mask is not None for mask in context.masks) and getattr(applied.method, "masks", "") == "layers":
+        return MaskedLoRAs(context.masks, tell, applied.first)
+    return None
 
 
 def _on_grid(mask: Tensor, grid: tuple[int, ...]) -> Tensor:

@@ -59,7 +59,8 @@ def without_prompt(applied, routed: RoutedForwards) -> Iterator[str]:
     """LoRAs with a window in time that have layers among those called so far, with which the host prepares conds: that
     is done once for all steps."""
     for i, window in enumerate(applied.windows if not routed.compiled else ()):
-        count = sum(bool(routed.bank.sites[name].all_ops(i)) for name in routed.seen) if not window.whole else 0
+        count = 0 if window.whole else sum(applied.first + i in routed.bank.sites[name].adapters
+                                           for name in routed.seen)
         if count:
             yield (f"LoRA '{applied.names[i]}': {count} layer{'s' * (count > 1)} that prepare the prompt once for all "
                    "steps did without it, since it has a window in time")

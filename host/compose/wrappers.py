@@ -15,6 +15,7 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP
 from torch import Tensor
 
 from ...engine.bank import Bank
+from ...engine.forwards import RoutedForwards
 from ...engine.layout import NotRows
 from ...engine.tell import into
 from ...kernels.branch import Branch, scaled
@@ -96,15 +97,23 @@ def pre_run(patcher) -> None:
             or getattr(patcher, "is_multigpu_base_clone", False):  # of several devices one prepares for all
         return
     run = composition.runs[-1]
-    forwards = run.routed(root, partial(_banks, model), partial(read_weight, patcher),
+    forwards = run.routed(root, partial(_banks, run, model), partial(read_weight, patcher),
                           partial(_compiled, model.diffusion_model, {"wrappers": patcher.wrappers}))
-    for k, (applied, regions, routed) in enumerate(zip(run.applied, run.regions, forwards, strict=True)):
-        if isinstance(applied.method, Merge) and regions is None:
-            run.texts.callback(lambda *of: run.tell(without_prompt(*of)), applied, routed)
-            branch = Branch(applied.method.strengths)
-            if applied.windows:  # what is prepared serves all steps
-                branch = scaled(branch, tuple(float(window.whole) for window in applied.windows))
-            run.texts.enter_context(routed.rows(run.without.rows(k, [branch], 1)))
+    for joined, routed in zip(run.banked, forwards, strict=True):
+        row = tuple(_lasting(run, k, routed) for k in joined.methods)
+        run.texts.enter_context(routed.rows([joined.branch(row, routed.bank.count)]))
+
+
+def _lasting(run: Run, k: int, routed: RoutedForwards) -> Branch:
+    """What a method asks for at all times and places: nothing, unless it has one branch."""
+    applied = run.applied[k]
+    if not isinstance(applied.method, Merge) or run.regions[k] is not None:
+        return Branch((0.0,) * len(applied.names))
+    run.texts.callback(lambda: run.tell(without_prompt(applied, routed)))
+    branch = Branch(applied.method.strengths)
+    if applied.windows:  # what is prepared serves all steps
+        branch = scaled(branch, tuple(float(window.whole) for window in applied.windows))
+    return run.without.rows(k, [branch], 1)[0]
 
 
 def matching(model, copy) -> None:
@@ -191,14 +200,14 @@ def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, t
         # A node called the model on its own while several branches are open: none of them is meant.
         return executor(x, t, c_concat, c_crossattn, control, run.keeping(root, options, combos, uuids), **kwargs)
     options = caller_indexes(run.keeping(root, options, combos, uuids))
-    per_cond = x.shape[0] // len(combos)
+    per_cond, rows = x.shape[0] // len(combos), list(zip(combos, uuids, strict=True))
     run.record.count(x.shape[0], str(model.current_patcher.load_device))
     with ExitStack() as stack:
-        for k, routed in enumerate(run.routed(root, partial(_banks, model), partial(read_weight, model.current_patcher),
-                                              partial(_compiled, model.diffusion_model, options))):
-            places = run.places(k, root, x, {"context": c_crossattn, **kwargs}, uuids)
-            rows = [run.confined(k, combo[k], uuid) for combo, uuid in zip(combos, uuids, strict=True)]
-            stack.enter_context(routed.rows(run.without.rows(k, rows, per_cond), places))
+        forwards = run.routed(root, partial(_banks, run, model), partial(read_weight, model.current_patcher),
+                              partial(_compiled, model.diffusion_model, options))
+        for joined, routed in zip(run.banked, forwards, strict=True):
+            places = run.places(joined, root, x, {"context": c_crossattn, **kwargs}, uuids)
+            stack.enter_context(routed.rows(run.rows(joined, routed.bank.count, rows, per_cond), places))
         found = readings(run.readers, root, x, {"context": c_crossattn, **kwargs}, run.to_read(uuids, combos)) \
             if run.readers else ()
         for reading in found:
@@ -224,11 +233,11 @@ def _active(model) -> Run | None:
     return composition.run if composition is not None else None
 
 
-def _banks(model) -> list[Bank]:
-    """The bank of each layer, on this model's device: a multi-GPU clone carries copies of its own."""
+def _banks(run: Run, model) -> list[Bank]:
+    """The bank of each of `Run.banked`, on this model's device: a multi-GPU clone carries copies of its own."""
     patcher = model.current_patcher
     banks = [bank.model for bank in patcher.get_additional_models_with_key(KEY)]
-    return [banks[applied.bank] for applied in patcher.get_attachment(KEY).applied]
+    return [banks[run.applied[joined.methods[0]].bank] for joined in run.banked]
 
 
 def _free(patcher) -> Free:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
+from lora_ensemble.engine import products
 from lora_ensemble.host.compose.apply import apply_method, bake
-from lora_ensemble.host.compose.composition import places_of, record_of
+from lora_ensemble.host.compose.composition import KEY, places_of, record_of
 from lora_ensemble.host.compose.routes import Placing
-from lora_ensemble.host.files.ensemble import ALWAYS, LoRASpec
+from lora_ensemble.host.compose.weights import put_into_weights
+from lora_ensemble.host.files.ensemble import ALWAYS, LoRASpec, Mask
 from lora_ensemble.host.files.metadata import for_few_steps
 from lora_ensemble.methods.cmlora import CMLoRA
 from lora_ensemble.methods.composite import Composite
@@ -17,14 +20,18 @@ from lora_ensemble.methods.loratorio import LoRAtorio
 from lora_ensemble.methods.merge import Merge
 from lora_ensemble.methods.routed import Routing
 from lora_ensemble.methods.switch import Switch
+from lora_ensemble.tests.test_engine_cost import DEAR, Spy
 
 from .builders import lora, plain, same, sample, shapes, stock
 from .caches import cached, cmlora
 from .guidance_tools import ag, extrapolated
+from .kinds import bias_difference, dora, lokr, low_rank, oft
 from .models import base
-from .test_routed import bare, prompt, specs
-from .test_selection import est, klora, pair
+from .test_kinds import LINEAR, file_of, weights
+from .test_routed import HALF, bare, prompt, specs
+from .test_selection import est, klora, method_of, pair
 
+PRODUCTS = ("linear", "mm", "addmm", "bmm", "baddbmm", "conv2d", "convolution", "mul")
 METHODS = [Merge, Switch, Composite, LoRAtorio, CMLoRA]
 each = pytest.mark.parametrize("make", METHODS, ids=lambda make: make.__name__)
 
@@ -92,6 +99,111 @@ def test_choices_caches_and_guidance_on_a_model_that_has_it(name, loras):
     assert record_of(ours).adapters[-1] == [spec.name for spec in ensemble]
 
 
+# --- one bank and one program for both ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [Merge, Composite, LoRAtorio], ids=lambda make: make.__name__)
+@pytest.mark.parametrize(("family", "options"), [("SD15", {}), ("Flux", {}), ("Flux", {"mask": Mask(HALF)})],
+                         ids=["SD15", "Flux", "Flux, masks"])
+def test_a_layer_s_products_serve_it_and_the_method(family, options, make, loras, monkeypatch):
+    """Where starting an operation is dear it takes none more: a shrink and an expand of their own for each adapted
+    layer before, twice what a method takes. All weights there are once, too."""
+    monkeypatch.setitem(products.RATES, "cpu", DEAR)
+    model = base(family)
+    ensemble = [replace(spec, **options) for spec in bare(specs(model, loras))]
+    without, ours = (composed(model, listed, make) for listed in (ensemble, [*ensemble, turbo(model, loras)]))
+
+    def counted(model) -> int:
+        with Spy() as spy:
+            sample(model, family, steps=1)
+        return sum(spy.ops[name] for name in PRODUCTS)
+
+    assert counted(ours) == counted(without) > counted(model)
+    (bank,), (own,) = ([each.model for each in made.get_additional_models_with_key(KEY)] for made in (ours, without))
+    assert bank.nbytes() == own.nbytes() + bank_bytes(model, turbo(model, loras))
+
+
+def bank_bytes(model, spec: LoRASpec) -> int:
+    return composed(model, [spec], Merge).get_additional_models_with_key(KEY)[0].model.nbytes()
+
+
+@pytest.mark.parametrize("make", [klora, est], ids=["K-LoRA", "EST-LoRA"])
+def test_a_choice_per_layer_is_between_the_others(make, loras):
+    """Of other layers than it has: neither their sizes nor the layers that are compared are its own."""
+    model = base("SD15")
+    ensemble = specs(model, loras, wanted=lambda name: "attn" in name or "input_blocks" in name)
+    always = LoRASpec(loras(lora(shapes(model, lambda name: "input_blocks" not in name), 9, 4)), 0.5, 0, ALWAYS)
+    ours, behind = make(model, [*bare(ensemble), always]), make(stock(model, [always]), bare(ensemble))
+    found, want = (dict(zip(each.layers, each.ratios, strict=True))
+                   for each in (method_of(ours).contest, method_of(behind).contest))
+    assert found == pytest.approx(want) and len(want) < len(shapes(model))
+    same(sample(ours, steps=3), sample(behind, steps=3), sample(model, steps=3), 1e-4)
+    (name,) = record_of(behind).methods
+    chosen, want = ([step.notes[name] for step in record_of(each).steps] for each in (ours, behind))
+    assert chosen == want and record_of(ours).problems == []
+
+
+@pytest.mark.parametrize("make", [Merge, Composite], ids=lambda make: make.__name__)
+@pytest.mark.parametrize(("beneath", "above"), [
+    (low_rank, dora), (low_rank, partial(dora, on_output=False)), (lokr, low_rank), (dora, low_rank), (low_rank, oft),
+    (bias_difference, oft)], ids=["LoRA, DoRA", "LoRA, DoRA inputs", "LoKr, LoRA", "DoRA, LoRA", "LoRA, OFT",
+                                  "bias, OFT"])
+def test_of_any_kind(beneath, above, make, loras):
+    """DoRA's magnitude counts the weight with it, as it does where the loader was there before."""
+    model, layers = base("SD15"), weights(LINEAR)
+    always = LoRASpec(loras(file_of(layers, beneath, 9)), 0.5, 0, ALWAYS)
+    ensemble = [LoRASpec(loras(file_of(layers, kind, seed)), 0.8, 0) for seed, kind in ((1, above), (2, low_rank))]
+    ours, behind = composed(model, [always, *ensemble], make), composed(stock(model, [always]), ensemble, make)
+    same(sample(ours, steps=1), sample(behind, steps=1), sample(model, steps=1), 1e-4)
+
+
+@pytest.mark.parametrize("make", [Merge, Switch], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("family", ["SD15", "Flux"])
+def test_masks_confine_the_others_alone(family, make, loras):
+    model = base(family)
+    ensemble = [replace(spec, mask=Mask(mask)) for spec, mask
+                in zip(bare(specs(model, loras)), (HALF, 1 - HALF), strict=True)]
+    always = turbo(model, loras)
+    ours, behind = composed(model, [always, *ensemble], make), composed(stock(model, [always]), ensemble, make)
+    same(sample(ours, family), sample(behind, family), sample(model, family), 1e-4)
+
+
+def test_compiled_it_is_in_the_graphs_of_the_others(loras):
+    """As gains of further ranks: no operator of its own, and no graph more when another LoRA has its turn."""
+    from .compiled import compiled
+
+    graphs = []
+
+    def counted(graph, example):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    model = base("Flux")
+    ensemble, always = bare(specs(model, loras)), turbo(model, loras)
+    ours = composed(compiled(model, counted), [always, *ensemble], Switch)
+    first = sample(ours, "Flux", steps=1)
+    alone = len(graphs)
+    behind = composed(stock(model, [always]), ensemble, Switch)
+    for steps, found in ((1, first), (2, sample(ours, "Flux"))):
+        same(found, sample(behind, "Flux", steps=steps), sample(model, "Flux", steps=steps), 1e-4)
+    assert len(graphs) == alone > 0
+    assert not [node for graph in graphs for node in graph.graph.nodes if "route_" in str(node.target)]
+
+
+@pytest.mark.parametrize("make", [Merge, Composite], ids=lambda make: make.__name__)
+def test_one_of_both_may_go_into_the_weights(make, loras):
+    """Another node reads these: a LoRA with a window stays beside them with its place in the bank, and so does a
+    method."""
+    model, late = base("SD15"), make is Merge
+    always = turbo(model, loras, start=0.5 if late else 0.0)
+    ours = composed(model, [always, *bare(specs(model, loras))], make)
+    want = sample(ours, steps=4)
+    put_into_weights(ours)
+    assert [each.always for each in ours.get_attachment(KEY).applied] == [late]
+    same(sample(ours, steps=4), want, sample(model, steps=4), 1e-4)
+
+
 def test_alone_it_is_merged(loras):
     model = base("SD15")
     always = turbo(model, loras)
@@ -101,8 +213,6 @@ def test_alone_it_is_merged(loras):
 
 
 def test_a_mask_does_not_confine_it(loras):
-    from lora_ensemble.host.files.ensemble import Mask
-
     model = base("SD15")
     masked = turbo(model, loras, mask=Mask(torch.zeros(1, 8, 8)))
     same(sample(composed(model, [masked], Merge)), sample(stock(model, bare([masked]))), sample(model), 1e-4)
