@@ -13,7 +13,7 @@ that takes the least time, and have one of their own before them where it does n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -31,6 +31,9 @@ Where = Callable[[Entries, Sequence[Slot], Numbers], Tensor]
 """(entries, slots, numbers) -> gains of hidden values [entries, .., ranks of the slots]: the number of an entry's slot
 (one row of numbers: of all entries) times how much of the adapter acts at each place. The same tensor for as long as
 places are only updated."""
+
+
+Once = Callable[[Hashable, Callable[[], object]], object]
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class Call:
     factors    stack -> (down [R, in, *k], up [out, R]) in the dtype and on the device of x
     where      where adapters act inside the entries; None: everywhere
     beneath    how many adapters of the bank, its first ones, act everywhere in any case
+    once       (key, make) -> what `make` gave for the key when it was first asked for, in this run
     """
 
     y: Tensor
@@ -72,6 +76,7 @@ class Call:
     factors: Callable[[Stack], tuple[Tensor, Tensor]]
     where: Where | None = None
     beneath: int = 0
+    once: Once = lambda key, make: make()
 
     def everywhere(self, adapter: int) -> bool:
         return self.where is None or adapter < self.beneath
@@ -102,30 +107,40 @@ Built = tuple[Run, str]
 
 @dataclass(frozen=True)
 class Choice:
-    """One way to do what a stack has to do.
+    """One way to do what a stack has to do, for all layers of one shape.
 
-    build     makes its products, with the tensors that they need
+    build     (call, stack) -> its products, with the tensors that they need
     seconds   expected time
     """
 
-    build: Callable[[], list[Built]]
+    build: Callable[[Call, Stack], list[Built]]
     seconds: float
 
 
 def stack_products(call: Call, stack: Stack, numbers: Numbers) -> list[Built]:
     """The products that add a stack's deltas in the least time; none where nothing acts. `numbers` has one gain per
-    entry and slot, in the order of the slots."""
+    entry and slot, in the order of the slots. Layers of one shape share the choice, which takes longer than to build
+    what was chosen."""
     if not any(map(any, numbers)):
         return []
+    y, x, geometry = call.y, call.x, call.geometry
+    shapes = y.shape, x.shape, geometry.spatial, geometry.channel, x.device, stack.down.shape, stack.up.shape
+    key = "choice", shapes, stack.span, tuple(stack.slots.items()), call.where is None, call.beneath, numbers
+    return call.once(key, lambda: _chosen(call, stack, numbers)).build(call, stack)
+
+
+def _chosen(call: Call, stack: Stack, numbers: Numbers) -> Choice:
     alike = [len(set(column)) == 1 and call.everywhere(adapter)
              for adapter, column in zip(stack.slots, zip(*numbers, strict=True), strict=True)]
     common, rest = (tuple(tuple(number if same is one else 0.0 for number, same in zip(row, alike, strict=True))
                           for row in numbers) for one in (True, False))
-    choices = [_least(call, stack, numbers)]
-    if any(common[0]) and any(map(any, rest)):
-        both = _least(replace(call, where=None), stack, common), _least(call, stack, rest)
-        choices.append(Choice(lambda: both[0].build() + both[1].build(), both[0].seconds + both[1].seconds))
-    return min(choices, key=lambda choice: choice.seconds).build()
+    whole = _least(call, stack, numbers)
+    if not (any(common[0]) and any(map(any, rest))):
+        return whole
+    below, above = _least(replace(call, where=None), stack, common), _least(call, stack, rest)
+    apart = Choice(lambda call, stack: below.build(replace(call, where=None), stack) + above.build(call, stack),
+                   below.seconds + above.seconds)
+    return min(whole, apart, key=lambda choice: choice.seconds)
 
 
 def _least(call: Call, stack: Stack, numbers: Numbers) -> Choice:
@@ -136,7 +151,7 @@ def _least(call: Call, stack: Stack, numbers: Numbers) -> Choice:
             groups.setdefault(row, []).append(entry)
     slots = list(stack.slots.values())
     by_group = _groups(call, stack, slots, groups)
-    choices = [Choice(lambda: [built for choice in by_group for built in choice.build()],
+    choices = [Choice(lambda *layer: [built for choice in by_group for built in choice.build(*layer)],
                       sum(choice.seconds for choice in by_group))]
     if len(by_group) > 1:
         within = [entry for entry, row in enumerate(numbers) if any(row)]
@@ -195,12 +210,14 @@ def _batched(call: Call, stack: Stack, slots: Sequence[Slot], groups: dict[tuple
     at, n, rates, same = entries[0], len(entries), call.rates, len(set(gains)) == 1
     whole = n == call.y.shape[0]
 
-    def build() -> list[Built]:
+    def build(call: Call, stack: Stack) -> list[Built]:
         down, up = call.factors(stack)
         ranks = slice(slots[first].start, slots[columns[-1]].stop)
         down, up = down[ranks].unflatten(0, (count, width)).mT, up[:, ranks].T.unflatten(0, (count, width))
         alpha = gains[0] if same else 1.0
-        gain = None if same else on_device(gains, call.x.device, call.x.dtype).reshape(-1, 1, 1)
+        gain = None if same else call.once(
+            ("gains", tuple(gains), call.x.dtype, call.x.device),
+            lambda: on_device(gains, call.x.device, call.x.dtype).reshape(-1, 1, 1))
         run = _batched_run(down, up, gain, alpha, None if whole else (at, n))
         return [(run, f"{count} groups of {n // count} entries, rank {width} each")]
 
@@ -232,12 +249,12 @@ def _product(call: Call, stack: Stack, slots: Sequence[Slot], entries: Entries, 
     ranks, n, rates = slice(slots[0].start, slots[-1].stop), len(entries), call.rates
     alpha, needed = _gains(call, numbers)
 
-    def build() -> list[Built]:
+    def build(call: Call, stack: Stack) -> list[Built]:
         down, up = call.factors(stack)
         gain = None
         if needed is not None:
             gain = call.where(entries, slots, needed) if call.where is not None else gain_tensor(
-                slots, needed, call.geometry.spatial, min(call.x.ndim - 2, 1), call.x)
+                slots, needed, call.geometry.spatial, min(call.x.ndim - 2, 1), call.x, call.once)
         add = _added(call.geometry, call.x.ndim, n, down[ranks], up[:, ranks].T, gain, alpha, stack.span)
         text = f"{n} of {call.y.shape[0]} entries, rank {ranks.stop - ranks.start}"
         text += "" if gain is None else f", gains {'x'.join(map(str, gain.shape))}"
@@ -326,13 +343,19 @@ def _gains(call: Call, numbers: Numbers) -> tuple[float, Numbers | None]:
     return alpha, numbers
 
 
-def gain_tensor(slots: Sequence[Slot], numbers: Numbers, spatial: int, dimensions: int, like: Tensor) -> Tensor:
+def gain_tensor(slots: Sequence[Slot], numbers: Numbers, spatial: int, dimensions: int, like: Tensor, once: Once
+                ) -> Tensor:
     """Numbers [rows of numbers, slots] as gains that broadcast over hidden values: [rows, R, 1, ..] for convolutions,
-    [rows, 1, .., R] for layers with so many token dimensions."""
-    ranks = [number for row in numbers for number, slot in zip(row, slots, strict=True) for _ in range(slot.width)]
-    ones = [1] * (spatial or dimensions)
-    gain = on_device(ranks, like.device, like.dtype).view(len(numbers), -1)
-    return gain.reshape(len(numbers), -1, *ones) if spatial else gain.reshape(len(numbers), *ones, -1)
+    [rows, 1, .., R] for layers with so many token dimensions. Layers share them: each is a copy to the device."""
+    widths, device, dtype = tuple(slot.width for slot in slots), like.device, like.dtype
+
+    def make() -> Tensor:
+        ranks = [number for row in numbers for number, width in zip(row, widths, strict=True) for _ in range(width)]
+        ones = [1] * (spatial or dimensions)
+        gain = on_device(ranks, device, dtype).view(len(numbers), -1)
+        return gain.reshape(len(numbers), -1, *ones) if spatial else gain.reshape(len(numbers), *ones, -1)
+
+    return once(("gain", widths, numbers, spatial, dimensions, dtype, device), make)
 
 
 def in_turn(runs: Sequence[Run]) -> Run:

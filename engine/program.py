@@ -114,7 +114,7 @@ class Programs:
             gains *= y.shape[0]
         call = Call(y, x, layer.geometry, lambda stack: self._factors(stack, x),
                     self._where(layer, y, places, owners) if places is not None else None,
-                    places.beneath if places is not None else 0)
+                    places.beneath if places is not None else 0, self._once)
         runs, text = (self._added(call, site, gains) if all(_additive(site, row) for row in set(gains)) else
                       self._chained(call, layer, gains))
         run = in_turn(runs) if runs else nothing
@@ -187,7 +187,7 @@ class Programs:
             rows = tuple(owners[entry] for entry in entries)
             columns = tuple(slot.adapter for slot in slots for _ in range(slot.width))
             # Made once: what is made anew when places change comes from the device alone.
-            gain, index = gain_tensor(slots, numbers, spatial, len(grid), like), places.index(columns)
+            gain, index = gain_tensor(slots, numbers, spatial, len(grid), like, self._once), places.index(columns)
 
             def make() -> Tensor:
                 if spatial:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 from lora_ensemble.engine import products as products_module
 from lora_ensemble.engine import program as program_module
+from lora_ensemble.engine.bank import Bank
 from lora_ensemble.engine.forwards import RoutedForwards
 from lora_ensemble.engine.products import Rates
-from lora_ensemble.tests.reference import close, expected
+from lora_ensemble.kernels.branch import Branch
+from lora_ensemble.tests.reference import close, expected, make_ops
 from lora_ensemble.tests.test_engine_rows import ALONE, LAYOUTS, Small, adapters, model_without
+from torch import nn
 
 
 @pytest.fixture
@@ -59,6 +64,27 @@ def test_programs_are_chosen_once(model, monkeypatch):
                     model(x)
     routed.remove()
     assert len(made) == 4
+
+
+def test_layers_of_one_shape_share_the_choice_and_what_is_copied_to_the_device(monkeypatch):
+    """Guards: a choice and a copy for each of hundreds of layers, in the first step of every run and layout."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(24, 24) for _ in range(5)), nn.Linear(24, 32), nn.Linear(32, 32))
+    made = [{name: make_ops("lora", layer.weight.shape, seed) for name, layer in model.named_children()}
+            for seed in range(3)]
+    bank = Bank([{name: ops for name, (ops, _) in each.items()} for each in made])
+    rows, x = [Branch((0.7, 0.9, 0.5)), ALONE[1], ALONE[2]], torch.randn(3, 5, 24)
+    want = expected(model, [{name: change for name, (_, change) in each.items()} for each in made], rows, x)
+    calls = Counter()
+    for name in ("_chosen", "on_device"):
+        real = getattr(products_module, name)
+        monkeypatch.setattr(products_module, name, lambda *a, name=name, real=real: calls.update([name]) or real(*a))
+    routed = RoutedForwards(model, bank)
+    routed.install()
+    with torch.no_grad(), routed.rows(rows):
+        assert close(model(x), want)
+    routed.remove()
+    assert calls == {"_chosen": 3, "on_device": 1}
 
 
 def test_factors_that_the_host_moves_are_found_again(model):
