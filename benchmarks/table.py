@@ -89,9 +89,10 @@ def method_table(records: Iterable[dict]) -> str:
         savings = [f"x {whole(here[how]) / whole(plain):.2f}" if how in here else ""
                    for how in ("guidance", "cache", "both", "always on")]
         steps = plain["steps"] - 1
+        start = number(max(plain["first_seconds"] - plain["seconds"] / steps, 0)) if "first_seconds" in plain else ""
         rows.append([model, str(n), way, number(plain["seconds"] / steps), f"x {plain['ratio']:.2f}",
-                     number(1000 * plain["host"] / steps), number(plain["first_seconds"] - plain["seconds"] / steps),
-                     str(plain["rows"]), f"{(plain['bytes'] + plain['bank_bytes']) / 1e9:.2f}", *savings])
+                     number(1000 * plain["host"] / steps), start, str(plain["rows"]),
+                     f"{(plain['bytes'] + plain['bank_bytes']) / 1e9:.2f}", *savings])
     return markdown(["model", "LoRAs", "way", "step, s", "over the plain model", "host, ms", "start, s",
                      "samples in a run", "memory, GB", "extrapolated guidance", "forecast cache", "both",
                      "one more LoRA, always on"], rows)

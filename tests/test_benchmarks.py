@@ -120,6 +120,8 @@ def test_the_table_of_methods():
     assert "| 2 | Merge | 2.00 | x 2.00 | 250 | 1.00 | 10 | 0.52 | x 0.75 |  |  |  |" in text and "Routed" not in text
     assert "| 20.0 |" not in text and text.index("| 1 | Merge | 4.00") < text.index("| 2 | plain model")
     assert "| Wan, 256 x 256 x 2 frames, float32, 5 steps |" in text
+    unsaid = {key: value for key, value in records[0].items() if key != "first_seconds"}
+    assert "| x 1.00 | 125 |  | 10 |" in table.tables([unsaid], table.OF_METHODS)
     assert not table.tables(records) and table.RESULTS.read_text(encoding="utf-8").count(table.BEGIN) == 1
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -76,3 +77,10 @@ def test_values_stand_where_their_numbers_are():
     assert [any(abs(k - place * 447) < 3 for k in dots) for place in chart.places] == [True] * 3
     assert not any(abs(k - 223) < 10 for k in dots)
 
+
+def test_the_page_shows_what_is_there():
+    """Every picture on both papers, and no picture that no page shows."""
+    page = (plots.OUT.parent / "scaling.md").read_text(encoding="utf-8")
+    shown = set(re.findall(r"scaling/([\w-]+)\.png", page))
+    assert shown == {path.stem for path in plots.OUT.glob("*.png")}
+    assert {f"{name.rsplit('-', 1)[0]}-{paper}" for name in shown for paper in THEMES} == shown
