@@ -142,6 +142,14 @@ class Bank(nn.Module):
         other._first = other._first_tensors()
         return other
 
+    def in_dtype(self, dtype: torch.dtype, device: torch.device) -> Bank:
+        """A bank on a device that holds in another dtype what this one holds in its own."""
+        held = {id(factor) for part in self.modules() if type(part) in (Stack, Kron) for factor in part.parameters()}
+        other = copy.deepcopy(self, {id(each): frozen(each.to(device, dtype if id(each) in held else each.dtype))
+                                     for each in self.parameters()})
+        other.dtype = dtype
+        return other
+
     def _first_tensors(self) -> list[tuple[dict, str]]:
         """Per layer, where its first tensor is held. Not the tensor: hosts put others in its place."""
         return [next((module._parameters, leaf) for module in site.modules() for leaf in module._parameters)

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-import torch
 from comfy_execution.utils import get_executing_context
 from torch import Tensor
 
@@ -18,7 +17,7 @@ from ..files.ensemble import ALWAYS, Ensemble, LoRASpec
 from ..files.metadata import for_few_steps
 from ..words.known import lora_words
 from ..words.marked import marked
-from .banks import shared_bank
+from .banks import compute_dtype, shared_bank
 from .cache import CacheSpec
 from .composition import KEY, Applied, Composition
 from .prompts import Asked
@@ -223,11 +222,6 @@ def merge_clip(clip, reading: Reading):
     for spec, patches in reading.texts:
         new_clip.add_patches(patches.found, spec.strength_clip)
     return new_clip
-
-
-def compute_dtype(model) -> torch.dtype:
-    """The dtype that a MODEL's layers compute in, as nodes before have set it."""
-    return model.get_model_object("manual_cast_dtype") or model.model.get_dtype()
 
 
 def _shared(model, clip, ensemble: Ensemble, node: str, on_weights: bool) -> tuple[Reading, object]:

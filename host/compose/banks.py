@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import comfy.model_patcher
@@ -30,6 +31,7 @@ NOTES = "lora_ensemble_notes"
 Patcher = comfy.model_patcher.ModelPatcher
 _known: WeakValueDictionary[Hashable, Patcher] = WeakValueDictionary()
 _recent: WeakKeyDictionary[nn.Module, OrderedDict[Hashable, Patcher]] = WeakKeyDictionary()
+_converted: WeakKeyDictionary[nn.Module, dict[torch.dtype, Patcher]] = WeakKeyDictionary()
 
 
 def shared_bank(model: Patcher, facts: Hashable, dtype: torch.dtype, make: Callable[[], tuple[Bank, object, int]]
@@ -92,7 +94,40 @@ def kept_bytes() -> int:
 
 
 def _nbytes(patcher: Patcher) -> int:
-    return patcher.model.nbytes() + patcher.get_attachment(NOTES)[1]
+    others = sum(other.model.nbytes() for other in _converted.get(patcher.model, {}).values())
+    return patcher.model.nbytes() + others + patcher.get_attachment(NOTES)[1]
+
+
+def compute_dtype(model: Patcher) -> torch.dtype:
+    """The dtype that a MODEL's layers compute in, as nodes before have set it."""
+    return model.get_model_object("manual_cast_dtype") or model.model.get_dtype()
+
+
+@contextmanager
+def as_computed(model: Patcher, key: str) -> Iterator[None]:
+    """While open, the banks below a key of a MODEL are in the dtype that it computes in, for the host to load and
+    count: a node behind the methods may have set another one, and the copies that a run makes for itself are in no
+    books. Made once, and kept for as long as the bank."""
+    own, dtype = list(model.get_additional_models_with_key(key)), compute_dtype(model)
+    if not own or model.get_additional_models_with_key("multigpu"):  # whose cards have copies of these
+        yield
+        return
+    model.set_additional_models(key, [_in_dtype(patcher, dtype) for patcher in own])
+    try:
+        yield
+    finally:
+        model.set_additional_models(key, own)
+
+
+def _in_dtype(patcher: Patcher, dtype: torch.dtype) -> Patcher:
+    bank = patcher.model
+    if bank.dtype in (None, dtype):
+        return patcher
+    known = _converted.setdefault(bank, {})
+    if dtype not in known:
+        devices = patcher.load_device, patcher.offload_device
+        known[dtype] = bank_patcher(bank.in_dtype(dtype, patcher.offload_device), *devices)
+    return known[dtype].clone()
 
 
 def bank_patcher(bank: Bank, load_device, offload_device, disable_dynamic: bool = False) -> Patcher:

@@ -21,6 +21,7 @@ from ...engine.tell import into
 from ...kernels.branch import Branch, scaled
 from ...methods.merge import Merge
 from ..families.work import work_of
+from .banks import as_computed
 from .cards import note_cards, same_banks, settle
 from .composition import KEY, Composition, Free, Plan, Run
 from .context import is_flow, method_contexts, parts_of, run_context, sides_of
@@ -71,7 +72,8 @@ def outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=No
     try:
         added += with_variants(guider.conds) if run.routes else []
         run.conds = lambda: guider.conds
-        out = executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, *args, **kwargs)
+        with as_computed(guider.model_patcher, KEY):
+            out = executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, *args, **kwargs)
         finished = True
         known = [each.taken for each in run.routes if not each.idle]
         run.record.carried += carried(run.record, contexts, earlier, known, composition.cache)

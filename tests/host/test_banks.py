@@ -10,6 +10,7 @@ from dataclasses import replace
 import comfy.model_management
 import pytest
 import torch
+from comfy.patcher_extension import WrappersMP
 from lora_ensemble.host.compose import apply, banks, measure, reading
 from lora_ensemble.host.compose.composition import KEY
 from lora_ensemble.host.files.ensemble import LoRASpec
@@ -287,3 +288,29 @@ def test_tensors_in_notes_are_counted(loras, clip):  # noqa: F811
                                  "Merge LoRAs")
     size = sum(tensor.nbytes for tensor in text.values())
     assert banks.kept_bytes() - before == bank_of(ours).nbytes() + size > size > 0
+
+
+def test_a_dtype_node_behind_a_method(loras):
+    """The run's banks are in the dtype that is computed in, in the host's books; the MODEL's own are as they were."""
+    model = base("SD3")
+    ours = merge(model, three(model, loras))
+    exact = sample(ours, "SD3")
+    narrow, (own,) = ours.clone(), ours.get_additional_models_with_key(KEY)
+    narrow.set_model_compute_dtype(torch.bfloat16)
+    seen = []
+
+    def look(executor, *args, **kwargs):
+        (bank,) = narrow.get_additional_models_with_key(KEY)
+        loaded = [entry.model for entry in comfy.model_management.current_loaded_models]
+        seen.append((bank.model.dtype, any(each.model is bank.model for each in loaded), id(bank.model)))
+        return executor(*args, **kwargs)
+
+    narrow.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "look", look)
+    found = sample(narrow, "SD3")
+    assert {each[:2] for each in seen} == {(torch.bfloat16, True)}
+    assert narrow.get_additional_models_with_key(KEY)[0].model is own.model and own.model.dtype == torch.float32
+    assert all(factor.dtype == torch.float32 for factor in own.model.parameters())
+    assert 0 < (found - exact).abs().max() < 0.05 * exact.abs().max()
+    sample(narrow, "SD3")
+    assert len({each[2] for each in seen}) == 1, "it is made once"
+    assert torch.equal(sample(ours, "SD3"), exact)

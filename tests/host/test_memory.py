@@ -7,7 +7,8 @@ import comfy.model_management
 import comfy.model_patcher
 import pytest
 import torch
-from lora_ensemble.engine.bank import Bank
+from lora_ensemble.engine.adapters import Kron
+from lora_ensemble.engine.bank import Bank, Stack
 from lora_ensemble.host.compose.banks import bank_patcher
 from lora_ensemble.host.compose.composition import KEY
 from lora_ensemble.tests.reference import KINDS, make_ops
@@ -44,6 +45,21 @@ def test_adapters_are_held_in_the_dtype_that_the_model_computes_in(loras):
     model.set_model_compute_dtype(torch.bfloat16)
     (patcher,) = composite(model, three(model, loras)).get_additional_models_with_key(KEY)
     assert {parameter.dtype for parameter in patcher.model.parameters()} == {torch.bfloat16}
+
+
+def test_a_bank_in_another_dtype():
+    """As if it had been made in it: what a forward multiplies by at every call, and nothing else; the bank stays."""
+    bank = every_kind()
+    other = bank.in_dtype(torch.bfloat16, CPU)
+    assert other.dtype == torch.bfloat16 and other.names == bank.names and list(other.sites) == list(bank.sites)
+    kinds = set()
+    for ours, theirs in zip(bank.modules(), other.modules(), strict=True):
+        for (name, one), (_, two) in zip(ours._parameters.items(), theirs._parameters.items(), strict=True):
+            held = type(ours) in (Stack, Kron)
+            kinds.add(held)
+            assert torch.equal(two, one.to(torch.bfloat16) if held else one), name
+            assert two.dtype == (torch.bfloat16 if held else one.dtype) and one.dtype == torch.float32
+    assert kinds == {True, False}
 
 
 # --- dynamic VRAM ---------------------------------------------------------------------------------------------------
