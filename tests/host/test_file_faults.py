@@ -8,6 +8,7 @@ import torch
 from lora_ensemble.host.compose.apply import bake
 from lora_ensemble.host.compose.composition import KEY
 from lora_ensemble.host.files.ensemble import LoRASpec
+from lora_ensemble.host.files.fit import Misfit, check
 from lora_ensemble.methods.switch import Switch
 
 from .builders import Rand, composite, file_of, kohya, lora, merge, method, same, sample, shapes, stock
@@ -330,3 +331,15 @@ def test_a_bias_for_a_slice_is_named(loras):
     (problem,) = ours.get_attachment(KEY).applied[0].problems
     assert "a bias for a slice of a layer; left out" in problem and "()" not in problem
     same(sample(ours, "Flux"), sample(stock(model, [spec]), "Flux"), sample(model, "Flux"))
+
+
+@pytest.mark.parametrize("rows", [4, 6])
+def test_a_slice_of_a_layer_is_not_enlarged(rows):
+    """A slice has its neighbours: only a whole layer can grow."""
+    patch = ("diff", (torch.zeros(rows, 8), {"pad_weight": True}))
+    check(patch, (4, 8), None)
+    if rows == 4:
+        check(patch, (12, 8), (0, 4, 4))
+    else:
+        with pytest.raises(Misfit, match="enlarges a slice"):
+            check(patch, (12, 8), (0, 4, 4))
