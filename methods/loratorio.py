@@ -98,6 +98,7 @@ class LoRAtorioSession(Session):
         self._of: tuple[int, Tensor, Tensor] | None = None
         self._weighed: tuple[int, ...] = ()  # the LoRAs that the weights are of
         self._weights: Tensor | None = None
+        self._given: list[tuple[tuple[int, ...], list[Tensor]]] = []  # mean weights of the LoRAs, where some have none
         self._notes: dict[str, object] = {}
 
     @property
@@ -142,6 +143,16 @@ class LoRAtorioSession(Session):
         last = method.inverse_temperature(Step(total - 1, total, 0.0))
         return [f"{total} steps: the inverse temperature rises to {last:g}"]
 
+    def missed(self, names: Sequence[str]) -> list[str]:
+        """LoRAs of a pool that never were among those that take part."""
+        met = {i for active, _ in self._given for i in active}
+        took = {i for active, means in self._given for part in means
+                for i, weight in zip(active, part.tolist(), strict=True) if weight > 0}
+        if self.context.whole:
+            return []  # they do in another run of the picture
+        return [f"{names[i]} had no weight in any of the {self.context.total} steps: the {self.method.top_k} that "
+                "depart most from the base model were others" for i in sorted(met - took)]
+
     def _weights_for(self, step: Step, call: Call) -> Tensor:
         """Weights per pixel [N, B, 1, *size] of this call, packed as the latent is. Only a positive side defines them;
         a further pass on the same latent (perturbed attention, skipped layers) and passes without a positive side use
@@ -161,6 +172,8 @@ class LoRAtorioSession(Session):
         self._weighed = self._active
         means = [weights.flatten(1).mean(dim=1) for weights in found]
         self._notes |= {"active": list(self._active), "weights": means if call.parts else means[0]}
+        if self.dynamic:
+            self._given.append((self._active, means))
         return self._weights
 
     def _keeps(self, step: Step) -> bool:

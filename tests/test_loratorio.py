@@ -254,6 +254,21 @@ def test_members_not_chosen_lately_are_re_checked_on_a_schedule():
     assert evaluated(LoRAtorio(strengths, top_k=5, recheck_every=4), world) == [5] * TOTAL
 
 
+@pytest.mark.parametrize("recheck", [1, 4])
+def test_a_member_that_is_never_chosen_is_named(recheck):
+    world = World(4)
+    for i in (1, 3):  # these two depart most, in every picture
+        world.turns |= {(i, side): 4 * world.turns[i, side] for side in world.base}
+    names, x = [f"LoRA {i}" for i in range(4)], random(*SHAPE, seed=99)
+    for top_k, never in ((2, [0, 2]), (4, []), (0, [])):
+        session = LoRAtorio((1.0,) * 4, top_k=top_k, recheck_every=recheck).begin(FACTS)
+        for index in range(TOTAL):
+            world.call(session, step(index), x, POSITIVE, UNCONDITIONAL)
+        lines = session.missed(names)
+        assert [line.partition(" had no weight in any of the ")[0] for line in lines] == [names[i] for i in never]
+        assert all(f"{TOTAL} steps: the 2 that" in line for line in lines)
+
+
 def test_between_re_checks_the_chosen_are_mixed_as_if_all_had_been_evaluated():
     """As long as the same ones depart most: that is the assumption of every schedule."""
     world, x = World(5), random(*SHAPE, seed=99)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -21,6 +22,7 @@ from lora_ensemble.nodes.baselines import LoRAEnsembleSwitch
 from lora_ensemble.nodes.cache import LoRAEnsembleBranchCache
 from lora_ensemble.nodes.cmlora import LoRAEnsembleCMLoRA
 from lora_ensemble.nodes.loratorio import LoRAEnsembleLoRAtorio
+from lora_ensemble.tests.workflows import ROOT
 
 from .builders import composite, sample, three
 from .caches import steps_of
@@ -224,3 +226,18 @@ def test_at_cfg_1_there_is_nothing_to_save():
     assert "nothing to save" in guidance_record_of(model).text()
     sample(model, steps=3, cfg=3.0)
     assert guidance_record_of(model).problems == []
+
+
+AUTO = {LoRAEnsembleSwitch: ["steps_per_lora"], LoRAEnsembleCMLoRA: ["c1", "c2", "steps_per_lora", "cache_age"],
+        LoRAEnsembleBranchCache: ["interval"]}
+"""Numbers that go by the number of steps where they are 0."""
+
+
+@pytest.mark.parametrize("node", AUTO, ids=lambda node: node.__name__)
+def test_what_0_means_stands_on_the_widget_and_on_its_page(node):
+    page = (ROOT / "web" / "docs" / f"{node.__name__}.md").read_text(encoding="utf-8")
+    inputs = {part.id: part for part in node.define_schema().inputs}
+    for name in AUTO[node]:
+        (row,) = [line for line in page.splitlines() if line.startswith(f"| {name} |")]
+        assert inputs[name].min == inputs[name].default == 0
+        assert re.search(r"\b0(:| goes by)", inputs[name].tooltip) and re.search(r"\*0\*: (by|as long as)", row), name
