@@ -85,6 +85,7 @@ class Ruled(Full):
             return c
         if need.rows is None or need.watch:
             self.session.keep(x, c, {"negative": u}, sigma)
+            u = self.session.settle("negative", x, c, u, sigma)
         if need.rows == ():
             u = self.session.replace("negative", x, c, sigma)
         self.session.end()
@@ -119,8 +120,9 @@ def apart(images: Tensor, others: Tensor) -> float:
 def arms(found: Calibration, steps: int, policy: Extrapolation) -> list[tuple[str, Callable[[], Full], int]]:
     """Name, guide and number of steps of every row."""
     threshold = threshold_for(found.gamma[SPACE], AG_SAVING)
+    sigmas = torch.linspace(1, 0, steps + 1).tolist()
     as_many = -(-(steps + len(policy.steps(steps))) // 2)
-    return [("CFG", Full, steps), ("extrapolated", lambda: Ruled(ExtrapolatedSession(policy, flow=True)), steps),
+    return [("CFG", Full, steps), ("extrapolated", lambda: Ruled(ExtrapolatedSession(policy, True, sigmas)), steps),
             ("CFG, fewer steps, as extrapolated", Full, as_many),
             ("AG", lambda: Ruled(AdaptiveSession(AdaptiveGuidance(threshold, SPACE))), steps),
             ("LinearAG", lambda: Ruled(LinearSession(found.policy())), steps)]

@@ -113,11 +113,10 @@ def line(d0: Tensor, d1: Tensor, t0: Tensor, t1: Tensor, t: Tensor) -> Tensor:
     return torch.lerp(d1, d0, back.to(d1.dtype).view(-1, *[1] * (d1.ndim - 1)))
 
 
-def relative_miss(guess: Tensor, found: Tensor) -> Tensor:
-    """Semantics: m[b] = |guess_b - found_b| / |found_b|; 0 where both are zero.  guess, found: [B, ...].  [B], fp32."""
-    apart = (guess - found).flatten(1).float().norm(dim=1)
+def relative_size(apart: Tensor, found: Tensor) -> Tensor:
+    """Semantics: m[b] = |apart_b| / |found_b|; 0 where both are zero.  apart, found: [B, ...].  [B], fp32."""
     size = found.flatten(1).float().norm(dim=1)
-    return apart / size.clamp_min(torch.finfo(size.dtype).tiny)
+    return apart.flatten(1).float().norm(dim=1) / size.clamp_min(torch.finfo(size.dtype).tiny)
 
 
 def spread_steps(total: int, evaluated: int) -> tuple[int, ...]:

@@ -76,6 +76,6 @@ def completed(options: dict, call: GuidedCall, session: GuidanceSession) -> dict
         if call.rows == ():
             return [c, session.replace("negative", args["input"], c, args["sigma"]), *others]
         session.keep(args["input"], c, {"negative": u}, args["sigma"])
-        return args["conds_out"]
+        return [c, session.settle("negative", args["input"], c, u, args["sigma"]), *others]
 
     return {**options, PRE_CFG: [complete, *options.get(PRE_CFG, ())]}

@@ -95,8 +95,8 @@ def _extrapolated(options: GuidanceOptions) -> Guidance:
         if ADAPTIVE in context.sampler:
             tell(f"Extrapolated guidance: {ADAPTIVE} chooses its steps by the error that it sees, of which an "
                  "extrapolation would be a part; the negative was evaluated in every step")
-            return ExtrapolatedSession(Extrapolation(0.0), flow, tell)
-        return ExtrapolatedSession(policy, flow, tell, context.before, context.whole)
+            return ExtrapolatedSession(Extrapolation(0.0), flow, context.sigmas, tell)
+        return ExtrapolatedSession(policy, flow, context.sigmas, tell, context.before, context.whole)
 
     goal = f"a tolerance of {policy.tolerance:g}" if policy.tolerance else f"to save {100 * policy.saving:g} %"
     return Guidance(f"Extrapolated guidance, {goal}", begin)

@@ -150,6 +150,9 @@ class GuidedRun:
                 outs[i] = out
         if call.rows != () or call.need.watch:
             session.keep(x, c, {name: outs[i] for i, name in negatives.items()}, timestep)
+            if call.rows != ():
+                for i, name in negatives.items():
+                    outs[i] = session.settle(name, x, c, outs[i], timestep)
         if call.rows == ():
             for i, name in negatives.items():
                 outs[i] = session.replace(name, x, c, timestep)

@@ -3,6 +3,12 @@ the line through the last two.
 
     d = e(c) - e(u)        d(t) = d1 + (d1 - d0) (t - t1) / (t1 - t0)        e = e(c) + (w - 1) d(t)
 
+A step that evaluates the negative again makes up for what the line has missed since, which is known then: with d2 found
+at t2 the term at a time t between was about d1 + (d2 - d1) (t - t1) / (t2 - t1), so the steps of lengths h_j in which
+the line stood in went astray by (d2 - d(t2)) sum_j h_j (t_j - t1) / (t2 - t1), and this step, of length h2, goes by
+
+    d2 + PART W (d2 - d(t2))        W = sum_j h_j (t_j - t1) / (h2 (t2 - t1))
+
 Ours: by noise level and not by step, so that any sampler and schedule will do, without a calibration, for any number of
 negatives. What others reuse of guidance is held (FasterCache, arXiv 2410.19355) or fitted (LinearAG, see linear.py);
 what each costs is in testbed/README.md.
@@ -11,20 +17,26 @@ what each costs is in testbed/README.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ...kernels.branch import Step
-from ...kernels.guidance import line, relative_miss, spread_steps
+from ...kernels.guidance import line, relative_size, spread_steps
 from ..session import Sent
 from .record import GuidanceRecord
 from .session import FULL, REPLACED, GuidanceSession, Need, Rows, Tell
 
 WIDEST = 4
 """Steps from one evaluation to the next at most. In short runs fewer: see `widest`."""
+PART = 0.75
+"""Of what went astray, how much a step makes up for. Less than all, since the model answers to a picture that has gone
+astray; from a half to all is much the same (testbed/README.md)."""
+SHORT = 0.5
+"""A step makes up for others as if it were no shorter than this share of their mean: what it makes up for is divided by
+its length."""
 NEAR = 1e-4
 """Noise levels that differ by less, relatively, are one."""
 
@@ -110,19 +122,28 @@ class ExtrapolatedSession(GuidanceSession):
 
     flow            whether sigma is the time of a flow; else that time is sigma / (1 + sigma), and the term that of the
                     velocity of the same path, so that a model is extrapolated alike in both forms
+    sigmas          the schedule of the run, noisiest first, with the noise level that its last step ends at
     before, whole   of a picture in several runs, the steps before this one and all of them. Turns are those of the
                     whole picture
     """
 
     tracks = True
 
-    def __init__(self, policy: Extrapolation, flow: bool, tell: Tell | None = None, before: int = 0, whole: int = 0):
+    def __init__(self, policy: Extrapolation, flow: bool, sigmas: Sequence[float], tell: Tell | None = None,
+                 before: int = 0, whole: int = 0):
         super().__init__(tell)
         self.policy, self.flow = policy, flow
         self._before, self._whole = before, whole
         self._end: tuple = ()
+        times = [self._time_of(sigma) for sigma in sigmas]
+        self._lengths = [t - end for t, end in zip(times, times[1:], strict=False)]  # of the steps of this run
         self.misses: dict[int, list[float | None]] = {}  # step -> relative error per picture, None where not known
         self._lines: dict[str, Line] = {}
+        self._missed: dict[str, Tensor] = {}  # by how much the line did in this step, [B, ...], if it makes up for that
+        self._weights: list[float] = []  # of what was missed, per picture
+        self._now = 0.0  # time of this call
+        self._seen: dict[int, float] = {}  # step -> time of its first call with negatives, since the lines begin
+        self._stood: dict[int, tuple[float, list[float]]] = {}  # step -> its length, times of calls that lines stood in
         self._step: Step | None = None  # with the noise level of its first call
         self._need, self._parts = FULL, False
         self._kept = False  # whether this step's terms are in the lines
@@ -143,9 +164,10 @@ class ExtrapolatedSession(GuidanceSession):
                 self.tell(f"Extrapolated guidance: begins anew in this run of the picture, since {why}; its first two "
                           "steps need the negative")
             return ""
-        lines, self._last, self._gaps, self._origin, self._newest, self._sent = left
+        lines, self._last, self._gaps, self._origin, self._newest, self._sent, self._seen, self._stood = left
         self._lines = {name: line.to(device) for name, line in lines.items()}
         self._last, self._gaps, self._sent = list(self._last), list(self._gaps), list(self._sent)
+        self._seen, self._stood = dict(self._seen), dict(self._stood)
         self._plan(self._whole)
         return "Extrapolated guidance: the term goes on along the line of the earlier run"
 
@@ -169,10 +191,12 @@ class ExtrapolatedSession(GuidanceSession):
             rises = self._step is not None and step.sigma > self._step.sigma * (1 + NEAR)
             self._step = step
             known = len(self._last) == pictures and not rises
+            self._missed = {}
             if known and step.index - min(self._last) <= self._widest:
                 self._need = self._turn(step.index)
             else:
                 self._begin_anew(step, pictures)
+        self._now = self._time_of(step.sigma)
         return self._need
 
     def ready(self, names: Iterable[str], x: Tensor) -> bool:
@@ -185,7 +209,10 @@ class ExtrapolatedSession(GuidanceSession):
 
     def replace(self, name: str, x: Tensor, c: Tensor, sigma: Tensor) -> Tensor:
         """c less the extrapolated term."""
-        t = self._time(sigma)
+        t, index = self._time(sigma), self._step.index
+        _, calls = self._stood.setdefault(index, (self._length(index), []))
+        if calls[-1:] != [self._now]:  # once for all negatives of a call
+            calls.append(self._now)
         return torch.addcmul(c.float(), self._lines[name].at(t), _wide(t, c)).to(c.dtype)
 
     def keep(self, x: Tensor, c: Tensor, negatives: Mapping[str, Tensor], sigma: Tensor) -> None:
@@ -195,6 +222,7 @@ class ExtrapolatedSession(GuidanceSession):
         rows, t = self._need.rows, self._time(sigma)
         later = abs(self._step.sigma - self._newest) > NEAR * self._newest
         self._newest = self._step.sigma
+        self._seen[self._step.index] = self._now
         for name, u in negatives.items():
             d = (u.float() - c.float()) / _wide(t, c)  # e(c) - e(u), since e = (x - x0) / t
             known = self._lines.get(name)
@@ -202,10 +230,23 @@ class ExtrapolatedSession(GuidanceSession):
                 self._lines[name] = Line(d, d, t, t)
                 continue
             if self._step.index > self._origin + 1:
-                miss = relative_miss(known.at(t), d)
+                missed = d - known.at(t)
+                miss = relative_size(missed, d)
                 self._measured = miss if self._measured is None else torch.maximum(self._measured, miss)
+                self._weights = self._weigh_misses(rows)
+                if any(self._weights):
+                    self._missed[name] = missed
             known.move(d, t, rows, later)
         self._evaluated = tuple(range(len(c))) if rows is None else rows
+
+    def settle(self, name: str, x: Tensor, c: Tensor, u: Tensor, sigma: Tensor) -> Tensor:
+        """u moved by what its line has missed since the last evaluation, in all calls of the step."""
+        missed, weights = self._missed.get(name), self._weights
+        if missed is None:
+            return u
+        t, alike = self._time(sigma), len(set(weights)) == 1
+        t = t if alike else t * _filled(weights, t)
+        return torch.addcmul(u.float(), missed, _wide(t, u), value=weights[0] if alike else 1.0).to(u.dtype)
 
     def end(self) -> None:
         """The step's turns are taken, and what was measured is on its way."""
@@ -223,7 +264,8 @@ class ExtrapolatedSession(GuidanceSession):
     def summary(self, record: GuidanceRecord) -> None:
         """By how much the extrapolated terms missed, where that was seen; and what there was to save."""
         # before all that was sent is looked at
-        self._end = tuple(self._last), tuple(self._gaps), self._origin, self._newest, tuple(self._sent)
+        self._end = (tuple(self._last), tuple(self._gaps), self._origin, self._newest, tuple(self._sent), self._seen,
+                     self._stood)
         self._read(None)
         for step in record.steps:
             step.missed = self.misses.get(step.index + self._before, [])
@@ -241,11 +283,31 @@ class ExtrapolatedSession(GuidanceSession):
                       f"{policy.saving:.0%}: the first two steps need the negative, also after a restart, and so does "
                       "a step of every few; saving more than that, fewer steps are better")
 
+    # --- what the line has missed ---
+
+    def _weigh_misses(self, rows: Rows | None) -> list[float]:
+        """PART W of each picture: 0 where it is not its turn, or was in the step before."""
+        now = self._step.index
+        return [self._weight(last, now) if rows is None or row in rows else 0.0 for row, last in enumerate(self._last)]
+
+    def _weight(self, last: int, now: int) -> float:
+        between = [self._stood[step] for step in range(last + 1, now) if step in self._stood]
+        if not between or not self._seen[last] > self._seen[now]:
+            return 0.0
+        astray = sum(length * (self._seen[last] - sum(calls) / len(calls)) for length, calls in between)
+        length = max(self._length(now), SHORT * sum(length for length, _ in between) / len(between))
+        return PART * astray / (length * (self._seen[last] - self._seen[now])) if length > 0 else 0.0
+
+    def _length(self, index: int) -> float:
+        own = index - self._before
+        return self._lengths[own] if 0 <= own < len(self._lengths) else 0.0
+
     # --- whose turn it is ---
 
     def _begin_anew(self, step: Step, pictures: int) -> None:
         self._origin, self._need = step.index, FULL
         self._lines, self._last, self._gaps = {}, [], [2] * pictures
+        self._seen, self._stood = {}, {}
         self._plan(step.total)
 
     def _plan(self, total: int) -> None:
@@ -277,9 +339,21 @@ class ExtrapolatedSession(GuidanceSession):
                     reach = gaps[row] * math.sqrt(self.policy.tolerance / max(misses[row], 1e-6))
                     self._gaps[row] = min(max(int(reach), 1), self._widest) if reach > 0 else 1  # nan
 
+    def _time_of(self, sigma: float) -> float:
+        return sigma if self.flow else sigma / (1 + sigma)
+
     def _time(self, sigma: Tensor) -> Tensor:
         sigma = sigma.float().clamp_min(torch.finfo(torch.float32).tiny)
         return sigma if self.flow else sigma / (1 + sigma)
+
+
+def _filled(values: Sequence[float], like: Tensor) -> Tensor:
+    """[B], like `like`, without a copy that the host would wait for."""
+    filled = torch.full_like(like, values[0])
+    for row, value in enumerate(values):
+        if value != values[0]:
+            filled[row] = value
+    return filled
 
 
 def _wide(t: Tensor, like: Tensor) -> Tensor:

@@ -39,8 +39,8 @@ class GuidanceSession(ABC):
     """One rule in one run. Per model call of the sampler the host asks
 
         begin                  what is needed
-        replace, keep, weigh   once per evaluation of the guider's conds: several in a call where it is evaluated in
-                               context windows, none where it is not guided or another node answers
+        replace, keep, settle, weigh   once per evaluation of the guider's conds: several in a call where it is
+                               evaluated in context windows, none where it is not guided or another node answers
         end                    when the call has gone well
 
     and `summary` when the run is over. Predictions are denoised ones [B, C, ...], a negative goes by the name that its
@@ -78,6 +78,11 @@ class GuidanceSession(ABC):
 
     def keep(self, x: Tensor, c: Tensor, negatives: Mapping[str, Tensor], sigma: Tensor) -> None:  # noqa: B027
         """Look at the two sides of an evaluation, in which at least some rows of the negatives were evaluated."""
+
+    def settle(self, name: str, x: Tensor, c: Tensor, u: Tensor, sigma: Tensor) -> Tensor:
+        """The negative that guidance goes by where it was evaluated, in whole or in part, after `keep`; by default u as
+        it is."""
+        return u
 
     def weigh(self, c: Tensor) -> Tensor:
         """How much of the guidance each sample of c [B, ...] gets: [B, 1, ...], 1 to 0."""

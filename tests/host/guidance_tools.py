@@ -103,35 +103,52 @@ def reference(model, threshold: float, space: str = "noise", per_sample: bool = 
 class Standing:
     """Extrapolated guidance written down again, in float64: both sides are always evaluated, and in all steps but
     `turns` the negative is replaced by the prompt's prediction less the term on the line through the first calls of the
-    last two turns. `sigmas`: the schedule, for samplers that call several times per step."""
+    last two turns. A turn after such steps goes by its term and three quarters of what these went astray by, each the
+    mean of its calls: the term between two turns is on the line through both."""
 
-    def __init__(self, turns, flow: bool = False, sigmas: list[float] | None = None):
-        self.turns, self.flow, self.sigmas = turns, flow, sigmas
-        self.step, self.level, self.points = -1, None, {}
+    def __init__(self, turns, flow: bool = False):
+        self.turns, self.flow = turns, flow
+        self.points, self.stood, self.owed = {}, {}, {}
 
-    def __call__(self, name, c: Tensor, u: Tensor, sigma: float) -> Tensor:
-        if self.sigmas is not None:
-            step = max((i for i, level in enumerate(self.sigmas[:-1]) if level >= sigma * (1 - 1e-4)), default=0)
-        else:
-            step = self.step + (sigma != self.level)
-        points = self.points.setdefault(name, [])
-        self.step, self.level = step, sigma
-        t = sigma if self.flow else sigma / (1 + sigma)
+    def time(self, sigma: float) -> float:
+        return sigma if self.flow else sigma / (1 + sigma)
+
+    def __call__(self, name, c: Tensor, u: Tensor, sigma: float, options: dict) -> Tensor:
+        sigmas = options["transformer_options"]["sample_sigmas"].tolist()
+        step = max((i for i, level in enumerate(sigmas[:-1]) if level >= sigma * (1 - 1e-4)), default=0)
+        points, stood, t = self.points.setdefault(name, []), self.stood.setdefault(name, {}), self.time(sigma)
         if step in self.turns:
             if not points or points[-1][0] != step:
                 points.append((step, t, (u.double() - c.double()) / t))
-            return u
+                self.owed[name] = self.astray(points, stood, [self.time(level) for level in sigmas]) if stood else 0.0
+                stood.clear()
+            return (u.double() + t * self.owed[name]).to(u)
         (_, t0, d0), (_, t1, d1) = points[-2:]
-        return (c.double() + t * (d1 + (d1 - d0) * (t - t1) / (t1 - t0))).to(c)
+        d = d1 + (d1 - d0) * (t - t1) / (t1 - t0)
+        stood.setdefault(step, []).append((t, d))
+        return (c.double() + t * d).to(c)
+
+    def astray(self, points: list, stood: dict, times: list[float]) -> Tensor:
+        (_, t1, d1), (now, t2, d2) = points[-2:]
+        total = 0.0
+        for step, calls in stood.items():
+            length = (times[step] - times[step + 1]) / len(calls)
+            for t, d in calls:
+                total = total + (d1 + (d2 - d1) * (t - t1) / (t2 - t1) - d) * length
+        mean = sum(times[step] - times[step + 1] for step in stood) / len(stood)
+        return 0.75 * total / max(times[now] - times[now + 1], mean / 2)
 
 
-def standing(model, turns, flow: bool = False, sigmas: list[float] | None = None):
+def standing(model, turns, flow: bool = False):
     """The rule before all nodes that shape guidance."""
-    model, rule = model.clone(), Standing(turns, flow, sigmas)
+    model, rule = model.clone(), Standing(turns, flow)
 
     def pre_cfg(args):
         c, u = args["conds_out"]
-        return [c, rule("negative", c, u, float(args["sigma"][0]))]
+        if args["cond_scale"] == 1:  # no guidance, so nothing stands in
+            rule.stood.clear()
+            return [c, u]
+        return [c, rule("negative", c, u, float(args["sigma"][0]), args["model_options"])]
 
     options = model.model_options
     options["sampler_pre_cfg_function"] = [pre_cfg, *options.get("sampler_pre_cfg_function", [])]
@@ -144,7 +161,7 @@ def stood_in(model, turns, positive: int):
 
     def calc(executor, inner, conds, x, timestep, options):
         outs = executor(inner, conds, x, timestep, options)
-        return [out if i == positive else rule(i, outs[positive], out, float(timestep[0]))
+        return [out if i == positive else rule(i, outs[positive], out, float(timestep[0]), options)
                 for i, out in enumerate(outs)]
 
     model.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, "rule", calc)
