@@ -149,6 +149,11 @@ class Shown:
     cut: list[str]
     """Texts that do not fit their places in width (Nodes 2.0)."""
 
+    @property
+    def squeezed(self) -> list[str]:
+        """The texts of `cut` but for names of files, which are as long as users make them."""
+        return [text for text in self.cut if not text.endswith(".safetensors")]
+
 
 class FrontEnd:
     """The page of a running server, in the classic canvas or in Nodes 2.0."""

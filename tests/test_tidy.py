@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from lora_ensemble.tools.tidy import LIVE, LIVE_ROW, READABLE, TITLE, Room, inside, tidy
+from lora_ensemble.tools.tidy import LIVE, LIVE_ROW, READABLE, TEXT, TITLE, Room, inside, tidy
 
 
 def node(key: int, x: float, y: float, kind: str = "LoRAEnsembleLoRA", width: float = 340, height: float = 200) -> dict:
@@ -77,3 +77,16 @@ def test_below_a_node_that_composes_there_is_room_for_its_panel(untidy):
     (x, y, _, height), below = placed[2], LIVE + 3 * LIVE_ROW
     assert placed[7][0] == x and placed[7][1] < y, "the note stands above it"
     assert all(other[1] - TITLE >= y + height + below for other in placed.values() if other[0] == x and other[1] > y)
+
+
+def test_a_sampler_has_room_for_its_text_below_or_within(untidy):
+    """That of one is as high as it needs to be, the other has height to spare."""
+    for key, height in ((7, 250), (8, 250 + TEXT)):
+        untidy["nodes"].append(node(key, 2400 + 500 * key, 40, "KSampler", height=height)
+                               | {"outputs": [{"type": "LATENT"}]})
+        untidy["nodes"].append(node(key + 10, 2400 + 500 * key, 400, "VAEDecode"))
+    rooms = ROOMS | {key: Room(250, 250, 300, False) for key in (7, 8, 17, 18)}
+    placed = boxes(tidy(untidy, rooms)[0])
+    for key in (7, 8):
+        (x, y, _, height), (below_x, below_y, *_) = placed[key], placed[key + 10]
+        assert x == below_x and below_y - TITLE - (y + 250) >= TEXT and height == {7: 250, 8: 250 + TEXT}[key]

@@ -31,12 +31,14 @@ TITLE, FOOTER, GAP = 30, 8, 24
 """The title bar above a node, what hangs below it in Nodes 2.0, and the space that stays free: the classic canvas has
 the name of the pack in it."""
 HEAD, MARGIN = 40, 20  # of a group: the room for its name, and the frame around its nodes
-SHRUNK = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
+SHRUNK = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 LIVE, LIVE_ROW, ROWS, TEXT = 140, 20, 4, 50
 """What grows below a node that composes while it samples: the text and the panel, and of the panel a row per LoRA; the
 rows where the LoRAs are in the node itself; the text alone, below a sampler."""
 SMALLEST, NARROW, SWITCHES = 240, 280, 370
 """Side of a picture, width of other nodes, width in which two switches of Nodes 2.0 stand side by side."""
+WIDER, WIDEST = 20, 460
+"""By how much a node of Nodes 2.0 is made wider until its texts fit, and where that ends."""
 STARTS = (0, 40)
 Graph = dict[str, Any]
 
@@ -87,18 +89,18 @@ def is_note(node: dict[str, Any]) -> bool:
     return node["type"] in ("MarkdownNote", "Note")
 
 
-def grows(node: dict[str, Any], loras: int, shrink: float) -> float:
-    """The room that stays free below a node for what it shows of a run, where there is some. A sampler of its full size
-    has room for the text within."""
+def grows(node: dict[str, Any], spare: float, loras: int, shrink: float) -> float:
+    """The room that stays free below a node for what it shows of a run, where there is some; a sampler may have it
+    within, where its height is more than it needs (`spare`)."""
     if is_sampler(node):
-        return TEXT if SHRUNK[-1] < shrink < 0.8 else 0.0
+        return max(0.0, TEXT - spare) if shrink > SHRUNK[-1] else 0.0
     return LIVE + LIVE_ROW * loras if composes(node) and shrink >= 0.8 else 0.0
 
 
 def taken(node: dict[str, Any], room: Room, shrink: float, loras: int) -> tuple[float, float, float]:
     """The width and height that a node gets, and the height that it takes with what is around it."""
     width, height = size(node, room, shrink)
-    return width, height, TITLE + height + FOOTER + GAP + grows(node, loras, shrink)
+    return width, height, TITLE + height + FOOTER + GAP + grows(node, height - room.least, loras, shrink)
 
 
 def size(node: dict[str, Any], room: Room, shrink: float) -> tuple[float, float]:
@@ -234,10 +236,27 @@ def laid_out(graph: Graph, rooms: dict[int, Room]) -> tuple[Graph, float]:
 def measure(page: Any, graph: Graph) -> dict[int, Room]:
     """What each node needs on one canvas: the workflow is opened with every node as small as it goes."""
     small = copy.deepcopy(graph)
+    widths = widened(page, graph) if page.nodes_2 else {}
     for node in small["nodes"]:
-        node["size"] = [node["size"][0], 10]
+        node["size"] = [max(node["size"][0], widths.get(node["id"], 0)), 10]
     page.open_graph(small, "measured")
-    return {node.id: Room(node.height, node.height + node.hidden, node.roomy, node.writable) for node in page.nodes()}
+    return {node.id: Room(node.height, node.height + node.hidden, max(node.roomy, widths.get(node.id, 0)),
+                          node.writable) for node in page.nodes()}
+
+
+def widened(page: Any, graph: Graph) -> dict[int, float]:
+    """Node id -> the width at which Nodes 2.0 shows its texts whole, for those that need more than NARROW."""
+    widths: dict[int, float] = {}
+    for _ in range(NARROW, WIDEST, WIDER):
+        tried = copy.deepcopy(graph)
+        for node in tried["nodes"]:
+            node["size"][0] = widths.get(node["id"], NARROW)
+        page.open_graph(tried, "measured")
+        short = [node.id for node in page.nodes() if node.squeezed]
+        if not short:
+            break
+        widths |= {key: widths.get(key, NARROW) + WIDER for key in short}
+    return widths
 
 
 def write(path: Path, graph: Graph) -> None:
