@@ -29,7 +29,7 @@ class LoRAEnsembleCMLoRA(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return method_schema(
             node_id="LoRAEnsembleCMLoRA",
-            display_name="CMLoRA",
+            display_name="CMLoRA (Cached Multi-LoRA)",
             description="LoRAs take turns in the lead; all predict each step, the leader with the largest weight and "
             "from scratch, the others from cached deep features. "
             "LoRAs with fine detail (characters, clothing, styles, objects) lead early, backgrounds late.",

@@ -107,7 +107,7 @@ class LoRAEnsembleAdaptiveGuidance(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="LoRAEnsembleAdaptiveGuidance",
-            display_name="Adaptive Guidance",
+            display_name="Adaptive Guidance (Skip CFG)",
             description="Evaluates the negative prompt only at some steps, and lets its part of guidance go on in "
             "between: up to 30 % less work at nearly the picture of full guidance. Or stops evaluating it once it no "
             "longer matters (Adaptive Guidance). Works with every sampler and with other guidance nodes. At cfg 1, as "
@@ -132,7 +132,7 @@ class LoRAEnsembleAdaptiveGuider(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="LoRAEnsembleAdaptiveGuider",
-            display_name="Adaptive Guider",
+            display_name="CFG Guider (Adaptive Guidance)",
             description="CFG Guider with adaptive guidance, for SamplerCustomAdvanced. At cfg 1 there is nothing to "
             "save.",
             search_aliases=[*ALIASES, "cfg guider"],

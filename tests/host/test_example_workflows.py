@@ -215,6 +215,18 @@ def test_example_workflows_agree_with_the_schemas(path):
     assert not overlaps(graph)
 
 
+COLOURS = {"Positive prompt": "#232", "Negative prompt": "#322", "Files": "#432", "About": "#432"}
+
+
+@each_workflow
+def test_examples_look_alike(path):
+    """Numbered groups, and the same colours for prompts and notes."""
+    graph = json.loads(path.read_text(encoding="utf-8"))
+    assert [group["title"][:3] for group in graph["groups"] if group["title"][0].isdigit()][0] == "1. "
+    assert {node["title"]: node.get("color") for node in graph["nodes"] if node.get("title") in COLOURS
+            } == {node["title"]: COLOURS[node["title"]] for node in graph["nodes"] if node.get("title") in COLOURS}
+
+
 @each_workflow
 def test_workflows_of_the_first_version_open(path):
     """What came later stands last on its node: every value that was saved is still that of its widget."""

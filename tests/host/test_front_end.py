@@ -50,9 +50,8 @@ def overlaps(nodes: list[Shown]) -> list[tuple[str, str]]:
 
 
 def cut_off(node: Shown) -> list[str]:
-    """Texts of a node that do not fit; names of files are as long as users make them."""
-    texts = [text for text in node.cut if not text.endswith(".safetensors")]
-    return texts + ["a name on the canvas"] * bool(node.short) + ["lines"] * bool(node.hidden)
+    """What of a node's texts does not fit."""
+    return node.squeezed + ["a name on the canvas"] * bool(node.short) + ["lines"] * bool(node.hidden)
 
 
 @each_template
@@ -70,17 +69,11 @@ def test_templates_open_tidy(page: FrontEnd, name: str):
     assert page.complaints()[said:] == []
 
 
-@pytest.mark.parametrize("word", ["lora", "compare", "style", "region"])
+@pytest.mark.parametrize("word", ["lora", "compare", "cfg", "skip", "style", "region", "multi"])
 def test_the_search_for_nodes_shows_ours_among_the_first(page: FrontEnd, word: str):
-    """It finds by aliases and puts names first, so that nodes of the host with the word in their name lead."""
+    """It finds by aliases, but puts names with the word first, then what the front end has counted most, which is
+    the host's alone: names of ours have the words."""
     assert any(is_ours(kind) for kind, _ in page.search(word)[:5])
-
-
-@pytest.mark.parametrize("word", ["cfg", "multi", "skip"])
-def test_the_search_finds_ours_behind_names_and_nodes_that_are_used_much(page: FrontEnd, word: str):
-    """Nodes with the word in their names come first, then all others by how often the front end has counted them, which
-    it has for the host's alone: `MaskPreview`, which is like skip, is before an alias that is skip."""
-    assert any(is_ours(kind) for kind, _ in page.search(word))
 
 
 @pytest.mark.parametrize("word", ["multi lora", "skip cfg", "regional lora", "lora stack", "trigger words"])
