@@ -1,0 +1,44 @@
+"""The rows of *LoRA Ensemble* in the real front end: changed, saved, reloaded, muted and bypassed."""
+
+from __future__ import annotations
+
+import json
+
+from lora_ensemble.tests.front_end import SETTLED, FrontEnd
+
+from .test_front_end import browser, page  # noqa: F401  (fixtures)
+
+STACK = "app.graph._nodes.find(node => node.type === 'LoRAEnsembleStack')"
+WIDGET = f"{STACK}.widgets.find(widget => widget.name.split('.').at(-1) === %s)"
+SET = f"(() => {{ const w = {WIDGET}; w.value = %s; w.callback?.(w.value); return true }})()"
+RELOAD = f"(async () => {{ await app.loadGraphData(app.graph.serialize(), true, true, 'again'); return {SETTLED} }})()"
+CHANGED = {"row_5": "yes", "on_2": False, "strength_3": 0.55}
+
+
+def sent(page: FrontEnd) -> dict:  # noqa: F811
+    """The prompt that the button would send."""
+    return json.loads(page.browser.evaluate("app.graphToPrompt().then(prompt => JSON.stringify(prompt.output))"))
+
+
+def test_rows_are_saved_reloaded_muted_and_bypassed_whole(page: FrontEnd):  # noqa: F811
+    page.open_template("sdxl_four_loras")
+    for name, value in CHANGED.items():
+        page.browser.evaluate(SET % (json.dumps(name), json.dumps(value)))
+    page.browser.evaluate(SETTLED)
+    first = sent(page)
+    (key,) = [key for key, node in first.items() if node["class_type"] == "LoRAEnsembleStack"]
+    inputs = first[key]["inputs"]
+    short = {name.rpartition(".")[2]: value for name, value in inputs.items()}
+    assert short | CHANGED == short and {"lora_5", "strength_5", "row_6"} <= set(short)
+    (loader,) = [key for key, node in first.items() if node["class_type"] == "CheckpointLoaderSimple"]
+    page.browser.evaluate(RELOAD)
+    assert sent(page) == first
+    page.browser.evaluate(f"({STACK}.mode = 4, true)")
+    bypassed = sent(page)
+    assert key not in bypassed
+    assert [node["inputs"]["model"] for node in bypassed.values() if node["class_type"] == "KSampler"] == [[loader, 0]]
+    page.browser.evaluate(f"({STACK}.mode = 2, true)")
+    assert key not in sent(page)
+    page.browser.evaluate(RELOAD)
+    page.browser.evaluate(f"({STACK}.mode = 0, true)")
+    assert sent(page) == first
