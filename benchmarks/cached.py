@@ -68,18 +68,15 @@ class CachedSampler(Sampler):
         self.schedule, self.cut = schedule, cut_of(base, depth)
         self.rows = self.whole = 0
         self._asked: list[bool] = []
-        self._steps = STEPS
         self._store = FeatureCache(EVERYWHERE if schedule is None else schedule.max_age, forecast)
 
     def draw(self, pictures: Sequence[Picture], steps: int = STEPS, *more, **options) -> Tensor:
         self._store.clear()
-        self._steps = steps
         asking = [replace(p, method=_Asking(p.method, self._asked)) for p in pictures]
         return super().draw(pictures if self.schedule is not None else asking, steps, *more, **options)
 
-    def _predict(self, x: Tensor, sigma: float, contexts: Tensor, pictures: Tensor, branches: list[Branch],
+    def _predict(self, x: Tensor, step: Step, contexts: Tensor, pictures: Tensor, branches: list[Branch],
                  *more) -> Tensor:
-        step = Step(round((1 - sigma) * self._steps), self._steps, sigma)
         seen: Counter = Counter()
         keys = []  # picture, branch, and the how-manieth row of both: the side of guidance
         for place in zip(pictures.tolist(), branches, strict=True):
@@ -97,7 +94,7 @@ class CachedSampler(Sampler):
                 # In the order of the sampler, which calls the net once for so many rows.
                 part = sorted(part, key=lambda r: branches[r].gains)
                 with run([[keys[r] for r in part[k:k + ROWS]] for k in range(0, len(part), ROWS)], step):
-                    out[part] = super()._predict(x, sigma, contexts[part], pictures[part], [branches[r] for r in part],
+                    out[part] = super()._predict(x, step, contexts[part], pictures[part], [branches[r] for r in part],
                                                  *(more if len(part) == len(keys) else ()))
         return out
 

@@ -122,7 +122,7 @@ def composed(model, files: Sequence[Path], name: str, always: Path | None = None
     ensemble = tuple(LoRASpec(file.name, STRENGTH, 0.0, words=f"word{k}x0") for k, file in enumerate(files))
     if always is not None:
         ensemble += (LoRASpec(always.name, STRENGTH, 0.0, role=ALWAYS),)
-    placing = Placing("words", Routing("every step")) if name == "Routed" else None
+    placing = Placing("words", Routing("every step", trust=True)) if name == "Routed" else None
     ours, _ = apply_method(model, None, ensemble, lambda active: METHODS[name](active.strengths), name, placing=placing)
     return with_cache(ours, CacheSpec(max_age=AgeBySteps(len(files)), depth=3)) if name == "CMLoRA" else ours
 

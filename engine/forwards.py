@@ -16,6 +16,7 @@ from .geometry import geometry_of
 from .layout import Layout, Order, folded
 from .positions import Places
 from .program import Layer, Program, Programs, Reader, nothing
+from .reach import Reach
 from .tell import Once
 
 _UNMET = Program(torch.Size((-1,)), torch.bool, nothing)
@@ -123,18 +124,22 @@ class RoutedForwards:
         self._forget()
 
     @contextmanager
-    def rows(self, branches: Sequence[Branch], places: Places | None = None) -> Iterator[None]:
-        """While open, row r of the model's batch belongs to branches[r]; rows may come in any order."""
+    def rows(self, branches: Sequence[Branch], places: Places | None = None,
+             reach: Reach | None = None) -> Iterator[None]:
+        """While open, row r of the model's batch belongs to branches[r]; rows may come in any order.
+
+        reach   told what adapters would add, whether they act or not. Of a compiled model it learns nothing
+        """
         if self._addresses != (addresses := self.bank.addresses()):
             self._forget()  # the host has moved factors since
             self._addresses = addresses
         key = tuple(branches), places
-        layout = self._layouts.get(key)
+        layout = self._layouts.get(key) if reach is None or self.compiled else self._listening(branches, places, reach)
         if layout is None:
             layout = self._layouts[key] = Layout(branches, places, self.order)
             layout.programs = [_UNMET] * len(self._layers)
         state = self._state
-        before, state.current = state.current, layout if layout.acting else None
+        before, state.current = state.current, layout if layout.acting or layout.reach is not None else None
         self.acted |= layout.acting
         self._trace(state.current)
         try:
@@ -142,6 +147,12 @@ class RoutedForwards:
         finally:
             state.current = before
             self._trace(before)
+
+    def _listening(self, branches: Sequence[Branch], places: Places | None, reach: Reach) -> Layout:
+        """A layout of its own, whose programs tell."""
+        layout = Layout(branches, places, self.order, reach)
+        layout.programs = [_UNMET] * len(self._layers)
+        return layout
 
     def explain(self) -> list[str]:
         """What each layer does for each layout that was met: a line per product."""

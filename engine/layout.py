@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from ..kernels.branch import Branch
 from .positions import Places
+from .reach import Reach
 
 Order = Callable[[str, int, int], "str | None"]
 """(layer, entries, rows) -> the order in which the rows of a batch lie in the entries of that layer, its input's first
@@ -39,12 +40,14 @@ class Layout:
 
     rows     the branch of each row, in any order
     places   where in the picture and in the text adapters act; None: everywhere
+    reach    told what adapters would add
 
     `acting` are the adapters that act in any of the rows, at any layer.
     """
 
-    def __init__(self, rows: Sequence[Branch], places: Places | None = None, order: Order = folded):
-        self.rows, self.places, self._order = tuple(rows), places, order
+    def __init__(self, rows: Sequence[Branch], places: Places | None = None, order: Order = folded,
+                 reach: Reach | None = None):
+        self.rows, self.places, self._order, self.reach = tuple(rows), places, order, reach
         self.uniform = len(set(self.rows)) == 1
         self.acting = frozenset(a for branch in set(self.rows)
                                 for gains in (branch.gains, *(gains for _, gains in branch.per_module))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import NamedTuple
 
@@ -89,7 +89,20 @@ class Programs:
             with self._lasting():
                 program = self._program(layer, gains, y, x, places, owners)
                 self._programs[key] = Program(shape, x.dtype, _flat(program.run), program.text) if flat else program
-        return self._programs[key]
+        if layout.reach is None:
+            return self._programs[key]
+        tell = self._told(layer, layout, y, x)
+        return replace(self._programs[key], run=in_turn([self._programs[key].run, _flat(tell) if flat else tell]))
+
+    def _told(self, layer: Layer, layout: Layout, y: Tensor, x: Tensor) -> Run:
+        """What adds nothing and tells the layout's `reach` what adapters would; nothing where it is not known whose
+        the entries are."""
+        owners = layout.owners(layer.site.name, y.shape[0]) if x.shape[0] == y.shape[0] else None
+        if owners is None:
+            return nothing
+        like = plain(x).new_empty(0)  # what is kept must not hold an activation
+        return layout.reach.listen(layer.site, layer.geometry, owners, y, lambda stack: self._factors(stack, like)) \
+            or nothing
 
     def _owners(self, layout: Layout, name: str, y: Tensor, x: Tensor) -> Entries | None:
         """The row of each entry of a layer; None where all are alike, or where it is not known and need not be.

@@ -7,6 +7,7 @@ without a LoRA compete as well. Ours; masks from attention to a subject's words 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -78,3 +79,25 @@ def compete(attention: Tensor, own: Sequence[int | None], rivals: Sequence[int],
     # A LoRA that acts everywhere is the best one; where nothing is attended to, all are as good as the best.
     mine = torch.stack([best if clause is None else relative[:, clause] for clause in own], dim=1)
     return ((mine + tiny) / (best + tiny).unsqueeze(1)).clamp(max=1) ** gamma
+
+
+def outside(energy: Tensor, gains: Tensor, owners: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """The mean energy of each adapter outside its places and inside them, [rows, adapters] each; 0 where there is no
+    outside, or no inside.
+
+    energy, gains   [entries, adapters, places]: of which the gain in [0, 1] says how far a place is inside
+    owners          [entries], the row of each
+    """
+    def mean(weight: Tensor) -> Tensor:
+        total, area = ((weight * each).sum(dim=-1) for each in (energy, torch.ones_like(energy)))
+        total, area = (each.new_zeros(rows, each.shape[1]).index_add(0, owners, each) for each in (total, area))
+        return total / area.clamp_min(torch.finfo(torch.float32).tiny)
+
+    return mean(1 - gains), mean(gains)
+
+
+def trust(share: Tensor, low: float, high: float) -> Tensor:
+    """How far an adapter may leave its places, in [0, 1]: 1 where `share`, its energy outside them over that inside, is
+    at most `low`, 0 from `high` on, and linear in its logarithm between."""
+    tiny = torch.finfo(torch.float32).tiny
+    return ((math.log(high) - share.clamp_min(tiny).log()) / (math.log(high) - math.log(low))).clamp(0, 1)

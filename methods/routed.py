@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 
 from ..kernels.branch import Step
-from ..kernels.routing import compete
+from ..kernels.routing import compete, trust
 
 MODES = ("every step", "once", "contrast")
+LOW, HIGH = 0.4, 0.75
+"""Energy outside a LoRA's place over that inside: up to LOW it is let out of its place, from HIGH on it is not."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,13 @@ class Routing:
              read
     gamma    how sharply places are divided; 0 lets every LoRA act everywhere
     start    share of the steps after which places are first looked for; before, no LoRA acts
+    trust    whether a LoRA that does little outside its place may act there, as far as it does little (`trusted`)
     """
 
     mode: Literal["every step", "once", "contrast"] = "every step"
     gamma: float = 2.0
     start: float = 0.0
+    trust: bool = False
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -76,6 +80,19 @@ class Clauses:
         """Attention to the clauses [B, clauses, *grid] -> where the LoRAs act, [B, LoRAs, *grid]."""
         own = [None if wide else clause for clause, wide in zip(self.own, self.everywhere, strict=True)]
         return compete(attention, own, self.rivals, gamma)
+
+
+def trusted(share: Tensor) -> Tensor:
+    """How far LoRAs may leave their places [..], by their energy outside over that inside (engine/reach.py)."""
+    return trust(share, LOW, HIGH)
+
+
+def loosened(maps: Tensor, free: Tensor | None) -> Tensor:
+    """Maps [B, LoRAs, *grid] of LoRAs that may leave their places as far as `free` [B, LoRAs] says."""
+    if free is None:
+        return maps
+    free = free.to(maps).reshape(*free.shape, *[1] * (maps.ndim - 2))
+    return maps + (1 - maps) * free
 
 
 def clauses_of(tokens: int, phrases: Sequence[Sequence[int]], others: Sequence[Sequence[int]],

@@ -67,6 +67,16 @@ class LoRAEnsembleRouted(io.ComfyNode):
                 ),
             ],
             place=False,
+            later=[
+                io.Boolean.Input(
+                    "trust",
+                    default=True,
+                    optional=True,
+                    tooltip="Let a LoRA out of its place as far as it does little elsewhere anyway: well-made LoRAs "
+                    "then act as in a merge, and only those that would change the whole picture are confined. Measured "
+                    "where places are first looked for, at no further evaluation. Off: every LoRA keeps to its place.",
+                ),
+            ],
         )
 
     @classmethod
@@ -80,8 +90,8 @@ class LoRAEnsembleRouted(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: ModelPatcher, ensemble: Ensemble, mode: str, gamma: float, start: float, blocks: str,
-                clip: CLIP | None = None) -> io.NodeOutput:
-        routing = Routing(mode, gamma, start)
+                clip: CLIP | None = None, trust: bool = True) -> io.NodeOutput:
+        routing = Routing(mode, gamma, start, trust)
         return io.NodeOutput(*apply_method(model, clip, ensemble, lambda active: Merge(active.strengths), node=NODE,
                                            placing=Placing("words", routing, share_of(blocks))))
 

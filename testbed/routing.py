@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..engine.positions import Places
+from ..engine.reach import Reach
 from ..kernels.branch import Step
 from ..kernels.routing import clause_attention, clause_values, contrast
 from ..methods.prompt import Found, LoRAWords, PromptTokens, find_clauses, stand_in, without
-from ..methods.routed import Clauses, Routes, Routing, clauses_of
+from ..methods.routed import Clauses, Routes, Routing, clauses_of, loosened, trusted
 from .body import Body
 
 
@@ -71,6 +72,7 @@ class Routed:
                         for found, each in zip(self._found, self.placed, strict=True)]
         n, most = len(prompts), max(len(each.members) for each in self.clauses)
         self.maps = torch.ones(n, count, *body.latent[1:])
+        self._free: list[Tensor | None] = [None] * n
         self.words = torch.ones(2 * n, count, length)  # of the prompts, then of the negatives beside them
         self.members = torch.zeros(n, most, length)
         for i, (found, route, prompt) in enumerate(zip(self.clauses, self.routes, prompts, strict=True)):
@@ -123,9 +125,27 @@ class Routed:
         """Attention to the clauses of a picture's prompt, [clauses or more, h, w]."""
         known = self.clauses[picture]
         maps = known.places(attention[None, :len(known.members)], self.placed[picture].routing.gamma)
-        self.maps[picture, list(self.loras[picture])] = F.interpolate(maps, self.body.latent[1:], mode="bilinear")[0]
+        maps = loosened(F.interpolate(maps, self.body.latent[1:], mode="bilinear"), self._free[picture])
+        self.maps[picture, list(self.loras[picture])] = maps[0].to(self.maps)
         self._mask(picture)
         self.routes[picture].found = True
+
+    def reach(self, pictures: Sequence[int], step: Step) -> Reach | None:
+        """What listens to an evaluation of the base model for these pictures, a row each; None where nobody asks."""
+        asks = any(route is not None and route.routing.trust and (route.probes(step) or not route.acts(step))
+                   for route in (self.routes[i] for i in pictures))
+        return Reach(self.body.locate, range(self.maps.shape[1])) if asks else None
+
+    def reached(self, pictures: Sequence[int], reach: Reach, places: Places) -> None:
+        """The places of these pictures, whose rows come first, are known: let those LoRAs out that do little elsewhere.
+        """
+        share = reach.share(places)
+        for row, i in enumerate(pictures if share is not None else ()):
+            if self.routes[i] is not None and self.routes[i].routing.trust and self._free[i] is None:
+                own = list(self.loras[i])
+                self._free[i] = trusted(share[row, own])[None]
+                self.maps[i, own] = loosened(self.maps[i, own][None], self._free[i])[0]
+                self._mask(i)
 
     def without(self, picture: int) -> list[str]:
         """The prompt without each of its clauses, a LoRA's as one."""

@@ -96,7 +96,7 @@ class Sampler:
 
         return Branch(over_bank(branch.gains), tuple((m, over_bank(gains)) for m, gains in branch.per_module))
 
-    def _predict(self, x: Tensor, sigma: float, contexts: Tensor, pictures: Tensor, branches: list[Branch],
+    def _predict(self, x: Tensor, step: Step, contexts: Tensor, pictures: Tensor, branches: list[Branch],
                  routed: Routed | None = None, read: Sequence[int] = (), sides: int = 1) -> Tensor:
         """Velocities of many rows: row r evaluates x[pictures[r]] with contexts[r] and branches[r]. Of two sides, the
         first half of the rows are positive, the second negative. With `routed`, the attention of the rows in `read` is
@@ -106,19 +106,23 @@ class Sampler:
         for start in range(0, len(order), ROWS):
             numbers = order[start:start + ROWS]
             rows = torch.tensor(numbers, device=x.device)
-            sigmas = torch.full((len(rows),), sigma, device=x.device)
+            sigmas = torch.full((len(rows),), step.sigma, device=x.device)
             owners = pictures[rows].tolist()
-            places, see = None, None
+            places, see, reach = None, None, None
             if routed is not None:
                 side = len(branches) // sides
-                places = routed.places(owners, [i + len(x) * (r // side) for r, i in zip(numbers, owners, strict=True)])
+                texts = [i + len(x) * (r // side) for r, i in zip(numbers, owners, strict=True)]
+                places = routed.places(owners, texts)
+                reach = routed.reach(owners, step)
                 seen = [k for k, r in enumerate(numbers) if r in read]
                 see = Seen(seen, routed.members[[owners[k] for k in seen]], self.base.grid) if seen else None
-            with self.routed.rows([branches[r] for r in numbers], places):
+            with self.routed.rows([branches[r] for r in numbers], places, reach):
                 out[rows] = self.base.velocity(x[pictures[rows]], sigmas, contexts[rows], see)
             if see is not None:
                 for k, each in zip(seen, see.mean(), strict=True):
                     routed.found(owners[k], each)
+            if reach is not None:
+                routed.reached(owners, reach, routed.places(owners, texts))
         return out
 
     def _probe(self, step: Step, x: Tensor, routed: Routed, sides: int) -> None:
@@ -128,13 +132,17 @@ class Sampler:
         for i in by_contrast:
             texts = self.base.contexts([routed.probes[i], *routed.without(i)])
             sigmas = torch.full((len(texts),), step.sigma, device=self.device)
-            whole, *parts = self.base.velocity(x[i:i + 1].expand(len(texts), -1, -1, -1), sigmas, texts)
+            rows, reach = [i] * len(texts), routed.reach([i], step)
+            with self.routed.rows([base] * len(texts), routed.places(rows, rows), reach):
+                whole, *parts = self.base.velocity(x[i:i + 1].expand(len(texts), -1, -1, -1), sigmas, texts)
             routed.contrasted(i, whole, torch.stack(parts))
+            if reach is not None:
+                routed.reached([i], reach, routed.places(rows, rows))
             self.evaluations += len(texts) / sides
         others = [i for i in routed.probing(step) if i not in by_contrast]
         if others:
             texts = self.base.contexts([routed.probes[i] for i in others])
-            self._predict(x, step.sigma, texts, torch.tensor(others, device=self.device), [base] * len(others), routed,
+            self._predict(x, step, texts, torch.tensor(others, device=self.device), [base] * len(others), routed,
                           range(len(others)))
             self.evaluations += len(others) / sides
 
@@ -177,7 +185,7 @@ class Sampler:
             rows = torch.tensor(owner, device=self.device)
             texts = torch.cat([context[rows + 1], context[:1].expand(len(rows), -1, -1)][:len(labels)])
             read = routed.reading(step) if routed is not None else ()
-            velocity = self._predict(x, step.sigma, texts, rows.repeat(len(labels)), branches * len(labels), routed,
+            velocity = self._predict(x, step, texts, rows.repeat(len(labels)), branches * len(labels), routed,
                                      [_says_where(owner, branches, i) for i in read], len(labels))
             predicted = [x[rows] - step.sigma * v for v in velocity.chunk(len(labels))]
             denoised, noise_level = [], torch.full((1,), step.sigma, device=self.device)

@@ -10,9 +10,10 @@ import torch
 from lora_ensemble.benchmarks import cached, quality
 from lora_ensemble.benchmarks.cuts import cut_of
 from lora_ensemble.kernels.branch import Step
+from lora_ensemble.methods.routed import Routing, trusted
 from lora_ensemble.methods.schedule import Uniform
 from lora_ensemble.methods.session import RunContext, begin
-from lora_ensemble.testbed import evaluate, protocol, scene, worlds
+from lora_ensemble.testbed import evaluate, protocol, routing, scene, worlds
 from lora_ensemble.testbed.beds import BEDS
 from lora_ensemble.testbed.sampler import Sampler
 
@@ -73,6 +74,26 @@ def test_few_steps_with_the_lora_for_them(task):
     assert rows == told and [(row.method, row.n) for row in rows] == [
         ("Merge", 2), ("Merge", None), ("Routed", 2), ("Routed", None)]
     assert [row.branches for row in rows[::2]] == [4, 5]
+
+
+@pytest.mark.parametrize("body", BEDS)
+@pytest.mark.parametrize("name", ["Routed", "Routed once", "Routed contrast", "start"])
+def test_clean_loras_leave_their_places_and_narrow_ones_do_not(body, name, monkeypatch):
+    """In every mode, and where the base model draws alone at first."""
+    seen = []
+    monkeypatch.setattr(routing, "trusted", lambda share: seen.append(trusted(share)) or seen[-1])
+    late = evaluate.Recipe(evaluate.METHODS["Merge"], "words", Routing(start=0.5, trust=True))
+    recipe = evaluate.RECIPES.get(name, late)
+    tasks = [task for task in BEDS[body].all_sets((3,), 101) if {c.category for c in task.concepts} == {
+        "character", "clothing", "object"} and task.laid_out][:2]
+    free = {}
+    for regime in worlds.REGIMES:
+        with Sampler(BEDS[body].load_base(), BEDS[body].load_loras(regime)) as sampler:
+            sampler.draw([recipe.picture(task, sampler.bank) for task in tasks], 2)
+        free[regime] = torch.stack(seen)
+        seen.clear()
+    assert free["clean"].shape == free["narrow"].shape == (2, 3)
+    assert free["clean"].mean() > 0.5 and free["narrow"].mean() < 0.2
 
 
 @pytest.mark.parametrize(("arguments", "turbo", "guidance"), [

@@ -10,6 +10,8 @@ from uuid import UUID, uuid4
 import torch
 from torch import Tensor, nn
 
+from ...engine.positions import Places
+from ...engine.reach import Reach
 from ...kernels.branch import Branch
 from ...methods.merge import Merge
 from ...methods.session import POSITIVE
@@ -17,6 +19,7 @@ from ..families.attention import chosen
 from ..words.marked import PROBE, WITHOUT
 from .attention import AttentionReader
 from .cache import Combo
+from .combos import Joined
 from .composition import Run
 from .places import call_tokens
 from .routes import RoutedLoRAs
@@ -69,6 +72,18 @@ def readings(regions: Sequence[RoutedLoRAs], root: nn.Module, x: Tensor, conds: 
         reader = AttentionReader(root, tokens.streams, rows, members, wanted)
         out.append(Reading(each, root, reader, [uuid for _, uuid, _ in found], pictures))
     return out
+
+
+def listening(run: Run, joined: Joined, conds: Sequence[tuple[Combo, UUID | None]], places: Places | None,
+              pictures: int) -> Reach | None:
+    """What is told, in an evaluation in which no LoRA of a bank's method acts, what they would do there; None where
+    nobody asks."""
+    k = joined.methods[-1]
+    regions = run.regions[k]
+    if regions not in run.routes or places is None or not all(run.confined(k, combo[k], uuid).is_base
+                                                              for combo, uuid in conds):
+        return None
+    return regions.listen([run.origins.get(uuid, uuid) for _, uuid in conds], places, pictures, joined.adapters[-1])
 
 
 def find_places(run: Run, positive: list[list[dict]], evaluate: Callable[[list[list[dict]], Combo], list[Tensor]],

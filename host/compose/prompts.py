@@ -30,6 +30,7 @@ class Prompt:
     found    per LoRA what was found of its words, for the report
     fixed    whether its places are those of a prompt with stand-in words: its own attention says nothing of them
     text     as it was written
+    free     how far each LoRA may leave its place [pictures, LoRAs]; None as long as that is not known
     """
 
     clauses: Clauses
@@ -42,6 +43,7 @@ class Prompt:
     elsewhere: tuple[bool, ...] = ()
     maps: Tensor | None = None
     text: str = ""
+    free: Tensor | None = None
 
     @property
     def asked(self) -> tuple[Hashable, ...]:

@@ -10,17 +10,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...engine.positions import Places
+from ...engine.reach import Reach
 from ...engine.transfer import on_device
 from ...kernels.branch import Branch, Step
 from ...kernels.routing import contrast
 from ...methods.prompt import LoRAWords
-from ...methods.routed import Routes, Routing
+from ...methods.routed import Routes, Routing, loosened, trusted
 from ...methods.session import RunContext
 from .places import MaskedLoRAs, crop
 from .prompts import BESIDE, Prompt, fitted, search
 
 PLACES = ("masks", "words", "everywhere")
 """Where LoRAs act: in their masks where they have one; where their words are, or in their masks; everywhere."""
+TRUST = "trust"
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,7 @@ class RoutedLoRAs(MaskedLoRAs):
         self._prompts: dict[UUID, Prompt] = {}
         self._instead: dict[UUID, tuple[UUID, Prompt]] = {}
         self._pending: dict[UUID, Tensor] = {}
+        self._heard: list[tuple[Reach, list[Prompt | None], int]] = []
         self._branches: dict[tuple, Branch] = {}
         self._reading: dict[tuple, tuple[slice | Tensor, Tensor]] = {}
         self._acted: bool | None = None
@@ -180,6 +184,15 @@ class RoutedLoRAs(MaskedLoRAs):
             found = whole
         self._pending[uuid] = found
 
+    def listen(self, uuids: Sequence[UUID | None], places: Places, pictures: int, adapters: range) -> Reach | None:
+        """For an evaluation of these conds without the LoRAs: what is told what they would do there, so that `commit`
+        learns how far each may leave its place. None where that is known, or nobody asks."""
+        prompts = [self._prompts.get((self._instead.get(uuid) or (uuid,))[0]) for uuid in uuids]
+        if not self.routed.routing.trust or not any(prompt is not None and prompt.free is None for prompt in prompts):
+            return None
+        self._heard.append((Reach(places.locate, adapters), prompts, pictures))
+        return self._heard[-1][0]
+
     def compare(self, uuid: UUID, whole: Tensor, without: Tensor) -> None:
         """Predictions for a cond, and without each of its clauses as they are counted: [pictures, C, ...], [clauses,
         pictures, C, ...]."""
@@ -190,12 +203,29 @@ class RoutedLoRAs(MaskedLoRAs):
     def commit(self) -> None:
         """What was seen in a call holds from now on."""
         if not self._pending:
+            self._heard.clear()
             return
         for uuid, maps in self._pending.items():
             self._prompts[uuid].maps = maps
         self._pending.clear()
+        for heard in self._heard:
+            self._trust(*heard)
+        self._heard.clear()
         self.routes.found = all(prompt.maps is not None for prompt in self._prompts.values() if prompt.fixed)
         self._show()
+
+    def _trust(self, reach: Reach, prompts: Sequence[Prompt | None], pictures: int) -> None:
+        """How far LoRAs may leave their places, by what they would have done in one evaluation of these conds."""
+        maps = [None if prompt is None or prompt.maps is None else crop(prompt.maps[:pictures], prompt.area)
+                for prompt in prompts]
+        like = next((each for each in maps if each is not None), None)
+        if like is None:
+            return
+        batch = torch.cat([torch.ones_like(like) if each is None else each for each in maps])
+        share = reach.share(Places(batch, range(len(batch))))
+        for prompt, each, own in zip(prompts, maps, share.split(pictures) if share is not None else (), strict=False):
+            if each is not None and prompt.free is None:
+                prompt.free = trusted(own).to(self.maps)
 
     def give_up(self, reason: str) -> None:
         """Places cannot be found: LoRAs act everywhere, on their own words."""
@@ -233,9 +263,12 @@ class RoutedLoRAs(MaskedLoRAs):
         return None if words is None else fitted(words, words.shape[1], root, tokens, None)
 
     def answers(self) -> dict[Hashable, Tensor]:
-        """What was found, by what it is the answer to (`Prompt.asked`): for a run that goes on with the picture."""
-        return {asked: prompt.maps[:, i] for prompt in self._prompts.values() if prompt.maps is not None
-                for i, asked in enumerate(prompt.asked) if asked is not None}
+        """What was found, by what it is the answer to (`Prompt.asked`): for a run that goes on with the picture. How
+        far a LoRA may leave its place has the same name with TRUST before it."""
+        found = [(prompt, i, asked) for prompt in self._prompts.values() if prompt.maps is not None
+                 for i, asked in enumerate(prompt.asked) if asked is not None]
+        return {asked: prompt.maps[:, i] for prompt, i, asked in found} | {
+            (TRUST, asked): prompt.free[:, i] for prompt, i, asked in found if prompt.free is not None}
 
     def _known(self, prompt: Prompt) -> Tensor | None:
         """The maps of a prompt, where the run before has found all of them."""
@@ -243,14 +276,19 @@ class RoutedLoRAs(MaskedLoRAs):
         if not any(asked) or any(each is not None and each not in self.known for each in asked):
             return None
         maps, self.taken = torch.ones_like(self.maps), True
+        free = maps.new_zeros(maps.shape[:2])
         for i, each in enumerate(asked):
             if each is not None:
                 maps[:, i] = self.known[each].to(maps)
+                free[:, i] = self.known.get((TRUST, each), free[:, i]).to(maps)
+        prompt.free = free if self.routed.routing.trust else None
         return maps
 
     def notes(self) -> dict[str, object]:
-        """places: per LoRA the share of the picture that it acts on."""
-        return {"places": self.maps.flatten(2).mean(dim=(0, 2))}
+        """places: per LoRA the share of the picture that it acts on; trust: how far it may leave its place."""
+        free = [prompt.free.mean(dim=0) for prompt in self._prompts.values() if prompt.free is not None]
+        found = {"places": self.maps.flatten(2).mean(dim=(0, 2))}
+        return found | ({"trust": torch.stack(free).mean(dim=0)} if free else {})
 
     def _searched(self, entry: Mapping[str, object]) -> Prompt:
         prompt, told = search(entry, self.routed.words, self.routed.active, self.routed.everywhere)
@@ -276,7 +314,7 @@ class RoutedLoRAs(MaskedLoRAs):
         """The maps of a cond as they are used."""
         if self._acted is False:
             return torch.zeros_like(self.maps)
-        maps = torch.ones_like(self.maps) if prompt.maps is None else prompt.maps.clone()
+        maps = torch.ones_like(self.maps) if prompt.maps is None else loosened(prompt.maps.clone(), prompt.free)
         for i, gone in enumerate(prompt.elsewhere):
             if gone:
                 maps[:, i] = 0

@@ -27,7 +27,7 @@ from .composition import KEY, Composition, Free, Plan, Run
 from .context import is_flow, method_contexts, parts_of, run_context, sides_of
 from .control import CALLER_CONDS, OF_WEIGHTS, caller_indexes, made_of_weights
 from .earlier import RUNS, bare, names_of
-from .probe import find_places, positives, readings, with_variants
+from .probe import find_places, listening, positives, readings, with_variants
 from .rows import in_range
 from .steps import tracked
 from .summary import carried, without_prompt
@@ -209,7 +209,8 @@ def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, t
                               partial(_compiled, model.diffusion_model, options))
         for joined, routed in zip(run.banked, forwards, strict=True):
             places = run.places(joined, root, x, {"context": c_crossattn, **kwargs}, uuids)
-            stack.enter_context(routed.rows(run.rows(joined, routed.bank.count, rows, per_cond), places))
+            reach = listening(run, joined, rows, places, per_cond)
+            stack.enter_context(routed.rows(run.rows(joined, routed.bank.count, rows, per_cond), places, reach))
         found = readings(run.readers, root, x, {"context": c_crossattn, **kwargs}, run.to_read(uuids, combos)) \
             if run.readers else ()
         for reading in found:
