@@ -47,7 +47,7 @@ def test_it_is_saved_as_plain_data():
     saved = json.loads(json.dumps(run.as_dict()))
     assert saved["steps"][0]["rows"] == 2 and saved["steps"][0]["notes"] == {"Composite": {"led": 1}}
     assert set(saved) == {"methods", "adapters", "steps", "problems", "reasons", "finished", "chosen", "before",
-                          "whole", "devices"}
+                          "whole", "devices", "carried"}
 
 
 def test_devices_are_counted_where_several_are_named():

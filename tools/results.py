@@ -168,7 +168,7 @@ class Results:
         return self.lines.get(case, {}).get("ok", False)
 
     def add(self, case: str, became: str, ok: bool, seconds: float, **more: Any) -> None:
-        now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+        now = datetime.now(timezone.utc).isoformat(timespec="microseconds")
         self.lines[case] = line = {"case": case, "became": became, "ok": ok, "seconds": round(seconds, 3), **more,
                                    "call": call(), "code": self.code, "commit": commit(), "host": host_version(),
                                    "machine": machine(), "when": now}
