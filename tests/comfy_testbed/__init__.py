@@ -134,13 +134,13 @@ class LoRAEnsembleTestbedCheckpoint(io.ComfyNode):
             category="LoRA Ensemble/testbed",
             description="ComfyUI's own model and text encoder of a family, tiny and with random weights.",
             inputs=[io.Combo.Input("family", options=CHECKPOINTS, tooltip="The architecture."),
-                    io.Int.Input("seed", default=0, optional=True, tooltip="Of its weights.")],
+                    io.Int.Input("weights", default=0, optional=True, tooltip="The seed of its weights.")],
             outputs=[io.Model.Output(), io.Clip.Output(), io.Vae.Output(), io.Vae.Output(display_name="SOUND VAE")],
         )
 
     @classmethod
-    def execute(cls, family: str, seed: int = 0) -> io.NodeOutput:
-        return io.NodeOutput(*load_checkpoint(family, seed))
+    def execute(cls, family: str, weights: int = 0) -> io.NodeOutput:
+        return io.NodeOutput(*load_checkpoint(family, weights))
 
 
 class LoRAEnsembleTestbedValue(io.ComfyNode):

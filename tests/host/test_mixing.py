@@ -291,7 +291,7 @@ def test_the_nodes_hand_their_widgets_over(loras):
     assert out.args[0].get_attachment("lora_ensemble").cache is None, "one LoRA at a time has nothing to cache"
     out = LoRAEnsembleCMLoRA.execute(model, ensemble, "offline", *options)
     assert out.args[0].get_attachment("lora_ensemble").cache == CacheSpec(max_age=15, depth=2)
-    with pytest.raises(ValueError, match="CMLoRA: order is 'sometimes'"):
+    with pytest.raises(ValueError, match="CMLoRA \\(Cached Multi-LoRA\\): order is 'sometimes'"):
         LoRAEnsembleCMLoRA.execute(model, ensemble, "sometimes", *options)
     with pytest.raises(ValueError, match="LoRAtorio: the ensemble is empty"):
         apply_method(model, None, (), lambda active: LoRAtorio(active.strengths), node="LoRAtorio")

@@ -74,7 +74,7 @@ class Graph:
     def __init__(self, files: list[str], defaults, method: str = "Routed", guidance: dict | None = None,
                  cfg: float = 1.0, cut: int = 3):
         self.prompt = prompt = on_small(load(PROMPT), "Wan", files)
-        prompt["low"] = {"class_type": "LoRAEnsembleTestbedCheckpoint", "inputs": {"family": "Wan", "seed": 1}}
+        prompt["low"] = {"class_type": "LoRAEnsembleTestbedCheckpoint", "inputs": {"family": "Wan", "weights": 1}}
         for node, role in zip(find(prompt, "LoRAEnsembleLoRA"), ROLES, strict=True):
             prompt[node]["inputs"].update(role=role, words=prompt[node]["inputs"]["words"] or "beach at sunset")
         self.methods = find(prompt, "LoRAEnsembleRouted")
