@@ -8,7 +8,6 @@ from dataclasses import replace
 import comfy.sample
 import pytest
 import torch
-from comfy.nested_tensor import NestedTensor
 from lora_ensemble.host.compose.composition import places_of, record_of
 from lora_ensemble.host.files.ensemble import LoRASpec, Mask
 from torch.nn import functional as F
@@ -41,6 +40,8 @@ class Guided:
     FILM, SOUND = (24, 2, 4, 6), (32, 2, 5)
 
     def __init__(self):
+        from comfy.nested_tensor import NestedTensor  # which older releases lack
+
         self.model = checkpoint("MiniMax H3")
         start = [noise(1, *shape, seed=seed) for seed, shape in enumerate((self.FILM, self.SOUND))]
         self.start = NestedTensor(start)
