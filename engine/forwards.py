@@ -134,10 +134,10 @@ class RoutedForwards:
             self._forget()  # the host has moved factors since
             self._addresses = addresses
         key = tuple(branches), places
-        layout = self._layouts.get(key) if reach is None or self.compiled else self._listening(branches, places, reach)
-        if layout is None:
-            layout = self._layouts[key] = Layout(branches, places, self.order)
-            layout.programs = [_UNMET] * len(self._layers)
+        if reach is not None and not self.compiled:
+            layout = self._unmet(branches, places, reach)  # of this batch alone
+        elif (layout := self._layouts.get(key)) is None:
+            layout = self._layouts[key] = self._unmet(branches, places)
         state = self._state
         before, state.current = state.current, layout if layout.acting or layout.reach is not None else None
         self.acted |= layout.acting
@@ -148,8 +148,8 @@ class RoutedForwards:
             state.current = before
             self._trace(before)
 
-    def _listening(self, branches: Sequence[Branch], places: Places | None, reach: Reach) -> Layout:
-        """A layout of its own, whose programs tell."""
+    def _unmet(self, branches: Sequence[Branch], places: Places | None, reach: Reach | None = None) -> Layout:
+        """A layout that no layer has met yet."""
         layout = Layout(branches, places, self.order, reach)
         layout.programs = [_UNMET] * len(self._layers)
         return layout

@@ -60,6 +60,11 @@ class RunRecord:
     def __post_init__(self) -> None:
         self._lock = Lock()  # no field: a record is copied and saved as plain data
 
+    @property
+    def done(self) -> int:
+        """Steps of the picture so far, those of earlier runs too."""
+        return self.before + len(self.steps)
+
     def count(self, rows: int, device: str = "") -> None:
         """One more forward of the diffusion model in the current step, the samples in it and where it was; nothing
         before the first step."""

@@ -14,7 +14,7 @@ from ...methods import Method
 from ...methods.merge import Merge
 from ...methods.windows import Window
 from ..files.ensemble import ALWAYS, Ensemble, LoRASpec
-from ..files.metadata import for_few_steps
+from ..files.metadata import is_proposed
 from ..words.known import lora_words
 from ..words.marked import marked
 from .banks import compute_dtype, shared_bank
@@ -108,7 +108,7 @@ def apply_method(model, clip, ensemble: Ensemble, make: Callable[[Active], Metho
     if not isinstance(method, Merge) or routed is not None:
         problems += [f"LoRA '{spec.name}' looks like one for few steps: with the role '{ALWAYS}' it would be part of "
                      "the model; now it is composed as the others are" for spec in active
-                     if spec.role == "auto" and for_few_steps(spec.name)]
+                     if is_proposed(spec.name, spec.role)]
     for problem in problems:
         log.warning("%s: %s", node, problem)
     applied[-1] = replace(applied[-1], problems=tuple(problems))

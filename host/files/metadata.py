@@ -65,15 +65,19 @@ def for_few_steps(name: str) -> bool:
     return any(FEW_STEPS.search(title) for title in (name, *wording(name).titles))
 
 
-def proposal(name: str, role: str) -> str:
-    """What to say of a file that looks like one for few steps, where its role was left open; empty: nothing. Whoever
-    reads the file says where it is missing."""
+def is_proposed(name: str, role: str) -> bool:
+    """Whether a file looks like one for few steps and its role was left open. Whoever reads the file says where it is
+    missing."""
     try:
-        return (f"'{name}' looks like a LoRA for few steps (Lightning, Turbo, LCM and their like): with the role "
-                "'always' it is part of the model and takes no turn") if (
-            name and role == "auto" and for_few_steps(name)) else ""
+        return bool(name) and role == "auto" and for_few_steps(name)
     except ValueError:
-        return ""
+        return False
+
+
+def proposal(name: str, role: str) -> str:
+    """What to say of such a file; empty: nothing."""
+    return (f"'{name}' looks like a LoRA for few steps (Lightning, Turbo, LCM and their like): with the role 'always' "
+            "it is part of the model and takes no turn") if is_proposed(name, role) else ""
 
 
 def wording_of(metadata: object) -> Wording:

@@ -64,7 +64,7 @@ def _rows(record: RunRecord, k: int, parts: Sequence[float] | None) -> list[dict
 
 
 def _foot(record: RunRecord, costs: Costs, total: int) -> list[Words]:
-    done = {"done": record.before + len(record.steps), "total": record.whole or total}
+    done = {"done": record.done, "total": record.whole or total}
     parts = [(STEPS, done), (EVALUATIONS, {"count": round(sum(costs.whole))})]
     if costs.plain and (cached := sum(costs.cached)):
         parts.append((CACHED, {"percent": round(100 * cached / costs.plain)}))

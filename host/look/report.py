@@ -150,7 +150,7 @@ def _run(record: RunRecord) -> str:
     methods = ", ".join(NAMES.get(name, name) for name in record.methods) or "no method"
     ended = "" if record.finished else "; the run did not finish"
     count = f"{len(record.steps)} steps" if not record.whole else \
-        f"steps {record.before + 1} to {record.before + len(record.steps)} of {record.whole}"
+        f"steps {record.before + 1} to {record.done} of {record.whole}"
     cards = [f"{each} on {card}" for card, each in record.devices.items()]
     where = f" ({', '.join(cards)})" if len(cards) > 1 else ""
     return f"{methods}: {count}, {rows} evaluations in {calls} calls of the model{where}{ended}"

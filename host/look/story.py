@@ -237,7 +237,7 @@ def line(record: RunRecord, called: Sequence[str], costs: Costs, total: int, gui
         return ""
     step = record.steps[-1]
     seconds = sum(each.seconds for each in record.steps)
-    lines = [f"{record.before + len(record.steps)} of {record.whole or total} steps"
+    lines = [f"{record.done} of {record.whole or total} steps"
              + (f" in {seconds:.1f} s" if over else "")]
     lines += [_leader(record, k, name) if not over else name for k, name in enumerate(called)]
     parts = [f"{sum(costs.whole):.0f} evaluations"]
