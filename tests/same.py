@@ -34,12 +34,12 @@ from ..tools.results import Found, Results, options
 from .fuzz_api import give_loras, workflows
 from .host.builders import method, sample, three, written_once
 from .host.models import FAMILIES, base
-from .host.test_two_runs import MAKES, STEPS, k_lora, part
+from .host.runs import MAKES, STEPS, k_lora, part
 from .server import Server
 from .workflows import ROOT, find
 
 DEPENDS = ("same.py", "fuzz_api.py", "server.py", "workflows.py", "host/builders.py", "host/models.py",
-           "host/test_two_runs.py", "comfy_testbed/*.py")
+           "host/runs.py", "comfy_testbed/*.py")
 ROUNDING = 1e-3
 RESTARTS = "restart and order"
 EVEN = {"K-LoRA": {"scheduler": "normal"}}

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from threading import Lock
+from threading import RLock
 from typing import Generic, TypeVar
 
 import torch
@@ -45,13 +45,18 @@ class Left(Generic[Value]):
 
     def __init__(self, kept: int = KEPT):
         self._runs: deque[tuple[tuple, Tensor, Value]] = deque(maxlen=kept)
-        self._lock = Lock()
+        self._lock = RLock()  # a model that is collected meanwhile asks for `values`, in whatever thread that is
 
     def keep(self, latent: Tensor, value: Value) -> None:
         """A run has left this latent."""
         run = (*_mark(latent), value)
         with self._lock:
             self._runs.append(run)
+
+    def values(self) -> list[Value]:
+        """What is known of each, the last one first."""
+        with self._lock:
+            return [value for *_, value in reversed(self._runs)]
 
     def before(self, latent: Tensor) -> Value | None:
         """What is known of the run that left this latent; None where none did."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from weakref import ReferenceType, ref
+from weakref import ref
 
 from comfy.model_patcher import ModelPatcher, create_model_options_clone
 from comfy.patcher_extension import WrappersMP
@@ -14,53 +14,19 @@ from ...methods.guidance.record import GuidanceRecord
 from ...methods.guidance.session import GuidanceSession, Tell
 from ...methods.session import RunContext
 from ..compose.context import guidance_context, run_context
-from ..compose.earlier import Left, bare, marks
+from ..compose.earlier import bare, marks
 from ..compose.probe import CONTRAST
 from ..compose.steps import tracked
 from .identity import describe_model
+from .left import Guided, GuidedRuns
 from .run import GuidedRun
 
 KEY = "lora_ensemble_guidance"
-NEAR = 1e-4
-"""Noise levels that differ by less, relatively, are one."""
 PROMPT_MARKS = 64
 """Values by which a prompt is recognised."""
 
 
-@dataclass(frozen=True)
-class Guided:
-    """A run with guidance that left noise.
-
-    policy    the rule in words
-    model     what was sampled; `name` is that of its weights, its LoRAs and their strengths
-    prompts   what both sides were asked for
-    sigma     the noise level at its end
-    steps     taken of the picture, those of the runs before included
-    left      what the session left
-    """
-
-    policy: str
-    model: ReferenceType
-    name: str
-    prompts: tuple
-    sigma: float
-    steps: int
-    left: object
-
-    def unlike(self, policy: str, model: ModelPatcher, prompts: tuple, sigma: float) -> str:
-        """Why what was left does not hold for a run that goes on with the picture; empty: it does."""
-        if self.model() is not model.model:
-            return "it goes on with the picture of another model"
-        if describe_model(model) != self.name:
-            return "the model goes on with other LoRAs"
-        if self.policy != policy:
-            return "the rule is another one"
-        if self.prompts != prompts:
-            return "the prompts are others"
-        return "" if abs(sigma - self.sigma) <= NEAR * self.sigma else "it does not begin at the noise level of its end"
-
-
-GUIDED: Left[Guided] = Left()
+GUIDED = GuidedRuns()
 
 
 @dataclass
@@ -115,7 +81,7 @@ def sample_guided(executor, noise, latent_image, sampler, sigmas, denoise_mask=N
                                earlier.steps if earlier is not None else None if noisy else 0)
     session = guidance.begin(model, context, tell)
     if earlier is not None:
-        nothing = earlier.left is None
+        nothing = earlier.left is None and not earlier.given_up
         why = "" if nothing else earlier.unlike(guidance.policy, model, prompts, context.sigmas[0])
         carried = session.go_on(earlier.steps, None if why else earlier.left, why, model.load_device)
         record.carried += [carried] if carried else []
@@ -136,8 +102,8 @@ def sample_guided(executor, noise, latent_image, sampler, sigmas, denoise_mask=N
         session.summary(record)
         if record.finished and context.sigmas[-1] > 0:
             steps = context.steps + (earlier.steps if earlier is not None else 0)
-            GUIDED.keep(out, Guided(guidance.policy, ref(model.model), describe_model(model), prompts,
-                                    context.sigmas[-1], steps, session.left()))
+            GUIDED.keep(out, Guided(guidance.policy, ref(model.model, GUIDED.model_gone), describe_model(model),
+                                    prompts, context.sigmas[-1], steps, session.left()))
 
 
 def _prompts(conds: Mapping[str, Sequence[Mapping]]) -> tuple:

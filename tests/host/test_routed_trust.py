@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 from .builders import file_of, kohya, lora, same, sample, shapes, stock
 from .models import base
+from .runs import ROUNDING, STEPS, part
 from .test_masks import LAST
 from .test_routed import MARKS, prompt, routed, specs
-from .test_two_runs import ROUNDING, STEPS, part
 
 FAMILY = pytest.mark.parametrize("family", ["SD15", "Flux", "Wan"])
 LOW, HIGH = 0.5, 2.0
