@@ -7,6 +7,7 @@ import copy
 import functools
 import importlib.util
 import json
+import re
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -225,6 +226,40 @@ def test_examples_look_alike(path):
     assert [group["title"][:3] for group in graph["groups"] if group["title"][0].isdigit()][0] == "1. "
     assert {node["title"]: node.get("color") for node in graph["nodes"] if node.get("title") in COLOURS
             } == {node["title"]: COLOURS[node["title"]] for node in graph["nodes"] if node.get("title") in COLOURS}
+
+
+FOLDERS = {"CheckpointLoaderSimple": "checkpoints", "LTXVAudioVAELoader": "checkpoints",
+           "UNETLoader": "diffusion_models", "CLIPLoader": "text_encoders", "DualCLIPLoader": "text_encoders",
+           "VAELoader": "vae", "CLIPVisionLoader": "clip_vision", "LoRAEnsembleLoRA": "loras"}
+LTX_ENCODER = {"gemma_3_12B_it_fp4_mixed.safetensors": "text_encoders",
+               "ltx-2.3-22b-dev-fp8.safetensors": "checkpoints"}
+"""What LTXAVTextEncoderLoader reads, and from where."""
+RENAMED = {"dinov2_large.safetensors": "model.safetensors"}
+"""Files whose name where they come from is another; notes say so."""
+OWN = re.compile(r"(other_)?(character|clothing|object|style|background)(_high_noise|_low_noise)?\.safetensors")
+"""LoRAs that a user brings; all other files can be had by the page's button."""
+
+
+@each_workflow
+def test_every_file_but_the_users_own_can_be_downloaded(path):
+    """The front end offers what a node's `models` name; of a LoRA with a file per noise level, both. A note
+    of files says the same addresses."""
+    graph = json.loads(path.read_text(encoding="utf-8"))
+    notes = "".join(node["widgets_values"][0] for node in graph["nodes"] if node.get("title") == "Files")
+    for node in graph["nodes"]:
+        offered = {model["name"]: model for model in node["properties"].get("models", ())}
+        files = {value for value in node.get("widgets_values", ()) if str(value).endswith(".safetensors")}
+        if node["type"] not in (*FOLDERS, "LTXAVTextEncoderLoader"):
+            assert not offered
+            continue
+        needed = {file for file in files if not OWN.fullmatch(file)}
+        needed |= {file.replace("_high_noise", "_low_noise") for file in needed if node["type"] == "LoRAEnsembleLoRA"}
+        assert offered.keys() == needed
+        for name, model in offered.items():
+            assert model["directory"] == FOLDERS.get(node["type"], LTX_ENCODER.get(name))
+            there = re.escape(RENAMED.get(name, name))
+            assert re.fullmatch(rf"https://huggingface\.co/[^ ?]+/{there}(\?download=true)?", model["url"])
+            assert f"({model['url']})" in notes or not notes
 
 
 @each_workflow
