@@ -36,7 +36,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 import torch
@@ -66,10 +66,12 @@ class Case:
 
     ranks     of the LoRAs that lie on every layer
     layouts   the branches of the batch's rows for one step after another, given the names of the layers
+    slices    how many layers each layer is in one weight (q, k and v), with LoRAs for each of them apart
     """
 
     ranks: Sequence[int]
     layouts: Callable[[Sequence[str]], Iterator[list[Branch]]]
+    slices: int = 1
 
 
 def always(rows: list[Branch]) -> Callable[[Sequence[str]], Iterator[list[Branch]]]:
@@ -124,6 +126,11 @@ def always_on(case: Case) -> Case:
     return Case((2, *case.ranks), layouts)
 
 
+def fused(case: Case) -> Case:
+    """The same on layers that are three in one."""
+    return replace(case, slices=3)
+
+
 CASES: dict[str, Case] = {
     "Merge of 1": merged(1),
     "Merge of 5": merged(5),
@@ -134,17 +141,25 @@ CASES: dict[str, Case] = {
     "K-LoRA, a choice per layer and step": chosen(),
     "Merge of 5, one more always on": always_on(merged(5)),
     "Composite of 5, unequal ranks, one more always on": always_on(composite(UNEQUAL)),
+    "q, k and v in one, Merge of 1": fused(merged(1)),
+    "q, k and v in one, Merge of 5": fused(merged(5)),
+    "q, k and v in one, Composite of 5, equal ranks": fused(composite(EQUAL)),
+    "q, k and v in one, Composite of 5, unequal ranks": fused(composite(UNEQUAL)),
+    "q, k and v in one, K-LoRA": fused(chosen()),
 }
 """What is measured of a layer; a new way to act on one is a new line."""
 
 
-def adapters(ranks: Sequence[int], names: Sequence[str], out: int, wide: int) -> list[dict[str, list[LowRank]]]:
+def adapters(ranks: Sequence[int], names: Sequence[str], out: int, wide: int, slices: int = 1
+             ) -> list[dict[str, list[LowRank]]]:
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator) / shape[-1] ** 0.5
 
-    return [{name: [LowRank(random(out, rank), random(rank, wide))] for name in names} for rank in ranks]
+    spans = [None] if slices == 1 else [(0, k * out, out) for k in range(slices)]
+    return [{name: [LowRank(random(out, rank), random(rank, wide), span=span) for span in spans] for name in names}
+            for rank in ranks]
 
 
 def check(case: str, routed: RoutedForwards, loras: list[dict[str, list[LowRank]]], rows: list[Branch],
@@ -155,7 +170,8 @@ def check(case: str, routed: RoutedForwards, loras: list[dict[str, list[LowRank]
         plain = expected.clone()
         for row, branch in enumerate(rows):
             for gain, lora in zip(branch.at(name), loras, strict=True):
-                expected[row] += gain * x[row] @ lora[name][0].down.T.to(x) @ lora[name][0].up.T.to(x)
+                expected[row] += torch.cat([gain * x[row] @ op.down.T.to(x) @ op.up.T.to(x) for op in lora[name]],
+                                           dim=-1)
         with routed.rows(rows):
             apart = (layer(x) - expected).norm() / (expected - plain).norm()
         if not apart <= 1e-5:
@@ -169,11 +185,12 @@ def linears(out: int, wide: int) -> nn.Sequential:
 def bench_layer(tell: Results, name: str, case: Case, size: str, rounds: int, device: torch.device) -> dict:
     """Host time of one layer call, from passes over LAYERS layers in which a step's rows are given once."""
     out, wide = SIZES[size]
-    plain, adapted = (linears(out, wide).to(device) for _ in range(2))
+    total = out * case.slices
+    plain, adapted = (linears(total, wide).to(device) for _ in range(2))
     names = [layer for layer, _ in adapted.named_children()]
-    loras, layouts = adapters(case.ranks, names, out, wide), case.layouts(names)
+    loras, layouts = adapters(case.ranks, names, out, wide, case.slices), case.layouts(names)
     routed, rows = RoutedForwards(adapted, Bank(loras, dtype=torch.float32).to(device)), next(layouts)
-    x, down, up = (torch.randn(shape, device=device) for shape in ((len(rows), TOKENS, wide), (8, wide), (out, 8)))
+    x, down, up = (torch.randn(shape, device=device) for shape in ((len(rows), TOKENS, wide), (8, wide), (total, 8)))
 
     def without() -> None:
         for layer in plain:
@@ -181,7 +198,7 @@ def bench_layer(tell: Results, name: str, case: Case, size: str, rounds: int, de
 
     def bare() -> None:
         for layer in plain:
-            layer(x).view(-1, out).addmm_(x.view(-1, wide) @ down.T, up.T)
+            layer(x).view(-1, total).addmm_(x.view(-1, wide) @ down.T, up.T)
 
     def ours() -> None:
         with routed.rows(next(layouts)):

@@ -4,73 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .adapters import Kron, LowRank, Op, Span, frozen
-from .geometry import Geometry
-
-
-@dataclass(frozen=True)
-class Slot:
-    """Where one adapter's ranks lie in a stack, the alpha/rank that was folded into them, and the rank that it was
-    trained with."""
-
-    adapter: int
-    start: int
-    stop: int
-    scale: float = 1.0
-    rank: int = 0
-
-    @property
-    def width(self) -> int:
-        return self.stop - self.start
-
-
-class Stack(nn.Module):
-    """Low-rank factors of all adapters for one slice of one layer, side by side along the rank.
-
-    down [R, in, *k], up [out, R] with R the sum of the ranks; alpha/rank is folded into up, in fp32 and rounded once,
-    to `dtype`. One adapter is a view, and all of them together are one product.
-    """
-
-    def __init__(self, entries: Mapping[int, LowRank], span: Span, dtype: torch.dtype | None = None):
-        super().__init__()
-        self.span = span
-        self.down = frozen(torch.cat([op.down.to(dtype or op.down.dtype) for op in entries.values()]).contiguous())
-        ups = [(op.up.float() * op.scale).to(dtype or op.up.dtype) for op in entries.values()]
-        self.up = frozen(torch.cat(ups, dim=1).contiguous())
-        self.slots: dict[int, Slot] = {}
-        start = 0
-        for adapter, op in entries.items():
-            self.slots[adapter] = Slot(adapter, start, start + op.down.shape[0], op.scale, op.rank)
-            start += op.down.shape[0]
-
-
-class StackOp(Op):
-    """One adapter's part of a stack, as an op like others."""
-
-    def __init__(self, stack: Stack, slot: Slot):
-        super().__init__()
-        # In a list, so that the stack is not registered once more as a module of this op.
-        self._stack, self.slot, self.span, self.scale, self.rank = [stack], slot, stack.span, slot.scale, slot.rank
-
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """(down [r, in, *k], up [out, r]), alpha/rank folded into up: views of the stack."""
-        stack, ranks = self._stack[0], slice(self.slot.start, self.slot.stop)
-        return stack.down[ranks], stack.up[:, ranks]
-
-    def delta(self, like: Tensor) -> Tensor:
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        down, up = (factor.to(like.device, dtype) for factor in self.factors())
-        return (up @ down.flatten(1)).unflatten(1, down.shape[1:])
-
-    def product(self, x: Tensor, geometry: Geometry) -> Tensor:
-        down, up = self.factors()
-        hidden = geometry.apply(x, down.to(x)).movedim(geometry.channel, -1)
-        return (hidden @ up.to(x).T).movedim(-1, geometry.channel)
+from .stack import Stack, StackOp
 
 
 class Site(nn.Module):
@@ -79,23 +18,24 @@ class Site(nn.Module):
     def __init__(self, name: str, ops: Mapping[int, Sequence[Op]], dtype: torch.dtype | None = None):
         super().__init__()
         self.name = name
-        by_span: dict[Span, dict[int, LowRank]] = {}
+        stacks: dict[object, dict[Span, dict[int, LowRank]]] = {}
         others: dict[int, list[Op]] = {}
         for adapter, adapter_ops in ops.items():
             for op in adapter_ops:
-                entries = by_span.setdefault(op.span, {}) if type(op) is LowRank else None
+                low = type(op) is LowRank
+                entries = stacks.setdefault(_inputs(op), {}).setdefault(op.span, {}) if low else None
                 if entries is not None and adapter not in entries:
                     entries[adapter] = op
                 else:
                     # Small factors that every call multiplies by: converted here, once.
                     others.setdefault(adapter, []).append(op.to(dtype) if type(op) is Kron and dtype else op)
-        self.stacks = nn.ModuleList([Stack(entries, span, dtype) for span, entries in by_span.items() if entries])
+        self.stacks = nn.ModuleList([Stack(slices, dtype) for slices in stacks.values()])
         self.others = nn.ModuleDict({str(adapter): nn.ModuleList(kept) for adapter, kept in others.items()})
 
     @property
     def adapters(self) -> set[int]:
         """Those that act here."""
-        return {*map(int, self.others), *(adapter for stack in self.stacks for adapter in stack.slots)}
+        return {*map(int, self.others), *(slot.adapter for stack in self.stacks for slot in stack.slots)}
 
     def ops(self, adapter: int) -> list[Op]:
         """The ops of one adapter that are not in a stack."""
@@ -103,8 +43,14 @@ class Site(nn.Module):
 
     def all_ops(self, adapter: int) -> list[Op]:
         """All ops of one adapter, in the order they act; none where it leaves the layer alone."""
-        stacked = [StackOp(stack, stack.slots[adapter]) for stack in self.stacks if adapter in stack.slots]
+        stacked = [StackOp(stack, k, slot) for stack in self.stacks for k, each in enumerate(stack.slices)
+                   for slot in each.slots if slot.adapter == adapter]
         return stacked + self.ops(adapter)
+
+
+def _inputs(op: LowRank) -> Span:
+    """The slice of a layer's inputs that an op takes; of convolutions, which no model fuses, any slice is apart."""
+    return op.span if op.span is not None and (op.span[0] == 1 or op.down.ndim > 2) else None
 
 
 class Bank(nn.Module):

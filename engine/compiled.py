@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.branch import Branch
-from ..kernels.lowrank import add_pointwise_, rows, tokens
+from ..kernels.lowrank import add_pointwise_, rows, shares, tokens
 from .adapters import part
 from .bank import Site
 from .geometry import Geometry
@@ -35,7 +35,8 @@ class Traced:
     """What a compiled layer is given from outside; plain attributes, so that graphs of equal layers are one.
 
     handle    the number of the layer for the opaque operator; a tensor, since a number would be part of the graph
-    stacks    (down [R, in, *k], up [R, out], span) of each of its stacks; None where the opaque operator is needed
+    stacks    (down [R, in, *k], up [R, out], span) of each of its stacks, or, where one has several slices of the
+              weight, (down, the shares of its outputs, None); None where the opaque operator is needed
     gains     per stack [rows, 1, R], for convolutions [rows, R, 1, ..]; empty where the opaque operator has to see to
               it; None where no adapter acts on the batch
     uniform   whether all rows are of one branch, so that a layer may have any number of entries
@@ -51,9 +52,16 @@ class Traced:
         """Find the factors, which the host may have moved."""
         if len(self._site.others) or self.geometry.is_norm:
             return
-        self.stacks = [(stack.down, stack.up.mT, stack.span) for stack in self._site.stacks]
-        for down, up, _ in self.stacks:
-            keep_address(down, up)
+        self.stacks = []
+        for stack in self._site.stacks:
+            if len(stack.slices) > 1:
+                parts = [stack.share(stack.up, ranks, part) for ranks in (slice(0, stack.down.shape[0]),)
+                         for part in stack.parts(ranks)]
+                self.stacks.append((stack.down, parts, None))
+                keep_address(stack.down, *(each.up for each in parts))
+            else:
+                self.stacks.append((stack.down, stack.ups()[0].mT, stack.slices[0].span))
+                keep_address(*self.stacks[-1][:2])
 
     def add_(self, y: Tensor, x: Tensor) -> Tensor:
         """y with what the adapters add, as the compiler sees it."""
@@ -67,7 +75,13 @@ class Traced:
         for (down, up, span), gain in zip(self.stacks, gains, strict=True):
             if x.shape[0] != gain.shape[0]:
                 gain = gain[:1]
-            down, up, gain = down.to(x), up.to(x), gain.to(x)
+            down, gain = down.to(x), gain.to(x)
+            if isinstance(up, list):
+                into, of = (t if t.ndim <= 3 else t.flatten(1, -2) for t in (y, x))
+                shares(down, [each._replace(up=each.up.to(x)) for each in up], gain[:, 0] if x.ndim == 2 else gain)(
+                    into, of)
+                continue
+            up = up.to(x)
             into, of = part(y, span, geometry.channel, 0), part(x, span, geometry.x_channel, 1)
             if geometry.spatial:
                 add_pointwise_(into, geometry.apply(of, down), up, gain)
@@ -88,7 +102,7 @@ class TracedGains:
     def __init__(self, layers: Sequence[tuple[Site, Geometry]], rows: int, device: torch.device, dtype: torch.dtype):
         self.layers, self.rows, self.device, self.dtype = layers, rows, device, dtype
         self._slots = [(site.name, slot) for site, _ in layers for stack in site.stacks
-                       for slot in stack.slots.values()]
+                       for slot in stack.slots]
         self._adapters = torch.tensor([slot.adapter for _, slot in self._slots for _ in range(slot.width)])
         self._sent: dict[tuple[Branch, ...], list[Tensor]] = {}
         self._holding: tuple[Branch, ...] | None = None

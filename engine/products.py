@@ -1,15 +1,4 @@
-"""The products that add a stack's low-rank deltas to the entries of a layer, and which of them to take.
-
-Each product adds the low-rank deltas of some ranks of a stack to some entries of the layer, with a gain for each. There
-are three ways to serve several branches, and `stack_products` takes the one of least expected time:
-
-    groups    a product for the entries of each branch, with the ranks of that branch alone
-    batched   one for all of them, where each has one adapter of equal rank, in the order of the stack
-    masked    one over all entries and ranks that matter, with zeros in the gains
-
-Adapters that act alike in all entries, as a LoRA for few steps does beneath every branch, are in these products where
-that takes the least time, and have one of their own before them where it does not: two operations more at the most.
-"""
+"""Products that add low-rank deltas of a stack to entries of a layer, and the time that each is expected to take."""
 
 from __future__ import annotations
 
@@ -18,21 +7,19 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from ..kernels.lowrank import Run, add_batched_, add_pointwise_, rows, tokens
+from ..kernels.lowrank import Run, Share, add_batched_, add_pointwise_, rows, shares, shares_apart, tokens
 from .adapters import Span, part
-from .bank import Slot, Stack
 from .geometry import Geometry
+from .stack import Slot, Stack
 from .transfer import on_device
 
 Numbers = tuple[tuple[float, ...], ...]
-"""Per entry of a layer, one number per adapter of a stack."""
+"""Per entry of a layer, one number per slot of a stack."""
 Entries = tuple[int, ...]
 Where = Callable[[Entries, Sequence[Slot], Numbers], Tensor]
 """(entries, slots, numbers) -> gains of hidden values [entries, .., ranks of the slots]: the number of an entry's slot
 (one row of numbers: of all entries) times how much of the adapter acts at each place. The same tensor for as long as
 places are only updated."""
-
-
 Once = Callable[[Hashable, Callable[[], object]], object]
 
 
@@ -64,7 +51,7 @@ class Call:
 
     y, x       output and input, of which only shapes, strides, dtypes and devices count
     geometry   the layer's
-    factors    stack -> (down [R, in, *k], up [out, R]) in the dtype and on the device of x
+    factors    stack -> its down and up, in the dtype and on the device of x
     where      where adapters act inside the entries; None: everywhere
     beneath    how many adapters of the bank, its first ones, act everywhere in any case
     once       (key, make) -> what `make` gave for the key when it was first asked for, in this run
@@ -96,9 +83,10 @@ class Call:
         """Of one entry."""
         return self.y[0].numel() // self.y.shape[self.geometry.channel]
 
-    def work(self, stack: Stack, entries: int, width: int) -> float:
-        """Seconds of arithmetic of one product."""
-        return entries * self.places * width * (stack.down[0].numel() + stack.up.shape[0]) / self.rates.madds
+    def work(self, stack: Stack, entries: int, widths: Sequence[tuple[int, int]]) -> float:
+        """Seconds of arithmetic of one product, given ranks and outputs of each slice."""
+        inputs = stack.down[0].numel()
+        return entries * self.places * sum(width * (inputs + out) for width, out in widths) / self.rates.madds
 
 
 Built = tuple[Run, str]
@@ -117,115 +105,57 @@ class Choice:
     seconds: float
 
 
-def stack_products(call: Call, stack: Stack, numbers: Numbers) -> list[Built]:
-    """The products that add a stack's deltas in the least time; none where nothing acts. `numbers` has one gain per
-    entry and slot, in the order of the slots. Layers of one shape share the choice, which takes longer than to build
-    what was chosen."""
-    if not any(map(any, numbers)):
-        return []
-    y, x, geometry = call.y, call.x, call.geometry
-    shapes = y.shape, x.shape, geometry.spatial, geometry.channel, x.device, stack.down.shape, stack.up.shape
-    key = "choice", shapes, stack.span, tuple(stack.slots.items()), call.where is None, call.beneath, numbers
-    return call.once(key, lambda: _chosen(call, stack, numbers)).build(call, stack)
-
-
-def _chosen(call: Call, stack: Stack, numbers: Numbers) -> Choice:
-    alike = [len(set(column)) == 1 and call.everywhere(adapter)
-             for adapter, column in zip(stack.slots, zip(*numbers, strict=True), strict=True)]
-    common, rest = (tuple(tuple(number if same is one else 0.0 for number, same in zip(row, alike, strict=True))
-                          for row in numbers) for one in (True, False))
-    whole = _least(call, stack, numbers)
-    if not (any(common[0]) and any(map(any, rest))):
-        return whole
-    below, above = _least(replace(call, where=None), stack, common), _least(call, stack, rest)
-    apart = Choice(lambda call, stack: below.build(replace(call, where=None), stack) + above.build(call, stack),
-                   below.seconds + above.seconds)
-    return min(whole, apart, key=lambda choice: choice.seconds)
-
-
-def _least(call: Call, stack: Stack, numbers: Numbers) -> Choice:
-    """The way that takes the least time; something has to act."""
-    groups: dict[tuple[float, ...], list[int]] = {}
-    for entry, row in enumerate(numbers):
-        if any(row):
-            groups.setdefault(row, []).append(entry)
-    slots = list(stack.slots.values())
-    by_group = _groups(call, stack, slots, groups)
-    choices = [Choice(lambda *layer: [built for choice in by_group for built in choice.build(*layer)],
-                      sum(choice.seconds for choice in by_group))]
-    if len(by_group) > 1:
-        within = [entry for entry, row in enumerate(numbers) if any(row)]
-        choices += [_masked(call, stack, slots, numbers, stretch)
-                    for stretch in ((within[0], within[-1] + 1), (0, len(numbers)))]
-    if len(groups) > 1:
-        choices.append(_batched(call, stack, slots, groups))
-    return min((choice for choice in choices if choice is not None), key=lambda choice: choice.seconds)
-
-
-# --- the three ways ---
-
-
-def _groups(call: Call, stack: Stack, slots: Sequence[Slot], groups: dict[tuple[float, ...], list[int]]
-            ) -> list[Choice]:
-    products = []
-    for row, entries in groups.items():
-        at = 0
-        while at < len(slots):
-            stop = at
-            while stop < len(slots) and row[stop]:
-                stop += 1
-            if stop > at:
-                products.append(_product(call, stack, slots[at:stop], tuple(entries),
-                                         tuple(row[at:stop] for _ in entries)))
-            at = stop + 1
-    return products
-
-
-def _masked(call: Call, stack: Stack, slots: Sequence[Slot], numbers: Numbers, stretch: tuple[int, int]) -> Choice:
-    columns = [column for column in range(len(slots)) if any(row[column] for row in numbers)]
-    first, last = columns[0], columns[-1] + 1
-    within = tuple(range(*stretch))
-    return _product(call, stack, slots[first:last], within, tuple(numbers[entry][first:last] for entry in within))
-
-
-def _batched(call: Call, stack: Stack, slots: Sequence[Slot], groups: dict[tuple[float, ...], list[int]]
-             ) -> Choice | None:
-    """Needs groups of equal length one after the other, each with one adapter of the same rank, in the order of the
-    stack: what Composite's batch looks like."""
-    if call.geometry.spatial or call.where is not None or stack.span is not None:
-        return None
-    columns, gains, entries = [], [], []
-    for row, members in groups.items():
-        active = [column for column, gain in enumerate(row) if gain]
-        if len(active) != 1:
-            return None
-        columns.append(active[0])
-        gains.append(row[active[0]])
-        entries += members
-    count, width, first = len(groups), slots[columns[0]].width, columns[0]
-    if entries != list(range(entries[0], entries[0] + len(entries))) or len({len(m) for m in groups.values()}) > 1:
-        return None
-    if columns != list(range(first, first + count)) or any(slots[column].width != width for column in columns):
-        return None
-    at, n, rates, same = entries[0], len(entries), call.rates, len(set(gains)) == 1
-    whole = n == call.y.shape[0]
+def product(call: Call, stack: Stack, slots: Sequence[Slot], entries: Entries, numbers: Numbers) -> Choice:
+    """The neighbouring `slots` of a stack on some entries, `numbers` with one gain per entry and slot."""
+    ranks, n, rates = slice(slots[0].start, slots[-1].stop), len(entries), call.rates
+    alpha, needed = _gains(call, numbers)
+    parts = stack.parts(ranks)
+    (first, own, count), span = parts[0], stack.slices[parts[0].k].span
+    single = len(parts) == count == 1
 
     def build(call: Call, stack: Stack) -> list[Built]:
         down, up = call.factors(stack)
-        ranks = slice(slots[first].start, slots[columns[-1]].stop)
-        down, up = down[ranks].unflatten(0, (count, width)).mT, up[:, ranks].T.unflatten(0, (count, width))
-        alpha = gains[0] if same else 1.0
-        gain = None if same else call.once(
-            ("gains", tuple(gains), call.x.dtype, call.x.device),
-            lambda: on_device(gains, call.x.device, call.x.dtype).reshape(-1, 1, 1))
-        run = _batched_run(down, up, gain, alpha, None if whole else (at, n))
-        return [(run, f"{count} groups of {n // count} entries, rank {width} each")]
+        gain = None
+        if needed is not None:
+            gain = call.where(entries, slots, needed) if call.where is not None else gain_tensor(
+                slots, needed, call.geometry.spatial, min(call.x.ndim - 2, 1), call.x, call.once)
+        if single:
+            add = _added(call.geometry, call.x.ndim, n, down[ranks], stack.up_of(first, up, own), gain, alpha, span)
+        else:
+            add = shares(down[ranks], [stack.share(up, ranks, each) for each in parts], gain, alpha)
+            add = add if call.x.ndim <= 3 else _flat(add)
+        text = f"{n} of {call.y.shape[0]} entries, rank {ranks.stop - ranks.start}"
+        text += "" if gain is None else f", gains {'x'.join(map(str, gain.shape))}"
+        return [(on_entries(add, entries, call.y), text + (in_words(span) if single else f", {len(parts)} for slices"))]
 
-    seconds = (2 if same else 3) * rates.launch + (2 if whole else 4) * rates.view + call.work(stack, n, width)
-    return Choice(build, seconds)
+    width = ranks.stop - ranks.start
+    seconds = (1 + len(parts) + (needed is not None)) * rates.launch + (0 if single else 4 * len(parts) * rates.view)
+    seconds += call.work(stack, n, [(own.stop - own.start, stack.slices[k].out) for k, own, count in parts
+                                    for _ in range(count)])
+    if needed is not None and call.where is not None:  # a gain for every place
+        seconds += n * call.places * width / rates.values
+    return Choice(build, seconds + _reaching(call, entries))
 
 
-def _batched_run(down: Tensor, up: Tensor, gain: Tensor | None, alpha: float, stretch: tuple[int, int] | None) -> Run:
+def apart(call: Call, stack: Stack, ranks: slice, entries: Entries, alpha: float) -> Choice:
+    """Some ranks of the first slice and the same of those that follow it, on some entries."""
+    (one, *_), count, n, rates = stack.slices, len(stack.slices), len(entries), call.rates
+    width = ranks.stop - ranks.start
+
+    def build(call: Call, stack: Stack) -> list[Built]:
+        down, up = call.factors(stack)
+        down = down.unflatten(0, (count, one.width))[:, ranks].mT
+        run = shares_apart(down, Share(one.span[1], 0, up.view(count, one.out, one.width)[..., ranks].mT), alpha)
+        text = f"{n} of {call.y.shape[0]} entries, {count} slices, rank {width} each"
+        return [(on_entries(run, entries, call.y), text)]
+
+    seconds = 2 * rates.launch + 4 * rates.view + call.work(stack, n, [(width, one.out)] * count)
+    seconds += (count - 1) * n / call.y.shape[0] * call.x.numel() / rates.values
+    return Choice(build, seconds + _reaching(call, entries))
+
+
+def batched(down: Tensor, up: Tensor, gain: Tensor | None, alpha: float, stretch: tuple[int, int] | None,
+                 span: Span) -> Run:
     count = down.shape[0]
     inputs, outputs = (count, -1, down.shape[1]), (count, -1, up.shape[2])
 
@@ -235,41 +165,25 @@ def _batched_run(down: Tensor, up: Tensor, gain: Tensor | None, alpha: float, st
         y_part = y
         if stretch is not None:
             y_part, x = y.narrow(0, *stretch), x.narrow(0, *stretch)
+        if span is not None:
+            y_part, x = part(y_part, span, -1, 0), part(x, span, -1, 1)
         add_batched_(y_part.view(outputs), x.reshape(inputs), down, up, gain, alpha)
         return y
 
     return run
 
 
-# --- one product ---
-
-
-def _product(call: Call, stack: Stack, slots: Sequence[Slot], entries: Entries, numbers: Numbers) -> Choice:
-    """The neighbouring `slots` of a stack on some entries, `numbers` with one gain per entry and slot."""
-    ranks, n, rates = slice(slots[0].start, slots[-1].stop), len(entries), call.rates
-    alpha, needed = _gains(call, numbers)
-
-    def build(call: Call, stack: Stack) -> list[Built]:
-        down, up = call.factors(stack)
-        gain = None
-        if needed is not None:
-            gain = call.where(entries, slots, needed) if call.where is not None else gain_tensor(
-                slots, needed, call.geometry.spatial, min(call.x.ndim - 2, 1), call.x, call.once)
-        add = _added(call.geometry, call.x.ndim, n, down[ranks], up[:, ranks].T, gain, alpha, stack.span)
-        text = f"{n} of {call.y.shape[0]} entries, rank {ranks.stop - ranks.start}"
-        text += "" if gain is None else f", gains {'x'.join(map(str, gain.shape))}"
-        return [(on_entries(add, entries, call.y), text + (f", slice {stack.span}" if stack.span else ""))]
-
-    width = ranks.stop - ranks.start
-    seconds = (2 if needed is None else 3) * rates.launch + call.work(stack, n, width)
-    if needed is not None and call.where is not None:  # a gain for every place
-        seconds += n * call.places * width / rates.values
+def _reaching(call: Call, entries: Entries) -> float:
+    """Seconds until a product has its entries, where they are not all."""
+    n, rates = len(entries), call.rates
     if entries[-1] - entries[0] + 1 != n:  # scattered
         values = n / call.y.shape[0] * (call.x.numel() + 2 * call.y.numel())
-        seconds += 3 * rates.launch + 2 * values / rates.values
-    elif n != call.y.shape[0]:
-        seconds += 2 * rates.view
-    return Choice(build, seconds)
+        return 3 * rates.launch + 2 * values / rates.values
+    return 2 * rates.view if n != call.y.shape[0] else 0.0
+
+
+def in_words(span: Span) -> str:
+    return f", slice {span}" if span else ""
 
 
 def _added(geometry: Geometry, ndim: int, n: int, down: Tensor, up: Tensor, gain: Tensor | None, alpha: float,

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from ..kernels.lowrank import Run
 from .adapters import Bias, Decomposed, Op
-from .bank import Bank, Site, Slot, Stack
+from .bank import Bank, Site
 from .chain import Link, additions, chain
 from .geometry import Geometry, plain
 from .layout import Layout, NotRows
 from .positions import Places
-from .products import Call, Entries, Numbers, Where, gain_tensor, in_turn, on_entries, stack_products
+from .products import Call, Entries, Numbers, Where, gain_tensor, in_turn, on_entries
+from .stack import Slot, Stack
+from .ways import stack_products
 
 Reader = Callable[[str], "Tensor | None"]
 """(parameter name) -> the base model's tensor in fp32, or None where it cannot be read."""
@@ -138,7 +140,8 @@ class Programs:
         runs, text = [], ()
         others: dict[Entries, list[tuple[int, float, Op]]] = {}
         for stack in site.stacks:
-            for run, line in stack_products(call, stack, tuple(tuple(row[a] for a in stack.slots) for row in gains)):
+            for run, line in stack_products(call, stack, tuple(tuple(row[slot.adapter] for slot in stack.slots)
+                                                            for row in gains)):
                 runs.append(run)
                 text += (line,)
         for a in map(int, site.others):

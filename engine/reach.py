@@ -10,9 +10,10 @@ from torch import Tensor
 from ..kernels.lowrank import Run
 from ..kernels.routing import outside
 from .adapters import Bias, part
-from .bank import Site, Stack
+from .bank import Site
 from .geometry import Geometry, plain
 from .positions import Locate, Places
+from .stack import Stack
 
 Factors = Callable[[Stack], tuple[Tensor, Tensor]]
 
@@ -36,7 +37,7 @@ class Reach:
         """The run of a layer in this evaluation, which changes nothing; None for one that has no places of the picture.
 
         owners    the row of each entry
-        factors   of a stack, in the dtype of the layer's input
+        factors   down and up of a stack, in the dtype of the layer's input
         """
         stretches = [] if geometry.is_norm else self._stretches(site, geometry, y)
         if not stretches:
@@ -89,12 +90,13 @@ class Reach:
         out = y.new_zeros(y.shape[0], len(self.adapters), tokens, dtype=torch.float32)
         for stack in site.stacks:
             down, up = factors(stack)
-            hidden = geometry.apply(part(x, stack.span, geometry.x_channel, 1), down)
+            hidden = geometry.apply(part(x, stack.slices[0].span, geometry.x_channel, 1), down)
             hidden = hidden.movedim(geometry.channel, -1).flatten(1, -2).float()
-            for slot in (slot for adapter, slot in stack.slots.items() if adapter in self.adapters):
-                ranks = slice(slot.start, slot.stop)
-                own, wide = hidden[..., ranks], up[:, ranks].float()
-                out[:, slot.adapter - first] += ((own @ (wide.mT @ wide)) * own).sum(dim=-1)
+            for each, factor in zip(stack.slices, stack.ups(up), strict=True):
+                for slot in (slot for slot in each.slots if slot.adapter in self.adapters):
+                    own, start = hidden[..., slot.start:slot.stop], each.ranks.start
+                    wide = factor[:, slot.start - start:slot.stop - start].float()
+                    out[:, slot.adapter - first] += ((own @ (wide.mT @ wide)) * own).sum(dim=-1)
         for adapter in self.adapters:
             for op in site.ops(adapter):
                 if op.additive and not isinstance(op, Bias):

@@ -16,7 +16,8 @@ from ..kernels.energy import energy
 from ..kernels.size import Size
 from ..kernels.topk import LARGEST_TILE, Part, sums_on_device, top_and_total
 from .adapters import Bias, Decomposed, GLoRA, Op, Span
-from .bank import Bank, Site, StackOp
+from .bank import Bank, Site
+from .stack import StackOp
 from .transfer import on_device
 
 Reader = Callable[[str], "Tensor | None"]

@@ -12,7 +12,8 @@ A branch is called at every layer of a model, where the host's time counts: `row
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +47,86 @@ def tokens(down: Tensor, up: Tensor, gain: Tensor | None = None, alpha: float = 
     if alpha == 1:
         return lambda y, x: y.baddbmm_(linear(x, down).mul_(gain), up)
     return lambda y, x: y.baddbmm_(linear(x, down).mul_(gain), up, alpha=alpha)
+
+
+class Share(NamedTuple):
+    """What some outputs take of the hidden values: those of slices of equal size, side by side from `start` on, with as
+    many ranks each, side by side from `rank` on.
+
+    up   [slices, ranks of a slice, outputs of a slice]
+    """
+
+    start: int
+    rank: int
+    up: Tensor
+
+
+def shares(down: Tensor, parts: Sequence[Share], gain: Tensor | None = None, alpha: float = 1.0) -> Run:
+    """For a layer that is several in one weight (q, k and v): one product for what all of them need of the input, and
+    one for each of `parts`.
+
+    Shape: y [n, out] or [n, T, out], x likewise [.., in], down [R, in], gain like [.., R].
+    """
+    linear, ranks, adds = F.linear, down.shape[0], [_share(part, alpha) for part in parts]
+
+    def run(y: Tensor, x: Tensor) -> Tensor:
+        hidden = linear(x, down) if gain is None else linear(x, down).mul_(gain)
+        if not y.is_contiguous():
+            return _add_apart_(y, hidden, parts, alpha)
+        outputs, hidden = y.view(-1, y.shape[-1]), hidden.view(-1, ranks)
+        for add in adds:
+            add(outputs, hidden)
+        return y
+
+    return run
+
+
+def _share(part: Share, alpha: float) -> Callable[[Tensor, Tensor], None]:
+    """For rows of outputs and of hidden values, both in one piece of memory."""
+    start, rank, up = part
+    count, ranks, out = up.shape
+
+    if count == 1:
+        def add(y: Tensor, hidden: Tensor) -> None:
+            y.narrow(1, start, out).addmm_(hidden.narrow(1, rank, ranks), up[0], alpha=alpha)
+    else:
+        def add(y: Tensor, hidden: Tensor) -> None:
+            _slices(y, start, count, out).baddbmm_(_slices(hidden, rank, count, ranks), up, alpha=alpha)
+    return add
+
+
+def _slices(rows: Tensor, start: int, count: int, width: int) -> Tensor:
+    """[count, rows, width] of rows in one piece of memory, a view."""
+    if rows.shape[-1] != count * width:
+        rows = rows.narrow(-1, start, count * width)
+    return rows.view(-1, count, width).transpose(0, 1)
+
+
+def _add_apart_(y: Tensor, hidden: Tensor, parts: Sequence[Share], alpha: float) -> Tensor:
+    """For outputs that lie anyhow in memory."""
+    for start, rank, up in parts:
+        for k, factor in enumerate(up):
+            ranks, out = factor.shape
+            y.narrow(-1, start + k * out, out).add_(hidden.narrow(-1, rank + k * ranks, ranks) @ factor, alpha=alpha)
+    return y
+
+
+def shares_apart(down: Tensor, part: Share, alpha: float = 1.0) -> Run:
+    """The same for one part, where what a slice needs of the input does not lie beside what the next one needs.
+
+    Shape: down [slices, in, ranks of a slice].
+    """
+    start, _, up = part
+    count, _, out = up.shape
+
+    def run(y: Tensor, x: Tensor) -> Tensor:
+        hidden = torch.bmm(x.reshape(1, -1, x.shape[-1]).expand(count, -1, -1), down)
+        if not y.is_contiguous():
+            return _add_apart_(y, hidden.transpose(0, 1).reshape(*y.shape[:-1], -1), [part._replace(rank=0)], alpha)
+        _slices(y, start, count, out).baddbmm_(hidden, up, alpha=alpha)
+        return y
+
+    return run
 
 
 def add_batched_(y: Tensor, x: Tensor, down: Tensor, up: Tensor, gain: Tensor | None = None,

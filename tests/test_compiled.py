@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ from lora_ensemble.engine.layout import NotRows
 from lora_ensemble.engine.positions import Places, Segment
 from lora_ensemble.kernels.branch import Branch, one_hot
 from lora_ensemble.tests.reference import close, expected, make_ops
+from lora_ensemble.tests.test_engine_ops import spanned
 from torch import Tensor, nn
 
 STRENGTHS = (0.7, 0.9, 1.1)
@@ -127,6 +129,32 @@ def test_no_more_graphs_than_the_plain_model_has(net, whole):
     assert len(backend.graphs) == 2 * plain and not backend.operators()
     for y, changes, branches in made:
         assert close(y, expected(net, changes, branches, x))
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "block by block"])
+def test_slices_of_one_weight_share_what_they_need_of_the_input(net, whole):
+    """Of two slices and three LoRAs: one product of inputs and one for the outputs of both; nothing opaque."""
+    spans = [(0, 0, 16), (0, 16, 16)]
+    files = [{f"blocks.{k}.inner": [make_ops(kind, (16, 16), 100 * seed + 10 * k + s) for s in range(2)]
+              for k in range(5)} for seed, kind in enumerate(LORAS)]
+
+    def changed(w: Tensor, b: Tensor, g: float, made: list) -> tuple[Tensor, Tensor]:
+        return torch.cat([change(w.narrow(*span), b, g)[0] for span, (_, change) in zip(spans, made, strict=True)]), b
+
+    changes = [{name: partial(changed, made=made) for name, made in file.items()} for file in files]
+    bank = Bank([{name: [spanned(op, span) for span, ((op,), _) in zip(spans, made, strict=True)]
+                  for name, made in file.items()} for file in files])
+    routed, backend = RoutedForwards(net, bank, compiled=True), Counted()
+    routed.install()
+    call, x = compile_(net, backend, whole), torch.randn(6, 5, 16)
+    with torch.no_grad():
+        agrees(call, routed, net, changes, x)
+    routed.remove()
+    assert not backend.operators()
+    names = [str(node.target) for node in backend.graphs[0].graph.nodes]
+    layers = 5 if whole else 1
+    assert sum("baddbmm" in name for name in names) == layers
+    assert sum("linear" in name for name in names) == 3 * layers, "inner, outer and the one product"
 
 
 @pytest.mark.parametrize("kinds", [("lora", "dora out", "lora"), ("boft", "lora", "dense")], ids="-".join)

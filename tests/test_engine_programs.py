@@ -8,6 +8,7 @@ import pytest
 import torch
 from lora_ensemble.engine import products as products_module
 from lora_ensemble.engine import program as program_module
+from lora_ensemble.engine import ways as ways_module
 from lora_ensemble.engine.bank import Bank
 from lora_ensemble.engine.forwards import RoutedForwards
 from lora_ensemble.engine.products import Rates
@@ -35,7 +36,7 @@ def test_the_ways_to_serve_several_branches_agree(model, monkeypatch):
     for way, rates in ways.items():
         monkeypatch.setitem(products_module.RATES, "cpu", rates)
         if way != "batched":
-            monkeypatch.setattr(products_module, "_batched", lambda *call: None)
+            monkeypatch.setattr(ways_module, "_batched", lambda *call: None)
         routed = RoutedForwards(model, bank)
         routed.install()
         with torch.no_grad(), routed.rows(layout):
@@ -76,9 +77,9 @@ def test_layers_of_one_shape_share_the_choice_and_what_is_copied_to_the_device(m
     rows, x = [Branch((0.7, 0.9, 0.5)), ALONE[1], ALONE[2]], torch.randn(3, 5, 24)
     want = expected(model, [{name: change for name, (_, change) in each.items()} for each in made], rows, x)
     calls = Counter()
-    for name in ("_chosen", "on_device"):
-        real = getattr(products_module, name)
-        monkeypatch.setattr(products_module, name, lambda *a, name=name, real=real: calls.update([name]) or real(*a))
+    for module, name in ((ways_module, "_chosen"), (products_module, "on_device")):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, name=name, real=real: calls.update([name]) or real(*a))
     routed = RoutedForwards(model, bank)
     routed.install()
     with torch.no_grad(), routed.rows(rows):

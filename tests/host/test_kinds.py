@@ -227,6 +227,27 @@ def test_whole_and_slices_of_one_weight(loras):
     check([LoRASpec(loras(file), 0.6, 0) for file in files], model, "Flux")
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("family", ["SD3", "Flux"])
+def test_different_loras_on_slices(family, batch, loras):
+    """Files for all slices, of unequal ranks, for some of them, and for the fused weights, merged and in rows of their
+    own."""
+    model = base(family)
+    targets = diffusers_targets(model)
+    some = {key: shape for key, shape in targets.items() if "to_k" not in key and "add_q" not in key}
+    files = [lora(each, seed, rank, name=str, down="lora_A.weight", up="lora_B.weight")
+             for seed, (each, rank) in enumerate([(targets, 4), (some, 2), (targets, 3)], start=1)]
+    files.append(lora(shapes(model, lambda name: name.endswith(("qkv", "linear1"))), 5))
+    ensemble = [LoRASpec(loras(file), strength, 0) for file, strength in zip(files, (0.8, -0.6, 0.5, 0.7), strict=True)]
+    plain = sample(model, family, steps=1, batch=batch)
+    same(sample(merge(model, ensemble), family, steps=1, batch=batch),
+         sample(stock(model, ensemble), family, steps=1, batch=batch), plain, 1e-4)
+    mean = torch.stack([sample(stock(model, [spec]), family, steps=1, batch=batch) for spec in ensemble]).mean(dim=0)
+    ours = composite(model, ensemble)
+    same(sample(ours, family, steps=1, batch=batch), mean, plain, 1e-4)
+    assert ours.get_attachment(KEY).record.problems == []
+
+
 def test_diffusers_keys_of_unets(loras):
     """`unet.` and PEFT names on SD1.5 and SDXL."""
     for family in ("SD15", "SDXL"):

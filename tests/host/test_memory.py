@@ -8,7 +8,8 @@ import comfy.model_patcher
 import pytest
 import torch
 from lora_ensemble.engine.adapters import Kron
-from lora_ensemble.engine.bank import Bank, Stack
+from lora_ensemble.engine.bank import Bank
+from lora_ensemble.engine.stack import Stack
 from lora_ensemble.host.compose.banks import bank_patcher
 from lora_ensemble.host.compose.composition import KEY
 from lora_ensemble.tests.reference import KINDS, make_ops

@@ -1,0 +1,180 @@
+"""Which products add a stack's low-rank deltas to the entries of a layer.
+
+There are three ways to serve several branches, and `stack_products` takes the one of least expected time:
+
+    groups    a product for the entries of each branch, with the ranks of that branch alone
+    batched   one for all of them, where each has one adapter of equal rank, in the order of the stack
+    masked    one over all entries and ranks that matter, with zeros in the gains
+
+Of a layer that is several in one weight (q, k and v) each slice has these three ways for itself. Or all slices share
+what they need of the input, one product, and each, or a row of slices of equal size, has one more for its outputs.
+Ranks of different slices that do not lie side by side, as those of one adapter beside others, are matrices of one.
+
+Adapters that act alike in all entries, as a LoRA for few steps does beneath every branch, are in these products where
+that takes the least time, and have one of their own before them where it does not: two operations more at the most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from .products import Built, Call, Choice, Numbers, apart, batched, in_words, product
+from .stack import Slot, Stack
+from .transfer import on_device
+
+
+def stack_products(call: Call, stack: Stack, numbers: Numbers) -> list[Built]:
+    """The products that add a stack's deltas in the least time; none where nothing acts. `numbers` has one gain per
+    entry and slot, in the order of the slots. Layers of one shape share the choice, which takes longer than to build
+    what was chosen."""
+    if not any(map(any, numbers)):
+        return []
+    y, x, geometry = call.y, call.x, call.geometry
+    shapes = y.shape, x.shape, geometry.spatial, geometry.channel, x.device, stack.down.shape
+    key = "choice", shapes, stack.slices, call.where is None, call.beneath, numbers
+    return call.once(key, lambda: _chosen(call, stack, numbers)).build(call, stack)
+
+
+def _chosen(call: Call, stack: Stack, numbers: Numbers) -> Choice:
+    alike = [len(set(column)) == 1 and call.everywhere(slot.adapter)
+             for slot, column in zip(stack.slots, zip(*numbers, strict=True), strict=True)]
+    common, rest = (tuple(tuple(number if same is one else 0.0 for number, same in zip(row, alike, strict=True))
+                          for row in numbers) for one in (True, False))
+    whole = _least(call, stack, numbers)
+    if not (any(common[0]) and any(map(any, rest))):
+        return whole
+    below, above = _least(replace(call, where=None), stack, common), _least(call, stack, rest)
+    apart = Choice(lambda call, stack: below.build(replace(call, where=None), stack) + above.build(call, stack),
+                   below.seconds + above.seconds)
+    return min(whole, apart, key=lambda choice: choice.seconds)
+
+
+def _least(call: Call, stack: Stack, numbers: Numbers) -> Choice:
+    """The way that takes the least time; something has to act."""
+    if len(stack.slices) == 1:
+        return min(_ways(call, stack, stack.slots, numbers), key=_seconds)
+    apart, at = [], 0
+    for each in stack.slices:
+        own = tuple(row[at:at + len(each.slots)] for row in numbers)
+        at += len(each.slots)
+        if any(map(any, own)):
+            apart.append(min(_ways(call, stack, each.slots, own), key=_seconds))
+    return min(_ways(call, stack, stack.slots, numbers) + [_all_of(apart)], key=_seconds)
+
+
+def _seconds(choice: Choice) -> float:
+    return choice.seconds
+
+
+def _all_of(choices: Sequence[Choice]) -> Choice:
+    return Choice(lambda *layer: [built for choice in choices for built in choice.build(*layer)],
+                  sum(map(_seconds, choices)))
+
+
+def _ways(call: Call, stack: Stack, slots: Sequence[Slot], numbers: Numbers) -> list[Choice]:
+    """The ways to do what neighbouring slots of a stack have to do."""
+    groups: dict[tuple[float, ...], list[int]] = {}
+    for entry, row in enumerate(numbers):
+        if any(row):
+            groups.setdefault(row, []).append(entry)
+    by_group = _groups(call, stack, slots, groups)
+    choices = [_all_of(by_group)]
+    if len(by_group) > 1:
+        within = [entry for entry, row in enumerate(numbers) if any(row)]
+        choices += [_masked(call, stack, slots, numbers, stretch)
+                    for stretch in ((within[0], within[-1] + 1), (0, len(numbers)))]
+    if len(groups) > 1:
+        choices.append(_batched(call, stack, slots, groups))
+    if len(by_group) > len(groups):
+        choices.append(_strided(call, stack, slots, groups))
+    return [choice for choice in choices if choice is not None]
+
+
+# --- the three ways ---
+
+
+def _groups(call: Call, stack: Stack, slots: Sequence[Slot], groups: dict[tuple[float, ...], list[int]]
+            ) -> list[Choice]:
+    products = []
+    for row, entries in groups.items():
+        at = 0
+        while at < len(slots):
+            stop = at
+            while stop < len(slots) and row[stop]:
+                stop += 1
+            if stop > at:
+                products.append(product(call, stack, slots[at:stop], tuple(entries),
+                                         tuple(row[at:stop] for _ in entries)))
+            at = stop + 1
+    return products
+
+
+def _masked(call: Call, stack: Stack, slots: Sequence[Slot], numbers: Numbers, stretch: tuple[int, int]) -> Choice:
+    columns = [column for column in range(len(slots)) if any(row[column] for row in numbers)]
+    first, last = columns[0], columns[-1] + 1
+    within = tuple(range(*stretch))
+    return product(call, stack, slots[first:last], within, tuple(numbers[entry][first:last] for entry in within))
+
+
+def _batched(call: Call, stack: Stack, slots: Sequence[Slot], groups: dict[tuple[float, ...], list[int]]
+             ) -> Choice | None:
+    """Needs groups of equal length one after the other, each with one adapter of the same rank, in the order of the
+    stack: what Composite's batch looks like."""
+    if call.geometry.spatial or call.where is not None:
+        return None
+    columns, gains, entries = [], [], []
+    for row, members in groups.items():
+        active = [column for column, gain in enumerate(row) if gain]
+        if len(active) != 1:
+            return None
+        columns.append(active[0])
+        gains.append(row[active[0]])
+        entries += members
+    count, width, first = len(groups), slots[columns[0]].width, columns[0]
+    if entries != list(range(entries[0], entries[0] + len(entries))) or len({len(m) for m in groups.values()}) > 1:
+        return None
+    if columns != list(range(first, first + count)) or any(slots[column].width != width for column in columns):
+        return None
+    k = stack.slice_of(slots[first])
+    each = stack.slices[k]
+    if slots[columns[-1]].stop > each.ranks.stop:
+        return None
+    at, n, rates, same = entries[0], len(entries), call.rates, len(set(gains)) == 1
+    whole = n == call.y.shape[0]
+
+    def build(call: Call, stack: Stack) -> list[Built]:
+        down, up = call.factors(stack)
+        ranks = slice(slots[first].start, slots[columns[-1]].stop)
+        down, up = down[ranks].unflatten(0, (count, width)).mT, stack.up_of(k, up, ranks).unflatten(0, (count, width))
+        alpha = gains[0] if same else 1.0
+        gain = None if same else call.once(
+            ("gains", tuple(gains), call.x.dtype, call.x.device),
+            lambda: on_device(gains, call.x.device, call.x.dtype).reshape(-1, 1, 1))
+        run = batched(down, up, gain, alpha, None if whole else (at, n), each.span)
+        return [(run, f"{count} groups of {n // count} entries, rank {width} each" + in_words(each.span))]
+
+    seconds = (2 if same else 3) * rates.launch + (2 if whole else 4) * rates.view
+    seconds += (0 if each.span is None else rates.view) + call.work(stack, n, [(width, each.out)])
+    return Choice(build, seconds)
+
+
+def _strided(call: Call, stack: Stack, slots: Sequence[Slot], groups: dict[tuple[float, ...], list[int]]
+             ) -> Choice | None:
+    """A product for each branch, for all slices of a stack, which have to be neighbours of equal size with the same
+    adapters: its ranks of a slice and those of the next are matrices that lie apart."""
+    (one, *_), count = stack.slices, len(stack.slices)
+    if call.where is not None or count == 1 or len(slots) != len(stack.slots) or stack.alike(0) != count:
+        return None
+    products = []
+    for row, entries in groups.items():
+        own, others = row[:len(one.slots)], row[len(one.slots):]
+        active = [column for column, gain in enumerate(own) if gain]
+        if not active or others != own * (count - 1) or len({own[column] for column in active}) > 1:
+            return None
+        first, last = active[0], active[-1]
+        if active != list(range(first, last + 1)):
+            return None
+        products.append(apart(call, stack, slice(one.slots[first].start, one.slots[last].stop), tuple(entries),
+                               own[first]))
+    return _all_of(products)
