@@ -282,6 +282,17 @@ def test_a_change_of_class_between_refreshes_is_a_refresh_of_the_new_leader():
     assert change == 11 and entries[change]["refresh"][1]
 
 
+def test_a_run_leaves_the_share_of_its_last_latent():
+    """By it the first step of the picture's next run goes; of a run without a step there is nothing to say."""
+    session = CMLoRA((1.0,) * 2, (True, False), order="online").begin(RunContext((2.0, 1.0, 0.0), shape=(1, 4, 32, 32)))
+    assert session.left() is None
+    latents = torch.randn(2, 1, 4, 32, 32, generator=torch.Generator().manual_seed(4))
+    for index, x in enumerate(latents):
+        session.observe(Step(index, 2, 2.0 - index), x)
+    first, last = (high_share(radial_amplitude(x, radial_bins(32, 32))).item() for x in latents)
+    assert session.left() == pytest.approx(last) and first != pytest.approx(last)
+
+
 # --- input ----------------------------------------------------------------------------------------------------------
 
 

@@ -141,6 +141,24 @@ def test_frames_that_are_entries_of_their_own():
     assert torch.allclose(reach.share(Places(maps, (0, 1)))[:, 0].double(), torch.stack(want), rtol=1e-4)
 
 
+def test_a_film_that_is_convolved_as_a_whole():
+    """Frames, rows and columns are its places."""
+    layer = nn.Conv3d(6, 8, (3, 1, 1), padding=(1, 0, 0), bias=False)
+    bank = Bank([{"0": make_ops("lora", layer.weight.shape, 0)[0]}])
+    routed, reach = RoutedForwards(nn.Sequential(layer), bank), Reach(locate, range(1))
+    x = torch.randn(1, 6, 3, 4, 4)
+    routed.install()
+    with torch.no_grad(), routed.rows([Branch((0.0,))], None, reach):
+        y = layer(x)
+    routed.remove()
+    maps = torch.rand(1, 1, 3, 4, 4)
+    columns = F.pad(x, (0, 0, 0, 0, 1, 1)).unfold(2, 3, 1)[0].permute(0, 4, 1, 2, 3).reshape(18, -1)
+    found = energies(layer.weight.detach(), make_ops("lora", layer.weight.shape, 0)[1], columns)
+    found, gain = found / y.double().square().sum(1).mean(), maps.flatten().double()
+    want = ((1 - gain) * found).sum() / (1 - gain).sum() / ((gain * found).sum() / gain.sum())
+    assert reach.share(Places(maps, (0,))).item() == pytest.approx(want.item(), rel=1e-4)
+
+
 def test_trust():
     """Whole up to LOW, none from HIGH on, half at their geometric mean; a map rises by what is missing to 1."""
     found = trusted(torch.tensor([[0.0, LOW, (LOW * HIGH) ** 0.5, HIGH, torch.inf]]))

@@ -8,9 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
+from lora_ensemble.tools import commands
 from lora_ensemble.tools.comfyui import Host
 from lora_ensemble.tools.commands import ROOT, Summary, deeper_runs, front_end_runs, newest, pytest_runs
-from lora_ensemble.tools.report import PARTS, SUITES, page
+from lora_ensemble.tools.report import NORMAL, PARTS, SUITES, page
 from lora_ensemble.tools.results import Results
 
 
@@ -131,3 +132,28 @@ def test_the_page_has_the_last_line_of_each_suite_and_what_passed_is_not_run_aga
     failed = " (FAILED, exit 3)" if code else ""
     assert f"| some tests | 3 passed, 1 / 2{failed} |" in text and "/comfy" not in text
     assert "run.py test --all" in text and (f"`suites` some tests: 3 passed, 1 / 2{failed}" in text) == bool(code)
+
+
+def test_the_normal_run_is_kept_by_its_name_and_stands_for_no_other(tmp_path):
+    def run(part: str) -> Summary:
+        summary = Summary(results=Results(SUITES.module, ("test_run.py",), folder=tmp_path), part=part)
+        summary.run("some tests at /comfy/0.33.0", [sys.executable, "-c", "print('3 passed')"])
+        return summary
+
+    assert not run(NORMAL).lines[0].endswith("before") and run(NORMAL).lines[0].endswith("before")
+    text = page("--page", tmp_path)
+    assert f"| some tests{NORMAL} | 3 passed |" in text and "the normal run alone" in text
+    assert not run("").lines[0].endswith("before")
+    assert "the normal run alone" not in page("--page", tmp_path)
+
+
+@pytest.mark.parametrize(("options", "kept"), [([], None), (["--record"], NORMAL), (["--record", "-k", "one"], None),
+                                               (["--all"], "")])
+def test_which_calls_keep_what_the_tests_come_to(options, kept, monkeypatch):
+    found = []
+    monkeypatch.setattr(commands, "prepare", lambda chosen: (Path(sys.executable), []))
+    monkeypatch.setattr(commands, "write", lambda option: "nowhere")
+    monkeypatch.setattr(Summary, "run", lambda self, *_: found.append(None if self.results is None else self.part))
+    monkeypatch.setattr(Summary, "run_beside", lambda *_: None)
+    commands.main(["test", *options], "")
+    assert set(found) == {kept} and len(found) == 2  # ruff, and the tests without ComfyUI

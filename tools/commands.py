@@ -15,7 +15,7 @@ from pathlib import Path
 
 from .comfyui import COMFYUI_TAG, Host, find_hosts, prepare
 from .environments import ROOT, Stop, child_env, front_end, say
-from .report import PARTS, SUITES, write
+from .report import NORMAL, PARTS, SUITES, write
 from .results import EVERYTHING, Results
 
 PYTHONS = ((3, 10), (3, 14))  # oldest and newest version that the pinned torch has wheels for
@@ -39,15 +39,17 @@ class Summary:
 
     results   where it is given: what has passed with this code is not run again, and the last line of what is run is
               kept
+    part      of the whole that is run, which no finding of the whole is to be taken for
     """
 
     lines: list[str] = field(default_factory=list)
     failed: bool = False
     results: Results | None = None
+    part: str = ""
 
     def run(self, title: str, command: Sequence[str | Path], env: dict[str, str] | None = None) -> bool:
         say(f"\n=== {title}")
-        case = title.partition(" at ")[0]
+        case = title.partition(" at ")[0] + self.part
         if self.results is not None and self.results.done(case):
             self.lines.append(f"  ok     {title}, before")
             return True
@@ -184,8 +186,9 @@ def run_test(options: argparse.Namespace) -> int:
     ends = time.monotonic() + 60 * options.minutes
     base, hosts = as_they_are(options) if options.as_it_is else prepare(options)
     long = options.all or options.report
-    whole = long and not options.rest  # chosen tests are no suite
-    summary = Summary(results=Results(SUITES.module, (EVERYTHING,), options.keep) if whole else None)
+    whole = (long or options.record) and not options.rest  # chosen tests are no suite
+    summary = Summary(results=Results(SUITES.module, (EVERYTHING,), options.keep) if whole else None,
+                      part="" if options.all else NORMAL)
     runs = [] if options.report else [*pytest_runs(base, hosts, options.all, options.rest, options.jobs)]
     if options.as_it_is:
         summary.lines.append("  NOT RUN with --as-it-is: ruff, other front ends")
@@ -267,6 +270,7 @@ def main(arguments: Sequence[str], description: str) -> int:
                         "goes on where it was stopped")
     parser.add_argument("--report", action="store_true", help="test: of --all the long runs alone, and the page")
     parser.add_argument("--page", action="store_true", help="test: run nothing, write the page of what has been found")
+    parser.add_argument("--record", action="store_true", help="test: keep what the tests come to, for the page")
     parser.add_argument("--soak", action="store_true", help=f"test: with --all or --report, {NIGHT} prompts in each\n"
                         "of ComfyUI's cache modes")
     parser.add_argument("--keep", action="store_true", help="test: what --all found with earlier code counts, too")

@@ -43,6 +43,8 @@ PARTS = (Part("soak", "a long night (1 000 prompts with --soak)", each=True, sha
          Part("fuzz_api", "damaged API workflows", 700, shares=3))
 """Those ahead have the longest cases, and are begun first."""
 SUITES = Part("suites", "the tests as a whole", each=True)
+NORMAL = ", without --all"
+"""Behind the names of suites that are the normal run's: some of the combinations, and a share on older releases."""
 
 
 def page(option: str, folder: Path = OUT, parts: Sequence[Part] = (SUITES, *PARTS)) -> str:
@@ -99,6 +101,9 @@ def _cut(parts: Sequence[Part], found: dict[Part, list[dict[str, Any]]]) -> list
         asked = part.whole or max((line.get("of", 0) for line in lines), default=0)
         if not lines:
             out.append(f"* {part.title} (`{part.module}`): not run.")
+        elif part is SUITES and all(line["case"].endswith(NORMAL) for line in lines):
+            out.append(f"* {part.title} (`{part.module}`): the normal run alone, which takes some of the combinations, "
+                       "and on older releases a share of the tests of their API.")
         elif done < asked:
             out.append(f"* {part.title} (`{part.module}`): {asked - done} of {asked} cases are missing.")
     return out

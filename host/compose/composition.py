@@ -343,7 +343,7 @@ class Run:
                   for combo, uuid in zip(combos, uuids, strict=True)]
         words = tuple(regions.texts for regions in self.regions if regions is not None)
         rows = tuple((each, words, self.without) for each in acting)
-        return self.kept.arrange(root, options, rows, prod(map(len, self.branches)), uuids)
+        return self.kept.arrange(root, options, rows, prod(map(len, self.branches)), uuids, self.probing)
 
     def close(self, finished: bool) -> None:
         """Leave the models as they were, whatever becomes of the record: a failed accelerator raises there."""

@@ -67,11 +67,12 @@ class KeptBetweenCalls:
         self.neighbours = Neighbours(tell)
 
     def arrange(self, root: nn.Module, options: dict, rows: tuple[Hashable, ...], branches: int,
-                uuids: Sequence[UUID | None]) -> dict:
+                uuids: Sequence[UUID | None], aside: bool = False) -> dict:
         """Transformer options for a call in whose rows this acts, an entry per cond.
 
         branches   combinations of branches of this step
         uuids      the conds
+        aside      the call is none of the sampler's own
 
         Raises ValueError where a sampler keeps the history of one film and there are several branches.
         """
@@ -79,7 +80,8 @@ class KeptBetweenCalls:
             raise ValueError(f"{type(root).__name__} draws a film frame by frame and keeps one history of it, so it "
                              "cannot be evaluated with several branches. Use Merge, Switch, K-LoRA, EST-LoRA or Routed "
                              "with it, which have one.")
-        options = self.neighbours.arrange(options, uuids, rows, branches)
+        options = self.neighbours.aside(options, uuids) if aside else self.neighbours.arrange(
+            options, uuids, rows, branches)
         keepers = {keeper.name: keeper for keeper in keepers_of(root, options)}
         if not keepers:
             return options

@@ -24,21 +24,38 @@ class Skipping:
     """A node that leaves out model calls.
 
     renew     None: it decides before any call of the model is made
+    aside     transformer options -> those under which it uses and keeps nothing of a call; None: there are none
     by_conds  whether it tells conds apart, and so the branches; else it tells the sides of guidance
     """
 
     name: str
     renew: Renew | None
+    aside: Callable[[dict], dict] | None = None
     by_conds: bool = True
 
 
 class Neighbours:
-    """The guard of one run; `tell` is called with a sentence for the record."""
+    """The guard of one run; `tell` is called with a sentence for the record.
+
+    kept_aside   nodes that have kept what they saw of a call aside, since the sampler's last one
+    """
 
     def __init__(self, tell: Callable[[str], None]):
         self._tell = tell
         self._acted: dict[UUID | None, Hashable] = {}
         self._anew: dict[str, tuple[Skipping, int]] = {}
+        self.kept_aside: list[str] = []
+
+    def aside(self, options: dict, uuids: Sequence[UUID | None]) -> dict:
+        """Transformer options for a call that is none of the sampler's own, such as the one in which words are found:
+        nothing earlier is used in it, and no later one is to use what it has found."""
+        for each in skipping_of(options):
+            if each.aside is not None:
+                options = each.aside(options)
+            elif each.renew is not None:
+                self.kept_aside += [each.name] if each.name not in self.kept_aside else []
+                options = each.renew(options, uuids)
+        return options
 
     def arrange(self, options: dict, uuids: Sequence[UUID | None], rows: Sequence[Hashable], branches: int) -> dict:
         """Transformer options for a call of these conds, in each of which this acts.
@@ -57,8 +74,9 @@ class Neighbours:
                            f"and {branches} branches are evaluated; Branch Cache keeps one for each")
             elif changed:
                 self._anew[each.name] = each, self._anew.get(each.name, (each, 0))[1] + 1
-            if (several or changed) and each.renew is not None:
+            if (several or changed or each.name in self.kept_aside) and each.renew is not None:
                 options = each.renew(options, uuids)
+        self.kept_aside.clear()
         return options
 
     def patched(self, conds: Sequence[list[dict] | None]) -> bool:
@@ -84,14 +102,19 @@ def skipping_of(options: Mapping) -> Iterator[Skipping]:
     """The nodes that leave their marks in the options of a call."""
     holder = options.get("easycache")
     if hasattr(holder, "can_apply_cache_diff"):
-        yield Skipping("EasyCache", _without_differences)
+        yield Skipping("EasyCache", _without_differences, _with_another)
     elif hasattr(holder, "uuid_cache_diffs"):  # as it was at first: it mixes up what it keeps of the conds of a batch
-        yield Skipping("EasyCache", _begun_anew, False)
+        yield Skipping("EasyCache", _begun_anew, _with_another, by_conds=False)
     elif hasattr(holder, "cache_diff"):
         yield Skipping("LazyCache", None)
     for name, (mark, switch) in SWITCHES.items():
         if mark in options:
-            yield Skipping(name, lambda known, uuids, switch=switch: {**known, switch: False}, False)
+            yield Skipping(name, lambda known, uuids, switch=switch: {**known, switch: False},
+                           by_conds=False)
+
+
+def _with_another(options: dict) -> dict:
+    return {**options, "easycache": options["easycache"].clone()}
 
 
 def _without_differences(options: dict, uuids: Sequence[UUID | None]) -> dict:

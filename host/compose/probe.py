@@ -118,7 +118,7 @@ def find_places(run: Run, positive: list[list[dict]], evaluate: Callable[[list[l
     for regions in due:
         regions.commit()
         if not regions.routes.found:
-            regions.give_up(_why_not(regions, root, compiled))
+            regions.give_up(_why_not(regions, root, compiled, run.kept.neighbours.kept_aside))
 
 
 def _base(regions: object, branches: Sequence[Branch], applied) -> Branch:
@@ -148,11 +148,12 @@ def _like(entry: dict, other: dict) -> dict:
     return {**other, **{key: entry[key] for key in ("area",) if entry.get(key) is not None}}
 
 
-def _why_not(regions: RoutedLoRAs, root: nn.Module, compiled: bool) -> str:
+def _why_not(regions: RoutedLoRAs, root: nn.Module, compiled: bool, others: Sequence[str]) -> str:
     if regions.contrasts:
         return "the prompts come without what contrast compares: encode them with the CLIP of this method node"
     reason = "torch.compile hides the attention of this model" if compiled else \
-        f"{type(root).__name__}: the attention of this kind of model cannot be read"
+        f"{' and '.join(others)}: computes the blocks of the model in its own way, so that their attention cannot be " \
+        "read" if others else f"{type(root).__name__}: the attention of this kind of model cannot be read"
     return f"{reason}. Mode 'contrast' finds places without it"
 
 

@@ -176,7 +176,7 @@ def test_what_layers_are_chosen_by_is_measured_on_the_device(family, make, loras
 
 @pytest.mark.parametrize("how", ["none free", "lost while it measures", "another error"])
 def test_without_memory_the_processor_measures(how, loras, transfers, monkeypatch):
-    """And the record says so. What is no lack of memory is not taken for one."""
+    """And the record says so; who acts where is the same. What is no lack of memory is not taken for one."""
     ensemble, tried, real = pair(base("SD15"), loras), [], measure.measure
     error = {"lost while it measures": torch.cuda.OutOfMemoryError("out of memory"),
              "another error": RuntimeError("lost")}.get(how)
@@ -203,6 +203,8 @@ def test_without_memory_the_processor_measures(how, loras, transfers, monkeypatc
     assert tried == ([None] if how == "none free" else [model.load_device, None])
     sample(there, steps=1)
     assert sum("no memory to measure the LoRAs there" in line for line in record_of(there).problems) == 1
+    measure._kept.clear()
+    assert method_of(there).contest == method_of(klora(base("SD15"), ensemble)).contest
 
 
 @pytest.mark.parametrize("exact", [True, False])

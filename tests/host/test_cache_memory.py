@@ -41,6 +41,7 @@ def test_without_room_the_picture_is_that_without_a_cache(ours, monkeypatch):
     free(monkeypatch, 2 * 5 * one)  # five of six rows would fit
     tight = cached(ours)
     assert torch.equal(sample(tight, steps=4), sample(ours, steps=4))
+    assert [step.calls for step in record_of(ours).steps] == [1] * 4, "the branches share a batch"
     assert [step["reused"] for step in steps_of(tight)] == [0] * 4
     assert [step["bytes"] for step in steps_of(tight)][1:] == [0] * 3, "what was kept is given back"
     (problem,) = record_of(tight).problems

@@ -113,6 +113,16 @@ def test_the_part_that_is_always_on_is_in_the_weights_and_the_method_stays(other
     assert SCALED not in composed.get_attachment(KEY).applied[-1].problems
 
 
+def test_a_merge_of_which_the_cache_alone_is_left_is_a_model_like_any_other(other, loras):
+    """Once its LoRAs are in the weights, nothing acts beside them that others would have to be told of."""
+    model = base("SD15")
+    ensemble = three(model, loras)
+    made = simple(with_cache(merge(model, ensemble), CacheSpec(Uniform(1))), other)
+    assert made.get_attachment(KEY).applied == ()
+    wanted, plain_ = (simple(simple(each, other), other) for each in (stock(model, ensemble), model))
+    same(sample(simple(made, other)), sample(wanted), sample(plain_), 1e-4)
+
+
 CHANGING = {
     "Composite": composite,
     "Switch": lambda model, ensemble: method(model, ensemble, lambda strengths: Switch(strengths, 1)),
