@@ -18,8 +18,8 @@ from lora_ensemble.tests.server import HTTP, PACK, Server
 
 READY = "!!(window.app?.graph && window.app.extensionManager && document.querySelector('canvas'))"
 NO_FAULT = ("Failed to load resource", "Content Security Policy", "violates", "Refused to connect",
-            "ComfyApp graph accessed before initialization")
-"""What the host's page says where a user has no files and no settings yet."""
+            "ComfyApp graph accessed before initialization", "Subgraph not found")
+"""What the host's page says where a user has no files and no settings yet, and 1.45 at each step inside a subgraph."""
 
 SETTLED = """new Promise(async done => {
   const seen = () => JSON.stringify(app.graph._nodes.map(n => [n.id, n.pos[0], n.pos[1], n.size[0], n.size[1],

@@ -66,6 +66,14 @@ def test_the_test_command_is_one():
     assert f"run: {command} " in (ROOT / ".github" / "workflows" / "test.yml").read_text(encoding="utf-8")
 
 
+def test_the_tests_on_github_keep_the_pictures_of_the_pages():
+    """In the folder that the tests of the front end write into."""
+    steps = (ROOT / ".github" / "workflows" / "test.yml").read_text(encoding="utf-8")
+    (folder,) = re.findall(r"FRONT_END_PICTURES: (.+)", steps)
+    (kept,) = re.findall(r"uses: actions/upload-artifact@v\d+\n +with:\n +name: pages\n +path: (.+)", steps)
+    assert kept == folder
+
+
 def test_commands_of_the_pages_are_there():
     text = (ROOT / "docs" / "developers.md").read_text(encoding="utf-8")
     modules = set(re.findall(r"lora_ensemble\.(tools\.\w+)", text))

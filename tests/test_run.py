@@ -108,6 +108,17 @@ def test_an_interpreter_as_it_is_keeps_the_callers_paths(monkeypatch):
         "PYTHONPATH": "/somewhere", "OMP_NUM_THREADS": "1", "COMFYUI_UNDER_TEST": str(one.path)}.items()
 
 
+def test_the_demo_takes_one_thread_everywhere_and_shows_what_it_does_at_once(monkeypatch, tmp_path):
+    """More threads spin on a machine that has other work; a pipe would keep the lines back."""
+    ran = []
+    monkeypatch.setattr(commands, "ROOT", tmp_path)
+    monkeypatch.setattr(commands, "prepare", lambda options: (Path("python"), [host("0.33.0")]))
+    monkeypatch.setattr(Summary, "run", lambda self, title, command, env: ran.append((title, env)))
+    monkeypatch.setattr(Summary, "close", lambda self, base, hosts: 0)
+    assert commands.run_demo(None) == 0
+    assert len(ran) == 2 and all(env["OMP_NUM_THREADS"] == env["PYTHONUNBUFFERED"] == "1" for _, env in ran)
+
+
 def test_other_front_ends_on_the_newest():
     found = [("1.45.21", Path("/fe/old")), ("1.58.1", Path("/fe/new"))]
     runs = list(front_end_runs([host("0.3.64"), host("0.33.0", "/tools")], found))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from lora_ensemble.tools.thumbnails import FOLDER, LOOKS, ROOT, SIDE, family, listing, sets, turn
+from lora_ensemble.tests import host_pictures
+from lora_ensemble.tools.thumbnails import FOLDER, LOOKS, ROOT, SIDE, drawn, family, listing, sets, turn
 from PIL import Image
 
 EXAMPLES = sorted(path.stem for path in FOLDER.glob("*.json"))
@@ -49,3 +50,12 @@ def test_sheets_are_pictures_of_the_help_pages():
             name, (left, top, right, bottom) = look.sheet
             with Image.open(ROOT / "web" / "docs" / f"{name}.png") as whole:
                 assert 0 <= left < right <= whole.width and 0 <= top < bottom <= whole.height
+
+
+def test_every_picture_of_the_pages_is_made_by_a_command():
+    """`run.py _with - lora_ensemble.tests.host_pictures`"""
+    assert sorted(path.stem for path in (ROOT / "web" / "docs").glob("*.png")) == sorted(host_pictures.NAMES)
+
+
+def test_a_sheet_needs_no_picture_of_its_own():
+    assert drawn([name for name, look in LOOKS.items() if look.sheet is not None]) == {}

@@ -108,7 +108,7 @@ LOOKS = {
     "sdxl_k_lora": Look("A subject in a style, and who acts where", ("KLoRA",), 2, "K-LoRA",
                         sheet=("layer_map", (214, 132, 935, 628))),
     "sdxl_lightning_routed": Look("LoRAs where their words are, with Lightning", about="few steps"),
-    "sdxl_lora_info": Look("What is in a LoRA file?", sheet=("info", (20, 8, 700, 476))),
+    "sdxl_lora_info": Look("What is in a LoRA file?", sheet=("info", (20, 104, 700, 572))),
     "sdxl_loratorio_masks": Look("LoRAs in masks you draw", ("Masks",), about="LoRAtorio"),
     "sdxl_prompt": Look("See which words are whose", ("Merge",), about="Ensemble Prompt"),
     "sdxl_routed": Look("Two characters and a style, each in its place", about="Routed"),
@@ -153,8 +153,11 @@ def pictures_of(name: str, bank: Bank) -> list[Picture]:
 
 def drawn(names: Sequence[str]) -> dict[str, list[Image.Image]]:
     """Workflow -> the pictures on its thumbnail."""
+    names = [name for name in names if LOOKS[name].sheet is None]
+    if not names:
+        return {}
     with Sampler(load_base(), load_loras(REGIME)) as sampler:
-        wanted = {name: pictures_of(name, sampler.bank) for name in names if LOOKS[name].sheet is None}
+        wanted = {name: pictures_of(name, sampler.bank) for name in names}
         images = iter(sampler.draw([picture for pictures in wanted.values() for picture in pictures]))
     return {name: [_image(next(images)) for _ in pictures] for name, pictures in wanted.items()}
 

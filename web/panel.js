@@ -8,6 +8,7 @@ const SETTING = 'LoRAEnsemble.Panel'
 const NAME = 'lora_ensemble_panel'
 const ROW = 20
 const MOST = 10 // rows that are seen without scrolling
+const NOTE = 50 // three lines, with the space below them
 const JOINED = ', '
 
 const STYLE = `
@@ -16,6 +17,8 @@ const STYLE = `
   background: var(--comfy-input-bg, #222) }
 .lora-ensemble-panel p { margin: 0; flex: none; color: var(--descrip-text, #999); overflow: hidden;
   white-space: nowrap; text-overflow: ellipsis }
+.lora-ensemble-panel .note { height: ${NOTE - 2}px; color: var(--input-text, #ddd); white-space: normal;
+  overflow-wrap: anywhere; display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 3 }
 .lora-ensemble-panel ul { margin: 0; padding: 0; min-height: 0; list-style: none; overflow: hidden auto }
 .lora-ensemble-panel li { display: grid; height: ${ROW}px; align-items: center; gap: 6px;
   grid-template-columns: minmax(0, 2fr) minmax(40px, 3fr) 34px 34px; font-variant-numeric: tabular-nums }
@@ -79,6 +82,8 @@ function draw(element, parts) {
   }
   const foot = sayAll(parts[0].foot)
   put(element, 'p', foot).title = foot
+  for (const note of parts[0].notes) put(element, 'p', note, 'note').title = note
+  if (parts[0].more.length) put(element, 'p', sayAll(parts[0].more))
 }
 
 /** The node of an id as the server has it: "12", or "3:12" for node 12 inside the subgraph of node 3. */
@@ -116,7 +121,8 @@ function panelOf(node) {
 function show(node, parts) {
   const panel = panelOf(node)
   const rows = parts.reduce((count, part) => count + Math.min(part.rows.length, MOST), 0)
-  panel.element.dataset.height = rows * ROW + (parts.length + 1) * 18 + 30
+  const { notes, more } = parts[0]
+  panel.element.dataset.height = rows * ROW + (parts.length + 1 + more.length) * 18 + notes.length * NOTE + 30
   draw(panel.element, parts)
   const least = window.LiteGraph?.vueNodesMode ? 0 : node.computeSize()[1] // Nodes 2.0 makes room by itself
   if (least > node.size[1]) node.setSize([node.size[0], least])

@@ -50,7 +50,8 @@ def on_the_node(model, record: RunRecord, total: int) -> Told | None:
         text = line(record, called, costs, total, guidance, over)
         if not text:
             return
-        panels = shown(record, called, methods, costs, total, over)
+        notes = [*record.reasons, *record.problems, *(guidance.problems if guidance is not None else ())]
+        panels = shown(record, called, methods, costs, total, over, notes)
         try:
             if panels:  # before the texts: a panel remembers the height that its node had without either
                 server.send_sync(EVENT, {"prompt_id": context.prompt_id, "panels": panels}, client)

@@ -18,12 +18,15 @@ STRENGTH, SHARE = "{method}: strength of each LoRA", "{method}: share of the pic
 WHOLE = "whole run"
 STEPS, EVALUATIONS = "{done} of {total} steps", "{count} evaluations"
 CACHED, SAVED = "{percent} % on cached features", "{percent} % saved"
-SAID = (*dict.fromkeys(OF.values()), STRENGTH, SHARE, WHOLE, STEPS, EVALUATIONS, CACHED, SAVED)
-"""Every text that a panel may be sent."""
+MORE = "{count} more: see Ensemble Report"
+SAID = (*dict.fromkeys(OF.values()), STRENGTH, SHARE, WHOLE, STEPS, EVALUATIONS, CACHED, SAVED, MORE)
+"""Every text that a panel may be sent, but for notes, which name files and numbers and are in English."""
+NOTED = 3
+"""So many of a run's notes are on a panel."""
 
 
 def shown(record: RunRecord, called: Sequence[str], nodes: Sequence[str], costs: Costs, total: int,
-          over: bool = False) -> list[dict]:
+          over: bool = False, notes: Sequence[str] = ()) -> list[dict]:
     """One entry for each method that a node has applied; `called` are their titles, `nodes` the ids of the nodes, ""
     for a method that none applied.
 
@@ -32,11 +35,14 @@ def shown(record: RunRecord, called: Sequence[str], nodes: Sequence[str], costs:
     rows   per LoRA its name, its part of the say from 0 to 1 (of the whole run when it is over; None: not known yet),
            its strength at this step, and its colours on light and on dark ground
     foot   how far the run is, what was evaluated and saved
+    notes  the first of `notes`: why a method was taken, and what could not be done as asked
+    more   how many others there are
 
-    Head and foot are lists of `Words`, which the panel puts into the language of the page.
+    Head, foot and `more` are lists of `Words`, which the panel puts into the language of the page.
     """
-    foot = _foot(record, costs, total)
-    return [{"node": node, "rows": _rows(record, k, parts), "head": head, "foot": foot}
+    foot, left = _foot(record, costs, total), len(notes) - NOTED
+    below = {"foot": foot, "notes": list(notes[:NOTED]), "more": [(MORE, {"count": left})] if left > 0 else []}
+    return [{"node": node, "rows": _rows(record, k, parts), "head": head, **below}
             for k, node in enumerate(nodes) if node for head, parts in (_parts(record, k, called[k], over),)]
 
 

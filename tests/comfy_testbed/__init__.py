@@ -134,7 +134,8 @@ class LoRAEnsembleTestbedCheckpoint(io.ComfyNode):
             category="LoRA Ensemble/testbed",
             description="ComfyUI's own model and text encoder of a family, tiny and with random weights.",
             inputs=[io.Combo.Input("family", options=CHECKPOINTS, tooltip="The architecture."),
-                    io.Int.Input("weights", default=0, optional=True, tooltip="The seed of its weights.")],
+                    io.Int.Input("weights", default=0, optional=True, force_input=True,
+                                 tooltip="The seed of its weights; a socket takes no row.")],
             outputs=[io.Model.Output(), io.Clip.Output(), io.Vae.Output(), io.Vae.Output(display_name="SOUND VAE")],
         )
 

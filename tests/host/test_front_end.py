@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from lora_ensemble.tests.front_end import FrontEnd, Shown
 from lora_ensemble.tests.server import Server
 from lora_ensemble.tests.workflows import opened_on_small
 from lora_ensemble.tools.thumbnails import SIDE
+from PIL import Image
 from safetensors.torch import save_file
 
 from .builders import lora, shapes
@@ -24,7 +26,9 @@ LEGIBLE = 0.572  # where the classic canvas begins to draw text
 SMALLER = {"sd15_methods_grid": 0.53}
 """Workflows that are too large for that: five samplers side by side."""
 PICTURES = os.environ.get("FRONT_END_PICTURES")
-"""A folder for what the pages look like."""
+"""A folder for what the pages look like; the tests on GitHub keep it as an artefact."""
+if PICTURES:
+    Path(PICTURES).mkdir(parents=True, exist_ok=True)
 
 each_template = pytest.mark.parametrize("name", TEMPLATES)
 
@@ -117,6 +121,11 @@ def test_a_template_that_is_queued_tells_its_story(page: FrontEnd, routed: dict)
     assert all(name.removesuffix(".safetensors") in first for name in LORAS)
     assert "of 6 steps" in first and "6 of 6 steps" in last and "picture" in last and last.count("%") == 3
     assert page.shows_a_picture("PreviewImage") and page.shows_a_picture("SaveImage")
+    (file,) = sorted((page.server.base / "output").rglob("*.png"), key=lambda path: path.stat().st_mtime)[-1:]
+    info = Image.open(file).info
+    kinds = {node["type"] for node in routed["nodes"]}
+    assert {node["type"] for node in json.loads(info["workflow"])["nodes"]} == kinds
+    assert {node["class_type"] for node in json.loads(info["prompt"]).values()} == kinds - {"MarkdownNote"}
     nodes = page.nodes()
     assert overlaps(nodes) == []
     assert [node.hidden for node in nodes if node.kind in TOLD] == [0, 0]

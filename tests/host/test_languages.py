@@ -106,6 +106,10 @@ def test_translated_help_pages_name_every_input(page):
     assert rows == [part.id for part in next(schema for schema in SCHEMAS if schema.node_id == node).inputs]
 
 
+def test_every_node_has_a_help_page_in_japanese():
+    assert {page.parent.name for page in HELP if page.stem == "ja"} == set(NEW)
+
+
 def test_no_language_is_left_over():
     assert {path.name for path in FOLDER.iterdir()} == {"en", *LANGUAGES}
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from comfy_execution.utils import CurrentNodeContext
 from lora_ensemble.engine.record import RunRecord, StepRecord
+from lora_ensemble.host.compose.apply import with_reason
 from lora_ensemble.host.compose.composition import record_of
 from lora_ensemble.host.look import live
 from lora_ensemble.host.look.live import EVENT, on_the_node
@@ -239,6 +240,26 @@ def test_where_words_confine_loras_the_last_panel_shows_their_places():
     assert read(during["head"]) == "Routed: strength of each LoRA"
     assert read(after["head"]) == "Routed: share of the picture of each LoRA"
     assert [row["name"] for row in after["rows"]] == ["a.safetensors", "sub/a.safetensors"]
+
+
+@pytest.mark.parametrize(("count", "noted", "more"), [(0, 0, ""), (3, 3, ""), (5, 3, "2 more: see Ensemble Report")])
+def test_what_could_not_be_done_is_on_the_panel(count, noted, more):
+    """The first notes whole, and how many others there are."""
+    problems = [f"LoRA 'a{i}': it acts everywhere" for i in range(count)]
+    record = RunRecord(["Merge"], [["a"]], [StepRecord(0, 1.0, [[[1.0]]], 1, 1)])
+    (panel,) = shown(record, ["Merge"], ["5"], costs_of(record, None), 1, notes=problems)
+    assert panel["notes"] == problems[:noted] and read(panel["more"]) == more
+
+
+def test_notes_of_methods_and_of_guidance_reach_the_panel(loras, monkeypatch):
+    wire = wired(monkeypatch)
+    monkeypatch.setattr(live, "guidance_record_of", lambda model: SimpleNamespace(problems=["of guidance"], steps=[]))
+    with CurrentNodeContext("p", "5"):
+        ours = with_reason(method(base("SD15"), three(base("SD15"), loras), Switch), "because")
+    with CurrentNodeContext("p", "7"):
+        sample(ours, steps=2)
+    why, own, guided = wire.panels[-1][0]["notes"]
+    assert why == "because" and "Switch gave it no turn" in own and guided == "of guidance"
 
 
 def test_a_run_without_a_step_has_no_text():

@@ -106,6 +106,24 @@ def test_what_beginners_need_not_see_waits_behind_advanced(node):
     assert {name for name in options if options[name].get("advanced")} == (later if knows else set())
 
 
+COMPARES = re.compile("released code: |as the released code|raw factors|authors' program|only to compare|an older node")
+
+
+@each_node
+def test_what_compares_a_paper_with_its_released_code_waits_behind_advanced(node):
+    schema = node.GET_SCHEMA()
+    compares = {part.id for part in schema.inputs if COMPARES.search(part.tooltip or "")}
+    assert compares <= advanced(schema.node_id)
+
+
+def test_the_words_of_such_comparisons_are_known():
+    """Each method that has one is found by them."""
+    found = {node.GET_SCHEMA().node_id for node in NODES
+             for part in node.GET_SCHEMA().inputs if COMPARES.search(part.tooltip or "")}
+    assert found >= {"LoRAEnsembleSwitch", "LoRAEnsembleCMLoRA", "LoRAEnsembleKLoRA", "LoRAEnsembleESTLoRA",
+                     "LoRAEnsembleAdaptiveGuidance"}
+
+
 @each_node
 def test_no_node_meets_a_beginner_with_a_wall_of_widgets(node):
     schema = node.GET_SCHEMA()

@@ -69,3 +69,17 @@ def test_the_panel_speaks_the_language_of_the_page(page: FrontEnd, routed: dict,
     finally:
         page.set("Comfy.Locale", "en")
         page.load()
+
+
+def test_what_could_not_be_done_stays_on_the_node(page: FrontEnd, routed: dict):  # noqa: F811
+    """The text of a run takes the place of what the node said before it; the panel has the reasons, in sight."""
+    for node in routed["nodes"]:
+        if node.get("title") == "Positive prompt":
+            node["widgets_values"] = ["a street with shop windows"]
+    page.open_graph(routed, "noted")
+    assert page.run()["over"] == "success"
+    (text,) = panels(page)
+    assert all(f"LoRA '{name}.safetensors'" in text for name in ("her", "him")) and "everywhere" in text
+    low = page.browser.evaluate("(panel => panel.scrollHeight - panel.clientHeight)"
+                                "(document.querySelector('.lora-ensemble-panel'))")
+    assert low <= 1

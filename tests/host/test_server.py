@@ -172,6 +172,18 @@ def test_example_on_the_testbed(server: Server, path: Path):
     assert all(difference(a, b) > 20 for i, a in enumerate(saved) for b in saved[:i]), "methods give the same picture"
 
 
+def test_pictures_hold_the_workflow_and_the_prompt(server: Server):
+    """As from ComfyUI's own nodes: a picture that is dropped on the page opens its graph."""
+    name = "sd15_composite.json"
+    prompt, graph = on_testbed(load(ROOT / "example_workflows" / "api" / name), GOOD, steps=2), \
+        load(ROOT / "example_workflows" / name)
+    (file,) = server.images(server.run(prompt, workflow=graph))
+    kept = {key: json.loads(text) for key, text in Image.open(io.BytesIO(file)).info.items()}
+    assert kept["workflow"] == graph and set(kept["prompt"]) == set(prompt)
+    for key, node in prompt.items():
+        assert kept["prompt"][key].items() >= node.items()
+
+
 def test_layer_map_is_previewed(server: Server):
     path = next(path for path in EXAMPLES if path.stem == "sdxl_k_lora")
     prompt = on_testbed(load(path), GOOD, steps=6)
