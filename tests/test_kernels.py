@@ -7,7 +7,7 @@ import torch
 from lora_ensemble.kernels.branch import Branch, Step, one_hot
 from lora_ensemble.kernels.decompose import magnitude_scale
 from lora_ensemble.kernels.deltas import balanced, hadamard, hadamard_factors, kronecker, tucker, tucker_down
-from lora_ensemble.kernels.lowrank import add_batched_, add_pointwise_, rows, tokens
+from lora_ensemble.kernels.lowrank import Share, add_batched_, add_pointwise_, rows, shares, shares_apart, tokens
 from lora_ensemble.kernels.orthogonal import block_rotate, butterfly_rotate, cayley
 from lora_ensemble.tests.reference import TOLERANCE, butterfly_matrix, close
 from lora_ensemble.tests.test_engine_cost import Spy
@@ -159,6 +159,30 @@ def test_tucker_down_then_up_is_the_whole_convolution(kernel):
                 for q in range(3):
                     want[o, i] += up[o, r].double() * mid[r, q].double() * down[q, i].double()
     assert close(torch.einsum("or,r...->o...", up, folded), want)
+
+
+@DTYPES
+@pytest.mark.parametrize("turned", [False, True], ids=["in one piece", "in another order"])
+@pytest.mark.parametrize("size", [(6,), (2, 3)], ids=["vectors", "tokens"])
+def test_shares(size, turned, dtype):
+    """Three slices of 5 outputs and 2 ranks, one of 4 outputs and 3 ranks after a gap of one output; slice by slice."""
+    torch.manual_seed(0)
+    x, y, down = (torch.randn(shape).to(dtype) for shape in ((*size, 8), (*size, 20), (9, 8)))
+    three, last, gain = torch.randn(3, 2, 5).to(dtype), torch.randn(1, 3, 4).to(dtype), torch.rand(9).to(dtype)
+    want, hidden = y.double(), x.double() @ down.double().T
+    for k in range(3):
+        want[..., 5 * k:5 * k + 5] += 0.5 * (hidden * gain.double())[..., 2 * k:2 * k + 2] @ three[k].double()
+    want[..., 16:20] += 0.5 * (hidden * gain.double())[..., 6:] @ last[0].double()
+    own = y.mT.contiguous().mT if turned else y.clone()
+    assert shares(down, [Share(0, 0, three), Share(16, 6, last)], gain, 0.5)(own, x) is own
+    assert close(own, want)
+
+    want = y.double()
+    for k in range(3):
+        want[..., 5 * k:5 * k + 5] += 0.5 * hidden[..., 2 * k:2 * k + 2] @ three[k].double()
+    own = y.mT.contiguous().mT if turned else y.clone()
+    assert shares_apart(down[:6].unflatten(0, (3, 2)).mT, Share(0, 0, three), 0.5)(own, x) is own
+    assert close(own, want)
 
 
 def test_hadamard_of_two_products():
