@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..tools.results import Found, Results, TimeOver, options, say
@@ -52,7 +52,12 @@ class Missed(AssertionError):
 
 @dataclass(frozen=True)
 class Fault:
-    """A change of a file: `start` to `end` of its text become `new`; `line` and `column` are where it stands."""
+    """A change of a file: `start` to `end` of its text become `new`; `line` and `column` are where it stands.
+
+    text     of that line
+    number   how many of the same faults in lines of the same text come before it in the file: so a fault has one name,
+             and another where its line is another one, whatever changes around it
+    """
 
     path: Path
     start: int
@@ -61,10 +66,19 @@ class Fault:
     new: str
     line: int
     column: int
+    text: str = ""
+    number: int = 0
 
     def __str__(self) -> str:
+        return self._told(f":{self.line}:{self.column}")
+
+    @property
+    def name(self) -> str:
+        return self._told(f" {self.text[:100]}{f' ({self.number + 1})' if self.number else ''}")
+
+    def _told(self, where: str) -> str:
         old, new = (" ".join(text.split())[:60] for text in (self.old, self.new or "(left out)"))
-        return f"{self.path.relative_to(ROOT).as_posix()}:{self.line}:{self.column}: {old} -> {new}"
+        return f"{self.path.relative_to(ROOT).as_posix()}{where}: {old} -> {new}"
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -73,8 +87,7 @@ class Fault:
     @property
     def at(self) -> tuple[str, str, str, str]:
         """The same, with the line that it begins in."""
-        line = self.path.read_text(encoding="utf-8").splitlines()[self.line - 1]
-        return self.key[0], line.strip(), *self.key[1:]
+        return self.key[0], self.text, *self.key[1:]
 
 
 def faults(path: Path) -> list[Fault]:
@@ -91,8 +104,13 @@ def faults(path: Path) -> list[Fault]:
     def span(node: ast.AST) -> tuple[int, int]:
         return place(node.lineno, node.col_offset), place(node.end_lineno, node.end_col_offset)
 
-    return [Fault(path, start, end, text[start:end], new, node.lineno, start - starts[node.lineno - 1] + 1)
-            for node, (start, end, new) in _changes(ast.parse(text), span, text)]
+    out, before = [], collections.Counter()
+    for node, (start, end, new) in _changes(ast.parse(text), span, text):
+        fault = Fault(path, start, end, text[start:end], new, node.lineno, start - starts[node.lineno - 1] + 1,
+                      lines[node.lineno - 1].strip())
+        out.append(replace(fault, number=before[fault.at]))
+        before[fault.at] += 1
+    return out
 
 
 def _changes(tree: ast.AST, span, text: str) -> Iterator[tuple[ast.AST, tuple[int, int, str]]]:
@@ -268,7 +286,7 @@ def main() -> int:
     with_host = bool(os.environ.get("COMFYUI_UNDER_TEST"))
     sources = [path for top in (*FLOORS, "nodes", "testbed", "tests") for path in (ROOT / top).rglob("*.py")]
     graph = {path: imported(path) for path in sources}
-    found = {str(fault): fault for fault in chosen(chosen_.first + chosen_.count, chosen_.seed)[chosen_.first:]}
+    found = {fault.name: fault for fault in chosen(chosen_.first + chosen_.count, chosen_.seed)[chosen_.first:]}
     results = Results.asked("mutate", ("**/*.py",), chosen_)
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "pack"
@@ -280,10 +298,10 @@ def main() -> int:
             was = seen(found[case], copy, tests, seconds) if tests else False
             if was is None and seconds < chosen_.seconds:
                 raise TimeOver
-            say(f"{VERDICTS[was]} {case}")
+            say(f"{VERDICTS[was]} {found[case]}")
             if was is False:
-                raise Missed(f"no test sees it, of {len(tests)} files")
-            return ("seen" if was else f"whose tests did not end in {chosen_.seconds:g} s"), {}
+                raise Missed(f"no test sees it, of {len(tests)} files: {found[case]}")
+            return ("seen" if was else f"whose tests did not end in {chosen_.seconds:g} s"), {"at": str(found[case])}
 
         return results.judge(found, check)
 

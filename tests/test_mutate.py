@@ -93,3 +93,20 @@ def test_a_fault_is_seen_by_a_test_that_fails(tmp_path, monkeypatch, new, found)
     fault = Fault(tmp_path / "code.py", at, at + 1, "+", new, 2, 14)
     assert seen(fault, tmp_path, ["test_code.py"], 60) == found
     assert (tmp_path / "code.py").read_text(encoding="utf-8").endswith("a + 1\n")
+
+
+def test_a_fault_keeps_its_name_as_long_as_its_line_is_the_same(tmp_path, monkeypatch):
+    """What was found of it counts for later code as well, and not for a like fault in another line."""
+    monkeypatch.setattr(mutate, "ROOT", tmp_path)
+    path = tmp_path / "kernels" / "one.py"
+    path.parent.mkdir()
+
+    def names(text: str) -> dict[str, str]:
+        path.write_text(text)
+        return {fault.name: str(fault) for fault in mutate.chosen(100, 0)}
+
+    before = names("def f(a):\n    return a < 1\n\n\ndef g(a):\n    return a < 1\n")
+    after = names("TOLD = 'x'\n\n\ndef f(a):\n    return a < 1\n\n\ndef g(a):\n    return a < 1\n")
+    assert set(before) == set(after) and len(before) == 4 and set(before.values()).isdisjoint(after.values())
+    assert {"kernels/one.py return a < 1: < -> <=", "kernels/one.py return a < 1 (2): < -> <="} < set(before)
+    assert set(before).isdisjoint(names("def f(a):\n    return a < 11\n"))
