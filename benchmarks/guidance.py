@@ -1,4 +1,5 @@
-"""Guidance on the testbed, measured: `python3 benchmarks/guidance.py [--sets K] [--seed S] [--regime clean|narrow]`.
+"""Guidance on the testbed, measured: `python3 benchmarks/guidance.py [--sets K] [--seed S] [--regime clean|narrow]
+[--rules extrapolated ...]`.
 
 For every composition method and number of steps: full guidance (CFG), extrapolated guidance, full guidance with fewer
 steps at as many evaluations, Adaptive Guidance at the threshold that saves a quarter, and LinearAG. Thresholds and
@@ -6,6 +7,7 @@ coefficients are calibrated on other seeds of half of the sets. Prints one JSON 
 
     evaluations   per picture, both sides of guidance together, after the branches were mixed
     error         of the picture to the true solution, full guidance in 60 steps: relative L2
+    median        of that, over the pictures: single ones whose content changes move the mean
     same steps    the same to full guidance in as many steps
     shown, all    as in quality.py: share of concepts shown, share of pictures that show all of them
 """
@@ -23,7 +25,7 @@ if not __package__:  # started as a file: run it as a module of the pack
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -43,6 +45,7 @@ from ..testbed.sampler import Guide, Sampler
 from ..testbed.worlds import REGIMES
 
 EXACT, AG_SAVING = 60, 0.25
+RULES = ("extrapolated", "AG", "LinearAG")
 SPACE = "x0"  # along this model's flow the similarity of velocities rises and falls again; that of x0 only rises
 
 
@@ -55,6 +58,7 @@ class Row:
     steps: int
     evaluations: float
     error: float
+    median: float
     same_steps: float
     shown: float
     all: float
@@ -112,37 +116,54 @@ def calibrated(sampler: Sampler, recipe: Recipe, sets: Sequence[LoraSet], steps:
     return Calibration(coefficients, tuple(range(steps)), r2, gamma)
 
 
+def distances(images: Tensor, others: Tensor) -> Tensor:
+    """Relative L2 distance of each picture from its other."""
+    return (images - others).flatten(1).norm(dim=1) / others.flatten(1).norm(dim=1)
+
+
 def apart(images: Tensor, others: Tensor) -> float:
-    """Mean relative L2 distance of pictures from others."""
-    return float(((images - others).flatten(1).norm(dim=1) / others.flatten(1).norm(dim=1)).mean())
+    """The mean of these."""
+    return float(distances(images, others).mean())
 
 
-def arms(found: Calibration, steps: int, policy: Extrapolation) -> list[tuple[str, Callable[[], Full], int]]:
+def arms(rules: Sequence[str], calibrate: Callable[[], Calibration], steps: int, policy: Extrapolation,
+         ) -> Iterator[tuple[str, Callable[[], Full], int]]:
     """Name, guide and number of steps of every row."""
+    yield "CFG", Full, steps
+    if "extrapolated" in rules:
+        sigmas = torch.linspace(1, 0, steps + 1).tolist()
+        yield "extrapolated", lambda: Ruled(ExtrapolatedSession(policy, True, sigmas)), steps
+        yield "CFG, fewer steps, as extrapolated", Full, -(-(steps + len(policy.steps(steps))) // 2)
+    if not {"AG", "LinearAG"} & set(rules):
+        return
+    found = calibrate()
     threshold = threshold_for(found.gamma[SPACE], AG_SAVING)
-    sigmas = torch.linspace(1, 0, steps + 1).tolist()
-    as_many = -(-(steps + len(policy.steps(steps))) // 2)
-    return [("CFG", Full, steps), ("extrapolated", lambda: Ruled(ExtrapolatedSession(policy, True, sigmas)), steps),
-            ("CFG, fewer steps, as extrapolated", Full, as_many),
-            ("AG", lambda: Ruled(AdaptiveSession(AdaptiveGuidance(threshold, SPACE))), steps),
-            ("LinearAG", lambda: Ruled(LinearSession(found.policy())), steps)]
+    if "AG" in rules:
+        yield "AG", lambda: Ruled(AdaptiveSession(AdaptiveGuidance(threshold, SPACE))), steps
+    if "LinearAG" in rules:
+        yield "LinearAG", lambda: Ruled(LinearSession(found.policy())), steps
 
 
 def rows_of(name: str, sampler: Sampler, judge, sets: Sequence[LoraSet], all_steps: Sequence[int],
-            policy: Extrapolation, tell: Callable[[Row], None]) -> list[Row]:
+            policy: Extrapolation, tell: Callable[[Row], None], rules: Sequence[str] = RULES) -> list[Row]:
     """All rows of one composition method."""
     recipe, rows = RECIPES[name], []
     exact = drawn(sampler, recipe, sets, [Full() for _ in sets], EXACT)
     for steps in all_steps:
         whole = None
-        for guidance, make, count in arms(calibrated(sampler, recipe, sets[::2], steps), steps, policy):
+
+        def calibrate(steps: int = steps) -> Calibration:
+            return calibrated(sampler, recipe, sets[::2], steps)
+
+        for guidance, make, count in arms(rules, calibrate, steps, policy):
             guides = [make() for _ in sets]
             images = drawn(sampler, recipe, sets, guides, count)
             whole = images if whole is None else whole
             read = judge.read(images)
             shown = [score(task, {h: int(v[i]) for h, v in read.items()})[0] for i, task in enumerate(sets)]
             row = Row(name, guidance, count, round(sum(guide.evaluations for guide in guides) / len(sets), 2),
-                      round(apart(images, exact), 5), round(apart(images, whole), 5),
+                      round(apart(images, exact), 5), round(float(distances(images, exact).median()), 5),
+                      round(apart(images, whole), 5),
                       round(sum(sum(each) / len(each) for each in shown) / len(sets), 4),
                       round(sum(map(all, shown)) / len(sets), 4))
             rows.append(row)
@@ -152,10 +173,11 @@ def rows_of(name: str, sampler: Sampler, judge, sets: Sequence[LoraSet], all_ste
 
 def summary(rows: Sequence[Row]) -> str:
     """A Markdown table."""
-    lines = ["| method | guidance | steps | evaluations | error to 60 steps | to as many steps | shown % | all % |",
-             "| --- | --- | --- | --- | --- | --- | --- | --- |"]
-    lines += [f"| {r.method} | {r.guidance} | {r.steps} | {r.evaluations:.1f} | {r.error:.4f} | {r.same_steps:.4f} | "
-              f"{100 * r.shown:.1f} | {100 * r.all:.1f} |" for r in rows]
+    lines = ["| method | guidance | steps | evaluations | error to 60 steps | median | to as many steps | shown % "
+             "| all % |",
+             "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
+    lines += [f"| {r.method} | {r.guidance} | {r.steps} | {r.evaluations:.1f} | {r.error:.4f} | {r.median:.4f} | "
+              f"{r.same_steps:.4f} | {100 * r.shown:.1f} | {100 * r.all:.1f} |" for r in rows]
     return "\n".join(lines)
 
 
@@ -170,6 +192,7 @@ def main(arguments: list[str] | None = None) -> int:
                         metavar="METHOD", help=f"of {', '.join(RECIPES)}")
     parser.add_argument("--steps", nargs="+", type=int, default=[8, 20, 40])
     parser.add_argument("--saving", type=float, default=0.3, help="share that extrapolated guidance is to save")
+    parser.add_argument("--rules", nargs="+", choices=RULES, default=RULES, help="beside full guidance")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
@@ -184,7 +207,7 @@ def main(arguments: list[str] | None = None) -> int:
     rows = []
     for name in options.methods:
         with Sampler(base, bed.load_loras(options.regime)) as sampler:
-            rows += rows_of(name, sampler, judge, sets, options.steps, policy, tell)
+            rows += rows_of(name, sampler, judge, sets, options.steps, policy, tell, options.rules)
     sys.stdout.write("\n" + summary(rows) + "\n")
     return 0
 

@@ -19,8 +19,8 @@ the clock: use them where other programs are busy.
     mixing      LoRAtorio's weights and CMLoRA's spectrum: their seconds per step over those of the step's forward
     guidance    what Adaptive Guidance and LinearAG add to a step, over the step's forward of one picture
     routed      a step of Routed LoRAs over one of Merge: with places that are found once, and read in every step
-    cache       steps of Composite over the same steps with the branch cache, interval 3 and depth 2; the relative error
-                of the final latent, and the bytes held
+    cache       steps of Composite over the same steps with the branch cache as its node has it, a forecast, interval 3
+                and depth 2; the relative error of the final latent, and the bytes held
     saving      a run with guidance over the same run with Adaptive Guidance that saves a quarter, and with LinearAG
     stack       a run of the stock hook composite over one of Composite with forecast cache and extrapolated guidance
     floor       what a step's products would take at the device's matrix rate, as a share of a step of Composite;
@@ -258,15 +258,16 @@ class Bench:
         return ", ".join(f"routed, {name}, {each['cpu_ratio']:.3f} of a merge" for name, each in found.items())
 
     def cache(self, count: int) -> str:
-        """Composite with every branch whole over Composite with the branch cache (interval 3, depth 2): seconds of the
-        same steps, of which one in three refreshes."""
+        """Composite with every branch whole over Composite with the branch cache (forecast, interval 3, depth 2):
+        seconds of the same steps, all but the first of a run; the second is whole, and one in three after it."""
         from ..host.compose.apply import with_cache
         from ..host.compose.cache import CacheSpec
         from ..host.compose.composition import record_of
         from ..methods.schedule import Uniform
 
         options, composed = self.options, compose(self.model, self.files[:count])[0]
-        arms = {"whole": composed, "cached": with_cache(composed, CacheSpec(Uniform(3), depth=2))}
+        spec = CacheSpec(Uniform(3, first=2), depth=2, forecast=True)
+        arms = {"whole": composed, "cached": with_cache(composed, spec)}
         runs: dict[str, list[Sampling]] = {name: [] for name in arms}
         for _ in range(options.rounds):
             for name, model in arms.items():

@@ -5,6 +5,7 @@ c and u stand for the prediction with the prompt and with the negative one, in n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +13,9 @@ from torch import Tensor
 
 CHUNK = 2**20
 NOTHING = 1e-9
+DENSER = 0.5
+"""By what share distances between evaluated steps are shorter at the ends, and longer in the middle, than their mean;
+0.6 gives the same steps in runs of 8 to 50 (testbed/README.md)."""
 
 
 def similarity_terms(c: Tensor, u: Tensor, x: Tensor | None = None) -> Tensor:
@@ -119,13 +123,21 @@ def relative_size(apart: Tensor, found: Tensor) -> Tensor:
     return apart.flatten(1).float().norm(dim=1) / size.clamp_min(torch.finfo(size.dtype).tiny)
 
 
-def spread_steps(total: int, evaluated: int) -> tuple[int, ...]:
+def spread_steps(total: int, evaluated: int, widest: int) -> tuple[int, ...]:
     """The steps that see a term when it is to be seen `evaluated` times in `total` steps: the first two, which give it
-    a slope, and others at equal distances up to the end.
+    a slope, the last, and others no farther than `widest` from one to the next, close together at both ends and
+    farther apart in between, where a term changes least.
 
-    With evaluated = 1 + total / k these are 0, 1 and every k-th.  1 <= evaluated <= total, or all steps.
+    n = evaluated - 2 distances lead from step 1 to the last, the i-th point at (total - 2) w(i / n) with
+    w(u) = u - a sin(2 pi u) / (2 pi): distances grow from 1 - a times their mean at the ends to 1 + a times in the
+    middle; a = DENSER, or what `widest` and steps that are one apart leave of it.
+
+    2 + (total - 2) / widest <= evaluated <= total, or all steps.
     """
     if evaluated >= total or total < 3:
         return tuple(range(total))
-    later = ((i * total - 1) // (evaluated - 1) + 1 for i in range(1, evaluated - 1))  # ceil(i total / (evaluated - 1))
-    return (0, *dict.fromkeys((1, *later)))
+    count = evaluated - 2
+    mean = (total - 2) / count
+    a = max(min(DENSER, widest / mean - 1, 1 - 1 / mean), 0.0)
+    shares = (i / count - a * math.sin(2 * math.pi * i / count) / (2 * math.pi) for i in range(count + 1))
+    return (0, *(1 + round((total - 2) * share) for share in shares))

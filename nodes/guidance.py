@@ -73,7 +73,7 @@ def guidance_inputs() -> list[io.Input]:
         io.Float.Input("tolerance", default=0.0, min=0.0, max=10.0, step=0.01, optional=True,
                        tooltip="Mode 'extrapolate': how far the straight line may miss, as a share of the negative's "
                        "part, instead of 'saving'. The negative is evaluated more often where it misses by more. 0: "
-                       "evenly, as 'saving' says; the record then tells by how much it missed."),
+                       "as often as 'saving' says; the record then tells by how much it missed."),
     ]  # fmt: skip
 
 

@@ -42,21 +42,28 @@ def test_relative_size():
     assert found[2] == 0 and relative_size(a - a, a).tolist() == [0, 0, 0]
 
 
-@pytest.mark.parametrize(("total", "evaluated", "wanted"), [
-    (20, 8, (0, 1, 3, 6, 9, 12, 15, 18)), (20, 11, (0, 1, 2, 4, 6, 8, 10, 12, 14, 16, 18)), (8, 5, (0, 1, 2, 4, 6)),
-    (8, 2, (0, 1)), (2, 2, (0, 1)), (1, 1, (0,)), (3, 3, (0, 1, 2))])
-def test_spread_steps(total, evaluated, wanted):
-    assert spread_steps(total, evaluated) == wanted
+@pytest.mark.parametrize(("total", "evaluated", "widest", "wanted"), [
+    (40, 16, 4, (0, 1, 2, 4, 6, 9, 12, 16, 20, 24, 28, 31, 34, 36, 38, 39)), (20, 8, 4, (0, 1, 3, 6, 10, 14, 17, 19)),
+    (20, 7, 4, (0, 1, 4, 8, 12, 16, 19)), (8, 5, 2, (0, 1, 3, 5, 7)), (8, 7, 2, (0, 1, 2, 3, 5, 6, 7)),
+    (2, 2, 4, (0, 1)), (1, 1, 4, (0,)), (3, 3, 4, (0, 1, 2))])
+def test_spread_steps(total, evaluated, widest, wanted):
+    assert spread_steps(total, evaluated, widest) == wanted
 
 
 @pytest.mark.parametrize("total", range(1, 60))
-def test_as_many_steps_as_asked_for(total):
-    """In order, each once, the first two among them, evenly: two gaps differ by no more than one step."""
-    for evaluated in range(min(2, total), total + 1):
-        found = spread_steps(total, evaluated) if total > 2 or evaluated == total else tuple(range(total))
+@pytest.mark.parametrize("reach", [2, 3, 4])
+def test_as_many_steps_as_asked_for(total, reach):
+    """In order, each once, the first two and the last among them, none farther from the one before than allowed, and
+    closer together at the ends than in the middle."""
+    for evaluated in range(min(2 + max(-(-(total - 2) // reach), 0), total), total + 1):
+        found = spread_steps(total, evaluated, reach)
         assert len(found) == evaluated and list(found) == sorted(set(found)) and found[:2] == (0, 1)[:total]
-        gaps = [b - a for a, b in zip(found[2:], found[3:], strict=False)]
-        assert max(gaps, default=0) - min(gaps, default=0) <= 1 and found[-1] < total
+        assert found[-1] == total - 1
+        gaps = [b - a for a, b in zip(found[1:], found[2:], strict=False)]
+        assert max(gaps, default=0) <= reach
+        assert all(abs(a + b - total) <= 1 for a, b in zip(found[1:], found[:0:-1], strict=True))
+        if len(gaps) > 5 and 2 <= (total - 2) / len(gaps) <= reach / 1.5:
+            assert max(gaps[:1] + gaps[-1:]) < min(gaps[len(gaps) // 2:][:1] + gaps[(len(gaps) - 1) // 2:][:1])
 
 
 # --- which steps ---
@@ -70,6 +77,8 @@ def test_steps(total, saving, first):
     assert steps[:first] == tuple(range(min(first, total)))
     assert total - len(steps) <= 2 * total * saving + 1e-9, "no more than asked for"
     assert max((b - a for a, b in zip(steps, (*steps[1:], total), strict=True)), default=1) <= widest(total)
+    if total < 8:
+        assert steps[:3] == tuple(range(min(3, total)))
     if saving == 0 or total < 6:
         assert steps == tuple(range(total))
 
@@ -153,10 +162,10 @@ def test_a_miss_is_measured():
     session = ExtrapolatedSession(Extrapolation(), True, SIGMAS)
     drive(session, SIGMAS, lambda t: a * (1 + t**2))
     session.summary(record := GuidanceRecord("", [GuidanceStep(i, 0.0) for i in range(20)]))
-    t = [1 - i / 20 for i in (3, 6, 9)]
+    t = [1 - i / 20 for i in (3, 6, 10)]
     values = [1 + s**2 for s in t]
     guess = values[1] + (values[1] - values[0]) * (t[2] - t[1]) / (t[1] - t[0])
-    assert record.steps[9].missed == pytest.approx([abs(guess - values[2]) / values[2]], rel=1e-4)
+    assert record.steps[10].missed == pytest.approx([abs(guess - values[2]) / values[2]], rel=1e-4)
 
 
 @pytest.mark.parametrize("options", [{}, {"tolerance": 0.05}], ids=["saving", "tolerance"])
@@ -224,6 +233,16 @@ def test_a_tolerance_goes_by_each_picture(monkeypatch):
     session = ExtrapolatedSession(Extrapolation(tolerance=0.05, per_sample=False), True, SIGMAS)
     together, _ = drive(session, SIGMAS, term, 2)
     assert all(need in (FULL, REPLACED) for need in together)
+
+
+def test_the_last_step_is_evaluated():
+    """No step after it could make up for what it misses, and a term changes most there."""
+    for steps in range(6, 26):
+        for options in ({"saving": 0.5}, {"tolerance": 1e3}, {"tolerance": 1e3, "per_sample": False}):
+            levels = torch.linspace(1, 0, steps + 1).tolist()
+            session = ExtrapolatedSession(Extrapolation(**options), True, levels)
+            needs, _ = drive(session, levels, lambda t: t + torch.ones(6), batch=2)
+            assert needs[-1] == FULL and REPLACED in needs
 
 
 def test_a_broken_run_does_not_stop_at_a_miss():

@@ -9,6 +9,9 @@ the line stood in went astray by (d2 - d(t2)) sum_j h_j (t_j - t1) / (t2 - t1), 
 
     d2 + PART W (d2 - d(t2))        W = sum_j h_j (t_j - t1) / (h2 (t2 - t1))
 
+Turns lie closer together at both ends of a run, where the term changes most, and the last step is always one: its term
+goes into the picture as it is, and nothing makes up for it any more.
+
 Ours: by noise level and not by step, so that any sampler and schedule will do, without a calibration, for any number of
 negatives. What others reuse of guidance is held (FasterCache, arXiv 2410.19355) or fitted (LinearAG, see linear.py);
 what each costs is in testbed/README.md.
@@ -37,6 +40,9 @@ astray; from a half to all is much the same (testbed/README.md)."""
 SHORT = 0.5
 """A step makes up for others as if it were no shorter than this share of their mean: what it makes up for is divided by
 its length."""
+FEW = 8
+"""Runs of fewer steps evaluate the first three: their first two are so far apart that the line through them may lead
+anywhere."""
 NEAR = 1e-4
 """Noise levels that differ by less, relatively, are one."""
 
@@ -51,8 +57,8 @@ def widest(total: int) -> int:
 class Extrapolation:
     """Which steps evaluate the negative.
 
-    saving       share of all evaluations to save at most, two per step; the rest is spread evenly (`spread_steps`), no
-                 farther apart than `widest`
+    saving       share of all evaluations to save at most, two per step; the rest is spread (`spread_steps`), no farther
+                 apart than `widest`
     tolerance    None, or instead of `saving`: the relative error of the term that is accepted. A picture's next
                  evaluation is as far off as the last error allows, which grows with the square of the distance
     first        steps at the start that are evaluated in any case, at least 2
@@ -73,10 +79,11 @@ class Extrapolation:
     def steps(self, total: int) -> tuple[int, ...]:
         """The steps of a run of so many that evaluate the negative, for `saving`. All of them where nothing can be
         saved."""
-        head = min(max(self.first - 2, 0), total)  # before the two that the first line goes through
+        early = 1 if total < FEW else 0
+        head = min(max(self.first - 2, early), total)  # before the two that the first line goes through
         rest, gap = total - head, widest(total)
-        fewest = rest if gap == 1 else 1 + -(-rest // gap)
-        spread = spread_steps(rest, max(math.ceil(total * (1 - 2 * self.saving) - 1e-9) - head, fewest))
+        fewest = rest if gap == 1 else 2 - (2 - rest) // gap
+        spread = spread_steps(rest, max(math.ceil(total * (1 - 2 * self.saving) - 1e-9) - head, fewest), gap)
         return (*range(head), *(head + index for index in spread))
 
 
@@ -280,8 +287,8 @@ class ExtrapolatedSession(GuidanceSession):
             self.tell("Extrapolated guidance: nothing was saved, and the picture is that of full guidance")
         elif policy.tolerance is None and record.evaluations > (1 - policy.saving + 0.5 / len(record.steps)) * full:
             self.tell(f"Extrapolated guidance: {1 - record.evaluations / full:.0%} were saved and not "
-                      f"{policy.saving:.0%}: the first two steps need the negative, also after a restart, and so does "
-                      "a step of every few; saving more than that, fewer steps are better")
+                      f"{policy.saving:.0%}: the first two steps need the negative, also after a restart, and so do "
+                      "the last and one of every few; saving more than that, fewer steps are better")
 
     # --- what the line has missed ---
 
@@ -322,7 +329,7 @@ class ExtrapolatedSession(GuidanceSession):
         policy, last = self.policy, self._last
         if policy.tolerance is None:  # a step that was planned may have been left out by another node
             return FULL if any(step in self._planned for step in range(last[0] + 1, index + 1)) else REPLACED
-        if index < max(self._origin + 2, policy.first):
+        if index < max(self._origin + 2, policy.first) or index == self._step.total - 1:
             return FULL
         rows = tuple(row for row, gap in enumerate(self._gaps) if index - last[row] >= gap)
         return FULL if len(rows) == len(last) or (rows and not policy.per_sample) else Need(rows)

@@ -19,7 +19,7 @@ from .models import FAMILIES, base
 from .test_guidance_passes import windowed
 from .test_routed_company import prompt, routed, specs
 
-EIGHT = (0, 1, 2, 4, 6)
+EIGHT = (0, 1, 3, 5, 7)
 """The steps of eight that evaluate the negative."""
 
 
@@ -71,7 +71,7 @@ def test_a_saving_that_is_not_reached_is_told():
     ours = extrapolated(base("SD15"), 0.45)
     sample(ours, steps=20)
     (problem,) = record_of(ours).problems
-    assert "35% were saved and not 45%" in problem and record_of(ours).evaluations == 26
+    assert "32% were saved and not 45%" in problem and record_of(ours).evaluations == 27
     ours = extrapolated(base("SD15"), 0.3)
     sample(ours, steps=20)
     assert record_of(ours).problems == []
