@@ -141,11 +141,18 @@ class _Search:
     mentions: list[_Mention] = field(default_factory=list)
 
     def spans(self, phrase: str) -> Iterator[Range]:
-        """Every mention of a phrase, whatever its case; blanks and underscores are one."""
-        parts = [re.escape(part) for part in re.split(r"[\s_]+", phrase) if part]
-        if parts:
-            edges = [r"(?<![^\W_])" if phrase[0].isascii() else "", r"(?![^\W_])" if phrase[-1].isascii() else ""]
-            pattern = edges[0] * phrase[0].isalnum() + r"[\s_]+".join(parts) + edges[1] * phrase[-1].isalnum()
+        """Every mention of a phrase, whatever its case; blanks and underscores are one. The parentheses of a tag, `ganyu
+        (genshin impact)`, may have backslashes or not: a prompt without them means weights, which are blanks here."""
+        phrase = re.sub(r"\\([()])", r"\1", phrase)
+        blank = r"\s_()" if any(map(str.isalnum, phrase)) else r"\s_"
+        parts = re.split(rf"([{blank}]+)", phrase.strip(" _()" if blank[-1] == ")" else " _"))
+        if any(parts):
+            first, last, gaps = parts[0][0], parts[-1][-1], "".join(parts[1::2])
+            edges = [r"(?<![^\W_])" if first.isascii() else "", r"(?![^\W_])" if last.isascii() else ""]
+            parts[::2] = map(re.escape, parts[::2])
+            parts[1::2] = [rf"[{blank}]+" if {"(", ")"} & {*gap} else r"[\s_]+" for gap in parts[1::2]]
+            pattern = edges[0] * first.isalnum() + "".join(parts) + edges[1] * last.isalnum()
+            pattern += r"(?:\s?\))?" * ("(" in gaps)  # the blank is a backslash's
             yield from (found.span() for found in re.finditer(pattern, self.text, re.IGNORECASE))
 
     def taken(self, start: int, end: int) -> _Mention | None:

@@ -197,7 +197,8 @@ def pieces(text: str) -> list[Range]:
 def replaced(text: str, start: int, end: int, by: str) -> str:
     """The text with other words in a range; weights that begin or end inside it stay around them."""
     kept = {letter.at for segment in letters(text) for letter in segment}
-    signs = [text[at] for at in range(start, end) if at not in kept and not text[at].isspace()]
+    # Of what is not kept, a backslash goes with the parenthesis that it makes a word.
+    signs = [text[at] for at in range(start, end) if at not in kept and not text[at].isspace() and text[at] != "\\"]
     opening = "".join(sign for sign in signs if sign == "(")
     return text[:start] + opening + by + "".join(sign for sign in signs if sign != "(") + text[end:]
 

@@ -34,6 +34,11 @@ TAGS = [
     ("ohwx woman,sks dog,ghibli style", (A, B, S), [["ohwx woman"], ["sks dog"], ["ghibli style"]], []),
     ("ohwx woman\nsks dog\nin the rain", (A, B), [["ohwx woman"], ["sks dog"]], ["the rain"]),
     ("ohwx \\(series\\), sks dog", (A, B), [["ohwx (series)"], ["sks dog"]], []),
+    ("ganyu \\(genshin impact\\), sks dog", ("ganyu (genshin impact)", B), [["ganyu (genshin impact)"], ["sks dog"]], []),
+    ("ganyu_\\(genshin_impact\\) smiling, sks", ("ganyu \\(genshin impact\\)", B),
+     [["ganyu_(genshin_impact) smiling"], ["sks"]], []),
+    ("(ganyu (genshin impact):1.2), ganyu", ("ganyu_(genshin_impact)", B), [["ganyu genshin impact"], []], ["ganyu"]),
+    ("sks (dog), ohwx \\(dog\\), dog", ("sks dog", "ohwx (dog)"), [["sks dog"], ["ohwx (dog)"]], ["dog"]),
     ("embedding:easynegative, ohwx woman", (A,), [["ohwx woman"]], ["embedding:easynegative"]),
     ("ohwx, red dress", ("ohwx, red dress",), [["ohwx", "red dress"]], []),
     ("a photo of ohwx woman, blue eyes, sks", (A, B), [["a photo of ohwx woman"], ["sks"]], ["blue eyes"]),
@@ -244,6 +249,18 @@ def test_letters_are_what_is_encoded():
     for segment in letters(text):
         for letter in segment:
             assert text[letter.at] == letter.char
+
+
+def test_parentheses_that_are_words_leave_with_them():
+    """A backslash says that a parenthesis is no weight, so it goes where that goes."""
+    text = "a ganyu \\(genshin impact\\) smiling, dog"
+    assert without(text, 0, text.index(", dog")) == "dog"
+    ganyu = LoRAWords("x", "ganyu (genshin impact) = blue-haired girl")
+    assert stand_in(prompt_of(text), [ganyu])[0] == "a blue-haired girl smiling, dog"
+
+
+def test_a_phrase_of_signs_alone_is_those_signs():
+    assert [lora.tokens for lora in find_clauses(prompt_of("a: cat, dog"), [LoRAWords("x", ":)")]).loras] == [()]
 
 
 PARTS = ("(", ")", "\\(", ":", ":1.2)", "[", "]", "[1: ", "[2:", " ", "\n", ", ", ". ", "ohwx", "sks", "dog", " and ",

@@ -160,6 +160,8 @@ def _placed(ensemble: Ensemble, active: list[LoRASpec], method: Method, placing:
         if placing.where == "words":
             problems.append("place is 'words', and this method cannot confine LoRAs: they act everywhere")
         return masks, None
+    problems += [f"the mask of LoRA '{spec.name}' is black all over: it acts at no place of the picture"
+                 for spec in active if spec.mask is not None and not (spec.mask.tensor > 0).any()]
     if placing.where == "masks":
         return masks, None
     return masks, Routed(placing.routing, lora_words(ensemble), _numbers(ensemble, active),

@@ -6,6 +6,7 @@ import pytest
 import torch
 from lora_ensemble.host.compose.composition import record_of
 from lora_ensemble.host.files.ensemble import LoRASpec, Mask
+from lora_ensemble.methods.composite import Composite
 from lora_ensemble.methods.merge import Merge
 from lora_ensemble.methods.switch import Switch
 
@@ -56,6 +57,17 @@ def test_a_region_without_a_lora_is_the_bases(family, loras):
     specs = pair(model, loras, LAST[family], (LEFT, torch.zeros(1, 8, 8)))
     found, plain = sample(merge(model, specs), family, steps=1), sample(model, family, steps=1)
     assert torch.equal(found[..., 4:], plain[..., 4:]) and not torch.allclose(found[..., :4], plain[..., :4], atol=1e-3)
+
+
+@pytest.mark.parametrize("make", [Merge, Switch, Composite])
+def test_a_black_mask_is_told(make, loras):
+    """Such a LoRA does nothing, and a node that found nothing makes such masks."""
+    model = base("SD15")
+    first, second = pair(model, loras, masks=(LEFT, torch.zeros(2, 8, 8)))
+    ours = method(model, [first, second], make)
+    sample(ours, steps=2)
+    assert record_of(ours).problems == [f"the mask of LoRA '{second.name}' is black all over: it acts at no place of "
+                                        "the picture"]
 
 
 @pytest.mark.parametrize("family", ["SD15", "Flux"])

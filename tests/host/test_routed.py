@@ -318,7 +318,7 @@ def test_negative_prompts_and_empty_ones(loras):
     found = sample(ours, "SD15", prompt(), negative, steps=2)
     assert torch.equal(found, sample(ours, "SD15", prompt(), kind.cond(12), steps=2))
     sample(ours, "SD15", prompt("SD15", PromptTokens("", 5)), steps=1)
-    assert any("does not say where its words are" in problem for problem in record_of(ours).problems)
+    assert any("does not say where its words are: it has none" in problem for problem in record_of(ours).problems)
 
 
 def test_the_sides_in_batches_of_their_own(loras, monkeypatch):
