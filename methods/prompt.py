@@ -141,11 +141,11 @@ class _Search:
     mentions: list[_Mention] = field(default_factory=list)
 
     def spans(self, phrase: str) -> Iterator[Range]:
-        """Every mention of a phrase, whatever its case; blanks and underscores are one. The parentheses of a tag, `ganyu
-        (genshin impact)`, may have backslashes or not: a prompt without them means weights, which are blanks here."""
+        """Every mention of a phrase, whatever its case; blanks and underscores are one. The parentheses of a tag, `a
+        (b)`, may have backslashes or not: a prompt without them means weights, which are blanks here."""
         phrase = re.sub(r"\\([()])", r"\1", phrase)
         blank = r"\s_()" if any(map(str.isalnum, phrase)) else r"\s_"
-        parts = re.split(rf"([{blank}]+)", phrase.strip(" _()" if blank[-1] == ")" else " _"))
+        parts = re.split(rf"([{blank}]+)", phrase.strip(" _()" if "(" in blank else " _"))
         if any(parts):
             first, last, gaps = parts[0][0], parts[-1][-1], "".join(parts[1::2])
             edges = [r"(?<![^\W_])" if first.isascii() else "", r"(?![^\W_])" if last.isascii() else ""]

@@ -65,10 +65,9 @@ def search(entry: Mapping[str, object], words: Sequence[LoRAWords], active: Sequ
     marks, area = entry.get(PROMPT), entry.get("area")
     shape = getattr(entry.get("cross_attn"), "shape", None)
     if not isinstance(marks, PromptTokens) or not marks.words:
-        reason = "it was not encoded with the CLIP of this pack's method node or its Ensemble Prompt, or another node " \
-                 "dropped the mark"
-        if isinstance(marks, PromptTokens):
-            reason = marks.reason or "it has none"
+        reason = (marks.reason or "it has none") if isinstance(marks, PromptTokens) else (
+            "it was not encoded with the CLIP of this pack's method node or its Ensemble Prompt, or another node "
+            "dropped the mark")
         length = shape[1] if shape is not None else 1
         return (Prompt(clauses_of(length, [()] * len(active), [], everywhere), length, area),
                 [f"a prompt does not say where its words are: {reason}; LoRAs act everywhere for it"])
