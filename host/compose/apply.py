@@ -87,6 +87,8 @@ def apply_method(model, clip, ensemble: Ensemble, make: Callable[[Active], Metho
     ordered = (*(spec for spec in ensemble if spec.role == ALWAYS), *rest)
     reading, shared = _shared(model, clip, ordered, node, rest_on_weights)
     bank, problems, placing = shared.model, list(reading.problems), placing or Placing()
+    if not reading.parts:
+        problems.append("no LoRA acts on the model: each has strength_model 0 or changes the text encoder alone")
     lasting, active = ([part.spec for part in reading.parts if (part.spec.role == ALWAYS) is one]
                        for one in (True, False))
     first, before = len(lasting), model.get_attachment(KEY)

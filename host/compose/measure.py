@@ -27,12 +27,15 @@ _kept: OrderedDict[tuple, Sizes] = OrderedDict()
 
 
 def subjects_of(active: Active, node: str) -> tuple[bool, ...]:
-    """Which LoRAs are subjects, and a line in the log that says so."""
+    """Which LoRAs are subjects, and a line in the log that says so; in the record, that all are of one side."""
     subjects = sides(active.roles)
     names = {side: ", ".join(spec.name for spec, subject in zip(active.specs, subjects, strict=True) if subject == side)
              for side in (True, False)}
     by_order = " (roles 'auto' decided by order)" if "auto" in active.roles else ""
     log.info("%s: subject: %s; style: %s%s", node, names[True] or "none", names[False] or "none", by_order)
+    if len(subjects) > 1 and len({*subjects}) == 1:
+        active.problems.append(f"no LoRA is a {'style' if subjects[0] else 'subject'}: each layer uses the LoRA that "
+                               "is largest there in every step, and the balance does nothing; give each LoRA its role")
     return subjects
 
 

@@ -93,8 +93,11 @@ def test_the_single_lora_is_re_centred_at_half(loras):
 
 @pytest.mark.parametrize("make", [loratorio, cmlora], ids=["LoRAtorio", "CMLoRA"])
 def test_strength_zero_is_the_base_exactly(make, loras):
+    """And told, since nothing that was asked for is done."""
     model = base("SD15")
-    assert torch.equal(sample(make(model, thrice(model, loras, 0.0))), sample(model))
+    ours = make(model, thrice(model, loras, 0.0))
+    assert torch.equal(sample(ours), sample(model))
+    assert any("no LoRA acts on the model" in problem for problem in record_of(ours).problems)
 
 
 class Zero(LoRAtorio):

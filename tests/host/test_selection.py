@@ -281,6 +281,21 @@ def test_roles_decide_and_auto_goes_by_order(loras, caplog):
     assert swapped.at(0.5).gains in ((0.7, 0.0), (0.0, 0.8))
 
 
+@pytest.mark.parametrize(("role", "other"), [("style", "subject"), ("object", "style")])
+@pytest.mark.parametrize("make", [klora, est])
+def test_loras_of_one_side_leave_nothing_to_balance(make, role, other, loras):
+    """Settings that do nothing are told of."""
+    model = base("SD15")
+    a, b = (replace(spec, role=role) for spec in pair(model, loras))
+    one_sided = make(model, (a, b))
+    sample(one_sided, steps=2)
+    assert [line for line in record_of(one_sided).problems if line.startswith(f"no LoRA is a {other}")]
+    for ensemble in ((a,), pair(model, loras)):
+        fine = make(model, ensemble)
+        sample(fine, steps=1)
+        assert not [line for line in record_of(fine).problems if "no LoRA is a" in line]
+
+
 def test_the_released_balance_refuses_three(loras):
     model = base("SD15")
     a, b = pair(model, loras)
