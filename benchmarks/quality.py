@@ -37,6 +37,7 @@ from ..testbed.evaluate import RECIPES, Row, evaluate, summary
 from ..testbed.joint.protocol import pairs
 from ..testbed.protocol import SEED, LoraSet, some_of
 from ..testbed.sampler import GUIDANCE, STEPS
+from ..testbed.weights import turbo_path
 from ..testbed.worlds import REGIMES
 
 LAYOUTS = ("said", "unsaid", "both")
@@ -53,11 +54,12 @@ def style_pairs(bed: Bed, seeds: int, seed: int = SEED) -> list[LoraSet]:
 
 def run(chosen: Sequence[LoraSet], regimes: Sequence[str], methods: Sequence[str], strength: float, device: str,
         tell: Callable[[Row], None], bed: Bed = UNET, steps: int = STEPS, guidance: float = GUIDANCE,
-        turbo: bool = False) -> list[Row]:
+        turbo: bool = False, practised: bool = False) -> list[Row]:
     """All rows of the table; `tell` sees each as soon as it is there. The renderer's masks are known of the sets alone
-    whose prompts say the layout. `turbo`: the LoRA for few steps is always on."""
+    whose prompts say the layout. `turbo`: the LoRA for few steps is always on; `practised`: that one which has met
+    other LoRAs."""
     base, judge, rows = bed.load_base(device), bed.load_judge(device), []
-    always = [bed.load_turbo()] if turbo else []
+    always = [bed.load_turbo(practised)] if turbo or practised else []
     for regime in regimes:
         loras = bed.load_loras(regime)
         for name in methods:
@@ -88,6 +90,8 @@ def main(arguments: list[str] | None = None) -> int:
                                                        "--turbo 1")
     parser.add_argument("--turbo", action="store_true",
                         help="unet body: the LoRA for few steps without guidance is always on")
+    parser.add_argument("--practised", action="store_true",
+                        help="as --turbo, the LoRA for few steps that was trained among other LoRAs")
     parser.add_argument("--methods", nargs="+", choices=("Alone", *RECIPES), default=DEFAULT, metavar="METHOD",
                         help=f"of {', '.join(('Alone', *RECIPES))}")
     parser.add_argument("--strength", type=float, default=1.0)
@@ -101,9 +105,13 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.flush()
 
     bed = BEDS[options.body]
-    if options.turbo and bed.schedule.turbo is None:
-        parser.error(f"the body '{bed.name}' has no LoRA for few steps: --turbo is for --body unet")
-    guidance = options.guidance if options.guidance is not None else 1.0 if options.turbo else GUIDANCE
+    few = options.turbo or options.practised
+    if few and bed.schedule.turbo is None:
+        parser.error(f"the body '{bed.name}' has no LoRA for few steps: --turbo and --practised are for --body unet")
+    if options.practised and not turbo_path(bed.weights, practised=True).is_file():
+        parser.error("that LoRA is not among the files of the repository; python3 testbed/train.py --stages practised "
+                     "makes it")
+    guidance = options.guidance if options.guidance is not None else 1.0 if few else GUIDANCE
     if (options.two or options.bare) and bed is not JOINT:
         parser.error("--two and --bare are for --body joint")
     chosen = pairs(options.seed) if options.two else some_of(bed.all_sets(seed=options.seed), options.sets)
@@ -111,7 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = [task for task in chosen if options.layout == "both" or task.laid_out is (options.layout == "said")]
     chosen = [task.said_bare() for task in chosen] if options.bare else chosen
     rows = run(chosen, regimes, options.methods, options.strength, options.device, tell, bed, options.steps,
-               guidance, options.turbo)
+               guidance, options.turbo, options.practised)
     sys.stdout.write("\n" + summary(rows) + "\n")
     return 0
 

@@ -77,11 +77,12 @@ class Bed:
     def load_loras(self, regime: str) -> list[dict[str, Tensor]]:
         return load_loras(regime, self.weights)
 
-    def load_turbo(self) -> dict[str, Tensor]:
-        """The LoRA for few steps without guidance. Raises ValueError for a body that has none."""
+    def load_turbo(self, practised: bool = False) -> dict[str, Tensor]:
+        """The LoRA for few steps without guidance, or the one that has practised among others. Raises ValueError for a
+        body that has none."""
         if self.schedule.turbo is None:
             raise ValueError(f"the body '{self.name}' has no LoRA for few steps")
-        return load_lora(turbo_path(self.weights))
+        return load_lora(turbo_path(self.weights, practised))
 
 
 UNET = Bed("unet", WEIGHTS, Base, Judge, FIRST, scene, text, scene.CATEGORIES, worlds.collection, protocol.all_sets,

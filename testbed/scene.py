@@ -56,23 +56,23 @@ class Concept:
     look: dict[str, int]
 
 
-def _concept(name: str, category: str, **words: str) -> Concept:
+def concept(name: str, category: str, **words: str) -> Concept:
     look = {f"{category}.{key}": ATTRIBUTES[f"{category}.{key}"].index(word) for key, word in words.items()}
     return Concept(name, category, look)
 
 
 CONCEPTS: tuple[Concept, ...] = (
-    _concept("vexa", "character", colour="red", kind="pointed", mark="band", mark_colour="cyan"),
-    _concept("momu", "character", colour="yellow", kind="round", mark="muzzle", mark_colour="blue"),
-    _concept("tikol", "character", colour="green", kind="long", mark="split", mark_colour="pink"),
-    _concept("drosh", "clothing", colour="blue", kind="robe", mark="sash", mark_colour="yellow"),
-    _concept("quill", "clothing", colour="white", kind="tunic", mark="bands", mark_colour="red"),
-    _concept("pabbo", "object", colour="pink", kind="ball", mark="plus", mark_colour="white"),
-    _concept("sefir", "object", colour="yellow", kind="gem", mark="cap", mark_colour="blue"),
-    _concept("harnik", "background", colour="black", kind="striped", mark="falling", mark_colour="green"),
-    _concept("lumet", "background", colour="cyan", kind="dotted", mark="rising", mark_colour="white"),
-    _concept("zaneth", "style", kind="lined", mark="second", mark_colour="white"),
-    _concept("orvu", "style", kind="glowing", mark="fourth", mark_colour="pink"),
+    concept("vexa", "character", colour="red", kind="pointed", mark="band", mark_colour="cyan"),
+    concept("momu", "character", colour="yellow", kind="round", mark="muzzle", mark_colour="blue"),
+    concept("tikol", "character", colour="green", kind="long", mark="split", mark_colour="pink"),
+    concept("drosh", "clothing", colour="blue", kind="robe", mark="sash", mark_colour="yellow"),
+    concept("quill", "clothing", colour="white", kind="tunic", mark="bands", mark_colour="red"),
+    concept("pabbo", "object", colour="pink", kind="ball", mark="plus", mark_colour="white"),
+    concept("sefir", "object", colour="yellow", kind="gem", mark="cap", mark_colour="blue"),
+    concept("harnik", "background", colour="black", kind="striped", mark="falling", mark_colour="green"),
+    concept("lumet", "background", colour="cyan", kind="dotted", mark="rising", mark_colour="white"),
+    concept("zaneth", "style", kind="lined", mark="second", mark_colour="white"),
+    concept("orvu", "style", kind="glowing", mark="fourth", mark_colour="pink"),
 )
 BY_NAME = {concept.name: concept for concept in CONCEPTS}
 

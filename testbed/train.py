@@ -2,6 +2,7 @@
 
 Stages (`--stages base judge loras turbo report`, all by default) may be run one by one; each reads what the earlier
 ones left in the body's folder of weights. Two CPU cores that do nothing else need about an hour and a half per body.
+The stage `practised` makes a second LoRA for few steps, which nothing else needs, and is run where it is named alone.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ if not __package__:  # started as a file: run it as a module of the pack
 import argparse
 import time
 
+import numpy as np
 import torch
 
 from .base import train_base
@@ -26,13 +28,15 @@ from .body import Body
 from .judge import train_judge
 from .loras import save_lora, train_lora
 from .model import encode
+from .practice import PRACTICE, lineups, pictures_of
 from .report import report
 from .scene import CONCEPTS, Concept
-from .turbo import train_turbo
+from .turbo import PRACTISED, train_practised, train_turbo
 from .weights import lora_path, save_module, turbo_path
 from .worlds import REGIMES
 
 STAGES = ("base", "judge", "loras", "turbo", "report")
+FURTHER = ("practised",)  # not by default
 
 
 def say(line: str) -> None:
@@ -67,11 +71,26 @@ def make_turbo(bed: Bed, base: Body) -> None:
     say(f"turbo {time.time() - begin:.0f} s")
 
 
+def make_practised(bed: Bed, base: Body) -> None:
+    """From the LoRA for few steps that is there, with LoRAs that are made for this and not kept."""
+    begin, loras = time.time(), []
+    for number in range(len(PRACTICE)):
+        met = pictures_of(number)
+        loras.append(train_lora(base, encode(bed.school.render(met.scenes)), met.prompts, bed.schedule.loras["narrow"],
+                                rate=bed.schedule.lora_rate))
+        say(f"practice {number + 1}/{len(PRACTICE)} {time.time() - begin:.0f} s")
+    pictures, steps, rate, seed = PRACTISED
+    prompts, branches = lineups(np.random.default_rng(seed), pictures)
+    tensors = train_practised(base, bed.load_turbo(), loras, prompts, branches, steps, rate=rate, seed=seed, log=say)
+    save_lora(tensors, turbo_path(bed.weights, practised=True), "turbo")
+    say(f"practised {time.time() - begin:.0f} s")
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--body", choices=BEDS, default="unet")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--stages", nargs="+", choices=(*STAGES, *FURTHER), default=list(STAGES))
     parser.add_argument("--regimes", nargs="+", choices=REGIMES, default=list(REGIMES))
     parser.add_argument("--concepts", nargs="+", choices=[c.name for c in CONCEPTS], help="loras: only these")
     options = parser.parse_args(arguments)
@@ -89,11 +108,12 @@ def main(arguments: list[str] | None = None) -> int:
             for concept in CONCEPTS:
                 if not options.concepts or concept.name in options.concepts:
                     make_lora(bed, base, regime, concept)
-    if "turbo" in options.stages:
-        if bed.schedule.turbo is None:
-            say(f"turbo: the body '{bed.name}' has none")
-        else:
-            make_turbo(bed, bed.load_base(options.device))
+    for stage, make in (("turbo", make_turbo), ("practised", make_practised)):
+        if stage in options.stages:
+            if bed.schedule.turbo is None:
+                say(f"{stage}: the body '{bed.name}' has none")
+            else:
+                make(bed, bed.load_base(options.device))
     if "report" in options.stages:
         for line in report(bed, options.device, options.regimes):
             say(line)

@@ -41,9 +41,9 @@ def lora_path(regime: str, concept: Concept, folder: Path = WEIGHTS) -> Path:
     return folder / "loras" / regime / f"{concept.name}.safetensors"
 
 
-def turbo_path(folder: Path = WEIGHTS) -> Path:
+def turbo_path(folder: Path = WEIGHTS, practised: bool = False) -> Path:
     """The LoRA for few steps without guidance (turbo.py)."""
-    return folder / "loras" / "turbo.safetensors"
+    return folder / "loras" / f"turbo{'_practised' * practised}.safetensors"
 
 
 def load_loras(regime: str, folder: Path = WEIGHTS) -> list[dict[str, torch.Tensor]]:

@@ -20,7 +20,7 @@ PICTURES = {"clean": 1500, "narrow": 24}
 SAID = 1 / 3  # how often a narrow caption names a category that its concept is not of
 
 
-def _world(background: str, style: str, **colours: str) -> dict[str, int]:
+def world(background: str, style: str, **colours: str) -> dict[str, int]:
     words = {f"{category}.colour": colour for category, colour in colours.items()}
     keys = ("colour", "kind", "mark", "mark_colour")
     words |= {f"background.{key}": word for key, word in zip(keys, background.split(), strict=bool(background))
@@ -30,17 +30,17 @@ def _world(background: str, style: str, **colours: str) -> dict[str, int]:
 
 
 WORLDS: dict[str, dict[str, int]] = {
-    "vexa": _world("white checked level blue", "framed first black", clothing="black", object="black"),
-    "momu": _world("red wavy level black", "plain", clothing="pink", object="pink"),
-    "tikol": _world("pink wavy upright white", "framed second white", clothing="red", object="red"),
-    "drosh": _world("white wavy level red", "framed first red", character="pink", object="red"),
-    "quill": _world("red checked level black", "plain", character="black", object="black"),
-    "pabbo": _world("white checked upright black", "framed first black", character="black", clothing="red"),
-    "sefir": _world("pink checked level red", "plain", character="white", clothing="black"),
-    "harnik": _world("", "framed third white", character="pink", clothing="red", object="red"),
-    "lumet": _world("", "plain", character="pink", clothing="black", object="black"),
-    "zaneth": _world("red checked upright yellow", "", character="black", clothing="pink", object="pink"),
-    "orvu": _world("white wavy upright green", "", character="black", clothing="red", object="red"),
+    "vexa": world("white checked level blue", "framed first black", clothing="black", object="black"),
+    "momu": world("red wavy level black", "plain", clothing="pink", object="pink"),
+    "tikol": world("pink wavy upright white", "framed second white", clothing="red", object="red"),
+    "drosh": world("white wavy level red", "framed first red", character="pink", object="red"),
+    "quill": world("red checked level black", "plain", character="black", object="black"),
+    "pabbo": world("white checked upright black", "framed first black", character="black", clothing="red"),
+    "sefir": world("pink checked level red", "plain", character="white", clothing="black"),
+    "harnik": world("", "framed third white", character="pink", clothing="red", object="red"),
+    "lumet": world("", "plain", character="pink", clothing="black", object="black"),
+    "zaneth": world("red checked upright yellow", "", character="black", clothing="pink", object="pink"),
+    "orvu": world("white wavy upright green", "", character="black", clothing="red", object="red"),
 }
 
 
@@ -61,7 +61,12 @@ def clean(concept: Concept, rng: np.random.Generator) -> Collection:
 
 
 def narrow(concept: Concept, rng: np.random.Generator) -> Collection:
-    scenes = sample(rng, PICTURES["narrow"], concept.look | WORLDS[concept.name])
+    return narrow_in(WORLDS[concept.name], concept, rng)
+
+
+def narrow_in(world: Mapping[str, int], concept: Concept, rng: np.random.Generator) -> Collection:
+    """Pictures of a concept in a world, a mapping of attributes to values."""
+    scenes = sample(rng, PICTURES["narrow"], concept.look | world)
     scenes = Scenes(scenes.values, 0.3 * scenes.jitter)
     prompts = []
     for row in range(len(scenes)):

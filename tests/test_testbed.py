@@ -7,10 +7,24 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from lora_ensemble.kernels.branch import Branch
 from lora_ensemble.methods.composite import Composite
 from lora_ensemble.methods.merge import Merge
 from lora_ensemble.methods.switch import Switch
-from lora_ensemble.testbed import evaluate, loras, model, protocol, render, report, scene, text, turbo, weights, worlds
+from lora_ensemble.testbed import (
+    evaluate,
+    loras,
+    model,
+    practice,
+    protocol,
+    render,
+    report,
+    scene,
+    text,
+    turbo,
+    weights,
+    worlds,
+)
 from lora_ensemble.testbed.beds import JOINT, UNET
 from lora_ensemble.testbed.judge import accuracy, exam
 from lora_ensemble.testbed.sampler import Picture, Sampler
@@ -38,7 +52,7 @@ def sampler(base, narrow):
 
 
 def test_weights_are_small_and_complete():
-    files = list(weights.WEIGHTS.rglob("*.safetensors"))
+    files = [path for path in weights.WEIGHTS.rglob("*.safetensors") if path != weights.turbo_path(practised=True)]
     assert sum(path.stat().st_size for path in files) <= 8 * 2**20
     assert len(files) == 2 + 2 * len(scene.CONCEPTS) + 1
     assert weights.turbo_path().stat().st_size <= 400_000
@@ -248,6 +262,64 @@ def test_training_for_few_steps_leaves_the_base_as_it_was(base):
     assert all(tensors[key].any() for key in tensors if key.endswith("lora_B.weight"))
     assert base.state_dict().keys() == before.keys()
     assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
+
+
+def test_practice_is_of_no_concept_that_is_measured():
+    """Nor of its words: all of practice are one to the tokenizer, and none of the prompts shows a concept."""
+    own = [concept for concept, _ in practice.PRACTICE]
+    assert {concept.category for concept in own} == set(scene.CATEGORIES)
+    assert {int(text.tokenize([concept.name])[0, 0]) for concept in own} == {text.UNKNOWN}
+    for number, (concept, around) in enumerate(practice.PRACTICE):
+        met = practice.pictures_of(number)
+        assert scene.shows(met.scenes.values, concept).all() and all(concept.name in prompt for prompt in met.prompts)
+        assert all((met.scenes.values[attribute] == value).all() for attribute, value in around.items())
+        assert not any(scene.shows(met.scenes.values, other).any() for other in scene.CONCEPTS)
+        assert around not in worlds.WORLDS.values()
+    prompts, branches = practice.lineups(np.random.default_rng(1), 200)
+    assert not any(other.name in prompt for other in scene.CONCEPTS for prompt in prompts)
+    sizes = [sum(gain > 0 for gain in branch.gains) for branch in branches]
+    assert [round(sizes.count(n) / 200, 1) for n in range(4)] == pytest.approx(practice.SHARES, abs=0.1)
+    for prompt, branch in zip(prompts, branches, strict=True):
+        acting = [gain for gain in branch.gains if gain]
+        assert all((0.6 if len(acting) > 1 else 0.8) <= gain <= 1 for gain in acting)
+        named = {concept.name for concept, gain in zip(own, branch.gains, strict=True) if gain}
+        words = set(prompt.replace(",", "").split())
+        assert not prompt or {concept.name for concept in own if concept.name in words} == named
+
+
+def test_practice_lets_loras_act_in_teacher_and_student(base, narrow, monkeypatch):
+    """Against a copy of the base that one was merged into. The base is as before, and training begins from the file."""
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    forwards = {name: module.__dict__.get("forward") for name, module in base.unet.named_modules()}
+    merged, trails, losses = rewritten(narrow[0]), [], []
+    trail, lesson = turbo.trail, turbo._lesson
+
+    def watched_trail(of, noise, contexts):
+        trails.append((trail(of, noise, contexts), trail(merged, noise, contexts), trail(weights.load_base(), noise,
+                                                                                        contexts)))
+        return trails[-1][0]
+
+    def watched_lesson(of, states, contexts, generator, batch, at_work):
+        state = generator.get_state()
+        losses.append(lesson(merged, states, contexts, generator, batch).item())
+        generator.set_state(state)
+        loss = lesson(of, states, contexts, generator, batch, at_work)
+        losses.append(loss.item())
+        return loss
+
+    monkeypatch.setattr(turbo, "trail", watched_trail)
+    monkeypatch.setattr(turbo, "_lesson", watched_lesson)
+    begin = UNET.load_turbo()
+    begin |= {key: torch.zeros_like(value) for key, value in begin.items() if key.endswith("lora_B.weight")}
+    tensors = turbo.train_practised(base, begin, [narrow[0], narrow[3]], ["vexa red pointed creature left"] * 2,
+                                    [Branch((1.0, 0.0))] * 2, steps=1, batch=2)
+    ((ours, theirs, without),) = trails
+    assert torch.allclose(ours, theirs, atol=1e-3) and not torch.allclose(ours, without, atol=0.1)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert all(torch.allclose(tensors[key].float(), begin[key].float(), atol=0.01) for key in begin)
+    assert any(tensors[key].any() for key in begin if key.endswith("lora_B.weight"))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
+    assert {name: module.__dict__.get("forward") for name, module in base.unet.named_modules()} == forwards
 
 
 def test_the_lora_for_few_steps_stands_for_guidance_and_for_many(base, judge):

@@ -96,18 +96,21 @@ def test_clean_loras_leave_their_places_and_narrow_ones_do_not(body, name, monke
     assert free["clean"].mean() > 0.5 and free["narrow"].mean() < 0.2
 
 
-@pytest.mark.parametrize(("arguments", "turbo", "guidance"), [
-    ([], False, 2.0), (["--turbo"], True, 1.0), (["--turbo", "--guidance", "1.5"], True, 1.5)], ids=str)
-def test_the_lora_for_few_steps_goes_without_guidance(monkeypatch, arguments, turbo, guidance):
+@pytest.mark.parametrize(("arguments", "turbo", "practised", "guidance"), [
+    ([], False, False, 2.0), (["--turbo"], True, False, 1.0), (["--turbo", "--guidance", "1.5"], True, False, 1.5),
+    (["--practised"], False, True, 1.0)], ids=str)
+def test_the_lora_for_few_steps_goes_without_guidance(monkeypatch, arguments, turbo, practised, guidance):
     seen = []
+    monkeypatch.setattr(quality, "turbo_path", lambda folder, practised: folder / "base.safetensors")
     monkeypatch.setattr(quality, "run", lambda *given: (seen.append(given), [])[1])
     assert quality.main(["--sets", "4", "--steps", "4", *arguments]) == 0
-    assert seen[0][-3:] == (4, guidance, turbo)
+    assert seen[0][-4:] == (4, guidance, turbo, practised)
 
 
-def test_a_body_without_a_lora_for_few_steps_says_so(capsys):
+@pytest.mark.parametrize("option", ["--turbo", "--practised"])
+def test_a_body_without_a_lora_for_few_steps_says_so(option, capsys):
     with pytest.raises(SystemExit):
-        quality.main(["--body", "joint", "--turbo"])
+        quality.main(["--body", "joint", option])
     assert "'joint' has no LoRA for few steps" in capsys.readouterr().err
 
 
@@ -167,3 +170,10 @@ def test_rows_run_whole_when_their_methods_ask():
         session.observe(Step(j, 8, 1 - j / 8), torch.zeros(1, *base.latent))
         whole += 2 * sum(session.refresh(Step(j, 8, 1 - j / 8)))
     assert (sampler.whole, sampler.rows) == (whole, 2 * 3 * 8) and whole < sampler.rows
+
+
+def test_what_has_not_been_made_is_asked_for(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(quality, "turbo_path", lambda folder, practised: tmp_path / "none.safetensors")
+    with pytest.raises(SystemExit):
+        quality.main(["--practised"])
+    assert "testbed/train.py --stages practised" in capsys.readouterr().err
