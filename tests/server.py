@@ -81,7 +81,7 @@ class Server:
 
     comfyui: the checkout.  python: its interpreter.  packs: folders for custom_nodes/, by link; the pack itself goes
     in as `lora-ensemble`.  arguments: further ones of ComfyUI's command line.  No other custom node is loaded and
-    nothing is written into the checkout.
+    nothing but Python's compiled files is written into the checkout.
     """
 
     def __init__(

@@ -11,6 +11,7 @@ import pytest
 from lora_ensemble.tools import commands
 from lora_ensemble.tools.comfyui import Host
 from lora_ensemble.tools.commands import ROOT, Summary, deeper_runs, front_end_runs, newest, pytest_runs
+from lora_ensemble.tools.environments import child_env
 from lora_ensemble.tools.report import NORMAL, PARTS, SUITES, page
 from lora_ensemble.tools.results import Results
 
@@ -87,6 +88,26 @@ def test_processes_side_by_side(tmp_path):
                         for one, other in (ways, ways[::-1])], jobs=2)
     assert summary.failed
     assert sorted(line.split(" on")[0] for line in summary.lines) == ["  FAILED (exit 3) b", "  ok     a"]
+
+
+@pytest.mark.parametrize(("arguments", "beside"), [
+    (["--jobs", "2"], [2]), (["--jobs", "1"], []), (["--jobs", "4"], []), (["--jobs", "2", "-k", "parity"], []),
+    (["--jobs", "2", "--record"], [])])
+def test_on_two_cores_two_releases_are_tested_at_once(arguments, beside, monkeypatch):
+    """Each run once, in either way; those with chosen tests one after the other, for their lines are read, and those
+    whose lines are kept."""
+    began, together = [], []
+    monkeypatch.setattr(commands, "prepare", lambda options: (Path("base"), [host("0.33.0"), host("0.28.0")]))
+    monkeypatch.setattr(Summary, "run", lambda self, title, command, env=None: began.append(title))
+    monkeypatch.setattr(Summary, "run_beside", lambda self, runs, jobs, ends=0: (
+        together.append(jobs), began.extend(title for title, *_ in runs)))
+    assert commands.main(["test", *arguments], "") == 0
+    assert together == beside and len(began) == len(set(began)) == 4
+
+
+def test_child_processes_keep_what_python_compiles(monkeypatch):
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    assert "PYTHONDONTWRITEBYTECODE" not in child_env() and child_env()["PATH"] == os.environ["PATH"]
 
 
 def test_no_process_is_begun_when_the_time_is_over(tmp_path):

@@ -139,6 +139,12 @@ def pytest_runs(base: Path, hosts: Sequence[Host], everything: bool, more: Seque
                host.env(**ONE_THREAD))
 
 
+def at_once(jobs: int) -> int:
+    """How many runs of pytest there are at once, each with `jobs` processes: two on two cores, which else wait a tenth
+    of the time for servers, browsers and the last file of a run. More cores would need more memory than they gain."""
+    return 2 if jobs == 2 else 1
+
+
 def newest(hosts: Sequence[Host]) -> list[Host]:
     """The newest release alone; of several folders of it the one that was named, or found, first."""
     return [max(hosts, key=lambda host: host.number)] if hosts else []
@@ -197,8 +203,11 @@ def run_test(options: argparse.Namespace) -> int:
     if options.all and hosts and not options.as_it_is:
         runs += front_end_runs(hosts, [front_end(base, version) for version in FRONT_ENDS])
     try:
-        for title, command, env in runs:
-            summary.run(title, command, env)
+        if (together := at_once(options.jobs)) > 1 and summary.results is None and not options.rest:
+            summary.run_beside(runs, together)
+        else:
+            for title, command, env in runs:
+                summary.run(title, command, env)
         summary.results = None  # the long runs keep their own
         if long:
             night = NIGHT if options.soak else None

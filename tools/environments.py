@@ -39,8 +39,10 @@ def cache_dir() -> Path:
 
 
 def child_env(**extra: str) -> dict[str, str]:
-    """The environment for child processes: nothing of the caller's Python setup leaks in."""
-    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
+    """The environment for child processes: nothing of the caller's Python setup leaks in. They keep what Python has
+    compiled: tests start dozens of processes, and each would compile ComfyUI and every test anew."""
+    not_ours = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "PYTHONDONTWRITEBYTECODE")
+    env = {k: v for k, v in os.environ.items() if k not in not_ours}
     return env | {"PYTHONNOUSERSITE": "1", "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"} | extra
 
 

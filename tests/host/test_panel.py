@@ -33,7 +33,7 @@ def panels(page: FrontEnd) -> list[str]:  # noqa: F811
     return json.loads(page.browser.evaluate(SHOWN))
 
 
-@pytest.mark.parametrize(("page", "depth"), [("classic", 2), ("nodes_2", 1)], indirect=["page"])
+@pytest.mark.parametrize(("page", "depth"), [("classic", 2), ("nodes_2", 1)], indirect=["page"], scope="module")
 def test_the_panel_is_on_the_node_inside_its_subgraph(page: FrontEnd, routed: dict, depth: int):  # noqa: F811
     """A run is queued from outside; whoever steps in sees the panel, and it goes on while one is inside. Nothing of it
     is outside, or in the saved workflow."""
@@ -57,20 +57,6 @@ def test_the_panel_is_on_the_node_inside_its_subgraph(page: FrontEnd, routed: di
     assert page.complaints()[said:] == []
 
 
-@pytest.mark.parametrize(("page", "language", "words"), [
-    ("classic", "ja", "6 ステップ中 6"), ("nodes_2", "zh", "第 6 / 6 步")], indirect=["page"])
-def test_the_panel_speaks_the_language_of_the_page(page: FrontEnd, routed: dict, language: str, words: str):  # noqa: F811
-    page.set("Comfy.Locale", language)
-    try:
-        page.load()
-        page.open_graph(routed, language)
-        seen = page.run()
-        assert seen["over"] == "success" and words in seen["panels"][-1] and "steps" not in seen["panels"][-1]
-    finally:
-        page.set("Comfy.Locale", "en")
-        page.load()
-
-
 def test_what_could_not_be_done_stays_on_the_node(page: FrontEnd, routed: dict):  # noqa: F811
     """The text of a run takes the place of what the node said before it; the panel has the reasons, in sight."""
     for node in routed["nodes"]:
@@ -83,3 +69,16 @@ def test_what_could_not_be_done_stays_on_the_node(page: FrontEnd, routed: dict):
     low = page.browser.evaluate("(panel => panel.scrollHeight - panel.clientHeight)"
                                 "(document.querySelector('.lora-ensemble-panel'))")
     assert low <= 1
+
+
+@pytest.mark.parametrize(("page", "language", "words"), [
+    ("classic", "ja", "6 ステップ中 6"), ("nodes_2", "zh", "第 6 / 6 步")], indirect=["page"], scope="module")
+def test_the_panel_speaks_the_language_of_the_page(page: FrontEnd, routed: dict, language: str, words: str):  # noqa: F811
+    page.set("Comfy.Locale", language)
+    try:
+        page.load()
+        page.open_graph(routed, language)
+        seen = page.run()
+        assert seen["over"] == "success" and words in seen["panels"][-1] and "steps" not in seen["panels"][-1]
+    finally:
+        page.set("Comfy.Locale", "en")  # seen by the page that is loaded next
