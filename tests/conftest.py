@@ -24,10 +24,11 @@ if "lora_ensemble" not in sys.modules:
     run.load_pack()
 
 
-LONG = ("test_server", "test_accelerator", "test_interop_server", "test_leave_one_out", "test_front_end",
-        "test_fuzz_files", "test_guidance_files", "test_compile", "test_words", "test_guidance_extrapolated",
-        "test_server_routed", "test_benchmarks", "test_compile_cached", "test_parity_families", "test_fuzz_api",
-        "test_kinds", "test_testbed_joint", "test_testbed", "test_compiled", "test_mutate")
+LONG = ("test_front_end", "test_accelerator", "test_panel", "test_server", "test_benchmarks", "test_parity_families",
+        "test_two_runs", "test_server_routed", "test_fuzz_files", "test_leave_one_out", "test_split_points",
+        "test_compile", "test_interop_server", "test_app", "test_always", "test_compile_cached", "test_weights",
+        "test_guidance_extrapolated", "test_sweep", "test_multigpu", "test_scenarios", "test_blueprints",
+        "test_rows_pages", "test_testbed_joint", "test_testbed", "test_compiled", "test_mutate")
 """The files that take longest, given to a process first: at the end, other processes would have to wait for them."""
 
 

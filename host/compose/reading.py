@@ -17,7 +17,7 @@ from torch import nn
 from ..files.ensemble import ALWAYS, Ensemble, LoRASpec
 from ..files.files import LoRAFile, fingerprint, read
 from ..files.fit import Broken, Misfit, Shape, Torn, named, reshape_of
-from ..files.formats import is_foreign, lora_format, other_kind
+from ..files.formats import lora_format, other_kind
 from ..files.parse import PREFIX, ParsedLoRA, Patches, load, parse, shape_of
 from .banks import layers_of
 from .composition import KEY
@@ -208,12 +208,9 @@ def _unknown(keys: Collection[str], kind: str) -> str:
         return (f"matches no layer of this model ({kind}): {example}, is in a format that is known here. Convert it to "
                 "ComfyUI's or kohya's names")
     what, prefix = form
-    advice = "It was made for another architecture; use it with a checkpoint of that kind"
-    if is_foreign(prefix):
-        advice = ("It was made for another architecture, or by a tool that names layers in its own way; use it with a "
-                  "checkpoint of its kind, convert it to ComfyUI's or kohya's names")
-    return f"matches no layer of this model ({kind}): it is {what} with the prefix {prefix}, and {example}, is here. " \
-           f"{advice}"
+    return (f"matches no layer of this model ({kind}): it is {what} with the prefix {prefix}, and {example}, is here. "
+            "It was made for another architecture, or by a tool that names layers in its own way; use it with a "
+            "checkpoint of its kind, convert it to ComfyUI's or kohya's names")
 
 
 def _problems(spec: LoRASpec, misfits: Sequence[tuple[object, Misfit]], unused: Sequence[str]) -> list[str]:

@@ -19,13 +19,14 @@ class Kind(NamedTuple):
     remedy: str
 
 
+_LORA = r"lora|hada_|lokr_|oft_|dora_scale|\.diff(_b)?$|\.set_weight$|\.alpha$|_norm$|\.[ab][12]\.weight$"
 _OTHERS: tuple[tuple[str, Kind], ...] = (
     (r"\.on_input$|\.ia3_l(\.|$)", Kind("an IA3 file", "ComfyUI cannot load this kind; use a version that is a LoRA")),
     (r"\.oft_blocks\.\d+$|\.oft_[rR](\.|$)",
      Kind("a list of OFT blocks", "ComfyUI cannot load OFT in this form; use a version that is a LoRA")),
     (r"\.vera_lambda_[bd]|\.boft_[RsS](\.|$)|\.hra_u(\.|$)",
      Kind("a PEFT file of a kind other than LoRA", "ComfyUI cannot load this kind; use a version that is a LoRA")),
-    (r"^(model\.diffusion_model|first_stage_model|cond_stage_model|conditioner)\.",
+    (rf"^(model\.diffusion_model|first_stage_model|cond_stage_model|conditioner)\.(?!.*({_LORA}))",
      Kind("a whole checkpoint", "load it with 'Load Checkpoint'")),
     (r"^(control_model\.|controlnet_|lora_controlnet$|input_hint_block\.|zero_convs\.)|\.input_hint_block\.",
      Kind("a ControlNet", "load it with 'Load ControlNet Model'")),
@@ -37,7 +38,6 @@ _OTHERS: tuple[tuple[str, Kind], ...] = (
     (r"^(vae\.)?(post_)?quant_conv\.|^(vae\.)?(en|de)coder\.(conv_in|mid|down|up|mid_block|down_blocks|up_blocks)\b",
      Kind("a VAE", "load it with 'Load VAE'")),
 )
-_LORA = re.compile(r"lora|hada_|lokr_|oft_|dora_scale|\.diff(_b)?$|\.set_weight$|\.alpha$|_norm$|\.[ab][12]\.weight$")
 
 _PREFIXES = (("base_model.model.", "a PEFT file"), ("unet.base_model.model.", "a PEFT file"),
              ("lora_unet_", "a kohya file"), ("lora_te", "a kohya file"), ("lora_prior_", "a Stable Cascade file"),
@@ -45,7 +45,11 @@ _PREFIXES = (("base_model.model.", "a PEFT file"), ("unet.base_model.model.", "a
              ("unet.", "a diffusers or OneTrainer file"), ("transformer.", "a diffusers file"),
              ("text_encoder", "a diffusers file"), ("diffusion_model.", "a file in ComfyUI's own names"))
 
-_FOREIGN = ("base_model.model.", "unet.base_model.model.", "unet.")
+_DOTTED = ("base_model.model.", "unet.base_model.model.", "unet.", "transformer.", "model.diffusion_model.",
+           "pipe.dit.")
+"""What PEFT, diffusers, DiffSynth and extractors put before names with dots."""
+_JOINED = ("lora_unet_", "lycoris_", "lora_transformer_")
+"""What kohya and musubi-tuner, LyCORIS and SimpleTuner, and OneTrainer put before names with underscores."""
 _OWN = ("unet.", "transformer.", "text_encoder.", "diffusion_model.")
 
 
@@ -54,7 +58,7 @@ def other_kind(keys: Collection[str]) -> Kind | None:
     for pattern, kind in _OTHERS:
         if any(re.search(pattern, key) for key in keys):
             return kind
-    if len(keys) > 8 and not any(_LORA.search(key) for key in keys):
+    if len(keys) > 8 and not any(re.search(_LORA, key) for key in keys):
         return Kind("a whole model or a part of one", "load it with 'Load Diffusion Model' or the loader of its kind")
     return None
 
@@ -65,20 +69,19 @@ def lora_format(keys: Collection[str]) -> tuple[str, str] | None:
     return (what, prefix) if 2 * count >= max(len(keys), 1) else None
 
 
-def is_foreign(prefix: str) -> bool:
-    """Whether ComfyUI's own key map knows names with this prefix for some families at most."""
-    return prefix in _FOREIGN
-
-
 def with_aliases(key_map: Mapping, keys: Collection[str]) -> Mapping:
-    """The host's key map, with names of formats that it lacks where a file uses them: PEFT's own, which put a prefix
-    before the model's or diffusers' names, and diffusers' of today, without `processor`. The host's names win."""
-    foreign = [prefix for prefix in _FOREIGN if any(key.startswith(prefix) for key in keys)]
+    """The host's key map, with names of formats that it lacks where a file uses them: with another tool's prefix before
+    the model's or diffusers' names, without any, and diffusers' of today, without `processor`. The host's names win."""
+    bare = [""] if lora_format(keys) is None else []
+    dotted = bare + [prefix for prefix in _DOTTED if any(key.startswith(prefix) for key in keys)]
+    joined = [prefix for prefix in _JOINED if any(key.startswith(prefix) for key in keys)]
     aliases = {}
-    for name, target in key_map.items() if foreign else ():
-        own = next((own for own in _OWN if str(name).startswith(own)), None)
-        if own is not None:
+    for name, target in key_map.items() if dotted or joined else ():
+        own = next((own for own in (*_OWN, *_JOINED) if str(name).startswith(own)), None)
+        if own in _JOINED:
+            aliases |= {prefix + name.removeprefix(own): target for prefix in joined}
+        elif own is not None:
             plain = re.sub(r"\.processor\.(to_out$)?", lambda found: ".to_out.0" if found[1] else ".",
                            name.removeprefix(own))
-            aliases |= {prefix + part: target for prefix in foreign for part in (own + plain, plain)}
+            aliases |= {prefix + part: target for prefix in dotted for part in (own + plain, plain)}
     return {**aliases, **key_map}

@@ -12,7 +12,8 @@ from lora_ensemble.host.files.formats import lora_format, other_kind
 from lora_ensemble.methods.merge import Merge
 
 from .builders import composite, lora, merge, plain, same, sample, shapes, stock, text_layers
-from .models import base, small_clip
+from .models import FAMILIES, base, small_clip
+from .small_checkpoints import CHECKPOINTS
 from .test_kinds import diffusers_targets
 
 PEFT = {"down": "lora_A.weight", "up": "lora_B.weight"}
@@ -62,6 +63,36 @@ def test_names_of_peft_on_transformers(family, prefix, loras):
     same(sample(merge(model, [spec]), family), sample(stock(model, [reference]), family), sample(model, family))
 
 
+@pytest.mark.parametrize("prefix", ["", "pipe.dit.", "model.diffusion_model.", "transformer."])
+def test_own_names_with_another_prefix_or_none(prefix, loras):
+    """As DiffSynth and extractors write them: for Wan the host knows its own prefix alone."""
+    model = base("Wan")
+    known = lora(shapes(model), 1, name="diffusion_model.{}".format, **PEFT)
+    foreign = {prefix + key.removeprefix("diffusion_model."): value for key, value in known.items()}
+    assert not stock(model, [LoRASpec(loras(foreign), 0.8, 0)]).patches
+    spec, reference = (LoRASpec(loras(file), 0.8, 0) for file in (foreign, known))
+    ours = merge(model, [spec])
+    same(sample(ours, "Wan"), sample(stock(model, [reference]), "Wan"), sample(model, "Wan"))
+    assert ours.get_attachment(KEY).applied[0].problems == ()
+
+
+@pytest.mark.parametrize(("family", "known", "prefix"), [
+    ("Z-Image", "lycoris_", "lora_unet_"), ("Flux", "lycoris_", "lora_unet_"), ("Flux", "lora_unet_", "lycoris_"),
+    ("SD3", "lora_unet_", "lora_transformer_"), ("Wan", "lora_unet_", "lycoris_")])
+def test_names_with_underscores_of_other_trainers(family, known, prefix, loras, monkeypatch):
+    """musubi-tuner puts kohya's prefix before diffusers' names, of which the host knows some layers' alone."""
+    if family not in FAMILIES:
+        monkeypatch.setitem(FAMILIES, family, CHECKPOINTS[family][0])
+    model = base(family)
+    file = lora(diffusers_targets(model, known), 1, name=str)
+    foreign = {prefix + key.removeprefix(known): value for key, value in file.items()}
+    spec, reference = (LoRASpec(loras(tensors), 0.8, 0) for tensors in (foreign, file))
+    assert len(stock(model, [spec]).patches) < len(stock(model, [reference]).patches)
+    ours = merge(model, [spec])
+    same(sample(ours, family), sample(stock(model, [reference]), family), sample(model, family))
+    assert ours.get_attachment(KEY).applied[0].problems == ()
+
+
 def test_names_of_peft_on_a_text_encoder(loras):
     clip, model = small_clip(), base("SD15")
     layers = text_layers(clip)
@@ -98,14 +129,23 @@ def test_what_is_no_lora_is_called_by_its_name(what, loras):
 
 
 @pytest.mark.parametrize(("name", "words"), [
-    ("lora_unet_double_blocks_{}_img_attn_qkv", ["a kohya file with the prefix lora_unet_", "another architecture"]),
-    ("transformer.single_blocks.{}.x", ["a diffusers file with the prefix transformer.", "another architecture"]),
-    ("base_model.model.blocks.{}.q", ["a PEFT file with the prefix base_model.model.", "in its own way"]),
-    ("unet.strange.{}", ["a diffusers or OneTrainer file with the prefix unet.", "in its own way"]),
+    ("lora_unet_double_blocks_{}_img_attn_qkv", "a kohya file with the prefix lora_unet_"),
+    ("lycoris_blocks_{}_attn1_to_q", "a LyCORIS file with the prefix lycoris_"),
+    ("transformer.blocks.{}.attn1.to_q", "a diffusers file with the prefix transformer."),
+    ("base_model.model.blocks.{}.q", "a PEFT file with the prefix base_model.model."),
+    ("unet.strange.{}", "a diffusers or OneTrainer file with the prefix unet."),
 ])
-def test_a_lora_without_a_layer_here_is_called_by_its_format(name, words, loras):
+@pytest.mark.parametrize("model", ["SD15", "Wan"])
+def test_a_lora_without_a_layer_here_is_called_by_its_format(name, words, model, loras):
+    """Of some it cannot be known whether it is of another architecture, or of this one in names of diffusers."""
     refused(lora({str(k): torch.Size((4, 4)) for k in range(4)}, 1, name=name.format), loras,
-            "matches no layer of this model (SD15)", *words)
+            f"matches no layer of this model ({FAMILIES[model].kind})", words, "another architecture, or by a tool",
+            model=model)
+
+
+def test_loras_of_a_checkpoints_layers_are_no_checkpoint():
+    names = ["model.diffusion_model.x.lora_A.weight", "model.diffusion_model.x.diff", "model.diffusion_model.x.alpha"]
+    assert other_kind(names) is None and other_kind([*names, "model.diffusion_model.y.weight"]).remedy
 
 
 def test_an_unknown_format_is_not_called_another_architecture(loras):
