@@ -187,5 +187,5 @@ def test_which_calls_keep_what_the_tests_come_to(options, kept, monkeypatch):
     monkeypatch.setattr(commands, "write", lambda option: "nowhere")
     monkeypatch.setattr(Summary, "run", lambda self, *_: found.append(None if self.results is None else self.part))
     monkeypatch.setattr(Summary, "run_beside", lambda *_: None)
-    commands.main(["test", *options], "")
+    commands.main(["test", "--jobs", "1", *options], "")
     assert set(found) == {kept} and len(found) == 2  # ruff, and the tests without ComfyUI
