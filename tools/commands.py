@@ -140,8 +140,8 @@ def pytest_runs(base: Path, hosts: Sequence[Host], everything: bool, more: Seque
 
 
 def at_once(jobs: int) -> int:
-    """How many runs of pytest there are at once, each with `jobs` processes: two on two cores, which else wait a tenth
-    of the time for servers, browsers and the last file of a run. More cores would need more memory than they gain."""
+    """How many runs of pytest there are at once, each with `jobs` processes: two on two cores, where one computes while
+    the other waits for servers, browsers and its last file. On more cores the memory would not be there."""
     return 2 if jobs == 2 else 1
 
 
