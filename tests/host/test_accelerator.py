@@ -72,8 +72,8 @@ def on_device(family: str):
 def masked(ensemble) -> list[LoRASpec]:
     left = torch.zeros(1, 64, 64)
     left[..., :32] = 1
-    return [LoRASpec(spec.name, spec.strength_model, 0, mask=Mask(mask))
-            for spec, mask in zip(ensemble, (left, 1 - left, None), strict=True)]
+    return [LoRASpec(spec.name, spec.strength_model, 0, mask=mask)
+            for spec, mask in zip(ensemble, (Mask(left), Mask(1 - left), None), strict=True)]
 
 
 def loratorio(**options) -> Callable:
