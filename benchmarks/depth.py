@@ -27,7 +27,7 @@ import torch
 
 from ..kernels.branch import Branch, Step
 from ..testbed.beds import BEDS, Bed
-from ..testbed.evaluate import BATCH, RECIPES, interval, lineup, sizes
+from ..testbed.evaluate import BATCH, RECIPES, interval, lineup, score, sizes
 from ..testbed.protocol import SEED, LoraSet
 from ..testbed.sampler import Picture, Sampler
 from ..testbed.worlds import REGIMES
@@ -121,10 +121,9 @@ def main(arguments: list[str] | None = None) -> int:
                 batch = chosen[start:start + BATCH]
                 read = judge.read(sampler.draw([with_depth(task, sampler, ARMS[arm]) for task in batch]))
                 for i, task in enumerate(batch):
-                    answers = {head: int(values[i]) for head, values in read.items()}
-                    seen = task.shown(answers)
+                    seen, leaked = score(task, {head: int(values[i]) for head, values in read.items()})
                     each.append(float(np.mean(seen)))
-                    leaks += bool(task.leaks(answers))
+                    leaks += leaked
                     for concept, one in zip(task.concepts, seen, strict=True):
                         shown.setdefault(concept.category, []).append(one)
             first = first or each

@@ -55,8 +55,8 @@ class Traced:
         self.stacks = []
         for stack in self._site.stacks:
             if len(stack.slices) > 1:
-                parts = [stack.share(stack.up, ranks, part) for ranks in (slice(0, stack.down.shape[0]),)
-                         for part in stack.parts(ranks)]
+                ranks = slice(0, stack.down.shape[0])
+                parts = [stack.share(stack.up, ranks, each) for each in stack.parts(ranks)]
                 self.stacks.append((stack.down, parts, None))
                 keep_address(stack.down, *(each.up for each in parts))
             else:

@@ -155,7 +155,7 @@ def apart(call: Call, stack: Stack, ranks: slice, entries: Entries, alpha: float
 
 
 def batched(down: Tensor, up: Tensor, gain: Tensor | None, alpha: float, stretch: tuple[int, int] | None,
-                 span: Span) -> Run:
+            span: Span) -> Run:
     count = down.shape[0]
     inputs, outputs = (count, -1, down.shape[1]), (count, -1, up.shape[2])
 

@@ -45,22 +45,22 @@ def _chosen(call: Call, stack: Stack, numbers: Numbers) -> Choice:
     if not (any(common[0]) and any(map(any, rest))):
         return whole
     below, above = _least(replace(call, where=None), stack, common), _least(call, stack, rest)
-    apart = Choice(lambda call, stack: below.build(replace(call, where=None), stack) + above.build(call, stack),
-                   below.seconds + above.seconds)
-    return min(whole, apart, key=lambda choice: choice.seconds)
+    two = Choice(lambda call, stack: below.build(replace(call, where=None), stack) + above.build(call, stack),
+                 below.seconds + above.seconds)
+    return min(whole, two, key=_seconds)
 
 
 def _least(call: Call, stack: Stack, numbers: Numbers) -> Choice:
     """The way that takes the least time; something has to act."""
     if len(stack.slices) == 1:
         return min(_ways(call, stack, stack.slots, numbers), key=_seconds)
-    apart, at = [], 0
+    by_slice, at = [], 0
     for each in stack.slices:
         own = tuple(row[at:at + len(each.slots)] for row in numbers)
         at += len(each.slots)
         if any(map(any, own)):
-            apart.append(min(_ways(call, stack, each.slots, own), key=_seconds))
-    return min(_ways(call, stack, stack.slots, numbers) + [_all_of(apart)], key=_seconds)
+            by_slice.append(min(_ways(call, stack, each.slots, own), key=_seconds))
+    return min(_ways(call, stack, stack.slots, numbers) + [_all_of(by_slice)], key=_seconds)
 
 
 def _seconds(choice: Choice) -> float:
@@ -105,7 +105,7 @@ def _groups(call: Call, stack: Stack, slots: Sequence[Slot], groups: dict[tuple[
                 stop += 1
             if stop > at:
                 products.append(product(call, stack, slots[at:stop], tuple(entries),
-                                         tuple(row[at:stop] for _ in entries)))
+                                        tuple(row[at:stop] for _ in entries)))
             at = stop + 1
     return products
 
@@ -176,5 +176,5 @@ def _strided(call: Call, stack: Stack, slots: Sequence[Slot], groups: dict[tuple
         if active != list(range(first, last + 1)):
             return None
         products.append(apart(call, stack, slice(one.slots[first].start, one.slots[last].stop), tuple(entries),
-                               own[first]))
+                              own[first]))
     return _all_of(products)

@@ -53,7 +53,8 @@ class Neighbours:
             if each.aside is not None:
                 options = each.aside(options)
             elif each.renew is not None:
-                self.kept_aside += [each.name] if each.name not in self.kept_aside else []
+                if each.name not in self.kept_aside:
+                    self.kept_aside.append(each.name)
                 options = each.renew(options, uuids)
         return options
 
@@ -109,8 +110,7 @@ def skipping_of(options: Mapping) -> Iterator[Skipping]:
         yield Skipping("LazyCache", None)
     for name, (mark, switch) in SWITCHES.items():
         if mark in options:
-            yield Skipping(name, lambda known, uuids, switch=switch: {**known, switch: False},
-                           by_conds=False)
+            yield Skipping(name, lambda known, uuids, switch=switch: {**known, switch: False}, by_conds=False)
 
 
 def _with_another(options: dict) -> dict:

@@ -9,11 +9,10 @@ from weakref import ReferenceType
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
+from ...methods.guidance.extrapolated import NEAR
 from ..compose.earlier import Left
 from .identity import describe_model
 
-NEAR = 1e-4
-"""Noise levels that differ by less, relatively, are one."""
 HELD = 256 * 2**20
 """Bytes that the runs before the last may hold together with it. The last one's are kept whatever they take: it is the
 one that the next sampler of a graph goes on with."""
