@@ -291,7 +291,7 @@ def run_parts(options: argparse.Namespace) -> tuple[list[dict], dict[str, str]]:
             continue
 
         def told(record: dict, name: str = name) -> None:
-            record |= {"part": name, "commit": options.commit or record["commit"], "quick": options.quick}
+            record |= {"part": name, "quick": options.quick}
             sys.stdout.write(json.dumps(record) + "\n")
             sys.stdout.flush()
             records.append(record)
@@ -311,12 +311,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS), metavar="PART",
                         help=", ".join(PARTS))
     parser.add_argument("--quick", action="store_true", help="narrow models, few steps: measures nothing")
-    parser.add_argument("--commit", help="what to call this version, where git does not know")
     options = parser.parse_args(arguments)
     records, why = run_parts(options)
     versions = [r["comfyui"] for r in records if r.get("comfyui")]
     tell = Results(torch.device(options.device), comfyui=versions[0] if versions else None, quick=options.quick)
-    tell.stamp["commit"] = options.commit or tell.stamp["commit"]
     found = [tell("goal", **goal.judged(records, why[goal.part] or "not measured")) for goal in GOALS]
     sys.stdout.write(f"\n{goal_table(found)}\n")
     failed = {name: reason for name, reason in why.items() if reason.startswith(("failed", "stopped"))}

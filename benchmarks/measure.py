@@ -18,6 +18,8 @@ from typing import NamedTuple
 
 import torch
 
+from ..tools.results import commit
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -135,15 +137,6 @@ def processor() -> str:
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
-
-
-def commit() -> str | None:
-    """The commit of the pack, marked where files differ from it; None outside a repository."""
-    try:
-        command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude", "*"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def driver() -> str | None:
