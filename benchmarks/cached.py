@@ -2,7 +2,9 @@
 
 Draws the testbed's sets with every branch whole at every step, and with a cache, whose features are held or foretold,
 and counts what the judge finds (see quality.py). Both bodies are cut as ComfyUI's models of their kind are (cuts.py).
-One JSON line per row, then a table:
+One JSON line per picture as it is drawn, then a table over all of them. Processes may each take a share of the sets
+(`--share 1/4 > a.jsonl`, `--share 2/4 > b.jsonl`, ...); `--join *.jsonl` makes one table of what they wrote, also of
+one that was cut off.
 
     held         every interval-th step whole
     held, 2      the same and the second step, as many whole passes as a forecast has
@@ -42,17 +44,20 @@ from ..kernels.branch import Branch, Step
 from ..methods import Method
 from ..methods.schedule import NonUniform, Schedule, Uniform
 from ..methods.session import RunContext, Session, begin
-from ..testbed.beds import BEDS, Bed
+from ..testbed.beds import BEDS
 from ..testbed.body import Body
 from ..testbed.evaluate import BATCH, METHODS, RECIPES, interval, score
+from ..testbed.judge import Judge
 from ..testbed.protocol import SEED, LoraSet, some_of
 from ..testbed.sampler import ROWS, STEPS, Picture, Sampler
 from ..testbed.worlds import REGIMES
 from .cuts import Caught, cut_of
-from .guidance import apart
+from .guidance import distances
 
 EVERYWHERE = 10**9
 """An age that no feature reaches."""
+WHOLE = "every step"
+KINDS = ("held", "held, 2", "forecast", "paper, held", "own, held", "own, forecast")
 
 
 class CachedSampler(Sampler):
@@ -146,18 +151,25 @@ class _AskingSession(Session):
 
 
 @dataclass(frozen=True)
-class Row:
-    """One line of the table; see the head of this file."""
+class Drawn:
+    """One picture; see the head of this file. `of_set` is its set's number."""
 
     body: str
+    depth: int
+    regime: str
     method: str
     kind: str
     interval: int
+    seed: int
+    of_set: int
     whole: float
     error: float
     shown: float
-    points: float
-    points_95: tuple[float, float]
+
+    @property
+    def row(self) -> tuple[str, int, str, str, str, int]:
+        """The line of the table that it belongs to."""
+        return self.body, self.depth, self.regime, self.method, self.kind, self.interval
 
 
 @dataclass(frozen=True)
@@ -173,7 +185,7 @@ class Arm:
 
 def arms(name: str, intervals: Sequence[int]) -> Iterator[Arm]:
     """The rows of a method; interval 0 is CMLoRA's schedule, for all branches of any method."""
-    yield Arm("every step", 1, Uniform(1))
+    yield Arm(WHOLE, 1, Uniform(1))
     for k in intervals:
         yield Arm("held", k, Uniform(k) if k else NonUniform())
         if k:
@@ -185,23 +197,65 @@ def arms(name: str, intervals: Sequence[int]) -> Iterator[Arm]:
             yield Arm(f"own, {kind}", 0, None, kind == "forecast", lambda method: replace(method, cache_age=0))
 
 
-def rows_of(name: str, bed: Bed, base: Body, judge, loras: Sequence[Mapping[str, Tensor]], sets: Sequence[LoraSet],
-            intervals: Sequence[int], depth: int, tell: Callable[[Row], None]) -> None:
-    """All rows of one method."""
-    exact, before = None, None
-    for arm in arms(name, intervals):
-        with CachedSampler(base, loras, arm.schedule, arm.forecast, depth) as sampler:
-            pictures = [RECIPES[name].picture(task, sampler.bank) for task in sets]
-            pictures = [replace(picture, method=arm.changed(picture.method)) for picture in pictures]
-            images = torch.cat([sampler.draw(pictures[i:i + BATCH]) for i in range(0, len(sets), BATCH)])
-        read = judge.read(images)
-        shown = np.array([np.mean(score(task, {h: int(v[i]) for h, v in read.items()})[0])
-                          for i, task in enumerate(sets)])
-        exact, before = (images, shown) if exact is None else (exact, before)
-        tell(Row(bed.name, name, arm.kind, arm.interval, round(STEPS * sampler.whole / sampler.rows, 1),
-                 round(apart(images, exact), 5), round(float(shown.mean()), 4),
-                 round(100 * float((shown - before).mean()), 2),
-                 tuple(round(100 * each, 1) for each in interval(shown - before))))
+def draw(name: str, options: argparse.Namespace, sets: Sequence[LoraSet], base: Body, judge: Judge,
+         loras: Sequence[Mapping[str, Tensor]]) -> Iterator[Drawn]:
+    """All pictures of one method, those of all arms for some sets before those of others."""
+    chosen = [arm for arm in arms(name, options.intervals) if arm.kind in (WHOLE, *options.kinds)]
+    samplers = [CachedSampler(base, loras, arm.schedule, arm.forecast, options.depth) for arm in chosen]
+    for start in range(0, len(sets), BATCH):
+        batch, exact = sets[start:start + BATCH], None
+        for arm, sampler in zip(chosen, samplers, strict=True):
+            sampler.rows = sampler.whole = 0
+            pictures = [RECIPES[name].picture(task, sampler.bank) for task in batch]
+            with sampler:
+                images = sampler.draw([replace(one, method=arm.changed(one.method)) for one in pictures], STEPS)
+            exact, read = images if exact is None else exact, judge.read(images)
+            for i, (task, error) in enumerate(zip(batch, distances(images, exact).tolist(), strict=True)):
+                shown = np.mean(score(task, {h: int(v[i]) for h, v in read.items()})[0])
+                yield Drawn(options.body, options.depth, options.regime, name, arm.kind, arm.interval, options.seed,
+                            task.index, round(STEPS * sampler.whole / sampler.rows, 2), round(error, 5),
+                            round(float(shown), 4))
+
+
+def table(drawn: Sequence[Drawn]) -> str:
+    """Markdown; a picture that was drawn twice counts once."""
+    rows: dict[tuple, dict[tuple[int, int], Drawn]] = {}
+    for each in drawn:
+        rows.setdefault(each.row, {})[each.seed, each.of_set] = each
+    head = ("body", "LoRAs", "method", "features", "interval", "sets", "whole steps", "error", "shown %",
+            "difference, points")
+    lines = [f"| {' | '.join(head)} |", f"| {' | '.join(['---'] * len(head))} |"]
+    for (body, depth, regime, method, kind, every), own in rows.items():
+        exact = rows.get((body, depth, regime, method, WHOLE, 1), {})
+        pairs = [(own[key], exact[key]) for key in own if key in exact]
+        if not pairs:
+            raise ValueError(f"{body}, {method}, {kind}: no picture was also drawn with every step whole")
+        points = np.array([100 * (mine.shown - whole.shown) for mine, whole in pairs])
+        mean = {key: float(np.mean([getattr(mine, key) for mine, _ in pairs])) for key in ("whole", "error", "shown")}
+        low, high = interval(points)
+        cells = (body if depth == 1 else f"{body}, depth {depth}", regime, method, kind, every or "-", len(pairs),
+                 f"{mean['whole']:.3g}", f"{mean['error']:.4f}", f"{100 * mean['shown']:.1f}",
+                 f"{points.mean():+.1f} [{low:+.1f}, {high:+.1f}]")
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def joined(paths: Sequence[Path]) -> list[Drawn]:
+    """The pictures in what several runs wrote; a last line that was cut off counts for nothing."""
+    fields, found = Drawn.__dataclass_fields__, []
+    for path in paths:
+        for line in path.read_text().splitlines():
+            if line.startswith("{") and line.endswith("}"):
+                found.append(Drawn(**{key: value for key, value in json.loads(line).items() if key in fields}))
+    return found
+
+
+def share_of(text: str) -> tuple[int, int]:
+    """"2/4" -> (1, 4): every fourth set from the second on."""
+    part, parts = map(int, text.split("/"))
+    if not 1 <= part <= parts:
+        raise ValueError(text)
+    return part - 1, parts
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -209,30 +263,30 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--body", choices=BEDS, default="unet", help="the testbed's model and world")
     parser.add_argument("--sets", type=int, help="a fixed random sample of this many sets, in equal parts per N")
+    parser.add_argument("--share", type=share_of, default=(0, 1), metavar="K/N", help="the K-th of N parts of them")
+    parser.add_argument("--join", nargs="+", type=Path, metavar="FILE", help="draw nothing: the table of these")
     parser.add_argument("--seed", type=int, default=SEED, help="of the surroundings and the noise")
     parser.add_argument("--regime", choices=REGIMES, default=REGIMES[0])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["Merge", "Composite"])
     parser.add_argument("--intervals", nargs="*", type=int, default=[2, 3, 4], help="0: CMLoRA's schedule")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, metavar="KIND",
+                        help=f"beside every step: of {', '.join(map(repr, KINDS))}")
     parser.add_argument("--depth", type=int, default=1, help="blocks at either end of the transformer in every step")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args(arguments)
-    bed, rows = BEDS[options.body], []
+    if options.join:
+        sys.stdout.write(table(joined(options.join)) + "\n")
+        return 0
+    bed, drawn = BEDS[options.body], []
     base, judge, loras = bed.load_base(options.device), bed.load_judge(options.device), bed.load_loras(options.regime)
-    sets = some_of(bed.all_sets(seed=options.seed), options.sets)
-
-    def tell(row: Row) -> None:
-        rows.append(row)
-        sys.stdout.write(json.dumps({"benchmark": "cached", "regime": options.regime} | asdict(row)) + "\n")
-        sys.stdout.flush()
-
+    part, parts = options.share
+    sets = some_of(bed.all_sets(seed=options.seed), options.sets)[part::parts]
     for name in options.methods:
-        rows_of(name, bed, base, judge, loras, sets, options.intervals, options.depth, tell)
-    sys.stdout.write("\n| body | method | features | interval | whole steps | error | shown % | difference, points |\n"
-                     "| --- | --- | --- | --- | --- | --- | --- | --- |\n")
-    for r in rows:
-        low, high = r.points_95
-        sys.stdout.write(f"| {r.body} | {r.method} | {r.kind} | {r.interval or '-'} | {r.whole:g} | {r.error:.4f} | "
-                         f"{100 * r.shown:.1f} | {r.points:+.1f} [{low:+.1f}, {high:+.1f}] |\n")
+        for each in draw(name, options, sets, base, judge, loras):
+            drawn.append(each)
+            sys.stdout.write(json.dumps({"benchmark": "cached"} | asdict(each)) + "\n")
+            sys.stdout.flush()
+    sys.stdout.write("\n" + table(drawn) + "\n")
     return 0
 
 

@@ -172,6 +172,36 @@ def test_rows_run_whole_when_their_methods_ask():
     assert (sampler.whole, sampler.rows) == (whole, 2 * 3 * 8) and whole < sampler.rows
 
 
+def test_shares_of_the_sets_make_one_table(monkeypatch, tmp_path, capsys):
+    """Two processes' halves, one of which was cut off while it wrote, and the whole in one. Runs of four steps."""
+    monkeypatch.setattr(cached, "STEPS", 4)
+
+    def drawn(*more: str) -> str:
+        cached.main(["--regime", "narrow", "--sets", "3", "--methods", "Merge", "--intervals", "2", "--kinds", "held",
+                     *more])
+        return capsys.readouterr().out
+
+    def tabled(text: str) -> list[str]:
+        return [line for line in text.splitlines() if line.startswith("|")]
+
+    halves = [tmp_path / f"{k}.jsonl" for k in (1, 2)]
+    for k, path in enumerate(halves, 1):
+        path.write_text(drawn("--share", f"{k}/2"))
+    cached.main(["--join", *map(str, halves)])
+    together = tabled(capsys.readouterr().out)
+    assert "| 3 | 2 |" in together[-1], together
+    assert together == tabled(drawn())
+    lines = [line for line in halves[0].read_text().splitlines() if line.startswith("{")]
+    assert len(lines) == 4 and lines[-1].count('"held"') == 1
+    halves[0].write_text("\n".join([*lines[:-1], lines[-1][:40]]))
+    cached.main(["--join", *map(str, halves)])
+    every, held = tabled(capsys.readouterr().out)[-2:]
+    assert "| 3 | 4 |" in every and "| 2 | 2 |" in held
+    for wrong in ("0/2", "3/2", "2"):
+        with pytest.raises(SystemExit):
+            cached.main(["--share", wrong])
+
+
 def test_what_has_not_been_made_is_asked_for(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(quality, "turbo_path", lambda folder, practised: tmp_path / "none.safetensors")
     with pytest.raises(SystemExit):
