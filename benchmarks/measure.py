@@ -130,6 +130,11 @@ class Peak:
             self._watcher.join()
 
 
+def difference(value: torch.Tensor, reference: torch.Tensor) -> float:
+    """How far they are apart, as a share of the reference's norm."""
+    return ((value - reference).double().norm() / reference.double().norm()).item()
+
+
 def processor() -> str:
     """The CPU's name as the system gives it."""
     try:

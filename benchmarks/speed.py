@@ -59,7 +59,7 @@ from ..methods.klora import KLoRA
 from ..methods.merge import Merge
 from . import models
 from .deciding import bench_deciding, bench_saving
-from .measure import Peak, Results, Seconds, alternate, median, parser_of
+from .measure import Peak, Results, Seconds, alternate, difference, median, parser_of
 from .mixing import bench_mixing
 from .models import STRENGTH, bank_of, compose
 from .routing import bench_routed
@@ -86,10 +86,6 @@ class Sampling:
             self.latent, times = models.sampled(model, positive, negative, noise, steps, cfg)
         self.first, *self.later = times
         self.peak = peak.bytes
-
-
-def difference(value: Tensor, reference: Tensor) -> float:
-    return ((value - reference).double().norm() / reference.double().norm()).item()
 
 
 class Bench:

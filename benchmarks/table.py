@@ -71,6 +71,27 @@ def int8_table(records: Iterable[dict]) -> str:
                       f"{100 * r['quartiles'][0]:+.1f} to {100 * r['quartiles'][1]:+.1f}"] for r in records])
 
 
+def compiled_table(records: Iterable[dict]) -> str:
+    """A row per way: its step as it is, then with each backend, over the plain model with that."""
+    ways: dict[tuple[str, str], dict[str, dict]] = {}
+    for r in records:
+        model = f"{r['model']}, {r['size']} x {r['size']}, {r['dtype']}, {'by block' if r['by_block'] else 'whole'}"
+        way = r["way"] if r["way"] == "plain model" else f"{r['way']} of {r['n']}"
+        ways.setdefault((model, way), {})[r["backend"]] = r
+    backends = list(dict.fromkeys(backend for way in ways.values() for backend in way if backend != "none"))
+
+    def step(r: dict | None) -> str:
+        return "" if r is None else number(r["seconds"]) + (f" (x {r['ratio']:.2f})" if r.get("ratio") else "")
+
+    def started(r: dict | None) -> str:
+        return "" if r is None else f"{number(r['compile_seconds'])}, {r['graphs']}"
+
+    return markdown(["model", "way", "step, s (over the plain model)", *(f"with {name}" for name in backends),
+                     *(f"{name}: first run beyond the next, s, graphs" for name in backends)],
+                    [[model, way, step(found.get("none")), *(step(found.get(name)) for name in backends),
+                      *(started(found.get(name)) for name in backends)] for (model, way), found in ways.items()])
+
+
 def method_table(records: Iterable[dict]) -> str:
     """What each way of drawing costs, a line per model, number of LoRAs and way; savings as shares of the time of a
     whole run without. What was measured to be varied is in the pictures."""
@@ -123,6 +144,7 @@ TABLES: dict[str, tuple[tuple[str, ...], tuple[str, ...], Callable[[Iterable[dic
     "Host time": (("layer", "step", "live"), ("bench", "case", "layer", "model"), host_table),
     "Adapter kinds": (("kind",), ("kind", "layer", "tokens"), kind_table),
     "LoRAs on int8 weights": (("int8",), ("model", "format", "case", "blocks", "tokens", "rank"), int8_table),
+    "Compiled models": (("compiled",), ("model", "size", "by_block", "n", "way", "backend"), compiled_table),
 }
 """Title -> (benchmarks it shows, what tells their results apart, how it is made)."""
 OF_METHODS: dict[str, tuple[tuple[str, ...], tuple[str, ...], Callable[[Iterable[dict]], str]]] = {

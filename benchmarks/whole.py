@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from .measure import Seconds, median, synchronize, total
+from .measure import Seconds, difference, median, synchronize, total
 from .methods import saving
 from .models import sampled
 
@@ -28,9 +28,8 @@ def bench_stack(model, hooks: list, composed, conds: list, noise: Tensor, steps:
             latents[name], times = sampled(*arm, noise, steps, cfg)
             runs[name].append(total(times))
     theirs, mine = median(runs["hooks"]), median(runs["stack"])
-    apart = (latents["stack"] - latents["hooks"]).double().norm() / latents["hooks"].double().norm()
     return {"ratio": theirs.wall / mine.wall, "cpu_ratio": theirs.cpu / mine.cpu, "hooks_seconds": theirs.wall,
-            "stack_seconds": mine.wall, "steps": steps, "difference": apart.item()}
+            "stack_seconds": mine.wall, "steps": steps, "difference": difference(latents["stack"], latents["hooks"])}
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> float:

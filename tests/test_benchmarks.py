@@ -125,6 +125,17 @@ def test_the_table_of_methods():
     assert not table.tables(records) and table.RESULTS.read_text(encoding="utf-8").count(table.BEGIN) == 1
 
 
+def test_the_table_of_compiled_models():
+    line = {"bench": "compiled", "model": "Flux", "size": 1024, "dtype": "bfloat16", "by_block": True, "n": 5, **STAMP}
+    records = [line | {"way": way, "backend": backend, "seconds": seconds, "ratio": ratio, "compile_seconds": 12.0,
+                       "graphs": 11} for way, backend, seconds, ratio in (
+        ("plain model", "none", 0.2, 1.0), ("plain model", "inductor", 0.1, 1.0), ("Merge", "inductor", 0.15, 1.5))]
+    text = table.tables(records)
+    assert "with inductor" in text and "cudagraphs" not in text
+    assert "| Flux, 1024 x 1024, bfloat16, by block | plain model | 0.200 (x 1.00) | 0.100 (x 1.00) | 12.0, 11" in text
+    assert "| Merge of 5 |  | 0.150 (x 1.50) | 12.0, 11 |" in text
+
+
 def test_the_table_of_operations():
     record = {"bench": "counted", "model": "Wan", "size": 480, "frames": 2, "sides": 2, "operations": 4e13,
               "cached": 0.456, **STAMP}

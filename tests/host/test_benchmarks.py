@@ -115,6 +115,17 @@ def test_every_method(results):
     assert rows["Routed", "none"] == 9 and len(rows) == 9
 
 
+def test_compiled_models(results):
+    """With LoRAs there are no more graphs than without, and the picture is that of the model as it is."""
+    pytest.importorskip("comfy_api.torch_helpers", reason="this ComfyUI has no torch.compile wrapper")
+    found = results("compiled", "--model", "Flux", "--scale", "0.05", "--size", "64", "--steps", "2", "--n", "2",
+                    "--methods", "Merge", "--backends", "eager", "--by-block", "--blocks", "1")
+    assert [(r["way"], r["backend"]) for r in found] == [(way, backend) for way in ("plain model", "Merge")
+                                                         for backend in ("none", "eager")]
+    as_it_is, plain, _, merged = found
+    assert merged["graphs"] == plain["graphs"] > 0 == as_it_is["graphs"] and merged["difference"] < 1e-5
+
+
 def test_a_model_that_is_there_already_draws_what_a_loaded_one_does(tmp_path, monkeypatch):
     """Also after LoRAs were in its weights."""
     import folder_paths
