@@ -115,16 +115,19 @@ RECIPES: dict[str, Recipe] = {
     "LoRAtorio steps": Recipe(lambda of: LoRAtorio(of.strengths)),
     "Routed": _words(METHODS["Merge"], routing=Routing(trust=True)),
     "Routed confined": _words(METHODS["Merge"]),
+    "Routed start": _words(METHODS["Merge"], routing=Routing(start=0.05, trust=True)),
     "Routed once": _words(METHODS["Merge"], routing=Routing("once", trust=True)),
+    "Routed once start": _words(METHODS["Merge"], routing=Routing("once", start=0.05, trust=True)),
     "Routed contrast": _words(METHODS["Merge"], routing=Routing("contrast", trust=True)),
     **{f"{name} words": _words(make) for name, make in METHODS.items() if name != "Merge"},
     "LoRAtorio every 3": Recipe(lambda of: LoRAtorio(of.strengths, reweigh_every=3)),
     "Masks": Recipe(METHODS["Merge"], "masks", Routing("once")),
     "Merge bare": Recipe(METHODS["Merge"], bare=True),
-    "Routed bare": _words(METHODS["Merge"], bare=True),
-    "Routed stand-in": _words(METHODS["Merge"], bare=True, stand_in=True),
+    "Routed bare": _words(METHODS["Merge"], routing=Routing(trust=True), bare=True),
+    "Routed stand-in": _words(METHODS["Merge"], routing=Routing(trust=True), bare=True, stand_in=True),
 }
-"""What the tables may hold, by name: the methods as they are; routed; each method where its LoRAs' words are;
+"""What the tables may hold, by name: the methods as they are; routed, from the first step on or from a twentieth of the
+run on; each method where its LoRAs' words are;
 Switch that ends on the character; LoRAtorio with the paper's unit of temperature, and with weights renewed every third
 step; the renderer's own masks; prompts that name concepts by their rare words alone."""
 
