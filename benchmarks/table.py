@@ -160,17 +160,22 @@ def place(record: dict) -> str:
     return f"{record['date']}, {machine}, torch {record['torch']}{host}"
 
 
+def without_the_unasked(records: Iterable[dict]) -> list[dict]:
+    """Without goals that one run has not measured and another has."""
+    records = list(records)
+    known = {(r["goal"], r["what"]) for r in records if r["bench"] == "goal" and r["measured"]}
+    return [r for r in records if r["bench"] != "goal" or r["measured"] or (r["goal"], r["what"]) not in known]
+
+
 def tables(records: Iterable[dict], chosen: Mapping[str, tuple] = TABLES) -> str:
     """All tables that the results give, by place."""
-    parts, records = [], list(records)
+    parts, records = [], without_the_unasked(records)
     for title, (benches, keys, make) in chosen.items():
         found: dict[str, dict[tuple, dict]] = {}
         for record in records:
             if record["bench"] not in benches:
                 continue
-            here, result_of = found.setdefault(place(record), {}), tuple(record.get(key) for key in keys)
-            if result_of not in here or record.get("measured") != "":  # a goal not measured once more stays as it was
-                here[result_of] = record
+            found.setdefault(place(record), {})[tuple(record.get(key) for key in keys)] = record
         for where, here in found.items():
             commits = dict.fromkeys(record["commit"] or "unknown" for record in here.values())
             parts.append(f"### {title}\n\n{where}, commit {' and '.join(commits)}\n\n{make(here.values())}")

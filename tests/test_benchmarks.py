@@ -102,6 +102,9 @@ def test_a_goal_that_was_not_measured_once_more_stays():
     text = table.tables(later)
     assert "| 6 times | met |" in text and "def5678" not in text
     assert "| not asked for |" in table.tables(later[1:])
+    elsewhere = [*later, later[1] | {"cpu": "another"}, later[1] | {"cpu": "another", "goal": "G2"}]
+    text = table.tables(elsewhere)
+    assert text.count("| G1 |") == 1 and "| G2 | a step | at least 5 |  | not asked for |" in text
 
 
 def method_line(way: str, saving: str, seconds: float, **more) -> dict:
