@@ -78,8 +78,8 @@ class Traced:
             down, gain = down.to(x), gain.to(x)
             if isinstance(up, list):
                 into, of = (t if t.ndim <= 3 else t.flatten(1, -2) for t in (y, x))
-                shares(down, [each._replace(up=each.up.to(x)) for each in up], gain[:, 0] if x.ndim == 2 else gain)(
-                    into, of)
+                shares(down, [each._replace(up=each.up.to(x)) for each in up], None if x.ndim == 2 else x.shape[0],
+                       y.shape[-1], gain[:, 0] if x.ndim == 2 else gain)(into, of)
                 continue
             up = up.to(x)
             into, of = part(y, span, geometry.channel, 0), part(x, span, geometry.x_channel, 1)

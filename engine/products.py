@@ -10,7 +10,7 @@ from torch import Tensor
 from ..kernels.lowrank import Run, Share, add_batched_, add_pointwise_, rows, shares, shares_apart, tokens
 from .adapters import Span, part
 from .geometry import Geometry
-from .stack import Slot, Stack
+from .stack import Part, Slot, Stack
 from .transfer import on_device
 
 Numbers = tuple[tuple[float, ...], ...]
@@ -110,8 +110,11 @@ def product(call: Call, stack: Stack, slots: Sequence[Slot], entries: Entries, n
     ranks, n, rates = slice(slots[0].start, slots[-1].stop), len(entries), call.rates
     alpha, needed = _gains(call, numbers)
     parts = stack.parts(ranks)
-    (first, own, count), span = parts[0], stack.slices[parts[0].k].span
-    single = len(parts) == count == 1
+    (first, own, count), span, outputs = parts[0], stack.slices[parts[0].k].span, call.y.shape[-1]
+    lone = len(parts) == count == 1
+    # Slices of outputs are columns of one matrix of all rows: a product into one of a batch of matrices is no product
+    # for a BLAS.
+    columns = not lone or (span is not None and span[0] == 0 and not call.geometry.spatial)
 
     def build(call: Call, stack: Stack) -> list[Built]:
         down, up = call.factors(stack)
@@ -119,22 +122,34 @@ def product(call: Call, stack: Stack, slots: Sequence[Slot], entries: Entries, n
         if needed is not None:
             gain = call.where(entries, slots, needed) if call.where is not None else gain_tensor(
                 slots, needed, call.geometry.spatial, min(call.x.ndim - 2, 1), call.x, call.once)
-        if single:
-            add = _added(call.geometry, call.x.ndim, n, down[ranks], stack.up_of(first, up, own), gain, alpha, span)
-        else:
-            add = shares(down[ranks], [stack.share(up, ranks, each) for each in parts], gain, alpha)
+        if columns:
+            add = shares(down[ranks], [stack.share(up, ranks, each) for each in parts],
+                         None if call.x.ndim == 2 else n, outputs, gain, alpha)
             add = add if call.x.ndim <= 3 else _flat(add)
+        else:
+            add = _added(call.geometry, call.x.ndim, n, down[ranks], stack.up_of(first, up, own), gain, alpha, span)
         text = f"{n} of {call.y.shape[0]} entries, rank {ranks.stop - ranks.start}"
         text += "" if gain is None else f", gains {'x'.join(map(str, gain.shape))}"
-        return [(on_entries(add, entries, call.y), text + (in_words(span) if single else f", {len(parts)} for slices"))]
+        return [(on_entries(add, entries, call.y), text + (in_words(span) if lone else f", {len(parts)} for slices"))]
 
     width = ranks.stop - ranks.start
-    seconds = (1 + len(parts) + (needed is not None)) * rates.launch + (0 if single else 4 * len(parts) * rates.view)
+    seconds = (1 + len(parts) + (needed is not None)) * rates.launch
+    seconds += (_views(stack, parts, width, outputs) if columns else 0 if span is None else 1) * rates.view
     seconds += call.work(stack, n, [(own.stop - own.start, stack.slices[k].out) for k, own, count in parts
                                     for _ in range(count)])
     if needed is not None and call.where is not None:  # a gain for every place
         seconds += n * call.places * width / rates.values
     return Choice(build, seconds + _reaching(call, entries))
+
+
+def _views(stack: Stack, parts: Sequence[Part], ranks: int, outputs: int) -> int:
+    """How many views a product into columns takes: of outputs and hidden values as rows of one matrix, and of those the
+    columns of each part, as matrices where it is several slices."""
+    views = 2
+    for k, own, count in parts:
+        views += (count * (own.stop - own.start) != ranks) + (count * stack.slices[k].out != outputs)
+        views += 4 if count > 1 else 0
+    return views
 
 
 def apart(call: Call, stack: Stack, ranks: slice, entries: Entries, alpha: float) -> Choice:
@@ -145,7 +160,8 @@ def apart(call: Call, stack: Stack, ranks: slice, entries: Entries, alpha: float
     def build(call: Call, stack: Stack) -> list[Built]:
         down, up = call.factors(stack)
         down = down.unflatten(0, (count, one.width))[:, ranks].mT
-        run = shares_apart(down, Share(one.span[1], 0, up.view(count, one.out, one.width)[..., ranks].mT), alpha)
+        run = shares_apart(down, Share(one.span[1], 0, up.view(count, one.out, one.width)[..., ranks].mT),
+                           call.y.shape[-1], alpha)
         text = f"{n} of {call.y.shape[0]} entries, {count} slices, rank {width} each"
         return [(on_entries(run, entries, call.y), text)]
 
@@ -161,7 +177,7 @@ def batched(down: Tensor, up: Tensor, gain: Tensor | None, alpha: float, stretch
 
     def run(y: Tensor, x: Tensor) -> Tensor:
         if not y.is_contiguous():
-            y = y.contiguous()
+            return y.copy_(run(y.contiguous(), x))
         y_part = y
         if stretch is not None:
             y_part, x = y.narrow(0, *stretch), x.narrow(0, *stretch)
@@ -197,8 +213,8 @@ def _added(geometry: Geometry, ndim: int, n: int, down: Tensor, up: Tensor, gain
 
         return run
     if ndim == 2:
-        return _in_span(rows(down, up, gain, alpha), span)
-    add = _in_span(tokens(down, up.expand(n, -1, -1), gain, alpha), span)
+        return _on_inputs(rows(down, up, gain, alpha), span)
+    add = _on_inputs(tokens(down, up.expand(n, -1, -1), gain, alpha), span)
     return add if ndim == 3 else _flat(add)
 
 
@@ -211,13 +227,12 @@ def _flat(add: Run) -> Run:
     return run
 
 
-def _in_span(add: Run, span: Span) -> Run:
+def _on_inputs(add: Run, span: Span) -> Run:
     if span is None:
         return add
 
     def run(y: Tensor, x: Tensor) -> Tensor:
-        add(part(y, span, -1, 0), part(x, span, -1, 1))
-        return y
+        return add(y, part(x, span, -1, 1))
 
     return run
 

@@ -49,7 +49,7 @@ def test_every_row_gets_both(model, layout, beneath, above, rates, monkeypatch):
 def test_where_starts_are_dear_it_costs_what_one_lora_more_costs(layer, rows, monkeypatch):
     """Guard: two operations more for it, of its own."""
     monkeypatch.setitem(products.RATES, "cpu", DEAR)
-    product = {"convolution": 1} if layer == "conv" else {"mm": 1}
+    product = {"convolution": 1} if layer == "conv" else {"bmm": 1}
     assert +cost(layer, ("lora", "lora", "lora wide"), rows).ops == Counter({**product, "mul": 1, "baddbmm": 1})
 
 

@@ -133,7 +133,7 @@ def test_composite_takes_two_products_per_layer_however_many_loras():
 def test_merge_takes_two_products_per_layer_however_many_loras():
     for count in (1, 2, 5):
         spy = cost("linear", ("lora",) * count, [Branch((1.0,) * count)] * 2)
-        assert +spy.ops == Counter({"mm": 1, "baddbmm": 1})
+        assert +spy.ops == Counter({"bmm": 1, "baddbmm": 1})
 
 
 @LAYERS
@@ -145,7 +145,7 @@ def test_any_mixture_takes_three_operations(layer, kinds, layout, monkeypatch):
     branches = {"runs": ALONE, "scattered": [ALONE[2], ALONE[0], ALONE[2], ALONE[1], ALONE[0]],
                 "two branches on several": [Branch((0.7, 0.9, 0.0)), Branch((0.0, 0.4, 1.1)), Branch((1.0, 1.0, 1.0))],
                 "with base rows": [BASE, ALONE[0], BASE, ALONE[2], ALONE[1], BASE]}[layout]
-    product = {"convolution": 1} if layer == "conv" else {"mm": 1}
+    product = {"convolution": 1} if layer == "conv" else {"bmm": 1}
     assert +cost(layer, kinds, branches).ops == Counter({**product, "mul": 1, "baddbmm": 1})
 
 

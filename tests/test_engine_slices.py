@@ -11,7 +11,7 @@ from lora_ensemble.engine.adapters import LowRank, Op, Span
 from lora_ensemble.engine.bank import Bank
 from lora_ensemble.engine.forwards import RoutedForwards
 from lora_ensemble.engine.positions import Places, Segment
-from lora_ensemble.engine.products import Rates
+from lora_ensemble.engine.products import ACCELERATOR, Rates
 from lora_ensemble.kernels.branch import Branch, one_hot
 from lora_ensemble.tests.reference import TOLERANCE, Change, close, expected, make_ops, relative_error
 from lora_ensemble.tests.test_engine_beneath import BETWEEN
@@ -164,17 +164,17 @@ def operations(name: str, layout: str) -> Counter:
     return +spy.ops
 
 
-TWO = {"mm": 1, "baddbmm": 1}
+TWO = {"bmm": 1, "baddbmm": 1}
 COSTS = {
     ("alike", "merged at one strength"): TWO, ("alike", "merged"): {**TWO, "mul": 1},
     ("alike", "a turn"): {"bmm": 1, "baddbmm": 1}, ("alike", "composite"): {**TWO, "mul": 1},
     ("alike", "scattered"): {**TWO, "mul": 1}, ("unequal ranks", "composite"): {**TWO, "mul": 1},
     ("q, k and v of linear1", "a turn"): {"bmm": 1, "baddbmm": 1},
     ("linear1", "merged at one strength"): {**TWO, "addmm": 1}, ("linear1", "composite"): {**TWO, "addmm": 1, "mul": 1},
-    ("another rank per slice", "merged at one strength"): {"mm": 1, "addmm": 3},
+    ("another rank per slice", "merged at one strength"): {"bmm": 1, "addmm": 3},
     ("fused and sliced", "merged at one strength"): {**TWO, "addmm": 1},
     ("q, k and v in one slice", "merged at one strength"): {**TWO, "addmm": 2},
-    ("some slices", "composite"): {"mm": 1, "addmm": 3, "mul": 1},
+    ("some slices", "composite"): {"bmm": 1, "addmm": 3, "mul": 1},
 }
 """Each slice for itself would take two operations, or three where ranks have gains of their own."""
 
@@ -184,6 +184,23 @@ def test_slices_share_operations(case, monkeypatch):
     """Where starting an operation is dear."""
     monkeypatch.setitem(products.RATES, "cpu", DEAR)
     assert operations(*case) == Counter(COSTS[case])
+
+
+AS_MEASURED = {
+    ("another rank per slice", "merged at one strength"): 4, ("another rank per slice", "merged"): 5,
+    ("some slices", "merged at one strength"): 4, ("some slices", "composite"): 5, ("some slices", "scattered"): 5,
+    ("another rank per slice", "composite"): 5, ("unequal ranks", "composite"): 3, ("linear1", "merged"): 4,
+    ("a gap", "composite"): 4, ("q, k and v in one slice", "merged"): 5,
+}
+
+
+@pytest.mark.parametrize("rates", [products.RATES["cpu"], ACCELERATOR], ids=["processor", "accelerator"])
+@pytest.mark.parametrize("case", AS_MEASURED, ids=": ".join)
+def test_slices_share_operations_by_the_rates_that_were_measured(case, rates, monkeypatch):
+    """Guard: views charged to the shared way alone, so that three slices of other ranks took six operations and nine.
+    """
+    monkeypatch.setitem(products.RATES, "cpu", rates)
+    assert operations(*case).total() == AS_MEASURED[case]
 
 
 def test_each_slice_has_its_own_where_work_is_dear(monkeypatch):

@@ -173,15 +173,15 @@ def test_shares(size, turned, dtype):
     for k in range(3):
         want[..., 5 * k:5 * k + 5] += 0.5 * (hidden * gain.double())[..., 2 * k:2 * k + 2] @ three[k].double()
     want[..., 16:20] += 0.5 * (hidden * gain.double())[..., 6:] @ last[0].double()
-    own = y.mT.contiguous().mT if turned else y.clone()
-    assert shares(down, [Share(0, 0, three), Share(16, 6, last)], gain, 0.5)(own, x) is own
+    own, entries = y.mT.contiguous().mT if turned else y.clone(), None if len(size) == 1 else size[0]
+    assert shares(down, [Share(0, 0, three), Share(16, 6, last)], entries, 20, gain, 0.5)(own, x) is own
     assert close(own, want)
 
     want = y.double()
     for k in range(3):
         want[..., 5 * k:5 * k + 5] += 0.5 * hidden[..., 2 * k:2 * k + 2] @ three[k].double()
     own = y.mT.contiguous().mT if turned else y.clone()
-    assert shares_apart(down[:6].unflatten(0, (3, 2)).mT, Share(0, 0, three), 0.5)(own, x) is own
+    assert shares_apart(down[:6].unflatten(0, (3, 2)).mT, Share(0, 0, three), 20, 0.5)(own, x) is own
     assert close(own, want)
 
 
