@@ -254,9 +254,12 @@ class Decomposed(Op):
 
     s depends on the weight as the ops before this one leave it; whoever evaluates the op supplies it. It acts on
     outputs or on inputs, and so does the op.
+
+    of_changed   whether magnitudes of outputs are those of W + D, not of W as the host has it
     """
 
     additive = False
+    of_changed = False
 
     def __init__(self, direction: Op, magnitude: Tensor, span: Span = None):
         super().__init__()
@@ -270,11 +273,14 @@ class Decomposed(Op):
     def scales(self, weight: Tensor) -> tuple[Tensor, bool]:
         """(s, acts on outputs) for the weight as it stands before this op."""
         weight = weight if self.span is None else weight.narrow(*self.span)
-        return magnitude_scale(self.magnitude.to(weight.device), weight, self.direction.delta(weight).to(weight.dtype))
+        return self._scales(weight, self.direction.delta(weight).to(weight.dtype))
+
+    def _scales(self, weight: Tensor, delta: Tensor) -> tuple[Tensor, bool]:
+        return magnitude_scale(self.magnitude.to(weight.device), weight, delta, self.of_changed)
 
     def _changed(self, weight: Tensor, gain: float) -> Tensor:
         delta = self.direction.delta(weight).to(weight.dtype)
-        s, on_output = magnitude_scale(self.magnitude.to(weight.device), weight, delta)
+        s, on_output = self._scales(weight, delta)
         s = s.reshape(-1, *[1] * (weight.ndim - 1)) if on_output else s.reshape(1, -1, *[1] * (weight.ndim - 2))
         return weight + gain * (s.to(weight.dtype) * (weight + delta) - weight)
 

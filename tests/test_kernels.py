@@ -264,6 +264,10 @@ def test_magnitude_scale(kernel, dtype):
     assert on_output and s.dtype == torch.float32
     for o in range(6):
         assert s[o].item() == pytest.approx(of_outputs[o].item() / (weight[o].double().norm().item() + eps), rel=1e-5)
+    s, on_output = magnitude_scale(of_outputs, weight, delta, of_changed=True)
+    for o in range(6):
+        norm = (weight + delta)[o].double().norm().item() + eps
+        assert on_output and s[o].item() == pytest.approx(of_outputs[o].item() / norm, rel=1e-5)
     s, on_output = magnitude_scale(of_inputs, weight, delta)
     assert not on_output
     for i in range(5):

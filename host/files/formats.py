@@ -52,6 +52,19 @@ _JOINED = ("lora_unet_", "lycoris_", "lora_transformer_")
 """What kohya and musubi-tuner, LyCORIS and SimpleTuner, and OneTrainer put before names with underscores."""
 _OWN = ("unet.", "transformer.", "text_encoder.", "diffusion_model.")
 
+_WAN = tuple((re.compile(own), theirs) for own, theirs in (
+    (r"^(blocks\.\d+)\.self_attn\.", r"\1.attn1."), (r"^(blocks\.\d+)\.cross_attn\.", r"\1.attn2."),
+    (r"\.(attn\d)\.([qkv])$", r".\1.to_\2"), (r"\.(attn\d)\.o$", r".\1.to_out.0"),
+    (r"\.(attn\d)\.([kv])_img$", r".\1.add_\2_proj"),
+    (r"^(blocks\.\d+)\.ffn\.0$", r"\1.ffn.net.0.proj"), (r"^(blocks\.\d+)\.ffn\.2$", r"\1.ffn.net.2"),
+    (r"^(text|time)_embedding\.0$", r"condition_embedder.\1_embedder.linear_1"),
+    (r"^(text|time)_embedding\.2$", r"condition_embedder.\1_embedder.linear_2"),
+    (r"^time_projection\.1$", "condition_embedder.time_proj"), (r"^head\.head$", "proj_out"),
+    (r"^img_emb\.proj\.1$", "condition_embedder.image_embedder.ff.net.0.proj"),
+    (r"^img_emb\.proj\.3$", "condition_embedder.image_embedder.ff.net.2")))
+"""What diffusers calls layers of Wan, which ComfyUI's key map does not know: layer for layer the same ones."""
+_WAN_FILE, _WAN_MODEL = re.compile(r"(^|[._])blocks[._]\d+[._]attn[12][._]to_q"), "diffusion_model.blocks.0.self_attn.q"
+
 
 def other_kind(keys: Collection[str]) -> Kind | None:
     """What a file is that is no LoRA, or of a kind that ComfyUI cannot load; None for all that may be a LoRA."""
@@ -71,11 +84,12 @@ def lora_format(keys: Collection[str]) -> tuple[str, str] | None:
 
 def with_aliases(key_map: Mapping, keys: Collection[str]) -> Mapping:
     """The host's key map, with names of formats that it lacks where a file uses them: with another tool's prefix before
-    the model's or diffusers' names, without any, and diffusers' of today, without `processor`. The host's names win."""
+    the model's or diffusers' names, without any, diffusers' of today, without `processor`, and diffusers' of Wan. The
+    host's names win."""
     bare = [""] if lora_format(keys) is None else []
     dotted = bare + [prefix for prefix in _DOTTED if any(key.startswith(prefix) for key in keys)]
     joined = [prefix for prefix in _JOINED if any(key.startswith(prefix) for key in keys)]
-    aliases = {}
+    aliases, wan = {}, _WAN_MODEL in key_map and any(map(_WAN_FILE.search, keys))
     for name, target in key_map.items() if dotted or joined else ():
         own = next((own for own in (*_OWN, *_JOINED) if str(name).startswith(own)), None)
         if own in _JOINED:
@@ -84,4 +98,15 @@ def with_aliases(key_map: Mapping, keys: Collection[str]) -> Mapping:
             plain = re.sub(r"\.processor\.(to_out$)?", lambda found: ".to_out.0" if found[1] else ".",
                            name.removeprefix(own))
             aliases |= {prefix + part: target for prefix in dotted for part in (own + plain, plain)}
+            if wan:
+                theirs = _in_diffusers(plain)
+                aliases |= {prefix + theirs: target for prefix in dotted}
+                aliases |= {prefix + theirs.replace(".", "_"): target for prefix in joined}
     return {**aliases, **key_map}
+
+
+def _in_diffusers(layer: str) -> str:
+    """What diffusers calls a layer of Wan."""
+    for own, theirs in _WAN:
+        layer = own.sub(theirs, layer)
+    return layer

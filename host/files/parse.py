@@ -19,6 +19,7 @@ from ...engine.adapters import BOFT, OFT, Bias, Decomposed, Dense, GLoRA, Kron, 
 from ...engine.geometry import Geometry, geometry_of
 from ...kernels.deltas import balanced, hadamard, hadamard_factors, kronecker, tucker, tucker_down
 from ...kernels.orthogonal import cayley
+from . import peft
 from .files import LoRAFile
 from .fit import (
     Broken,
@@ -95,8 +96,8 @@ def load(file: LoRAFile, key_map: Mapping, root: nn.Module, enlarged: Mapping[st
         key, span = (target, None) if isinstance(target, str) else target[:2]
         whole = enlarged.get(key) or shape_of(root, key)
         for place, patch in _read(file, name, target, whole and narrowed(whole, span)).items():
-            used = {f"{name}.{end}" for end in ("alpha", "dora_scale")} & file.keys()
-            used |= getattr(patch, "loaded_keys", set())
+            used = {f"{name}.{end}" for end in ("alpha", "dora_scale", *peft.MAGNITUDES, *peft.BIASES)} & file.keys()
+            used |= getattr(patch, "loaded_keys", set()) & file.keys()
             used |= {keys[id(value)] for value in _values(patch) if id(value) in keys}
             patches.used |= used
             for before in (patches.found, patches.enlarged):
@@ -122,13 +123,14 @@ def _read(file: LoRAFile, name: str, target, shape: Shape | None) -> dict:
     """The host's patches for one name of its key map."""
     alpha, magnitude = (f"{name}.{end}" for end in ("alpha", "dora_scale"))
     check_alpha(alpha, file.get(alpha))
-    tensors: Mapping = file
+    tensors = ChainMap(peft.under_host_names(file, name, shape), file)
     if shape is not None and magnitude in file:
-        tensors = ChainMap({magnitude: plain_magnitude(file[magnitude], shape)}, file)
+        tensors = ChainMap({magnitude: plain_magnitude(file[magnitude], shape)}, tensors)
     try:
-        return comfy.lora.load_lora(tensors, {name: target}, log_missing=False)
+        found = comfy.lora.load_lora(tensors, {name: target}, log_missing=False)
     except KeyError as missing:
         raise Broken(f"is damaged: the tensor '{missing.args[0]}' is missing. Use another version") from None
+    return {place: peft.as_it_means(file, name, patch) for place, patch in found.items()}
 
 
 def _check(file: LoRAFile, used: Collection[str], patch, shape: Shape | None, span: Span) -> None:
@@ -197,6 +199,8 @@ def _op(key: str, span: Span, rows: Callable | None, patch, model: nn.Module) ->
         raise _Inexpressible(f"adapter kind '{kind}' is not known")
     values = patch[1] if isinstance(patch, tuple) else patch.weights
     op = make(values, shape, geometry, span, rows)
+    if isinstance(patch, peft.PEFTDoRA) and isinstance(op, Decomposed):
+        op.of_changed = True
     if geometry.groups > 1 and _crosses_groups(op, shape[0], geometry.groups):
         raise _Inexpressible("it mixes channels of different groups of a convolution")
     return layer, op

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import comfy.lora
+import comfy.model_management
 import pytest
 import torch
 from lora_ensemble.host.compose.apply import apply_method, bake
 from lora_ensemble.host.compose.composition import KEY
 from lora_ensemble.host.files.ensemble import LoRASpec
+from lora_ensemble.host.files.files import read
 from lora_ensemble.host.files.formats import lora_format, other_kind
+from lora_ensemble.host.files.parse import load, parse
 from lora_ensemble.methods.merge import Merge
 
 from .builders import composite, lora, merge, plain, same, sample, shapes, stock, text_layers
-from .models import FAMILIES, base, small_clip
+from .models import FAMILIES, base, build, patcher, small_clip
 from .small_checkpoints import CHECKPOINTS
 from .test_kinds import diffusers_targets
 
@@ -106,6 +111,171 @@ def test_names_of_peft_on_a_text_encoder(loras):
         assert torch.equal(patches[0][key][0][1].weights[0], patches[1][key][0][1].weights[0])
 
 
+# --- PEFT's other tensors -------------------------------------------------------------------------------------------
+
+MAGNITUDE, BIAS = "lora_magnitude_vector", "lora_B.bias"
+
+
+def weights_of(model) -> dict[str, torch.Tensor]:
+    """Without the patches that a run has put there."""
+    comfy.model_management.unload_all_models()
+    return model.model.state_dict()
+
+
+def peft_dora(model) -> tuple[dict, dict]:
+    """(A DoRA as PEFT writes it, magnitudes of convolutions with the outputs in their second dimension; the same under
+    the host's name)."""
+    state, generator = weights_of(model), torch.Generator().manual_seed(5)
+    layers = shapes(model)
+    file = lora(layers, 1, name="diffusion_model.{}".format, **PEFT)
+    known = dict(file)
+    for layer, shape in layers.items():
+        norm = state[f"diffusion_model.{layer}.weight"].float().flatten(1).norm(dim=1)
+        values = norm * (1 + 0.2 * torch.randn(norm.shape, generator=generator))
+        file[f"diffusion_model.{layer}.{MAGNITUDE}"] = values if len(shape) == 2 else values.reshape(
+            1, -1, *[1] * (len(shape) - 2))
+        known[f"diffusion_model.{layer}.dora_scale"] = values.reshape(-1, *[1] * (len(shape) - 1))
+    return file, known
+
+
+def in_weights(model, file: dict, strength: float):
+    """The MODEL with weights as the definition has them, put there by the host as plain differences: W + B A, each
+    output drawn to the length of its magnitude."""
+    state, made = weights_of(model), {}
+    for layer in shapes(model):
+        weight = state[f"diffusion_model.{layer}.weight"].double()
+        up, down, magnitude = (file[f"diffusion_model.{layer}.{part}"].double()
+                               for part in (PEFT["up"], PEFT["down"], MAGNITUDE))
+        turned = weight.flatten(1) + up.flatten(1) @ down.flatten(1)
+        turned *= magnitude.reshape(-1, 1) / turned.norm(dim=1, keepdim=True)
+        made[f"diffusion_model.{layer}.weight"] = ("diff", ((turned.view(weight.shape) - weight).float(),))
+    model = model.clone()
+    model.add_patches(made, strength)
+    return model
+
+
+@pytest.mark.parametrize("prefix", ["diffusion_model.", "base_model.model."])
+def test_a_dora_of_peft_is_a_dora(prefix, loras):
+    """The host's loader passes over its magnitudes and applies the rest of it, which is another picture; under the name
+    that it knows it draws outputs to another length than PEFT."""
+    model = base("SD15")
+    file, known = peft_dora(model)
+    plain_file = {key: value for key, value in file.items() if not key.endswith(MAGNITUDE)}
+    spec, other, without = (LoRASpec(loras(tensors), 0.8, 0) for tensors in (file, known, plain_file))
+    assert torch.equal(sample(stock(model, [spec])), sample(stock(model, [without])))
+    foreign = {key.replace("diffusion_model.", prefix): value for key, value in file.items()}
+    spec = LoRASpec(loras(foreign), 0.8, 0)
+    ours, wanted = merge(model, [spec]), sample(in_weights(model, file, 0.8))
+    same(sample(ours), wanted, sample(model))
+    same(sample(bake(model, None, (spec,), "Merge LoRAs")[0]), wanted, sample(model))
+    same(sample(composite(model, [spec])), wanted, sample(model))
+    for far in (without, other):
+        with pytest.raises(AssertionError):
+            same(sample(stock(model, [far])), wanted, sample(model), 0.02)
+    assert ours.get_attachment(KEY).applied[0].problems == ()
+
+
+@pytest.mark.parametrize("end", ["", ".weight", ".default", ".default.weight"])
+def test_a_dora_of_peft_is_that_of_its_definition(end, loras):
+    """W + B A, each output drawn to the length of its magnitude; PEFT writes the name in several ways."""
+    model = base("SD15")
+    file = {key + end * key.endswith(MAGNITUDE): value for key, value in peft_dora(model)[0].items()}
+    tensors = read(loras(file), model.model)
+    patches = load(tensors, comfy.lora.model_lora_keys_unet(model.model, {}), model.model, {})
+    layers, state = parse(patches, model.model).layers, weights_of(model)
+    assert patches.used == file.keys() and not patches.misfits and len(layers) == len(shapes(model))
+    for layer, (op,) in layers.items():
+        weight = state[f"diffusion_model.{layer}.weight"].double()
+        up, down, magnitude = (file[f"diffusion_model.{layer}.{part}"].double()
+                               for part in ("lora_B.weight", "lora_A.weight", MAGNITUDE + end))
+        turned = (weight.flatten(1) + up.flatten(1) @ down.flatten(1))
+        want = magnitude.reshape(-1, 1) * turned / turned.norm(dim=1, keepdim=True)
+        assert torch.allclose(op.on_weight(weight, 1.0).flatten(1), want, rtol=1e-4, atol=1e-5), layer
+
+
+def test_magnitudes_of_another_layer_are_named(loras):
+    model = base("SD15")
+    file, _ = peft_dora(model)
+    key = next(key for key in file if key.endswith(MAGNITUDE))
+    file[key] = torch.ones(7)
+    ours = merge(model, [LoRASpec(loras(file), 0.8, 0)])
+    (line,) = ours.get_attachment(KEY).applied[0].problems
+    assert key.removesuffix(f".{MAGNITUDE}") in line and "7" in line and "left out" in line
+
+
+@pytest.mark.parametrize("alpha", [None, 6.0])
+def test_a_bias_of_pefts_second_factor_is_added_at_the_scale_of_the_lora(alpha, loras):
+    """`lora_bias`: B (A x) + v, times alpha over rank. The host's loader knows a change of the bias by another name."""
+    model = base("SD15")
+    state = model.model.state_dict()
+    layers = shapes(model)
+    known = lora(layers, 1, alpha=alpha, name="diffusion_model.{}".format, **PEFT)
+    file, generator = dict(known), torch.Generator().manual_seed(5)
+    there = [layer for layer in layers if f"diffusion_model.{layer}.bias" in state]
+    for layer in there:
+        values = torch.randn(layers[layer][0], generator=generator)
+        file[f"diffusion_model.{layer}.{BIAS}"] = values
+        known[f"diffusion_model.{layer}.diff_b"] = values * (1.0 if alpha is None else alpha / 4)
+    spec, reference = (LoRASpec(loras(tensors), 0.8, 0) for tensors in (file, known))
+    ours = merge(model, [spec])
+    same(sample(ours), sample(stock(model, [reference])), sample(model))
+    assert ours.get_attachment(KEY).applied[0].problems == ()
+    assert len(stock(model, [spec]).patches) == len(stock(model, [reference]).patches) - len(there)
+
+
+def test_a_bias_for_a_layer_without_one_is_named(loras):
+    model = base("SD15")
+    (layer, shape), state = next((layer, shape) for layer, shape in shapes(model).items()
+                                 if layer.endswith("attn1.to_q")), model.model.state_dict()
+    assert f"diffusion_model.{layer}.bias" not in state
+    file = {**lora(shapes(model), 1, name="diffusion_model.{}".format, **PEFT),
+            f"diffusion_model.{layer}.{BIAS}": torch.ones(shape[0])}
+    (line,) = merge(model, [LoRASpec(loras(file), 0.8, 0)]).get_attachment(KEY).applied[0].problems
+    assert layer in line and "the layer no bias" in line and "left out" in line
+
+
+def diffusers_wan(layer: str) -> str:
+    """What diffusers' WanTransformer3DModel calls a layer of the original."""
+    for own, theirs in (("self_attn", "attn1"), ("cross_attn", "attn2"), ("ffn.0", "ffn.net.0.proj"),
+                        ("ffn.2", "ffn.net.2"), ("_embedding.0", "_embedder.linear_1"),
+                        ("_embedding.2", "_embedder.linear_2"), ("time_projection.1", "time_proj"),
+                        ("img_emb.proj.1", "image_embedder.ff.net.0.proj"), ("head.head", "proj_out"),
+                        ("img_emb.proj.3", "image_embedder.ff.net.2")):
+        layer = layer.replace(own, theirs)
+    block, _, leaf = layer.rpartition(".")
+    leaf = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0", "k_img": "add_k_proj", "v_img": "add_v_proj"}.get(
+        leaf, leaf)
+    outside = ("_embedder.linear" in layer or "time_proj" in layer or "image_embedder" in layer)
+    return "condition_embedder." * outside + (f"{block}.{leaf}" if block else leaf)
+
+
+@pytest.mark.parametrize("kind", ["t2v", "i2v"])
+@pytest.mark.parametrize("prefix", ["", "transformer.", "base_model.model.", "lycoris_"])
+def test_wan_in_the_names_of_diffusers(prefix, kind, loras):
+    """The host knows none of them: its loader leaves all of such a file out."""
+    wan = FAMILIES["Wan"]
+    model = base("Wan") if kind == "t2v" else patcher(build(
+        replace(wan, kind="WAN21_I2V", config={**wan.config, "model_type": "i2v", "in_dim": 36})))
+    layers = shapes(model, lambda layer: layer != "patch_embedding")
+    known = lora(layers, 1, name="diffusion_model.{}".format, **PEFT)
+    foreign = lora(layers, 1, name=lambda layer: prefix + diffusers_wan(layer).replace(
+        ".", "_" if prefix == "lycoris_" else "."), **PEFT)
+    assert sum("attn1" in key for key in foreign) and len(foreign) == len(known)
+    spec, reference = (LoRASpec(loras(file), 0.8, 0) for file in (foreign, known))
+    assert not stock(model, [spec]).patches
+    ours = merge(model, [spec])
+    assert ours.get_attachment(KEY).applied[0].problems == ()
+    found, wanted = (patches_of(model, each) for each in (spec, reference))
+    assert found.keys() == wanted.keys() and len(found) == len(layers)
+    assert all(torch.equal(found[key].weights[0], wanted[key].weights[0]) for key in found)
+    if kind == "t2v":
+        same(sample(ours, "Wan"), sample(stock(model, [reference]), "Wan"), sample(model, "Wan"))
+
+
+def patches_of(model, spec: LoRASpec) -> dict:
+    return load(read(spec.name, model.model), comfy.lora.model_lora_keys_unet(model.model, {}), model.model, {}).found
+
+
 # --- what is said of the others -------------------------------------------------------------------------------------
 
 OTHERS = {
@@ -130,8 +300,8 @@ def test_what_is_no_lora_is_called_by_its_name(what, loras):
 
 @pytest.mark.parametrize(("name", "words"), [
     ("lora_unet_double_blocks_{}_img_attn_qkv", "a kohya file with the prefix lora_unet_"),
-    ("lycoris_blocks_{}_attn1_to_q", "a LyCORIS file with the prefix lycoris_"),
-    ("transformer.blocks.{}.attn1.to_q", "a diffusers file with the prefix transformer."),
+    ("lycoris_strange_{}_attn1_to_q", "a LyCORIS file with the prefix lycoris_"),
+    ("transformer.strange.{}.attn1.to_q", "a diffusers file with the prefix transformer."),
     ("base_model.model.blocks.{}.q", "a PEFT file with the prefix base_model.model."),
     ("unet.strange.{}", "a diffusers or OneTrainer file with the prefix unet."),
 ])
