@@ -13,7 +13,6 @@ A branch is called at every layer of a model, where the host's time counts: `row
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -115,7 +114,7 @@ def _pieces(cuts: Sequence[tuple[int, int]], width: int) -> Callable[[Tensor], S
     one operation, where they do not overlap but for those that are the whole."""
     whole = (0, width)
     edges = sorted({0, width, *(edge for start, count in cuts for edge in (start, start + count))})
-    found = {(start, stop - start): k for k, (start, stop) in enumerate(pairwise(edges))}
+    found = {(start, stop - start): k for k, (start, stop) in enumerate(zip(edges, edges[1:], strict=False))}
     if all(cut == whole for cut in cuts):
         return lambda matrix: [matrix] * len(cuts)
     if len(cuts) == 1 or any(cut != whole and cut not in found for cut in cuts):
