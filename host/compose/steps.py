@@ -29,12 +29,14 @@ class StepTracker:
         self._last: Tensor | None = None
         self._step: Step | None = None
         self._told = False
+        self._finished = 0
         self._calls = 0
         self._single_calls = 0
 
     def tell(self) -> None:
         """The sampler finished a step."""
         self._told = True
+        self._finished += 1
         self._single_calls = self._single_calls + 1 if self._calls == 1 else 0
         self._calls = 0
 
@@ -58,13 +60,16 @@ class StepTracker:
         return self._step
 
     def index_of(self, sigma: float) -> int:
-        """The step whose interval holds sigma: the nearest entry of the schedule where sigma is one, else the last
-        entry above it."""
-        steps = range(self.total)
-        nearest = min(steps, key=lambda i: abs(self.sigmas[i] - sigma))
-        if abs(self.sigmas[nearest] - sigma) <= 1e-4 * abs(self.sigmas[nearest]):
-            return nearest
-        return max((i for i in steps if self.sigmas[i] >= sigma), default=0)
+        """The step whose interval holds sigma: one that begins at sigma, else one that it lies within. Where several
+        do (restarts, a level twice), the one that is nearest to what the sampler has told."""
+        steps, sigmas = range(self.total), self.sigmas
+        closest = min(abs(sigmas[i] - sigma) for i in steps)
+        at = [i for i in steps if abs(sigmas[i] - sigma) == closest <= 1e-4 * abs(sigmas[i])]
+        inside = at or [i for i in range(len(sigmas) - 1)
+                        if min(sigmas[i:i + 2]) <= sigma <= max(sigmas[i:i + 2])]
+        if inside:
+            return min(inside, key=lambda i: abs(i - self._finished))
+        return max((i for i in steps if sigmas[i] >= sigma), default=0)
 
 
 class Listening:

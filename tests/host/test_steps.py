@@ -46,6 +46,23 @@ def test_noise_levels_between_steps(sigma, index):
     assert StepTracker(SIGMAS).index_of(sigma) == index
 
 
+RESTARTED = [10.0, 4.0, 1.0, 4.0, 1.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize("sigmas", [RESTARTED, [0.01, 1.0, 4.0, 10.0]])
+@pytest.mark.parametrize("between", [False, True])
+def test_noise_levels_that_come_again(sigmas, between):
+    """A restart, a level twice, or from a picture to its noise: steps are told apart by how many are finished. So they
+    are on a device that is not asked."""
+    tracker, found = StepTracker(sigmas), []
+    for start, end in zip(sigmas, sigmas[1:], strict=False):
+        found.append(tracker.step(torch.tensor([start])).index)
+        if between and start != end:  # a second evaluation within the step
+            found.append(tracker.step(torch.tensor([0.6 * start + 0.4 * end])).index)
+        tracker.tell()
+    assert sorted(set(found)) == list(range(len(sigmas) - 1)) and found == sorted(found)
+
+
 def test_no_device_read_once_the_sampler_is_known():
     """Guard: StepTracker's trust. Without it every step would wait for the device."""
     tracker, stamps = StepTracker(SIGMAS), [OnDevice(sigma) for sigma in SIGMAS[:-1]]
