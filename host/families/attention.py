@@ -13,7 +13,7 @@ from math import ceil, floor
 from torch import nn
 
 from .row_order import family_entry
-from .token_streams import Streams, Tokens
+from .token_streams import Streams, Tokens, resized
 
 MOST = 12
 """Attention calls that are read per evaluation, spread evenly over the share of them that is asked for."""
@@ -46,6 +46,7 @@ def joint(root: nn.Module, streams: Streams, queries: int, keys: int) -> Joint |
             found = set()
     else:
         pictures = [own for own in known if _size(own) == queries and _has(own, "picture") and not _has(own, "text")]
+        pictures = pictures or [own for own in [resized(streams, queries)] if own is not None]
         texts = [own for own in known if _size(own) == keys and _has(own, "text") and not _has(own, "picture")]
         found = {(own, other) for own in pictures for other in texts}
     places = {Joint(_where(own, "picture"), _where(other, "text"),

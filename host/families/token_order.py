@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .row_order import family_entry
 from .token_films import FILMS
 from .token_pictures import PICTURES
-from .token_streams import ROW, Call, Family, Streams, Tokens
+from .token_streams import ROW, Call, Family, Streams, Tokens, resized
 
 FAMILIES = {**PICTURES, **FILMS}
 
@@ -41,6 +41,8 @@ class CallTokens:
         if stream == ROW:
             return ()
         found = {segments for segments in self.streams.get(stream, ()) if sum(s.count for s in segments) == tokens}
+        if not found and stream == "img":
+            return resized(self.streams, tokens)
         if len({tuple(replace(s, source="") for s in segments) for segments in found}) != 1:
             return None
         # Texts of one length that only their source tells apart: the first one's words are the prompt's.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import nn
 
 from ...engine.positions import Segment
-from .token_streams import ROW, Call, Family, Streams, Tokens, joined, other, padded, picture
+from .token_streams import ANY_SIZE, ROW, Call, Family, Streams, Tokens, joined, other, padded, picture
 
 # --- U-Nets -----------------------------------------------------------------------------------------------------------
 
@@ -20,7 +20,8 @@ def _unet(root: nn.Module, call: Call) -> Streams:
     for _ in root.channel_mult:
         sizes.append(size)
         size = tuple(-(-n // 2) for n in size)
-    return {"img": tuple((picture(size, 1),) for size in sizes), "txt": ((call.text(),),)}
+    img = tuple((picture(size, 1),) for size in sizes)
+    return {"img": img, "txt": ((call.text(),),), ANY_SIZE: img[:1]}
 
 
 UNET = Family(_unet, ((ROW, r"time_embed\..*|label_emb\..*|.*\.emb_layers\..*"), ("txt", r".*\.attn2\.to_[kv]"),

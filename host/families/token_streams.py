@@ -16,6 +16,9 @@ Streams = dict[str, tuple[Tokens, ...]]
 
 ROW = "row"
 """The stream of layers that see no tokens."""
+ANY_SIZE = "at any size"
+"""The stream of a picture that layers may see at other sizes than the family's own, in its proportions: other nodes
+shrink it for a while (PatchModelAddDownscale). No layer is named for it."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,18 @@ def padded(size: tuple[int, ...], patch: int) -> tuple[int, ...]:
 def picture(size: tuple[int, ...], patch: int | tuple[int, ...]) -> Segment:
     found = grid(size, patch)
     return Segment("picture", math.prod(found), found)
+
+
+def resized(streams: Streams, count: int) -> Tokens | None:
+    """The picture of ANY_SIZE in so many tokens; None where there is none, or no one size in its proportions."""
+    if ANY_SIZE not in streams:
+        return None
+    ((whole,),) = streams[ANY_SIZE]
+    _, height, width = whole.grid
+    scale = math.sqrt(count / whole.count)
+    grids = [(1, h, count // h) for h in range(max(math.floor(height * scale), 1), math.ceil(height * scale) + 1)
+             if count % h == 0 and abs(count // h - width * scale) < 1]
+    return (Segment("picture", count, grids[0]),) if len(grids) == 1 else None
 
 
 def other(count: int) -> Tokens:

@@ -277,6 +277,20 @@ def test_other_methods_are_confined_too(make, loras):
     assert 0 < maps.mean() < 1
 
 
+def test_a_picture_that_another_node_shrinks_for_a_while(loras):
+    """Places are read and used at the smaller sizes, too."""
+    shrinks = pytest.importorskip("comfy_extras.nodes_model_downscale").PatchModelAddDownscale
+    options = (1, 2.0, 0.0, 0.5, True, "bicubic", "bicubic")
+    model = base("SD15")
+    small = shrinks.execute(model, *options)[0] if hasattr(shrinks, "execute") else shrinks().patch(model, *options)[0]
+    ensemble = specs(model, loras)
+    ours = routed(small, ensemble)
+    found = sample(ours, "SD15", prompt(), steps=4)
+    (placed,) = places_of(ours)
+    assert record_of(ours).problems == [] and placed.maps.std() > 0.01
+    assert not torch.allclose(found, sample(routed(model, ensemble), "SD15", prompt(), steps=4), rtol=1e-2)
+
+
 def test_an_override_of_another_node_still_runs(loras):
     model, calls = base("SD15"), []
 

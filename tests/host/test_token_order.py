@@ -8,6 +8,7 @@ from math import prod
 
 import pytest
 import torch
+from lora_ensemble.engine.positions import Segment
 from lora_ensemble.host.families.row_order import FAMILIES as ROWS
 from lora_ensemble.host.families.token_order import FAMILIES, token_order
 from torch import Tensor
@@ -126,6 +127,17 @@ def test_tokens_add_up(name):
         assert segments is not None, f"{layer} sees {count} tokens of unknown order"
         assert segments == () or sum(s.count for s in segments) == count
         assert all(s.count == prod(s.grid) for s in segments if s.kind == "picture")
+
+
+@pytest.mark.parametrize(("tokens", "grid"), [
+    (96 * 64, (96, 64)), (48 * 32, (48, 32)), (24 * 16, (24, 16)), (12 * 8, (12, 8)), (6 * 4, (6, 4)),
+    (64 * 43, (64, 43)), (32 * 22, (32, 22)), (96 * 64 * 2 // 3, None), (79, None), (2 * 96 * 64, None)])
+def test_pictures_that_another_node_has_shrunk(tokens, grid):
+    """A U-Net whose activations are made smaller by any factor: what has the latent's proportions is the picture."""
+    unet = token_order(SMALL["SD15"].build())
+    found = unet.begin(torch.zeros(1, 4, 96, 64), {"context": torch.zeros(1, 5, 32)}).segments(
+        "middle_block.1.proj_in", tokens)
+    assert found == (None if grid is None else (Segment("picture", tokens, (1, *grid)),))
 
 
 @pytest.mark.parametrize("name", sorted(WITHOUT))
