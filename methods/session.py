@@ -75,6 +75,11 @@ class RunContext:
         """Number of steps of this run."""
         return max(len(self.sigmas) - 1, 1)
 
+    @property
+    def handed_on(self) -> bool:
+        """Whether the picture is not finished when the run is over. A run from a picture to its noise begins none."""
+        return self.sigmas[0] > self.sigmas[-1] > 0
+
     def open(self, index: int, count: int) -> tuple[int, ...]:
         """Which of `count` LoRAs may act at a step: those whose windows are open."""
         return tuple(i for i, gain in enumerate(self.gains[index]) if gain) if self.gains else tuple(range(count))

@@ -77,7 +77,7 @@ def outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=No
         finished = True
         known = [each.taken for each in run.routes if not each.idle]
         run.record.carried += carried(run.record, contexts, earlier, known, composition.cache)
-        if context.sigmas[-1] > 0:
+        if context.handed_on:
             sessions = zip(names_of([each.method for each in run.applied]), run.sessions, strict=True)
             RUNS.left(out, contexts[0] if contexts else context, run.routes, earlier, dict(sessions))
         return out

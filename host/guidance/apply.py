@@ -100,7 +100,7 @@ def sample_guided(executor, noise, latent_image, sampler, sigmas, denoise_mask=N
     finally:
         guider.model_options = options
         session.summary(record)
-        if record.finished and context.sigmas[-1] > 0:
+        if record.finished and context.handed_on:
             steps = context.steps + (earlier.steps if earlier is not None else 0)
             GUIDED.keep(out, Guided(guidance.policy, ref(model.model, GUIDED.model_gone), describe_model(model),
                                     prompts, context.sigmas[-1], steps, session.left()))

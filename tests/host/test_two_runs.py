@@ -7,14 +7,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from comfy.samplers import CFGGuider, sampler_object
 from lora_ensemble.host.compose import earlier, wrappers
 from lora_ensemble.host.compose.apply import with_cache
 from lora_ensemble.host.compose.cache import CacheSpec
 from lora_ensemble.host.compose.composition import places_of, record_of
+from lora_ensemble.host.guidance.apply import guidance_record_of
 from lora_ensemble.methods.composite import Composite
 from lora_ensemble.methods.schedule import Uniform
 
-from .builders import method, same, three
+from .builders import method, same, schedule, three
+from .guidance_tools import SD15, extrapolated
 from .models import base
 from .runs import MAKES, ROUNDING, STEPS, k_lora, no_runs, part, two_models
 from .test_routed import prompt, routed, specs
@@ -104,6 +107,31 @@ def test_a_run_that_adds_noise_begins_anew(loras):
     record = record_of(ours)
     assert (record.before, record.whole) == (0, 0)
     assert [step.branches[0][0].index(0.8) for step in record.steps[::3]] == [0, 0]
+
+
+@pytest.mark.parametrize("name", ["Switch", "K-LoRA"])
+def test_a_way_back_to_noise_is_no_beginning(name, fresh, loras):
+    """A picture is sampled backwards (FlipSigmas), and anew from the noise that it came to."""
+    model = base("SD15")
+    ours = k_lora(model, loras) if name == "K-LoRA" else method(model, three(model, loras), MAKES[name])
+    ours = extrapolated(ours)
+    back = schedule(model, STEPS).flip(0).clamp_min(1e-3)
+    conds = SD15.cond(11), SD15.cond(12)
+
+    def run(sigmas, latent):
+        guider = CFGGuider(ours)
+        guider.set_conds(*conds)
+        guider.set_cfg(3.0)
+        with torch.inference_mode():
+            return guider.sample(torch.zeros_like(latent), latent, sampler_object("euler"), sigmas, disable_pbar=True)
+
+    noise = run(back, SD15.noise(seed=4))
+    again = run(back.flip(0), noise)
+    record, guidance = record_of(ours), guidance_record_of(ours)
+    assert (record.before, record.whole) == (0, 0) and not record.carried
+    assert [step.index for step in guidance.steps] == list(range(STEPS)) and not guidance.carried
+    fresh._runs.clear()
+    assert torch.equal(run(back.flip(0), noise), again)
 
 
 def test_which_lora_had_no_turn_in_which_part(loras):
