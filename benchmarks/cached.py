@@ -9,6 +9,8 @@ one that was cut off.
     held         every interval-th step whole
     held, 2      the same and the second step, as many whole passes as a forecast has
     forecast     these, and between them the features on the line through the last two, the less far the farther on
+    guidance     every step whole, guidance extrapolated, 30 % of the evaluations saved (guidance.py)
+    both         forecast and guidance
     paper, held  of CMLoRA, by its own schedule: the leader whole, the others' features as old as all take to lead
     own, held    the same, and no features older than by the number of steps
     own, forecast  the same, moved on along their line
@@ -42,6 +44,7 @@ from torch import Tensor
 from ..engine.cache import FeatureCache
 from ..kernels.branch import Branch, Step
 from ..methods import Method
+from ..methods.guidance.extrapolated import Extrapolation
 from ..methods.schedule import NonUniform, Schedule, Uniform
 from ..methods.session import RunContext, Session, begin
 from ..testbed.beds import BEDS
@@ -49,15 +52,16 @@ from ..testbed.body import Body
 from ..testbed.evaluate import BATCH, METHODS, RECIPES, interval, score
 from ..testbed.judge import Judge
 from ..testbed.protocol import SEED, LoraSet, some_of
-from ..testbed.sampler import ROWS, STEPS, Picture, Sampler
+from ..testbed.sampler import ROWS, STEPS, Guide, Picture, Sampler
 from ..testbed.worlds import REGIMES
 from .cuts import Caught, cut_of
-from .guidance import distances
+from .guidance import Ruled, distances, extrapolated
 
 EVERYWHERE = 10**9
 """An age that no feature reaches."""
 WHOLE = "every step"
-KINDS = ("held", "held, 2", "forecast", "paper, held", "own, held", "own, forecast")
+KINDS = ("held", "held, 2", "forecast", "guidance", "both", "paper, held", "own, held", "own, forecast")
+USUAL = tuple(kind for kind in KINDS if kind not in ("guidance", "both"))
 
 
 class CachedSampler(Sampler):
@@ -174,27 +178,36 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Arm:
-    """A row of the table to be: how it samples, and what becomes of the method."""
+    """A row of the table to be: how it samples, with full guidance or not, and what becomes of the method."""
 
     kind: str
     interval: int
     schedule: Schedule | None
     forecast: bool = False
+    saves: bool = False
     changed: Callable[[Method], Method] = lambda method: method
+
+    def guides(self, count: int) -> list[Guide] | None:
+        """One per picture, as a run beside this cache has it."""
+        if not self.saves:
+            return None
+        return [Ruled(extrapolated(Extrapolation(), STEPS, self.schedule)) for _ in range(count)]
 
 
 def arms(name: str, intervals: Sequence[int]) -> Iterator[Arm]:
     """The rows of a method; interval 0 is CMLoRA's schedule, for all branches of any method."""
     yield Arm(WHOLE, 1, Uniform(1))
+    yield Arm("guidance", 1, Uniform(1), saves=True)
     for k in intervals:
         yield Arm("held", k, Uniform(k) if k else NonUniform())
         if k:
             yield Arm("held, 2", k, Uniform(k, first=2))
             yield Arm("forecast", k, Uniform(k, first=2), True)
+            yield Arm("both", k, Uniform(k, first=2), True, True)
     if name == "CMLoRA":
         yield Arm("paper, held", 0, None)
         for kind in ("held", "forecast"):
-            yield Arm(f"own, {kind}", 0, None, kind == "forecast", lambda method: replace(method, cache_age=0))
+            yield Arm(f"own, {kind}", 0, None, kind == "forecast", changed=lambda method: replace(method, cache_age=0))
 
 
 def draw(name: str, options: argparse.Namespace, sets: Sequence[LoraSet], base: Body, judge: Judge,
@@ -208,7 +221,8 @@ def draw(name: str, options: argparse.Namespace, sets: Sequence[LoraSet], base: 
             sampler.rows = sampler.whole = 0
             pictures = [RECIPES[name].picture(task, sampler.bank) for task in batch]
             with sampler:
-                images = sampler.draw([replace(one, method=arm.changed(one.method)) for one in pictures], STEPS)
+                images = sampler.draw([replace(one, method=arm.changed(one.method)) for one in pictures], STEPS,
+                                      guides=arm.guides(len(batch)))
             exact, read = images if exact is None else exact, judge.read(images)
             for i, (task, error) in enumerate(zip(batch, distances(images, exact).tolist(), strict=True)):
                 shown = np.mean(score(task, {h: int(v[i]) for h, v in read.items()})[0])
@@ -269,7 +283,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--regime", choices=REGIMES, default=REGIMES[0])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["Merge", "Composite"])
     parser.add_argument("--intervals", nargs="*", type=int, default=[2, 3, 4], help="0: CMLoRA's schedule")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, metavar="KIND",
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=USUAL, metavar="KIND",
                         help=f"beside every step: of {', '.join(map(repr, KINDS))}")
     parser.add_argument("--depth", type=int, default=1, help="blocks at either end of the transformer in every step")
     parser.add_argument("--device", default="cpu")

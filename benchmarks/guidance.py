@@ -3,7 +3,9 @@
 
 For every composition method and number of steps: full guidance (CFG), extrapolated guidance, full guidance with fewer
 steps at as many evaluations, Adaptive Guidance at the threshold that saves a quarter, and LinearAG. Thresholds and
-coefficients are calibrated on other seeds of half of the sets. Prints one JSON line per row, then a table:
+coefficients are calibrated on other seeds of half of the sets. `--between 0 3 7` adds what no rule can know: the terms
+of full guidance in as many steps, seen at these steps alone, on straight lines between them. Prints one JSON line per
+row, then a table:
 
     evaluations   per picture, both sides of guidance together, after the branches were mixed
     error         of the picture to the true solution, full guidance in 60 steps: relative L2
@@ -27,6 +29,7 @@ import argparse
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -38,6 +41,7 @@ from ..methods.guidance.calibration import Calibration, CalibrationSession, Norm
 from ..methods.guidance.extrapolated import ExtrapolatedSession, Extrapolation
 from ..methods.guidance.linear import LinearSession
 from ..methods.guidance.session import GuidanceSession
+from ..methods.schedule import Schedule
 from ..testbed.beds import BEDS
 from ..testbed.evaluate import BATCH, RECIPES, Recipe, score
 from ..testbed.protocol import SEED, LoraSet, some_of
@@ -65,14 +69,29 @@ class Row:
 
 
 class Full:
-    """Every negative is evaluated."""
+    """Every negative is evaluated. `terms`: e(c) - e(u) at each step."""
 
     def __init__(self):
-        self.evaluations = 0
+        self.evaluations, self.terms = 0, []
 
     def __call__(self, step: Step, x: Tensor, c: Tensor, u: Tensor) -> Tensor:
         self.evaluations += 2
+        self.terms.append((u - c) / step.sigma)
         return u
+
+
+class Between(Full):
+    """The terms of a run with full guidance, seen at some steps: those at others on the line through the two nearest
+    ones. The sampler's steps are of one length."""
+
+    def __init__(self, of: Full, seen: Sequence[int]):
+        super().__init__()
+        self.of, self.seen = of, sorted(seen)
+
+    def __call__(self, step: Step, x: Tensor, c: Tensor, u: Tensor) -> Tensor:
+        self.evaluations += 2 if step.index in self.seen else 1
+        a, b = next((pair for pair in pairwise(self.seen) if step.index <= pair[1]), self.seen[-2:])
+        return c + step.sigma * torch.lerp(self.of.terms[a], self.of.terms[b], (step.index - a) / (b - a))
 
 
 class Ruled(Full):
@@ -126,39 +145,48 @@ def apart(images: Tensor, others: Tensor) -> float:
     return float(distances(images, others).mean())
 
 
+def extrapolated(policy: Extrapolation, steps: int, cache: Schedule | None = None) -> ExtrapolatedSession:
+    """Extrapolated guidance in a run of the testbed's sampler, beside a branch cache of this schedule or none."""
+    session = ExtrapolatedSession(policy, True, torch.linspace(1, 0, steps + 1).tolist())
+    session.whole = cache
+    return session
+
+
 def arms(rules: Sequence[str], calibrate: Callable[[], Calibration], steps: int, policy: Extrapolation,
-         ) -> Iterator[tuple[str, Callable[[], Full], int]]:
-    """Name, guide and number of steps of every row."""
-    yield "CFG", Full, steps
+         between: Sequence[int]) -> Iterator[tuple[str, Callable[[Full | None], Full], int]]:
+    """Name, guide and number of steps of every row. A guide is made from that of the same picture in the first row."""
+    yield "CFG", lambda _: Full(), steps
+    if between:
+        yield f"true terms between {', '.join(map(str, between))}", lambda full: Between(full, between), steps
     if "extrapolated" in rules:
-        sigmas = torch.linspace(1, 0, steps + 1).tolist()
-        yield "extrapolated", lambda: Ruled(ExtrapolatedSession(policy, True, sigmas)), steps
-        yield "CFG, fewer steps, as extrapolated", Full, -(-(steps + len(policy.steps(steps))) // 2)
+        yield "extrapolated", lambda _: Ruled(extrapolated(policy, steps)), steps
+        yield "CFG, fewer steps, as extrapolated", lambda _: Full(), -(-(steps + len(policy.steps(steps))) // 2)
     if not {"AG", "LinearAG"} & set(rules):
         return
     found = calibrate()
     threshold = threshold_for(found.gamma[SPACE], AG_SAVING)
     if "AG" in rules:
-        yield "AG", lambda: Ruled(AdaptiveSession(AdaptiveGuidance(threshold, SPACE))), steps
+        yield "AG", lambda _: Ruled(AdaptiveSession(AdaptiveGuidance(threshold, SPACE))), steps
     if "LinearAG" in rules:
-        yield "LinearAG", lambda: Ruled(LinearSession(found.policy())), steps
+        yield "LinearAG", lambda _: Ruled(LinearSession(found.policy())), steps
 
 
 def rows_of(name: str, sampler: Sampler, judge, sets: Sequence[LoraSet], all_steps: Sequence[int],
-            policy: Extrapolation, tell: Callable[[Row], None], rules: Sequence[str] = RULES) -> list[Row]:
+            policy: Extrapolation, tell: Callable[[Row], None], rules: Sequence[str] = RULES,
+            between: Sequence[int] = ()) -> list[Row]:
     """All rows of one composition method."""
     recipe, rows = RECIPES[name], []
     exact = drawn(sampler, recipe, sets, [Full() for _ in sets], EXACT)
     for steps in all_steps:
-        whole = None
+        whole, full = None, [None] * len(sets)
 
         def calibrate(steps: int = steps) -> Calibration:
             return calibrated(sampler, recipe, sets[::2], steps)
 
-        for guidance, make, count in arms(rules, calibrate, steps, policy):
-            guides = [make() for _ in sets]
+        for guidance, make, count in arms(rules, calibrate, steps, policy, between):
+            guides = [make(each) for each in full]
             images = drawn(sampler, recipe, sets, guides, count)
-            whole = images if whole is None else whole
+            whole, full = (images, guides) if whole is None else (whole, full)
             read = judge.read(images)
             shown = [score(task, {h: int(v[i]) for h, v in read.items()})[0] for i, task in enumerate(sets)]
             row = Row(name, guidance, count, round(sum(guide.evaluations for guide in guides) / len(sets), 2),
@@ -193,8 +221,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps", nargs="+", type=int, default=[8, 20, 40])
     parser.add_argument("--saving", type=float, default=0.3, help="share that extrapolated guidance is to save")
     parser.add_argument("--rules", nargs="+", choices=RULES, default=RULES, help="beside full guidance")
+    parser.add_argument("--between", nargs="+", type=int, default=[], metavar="STEP", help="at least two")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args(arguments)
+    if len(options.between) == 1 or max(options.between, default=0) >= min(options.steps):
+        parser.error("--between takes at least two steps, of those that every run has")
     torch.manual_seed(0)
     bed, policy = BEDS[options.body], Extrapolation(options.saving)
     base, judge = bed.load_base(options.device), bed.load_judge(options.device)
@@ -207,7 +238,8 @@ def main(arguments: list[str] | None = None) -> int:
     rows = []
     for name in options.methods:
         with Sampler(base, bed.load_loras(options.regime)) as sampler:
-            rows += rows_of(name, sampler, judge, sets, options.steps, policy, tell, options.rules)
+            rows += rows_of(name, sampler, judge, sets, options.steps, policy, tell, options.rules,
+                            options.between)
     sys.stdout.write("\n" + summary(rows) + "\n")
     return 0
 

@@ -127,15 +127,15 @@ def composed(model, files: Sequence[Path], name: str, always: Path | None = None
     return with_cache(ours, CacheSpec(max_age=AgeBySteps(len(files)), depth=3)) if name == "CMLoRA" else ours
 
 
-def saving(model, how: str):
-    """The same behind the nodes that save."""
+def saving(model, how: str, interval: int = INTERVAL, depth: int = DEPTH):
+    """The same behind the nodes that save; the interval and the depth are the cache's."""
     from ..host.compose.apply import with_cache
     from ..host.compose.cache import CacheSpec
     from ..host.guidance.apply import apply_guidance
     from ..host.guidance.options import GuidanceOptions, guidance_of
 
     if how in ("cache", "both"):
-        model = with_cache(model, CacheSpec(Uniform(INTERVAL, first=2), depth=DEPTH, forecast=True))
+        model = with_cache(model, CacheSpec(Uniform(interval, first=2), depth=depth, forecast=True))
     if how in ("guidance", "both"):
         model = apply_guidance(model, guidance_of(GuidanceOptions("extrapolate", AdaptiveGuidance(), SAVED)))
     return model

@@ -22,7 +22,8 @@ the clock: use them where other programs are busy.
     cache       steps of Composite over the same steps with the branch cache as its node has it, a forecast, interval 3
                 and depth 2; the relative error of the final latent, and the bytes held
     saving      a run with guidance over the same run with Adaptive Guidance that saves a quarter, and with LinearAG
-    stack       a run of the stock hook composite over one of Composite with forecast cache and extrapolated guidance
+    stack       a run of the stock hook composite over one of Composite with forecast cache and extrapolated guidance,
+                at each interval and depth of --cuts
     floor       what a step's products would take at the device's matrix rate, as a share of a step of Composite;
                 with --compile also compiled
 
@@ -60,10 +61,11 @@ from ..methods.merge import Merge
 from . import models
 from .deciding import bench_deciding, bench_saving
 from .measure import Peak, Results, Seconds, alternate, difference, median, parser_of
+from .methods import DEPTH, INTERVAL
 from .mixing import bench_mixing
 from .models import STRENGTH, bank_of, compose
 from .routing import bench_routed
-from .whole import bench_floor, bench_stack
+from .whole import Cut, bench_floor, bench_stack
 
 PARITY = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 2e-2}
 USUAL = ("composite", "tax", "selection", "mixing", "guidance")
@@ -290,15 +292,24 @@ class Bench:
     def stack(self, count: int) -> str:
         composed, options = compose(self.model, self.files[:count])[0], self.options
         found = bench_stack(self.model, models.hooked(self.conds, self.files[:count]), composed, self.conds, self.noise,
-                            options.run_steps, options.rounds, self.cfg)
-        self.tell("stack", n=count, **found)
-        return f"with cache and extrapolated guidance {found['ratio']:.2f} times as fast as the stock hook composite"
+                            options.run_steps, options.rounds, self.cfg, options.cuts)
+        for each in found.values():
+            self.tell("stack", n=count, **each)
+        ratios = ", ".join(f"{each['ratio']:.2f} (interval {interval}, depth {depth})"
+                           for (interval, depth), each in found.items())
+        return f"with cache and extrapolated guidance {ratios} times as fast as the stock hook composite"
 
     def floor(self, count: int) -> str:
         composed, options = compose(self.model, self.files[:count])[0], self.options
         found = bench_floor(composed, self.conds, self.noise, options.steps, self.cfg, options.dtype, options.compile)
         self.tell("floor", n=count, **found)
         return f"products are {100 * found['share']:.0f} % of a step"
+
+
+def cut(text: str) -> Cut:
+    """"3:2" -> interval and depth of a cache."""
+    interval, depth = map(int, text.split(":"))
+    return interval, depth
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -317,6 +328,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
                              "of a U-Net also convolutions")
     parser.add_argument("--steps", type=int, default=3, help="sampler steps per run, the first not timed as a step")
     parser.add_argument("--run-steps", type=int, default=13, help="the same for cache, saving and stack")
+    parser.add_argument("--cuts", type=cut, nargs="+", default=[(INTERVAL, DEPTH)], metavar="INTERVAL:DEPTH",
+                        help="stack: of the cache, each with a run of its own; default: %(default)s")
     parser.add_argument("--rounds", type=int, default=1, help="runs of each way, in turns")
     parser.add_argument("--repeats", type=int, default=2, help="forwards of each kind for the tax, in turns")
     parser.add_argument("--memory", type=float, metavar="GB", help="leave so much of a GPU's memory, the rest is taken")

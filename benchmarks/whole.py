@@ -3,6 +3,7 @@ that its products alone would take."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from time import perf_counter
 
 import torch
@@ -13,23 +14,33 @@ from .measure import Seconds, difference, median, synchronize, total
 from .methods import saving
 from .models import sampled
 
+Cut = tuple[int, int]
+"""Interval and depth of a branch cache."""
 
-def bench_stack(model, hooks: list, composed, conds: list, noise: Tensor, steps: int, rounds: int,
-                cfg: float) -> dict[str, float]:
+
+def bench_stack(model, hooks: list, composed, conds: list, noise: Tensor, steps: int, rounds: int, cfg: float,
+                cuts: Sequence[Cut]) -> dict[Cut, dict[str, float]]:
     """Seconds of whole runs, the first step included, of the stock hook composite and of Composite with the forecast
-    cache and, where the model has a negative, extrapolated guidance (methods.py); how far the last pictures are apart,
-    as a share of the hooks' norm: cache and guidance are approximations."""
-    arms = {"hooks": (model, *hooks), "stack": (saving(composed, "both" if cfg != 1 else "cache"), *conds)}
-    runs: dict[str, list[Seconds]] = {name: [] for name in arms}
-    latents: dict[str, Tensor] = {}
+    cache, cut in each of these ways, and, where the model has a negative, extrapolated guidance (methods.py); how far
+    the last pictures are apart, as a share of the hooks' norm: cache and guidance are approximations."""
+    how = "both" if cfg != 1 else "cache"
+    arms = {None: (model, *hooks), **{cut: (saving(composed, how, *cut), *conds) for cut in cuts}}
+    runs: dict[Cut | None, list[Seconds]] = {name: [] for name in arms}
+    latents: dict[Cut | None, Tensor] = {}
     for _ in range(rounds):
         for name, arm in arms.items():
             sampled(*arm, noise, 1, cfg)  # hooks make the host load its model anew for every other MODEL
             latents[name], times = sampled(*arm, noise, steps, cfg)
             runs[name].append(total(times))
-    theirs, mine = median(runs["hooks"]), median(runs["stack"])
-    return {"ratio": theirs.wall / mine.wall, "cpu_ratio": theirs.cpu / mine.cpu, "hooks_seconds": theirs.wall,
-            "stack_seconds": mine.wall, "steps": steps, "difference": difference(latents["stack"], latents["hooks"])}
+    theirs = median(runs[None])
+
+    def found(cut: Cut) -> dict[str, float]:
+        mine = median(runs[cut])
+        return {"ratio": theirs.wall / mine.wall, "cpu_ratio": theirs.cpu / mine.cpu, "hooks_seconds": theirs.wall,
+                "stack_seconds": mine.wall, "steps": steps, "interval": cut[0], "depth": cut[1],
+                "difference": difference(latents[cut], latents[None])}
+
+    return {cut: found(cut) for cut in cuts}
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> float:

@@ -6,7 +6,7 @@ c and u stand for the prediction with the prompt and with the negative one, in n
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -141,3 +141,38 @@ def spread_steps(total: int, evaluated: int, widest: int) -> tuple[int, ...]:
     a = max(min(DENSER, widest / mean - 1, 1 - 1 / mean), 0.0)
     shares = (i / count - a * math.sin(2 * math.pi * i / count) / (2 * math.pi) for i in range(count + 1))
     return (0, *(1 + round((total - 2) * share) for share in shares))
+
+
+def steps_among(planned: Sequence[int], whole: Collection[int], served: int, widest: int) -> tuple[int, ...]:
+    """The steps that see a term in a run whose model runs whole at some steps alone, and at others on what it kept at
+    one of them less than `served` steps ago. Seen at another step, the term makes the model run whole once more.
+
+    Planned steps that would do so move to the nearest step that is whole, the earlier of two. The last stays where it
+    is, and the planned one that is nearest moves to the last whole step before it. What is then farther apart than
+    anything planned there gets a whole step between, and what is farther apart than `widest` any.
+
+    planned: in order, from 0 to the last of the run.
+    """
+    steps, inner, last = [0], planned[1:-1], planned[-1]
+    rides, whole = last not in whole, sorted(step for step in whole if 0 < step < last)
+    if rides and whole and last - max((step for step in inner if step in whole), default=-served) >= served:
+        nearest = min(inner, key=lambda step: abs(step - whole[-1]), default=None)
+        inner = sorted({step for step in inner if step != nearest} | {whole[-1]})
+    kept = 0  # the last step that is whole and sees the term
+    for step in inner:
+        later = [each for each in whole if each > steps[-1]]
+        if step not in whole and step - kept >= served and later:
+            step = min(later, key=lambda each: abs(each - step))
+        if step > steps[-1]:
+            steps.append(step)
+        kept = step if step in whole else kept
+    steps += [last] if last else []
+    while True:
+        for a, b in zip(steps, steps[1:], strict=False):
+            between = [step for step in whole if a < step < b]
+            reach = max(d - c for c, d in zip(planned, planned[1:], strict=False) if c < b and a < d)
+            if b - a > (min(reach, widest) if between else widest):
+                steps = sorted([*steps, min(between or range(a + 1, b), key=lambda step: abs(2 * step - a - b))])
+                break
+        else:
+            return tuple(steps)

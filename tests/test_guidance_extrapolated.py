@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from lora_ensemble.kernels.branch import Step
-from lora_ensemble.kernels.guidance import line, relative_size, spread_steps
+from lora_ensemble.kernels.guidance import line, relative_size, spread_steps, steps_among
 from lora_ensemble.methods.guidance import extrapolated
 from lora_ensemble.methods.guidance.extrapolated import ExtrapolatedSession, Extrapolation, widest
 from lora_ensemble.methods.guidance.record import GuidanceRecord, GuidanceStep
@@ -48,6 +48,34 @@ def test_relative_size():
     (2, 2, 4, (0, 1)), (1, 1, 4, (0,)), (3, 3, 4, (0, 1, 2))])
 def test_spread_steps(total, evaluated, widest, wanted):
     assert spread_steps(total, evaluated, widest) == wanted
+
+
+@pytest.mark.parametrize(("planned", "interval", "wanted"), [
+    ((0, 1, 3, 6, 10, 14, 17, 19), 1, (0, 1, 3, 6, 10, 14, 17, 19)),
+    ((0, 1, 3, 6, 10, 14, 17, 19), 2, (0, 1, 2, 4, 6, 10, 14, 16, 18, 19)),
+    ((0, 1, 3, 6, 10, 14, 17, 19), 3, (0, 1, 3, 6, 9, 12, 15, 18, 19)),
+    ((0, 1, 3, 6, 10, 14, 17, 19), 4, (0, 1, 3, 4, 8, 12, 16, 19)),
+    ((0, 1, 2, 4, 6, 9, 12, 16, 20, 24, 28, 31, 34, 36, 38, 39), 3,
+     (0, 1, 2, 3, 6, 9, 12, 15, 18, 21, 24, 27, 30, 33, 36, 38, 39)), ((0, 1), 2, (0, 1)), ((0,), 2, (0,))])
+def test_steps_among_those_that_are_whole(planned, interval, wanted):
+    whole = [step for step in range(planned[-1] + 1) if step % interval == 0 or step == 1]
+    assert steps_among(planned, whole, interval, 4) == wanted
+
+
+@pytest.mark.parametrize("interval", [2, 3, 4, 5])
+@pytest.mark.parametrize("saving", [0.1, 0.3, 0.5])
+@pytest.mark.parametrize("first", [1, 2])
+def test_no_step_makes_the_model_run_whole_once_more(interval, saving, first):
+    """The first and the last of the plan stay, none is farther from the one before than allowed, and each is whole or
+    has a whole one little before it that sees the term."""
+    for total in range(6, 60):
+        planned, reach = Extrapolation(saving).steps(total), widest(total)
+        whole = [step for step in range(total) if step % interval == 0 or step < first]
+        found = steps_among(planned, whole, interval, reach)
+        assert list(found) == sorted({*found}) and {0, total - 1} <= {*found}
+        assert max(b - a for a, b in zip(found, found[1:], strict=False)) <= reach
+        for step in found:
+            assert step - max(each for each in found if each in whole and each <= step) < interval, (found, step)
 
 
 @pytest.mark.parametrize("total", range(1, 60))

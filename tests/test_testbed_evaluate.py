@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from lora_ensemble.benchmarks import cached, quality
+from lora_ensemble.benchmarks import cached, guidance, quality
 from lora_ensemble.benchmarks.cuts import cut_of
 from lora_ensemble.kernels.branch import Step
 from lora_ensemble.methods.routed import Routing, trusted
@@ -200,6 +200,29 @@ def test_shares_of_the_sets_make_one_table(monkeypatch, tmp_path, capsys):
     for wrong in ("0/2", "3/2", "2"):
         with pytest.raises(SystemExit):
             cached.main(["--share", wrong])
+
+
+def test_cache_and_guidance_together_save_both():
+    """Guidance takes its turns where the cache has them, on the testbed as in a run."""
+    bed = BEDS["unet"]
+    base, loras, task = bed.load_base(), bed.load_loras("narrow"), bed.all_sets((2,))[0]
+    (arm,) = [each for each in cached.arms("Merge", [3]) if each.kind == "both"]
+    with cached.CachedSampler(base, loras, arm.schedule, arm.forecast) as sampler:
+        (guide,) = arm.guides(1)
+        sampler.draw([evaluate.RECIPES["Merge"].picture(task, sampler.bank)], cached.STEPS, guides=[guide])
+    assert (sampler.whole, sampler.rows, guide.evaluations) == (2 * 8, 2 * 20, 20 + 9)
+    assert all(each.guides(1) is None for each in cached.arms("Merge", [3]) if each.kind not in ("guidance", "both"))
+
+
+def test_true_terms_between_steps():
+    """On straight lines through those of a run with full guidance, beyond the last two, too."""
+    step, x, c = [Step(j, 4, 1 - j / 4) for j in range(4)], torch.zeros(2), torch.full((2,), 5.0)
+    full, terms = guidance.Full(), [3.0, 7.0, 1.0, 0.0]
+    for each, term in zip(step, terms, strict=True):
+        full(each, x, c, c + each.sigma * term)
+    between = guidance.Between(full, (0, 2))
+    found = [(between(each, x, c, x) - c)[0].item() / each.sigma for each in step]
+    assert found == pytest.approx([3.0, 2.0, 1.0, 0.0]) and (full.evaluations, between.evaluations) == (8, 6)
 
 
 def test_what_has_not_been_made_is_asked_for(monkeypatch, tmp_path, capsys):

@@ -19,6 +19,7 @@ from ...engine.transfer import on_device
 from ...kernels.branch import Step
 from ...methods.guidance.record import GuidanceRecord, GuidanceStep
 from ...methods.guidance.session import GuidanceSession, Tell
+from ...methods.schedule import Schedule
 from ..compose.composition import KEY as COMPOSITION
 from ..compose.rows import narrowed, sides_together, whole_only
 from ..compose.steps import StepTracker
@@ -56,6 +57,7 @@ class GuidedRun:
         windowed = options.get("context_handler") is not None
         # A guider of the host's own formula shows it whole predictions, whatever windows they came from.
         shown_whole = windowed and session.tracks and not self.own_math
+        session.whole = self._runs_whole()
         need = session.begin(step, len(x), windowed and not shown_whole)
         self.call = call = GuidedCall(need, need.rows, x, shown_whole=shown_whole)
         self._open_step(step)
@@ -75,6 +77,11 @@ class GuidedRun:
             return out
         finally:
             self.call = None
+
+    def _runs_whole(self) -> Schedule | None:
+        """The schedule of a branch cache; None without one, and where each method has its own."""
+        runs = self.composition.runs if self.composition is not None else ()
+        return runs[-1].cache.spec.schedule if runs and runs[-1].cache is not None else None
 
     def _conditional(self, executor, x, timestep, options: dict, seed):
         """What the same chain of nodes predicts at cfg 1, those that shape guidance left out."""

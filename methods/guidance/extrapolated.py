@@ -12,6 +12,9 @@ the line stood in went astray by (d2 - d(t2)) sum_j h_j (t_j - t1) / (t2 - t1), 
 Turns lie closer together at both ends of a run, where the term changes most, and the last step is always one: its term
 goes into the picture as it is, and nothing makes up for it any more.
 
+Beside a branch cache turns are taken where the model runs whole anyway, or so soon after that the negative's features
+are young enough: else all branches would run whole once more, for d needs both sides alike.
+
 Ours: by noise level and not by step, so that any sampler and schedule will do, without a calibration, for any number of
 negatives. What others reuse of guidance is held (FasterCache, arXiv 2410.19355) or fitted (LinearAG, see linear.py);
 what each costs is in testbed/README.md.
@@ -27,7 +30,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.branch import Step
-from ...kernels.guidance import line, relative_size, spread_steps
+from ...kernels.guidance import line, relative_size, spread_steps, steps_among
 from ..session import Sent
 from .record import GuidanceRecord
 from .session import FULL, REPLACED, GuidanceSession, Need, Rows, Tell
@@ -156,7 +159,7 @@ class ExtrapolatedSession(GuidanceSession):
         self._kept = False  # whether this step's terms are in the lines
         self._origin = 0  # the step that the lines begin at
         self._newest = 0.0  # noise level of the newest term
-        self._planned: frozenset[int] = frozenset()
+        self._planned: frozenset[int] | None = None
         self._widest = WIDEST
         self._last: list[int] = []  # per picture, the step that was evaluated last; empty: none was
         self._gaps: list[int] = []  # per picture, steps from there to the next
@@ -318,16 +321,26 @@ class ExtrapolatedSession(GuidanceSession):
         self._plan(step.total)
 
     def _plan(self, total: int) -> None:
-        """The steps from where the lines begin up to the last of so many."""
-        policy, begin, left = self.policy, self._origin, total - self._origin
-        self._widest = widest(left)
-        if policy.tolerance is None:
-            steps = policy.steps(left) if not begin else replace(policy, first=2).steps(left)
-            self._planned = frozenset(begin + each for each in steps)
+        """A run of so many steps, from where the lines begin."""
+        self._widest, self._planned = widest(total - self._origin), None
+
+    def _plan_turns(self) -> frozenset[int]:
+        """The steps from where the lines begin up to the last. Not before the second, since by then a cache has chosen
+        its own."""
+        policy, begin, step = self.policy, self._origin, self._step
+        left = step.total - begin
+        steps = (policy if not begin else replace(policy, first=2)).steps(left)
+        if self.whole is not None:
+            before = self._before
+            whole = [index - begin for index in range(max(begin, before), step.total)
+                     if self.whole.refreshes(Step(index - before, step.total - before, 0.0))]
+            steps = steps_among(steps, whole, self.whole.max_age, self._widest)
+        return frozenset(begin + each for each in steps)
 
     def _turn(self, index: int) -> Need:
         policy, last = self.policy, self._last
         if policy.tolerance is None:  # a step that was planned may have been left out by another node
+            self._planned = self._plan_turns() if self._planned is None else self._planned
             return FULL if any(step in self._planned for step in range(last[0] + 1, index + 1)) else REPLACED
         if index < max(self._origin + 2, policy.first) or index == self._step.total - 1:
             return FULL

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.branch import Step
+from ..schedule import Schedule
 from .record import GuidanceRecord
 
 Rows = tuple[int, ...]
@@ -48,6 +49,8 @@ class GuidanceSession(ABC):
 
     fades   whether `weigh` may be below 1. A row that such a rule leaves out has faded: it comes out conditional,
             whatever other nodes make of two equal predictions. Of other rules a row that is left out is predicted
+    whole   the steps of this run at which the model runs whole anyway, beside a cache that leaves out its deep layers
+            at others; None: it always does. The host sets it before each call
     tracks  whether it goes by the difference of the two sides, seen at some calls, at the others: the conditional side
             must then be the same with the negative beside it and without. In context windows of a guider whose whole
             predictions the host shows, it sees those
@@ -55,6 +58,7 @@ class GuidanceSession(ABC):
 
     fades = False
     tracks = False
+    whole: Schedule | None = None
 
     def __init__(self, tell: Tell | None = None):
         self.tell: Tell = tell if tell is not None else lambda problem: None

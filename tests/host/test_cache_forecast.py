@@ -7,7 +7,9 @@ import torch
 from lora_ensemble.host.compose.apply import with_cache
 from lora_ensemble.host.compose.cache import FEWEST, CacheSpec
 from lora_ensemble.host.compose.composition import record_of
+from lora_ensemble.host.guidance.apply import guidance_record_of
 from lora_ensemble.methods.schedule import Uniform
+from lora_ensemble.nodes.cache import LoRAEnsembleBranchCache
 
 from .builders import composite, merge, sample, three
 from .caches import Watch, cached, cmlora, in_turn, steps_of
@@ -131,14 +133,23 @@ def test_samplers_with_several_calls_per_step(sampler, loras):
     assert by_index == {i: {i < 2 or i % 3 == 0} for i in range(9)}
 
 
-def test_with_extrapolated_guidance(loras):
-    """A negative that comes back after some steps has a line from what it left, or is held, or runs whole."""
+@pytest.mark.parametrize(("cache", "interval", "turns"), [
+    (forecast, 3, [0, 1, 3, 6, 9, 12, 15, 18, 19]), (cached, 3, [0, 1, 3, 6, 9, 12, 15, 18, 19]),
+    (lambda model: forecast(model, 4), 4, [0, 1, 3, 4, 8, 12, 16, 19]),
+    (lambda model: LoRAEnsembleBranchCache.execute(model, "forecast", 0, 2, 0.05).args[0], 5,
+     [0, 1, 3, 5, 7, 10, 12, 15, 17, 19])], ids=["forecast", "held", "longer", "budget"])
+def test_with_extrapolated_guidance(cache, interval, turns, loras):
+    """The negative is evaluated where all runs whole anyway, or so soon after that its features are young enough: they
+    have a line of their own, and no branch runs whole for its sake. A budget has chosen when that is planned."""
     model = composite(base("SD15"), three(base("SD15"), loras))
-    ours = extrapolated(forecast(model))
+    ours = extrapolated(cache(model))
     out, plain = sample(ours, steps=20, cfg=3.0), sample(model, steps=20, cfg=3.0)
     assert ((out - plain).norm() / plain.norm()).item() < 0.5
-    assert sum(step["reused"] for step in steps_of(ours)) > 0
-    assert max(age for step in steps_of(ours) for age in step["ages"]) < 3
+    steps = steps_of(ours)
+    assert [step.index for step in guidance_record_of(ours).steps if step.negative] == turns
+    whole = [i for i, step in enumerate(steps) if not step["reused"]]
+    assert whole == [i for i in range(20) if i % interval == 0 or (i == 1 and cache is not cached)]
+    assert max(age for step in steps for age in step["ages"]) < interval
 
 
 def test_saved_workflows_go_on_holding(loras):
