@@ -159,6 +159,11 @@ class Browser:
     def open(self, url: str) -> None:
         self.call("Page.navigate", url=url)
 
+    def leave(self) -> None:
+        """Closes the page; nothing stays of what it kept."""
+        self.open("about:blank")
+        self.call("Storage.clearDataForOrigin", origin="*", storageTypes="all")
+
     def evaluate(self, script: str) -> Any:
         """The value of a JavaScript expression; a promise is awaited. Raises BrowserError where it throws."""
         result = self.call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True,

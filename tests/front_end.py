@@ -16,7 +16,8 @@ from typing import Any
 from lora_ensemble.tests.browser import Browser
 from lora_ensemble.tests.server import HTTP, PACK, Server
 
-READY = "!!(window.app?.graph && window.app.extensionManager && document.querySelector('canvas'))"
+READY = "!!(window.app?.graph?._nodes.length && app.extensionManager?.spinner === false)"
+"""The host has opened a workflow of its own, as it does where a page is new, and its start is over."""
 NO_FAULT = ("Failed to load resource", "Content Security Policy", "violates", "Refused to connect",
             "ComfyApp graph accessed before initialization", "Subgraph not found")
 """What the host's page says where a user has no files and no settings yet, and 1.45 at each step inside a subgraph."""
@@ -27,7 +28,7 @@ SETTLED = """new Promise(async done => {
     (n.widgets ?? []).map(w => [w.element?.clientWidth, w.element?.clientHeight,
       w.element?.firstElementChild?.scrollHeight])]))
   let before = '', same = 0
-  for (let i = 0; i < 100 && same < (window.quiet ?? 3); i++) {
+  for (let i = 0; i < 100 && same < 3; i++) {
     app.canvas.draw(true, true)
     await new Promise(next => requestAnimationFrame(() => setTimeout(next, 50)))
     const now = seen()
@@ -173,11 +174,8 @@ class FrontEnd:
         browser.open(f"http://127.0.0.1:{self.server.port}")
         browser.wait_for("document.readyState === 'complete'")
         browser.wait_for(READY, seconds=300)
-        browser.wait_for("Object.keys(LiteGraph.registered_node_types).some(name => name.startsWith('LoRAEnsemble'))")
-        browser.wait_for("app.graph._nodes.length > 0")  # the host opens a workflow of its own first, in its own time
-        browser.evaluate(f"(window.quiet = 30, {SETTLED})")
-        browser.evaluate("delete window.quiet")
         browser.evaluate("document.fonts.ready.then(() => true)")
+        browser.evaluate(SETTLED)
 
     def set(self, name: str, value: Any) -> None:
         """A setting of the front end, as it is kept on the server."""
@@ -189,16 +187,11 @@ class FrontEnd:
             pass
 
     def open_graph(self, graph: dict[str, Any], name: str) -> None:
-        """Opens a workflow as one of the template browser, an app as the graph that it is.
-
-        The host opens a workflow of its own when a page is new, in its own time: ours may have to come again.
-        """
+        """Opens a workflow as one of the template browser, an app as the graph that it is."""
         kinds = sorted(node["type"] for node in graph["nodes"])
         graph = graph | {"extra": {name: value for name, value in graph["extra"].items() if name != "linearMode"}}
-        for _ in range(3):
-            if self.browser.evaluate(OPEN % (json.dumps(graph), json.dumps(name), SETTLED)) == kinds:
-                return
-        raise AssertionError(f"the front end does not show the nodes of '{name}'")
+        shown = self.browser.evaluate(OPEN % (json.dumps(graph), json.dumps(name), SETTLED))
+        assert shown == kinds, f"the front end does not show the nodes of '{name}'"
 
     def open_template(self, name: str) -> None:
         """Opens one of the pack's templates, read from the server."""

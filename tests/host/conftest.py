@@ -12,8 +12,12 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from lora_ensemble.tests.browser import Browser
 
 COMFYUI = os.environ.get("COMFYUI_UNDER_TEST")
 HOST_API = {"test_always", "test_apply", "test_attention", "test_banks", "test_border", "test_by_steps",
@@ -92,6 +96,26 @@ def settled() -> None:
     """What was imported and kept so far is there to stay; the collection after a test looks at that test's objects."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """One browser for the whole run: it keeps what it has compiled of the host's pages."""
+    from lora_ensemble.tests.browser import Browser, find_chromium
+
+    program = find_chromium()
+    if program is None:
+        pytest.skip("no Chromium on the PATH; name one in CHROMIUM")
+    with Browser(tmp_path_factory.mktemp("browser"), program) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def browser(chromium: Browser) -> Iterator[Browser]:
+    """The browser without a page, and without what pages kept of each other; a page that is open computes all the time.
+    """
+    yield chromium
+    chromium.leave()
 
 
 @pytest.fixture(scope="session")

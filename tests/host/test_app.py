@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 from comfy_api.latest import io
+from lora_ensemble.tests.browser import Browser
 from lora_ensemble.tests.front_end import FrontEnd
 from lora_ensemble.tests.server import PACK, ROOT, Server
 from lora_ensemble.tests.workflows import EXAMPLES, load
-
-from .test_front_end import browser  # noqa: F401  (a fixture)
 
 if not hasattr(io, "DynamicCombo"):
     pytest.skip("this release cannot show rows", allow_module_level=True)
@@ -26,7 +25,7 @@ MADE = "document.querySelector('[data-testid=linear-image-output]')?.naturalWidt
 
 
 @pytest.fixture(scope="module")
-def page(browser, server: Server) -> FrontEnd:  # noqa: F811
+def page(browser: Browser, server: Server) -> FrontEnd:
     page = FrontEnd(browser, server, nodes_2=False)
     if not browser.evaluate("!!app.extensionManager.command.commands.find(c => c.id === 'Comfy.ToggleLinear')"):
         pytest.skip("this front end has no app mode")

@@ -10,7 +10,7 @@ from lora_ensemble.tests.front_end import FrontEnd
 from lora_ensemble.tests.server import Server
 
 from .test_example_workflows import host_inputs, is_widget
-from .test_front_end import browser, page  # noqa: F401  (fixtures)
+from .test_front_end import page  # noqa: F401  (a fixture)
 from .test_server import GOOD, lora_files, pictures  # noqa: F401  (a fixture)
 
 BLUEPRINTS = sorted((Path(__file__).resolve().parents[2] / "subgraphs").glob("*.json"))

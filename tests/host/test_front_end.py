@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from lora_ensemble.tests.browser import Browser, find_chromium
+from lora_ensemble.tests.browser import Browser
 from lora_ensemble.tests.front_end import FrontEnd, Shown
 from lora_ensemble.tests.server import Server
 from lora_ensemble.tests.workflows import opened_on_small
@@ -31,15 +31,6 @@ if PICTURES:
     Path(PICTURES).mkdir(parents=True, exist_ok=True)
 
 each_template = pytest.mark.parametrize("name", TEMPLATES)
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    chromium = find_chromium()
-    if chromium is None:
-        pytest.skip("no Chromium on the PATH; name one in CHROMIUM")
-    with Browser(tmp_path_factory.mktemp("browser"), chromium) as running:
-        yield running
 
 
 @pytest.fixture(scope="module", params=["classic", "nodes_2"])
@@ -133,24 +124,6 @@ def test_a_template_that_is_queued_tells_its_story(page: FrontEnd, routed: dict)
     assert page.complaints()[said:] == []
 
 
-@pytest.mark.parametrize("page", ["classic"], indirect=True)
-def test_without_the_panel_all_else_works(page: FrontEnd, routed: dict):
-    """A front end that cannot load it says so, and has text and pictures as before."""
-    page.browser.call("Network.enable")
-    page.browser.call("Network.setBlockedURLs", urls=["*/lora-ensemble/panel.js*"])
-    try:
-        page.load()
-        said = len(page.complaints())
-        page.open_graph(routed, "without")
-        seen = page.run()
-        assert seen["over"] == "success" and seen["panels"] == []
-        assert "6 of 6 steps in" in seen["texts"]["LoRAEnsembleRouted"][-1]
-        assert page.complaints()[said:] == []
-    finally:
-        page.browser.call("Network.setBlockedURLs", urls=[])
-        page.load()
-
-
 def is_ours(name: str) -> bool:
     return name.startswith("LoRAEnsemble")
 
@@ -188,3 +161,20 @@ def test_a_workflow_that_is_not_tidy_is_noticed(page: FrontEnd, server: Server):
     graph["nodes"][-1]["type"] = "NoSuchNode"
     page.open_graph(graph, "unknown")
     assert [node.kind for node in page.nodes() if not node.known] == ["NoSuchNode"]
+
+
+@pytest.mark.parametrize("page", ["classic"], indirect=True)
+def test_without_the_panel_all_else_works(page: FrontEnd, routed: dict):
+    """A front end that cannot load it says so, and has text and pictures as before."""
+    page.browser.call("Network.enable")
+    page.browser.call("Network.setBlockedURLs", urls=["*/lora-ensemble/panel.js*"])
+    try:
+        page.load()
+        said = len(page.complaints())
+        page.open_graph(routed, "without")
+        seen = page.run()
+        assert seen["over"] == "success" and seen["panels"] == []
+        assert "6 of 6 steps in" in seen["texts"]["LoRAEnsembleRouted"][-1]
+        assert page.complaints()[said:] == []
+    finally:
+        page.browser.call("Network.setBlockedURLs", urls=[])  # for the page that is loaded next: this test is the last

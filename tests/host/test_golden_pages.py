@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from lora_ensemble.tests.front_end import FrontEnd
 
-from .test_front_end import browser, page  # noqa: F401  (fixtures)
+from .test_front_end import page  # noqa: F401  (a fixture)
 from .test_golden import each_graph, twin
 
 

@@ -7,7 +7,7 @@ import json
 import pytest
 from lora_ensemble.tests.front_end import SETTLED, FrontEnd
 
-from .test_front_end import browser, page, routed  # noqa: F401  (fixtures)
+from .test_front_end import page, routed  # noqa: F401  (fixtures)
 
 WRAP = """(() => {
   let inner = app.graph._nodes.filter(node => node.type.startsWith('LoRAEnsemble') && node.type.match(/LoRA$|Routed/))

@@ -6,7 +6,7 @@ import json
 
 from lora_ensemble.tests.front_end import SETTLED, FrontEnd
 
-from .test_front_end import browser, page  # noqa: F401  (fixtures)
+from .test_front_end import page  # noqa: F401  (a fixture)
 
 STACK = "app.graph._nodes.find(node => node.type === 'LoRAEnsembleStack')"
 WIDGET = f"{STACK}.widgets.find(widget => widget.name.split('.').at(-1) === %s)"
