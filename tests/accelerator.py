@@ -67,7 +67,7 @@ class OnDevice(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        return _call(func, args, kwargs or {})
+        return _call(func, types, args, kwargs or {})
 
     def __repr__(self) -> str:
         return f"OnDevice({self.value!r})"
@@ -99,7 +99,11 @@ class Accelerator(TorchDispatchMode):
             cls(cls.current.transfers).__enter__()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return _call(func, args, kwargs or {}, self)
+        return _call(func, types, args, kwargs or {}, self)
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled while it is open, and to say so of each operation costs more than it
 
     @contextmanager
     def reopened(self) -> Iterator[None]:
@@ -192,11 +196,11 @@ def _on(device) -> torch.device | None:
     return None if device.type != DEVICE.type else device if device.index is not None else DEVICE
 
 
-def _call(func, args, kwargs, mode: Accelerator | None = None):
-    """One operation: on the CPU, and back to where it belongs."""
+def _call(func, types, args, kwargs, mode: Accelerator | None = None):
+    """One operation, with tensors of these types beside torch's own: on the CPU, and back to where it belongs."""
     device = kwargs.get("device")
-    named = device is not None or kwargs.get("pin_memory") or any(isinstance(arg, torch.device) for arg in args)
-    if not named and not any(isinstance(tensor, OnDevice) for tensor in _tensors(args, kwargs)):
+    named = device is not None or kwargs.get("pin_memory") or torch.device in map(type, args)
+    if not named and OnDevice not in types:
         return func(*args, **kwargs)
     if _is_compound(func):
         # In inference mode such operations arrive whole; their parts are what tells about devices.

@@ -5,7 +5,7 @@ it for float64."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import comfy.model_management
 import pytest
@@ -62,10 +62,16 @@ def transfers(accelerator, monkeypatch):
         management.unload_all_models()
 
 
+def unwatched() -> AbstractContextManager:
+    """The pretended device does not look: every operation on the CPU would take several times as long."""
+    return nullcontext() if REAL else _disable_current_modes()
+
+
 def on_device(family: str):
     """The small model of a family, to be loaded on the device."""
-    model = build(FAMILIES[family])
-    model.load_state_dict(base(family).model.state_dict())
+    with unwatched():
+        model = build(FAMILIES[family])
+        model.load_state_dict(base(family).model.state_dict())
     return patcher(model, DEVICE)
 
 
@@ -95,16 +101,18 @@ METHODS: dict[str, Callable] = {
 }
 
 
-def run(model, family: str, transfers: list | None = None, **options) -> tuple[torch.Tensor, list]:
-    """(the latent, what our code did between host and device from step KNOWN on). Without `transfers` a run on the CPU,
-    at which the pretended device does not look: every operation would take several times as long."""
+def run(model, family: str, transfers: list, **options) -> tuple[torch.Tensor, list]:
+    """(the latent, what our code did between host and device from step KNOWN on)"""
     marks = []
-    with nullcontext() if transfers is not None or REAL else _disable_current_modes():
-        out = sample(model, family, steps=STEPS, callback=lambda step, *rest: marks.append(len(transfers or ())),
-                     **options)
+    out = sample(model, family, steps=STEPS, callback=lambda step, *rest: marks.append(len(transfers)), **options)
     assert type(out) is torch.Tensor, "the host gives a run's result back on the CPU"
-    late = [] if transfers is None else [t for t in transfers[marks[KNOWN - 1]:marks[-1]] if t.ours]
-    return out, late
+    return out, [t for t in transfers[marks[KNOWN - 1]:marks[-1]] if t.ours]
+
+
+def wanted(make: Callable, family: str, *given, **options) -> torch.Tensor:
+    """The latent on the CPU, of `make(the small model of the family, *given)`."""
+    with unwatched():
+        return sample(make(base(family), *given), family, steps=STEPS, **options)
 
 
 def agree(got: torch.Tensor, want: torch.Tensor, tolerance: float = 0.0) -> None:
@@ -122,7 +130,7 @@ def harmless(transfers: list) -> list:
                                              ("LoRAtorio", "Flux"), ("CMLoRA", "Flux"), ("Composite", "Wan")])
 def test_every_method(name, family, loras, transfers):
     make, ensemble = METHODS[name], three(base(family), loras)
-    want, _ = run(make(base(family), ensemble), family)
+    want = wanted(make, family, ensemble)
     model = make(on_device(family), ensemble)
     transfers.clear()
     got, late = run(model, family, transfers)
@@ -138,7 +146,7 @@ def test_every_method(name, family, loras, transfers):
 def test_places_by_words(family, make, mode, loras, transfers):
     """Attention is read, and places are renewed, on the device alone."""
     ensemble = specs(base(family), loras)
-    want, _ = run(routed(base(family), ensemble, make, mode=mode), family, positive=prompt(family))
+    want = wanted(lambda model: routed(model, ensemble, make, mode=mode), family, positive=prompt(family))
     transfers.clear()
     got, late = run(routed(on_device(family), ensemble, make, mode=mode), family, transfers, positive=prompt(family))
     agree(got, want, 1e-4)
@@ -149,7 +157,7 @@ def test_places_by_words(family, make, mode, loras, transfers):
 @pytest.mark.parametrize("make", [klora, est])
 def test_a_choice_per_layer(make, loras, transfers):
     ensemble = pair(base("SD15"), loras)
-    want, _ = run(make(base("SD15"), ensemble), "SD15")
+    want = wanted(make, "SD15", ensemble)
     got, late = run(make(on_device("SD15"), ensemble), "SD15", transfers)
     agree(got, want)
     assert late == []
@@ -212,7 +220,7 @@ def test_without_memory_the_processor_measures(how, loras, transfers, monkeypatc
 def test_adaptive_guidance(space, exact, loras, transfers):
     """What is decided on the device is the picture, whenever the host learns of it: equal but for sizes of batches."""
     ensemble = three(base("SD15"), loras)
-    want, _ = run(ag(composite(base("SD15"), ensemble), 0.9, space=space), "SD15", cfg=12.0)
+    want = wanted(lambda model: ag(composite(model, ensemble), 0.9, space=space), "SD15", cfg=12.0)
     got, late = run(ag(composite(on_device("SD15"), ensemble), 0.9, exact, space=space), "SD15", transfers, cfg=12.0)
     agree(got, want, 1e-4)
     assert harmless(late) == []
@@ -222,7 +230,7 @@ def test_adaptive_guidance(space, exact, loras, transfers):
 def test_extrapolated_guidance(tolerance, loras, transfers):
     """Nothing is waited for, whether turns are planned or found."""
     ensemble = three(base("SD15"), loras)
-    want, _ = run(extrapolated(composite(base("SD15"), ensemble), tolerance=tolerance), "SD15", cfg=12.0)
+    want = wanted(lambda model: extrapolated(composite(model, ensemble), tolerance=tolerance), "SD15", cfg=12.0)
     ours = extrapolated(composite(on_device("SD15"), ensemble), tolerance=tolerance)
     got, late = run(ours, "SD15", transfers, cfg=12.0)
     agree(got, want, 1e-4)
@@ -231,7 +239,8 @@ def test_extrapolated_guidance(tolerance, loras, transfers):
 
 def test_calibration_and_linear_ag(loras, transfers):
     ensemble = three(base("SD15"), loras)
-    want = calibrate(merge(base("SD15"), ensemble), paths(seeds=1))
+    with unwatched():
+        want = calibrate(merge(base("SD15"), ensemble), paths(seeds=1))
     transfers.clear()
     model = merge(on_device("SD15"), ensemble)
     found = calibrate(model, paths(seeds=1))
@@ -249,7 +258,8 @@ def test_calibration_and_linear_ag(loras, transfers):
 def test_every_kind_of_adapter(where, make, loras, transfers):
     kinds = EVERYWHERE if where[0] not in KERNEL else {**EVERYWHERE, **CONVOLUTIONS}
     ensemble = [LoRASpec(loras(file_of(weights(where), kind)), 0.3, 0) for kind in kinds.values()]
-    want = sample(make(base("SD15"), ensemble), steps=2)
+    with unwatched():
+        want = sample(make(base("SD15"), ensemble), steps=2)
     got = sample(make(on_device("SD15"), ensemble), steps=2)
     agree(got, want)
 
@@ -258,7 +268,7 @@ def test_every_kind_of_adapter(where, make, loras, transfers):
 def test_weights_that_are_streamed(make, loras, transfers, monkeypatch):
     """Without memory to spare the host keeps weights on the CPU and sends each when its layer is called."""
     management, ensemble = comfy.model_management, pair(base("SD15"), loras)
-    want, _ = run(make(base("SD15"), ensemble), "SD15")
+    want = wanted(make, "SD15", ensemble)
     monkeypatch.setattr(management, "vram_state", management.VRAMState.NO_VRAM)
     model = on_device("SD15")
     got, late = run(make(model, ensemble), "SD15", transfers)
