@@ -152,7 +152,7 @@ def clip(name: str, embeddings: Path | None = None) -> comfy.sd.CLIP:
                              embedding_directory=str(embeddings) if embeddings else None,
                              model_options={"dtype": torch.float16 if needs == "wide" else torch.float32})
     for tokenizer in vars(made.tokenizer).values():
-        if getattr(tokenizer, "min_length", None) == 1024:  # the padding of LTX-2, which only takes time
+        if (getattr(tokenizer, "min_length", None) or 0) >= 512:  # so much padding only takes time
             tokenizer.min_length = 64
     generator = torch.Generator().manual_seed(1)
     for key, parameter in made.cond_stage_model.named_parameters():
