@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import sys
@@ -34,6 +35,7 @@ LONG = ("test_front_end", "test_accelerator", "test_panel", "test_server", "test
 
 def pytest_configure(config: pytest.Config) -> None:
     config.option.loadscopereorder = False  # else pytest-xdist gives out files by their number of tests
+    gc.set_threshold(20_000)  # by itself Python looks for garbage much oftener than there is any
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -41,6 +43,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         from lora_ensemble.tests.shares import longest_first
 
         items[:] = longest_first(items, LONG)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what was imported is there to stay, and no garbage is looked for in it
 
 
 @pytest.fixture

@@ -91,13 +91,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = kept
 
 
-@pytest.fixture(scope="module", autouse=True)
-def settled() -> None:
-    """What was imported and kept so far is there to stay; the collection after a test looks at that test's objects."""
-    gc.collect()
-    gc.freeze()
-
-
 @pytest.fixture(scope="session")
 def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     """One browser for the whole run: it keeps what it has compiled of the host's pages."""
@@ -180,17 +173,19 @@ def forwards_left() -> list[str]:
 
 @pytest.fixture(autouse=True)
 def nothing_left(request: pytest.FixtureRequest) -> Iterator[Callable[[], list[str]]]:
-    """After every test, no small model still carries a forward of its own or is loaded."""
-    yield forwards_left
+    """After every test, no small model still carries a forward of its own or is loaded. Before it, what the last one
+    left is gone, and what stays is there to stay: a collection looks at the objects of one test."""
     if not COMFYUI or "comfy.model_management" not in sys.modules or "server" in request.fixturenames:
+        yield forwards_left
         return
-    import comfy.model_management
+    import comfy.model_management as management
 
-    left = forwards_left()
-    assert not left, f"forwards left on {left[:5]}"
-    comfy.model_management.unload_all_models()
     gc.collect()
+    gc.freeze()
     # A fixture that keeps a ControlNet's module, and clones for further devices, leave entries without a patcher: every
     # later load of the host would collect garbage because of them.
-    loaded = comfy.model_management.current_loaded_models
-    loaded[:] = [entry for entry in loaded if not entry.is_dead()]
+    management.current_loaded_models[:] = [each for each in management.current_loaded_models if not each.is_dead()]
+    yield forwards_left
+    left = forwards_left()
+    assert not left, f"forwards left on {left[:5]}"
+    management.unload_all_models()
