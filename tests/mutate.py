@@ -35,6 +35,7 @@ SWAPPED = {"min": "max", "max": "min", "any": "all", "all": "any"}
 SAID = {"raise", "warning", "info", "debug", "tell", "_tell", "say", "append"}
 """Statements that only say something are not left out."""
 VERDICTS = {True: "seen  ", False: "MISSED", None: "slow  "}
+ALIKE = 4
 FAILED = re.compile(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", re.MULTILINE)
 """What pytest says of a test."""
 EQUIVALENT: dict[tuple[str, str, str, str], str] = {
@@ -42,6 +43,8 @@ EQUIVALENT: dict[tuple[str, str, str, str], str] = {
         "an empty matrix has no number in it whatever its other side is, and the first paths replace it as a whole",
     ("engine/compiled.py", '_TAGS = [torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else []',
      'hasattr(torch.Tag, "cudagraph_unsafe")', "True"): "every torch that the tests run on has the tag",
+    ("engine/products.py", "alpha = distinct.pop() if len(distinct) == 1 else 1.0", "1.0", "2.0"):
+        "twice the half of each number is the number to the last bit",
 }
 """(file, its line, what stood there, what stands there) -> why nobody could see a difference."""
 
@@ -211,12 +214,22 @@ def distances(changed: Path, graph: dict[Path, set[Path]]) -> dict[Path, int]:
 
 
 def covering(changed: Path, graph: dict[Path, set[Path]], with_host: bool, most: int) -> list[str]:
-    """The test files that import a file, by the shortest way first; among equals those of its own name."""
+    """The test files that import a file: those of its own name first, then those of a like one, then by the shortest
+    way."""
     far = distances(changed, graph)
     tests = [path for path in far if path.name.startswith("test_") and (with_host or "host" not in path.parts)
              and "server" not in path.stem]
-    tests.sort(key=lambda path: (changed.stem not in path.stem, far[path], "host" in path.parts, path.name))
+    tests.sort(key=lambda path: (changed.stem not in path.stem, -alike(changed, path), far[path], "host" in path.parts,
+                                 path.name))
     return [path.relative_to(ROOT).as_posix() for path in tests[:most]]
+
+
+def alike(changed: Path, test: Path) -> int:
+    """With how many letters, if not few, a word in the name of a test begins as the name of a file does or that of its
+    folder: `routes` and `test_routed_trust`, `guidance/apply` and `test_two_runs_guidance`."""
+    found = max(len(os.path.commonprefix((name, word))) for name in (changed.stem, changed.parent.name)
+                for word in test.stem.split("_")[1:])
+    return found if found >= ALIKE else 0
 
 
 def seen(fault: Fault, folder: Path, tests: list[str], seconds: float) -> bool | None:

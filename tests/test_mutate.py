@@ -75,6 +75,8 @@ def test_the_nearest_covering_a_file():
     tests = covering(ROOT / "host" / "compose" / "weights.py", graph, True, 5)
     assert tests[0] == "tests/host/test_weights.py" and not any("server" in test for test in tests)
     assert len(tests) == 5
+    for changed, test in (("host/compose/routes.py", "routed_trust"), ("host/guidance/apply.py", "two_runs_guidance")):
+        assert f"tests/host/test_{test}.py" in covering(ROOT / changed, graph, True, 14), "a like name"
 
 
 @pytest.mark.parametrize(("new", "found"), [("+", False), ("-", True)])

@@ -80,8 +80,8 @@ class KeptBetweenCalls:
             raise ValueError(f"{type(root).__name__} draws a film frame by frame and keeps one history of it, so it "
                              "cannot be evaluated with several branches. Use Merge, Switch, K-LoRA, EST-LoRA or Routed "
                              "with it, which have one.")
-        options = self.neighbours.aside(options, uuids) if aside else self.neighbours.arrange(
-            options, uuids, rows, branches)
+        options = self.neighbours.aside(root, options, uuids) if aside else self.neighbours.arrange(
+            root, options, uuids, rows, branches)
         keepers = {keeper.name: keeper for keeper in keepers_of(root, options)}
         if not keepers:
             return options

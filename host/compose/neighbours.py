@@ -1,5 +1,5 @@
 """Nodes of others that leave out model calls, and know which cond a result is of but not which LoRAs acted in it
-(EasyCache, TeaCache, MagCache), and hooks that patch the model for one prompt.
+(EasyCache, TeaCache, MagCache, First Block Cache), and hooks that patch the model for one prompt.
 
 Where other LoRAs act than in the result that such a node keeps, the call is computed anew. Those that keep one result
 for each side of guidance keep none where several branches are evaluated. The record says so.
@@ -9,14 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 from uuid import UUID
 
 import comfy.hooks
+from torch import nn
 
 Renew = Callable[[dict, Sequence["UUID | None"]], dict]
 """(transformer options, conds of a call) -> options under which nothing earlier is used in the call."""
 SWITCHES = {"TeaCache": ("rel_l1_thresh", "enable_teacache"), "MagCache": ("magcache_thresh", "enable_magcache")}
 """Nodes that are told by transformer options -> the one by which they are known, and the one that turns them off."""
+BLOCKS = ("transformer_blocks", "double_blocks", "joint_blocks")
+"""Lists of blocks that First Block Cache puts one of its own in the place of."""
 
 
 @dataclass(frozen=True)
@@ -25,12 +29,14 @@ class Skipping:
 
     renew     None: it decides before any call of the model is made
     aside     transformer options -> those under which it uses and keeps nothing of a call; None: there are none
+    forget    lets go of all that it keeps of a call aside, where that was in the place of another one
     by_conds  whether it tells conds apart, and so the branches; else it tells the sides of guidance
     """
 
     name: str
     renew: Renew | None
     aside: Callable[[dict], dict] | None = None
+    forget: Callable[[], None] = lambda: None
     by_conds: bool = True
 
 
@@ -46,10 +52,10 @@ class Neighbours:
         self._anew: dict[str, tuple[Skipping, int]] = {}
         self.kept_aside: list[str] = []
 
-    def aside(self, options: dict, uuids: Sequence[UUID | None]) -> dict:
+    def aside(self, root: nn.Module, options: dict, uuids: Sequence[UUID | None]) -> dict:
         """Transformer options for a call that is none of the sampler's own, such as the one in which words are found:
         nothing earlier is used in it, and no later one is to use what it has found."""
-        for each in skipping_of(options):
+        for each in skipping_of(root, options):
             if each.aside is not None:
                 options = each.aside(options)
             elif each.renew is not None:
@@ -58,12 +64,13 @@ class Neighbours:
                 options = each.renew(options, uuids)
         return options
 
-    def arrange(self, options: dict, uuids: Sequence[UUID | None], rows: Sequence[Hashable], branches: int) -> dict:
+    def arrange(self, root: nn.Module, options: dict, uuids: Sequence[UUID | None], rows: Sequence[Hashable],
+                branches: int) -> dict:
         """Transformer options for a call of these conds, in each of which this acts.
 
         branches   combinations of branches of this step
         """
-        found = list(skipping_of(options))
+        found = list(skipping_of(root, options))
         if not found:
             return options
         changed = any(self._acted.get(uuid, row) != row for uuid, row in zip(uuids, rows, strict=True))
@@ -75,6 +82,8 @@ class Neighbours:
                            f"and {branches} branches are evaluated; Branch Cache keeps one for each")
             elif changed:
                 self._anew[each.name] = each, self._anew.get(each.name, (each, 0))[1] + 1
+            if each.name in self.kept_aside:
+                each.forget()
             if (several or changed or each.name in self.kept_aside) and each.renew is not None:
                 options = each.renew(options, uuids)
         self.kept_aside.clear()
@@ -99,8 +108,8 @@ class Neighbours:
         self._acted.clear()
 
 
-def skipping_of(options: Mapping) -> Iterator[Skipping]:
-    """The nodes that leave their marks in the options of a call."""
+def skipping_of(root: nn.Module, options: Mapping) -> Iterator[Skipping]:
+    """The nodes that leave their marks in the options of a call, or on the diffusion model during it."""
     holder = options.get("easycache")
     if hasattr(holder, "can_apply_cache_diff"):
         yield Skipping("EasyCache", _without_differences, _with_another)
@@ -111,6 +120,29 @@ def skipping_of(options: Mapping) -> Iterator[Skipping]:
     for name, (mark, switch) in SWITCHES.items():
         if mark in options:
             yield Skipping(name, lambda known, uuids, switch=switch: {**known, switch: False}, by_conds=False)
+    if (kept := _by_first_block(root)) is not None:
+        yield Skipping("First Block Cache", lambda known, uuids: _without_place(kept, known), forget=kept.clear_buffers,
+                       by_conds=False)
+
+
+def _by_first_block(root: nn.Module) -> Any | None:
+    """What First Block Cache (Comfy-WaveSpeed) keeps, while it has put a forward or a list of blocks of its own into
+    the model: for each call of a step, by its place among them, in `buffers`."""
+    lists = (getattr(root, name, None) for name in BLOCKS)
+    ours = [vars(root).get("_forward"), vars(root).get("forward_orig"),
+            *(type(blocks[0]).forward for blocks in lists if isinstance(blocks, nn.ModuleList) and len(blocks) == 1)]
+    for forward in ours:
+        current = getattr(forward, "__globals__", {}).get("get_current_cache_context")
+        if current is not None:
+            return current()
+    return None
+
+
+def _without_place(kept: Any, options: dict) -> dict:
+    """What this call would look at goes."""
+    for values in kept.buffers.values():
+        values[kept.sequence_num:kept.sequence_num + 1] = [None]
+    return options
 
 
 def _with_another(options: dict) -> dict:

@@ -3,6 +3,7 @@ layers a problem is true."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from ...engine.forwards import RoutedForwards
@@ -13,6 +14,9 @@ from ...methods.windows import InTime
 from .cache import CacheSpec
 from .cards import unused
 from .earlier import Earlier
+
+FORM = 0.06
+"""How far width to height of a mask may be from the latent's, as a logarithm: latents are rounded to whole patches."""
 
 
 def begun(applied: Sequence, contexts: Sequence[RunContext]) -> RunRecord:
@@ -32,17 +36,30 @@ def note_acting(acted: Sequence[set[int]], branches: Sequence[Sequence[Branch]])
 
 
 def unplaced(applied: Sequence, contexts: Sequence[RunContext]) -> Iterator[str]:
-    """LoRAs whose masks have no place in this latent, of methods that go by masks."""
+    """LoRAs whose masks have no place in this latent, or not its form, of methods that go by masks."""
+    stretched: dict[str, str] = {}
     for each, context in zip(applied, contexts, strict=True):
         for name, mask, placed in zip(each.names, each.masks, context.masks, strict=False):
-            if mask is not None and placed is None and hasattr(each.method, "masks"):
+            if mask is None or not hasattr(each.method, "masks"):
+                continue
+            if placed is None:
                 yield f"the mask of LoRA '{name}' is not used: this latent has no height and width"
+                continue
+            (high, wide), (rows, columns) = mask.shape[-2:], context.shape[-2:]
+            if abs(math.log(wide * rows / high / columns)) > FORM:
+                stretched[name] = f"{wide} wide and {high} high, is stretched to another form, {columns} to {rows}"
+    if stretched:
+        names, how = ", ".join(f"'{name}'" for name in stretched), next(iter(stretched.values()))
+        yield (f"the mask of LoRA {names}, {how}. A node that draws a part of a picture (a detailer, tiles) does not "
+               "say where it is: give it LoRAs without masks, or with words in Routed, which looks for them in each")
 
 
 def idle(applied: Sequence, acted: Sequence[set[int]], in_time: Sequence[InTime], record: RunRecord) -> Iterator[str]:
     """LoRAs that never acted in a finished run: their windows were shut, or of those that take turns there are more
     than steps. `acted` holds the indexes of the others, per method."""
     steps = len(record.steps) if record.finished else 0
+    if steps == 1 < record.whole:  # a node that has a run for each step
+        return
     part = f" that this model takes of {record.whole}" if record.whole else ""
     for each, known, windows in zip(applied, acted, in_time, strict=True):
         for i, name in enumerate(each.names) if steps else ():

@@ -129,6 +129,8 @@ def calc_cond_batch(executor, model, conds, x_in, timestep, model_options):
     if run is None:
         return executor(model, conds, x_in, timestep, model_options)
     run.texts.close()
+    # Before a node puts blocks of its own in the place of the model's while it runs (First Block Cache).
+    _routed(run, model, model_options.get("transformer_options", {}))
     note_cards(run.record, model_options)
     plan, sides = run.plan(x_in, timestep, parts_of(conds)), run.sides(conds)
     run.areas.update({entry.get("uuid"): entry.get("area") for cond in conds for entry in cond or ()})
@@ -205,9 +207,7 @@ def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, t
     per_cond, rows = x.shape[0] // len(combos), list(zip(combos, uuids, strict=True))
     run.record.count(x.shape[0], str(model.current_patcher.load_device))
     with ExitStack() as stack:
-        forwards = run.routed(root, partial(_banks, run, model), partial(read_weight, model.current_patcher),
-                              partial(_compiled, model.diffusion_model, options))
-        for joined, routed in zip(run.banked, forwards, strict=True):
+        for joined, routed in zip(run.banked, _routed(run, model, options), strict=True):
             places = run.places(joined, root, x, {"context": c_crossattn, **kwargs}, uuids)
             reach = listening(run, joined, rows, places, per_cond)
             stack.enter_context(routed.rows(run.rows(joined, routed.bank.count, rows, per_cond), places, reach))
@@ -241,6 +241,12 @@ def _banks(run: Run, model) -> list[Bank]:
     patcher = model.current_patcher
     banks = [bank.model for bank in patcher.get_additional_models_with_key(KEY)]
     return [banks[run.applied[joined.methods[0]].bank] for joined in run.banked]
+
+
+def _routed(run: Run, model, options: dict) -> list[RoutedForwards]:
+    """The routed forwards on a model, installed on first sight."""
+    return run.routed(_unwrapped(model.diffusion_model), partial(_banks, run, model),
+                      partial(read_weight, model.current_patcher), partial(_compiled, model.diffusion_model, options))
 
 
 def _free(patcher) -> Free:

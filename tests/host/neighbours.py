@@ -176,6 +176,81 @@ def by_sides(mark: str, switch: str, every: int = 3) -> Callable:
     return make
 
 
+class Kept:
+    """What First Block Cache keeps, for each call of a step by its place among them."""
+
+    def __init__(self):
+        self.buffers: dict[str, list] = {}
+        self.sequence_num = 0
+        self.use_cache = False
+
+    def clear_buffers(self) -> None:
+        self.sequence_num = 0
+        self.buffers.clear()
+
+
+_kept = Kept()
+
+
+def get_current_cache_context() -> Kept:
+    """By this name and these members First Block Cache (Comfy-WaveSpeed) has it."""
+    return _kept
+
+
+class FirstBlock(nn.Module):
+    """All blocks in the place of the first: of three calls two add what the blocks behind the first added before,
+    whatever they are."""
+
+    def __init__(self, double: nn.ModuleList, single: nn.ModuleList):
+        super().__init__()
+        self.doubles, self.singles, self.hits = double, single, 0
+
+    def forward(self, img, txt, **kwargs):
+        img, txt = self.doubles[0](img=img, txt=txt, **kwargs)
+        kept = get_current_cache_context()
+        place, values = kept.sequence_num, kept.buffers.setdefault("rest", [])
+        values += [None] * (place + 1 - len(values))
+        like = values[place] is not None and values[place].shape == img.shape
+        if place:
+            kept.use_cache &= like
+        elif like:
+            kept.use_cache = self.hits < 2
+            self.hits = self.hits + 1 if kept.use_cache else 0
+        if like and kept.use_cache:
+            return img + values[place], txt
+        out, text = img, txt
+        for block in self.doubles[1:]:
+            out, text = block(img=out, txt=text, **kwargs)
+        whole = torch.cat((text, out), 1)
+        for block in self.singles:
+            whole = block(whole, **kwargs)
+        values[place] = whole[:, text.shape[1]:] - img
+        return img + values[place], txt
+
+
+def first_block(model):
+    """First Block Cache, as it does it with models that it knows nothing of but the names of their lists of blocks."""
+    model = model.clone()
+    root, seen = model.model.diffusion_model, {"sigma": None}
+    blocks, none = nn.ModuleList([FirstBlock(root.double_blocks, root.single_blocks)]), nn.ModuleList()
+
+    def wrapper(apply, args):
+        sigma, kept = float(args["timestep"][0]), get_current_cache_context()
+        if seen["sigma"] is None or sigma > seen["sigma"]:
+            kept.clear_buffers()
+            blocks[0].hits = 0
+        elif sigma == seen["sigma"]:
+            kept.sequence_num += 1
+        else:
+            kept.sequence_num = 0
+        seen["sigma"] = sigma
+        with patch.object(root, "double_blocks", blocks), patch.object(root, "single_blocks", none):
+            return apply(args["input"], args["timestep"], **args["c"])
+
+    model.set_model_unet_function_wrapper(wrapper)
+    return model
+
+
 def easy_cache(model, node: str = "EasyCacheNode"):
     """With a threshold at which it leaves out all steps that it can."""
     nodes = pytest.importorskip("comfy_extras.nodes_easycache")
@@ -197,6 +272,7 @@ SKIPPING = {
     "EasyCache": Neighbour(easy_cache, "Flux"),
     "TeaCache": Neighbour(by_sides("rel_l1_thresh", "enable_teacache")),
     "MagCache": Neighbour(by_sides("magcache_thresh", "enable_magcache")),
+    "First Block Cache": Neighbour(first_block, "Flux"),
 }
 """Nodes that leave out model calls. EasyCache is ComfyUI's own."""
 
@@ -275,11 +351,18 @@ def mag_cache(kind: str) -> Callable:
         model, kind, 0.3, 0.3, 2, 0, -1)[0]
 
 
+def wave_speed(model):
+    """With a threshold at which it leaves out two of three calls."""
+    node = pack("Comfy-WaveSpeed", "fbcache_nodes").ApplyFBCacheOnModel()
+    return node.patch(model, "diffusion_model", 1e9, 2)[0]
+
+
 REAL_SKIPPING = {
     "TeaCache, Flux": Neighbour(tea_cache("flux"), "Flux"),
     "TeaCache, Wan": Neighbour(tea_cache("wan2.1_t2v_1.3B"), "Wan"),
     "MagCache, Flux": Neighbour(mag_cache("flux"), "Flux"),
     "MagCache, Wan": Neighbour(mag_cache("wan2.1_t2v_1.3B"), "Wan"),
+    "First Block Cache, SDXL": Neighbour(wave_speed, "SDXL"),
 }
 
 

@@ -6,6 +6,8 @@ docs/neighbours.md is the table of them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import comfy.hooks
@@ -14,8 +16,8 @@ import comfy.sample
 import comfy.samplers
 import pytest
 import torch
-from lora_ensemble.host.compose.composition import record_of
-from lora_ensemble.host.files.ensemble import LoRASpec
+from lora_ensemble.host.compose.composition import places_of, record_of
+from lora_ensemble.host.files.ensemble import LoRASpec, Mask
 from lora_ensemble.methods.switch import Switch
 from torch import Tensor
 
@@ -31,6 +33,9 @@ from .neighbours import (
     gguf,
     pack,
 )
+from .runs import STEPS as RUN
+from .runs import part
+from .test_routed import prompt, routed, specs
 from .test_selection import pair
 
 NEUTRAL = {"KJNodes: torch settings", "KJNodes: compiled blocks", "KJNodes: chunked feed-forward"}
@@ -164,6 +169,79 @@ def test_loras_that_prompts_bring(loras):
     alone = [sample(stock(model, [each]), "SD15", positive, steps=1) for each in ensemble]
     same(sample(composite(model, ensemble), "SD15", positive, steps=1), sum(alone) / 2,
          sample(model, "SD15", positive, steps=1))
+
+
+# --- nodes that draw a part of the picture, or a part of the run ------------------------------------------------------
+
+
+def step_by_step(step: Callable[[int, Tensor | None], Tensor], outside, where: Tensor) -> Tensor:
+    """What Impact Pack's RegionalSampler does: runs of one step each, in which a region's sampler takes turns with the
+    one around it; their latents are joined by a mask, so that no run goes on with what another one left."""
+    latent = None
+    for k in range(RUN):
+        latent = where * step(k, latent) + (1 - where) * part(outside, k, k + 1, latent)
+    return latent
+
+
+@pytest.mark.parametrize("name", ["Merge", "Switch", "Composite"])
+def test_a_region_step_by_step(name, loras):
+    model = base("SD15")
+    ensemble, where = three(model, loras), torch.zeros(1, 1, 8, 8)
+    where[..., :5] = 1
+    alone = [stock(model, [spec]) for spec in ensemble]
+    ours = {"Merge": merge, "Composite": composite,
+            "Switch": partial(method, make=lambda strengths: Switch(strengths, 1))}[name](model, ensemble)
+
+    def wanted(k: int, latent: Tensor | None) -> Tensor:
+        acting = {"Merge": [stock(model, ensemble)], "Switch": [alone[k % 3]], "Composite": alone}[name]
+        return sum(part(each, k, k + 1, latent) for each in acting) / len(acting)
+
+    plain = step_by_step(lambda k, latent: part(model, k, k + 1, latent), model, where)
+    same(step_by_step(lambda k, latent: part(ours, k, k + 1, latent), model, where),
+         step_by_step(wanted, model, where), plain)
+    assert not record_of(ours).problems
+
+
+def detailed(model, family: str, whole: Tensor, positive: list | None = None, steps: int = 2) -> Tensor:
+    """What a detailer does (Impact Pack's, with its soft mask): a part of the picture, larger than it is there and of
+    another form, is drawn again below a mask."""
+    crop = torch.nn.functional.interpolate(whole[..., 1:7, 2:5], size=(16, 8))
+    mask = torch.linspace(0, 1, 16).expand(1, 1, 8, 16).mT.contiguous()
+    model, kind = model.clone(), FAMILIES[family]
+    model.set_model_denoise_mask_function(lambda sigma, mask, extra_options: (mask > 0.3).to(mask))
+    with torch.inference_mode():
+        return comfy.sample.sample(model, torch.randn(crop.shape, generator=torch.Generator().manual_seed(5)), steps,
+                                   3.0, "euler", "normal", positive or kind.cond(11), kind.cond(12), crop, denoise=0.6,
+                                   noise_mask=mask, disable_pbar=True, seed=5)
+
+
+@pytest.mark.parametrize("family", ["SD15", "Flux"])
+def test_a_part_of_the_picture_is_drawn_again(family, loras):
+    model = base(family)
+    ensemble, whole = three(model, loras), sample(model, family)
+    plain, ours = detailed(model, family, whole), merge(model, ensemble)
+    sample(ours, family)
+    same(detailed(ours, family, whole), detailed(stock(model, ensemble), family, whole), plain)
+    alone = [detailed(stock(model, [spec]), family, whole, steps=1) for spec in ensemble]
+    same(detailed(composite(model, ensemble), family, whole, steps=1), sum(alone) / 3,
+         detailed(model, family, whole, steps=1))
+
+
+@pytest.mark.parametrize("family", ["SD15", "Flux"])
+def test_words_are_found_in_the_part_itself(family, loras):
+    """A mask by hand is one of the whole picture, and is stretched to the part: the record says so."""
+    model, whole = base(family), sample(base(family), family)
+    ours = routed(model, specs(model, loras))
+    detailed(ours, family, whole, prompt(family))
+    maps = places_of(ours)[0].maps
+    assert maps.shape[-2:] == (16, 8) and 0 < maps.mean() < 1 and not record_of(ours).problems
+    masked = [replace(spec, words="", mask=Mask(torch.eye(32)[None])) for spec in specs(model, loras)]
+    ours = merge(model, masked)
+    sample(ours, family)
+    assert not record_of(ours).problems
+    detailed(ours, family, whole)
+    assert said(ours, "32 wide and 32 high", "to another form, 8 to 16", "detailer", "Routed", *(
+        f"'{spec.name}'" for spec in masked))
 
 
 # --- nodes that leave out model calls -------------------------------------------------------------------------------

@@ -88,7 +88,7 @@ def test_the_look_for_words_is_nothing_to_go_by(name, cfg, loras):
     ours = make(routed(model, ensemble, mode="once", trust=False))
     found = drawn(ours, family, MARKS, cfg)
     maps, problems = places_of(ours)[0].maps[0], record_of(ours).problems
-    if name in REAL_SKIPPING:  # they compute the model's blocks in their own way
+    if name in REAL_SKIPPING and "Block" not in name:  # they compute the model's blocks in their own way
         assert len(problems) == 1 and f"{name.split(',')[0]}" in problems[0] and "contrast" in problems[0]
         assert (maps == 1).all()
     else:
