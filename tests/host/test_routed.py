@@ -263,6 +263,7 @@ def test_a_prompt_of_its_own_for_each_lora(loras):
              sample(model, "SD15", areas, steps=1, cfg=1.0)[..., half], 1e-4)
     maps = places_of(ours)[0].maps[0]
     assert (maps[0, :, 4:] == 0).all() and (maps[1, :, :4] == 0).all() and maps[0, :, :4].max() == 1
+    assert record_of(ours).problems == [], "of no LoRA are words missing"
 
 
 @pytest.mark.parametrize("make", [Switch, Composite, LoRAtorio], ids=lambda make: make.__name__)

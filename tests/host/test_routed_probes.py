@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import comfy.samplers
 import pytest
 import torch
 from lora_ensemble.host.compose.composition import places_of, record_of
 from lora_ensemble.methods.prompt import PromptTokens
 from torch.nn import functional as F
 
-from .builders import sample
-from .models import base
+from .builders import guided, sample, schedule
+from .models import FAMILIES, base
 from .test_masks import LAST
 from .test_routed import MARKS, prompt, routed, specs
 
@@ -66,3 +67,24 @@ def test_stand_in_words_say_where(mode, start, rows, loras):
         assert torch.equal(places_of(ours)[0].maps, places_of(likewise)[0].maps)
     assert not (places_of(ours)[0].maps == 1).all()
     assert [step.rows for step in record_of(ours).steps] == rows and record_of(ours).problems == []
+
+
+@pytest.mark.parametrize("mode", ["every step", "once"])
+def test_a_prompt_that_comes_later_has_places_of_its_own(mode, loras):
+    """A guider that goes on with another prompt, whose places are those of stand-in words: they are looked for when it
+    comes. Guard: `RoutedLoRAs.await_stand_in`."""
+    model = base("SD15")
+
+    class Travel(comfy.samplers.CFGGuider):
+        calls = 0
+
+        def predict_noise(self, x, timestep, model_options={}, seed=None):  # noqa: B006  (as the host has it)
+            positive, self.calls = [self.conds["positive"][self.calls > 0]], self.calls + 1
+            return comfy.samplers.calc_cond_batch(self.inner_model, [positive], x, timestep, model_options)[0]
+
+    ours = routed(model, specs(model, loras), mode=mode)
+    guider = Travel(ours)
+    guider.set_conds([*prompt(), *prompt("SD15", MARKS, 14, lora_ensemble_probe=prompt("SD15", MARKS, 30)[0])],
+                     FAMILIES["SD15"].cond(12))
+    assert torch.isfinite(guided(guider, schedule(ours, 3))).all()
+    assert [step.rows for step in record_of(ours).steps] == [2, 2, 1] and record_of(ours).problems == []
