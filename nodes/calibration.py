@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-import comfy.sample
 import comfy.utils
 import folder_paths
 from comfy_api.latest import io, ui
@@ -13,6 +12,7 @@ from comfy_api.latest import io, ui
 from ..host.guidance import files
 from ..host.guidance.calibrate import Paths, calibrate
 from ..host.look.calibration import plot, summary
+from ..host.look.latent import latent_of
 from ..host.look.theme import THEMES
 from .guidance import GuidanceCoeffs, latent_input, negative_input, schedule_inputs
 from .sockets import model_input, schema, theme_input
@@ -71,7 +71,7 @@ class LoRAEnsembleCalibrateGuidance(io.ComfyNode):
                 batch_size: int, steps: int, cfg: float, sampler_name: str, scheduler: str, denoise: float,
                 second_round: bool, intercept: bool, theme: str = "light") -> io.NodeOutput:
         colours = THEMES[theme]
-        latent = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"])[:1]
+        latent = latent_of(model, latent_image)[:1]
         paths = Paths(positive, negative, latent, steps, cfg, sampler_name, scheduler, denoise, seed, seeds, batch_size)
         rounds = len(positive) * math.ceil(seeds / batch_size) * (1 + second_round)
         bar = comfy.utils.ProgressBar(rounds * steps)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import comfy.utils
 from comfy_api.latest import io
 
+from ..host.look.latent import latent_of
 from ..host.look.leave_one_out import NODE, leave_one_out
 from ..host.look.leave_one_out_sheet import changed, draw, pictures_of
 from ..host.look.spectrum import Sampling
@@ -57,8 +58,8 @@ class LoRAEnsembleLeaveOneOut(io.ComfyNode):
                 cfg: float, sampler_name: str, scheduler: str, denoise: float, vae: VAE | None = None,
                 theme: str = "light") -> io.NodeOutput:
         colours = THEMES[theme]
-        how = Sampling(positive, negative, latent_image["samples"], seed, steps, cfg, sampler_name, scheduler, denoise,
-                       latent_image.get("noise_mask"))
+        how = Sampling(positive, negative, latent_of(model, latent_image), seed, steps, cfg, sampler_name,
+                       scheduler, denoise, latent_image.get("noise_mask"), latent_image.get("batch_index"))
         bar = comfy.utils.ProgressBar(steps)
         found = leave_one_out(model, how, bar.update_absolute)
         pictures = pictures_of(found, model, vae)

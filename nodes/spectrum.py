@@ -9,6 +9,7 @@ import comfy.utils
 from comfy_api.latest import io
 
 from ..host.files.ensemble import ALWAYS, Ensemble
+from ..host.look.latent import latent_of
 from ..host.look.spectrum import Sampling, plot, profiles, report, with_measured_roles
 from ..host.look.theme import THEMES
 from .sockets import ensemble_input, ensemble_output, model_input, schema, theme_input
@@ -69,7 +70,8 @@ class LoRAEnsembleSpectrum(io.ComfyNode):
         theme: str = "light",
     ) -> io.NodeOutput:
         colours = THEMES[theme]
-        how = Sampling(positive, negative, latent_image["samples"], seed, steps, cfg, sampler_name, scheduler)
+        how = Sampling(positive, negative, latent_of(model, latent_image), seed, steps, cfg, sampler_name,
+                       scheduler, numbers=latent_image.get("batch_index"))
         pictures = 1 + sum(spec.strength_model != 0 and spec.role != ALWAYS for spec in ensemble)
         bar = comfy.utils.ProgressBar(steps * pictures)
         found = profiles(model, ensemble, how, lambda: bar.update(1))

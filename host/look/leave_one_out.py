@@ -219,9 +219,8 @@ def _sampled(model, composition: Composition, how: Sampling, chunk: Sequence[Lef
         study.forget()
         kind = WrappersMP.CALC_COND_BATCH  # around the composition's
         own.wrappers[kind] = {f"{KEY}_study": [study.calc_cond_batch], **own.wrappers.get(kind, {})}
-    latent = comfy.sample.fix_empty_latent_channels(own, how.latent)
-    latent = latent if latent.is_nested else latent[:1]
-    noise = comfy.sample.prepare_noise(latent, how.seed, None)
+    latent = how.latent if how.latent.is_nested else how.latent[:1]
+    noise = comfy.sample.prepare_noise(latent, how.seed, None if how.numbers is None else how.numbers[:1])
     mask = how.mask if how.mask is None or latent.is_nested else how.mask[:1]
     if len(chunk) > 1:
         latent, noise = (each.repeat(len(chunk), *[1] * (each.ndim - 1)) for each in (latent, noise))

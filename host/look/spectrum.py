@@ -26,7 +26,8 @@ log = logging.getLogger("lora_ensemble")
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the pictures are sampled: what a KSampler is given; `mask` as in a LATENT of inpainting."""
+    """How the pictures are sampled: what a KSampler is given; `latent` as `latent_of` has it, `mask` and `numbers` of
+    the pictures as in a LATENT of inpainting, and in one out of a batch."""
 
     positive: list
     negative: list
@@ -38,6 +39,7 @@ class Sampling:
     scheduler: str
     denoise: float = 1.0
     mask: Tensor | None = None
+    numbers: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -141,8 +143,8 @@ def _profile(name: str, role: str, own: Tensor, base: Tensor) -> Profile:
 
 def _shares(model, how: Sampling, progress: Callable[[], None]) -> Tensor:
     """[steps, pictures] in float64, on the CPU."""
-    latent = comfy.sample.fix_empty_latent_channels(model, how.latent)
-    noise = comfy.sample.prepare_noise(latent, how.seed, None)
+    latent = how.latent
+    noise = comfy.sample.prepare_noise(latent, how.seed, how.numbers)
     found: list[Tensor] = []
     bins: dict[torch.device, Tensor] = {}
     parts = tuple(tuple(part.shape[1:]) for part in latent.unbind()) if latent.is_nested else ()
