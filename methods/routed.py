@@ -35,12 +35,14 @@ class Routing:
     gamma    how sharply places are divided; 0 lets every LoRA act everywhere
     start    share of the steps after which places are first looked for; before, no LoRA acts
     trust    whether a LoRA that does little outside its place may act there, as far as it does little (`trusted`)
+    yields   whether a style yields, in its weights, to a background, which is in the same place (engine/yielding.py)
     """
 
     mode: Literal["every step", "once", "contrast"] = "every step"
     gamma: float = 2.0
     start: float = 0.0
     trust: bool = False
+    yields: bool = False
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:

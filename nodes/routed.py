@@ -76,6 +76,14 @@ class LoRAEnsembleRouted(io.ComfyNode):
                     "then act as in a merge, and only those that would change the whole picture are confined. Measured "
                     "where places are first looked for, at no further evaluation. Off: every LoRA keeps to its place.",
                 ),
+                io.Boolean.Input(
+                    "style_yields",
+                    default=False,
+                    optional=True,
+                    tooltip="Where a LoRA of role style lies over one of role background, leave out of the style's "
+                    "weights what they share with the background's: both act in one place, and the style would paint "
+                    "it over. It costs nothing while sampling. Off: every LoRA acts as its file has it.",
+                ),
             ],
         )
 
@@ -90,8 +98,8 @@ class LoRAEnsembleRouted(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: ModelPatcher, ensemble: Ensemble, mode: str, gamma: float, start: float, blocks: str,
-                clip: CLIP | None = None, trust: bool = True) -> io.NodeOutput:
-        routing = Routing(mode, gamma, start, trust)
+                clip: CLIP | None = None, trust: bool = True, style_yields: bool = False) -> io.NodeOutput:
+        routing = Routing(mode, gamma, start, trust, style_yields)
         return io.NodeOutput(*apply_method(model, clip, ensemble, lambda active: Merge(active.strengths), node=NODE,
                                            placing=Placing("words", routing, share_of(blocks))))
 

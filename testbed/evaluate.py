@@ -79,6 +79,7 @@ class Recipe:
     routing    how words are found
     bare       the prompt names the concepts by their rare words alone
     stand_in   ordinary words stand for the rare ones where places are looked for
+    yields     a style yields to a background
     """
 
     make: Factory
@@ -87,12 +88,16 @@ class Recipe:
     strength: float = 1.0
     bare: bool = False
     stand_in: bool = False
+    yields: bool = False
 
     def picture(self, task: LoraSet, bank: Bank, strength: float = 1.0) -> Picture:
         """A picture of a set."""
         method = self.make(lineup(task, self.strength * strength, bank))
         prompt = (task.said_bare() if self.bare else task).prompt()
-        return Picture(prompt, task.seed, task.loras, method, self._placed(task, method))
+        grounds, styles = (tuple(k for k, concept in enumerate(task.concepts) if concept.category == category)
+                           for category in ("background", "style"))
+        yields = tuple((style, grounds) for style in styles if grounds) if self.yields else ()
+        return Picture(prompt, task.seed, task.loras, method, self._placed(task, method), yields)
 
     def _placed(self, task: LoraSet, method: Method) -> Placed | None:
         if self.place == "everywhere":

@@ -6,8 +6,8 @@ branches, and the two sides of guidance are all evaluated together.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from types import TracebackType
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from ..engine.adapters import LowRank
 from ..engine.bank import Bank
 from ..engine.forwards import RoutedForwards
+from ..engine.yielding import yield_to
 from ..kernels.branch import Branch, Step
 from ..methods import Method
 from ..methods.merge import Merge
@@ -50,6 +51,7 @@ class Picture:
 
     method    None: the base model alone
     placed    where the LoRAs act; None: everywhere
+    yields    (a LoRA, those that it yields to) as positions in `loras` (engine/yielding.py)
     """
 
     prompt: str
@@ -57,6 +59,7 @@ class Picture:
     loras: tuple[int, ...] = ()
     method: Method | None = None
     placed: Placed | None = None
+    yields: tuple[tuple[int, tuple[int, ...]], ...] = ()
 
 
 class Sampler:
@@ -69,7 +72,9 @@ class Sampler:
     def __init__(self, base: Body, loras: Sequence[Mapping[str, Tensor]], always: Sequence[Mapping[str, Tensor]] = ()):
         self.base, self.count = base, len(loras)
         self.device = next(base.parameters()).device
-        self.bank = Bank([low_rank(tensors) for tensors in loras]).to(self.device)
+        self._adapters = [low_rank(tensors) for tensors in loras]
+        self._yielded: dict[tuple[int, tuple[int, ...]], dict] = {}
+        self.bank = Bank(self._adapters).to(self.device)
         self.routed = RoutedForwards(base.net, self.bank)
         self.always = RoutedForwards(base.net, Bank([low_rank(tensors) for tensors in always]).to(self.device))
         self._in_use = ExitStack()
@@ -85,6 +90,29 @@ class Sampler:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
         self._in_use.close()
+
+    @contextmanager
+    def _with_yielded(self, pictures: Sequence[Picture]) -> Iterator[list[Picture]]:
+        """These pictures with LoRAs that yield in place of those that are to, which the bank holds while it is open."""
+        before, new, out = (self.bank, self.routed, self.count), {}, []
+        for picture in pictures:
+            loras = list(picture.loras)
+            for who, to in picture.yields:
+                key = picture.loras[who], tuple(picture.loras[other] for other in to)
+                if key not in self._yielded:
+                    self._yielded[key] = yield_to(self._adapters, key[:1], key[1])[0][key[0]]
+                loras[who] = new.setdefault(key, self.count + len(new))
+            out.append(replace(picture, yields=(), loras=tuple(loras)))
+        self.routed.remove()
+        self.bank = Bank([*self._adapters, *(self._yielded[key] for key in new)]).to(self.device)
+        self.routed, self.count = RoutedForwards(self.base.net, self.bank), self.bank.count
+        self.routed.install()
+        try:
+            yield out
+        finally:
+            self.routed.remove()
+            self.bank, self.routed, self.count = before
+            self.routed.install()
 
     def _spread(self, branch: Branch, loras: tuple[int, ...]) -> Branch:
         """Gains of a picture's own LoRAs -> gains over the whole bank."""
@@ -155,6 +183,9 @@ class Sampler:
         guidance   at 1 the negative side weighs nothing, and is not evaluated unless `guides` look at it
         guides     one per picture: what takes the negative prediction's place in each step
         """
+        if any(picture.yields for picture in pictures):
+            with self._with_yielded(pictures) as own:
+                return self.draw(own, steps, guidance, guides)
         labels = (POSITIVE,) if guidance == 1 and guides is None else (POSITIVE, UNCONDITIONAL)
         noise = [torch.randn(self.base.latent, generator=torch.Generator().manual_seed(p.seed)) for p in pictures]
         x = torch.stack(noise).to(self.device)

@@ -10,6 +10,7 @@ from comfy_execution.utils import get_executing_context
 from torch import Tensor
 
 from ...engine.bank import Bank
+from ...engine.yielding import yield_to
 from ...methods import Method
 from ...methods.merge import Merge
 from ...methods.windows import Window
@@ -85,8 +86,10 @@ def apply_method(model, clip, ensemble: Ensemble, make: Callable[[Active], Metho
     check_some(ensemble, node)
     rest = [spec for spec in ensemble if spec.role != ALWAYS]
     ordered = (*(spec for spec in ensemble if spec.role == ALWAYS), *rest)
-    reading, shared = _shared(model, clip, ordered, node, rest_on_weights)
-    bank, problems, placing = shared.model, list(reading.problems), placing or Placing()
+    placing = placing or Placing()
+    yields = placing.where == "words" and placing.routing.yields
+    reading, shared = _shared(model, clip, ordered, node, rest_on_weights, yields)
+    bank, problems = shared.model, list(reading.problems)
     if not reading.parts:
         problems.append("no LoRA acts on the model: each has strength_model 0 or changes the text encoder alone")
     lasting, active = ([part.spec for part in reading.parts if (part.spec.role == ALWAYS) is one]
@@ -228,28 +231,47 @@ def merge_clip(clip, reading: Reading):
     return new_clip
 
 
-def _shared(model, clip, ensemble: Ensemble, node: str, on_weights: bool) -> tuple[Reading, object]:
+def _shared(model, clip, ensemble: Ensemble, node: str, on_weights: bool, yields: bool) -> tuple[Reading, object]:
     """(what the ensemble's files do, the bank as a model of its own): as `read_ensemble` and a new bank would give
     them, but read and built only where no node has done so. What is kept of the files has no tensors but those that the
-    bank lacks."""
+    bank lacks. `yields`: styles yield to backgrounds."""
     check_some(ensemble, node)
     used = [spec for spec in ensemble if spec.strength_model != 0 or spec.strength_clip != 0]
 
     def make() -> tuple[Bank, Reading, int]:
         reading = read_ensemble(model, clip, ensemble, node, on_weights)
         names = tuple(part.spec.name for part in reading.parts)
-        bank = Bank([part.parsed.layers for part in reading.parts], names, compute_dtype(model))
+        bank = Bank(_yielding(reading) if yields else [part.parsed.layers for part in reading.parts], names,
+                    compute_dtype(model))
         notes = Reading([Part(_index(used, part.spec), _rest(part), ParsedLoRA(left_out=part.parsed.left_out))
                          for part in reading.parts],
                         [(_index(used, spec), text) for spec, text in reading.texts], reading.problems)
         tensors = [part.patches for part in notes.parts] + [text for _, text in notes.texts]
         return bank, notes, sum(patches.nbytes for patches in tensors)
 
-    shared, kept = shared_bank(model, facts_of(model, clip, used, on_weights), compute_dtype(model), make)
+    facts = facts_of(model, clip, used, on_weights), yields and tuple(_side(spec) for spec in used)
+    shared, kept = shared_bank(model, facts, compute_dtype(model), make)
     reading = Reading([part._replace(spec=used[part.spec]) for part in kept.parts],
                       [(used[k], text) for k, text in kept.texts], kept.problems)
     say_without_effect(reading, ensemble, node)
     return reading, shared
+
+
+def _side(spec: LoRASpec) -> str:
+    """Whether a LoRA yields to others, is yielded to, or neither."""
+    return spec.role if spec.role in ("background", "style") else ""
+
+
+def _yielding(reading: Reading) -> list[dict]:
+    """What the LoRAs do to each layer, styles without their part in the directions of backgrounds."""
+    who, to = ([k for k, part in enumerate(reading.parts) if part.spec.role == role]
+               for role in ("style", "background"))
+    layers, changed = yield_to([part.parsed.layers for part in reading.parts], who, to)
+    if who and to and not changed:
+        style, ground = (reading.parts[each[0]].spec.name for each in (who, to))
+        reading.problems.append(f"LoRA '{style}' cannot yield to LoRA '{ground}': no layer has plain low-rank changes "
+                                "of both")
+    return layers
 
 
 def _index(specs: list[LoRASpec], spec: LoRASpec) -> int:

@@ -1,0 +1,126 @@
+"""Deltas that yield to others, against projections that are found by singular values of the deltas themselves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lora_ensemble.engine.adapters import LowRank
+from lora_ensemble.engine.yielding import yield_to
+from lora_ensemble.kernels.yielding import directions, hidden, yielding
+from lora_ensemble.tests.reference import close, make_ops
+from torch import Tensor
+
+
+def rand(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def seen_by(deltas: list[Tensor], most: int) -> Tensor:
+    """The projector on the strongest input directions of dense deltas [out, in], by their singular values."""
+    _, values, right = torch.linalg.svd(torch.cat([delta.double() for delta in deltas]), full_matrices=False)
+    right = right[values > 1e-3 * values[0]][:most]
+    return right.mT @ right
+
+
+def test_what_a_delta_sees_of_its_input_has_its_energy():
+    down, up = rand(4, 10), rand(7, 4, seed=1)
+    rows = hidden(down, up)
+    assert close((rows.mT @ rows).float(), (up @ down).double().mT @ (up @ down).double())
+
+
+@pytest.mark.parametrize("inputs", [40, 12], ids=["of all directions few", "more than half of all"])
+def test_it_keeps_nothing_of_what_the_others_see(inputs):
+    down, others = rand(4, inputs), [(rand(6, inputs, seed=2), rand(9, 6, seed=3)), (rand(3, inputs, seed=4),
+                                                                                     0.2 * rand(9, 3, seed=5))]
+    found = yielding(down, [hidden(*other) for other in others])
+    wanted = down.double() - down.double() @ seen_by([up @ factor for factor, up in others], inputs // 2)
+    assert found.dtype is torch.float32 and close(found, wanted)
+    assert not close(found, down)
+
+
+def test_rows_of_zeros_and_rows_that_are_there_twice_take_nothing_more():
+    """A direction that nobody sees would be an arbitrary one."""
+    down, factor, up = rand(4, 30), rand(3, 30, seed=1), rand(5, 3, seed=2)
+    padded = torch.cat([factor, torch.zeros(2, 30), factor[:1]]), torch.cat([up, rand(5, 2, seed=3), up[:, :1]], dim=1)
+    assert directions(hidden(*padded), 15).shape == (30, 3)
+    assert close(yielding(down, [hidden(*padded)]), yielding(down, [hidden(factor, up)]))
+    assert torch.equal(yielding(down, [torch.zeros(2, 30, dtype=torch.float64)]), down)
+
+
+def test_half_of_all_directions_are_left():
+    """Others of a high rank leave a delta something."""
+    found = yielding(torch.eye(10), [hidden(rand(32, 10, seed=1), rand(40, 32, seed=2))])
+    assert torch.linalg.matrix_rank(found) == 5
+
+
+def low(out: int, inputs: tuple[int, ...], rank: int, seed: int, span=None, dtype=torch.float32) -> LowRank:
+    return LowRank(rand(out, rank, seed=seed).to(dtype), rand(rank, *inputs, seed=seed + 50).to(dtype), 0.5, span)
+
+
+def dense(op: LowRank) -> Tensor:
+    return op.delta(torch.zeros(1)).flatten(1).double()
+
+
+def freed(own: Tensor, others: list[Tensor]) -> Tensor:
+    """A dense delta without the others' directions on either side."""
+    outputs, inputs = (seen_by(deltas, size // 2) for deltas, size in
+                       (([other.mT for other in others], own.shape[0]), (others, own.shape[1])))
+    return (own - outputs @ own) @ (torch.eye(own.shape[1]) - inputs)
+
+
+def test_adapters_that_yield():
+    """By layer: of a Linear, of a convolution, of a layer that one of them lacks."""
+    adapters = [{"linear": [low(8, (20,), 2, 1)], "conv": [low(8, (6, 3, 3), 2, 2)], "alone": [low(8, (20,), 2, 3)]},
+                {"linear": [low(8, (20,), 3, 4)], "conv": [low(8, (6, 3, 3), 3, 5)]},
+                {"linear": [low(8, (20,), 1, 6)], "conv": [low(8, (6, 3, 3), 1, 7)]}]
+    found, changed = yield_to(adapters, [0], [1, 2])
+    assert changed == 2 and found[1:] == adapters[1:] and found[0]["alone"][0] is adapters[0]["alone"][0]
+    for name in ("linear", "conv"):
+        own, *others = (dense(each[name][0]) for each in adapters)
+        new = found[0][name][0]
+        assert new.down.shape == adapters[0][name][0].down.shape and (new.scale, new.rank) == (0.5, 2)
+        assert close(dense(new).float(), freed(own, others))
+    assert yield_to(adapters, [], [1])[0] == adapters and yield_to(adapters, [0], [])[1] == 0
+
+
+@pytest.mark.parametrize(("own", "other", "meet"), [
+    (None, (0, 0, 4), True), ((0, 4, 4), (0, 0, 4), False), ((0, 2, 4), (0, 0, 4), True), ((0, 0, 4), None, True),
+    ((1, 0, 4), None, False), ((1, 0, 4), (1, 0, 4), True), ((1, 0, 4), (1, 4, 4), False)])
+def test_slices_of_a_layer_that_several_are_fused_in(own, other, meet):
+    """Where both add to the same outputs from the same inputs, and nowhere else."""
+    def op(span, seed: int) -> LowRank:
+        return low(12 if span is None or span[0] == 1 else span[2], (8,) if span is None or span[0] == 0 else (4,), 2,
+                   seed, span)
+
+    adapters = [{"qkv": [op(own, 1)]}, {"qkv": [op(other, 2)]}]
+    found, changed = yield_to(adapters, [0], [1])
+    assert changed == meet and (found[0]["qkv"][0] is adapters[0]["qkv"][0]) is not meet
+    if meet:  # the other one's change of the outputs of this one
+        full = torch.zeros(12, 8 if own is None or own[0] == 0 else 4, dtype=torch.float64)
+        rows, theirs = (slice(s[1], s[1] + s[2]) if s is not None and s[0] == 0 else slice(0, 12) for s in (own, other))
+        full[theirs] = dense(adapters[1]["qkv"][0])
+        new = dense(found[0]["qkv"][0])
+        before, wide = dense(adapters[0]["qkv"][0]), dense(adapters[1]["qkv"][0])
+        outputs, inputs = seen_by([full[rows].mT], new.shape[0] // 2), seen_by([wide], new.shape[1] // 2)
+        assert close(new.float(), (before - outputs @ before) @ (torch.eye(new.shape[1]) - inputs))
+
+
+@pytest.mark.parametrize("kind", ["kron", "dense", "dora out", "lora+bias"])
+def test_other_kinds_neither_yield_nor_are_yielded_to(kind):
+    shape = torch.Size((16, 24))
+    other, plain = make_ops(kind, shape, 1)[0], [low(16, (24,), 2, 2)]
+    plain_there = any(type(op) is LowRank for op in other)
+    found, changed = yield_to([{"a": other}, {"a": plain}], [0], [1])
+    assert changed == plain_there and all(new is op for new, op in zip(found[0]["a"], other, strict=True)
+                                          if type(op) is not LowRank)
+    found, changed = yield_to([{"a": plain}, {"a": other}], [0], [1])
+    assert changed == plain_there
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_factors_in_half_precision(dtype):
+    own, other = low(8, (20,), 2, 1, dtype=dtype), low(8, (20,), 3, 2, dtype=dtype)
+    new = yield_to([{"a": [own]}, {"a": [other]}], [0], [1])[0][0]["a"][0]
+    assert new.down.dtype is dtype
+    left = new.down.double() @ torch.linalg.pinv(other.down.double())
+    assert left.abs().max() < 0.05 * (own.down.double() @ torch.linalg.pinv(other.down.double())).abs().max()
