@@ -11,6 +11,7 @@ from lora_ensemble.methods.guidance import extrapolated
 from lora_ensemble.methods.guidance.extrapolated import ExtrapolatedSession, Extrapolation, widest
 from lora_ensemble.methods.guidance.record import GuidanceRecord, GuidanceStep
 from lora_ensemble.methods.guidance.session import FULL, REPLACED, Need
+from lora_ensemble.methods.schedule import Uniform
 from lora_ensemble.tests.devices import Far
 from lora_ensemble.tests.operations import Operations
 from torch import Tensor
@@ -319,6 +320,10 @@ def test_what_is_said_of_the_saving(steps, evaluated, saving, words):
                             2 * steps if evaluated else steps, finished=True)
     session.summary(record)
     assert (words in told[0] if words else not told) and len(told) == bool(words)
+    if words and "and not" in words:
+        session.whole = Uniform(3)
+        session.summary(record)
+        assert "Branch Cache" in told[1] and "Branch Cache" not in told[0]
     record.finished, told[:] = False, []
     session.summary(record)
     assert told == []

@@ -289,9 +289,10 @@ class ExtrapolatedSession(GuidanceSession):
         if record.evaluations == full:
             self.tell("Extrapolated guidance: nothing was saved, and the picture is that of full guidance")
         elif policy.tolerance is None and record.evaluations > (1 - policy.saving + 0.5 / len(record.steps)) * full:
+            moved = "" if self.whole is None else ", moved to where the Branch Cache runs whole"
             self.tell(f"Extrapolated guidance: {1 - record.evaluations / full:.0%} were saved and not "
                       f"{policy.saving:.0%}: the first two steps need the negative, also after a restart, and so do "
-                      "the last and one of every few; saving more than that, fewer steps are better")
+                      f"the last and one of every few{moved}; saving more than that, fewer steps are better")
 
     # --- what the line has missed ---
 
