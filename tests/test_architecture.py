@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -27,10 +28,15 @@ by_file = pytest.mark.parametrize("path", sorted([*PACK, ROOT / "__init__.py"]),
                                   ids=lambda path: path.relative_to(ROOT).as_posix())
 
 
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def imports(path: Path, text: str | None = None) -> Iterator[tuple[str, str]]:
     """("pack", floor) for what a file imports of this pack, ("other", top-level package) for all else."""
     package = path.relative_to(ROOT).parts[:-1]
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8") if text is None else text)):
+    for node in ast.walk(tree(path) if text is None else ast.parse(text)):
         if isinstance(node, ast.Import):
             yield from (("other", alias.name.split(".")[0]) for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
@@ -59,7 +65,7 @@ def test_rooms_of_the_host_stand_in_a_row(room):
     paths = list((ROOT / "host" / room).glob("*.py"))
     assert len(paths) > 1
     for path in paths:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(tree(path)):
             if isinstance(node, ast.ImportFrom) and node.level == 2 and node.module:
                 other = node.module.split(".")[0]
                 assert other in ROOMS[room], f"{path.relative_to(ROOT)} imports {other}"
@@ -87,26 +93,26 @@ def test_only_host_and_nodes_import_comfyui():
 def test_the_run_of_guidance_knows_no_rule():
     """It imports what every rule's session answers to, and no rule of its own."""
     for name in ("apply.py", "run.py", "call.py"):
-        tree = ast.parse((ROOT / "host" / "guidance" / name).read_text(encoding="utf-8"))
-        found = {node.module.rpartition("methods.guidance.")[2] for node in ast.walk(tree)
+        found = {node.module.rpartition("methods.guidance.")[2]
+                 for node in ast.walk(tree(ROOT / "host" / "guidance" / name))
                  if isinstance(node, ast.ImportFrom) and "methods.guidance" in (node.module or "")}
         assert found and found <= {"session", "record"}, name
 
 
 @by_file
 def test_nothing_prints_evaluates_or_unpickles(path):
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    called = {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+    calls = [node.func for node in ast.walk(tree(path)) if isinstance(node, ast.Call)]
+    called = {function.id for function in calls if isinstance(function, ast.Name)}
     assert not called & {"print", "eval", "exec", "compile", "__import__"}
     assert not {name for kind, name in imports(path) if kind == "other"} & FORBIDDEN_MODULES
-    loads = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    loads = set(map(ast.unparse, calls))
     assert "torch.load" not in loads
 
 
 @by_file
 def test_numbers_go_to_a_device_without_waiting_for_it(path):
     """`torch.tensor(numbers, device=...)` waits until the device has done all that was queued before."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree(path)):
         if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.tensor", "torch.as_tensor"):
             found = {keyword.arg for keyword in node.keywords}
             assert "device" not in found, f"line {node.lineno}: use engine.transfer.on_device"
@@ -115,6 +121,18 @@ def test_numbers_go_to_a_device_without_waiting_for_it(path):
 @by_file
 def test_files_stay_small(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
+
+
+def test_no_error_of_a_class_of_our_own_leaves_the_pack():
+    """The front end shows such an error as the path of its module, which pushes the reason out of sight."""
+    own, caught = set(), set()
+    for item in (item for path in PACK for item in ast.walk(tree(path))):
+        if isinstance(item, ast.ClassDef) and any(
+                ast.unparse(above).endswith(("Exception", "Error")) for above in item.bases):
+            own.add(item.name)
+        elif isinstance(item, ast.ExceptHandler) and item.type is not None:
+            caught |= {part.id for part in ast.walk(item.type) if isinstance(part, ast.Name)}
+    assert own and own <= caught, own - caught
 
 
 def test_the_rules_would_notice_a_breach():

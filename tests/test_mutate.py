@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from functools import cache
 
 import pytest
 from lora_ensemble.tests import mutate
@@ -51,6 +52,13 @@ def test_what_is_changed(tmp_path, monkeypatch):
         ("max", "min"), ("a < 2 and not a", "True"), ("a < 2 and not a", "False"), ("b *= 2", "pass")])
 
 
+@pytest.fixture
+def read_once(monkeypatch):
+    """Each file of the pack."""
+    monkeypatch.setattr(mutate, "faults", cache(faults))
+
+
+@pytest.mark.usefixtures("read_once")
 def test_faults_of_a_seed_are_the_same_and_differ_from_what_was():
     assert list(map(str, chosen(40, 3))) == list(map(str, chosen(40, 3))) != list(map(str, chosen(40, 4)))
     assert {fault.path.relative_to(ROOT).parts[0] for fault in chosen(200, 0)} == set(FLOORS)
@@ -60,6 +68,7 @@ def test_faults_of_a_seed_are_the_same_and_differ_from_what_was():
         assert ast.dump(ast.parse(text)) != ast.dump(ast.parse(text[:fault.start] + fault.new + text[fault.end:]))
 
 
+@pytest.mark.usefixtures("read_once")
 def test_what_is_called_equivalent_is_a_fault_that_is_not_made(monkeypatch):
     every = {fault.at for name in {name for name, *_ in EQUIVALENT} for fault in faults(ROOT / name)}
     assert set(EQUIVALENT) <= every, "its line is another one now: look at it again"
