@@ -61,6 +61,12 @@ class _WithoutComfyUI(pytest.Module):
         raise pytest.skip.Exception("no ComfyUI; name its folder in COMFYUI_UNDER_TEST", allow_module_level=True)
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Where only `host_api` is asked for, the other files are not even imported."""
+    file = collection_path.suffix == ".py" and config.option.markexpr == "host_api"
+    return True if file and collection_path.stem not in HOST_API else None
+
+
 def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
     return None if COMFYUI else _WithoutComfyUI.from_parent(parent, path=module_path)
 
