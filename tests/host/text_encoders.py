@@ -22,7 +22,7 @@ import comfy.sd1_clip
 import comfy.text_encoders
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 FOLDER = Path(comfy.sd1_clip.__file__).parent / "text_encoders"
 LLAMA = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
@@ -30,6 +30,8 @@ T5 = {"d_model": 16, "num_layers": 1, "num_heads": 2, "d_kv": 8, "d_ff": 16}
 CLIP = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 16}
 BERT = {**CLIP, "num_hidden_layers": 1}
 SMALL = {"CLIPTextModel": CLIP, "T5": T5, "BertModel": BERT, "XLMRobertaModel": BERT}
+read: dict[tuple, PreTrainedTokenizerBase] = {}
+"""Tokenizers by class, folder and options: many encoders have the same, and none is changed."""
 NO_LOOK_AROUND = ("out_proj", "o_proj", "SelfAttention.o", "attention.output.dense")
 
 # name -> (tokenizer, model, what a function that makes the model's class is given, tensors of its own)
@@ -127,8 +129,17 @@ def small(wide: bool = False) -> Iterator[None]:
         given.arguments["textmodel_json_config"] = {**config, **SMALL.get(kind, LLAMA), **width}
         init(*given.args, **given.kwargs)
 
+    from_pretrained = PreTrainedTokenizerBase.from_pretrained.__func__
+
+    def once(kind: type, folder: str, **options: Any) -> PreTrainedTokenizerBase:
+        key = kind, str(folder), repr(sorted(options.items()))
+        if key not in read:
+            read[key] = from_pretrained(kind, folder, **options)
+        return read[key]
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(comfy.sd1_clip.SDClipModel, "__init__", smaller)
+        patch.setattr(PreTrainedTokenizerBase, "from_pretrained", classmethod(once))
         for module, name, vision in (("qwen_vl", "Qwen2VLVisionTransformer", Vision),
                                      ("qwen3vl", "Qwen3VLVisionModel", DeepVision)):
             if (FOLDER / f"{module}.py").is_file():
@@ -156,10 +167,20 @@ def clip(name: str, embeddings: Path | None = None) -> comfy.sd.CLIP:
             tokenizer.min_length = 64
     generator = torch.Generator().manual_seed(1)
     for key, parameter in made.cond_stage_model.named_parameters():
-        parameter.data.normal_(std=0.3, generator=generator)
+        numbers(parameter.data, generator)
         if any(f"{part}." in key for part in NO_LOOK_AROUND):
             parameter.data.zero_()
     return made
+
+
+def numbers(parameter: torch.Tensor, generator: torch.Generator) -> None:
+    """Normal ones. Along the rows of a matrix as large as SD3's words of full width they repeat themselves: so many
+    would take seconds."""
+    if parameter.numel() < 2**24:
+        parameter.normal_(std=0.3, generator=generator)
+        return
+    few = torch.empty(len(parameter), 64).normal_(std=0.3, generator=generator)
+    parameter.copy_(few.repeat(1, -(-parameter.shape[1] // 64))[:, :parameter.shape[1]])
 
 
 @contextmanager
