@@ -149,7 +149,7 @@ def test_processes_with_a_share_each_make_one_whole(tmp_path):
     assert shared(tmp_path, "2/2").judge(CASES, check(made)) == 1 and made == ["1", "3", "2", "4"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["some.1-of-2.jsonl", "some.2-of-2.jsonl"]
     assert {line["case"]: line["of"] for line in read("some", tmp_path)} == dict.fromkeys(CASES, 4)
-    assert ", 2 processes at once) | 4 of 4 | 2 odd, 1 even; 1 failed" in page("--all", tmp_path, [PART])
+    assert ", in 2 shares) | 4 of 4 | 2 odd, 1 even; 1 failed" in page("--all", tmp_path, [PART])
     assert kept(tmp_path).judge(CASES, lambda case: ("mended", {})) == 0
     assert [line["became"] for line in sorted(read("some", tmp_path), key=lambda line: line["case"])] == [
         "odd", "mended", "odd", "even"], "the last finding counts, whichever file it is in"

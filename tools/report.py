@@ -90,7 +90,7 @@ def _row(part: Part, lines: list[dict[str, Any]]) -> str:
 
 def _shared(part: Part, lines: list[dict[str, Any]]) -> str:
     shares = max(line.get("shares", 1) for line in lines)
-    return "" if shares == 1 else ", beside others" if part.each else f", {shares} processes at once"
+    return "" if shares == 1 else ", beside others" if part.each else f", in {shares} shares"
 
 
 def _cut(parts: Sequence[Part], found: dict[Part, list[dict[str, Any]]]) -> list[str]:
