@@ -35,7 +35,8 @@ SWAPPED = {"min": "max", "max": "min", "any": "all", "all": "any"}
 SAID = {"raise", "warning", "info", "debug", "tell", "_tell", "say", "append"}
 """Statements that only say something are not left out."""
 VERDICTS = {True: "seen  ", False: "MISSED", None: "slow  "}
-ALIKE = 4
+ALIKE, NEAREST, SLOW = 4, 3, ("server", "front_end")
+WORD = re.compile(r"\w{4,}")
 FAILED = re.compile(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", re.MULTILINE)
 """What pytest says of a test."""
 EQUIVALENT: dict[tuple[str, str, str, str], str] = {
@@ -213,14 +214,19 @@ def distances(changed: Path, graph: dict[Path, set[Path]]) -> dict[Path, int]:
     return found
 
 
-def covering(changed: Path, graph: dict[Path, set[Path]], with_host: bool, most: int) -> list[str]:
-    """The test files that import a file: those of its own name first, then those of a like one, then by the shortest
-    way."""
+def covering(changed: Path, graph: dict[Path, set[Path]], with_host: bool, most: int, line: str = "") -> list[str]:
+    """The test files that import a file: those of its own name first, then those that have rare words of the changed
+    line, then those of a like name, then by the shortest way."""
     far = distances(changed, graph)
     tests = [path for path in far if path.name.startswith("test_") and (with_host or "host" not in path.parts)
-             and "server" not in path.stem]
-    tests.sort(key=lambda path: (changed.stem not in path.stem, -alike(changed, path), far[path], "host" in path.parts,
-                                 path.name))
+             and not any(name in path.stem for name in SLOW)]
+    wanted = set(WORD.findall(line))
+    words = {path: wanted & set(WORD.findall(path.read_text(encoding="utf-8"))) for path in tests}
+    files = collections.Counter(word for some in words.values() for word in some)
+    rare = {path: sum(1 / files[word] for word in some) for path, some in words.items()}
+    nearest = [path for path in sorted(tests, key=lambda path: (-rare[path], path))[:NEAREST] if rare[path]]
+    tests.sort(key=lambda path: (changed.stem not in path.stem, path not in nearest, -alike(changed, path), far[path],
+                                 "host" in path.parts, path.name))
     return [path.relative_to(ROOT).as_posix() for path in tests[:most]]
 
 
@@ -306,7 +312,7 @@ def main() -> int:
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "__pycache__", "out", ".pytest_cache"))
 
         def check(case: str) -> Found:
-            tests = covering(found[case].path, graph, with_host, chosen_.files)
+            tests = covering(found[case].path, graph, with_host, chosen_.files, found[case].text)
             seconds = min(chosen_.seconds, results.left())
             was = seen(found[case], copy, tests, seconds) if tests else False
             if was is None and seconds < chosen_.seconds:

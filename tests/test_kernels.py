@@ -69,6 +69,18 @@ def test_tokens(n, count, inputs, out, rank, strided, gain, dtype):
     assert close(y, want)
 
 
+@pytest.mark.parametrize("kernel", [rows, lambda down, up, **how: tokens(down, up[None], **how)])
+@pytest.mark.parametrize("gain", [None, torch.tensor([0.3, -1.5])])
+@pytest.mark.parametrize("alpha", [1.0, 2.0, 0.5])
+def test_a_number_in_front(alpha, gain, kernel):
+    """Powers of two: to the last bit as if the factor were so much larger."""
+    x, down, up = rand(1, 5, 6), rand(2, 6), rand(2, 4)
+    x = x[0] if kernel is rows else x
+    y = rand(*x.shape[:-1], 4, seed=1)
+    found = kernel(down, up, gain=gain, alpha=alpha)(y.clone(), x)
+    assert torch.equal(found, kernel(alpha * down, up, gain=gain)(y.clone(), x)) and not torch.equal(found, y)
+
+
 @DTYPES
 @pytest.mark.parametrize("gain", ["number", "per group"])
 @pytest.mark.parametrize(("g", "n", "inputs", "out", "rank"), [(1, 1, 1, 1, 1), (2, 7, 24, 40, 4), (5, 1, 16, 8, 1),
