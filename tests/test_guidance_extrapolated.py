@@ -274,6 +274,31 @@ def test_the_last_step_is_evaluated():
             assert needs[-1] == FULL and REPLACED in needs
 
 
+@pytest.mark.parametrize(("cut", "first", "second"), [
+    (20, [0, 1, 3, 6, 9, 12, 15, 18, 19], []), (8, [0, 1, 3, 6], [9, 11, 14, 17, 19])])
+def test_turns_beside_a_cache_in_two_runs(cut, first, second):
+    """The cache's steps are those of each run; turns are those of the picture, and what is past does not move."""
+    def turns(session: ExtrapolatedSession, steps: range) -> list[int]:
+        session.whole, found = Uniform(3, first=2), []
+        for index in steps:
+            if session.begin(Step(index - steps[0], 20 - steps[0], SIGMAS[index])) == FULL:
+                found.append(index)
+                level = torch.full((1,), SIGMAS[index])
+                session.keep(rand(1, 6), rand(1, 6), {"negative": rand(1, 6, seed=1)}, level)
+            else:
+                session.replace("negative", rand(1, 6), rand(1, 6), torch.full((1,), SIGMAS[index]))
+            session.end()
+        return found
+
+    begun = ExtrapolatedSession(Extrapolation(), True, SIGMAS[:cut + 1], whole=20)
+    assert turns(begun, range(cut)) == first
+    if second:
+        begun.summary(GuidanceRecord("", []))
+        later = ExtrapolatedSession(Extrapolation(), True, SIGMAS[cut:], before=cut, whole=20)
+        assert "goes on" in later.go_on(cut, begun.left(), "", torch.device("cpu"))
+        assert turns(later, range(cut, 20)) == second
+
+
 def test_a_broken_run_does_not_stop_at_a_miss():
     """Predictions that are not numbers are the sampler's to show."""
     session = ExtrapolatedSession(Extrapolation(tolerance=0.05), True, SIGMAS)

@@ -332,9 +332,9 @@ class ExtrapolatedSession(GuidanceSession):
         left = step.total - begin
         steps = (policy if not begin else replace(policy, first=2)).steps(left)
         if self.whole is not None:
-            before = self._before
-            whole = [index - begin for index in range(max(begin, before), step.total)
-                     if self.whole.refreshes(Step(index - before, step.total - before, 0.0))]
+            before = self._before  # those of earlier runs are over and done with
+            whole = [index - begin for index in range(begin, step.total)
+                     if index < before or self.whole.refreshes(Step(index - before, step.total - before, 0.0))]
             steps = steps_among(steps, whole, self.whole.max_age, self._widest)
         return frozenset(begin + each for each in steps)
 
