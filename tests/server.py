@@ -112,9 +112,7 @@ class Server:
 
     def start(self, timeout: float = 600.0) -> None:
         self.port = free_port()
-        # on a GPU in fp32, in which pictures are those of a CPU
-        device = "--force-fp32" if os.environ.get("TESTS_ON") == "cuda" else "--cpu"
-        command = [self.python, "main.py", device, "--disable-auto-launch", "--disable-api-nodes"]
+        command = [self.python, "main.py", "--cpu", "--disable-auto-launch", "--disable-api-nodes"]
         command += ["--port", str(self.port), "--base-directory", str(self.base)]
         command += ["--database-url", f"sqlite:///{self.base / 'user' / 'comfyui.db'}"]
         command += ["--disable-all-custom-nodes", "--whitelist-custom-nodes", *self.names,
