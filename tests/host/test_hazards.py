@@ -215,7 +215,7 @@ def test_weights_are_never_read_in_a_forward(kind, loras):
                 module.__class__ = own
 
     outer = model.clone()
-    outer.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "lock", lock)
+    outer.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, "lock", lock)  # ahead of where ours are put on
     ensemble = [LoRASpec(loras(tensors), 0.7, 0), LoRASpec(loras(lora(shapes(model), 5)), 0.5, 0)]
     same(sample(merge(outer, ensemble), steps=1), sample(stock(model, ensemble), steps=1), sample(model, steps=1))
 
