@@ -4,8 +4,9 @@
 Start it with the interpreter that ComfyUI runs in. Counts the operations of SD1.5 (512 x 512), SDXL and Flux (1024 x
 1024) at full size, with --models also of Qwen-Image (1024 x 1024) and Wan (480 x 480, two latent frames), whole and
 cut, on tensors without memory: no weights, no device, nothing timed. One JSON line per model, then two tables: what a
-run takes with an interval and a depth, as a share of the operations of a run without a cache, held and forecast (which
-has the second step whole as well); and what the node's budgets choose.
+run takes with an interval and a depth, as a share of the operations of a run without a cache, held, forecast (which has
+the second step whole as well) and, where the model has a negative, forecast with extrapolated guidance; and what the
+node's budgets choose.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from ..methods.schedule import LONGEST, BySteps, Uniform, schedules, within
+from ..kernels.branch import Step
+from ..kernels.guidance import steps_among
+from ..methods.guidance.extrapolated import Extrapolation, widest
+from ..methods.schedule import LONGEST, BySteps, Schedule, Uniform, schedules, within
 from . import models
 from .measure import Results, parser_of
 
@@ -53,13 +57,25 @@ def shares(name: str) -> tuple[int, Mapping[int, float]]:
     return work.whole, work.shares
 
 
+def with_guidance(steps: int, schedule: Schedule, rest: float) -> float:
+    """The share of a run whose guidance is extrapolated, too: both sides at its turns, one at other steps."""
+    whole = [step for step in range(steps) if schedule.refreshes(Step(step, steps, 0.0))]
+    turns = steps_among(Extrapolation().steps(steps), whole, schedule.max_age, widest(steps))
+    return sum((1 + (step in turns)) * (1 if step in whole else rest) for step in range(steps)) / (2 * steps)
+
+
 def intervals_table(found: Mapping[str, Mapping[int, float]], steps: int) -> str:
-    """Rows: interval and depth; per model the share of a run, held / forecast."""
+    """Rows: interval and depth; per model the share of a run, held / forecast / forecast and guidance."""
+    def cell(name: str, rest: float, interval: int) -> str:
+        plain = [within(1.0, steps, {1: rest}, [Uniform(interval, first)]).share for first in (1, 2)]
+        guided = models.ARCHITECTURES[name].cfg != 1
+        return " / ".join(f"{each:.0%}" for each in
+                          plain + [with_guidance(steps, Uniform(interval, 2), rest)] * guided)
+
     lines = [f"| interval | depth | {' | '.join(found)} |", f"| --- | --- | {' | '.join('---' for _ in found)} |"]
     for interval in range(2, LONGEST + 1):
         for depth in DEPTHS:
-            cells = [" / ".join(f"{within(1.0, steps, {depth: rests[depth]}, [Uniform(interval, first)]).share:.0%}"
-                                for first in (1, 2)) for rests in found.values()]
+            cells = [cell(name, rests[depth], interval) for name, rests in found.items()]
             lines.append(f"| {interval} | {depth} | {' | '.join(cells)} |")
     return "\n".join(lines).replace("%", " %")
 

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from lora_ensemble.benchmarks import host_time, table
+from lora_ensemble.benchmarks import counted, host_time, table
 from lora_ensemble.benchmarks.goals import GOALS, PARTS, Goal, every, growth, measured, most_loras
 from lora_ensemble.benchmarks.measure import Results, in_turns, spread
+from lora_ensemble.methods.schedule import Uniform
 
 CPU = torch.device("cpu")
 STAMP = {"date": "2026-01-02", "commit": "abc1234", "torch": "2.11.0", "device": "cpu", "cpu": "a processor",
@@ -144,6 +145,12 @@ def test_the_table_of_operations():
               "cached": 0.456, **STAMP}
     text = table.tables([record], table.OF_METHODS)
     assert "| Wan, 480 x 480 x 2 frames | 40.0 | 80.0 | 160 / 240 | 400 / 480 | 800 / 880 | x 0.46 |" in text
+
+
+def test_operations_of_a_run_with_cache_and_guidance():
+    """20 steps: eight are whole, with both sides; of the others the last alone has its negative."""
+    assert counted.with_guidance(20, Uniform(3, first=2), 0.25) == pytest.approx((8 * 2 + 0.25 * (2 + 11)) / 40)
+    assert counted.with_guidance(20, Uniform(1), 0.25) == pytest.approx((20 + 8) / 40)
 
 
 def test_tables_are_written_between_their_markers():
