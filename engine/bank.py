@@ -22,7 +22,8 @@ class Site(nn.Module):
         others: dict[int, list[Op]] = {}
         for adapter, adapter_ops in ops.items():
             for op in adapter_ops:
-                low = type(op) is LowRank
+                # Behind an op that depends on the order, as another one of the same file may be, it stays there.
+                low = type(op) is LowRank and all(before.additive for before in others.get(adapter, ()))
                 entries = stacks.setdefault(_inputs(op), {}).setdefault(op.span, {}) if low else None
                 if entries is not None and adapter not in entries:
                     entries[adapter] = op

@@ -71,7 +71,7 @@ class Traced:
         if not gains or self.stacks is None or y.shape[0] != x.shape[0] or not self._fits(x, gains[0]):
             route_(y, x, self.handle)
             return y
-        geometry = self.geometry
+        geometry, x = self.geometry, x.to(y.dtype)
         for (down, up, span), gain in zip(self.stacks, gains, strict=True):
             if x.shape[0] != gain.shape[0]:
                 gain = gain[:1]

@@ -206,9 +206,13 @@ class RoutedForwards:
             if out is not y:
                 y.copy_(out)
 
-        def forward(x: Tensor, *args, **kwargs) -> Tensor:
+        def forward(x: Tensor | None = None, *args, **kwargs) -> Tensor:
             # This runs at every layer of every step: no more than is needed, and no call of `add`.
-            y = base(x, *args, **kwargs) if args or kwargs else base(x)
+            if args or kwargs:
+                y = base(**kwargs) if x is None else base(x, *args, **kwargs)
+                x = next(iter(kwargs.values())) if x is None else x  # by its name, which is not the same in all layers
+            else:
+                y = base(x)
             if compiling():
                 return traced.add_(y, x)
             layout = state.current

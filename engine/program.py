@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import takewhile
 from typing import NamedTuple
 
@@ -75,7 +76,8 @@ class Programs:
 
         Raises NotRows where rows of several branches cannot be told apart in the layer.
         """
-        name, shape, flat = layer.site.name, x.shape, layout.places is not None and layout.places.flat and y.ndim == 2
+        name, shape = layer.site.name, x.shape
+        flat = y.ndim < 2 + layer.geometry.spatial or (layout.places is not None and layout.places.flat and y.ndim == 2)
         self.seen.setdefault(name, set()).update(layout.acting)
         if flat:
             y, x = y.unsqueeze(0), plain(x).unsqueeze(0)
@@ -86,7 +88,7 @@ class Programs:
         else:
             gains = [branch.at(name) for branch in layout.rows]
             gains = tuple(gains[row] for row in owners)
-        key = name, gains, shape, x.dtype, x.device, places, owners if places is not None else None
+        key = name, gains, shape, x.dtype, y.dtype, x.device, places, owners if places is not None else None
         if key not in self._programs:
             with self._lasting():
                 program = self._program(layer, gains, y, x, places, owners)
@@ -111,6 +113,8 @@ class Programs:
 
         Raises NotRows where it must be known.
         """
+        if not y.shape[0]:
+            return ()
         if layout.uniform and layout.places is None:
             return None
         owners = layout.owners(name, y.shape[0]) if x.shape[0] == y.shape[0] else None
@@ -123,8 +127,10 @@ class Programs:
     def _program(self, layer: Layer, gains: tuple, y: Tensor, x: Tensor, places: Places | None,
                  owners: Entries | None) -> Program:
         site, shape, dtype = layer.site, x.shape, x.dtype
-        quantized = plain(x) is not x
+        plainly = _plainly if plain(x) is not x else None
         x = plain(x)
+        if x.dtype is not y.dtype:  # under autocast, and in layers that convert what they give
+            plainly, x = partial(_plainly, dtype=y.dtype), x.to(y.dtype)
         if owners is None:
             gains *= y.shape[0]
         call = Call(y, x, layer.geometry, lambda stack: self._factors(stack, x),
@@ -133,7 +139,7 @@ class Programs:
         runs, text = (self._added(call, site, gains) if all(_additive(site, row) for row in set(gains)) else
                       self._chained(call, layer, gains))
         run = in_turn(runs) if runs else nothing
-        return Program(shape, dtype, _plainly(run) if quantized else run, text)
+        return Program(shape, dtype, run if plainly is None else plainly(run), text)
 
     def _added(self, call: Call, site: Site, gains: Gains) -> tuple[list[Run], tuple]:
         """The products of a layer on which nothing depends on the order."""
@@ -302,6 +308,6 @@ def _flat(run: Run) -> Run:
     return lambda y, x: run(y.unsqueeze(0), plain(x).unsqueeze(0)).squeeze(0)
 
 
-def _plainly(run: Run) -> Run:
-    """For inputs that the host has quantized on the way into the layer."""
-    return lambda y, x: run(y, plain(x))
+def _plainly(run: Run, dtype: torch.dtype | None = None) -> Run:
+    """For inputs that the host has quantized on the way into the layer, or of another dtype than outputs."""
+    return lambda y, x: run(y, plain(x).to(dtype or x.dtype))

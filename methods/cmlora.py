@@ -18,6 +18,7 @@ from ..kernels.branch import Branch, Step, one_hot
 from ..kernels.nested import Parts, pack_weights, unpack
 from ..kernels.patches import stacked
 from ..kernels.spectrum import high_share, radial_amplitude, radial_bins
+from .counted import counted, verb
 from .session import Call, RunContext, Sent, Session
 from .switch import own_turn
 
@@ -128,7 +129,8 @@ class CMLoRA:
         if self.start is not None and self.start < 0:
             raise ValueError(f"CMLoRA: the dominance weight must not be negative, got {self.start}")
         if self.high is not None and len(self.high) != len(self.strengths):
-            raise ValueError(f"CMLoRA: {len(self.strengths)} LoRAs need as many classes, got {len(self.high)}")
+            raise ValueError(f"CMLoRA: {counted(len(self.strengths), 'LoRA')} "
+                             f"{verb(len(self.strengths), 'need')} as many classes, got {len(self.high)}")
 
     def begin(self, context: RunContext) -> CMLoRASession:
         """A run begins, with its first turn."""
@@ -256,7 +258,7 @@ class CMLoRASession(Session):
 
     def chosen(self, names: Sequence[str]) -> list[str]:
         """After how many steps the lead passes on."""
-        method, head = self.method, f"{self.context.total} steps, {len(names)} LoRAs"
+        method, head = self.method, f"{counted(self.context.total, 'step')}, {counted(len(names), 'LoRA')}"
         if method.order == "switch-a":
             turn = own_turn(self.context.total, self.count)
             return [] if method.steps_per_lora else [f"{head}: steps_per_lora is {turn}"]
@@ -278,9 +280,9 @@ class CMLoRASession(Session):
             own = [i for i in own if i in self._there]
             never = [names[i] for i in own if i not in self._led]
             if never and len(never) == len(own):
-                out.append(f"the class of {word} never led in {steps} steps ({', '.join(never)})")
+                out.append(f"the class of {word} never led in {counted(steps, 'step')} ({', '.join(never)})")
             elif never:
-                out.append(f"{', '.join(never)} never led in {steps} steps")
+                out.append(f"{', '.join(never)} never led in {counted(steps, 'step')}")
         return out
 
     def left(self) -> float | None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..kernels.branch import Branch, Step, one_hot
 from ..kernels.nested import pack_weights, unpack
 from ..kernels.patches import confine, most_divergent, patch_cosine, softmin, stacked, upsample, weighted
+from .counted import counted, of_all
 from .session import POSITIVE, UNCONDITIONAL, Call, RunContext, Sent, Session
 
 ENOUGH = 8
@@ -141,7 +142,7 @@ class LoRAtorioSession(Session):
         if method.unit != "auto" or not method.kappa:
             return []
         last = method.inverse_temperature(Step(total - 1, total, 0.0))
-        return [f"{total} steps: the inverse temperature rises to {last:g}"]
+        return [f"{counted(total, 'step')}: the inverse temperature rises to {last:g}"]
 
     def missed(self, names: Sequence[str]) -> list[str]:
         """LoRAs of a pool that never were among those that take part."""
@@ -150,7 +151,7 @@ class LoRAtorioSession(Session):
                 for i, weight in zip(active, part.tolist(), strict=True) if weight > 0}
         if self.context.whole:
             return []  # they do in another run of the picture
-        return [f"{names[i]} had no weight in any of the {self.context.total} steps: the {self.method.top_k} that "
+        return [f"{names[i]} had no weight in {of_all(self.context.total, 'step')}: the {self.method.top_k} that "
                 "depart most from the base model were others" for i in sorted(met - took)]
 
     def _weights_for(self, step: Step, call: Call) -> Tensor:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..kernels.branch import Branch, Step, one_hot
+from .counted import counted, verb
 from .session import PlainSession, RunContext, Session
 
 TAIL = 0.1
@@ -47,7 +48,8 @@ class Switch:
         if self.steps_per_lora < 0:
             raise ValueError(f"Switch: steps_per_lora must be at least 0, got {self.steps_per_lora}")
         if self.order is not None and sorted(self.order) != list(range(len(self.strengths))):
-            raise ValueError(f"Switch: order must name each of the {len(self.strengths)} LoRAs once, got {self.order}")
+            raise ValueError(f"Switch: order must name each of the {counted(len(self.strengths), 'LoRA')} once, "
+                             f"got {self.order}")
         if self.last is not None and not 0 <= self.last < len(self.strengths):
             raise ValueError(f"Switch: there is no LoRA {self.last} for the last steps")
 
@@ -136,16 +138,17 @@ class SwitchSession(PlainSession):
 
     def chosen(self, names: Sequence[str]) -> list[str]:
         """How long a turn is, and whose the last steps are."""
-        method, out = self.method, []
+        method, out, steps = self.method, [], counted(self._total, "step")
         if not method.steps_per_lora:
-            out.append(f"{self._total} steps, {len(names)} LoRAs: steps_per_lora is {method.turn(self._total)}")
+            out.append(f"{steps}, {counted(len(names), 'LoRA')}: steps_per_lora is {method.turn(self._total)}")
         if method.by_prompt and self._shares:
             out.append("turns by the prompt: " + ", ".join(f"{name} {length}" for name, length in zip(
                 names, method.lengths(self._total, self._shares), strict=True)))
         if method.last is not None:
             count = method.tail(self._total)
             out.append(f"the last {count} step{'s are' if count > 1 else ' is'} those of LoRA '{names[method.last]}'"
-                       if count else f"{self._total} steps leave none at the end for LoRA '{names[method.last]}' alone")
+                       if count else f"{steps} {verb(self._total, 'leave')} none at the end for LoRA "
+                            f"'{names[method.last]}' alone")
         return out
 
     def missed(self, names: Sequence[str]) -> list[str]:

@@ -148,13 +148,13 @@ def _row(own: Mapping[str, Any], number: int) -> Row | None:
     if name in (EMPTY, ""):
         return None
     if not value("on"):
-        return Row(number, LoRASpec(name, 0.0, 0.0, words=words))
+        return Row(number, LoRASpec(name, 0.0, 0.0, words=words, row=number))
     try:
         check_file(name)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     spec = LoRASpec(name, value("strength"), value("strength") * value("clip"), value("role"), words=words,
-                    start=value("start"), end=value("end"), fade=value("fade"))
+                    start=value("start"), end=value("end"), fade=value("fade"), row=number)
     check_window(spec, where)
     return Row(number, spec, value("mask"))
 

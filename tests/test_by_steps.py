@@ -6,6 +6,7 @@ import pytest
 import torch
 from lora_ensemble.kernels.branch import Step
 from lora_ensemble.methods.cmlora import CMLoRA, oldest, refresh_steps
+from lora_ensemble.methods.counted import counted
 from lora_ensemble.methods.loratorio import LoRAtorio
 from lora_ensemble.methods.schedule import BySteps, NonUniform, Uniform, own_interval
 from lora_ensemble.methods.selection import Contest, Selection, main_subject
@@ -228,7 +229,7 @@ def test_few_steps_sharpen_as_far_as_eight(total):
     else:
         assert found == pytest.approx([70.0 * j / max(total - 1, 1) for j in range(total)])
     said = begin(method, context(total)).chosen(NAMES[:2])
-    assert said == [f"{total} steps: the inverse temperature rises to {found[-1]:g}"]
+    assert said == [f"{counted(total, 'step')}: the inverse temperature rises to {found[-1]:g}"]
     given = LoRAtorio((1.0, 1.0), kappa=3.0)
     assert [given.inverse_temperature(Step(j, total, 1.0)) for j in range(total)] == [3.0 * j for j in range(total)]
     assert begin(given, context(total)).chosen(NAMES[:2]) == []

@@ -14,7 +14,7 @@ from ...engine.yielding import yield_to
 from ...methods import Method
 from ...methods.merge import Merge
 from ...methods.windows import Window
-from ..files.ensemble import ALWAYS, Ensemble, LoRASpec
+from ..files.ensemble import ALWAYS, Ensemble, LoRASpec, told_apart
 from ..files.metadata import is_proposed
 from ..words.known import lora_words
 from ..words.marked import marked
@@ -32,7 +32,7 @@ from .reading import (
     left_out,
     on_its_weights,
     read_ensemble,
-    say_without_effect,
+    without_effect,
 )
 from .routes import Placing, Routed
 from .weights import follow_weights
@@ -84,6 +84,7 @@ def apply_method(model, clip, ensemble: Ensemble, make: Callable[[Active], Metho
     Raises ValueError for an empty ensemble and for files that cannot be used with this model.
     """
     check_some(ensemble, node)
+    ensemble = told_apart(ensemble)
     rest = [spec for spec in ensemble if spec.role != ALWAYS]
     ordered = (*(spec for spec in ensemble if spec.role == ALWAYS), *rest)
     placing = placing or Placing()
@@ -101,17 +102,19 @@ def apply_method(model, clip, ensemble: Ensemble, make: Callable[[Active], Metho
     banks = list(new_model.get_additional_models_with_key(KEY))
     place = next((k for k, other in enumerate(banks) if other.model is bank), len(banks))
     new_model.set_additional_models(KEY, banks if place < len(banks) else [*banks, shared.clone()])
+    called = tuple(part.spec.called for part in reading.parts)
     method, routed, asked = Merge(tuple(spec.strength_model for spec in lasting)), None, None
-    applied = [Applied(method, bank.names[:first], (), (None,) * first, place, windows=_windows(lasting), always=True,
+    applied = [Applied(method, called[:first], (), (None,) * first, place, windows=_windows(lasting), always=True,
                        node=_executed())] if lasting or not rest else []
     if rest:
         method = make(Active(tuple(active), bank, model, problems, first))
         masks, routed = _placed(ensemble, active, method, placing, problems)
         asked = Asked(lora_words(ensemble), _numbers(ensemble, active)) if getattr(method, "by_prompt", False) else None
-        applied.append(Applied(method, bank.names[first:], (), masks, place, routed, _windows(active), asked=asked,
+        applied.append(Applied(method, called[first:], (), masks, place, routed, _windows(active), asked=asked,
                                node=_executed(), first=first))
+    problems += without_effect(reading, ensemble, isinstance(method, Merge))
     if not isinstance(method, Merge) or routed is not None:
-        problems += [f"LoRA '{spec.name}' looks like one for few steps: with the role '{ALWAYS}' it would be part of "
+        problems += [f"LoRA '{spec.called}' looks like one for few steps: with the role '{ALWAYS}' it would be part of "
                      "the model; now it is composed as the others are" for spec in active
                      if is_proposed(spec.name, spec.role)]
     for problem in problems:
@@ -155,7 +158,7 @@ def _placed(ensemble: Ensemble, active: list[LoRASpec], method: Method, placing:
             ) -> tuple[tuple[Tensor | None, ...], Routed | None]:
     """(the masks of the LoRAs that take part, how their places are found by words)"""
     masks = tuple(spec.mask.tensor if spec.mask is not None else None for spec in active)
-    given = [spec.name for spec in active if spec.mask is not None]
+    given = [spec.called for spec in active if spec.mask is not None]
     if placing.where == "everywhere":
         problems += [f"the mask of LoRA '{name}' is not used: the LoRAs are to act everywhere" for name in given[:1]]
         return (None,) * len(active), None
@@ -165,7 +168,7 @@ def _placed(ensemble: Ensemble, active: list[LoRASpec], method: Method, placing:
         if placing.where == "words":
             problems.append("place is 'words', and this method cannot confine LoRAs: they act everywhere")
         return masks, None
-    problems += [f"the mask of LoRA '{spec.name}' is black all over: it acts at no place of the picture"
+    problems += [f"the mask of LoRA '{spec.called}' is black all over: it acts at no place of the picture"
                  for spec in active if spec.mask is not None and not (spec.mask.tensor > 0).any()]
     if placing.where == "masks":
         return masks, None
@@ -183,19 +186,20 @@ def bake(model, clip, ensemble: Ensemble, node: str):
 
     Raises ValueError where a LoRA has a window in time, besides what `apply_method` does.
     """
+    ensemble = told_apart(ensemble)
     for spec in ensemble:
         if spec.strength_model != 0 and not spec.window.whole:
-            raise ValueError(f"{node}: LoRA '{spec.name}' has a window in time, from {spec.start:g} to {spec.end:g}, "
+            raise ValueError(f"{node}: LoRA '{spec.called}' has a window in time, from {spec.start:g} to {spec.end:g}, "
                              "and what is baked into the weights acts in every step. Choose mode 'runtime', or set "
                              "its start to 0 and its end to 1.")
     reading = read_ensemble(model, clip, ensemble, node, on_weights=True)
-    say_without_effect(reading, ensemble, node)
     new_model = model.clone()
-    problems = list(reading.problems)
+    problems = [*reading.problems, *without_effect(reading, ensemble, True)]
     for part in reading.parts:
         new_model.add_patches(part.patches.found, part.spec.strength_model)
         if part.spec.mask is not None:
-            problems.append(f"the mask of LoRA '{part.spec.name}' is not used: what is in the weights acts everywhere")
+            problems.append(f"the mask of LoRA '{part.spec.called}' is not used: what is in the weights acts "
+                            "everywhere")
     for problem in problems:
         log.warning("%s: %s", node, problem)
     return new_model, merge_clip(clip, reading)
@@ -253,7 +257,6 @@ def _shared(model, clip, ensemble: Ensemble, node: str, on_weights: bool, yields
     shared, kept = shared_bank(model, facts, compute_dtype(model), make)
     reading = Reading([part._replace(spec=used[part.spec]) for part in kept.parts],
                       [(used[k], text) for k, text in kept.texts], kept.problems)
-    say_without_effect(reading, ensemble, node)
     return reading, shared
 
 

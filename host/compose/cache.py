@@ -17,6 +17,7 @@ from ...engine.cache import FeatureCache, Home
 from ...engine.tell import Once
 from ...kernels.branch import Branch, Step
 from ...methods.cmlora import AgeBySteps
+from ...methods.counted import counted
 from ...methods.schedule import BySteps, Schedule, schedules, within
 from ..families.lasting import lasting
 from ..families.split_points import SplitPoint, split_point_of
@@ -124,8 +125,8 @@ class BranchCache:
             return [list(combos)]
         few = self._few(step)
         if few:
-            self._report(f"Branch Cache: a run of {step.total} steps is too short for a forecast, its features differ "
-                         "too much; every branch ran whole. Those that are held can be used.")
+            self._report(f"Branch Cache: a run of {counted(step.total, 'step')} is too short for a forecast, its "
+                         "features differ too much; every branch ran whole. Those that are held can be used.")
         for combo, asked in zip(combos, fresh, strict=True):
             due = few or (asked if self.spec.schedule is None else self.spec.schedule.refreshes(step))
             self._whole[combo] = self._whole.get(combo, False) or due or any(
@@ -202,9 +203,9 @@ class BranchCache:
             found = within(spec.budget, total, work.shares, schedules(spec.schedule))
             self.spec = replace(self.spec, schedule=found.schedule, depth=found.depth)
             least = "" if found.share <= spec.budget else "; less than that cannot be had"
-            self.chosen(f"Branch Cache: budget {spec.budget:g}, {total} steps: {found.schedule.words}, depth "
-                        f"{found.depth}; {found.whole} steps whole, the others {found.rest:.0%} of their operations "
-                        f"each, together {found.share:.0%} of a run without a cache{least}")
+            self.chosen(f"Branch Cache: budget {spec.budget:g}, {counted(total, 'step')}: {found.schedule.words}, "
+                        f"depth {found.depth}; {counted(found.whole, 'step')} whole, the others {found.rest:.0%} of "
+                        f"their operations each, together {found.share:.0%} of a run without a cache{least}")
         self.store = FeatureCache(self.spec.oldest, self.spec.forecast)
 
     def _keep(self, uuids: Sequence[UUID | None], keys: list, caught: dict[Hashable, tuple],

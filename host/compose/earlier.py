@@ -17,8 +17,8 @@ from ...methods.session import RunContext, Session
 from .routes import RoutedLoRAs
 
 Value = TypeVar("Value")
-KEPT = 4
-"""Runs that are remembered: two chains of samplers in one graph may take turns."""
+KEPT = 16
+"""Runs that are remembered: ComfyUI keeps the first halves of several graphs, and a user goes from one to the other."""
 SAMPLES = 512
 """Values by which a latent is recognised."""
 

@@ -13,6 +13,7 @@ import comfy.utils
 
 from ...engine.bank import Bank
 from ...engine.sizes import ROOM, measure
+from ...methods.counted import counted
 from ...methods.selection import Sizes, sides
 from ..files.files import fingerprint
 from .apply import Active
@@ -70,7 +71,7 @@ def sizes_of(active: Active, subjects: Sequence[bool], k: int = 0, raw: bool = F
                                       partial(read_weight, active.model), visit, report,
                                       None if raw else active.strengths, first=first))
     for (name, reason), layers in told.items():
-        active.problems.append(f"LoRA '{name}': {len(layers)} layers such as {layers[0]}: {reason}")
+        active.problems.append(f"LoRA '{name}': {counted(len(layers), 'layer')} such as {layers[0]}: {reason}")
     if bank.additive(first):
         _kept[key] = sizes
         while len(_kept) > KEPT:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...methods.counted import counted, verb
 from ...methods.prompt import LoRAClauses, LoRAWords, PromptTokens, find_clauses
 from ...methods.routed import Clauses, clauses_of
 from ..words.marked import PROMPT, WITHOUT
@@ -74,8 +75,9 @@ def search(entry: Mapping[str, object], words: Sequence[LoRAWords], active: Sequ
     found, told = find_clauses(marks, words), []
     length = marks.length if shape is None else shape[1]
     if length > marks.length:
-        told.append(f"{length - marks.length} tokens were added to a prompt after it was encoded (Conditioning "
-                    "Concat): no LoRA acts on them, and they compete for no place")
+        more = length - marks.length
+        told.append(f"{counted(more, 'token')} {verb(more, 'were')} added to a prompt after it was encoded "
+                    "(Conditioning Concat): no LoRA acts there, and nothing there competes for a place")
     numbers = iter(range(sum(len(own.clauses) for own in found.loras) + len(found.others)))
     each = [(own, tuple(islice(numbers, len(own.clauses)))) for own in found.loras]
     ours = [each[index] for index in active]

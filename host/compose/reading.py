@@ -6,7 +6,6 @@ loader would leave out of a file is left out as well, and named in one line per 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection, Hashable, Sequence
 from typing import NamedTuple
 
@@ -14,6 +13,7 @@ import comfy.lora
 import comfy.model_management
 from torch import nn
 
+from ...methods.counted import counted, verb
 from ..files.ensemble import ALWAYS, Ensemble, LoRASpec
 from ..files.files import LoRAFile, fingerprint, read
 from ..files.fit import Broken, Misfit, Shape, Torn, named, reshape_of
@@ -23,7 +23,6 @@ from .banks import layers_of
 from .composition import KEY
 
 TEXT_ENCODER = ("lora_te", "lora_prior_te_", "text_encoder", "clip_")  # how keys of text encoders begin
-log = logging.getLogger("lora_ensemble")
 
 
 class Part(NamedTuple):
@@ -113,12 +112,20 @@ def facts_of(model, clip, specs: Sequence[LoRASpec], on_weights: bool) -> Hashab
             frozenset(_enlarged_before(model).items()), routed)
 
 
-def say_without_effect(reading: Reading, ensemble: Ensemble, node: str) -> None:
-    """Name the LoRAs that were to act on the model and change the text encoder alone."""
+def without_effect(reading: Reading, ensemble: Ensemble, merged: bool) -> list[str]:
+    """A line for each LoRA that was to act on the model and changes the text encoder alone, where that is less than was
+    asked for: where it has no strength there either, or the method does more than merge."""
+    out = []
     for spec in ensemble:
-        if spec.strength_model != 0 and not any(spec is part.spec for part in reading.parts):
-            log.info("%s: LoRA '%s' changes the text encoder alone, so it takes no part in the composition", node,
-                     spec.name)
+        if spec.strength_model == 0 or any(spec is part.spec for part in reading.parts):
+            continue
+        if spec.strength_clip == 0:
+            out.append(f"LoRA '{spec.called}' does nothing: it changes the text encoder alone, and its strength there "
+                       "is 0")
+        elif not (merged or spec.role == ALWAYS):
+            out.append(f"LoRA '{spec.called}' changes the text encoder alone: it acts there on every prompt, and takes "
+                       "no part in the composition")
+    return out
 
 
 def left_out(part: Part, on_weights: bool) -> list[str]:
@@ -186,10 +193,12 @@ def _wrong_kind(file: LoRAFile, patches: Patches, text: Patches, unused: Sequenc
     if misfits and (1 - len(misfits) / count) * (1 - len(unused) / len(file)) < 0.5:
         key, reason = misfits[0]
         if all(isinstance(why, Torn) for _, why in misfits):
-            return f"is damaged in {len(misfits)} of its {count} layers, such as {key}: {reason}. Use another version"
-        return (f"does not fit this model ({kind}): {len(misfits)} of its layers have another shape here, such as "
-                f"{key}: {reason}; {len(unused)} of its {len(file)} keys have no place. It was made for another "
-                "architecture; use it with a checkpoint of that kind")
+            return (f"is damaged in {len(misfits)} of its {counted(count, 'layer')}, such as {key}: {reason}. Use "
+                    "another version")
+        return (f"does not fit this model ({kind}): {len(misfits)} of its layers "
+                f"{verb(len(misfits), 'have')} another shape here, such as "
+                f"{key}: {reason}; {len(unused)} of its {counted(len(file), 'key')} {verb(len(unused), 'have')} no "
+                "place. It was made for another architecture; use it with a checkpoint of that kind")
     if patches.found or text.found:
         return None
     if not has_clip and all(key.startswith(TEXT_ENCODER) for key in file) and other_kind(file) is None:
@@ -199,7 +208,7 @@ def _wrong_kind(file: LoRAFile, patches: Patches, text: Patches, unused: Sequenc
 
 def _unknown(keys: Collection[str], kind: str) -> str:
     """What a file is of which no key is known, and what to do with it."""
-    example = f"none of its {len(keys)} keys, '{next(iter(keys))}' for one"
+    example = f"none of its {counted(len(keys), 'key')}, '{next(iter(keys))}' for one"
     other = other_kind(keys)
     if other is not None:
         return f"is {other.what} and no LoRA for this model ({kind}): {example}, can be used. {_capital(other.remedy)}"
@@ -219,7 +228,8 @@ def _problems(spec: LoRASpec, misfits: Sequence[tuple[object, Misfit]], unused: 
     if unused:
         other = other_kind(unused)
         note = f" (as in {other.what})" if other is not None else ""
-        out.append(f"LoRA '{spec.name}': {len(unused)} keys have no place in this model{note}, '{unused[0]}' for one")
+        out.append(f"LoRA '{spec.name}': {counted(len(unused), 'key')} {verb(len(unused), 'have')} no place in this "
+                   f"model{note}, '{unused[0]}' for one")
     return out
 
 
@@ -227,7 +237,7 @@ def _lines(spec: LoRASpec, reasons: Sequence[tuple[object, str]], done: str) -> 
     by_reason: dict[str, list] = {}
     for key, reason in reasons:
         by_reason.setdefault(reason, []).append(key)
-    return [f"LoRA '{spec.name}': {len(keys)} keys such as {keys[0]}: {reason}; {done}"
+    return [f"LoRA '{spec.name}': {counted(len(keys), 'key')} such as {keys[0]}: {reason}; {done}"
             for reason, keys in by_reason.items()]
 
 

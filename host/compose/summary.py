@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from ...engine.forwards import RoutedForwards
 from ...engine.record import RunRecord
 from ...kernels.branch import Branch
+from ...methods.counted import counted, of_all, verb
 from ...methods.session import RunContext, Session
 from ...methods.windows import InTime
 from .cache import CacheSpec
@@ -69,7 +70,7 @@ def idle(applied: Sequence, acted: Sequence[set[int]], in_time: Sequence[InTime]
             if windows.shut(i):
                 window = each.windows[i]
                 why = f"none of them is in its window from {window.start:g} to {window.end:g}"
-            yield f"LoRA '{name}' did not act in any of the {steps} steps{part}: {why}"
+            yield f"LoRA '{name}' did not act in {of_all(steps, 'step')}{part}: {why}"
 
 
 def without_prompt(applied, routed: RoutedForwards) -> Iterator[str]:
@@ -79,8 +80,8 @@ def without_prompt(applied, routed: RoutedForwards) -> Iterator[str]:
         count = 0 if window.whole else sum(applied.first + i in routed.bank.sites[name].adapters
                                            for name in routed.seen)
         if count:
-            yield (f"LoRA '{applied.names[i]}': {count} layer{'s' * (count > 1)} that prepare the prompt once for all "
-                   "steps did without it, since it has a window in time")
+            yield (f"LoRA '{applied.names[i]}': {counted(count, 'layer')} that {verb(count, 'prepare')} the prompt "
+                   "once for all steps did without it, since it has a window in time")
 
 
 def missed(record: RunRecord, sessions: Sequence[Session]) -> Iterator[str]:
@@ -97,8 +98,8 @@ def chosen(record: RunRecord, sessions: Sequence[Session], cache: CacheSpec | No
         yield from (f"{name}: {line}" for line in session.chosen(adapters))
     if cache is not None and cache.schedule is not None and cache != cache.at(total):
         schedule = cache.at(total).schedule
-        yield f"Branch Cache: {total} steps: {schedule.words}" + ("; so few steps differ too much, nothing is reused"
-                                                                  if schedule.max_age == 1 else "")
+        few = "; so few steps differ too much, nothing is reused" if schedule.max_age == 1 else ""
+        yield f"Branch Cache: {counted(total, 'step')}: {schedule.words}{few}"
 
 
 def carried(record: RunRecord, contexts: Sequence[RunContext], earlier: Earlier | None, known: Sequence[bool],
@@ -109,15 +110,16 @@ def carried(record: RunRecord, contexts: Sequence[RunContext], earlier: Earlier 
     """
     if not record.before:
         return
-    steps = f"{record.before} step{'s' * (record.before > 1)}"
-    yield f"{steps} of this picture were taken before: turns, leaders, windows and ramps go on" + (
+    steps = f"{counted(record.before, 'step')} of this picture {verb(record.before, 'were')} taken before"
+    yield f"{steps}: turns, leaders, windows and ramps go on" + (
         "" if earlier is not None else "; counted by the noise level, since that run is not known")
     for name, context in zip(record.methods, contexts, strict=True):
         if context.left is not None:
             yield f"{name}: what was measured of the picture is known"
     if known:
         yield "places: " + ("those that words were found at are known" if all(known) else
-                            "looked for anew, since the earlier run had none for these words")
+                            "looked for anew, since " + ("that run is not known" if earlier is None else
+                                                         "the earlier run had none for these words"))
     if cache is not None:
         yield ("Branch Cache: features are those of one run, and the first step is computed whole; kept for a second "
                "run they would hold up to half of the free memory, and save a step")
@@ -128,5 +130,5 @@ def sum_up(layers: Mapping[tuple[str, str], Sequence[str]], problems: list[str])
     for (adapter, reason), (first, *others) in layers.items():
         line = f"{adapter}: {first}: {reason}"
         if others and line in problems:
-            count = f"{len(others)} more layer{'s' * (len(others) > 1)}"
+            count = counted(len(others), "more layer")
             problems[problems.index(line)] = f"{adapter}: {first} and {count}: {reason}"

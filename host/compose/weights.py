@@ -18,7 +18,7 @@ from dataclasses import replace
 import comfy.model_management
 
 from ...methods.merge import Merge
-from ..files.ensemble import LoRASpec
+from ..files.ensemble import LoRASpec, file_of
 from .composition import KEY, Applied, Composition
 from .reading import read_ensemble
 
@@ -126,7 +126,7 @@ def put_into_weights(model) -> None:
     bare = model.clone()
     bare.set_additional_models(KEY, [])
     for each in plain:
-        specs = tuple(LoRASpec(name, strength, 0.0)
+        specs = tuple(LoRASpec(file_of(name), strength, 0.0)
                       for name, strength in zip(each.names, each.method.strengths, strict=True) if strength) \
             if each.names else ()
         for part in read_ensemble(bare, None, specs, "Merge LoRAs", on_weights=True).parts if specs else ():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -32,6 +33,8 @@ class LoRASpec:
     mask             where in the picture it may act, for methods that can confine it; None: everywhere
     words            its words in the prompt, as `methods.prompt.LoRAWords.typed` has them; empty: those of its file
     start, end, fade when it acts, as `methods.windows.Window` has them
+    row              its number on the node that it comes from; 0: it is counted
+    label            what it is called where its file's name does not tell it apart (`told_apart`)
     """
 
     name: str
@@ -43,6 +46,13 @@ class LoRASpec:
     start: float = 0.0
     end: float = 1.0
     fade: float = 0.0
+    row: int = field(default=0, compare=False)
+    label: str = field(default="", compare=False)
+
+    @property
+    def called(self) -> str:
+        """For messages and records."""
+        return self.label or self.name
 
     @property
     def window(self) -> Window:
@@ -56,3 +66,15 @@ class LoRASpec:
 
 
 Ensemble = tuple[LoRASpec, ...]
+
+
+def told_apart(ensemble: Ensemble) -> Ensemble:
+    """The same, with the number of its row behind the name of each LoRA whose file acts in several."""
+    files = [spec.name for spec in ensemble if spec.acts]
+    return tuple(replace(spec, label=f"{spec.name} (row {spec.row or k})") if files.count(spec.name) > 1 else spec
+                 for k, spec in enumerate(ensemble, 1))
+
+
+def file_of(called: str) -> str:
+    """The file of a LoRA by what it is called."""
+    return re.sub(r" \(row \d+\)$", "", called)

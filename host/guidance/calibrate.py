@@ -12,6 +12,7 @@ import comfy.sample
 import torch
 from comfy.model_patcher import ModelPatcher
 
+from ...methods.counted import counted, verb
 from ...methods.guidance.adaptive import SPACES
 from ...methods.guidance.calibration import CALLS, Calibration, CalibrationSession, NormalEquations
 from ...methods.guidance.linear import LinearAG
@@ -121,17 +122,19 @@ def cost(paths: Paths, rounds: int) -> str:
     if not count:
         raise ValueError("Calibrate Guidance: there is no prompt. Connect at least one conditioning to 'positive'.")
     if paths.steps > CALLS or count * paths.steps > EVALUATED:
-        raise ValueError(f"Calibrate Guidance: {count:,} paths of {paths.steps:,} steps are more than can be solved: "
+        raise ValueError(f"Calibrate Guidance: {counted(count, 'path')} of {counted(paths.steps, 'step')} "
+                         f"{verb(count, 'are')} more than can be solved: "
                          f"at most {CALLS:,} steps, and {EVALUATED:,} of all paths. Lower steps or seeds.")
     evaluations = 2 * rounds * count * paths.steps
     kept = 2 * paths.steps * min(paths.batch, paths.seeds) * math.prod(paths.latent.shape[1:]) * 4
     memory = comfy.model_management.get_total_memory(torch.device("cpu"))
     if kept > memory:
-        raise ValueError(f"Calibrate Guidance: the predictions of {min(paths.batch, paths.seeds):,} paths of "
-                         f"{paths.steps:,} steps at a time take {kept / 2**30:,.0f} GB, and this machine has "
+        raise ValueError(f"Calibrate Guidance: the predictions of {counted(min(paths.batch, paths.seeds), 'path')} of "
+                         f"{counted(paths.steps, 'step')} at a time take {kept / 2**30:,.0f} GB, and this machine has "
                          f"{memory / 2**30:,.0f}. Lower batch_size, steps or the size of the latent.")
-    return (f"{count:,} paths of {paths.steps:,} steps, {evaluations:,} evaluations of the model or more, "
-            f"{kept / 2**30:.2f} GB for the predictions of {min(paths.batch, paths.seeds):,} paths at a time")
+    return (f"{counted(count, 'path')} of {counted(paths.steps, 'step')}, {counted(evaluations, 'evaluation')} of the "
+            f"model or more, {kept / 2**30:.2f} GB for the predictions of "
+            f"{counted(min(paths.batch, paths.seeds), 'path')} at a time")
 
 
 def _round(model, paths: Paths, policy: LinearAG | None, progress: Callable[[], None]) -> _Collector:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from comfy.model_patcher import ModelPatcher
 
+from ...methods.counted import counted
 from ...methods.guidance.calibration import Calibration
 from ...methods.guidance.linear import LinearAG
 from ...methods.guidance.session import Tell
@@ -67,7 +68,7 @@ class GuidanceCoeffs:
         if self.begins(run) is not None:
             pass
         elif len(run.sigmas) != len(self.sigmas):
-            out.append(f"{len(self.sigmas) - 1} steps, here {len(run.sigmas) - 1}")
+            out.append(f"{counted(len(self.sigmas) - 1, 'step')}, here {len(run.sigmas) - 1}")
         else:
             out.append(f"a schedule from {self.sigmas[0]:.4g} to {self.sigmas[-2]:.4g}, here another one, from "
                        f"{run.sigmas[0]:.4g} to {run.sigmas[-2]:.4g}")

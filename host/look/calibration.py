@@ -6,6 +6,7 @@ import numpy as np
 from torch import Tensor
 
 from ...kernels.guidance import threshold_for
+from ...methods.counted import counted
 from ..guidance.coeffs import GuidanceCoeffs
 from .chart import Lines, Series
 from .sheet import as_image, sheet
@@ -49,4 +50,4 @@ def summary(coeffs: GuidanceCoeffs) -> str:
 
 def _about(coeffs: GuidanceCoeffs) -> str:
     paths, steps = coeffs.found.by_step("noise").shape
-    return f"{paths} paths of {steps} steps, {coeffs.sampler}, cfg {coeffs.cfg:g}, {coeffs.model}"
+    return f"{counted(paths, 'path')} of {counted(steps, 'step')}, {coeffs.sampler}, cfg {coeffs.cfg:g}, {coeffs.model}"

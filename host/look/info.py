@@ -15,6 +15,7 @@ from torch import nn
 from ...engine.adapters import Decomposed, Op
 from ...engine.bank import Bank
 from ...engine.sizes import measure
+from ...methods.counted import counted
 from ..compose.reading import TEXT_ENCODER, Part, Reading, left_out, read_ensemble
 from ..compose.wrappers import read_weight
 from ..files.ensemble import Ensemble, LoRASpec
@@ -150,7 +151,7 @@ def _energies(info: Info, part: Part, model, strength: float, tick: Tick) -> dic
     except ValueError as error:
         info.out.append(f"its size is not known: {error}")
         return {}
-    info.out += [f"{len(layers)} layers such as {layers[0]}: {reason}" for reason, layers in told.items()]
+    info.out += [f"{counted(len(layers), 'layer')} such as {layers[0]}: {reason}" for reason, layers in told.items()]
     return {layer: by[0].energy for layer, by in sizes.items() if isfinite(by[0].energy)}
 
 
@@ -178,7 +179,7 @@ def _lines(info: Info) -> list[str]:
     else:
         what = " and ".join(info.kinds) or "nothing for the model itself"
         ranks = f" of rank {_range(info.ranks)}" if info.ranks else ""
-        lines.append(f"   {what}{ranks}, on {info.layers} layers of the model{_encoder(info)}")
+        lines.append(f"   {what}{ranks}, on {counted(info.layers, 'layer')} of the model{_encoder(info)}")
     lines.append(f"   trained on: {words.base or 'not said in the file'}")
     said = ", ".join(words.trigger[:MOST_WORDS])
     tags = f"; tags of its training: {', '.join(words.tags[:MOST_WORDS])}" if words.tags and not said else ""

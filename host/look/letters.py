@@ -10,6 +10,8 @@ from unicodedata import combining, normalize
 
 from PIL import Image, ImageDraw, ImageFont
 
+from ..files.ensemble import file_of
+
 
 def font(size: int) -> ImageFont.ImageFont:
     """The font in a size; Pillow before 10.1 has one size."""
@@ -27,8 +29,12 @@ def measure() -> ImageDraw.ImageDraw:
 
 def short_names(names: Sequence[str]) -> list[str]:
     """LoRAs by their files without folder and ending, as far as that tells them apart."""
-    short = [PurePath(name.replace("\\", "/")).stem for name in names]
+    short = [_stem(file_of(name)) + name.removeprefix(file_of(name)) for name in names]
     return [one if short.count(one) == 1 else name for one, name in zip(short, names, strict=True)]
+
+
+def _stem(name: str) -> str:
+    return PurePath(name.replace("\\", "/")).stem
 
 
 def labels(names: Sequence[str]) -> list[str]:

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from ...engine.record import RunRecord
+from ...methods.counted import counted, verb
 from ...methods.guidance.record import GuidanceRecord
 from ..compose.composition import KEY, Placed, places_of, record_of
 from ..guidance.apply import guidance_record_of
@@ -64,8 +65,8 @@ def report(model, images: Tensor | None = None, theme: Theme = LIGHT) -> tuple[T
     if record is None and guidance is None:
         reason = NEVER if model.get_attachment(KEY) is not None else WITHOUT
         return as_image(draw(None, [], reason, theme)), json.dumps({"problems": [reason]})
-    sections = [(f"Where the LoRAs acted at the end of the run ({len(placed.names)} LoRAs)", maps_of(placed, images))
-                for placed in places]
+    sections = [(f"Where the LoRAs acted at the end of the run ({counted(len(placed.names), 'LoRA')})",
+                 maps_of(placed, images)) for placed in places]
     return (as_image(draw(record, sections, "" if sections or record is None else NOWHERE, theme, guidance)),
             as_json(record, places, guidance))
 
@@ -108,7 +109,8 @@ def draw(record: RunRecord | None, sections: Sequence[tuple[str, Sequence[Map]]]
     for title, maps in sections:
         shown = list(maps[:left])
         left -= len(shown)
-        cut = "" if len(shown) == len(maps) else f"; {len(maps) - len(shown)} of {len(maps)} maps are not shown"
+        cut = "" if len(shown) == len(maps) else f"; {len(maps) - len(shown)} of {counted(len(maps), 'map')} " \
+            f"{verb(len(maps) - len(shown), 'are')} not shown"
         blocks += _pictures(title + cut, shown)
     if record is not None and record.chosen:
         blocks.append(Text("\n".join(f"- {line}" for line in record.chosen), "Chosen by the number of steps", most=2))
@@ -149,11 +151,11 @@ def _run(record: RunRecord) -> str:
     calls, rows = (sum(getattr(step, name) for step in record.steps) for name in ("calls", "rows"))
     methods = ", ".join(NAMES.get(name, name) for name in record.methods) or "no method"
     ended = "" if record.finished else "; the run did not finish"
-    count = f"{len(record.steps)} steps" if not record.whole else \
+    count = counted(len(record.steps), "step") if not record.whole else \
         f"steps {record.before + 1} to {record.done} of {record.whole}"
     cards = [f"{each} on {card}" for card, each in record.devices.items()]
     where = f" ({', '.join(cards)})" if len(cards) > 1 else ""
-    return f"{methods}: {count}, {rows} evaluations in {calls} calls of the model{where}{ended}"
+    return f"{methods}: {count}, {counted(rows, 'evaluation')} in {counted(calls, 'call')} of the model{where}{ended}"
 
 
 def _words(placed: Placed, i: int, maps: Tensor) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...engine.record import RunRecord, StepRecord
+from ...methods.counted import counted
 from ...methods.guidance.record import GuidanceRecord
 from .chart import HeatRows, Lines, Series, Stack
 from .letters import labels, short_names
@@ -237,15 +238,15 @@ def line(record: RunRecord, called: Sequence[str], costs: Costs, total: int, gui
         return ""
     step = record.steps[-1]
     seconds = sum(each.seconds for each in record.steps)
-    lines = [f"{record.done} of {record.whole or total} steps"
+    lines = [f"{record.done} of {counted(record.whole or total, 'step')}"
              + (f" in {seconds:.1f} s" if over else "")]
     lines += [_leader(record, k, name) if not over else name for k, name in enumerate(called)]
-    parts = [f"{sum(costs.whole):.0f} evaluations"]
+    parts = [counted(round(sum(costs.whole)), "evaluation")]
     parts += [f"{sum(costs.cached):.0f} on cached features"] * bool(sum(costs.cached))
     parts += [f"{sum(costs.left_out):.0f} left out by guidance"] * (sum(costs.left_out) >= 0.5)
     told = len(record.problems) + (len(guidance.problems) if guidance is not None else 0)
     if told:
-        parts.append(f"{told} note{'s' * (told > 1)}: see Ensemble Report")
+        parts.append(f"{counted(told, 'note')}: see Ensemble Report")
     return "\n".join([f"{lines[0]}: {'; '.join(lines[1:])}", ", ".join(parts)]) if step.calls or over else ""
 
 

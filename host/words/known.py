@@ -20,7 +20,7 @@ def lora_words(ensemble: Ensemble) -> tuple[LoRAWords, ...]:
     Raises ValueError for a name that is in none of the `loras` folders, unless the LoRA is off.
     """
     told = [wording(lora.name) if lora.acts or known(lora.name) else Wording() for lora in ensemble]
-    return tuple(LoRAWords(lora.name, lora.words, words.trigger, usual(words))
+    return tuple(LoRAWords(lora.called, lora.words, words.trigger, usual(words))
                  for lora, words in zip(ensemble, told, strict=True))
 
 

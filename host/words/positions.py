@@ -17,6 +17,7 @@ import torch
 from comfy.sd1_clip import SDClipModel
 from torch import Tensor, nn
 
+from ...methods.counted import counted
 from .spelling import Place
 
 LEFT_CUT = {"LTXAVTEModel"}  # projects all layers into one tensor; of its tokens the padding on the left is cut off
@@ -111,7 +112,7 @@ def _left_cut(entries: Sequence[tuple], length: int) -> Positions:
         raise Unknown("the sizes of the pictures in the prompt are not known")
     cut = len(list(takewhile(lambda entry: entry[0] == 0, entries)))
     if len(entries) - cut > length:
-        raise Unknown(f"the conditioning has {length} tokens, and the prompt {len(entries) - cut}")
+        raise Unknown(f"the conditioning has {counted(length, 'token')}, and the prompt {len(entries) - cut}")
     return {(0, at): (at - cut,) for at in range(cut, len(entries))}
 
 
@@ -130,7 +131,8 @@ def _echoed(model: nn.Module, tokens: Any, key: str | None, length: int) -> Read
     missing = length - out[0].shape[-2]
     if missing:
         if not sizes.unknown:
-            raise Unknown(f"the conditioning has {length} tokens, and its text encoder would give {out[0].shape[-2]}")
+            raise Unknown(f"the conditioning has {counted(length, 'token')}, and its text encoder would give "
+                          f"{out[0].shape[-2]}")
         sizes.grow(missing)
         out = _run(model, tokens, key, sizes)
         if out[0].shape[-2] != length:

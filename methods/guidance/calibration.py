@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...kernels.branch import Step
 from ...kernels.guidance import cosine, least_squares, products, similarity_terms
+from ..counted import counted
 from .adaptive import SPACES
 from .linear import LinearAG, LinearSession
 from .session import FULL, Need, Tell, noise_of
@@ -149,8 +150,8 @@ class NormalEquations:
         if not len(self.gram):
             self.gram, self.cross, self.energy = gram, cross, energy
         elif self.gram.shape != gram.shape:
-            raise ValueError(f"the sampler called the model {len(energy)} times on one path and {len(self.energy)} on "
-                             "another")
+            raise ValueError(f"the sampler called the model {counted(len(energy), 'time')} on one path and "
+                             f"{len(self.energy)} on another")
         else:
             self.gram, self.cross, self.energy = self.gram + gram, self.cross + cross, self.energy + energy
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...kernels.branch import Step
 from ...kernels.guidance import combine
+from ..counted import counted
 from .session import CONDITIONAL, FULL, REPLACED, GuidanceSession, Need, Tell, noise_of
 
 
@@ -73,7 +74,7 @@ class LinearSession(GuidanceSession):
             return ""
         self.steps, features = list(left[0]), left[1]
         self.features, self._missing = [feature.to(device) for feature in features], ""
-        return f"LinearAG: the predictions of {len(self.steps)} calls of the earlier run are known"
+        return f"LinearAG: the predictions of {counted(len(self.steps), 'call')} of the earlier run are known"
 
     def left(self) -> object:
         """All predictions so far, where a negative is still to be foretold from them."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 
+from ..counted import counted
+
 
 @dataclass
 class GuidanceStep:
@@ -58,8 +60,9 @@ class GuidanceRecord:
         """The record as a few lines to read."""
         calls = sum(step.calls for step in self.steps)
         saved = 100 * (1 - self.evaluations / self.full) if self.full else 0.0
-        lines = [f"{self.policy}: {self.evaluations} of {self.full} evaluations ({saved:.1f} % saved), "
-                 f"{len(self.steps)} steps, {calls} model calls" + ("" if self.finished else ", not finished")]
+        lines = [f"{self.policy}: {self.evaluations} of {counted(self.full, 'evaluation')} ({saved:.1f} % saved), "
+                 f"{counted(len(self.steps), 'step')}, {counted(calls, 'model call')}"
+                 + ("" if self.finished else ", not finished")]
         for step in self.steps:
             side = "predicted" if step.predicted else "full" if step.negative else "none"
             if step.negative and step.negative < step.rows:

@@ -7,10 +7,13 @@ import comfy.sd
 import pytest
 import torch
 from lora_ensemble.host.compose.apply import apply_method, bake
-from lora_ensemble.host.compose.composition import KEY
+from lora_ensemble.host.compose.composition import KEY, record_of
 from lora_ensemble.host.compose.measure import subjects_of
-from lora_ensemble.host.files.ensemble import LoRASpec
+from lora_ensemble.host.files.ensemble import ALWAYS, LoRASpec
+from lora_ensemble.host.look.letters import short_names
 from lora_ensemble.methods.composite import Composite
+from lora_ensemble.methods.merge import Merge
+from lora_ensemble.methods.switch import Switch
 from lora_ensemble.nodes.baselines import LoRAEnsembleSwitch
 from lora_ensemble.nodes.cmlora import LoRAEnsembleCMLoRA
 
@@ -95,7 +98,7 @@ def test_a_lora_of_the_text_encoder_alone_takes_no_part_in_the_composition(clip,
         with caplog.at_level("INFO", logger="lora_ensemble"):
             ours, our_clip = apply_method(model, clip, (text, a, b), make, "LoRAs")
         assert ours.get_attachment(KEY).applied[0].names == (a.name, b.name)
-        assert f"LoRA '{text.name}' changes the text encoder alone" in caplog.text
+        assert f"LoRA '{text.name}' changes the text encoder alone" in caplog.text and "no part in" in caplog.text
         assert torch.equal(sample(ours), sample(method(model, (a, b), Composite)))
         assert any(not torch.equal(value, patched(clip)[key]) for key, value in patched(our_clip).items())
     assert f"subject: {a.name}; style: {b.name}" in caplog.text
@@ -106,6 +109,60 @@ def test_a_lora_of_the_text_encoder_alone_takes_no_part_in_the_composition(clip,
     assert led.get_attachment(KEY).cache.max_age == 2 * 3, "two LoRAs of three steps each"
     alone, _ = apply_method(model, clip, (text,), plain(Composite), "LoRAs")
     assert torch.equal(sample(alone), sample(model))
+
+
+def test_a_lora_of_the_text_encoder_alone_is_a_line_where_it_does_less_than_was_asked(clip, loras):
+    """Merged, it does all that it can; with a strength of 0 there, nothing at all."""
+    model = base("SD15")
+    other = LoRASpec(loras(lora(shapes(model), 2)), 0.8, 1.0)
+    name = loras(with_text(clip, {}, 1))
+
+    def said(strength: float, make, role: str = "auto") -> list[str]:
+        ensemble = (LoRASpec(name, 0.8, strength, role), other)
+        problems = apply_method(model, clip, ensemble, make, "LoRAs")[0].get_attachment(KEY).applied[-1].problems
+        return [line for line in problems if name in line]
+
+    for role in ("auto", ALWAYS):
+        (nothing,) = said(0.0, plain(Composite), role)
+        assert "does nothing" in nothing and "strength there is 0" in nothing
+        assert len(said(0.0, plain(Merge), role)) == 1 and said(0.8, plain(Merge), role) == []
+    (part,) = said(0.8, plain(Composite))
+    assert "acts there on every prompt, and takes no part in the composition" in part
+    assert said(0.8, plain(Composite), ALWAYS) == []
+
+
+def test_baked_says_what_does_nothing(clip, loras, caplog):
+    model = base("SD15")
+    name = loras(with_text(clip, {}, 1))
+    bake(model, clip, (LoRASpec(name, 0.8, 0.8),), "Merge LoRAs")
+    assert name not in caplog.text
+    bake(model, clip, (LoRASpec(name, 0.8, 0.0),), "Merge LoRAs")
+    assert f"LoRA '{name}' does nothing" in caplog.text
+
+
+@pytest.mark.parametrize("numbered", [True, False])
+def test_two_rows_of_one_file_are_told_apart(numbered, loras):
+    """By their numbers on the node that they come from, else as they are counted; rows that are off have no name to be
+    confused with. One object may stand for several rows."""
+    model = base("SD15")
+    one, two = (loras(lora(shapes(model), seed)) for seed in (1, 2))
+    rows = (3, 5, 6, 9) if numbered else (0,) * 4
+    ensemble = [LoRASpec(name, strength, 0.0, row=row) for name, strength, row in zip(
+        (one, two, one, two), (0.8, 0.5, 0.3, 0.0), rows, strict=True)]
+    first, second = (3, 6) if numbered else (1, 3)
+    ours = method(model, ensemble, Composite)
+    names = (f"{one} (row {first})", two, f"{one} (row {second})")
+    assert ours.get_attachment(KEY).applied[0].names == names
+    assert short_names(names) == [f"{one[:-12]} (row {first})", two[:-12], f"{one[:-12]} (row {second})"]
+    same(sample(ours), sample(method(model, [LoRASpec(name, strength, 0.0) for name, strength in (
+        (one, 0.8), (two, 0.5), (one, 0.3))], Composite)), sample(model))
+    assert [list(record_of(ours).adapters[0])] == [list(names)]
+    sample(ours := method(model, ensemble, lambda strengths: Switch(strengths, 1)), steps=2)
+    (line,) = [line for line in record_of(ours).problems if "did not act" in line]
+    assert line.startswith(f"LoRA '{names[2]}'")
+    twice = LoRASpec(one, 0.8, 0.0)
+    sample(ours := method(model, (twice, twice), Composite))
+    assert record_of(ours).adapters[0] == [f"{one} (row 1)", f"{one} (row 2)"]
 
 
 def test_baked_is_the_chain_of_loaders_bit_for_bit(loras):

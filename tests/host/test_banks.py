@@ -16,6 +16,7 @@ from lora_ensemble.host.compose.composition import KEY
 from lora_ensemble.host.files.ensemble import LoRASpec
 from lora_ensemble.host.look.layermap import layer_map
 from lora_ensemble.methods.cmlora import CMLoRA
+from lora_ensemble.methods.composite import Composite
 from lora_ensemble.methods.loratorio import LoRAtorio
 from lora_ensemble.methods.merge import Merge
 from lora_ensemble.methods.switch import Switch
@@ -120,7 +121,7 @@ def test_what_was_found_in_a_file_is_said_every_time(loras, clip, parsed, caplog
     said = []
     for strength in (0.8, 0.4):
         caplog.clear()
-        ours, _ = apply.apply_method(model, clip, at(ensemble, strength, 0.5), plain(Merge), "Merge LoRAs")
+        ours, _ = apply.apply_method(model, clip, at(ensemble, strength, 0.5), plain(Composite), "Composite LoRAs")
         said.append((ours.get_attachment(KEY).applied[0].problems, [r.getMessage() for r in caplog.records]))
     assert said[0] == said[1] and len(parsed) == 1, "the other file changes no layer of the model"
     assert any("nowhere" in problem for problem in said[0][0]) and any("text encoder alone" in t for t in said[0][1])

@@ -343,7 +343,7 @@ def test_layers_that_the_model_lacks_and_unknown_keys(make, loras, caplog):
     else:
         bake(model, None, (spec,), "Merge LoRAs")
     text = "\n".join(caplog.messages)
-    assert "1 keys have no place in this model, 'strange.diff' for one" in text
+    assert "1 key has no place in this model, 'strange.diff' for one" in text
     assert f"{key_map[lacking]}: the model has no such layer" in text and "bare parameter" not in text
 
 

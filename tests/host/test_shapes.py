@@ -66,7 +66,7 @@ def test_an_enlarged_layer_is_named_and_left_out(loras):
     ours = composite(model, [LoRASpec(loras(enlarged), 0.8, 0)])
     reference = composite(model, [LoRASpec(loras(rest), 0.8, 0)])
     (problem,) = ours.get_attachment(KEY).applied[0].problems
-    assert "1 keys such as diffusion_model.img_in.weight: it enlarges the layer; left out" in problem
+    assert "1 key such as diffusion_model.img_in.weight: it enlarges the layer; left out" in problem
     assert torch.equal(sample(ours, "Flux"), sample(reference, "Flux"))
     assert not torch.equal(sample(ours, "Flux"), sample(model, "Flux"))
 

@@ -15,6 +15,7 @@ from lora_ensemble.engine.geometry import geometry_of
 from lora_ensemble.host.compose import fused
 from lora_ensemble.host.compose.composition import record_of
 from lora_ensemble.host.files.ensemble import LoRASpec
+from lora_ensemble.methods.counted import counted
 from torch import nn
 
 from .any_model import any_model
@@ -180,6 +181,7 @@ def test_a_run_says_whose_keys_had_no_effect(name, loras):
     ours = merge(model, [LoRASpec(loras(lora(layers, 1, size=1.0, **NAME)), 0.8, 0.0)])
     assert len(layers) == len(never | cannot) and torch.equal(drawn(ours, 1, 1.0), plain)
     said = [f"layers that were never called in this run: {len(never)}; their LoRA keys had no effect"] if never else []
-    said += [f"{len(cannot)} keys such as", "of a kind that has no routed forward; left out"] if cannot else []
+    if cannot:
+        said += [f"{counted(len(cannot), 'key')} such as", "of a kind that has no routed forward; left out"]
     lines = record_of(ours).problems
     assert len(lines) == bool(never) + bool(cannot) and all(part in "\n".join(lines) for part in said)

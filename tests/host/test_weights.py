@@ -87,6 +87,15 @@ def test_what_cannot_be_beside_the_weights_is_in_them_once(other, loras):
     same(sample(simple(other, ours)), sample(simple(other, stock(model, ensemble))), sample(simple(other, model)), 1e-4)
 
 
+def test_rows_of_one_file_are_in_the_weights_as_well(other, loras):
+    """They are called by their rows, and their file is read all the same."""
+    model = base("SD15")
+    spec, *_ = three(model, loras)
+    ensemble = (spec, LoRASpec(spec.name, -0.3, 0.0))
+    same(sample(simple(other, merge(model, ensemble))), sample(simple(other, stock(model, ensemble))),
+         sample(simple(other, model)), 1e-4)
+
+
 def test_the_model_itself_stays_as_it_was(other, loras):
     model = base("SD15")
     ensemble = three(model, loras)
@@ -119,8 +128,9 @@ def test_a_merge_of_which_the_cache_alone_is_left_is_a_model_like_any_other(othe
     ensemble = three(model, loras)
     made = simple(with_cache(merge(model, ensemble), CacheSpec(Uniform(1))), other)
     assert made.get_attachment(KEY).applied == ()
-    wanted, plain_ = (simple(simple(each, other), other) for each in (stock(model, ensemble), model))
-    same(sample(simple(made, other)), sample(wanted), sample(plain_), 1e-4)
+    for read in (lambda each: simple(each, other), lambda each: simple(other, each)):
+        wanted, plain_ = (read(simple(each, other)) for each in (stock(model, ensemble), model))
+        same(sample(read(made)), sample(wanted), sample(plain_), 1e-4)
 
 
 CHANGING = {

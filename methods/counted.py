@@ -1,0 +1,18 @@
+"""Numbers with their nouns, for lines that people read."""
+
+from __future__ import annotations
+
+
+def counted(number: int, noun: str) -> str:
+    """1 step, 20 steps, 1,000 steps."""
+    return f"{number:,} {noun}" + "s" * (number != 1)
+
+
+def of_all(number: int, noun: str) -> str:
+    """`the only step`, `any of the 20 steps`: for what happened in none of them."""
+    return f"the only {noun}" if number == 1 else f"any of the {counted(number, noun)}"
+
+
+def verb(number: int, many: str) -> str:
+    """The verb of so many: `have`, `were`, `are`, `leave` of several."""
+    return many if number != 1 else {"have": "has", "were": "was", "are": "is"}.get(many, many + "s")
