@@ -312,3 +312,24 @@ def test_layers_whose_entries_are_not_rows_are_not_taken_for_rows(net):
         with pytest.raises(NotRows), routed.rows(LAYOUTS["composite"]):
             call(x)
     routed.remove()
+
+
+class Gives(nn.Linear):
+    """A layer whose outputs are of a dtype of their own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).bfloat16()
+
+
+def test_outputs_of_another_dtype_than_inputs():
+    torch.manual_seed(0)
+    root, x = nn.Sequential(Gives(16, 16)).requires_grad_(False), torch.randn(2, 5, 16)
+    bank, rows = Bank([{"0": make_ops("lora", (16, 16), 0)[0]}]), [Branch((0.5,))] * 2
+    found = []
+    for whether in (False, True):
+        routed = RoutedForwards(root, bank, compiled=whether)
+        routed.install()
+        with torch.no_grad(), routed.rows(rows):
+            found.append((torch.compile(root, backend="eager") if whether else root)(x))
+        routed.remove()
+    assert torch.equal(*found) and not torch.equal(found[0], root(x))
