@@ -13,6 +13,7 @@ from lora_ensemble.host.guidance import left
 from lora_ensemble.host.guidance.apply import apply_guidance, guidance_record_of
 from lora_ensemble.host.guidance.calibrate import calibrate
 from lora_ensemble.host.guidance.options import GuidanceOptions, guidance_of
+from lora_ensemble.methods.counted import counted
 from lora_ensemble.methods.guidance.adaptive import AdaptiveGuidance
 from lora_ensemble.methods.guidance.extrapolated import Extrapolation
 
@@ -161,7 +162,7 @@ def test_linear_ag_goes_on(cut, coeffs):
     same(part(ours, cut, STEPS, half, cfg=12.0), whole, torch.zeros_like(whole), ROUNDING)
     assert first + negatives(ours) == evaluated and guidance_record_of(ours).problems == []
     assert guidance_record_of(ours).carried == [
-        f"LinearAG: the predictions of {cut} calls of the earlier run are known"]
+        f"LinearAG: the predictions of {counted(cut, 'call')} of the earlier run are known"]
 
 
 @pytest.mark.parametrize("known", [True, False])
