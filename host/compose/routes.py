@@ -79,6 +79,7 @@ class RoutedLoRAs(MaskedLoRAs):
         self._branches: dict[tuple, Branch] = {}
         self._reading: dict[tuple, tuple[slice | Tensor, Tensor]] = {}
         self._acted: bool | None = None
+        self._evaluation: object = None
         self._anywhere = [False] * count  # per LoRA whether some prompt has its words
         self.calls: dict[int, int] = {}  # per diffusion model, how many of its calls of attention join text and picture
         self.found: list[dict] = []
@@ -129,6 +130,13 @@ class RoutedLoRAs(MaskedLoRAs):
             self._acted = acts
             self._show()
 
+    def evaluate(self, evaluation: object) -> None:
+        """A call of this evaluation begins: the first one takes what was seen in the evaluation before, further passes
+        (perturbed attention, skipped layers) have the same places."""
+        if evaluation is not self._evaluation:
+            self._evaluation = evaluation
+            self.commit()
+
     def probes(self, step: Step) -> bool:
         """Whether the base model has to be evaluated before this call, to find places."""
         return not self.idle and self.routes.probes(step)
@@ -149,9 +157,9 @@ class RoutedLoRAs(MaskedLoRAs):
 
     def members(self, uuid: UUID, root: nn.Module, tokens: int) -> Tensor | None:
         """[clauses, tokens of the text as the model gets it] of a cond, on the CPU; None where its attention says
-        nothing."""
-        prompt = self._instead[uuid][1] if uuid in self._instead else self._prompts.get(uuid)
-        if prompt is None or prompt.fixed:
+        nothing, and in further passes of an evaluation."""
+        name, prompt = self._instead.get(uuid) or (uuid, self._prompts.get(uuid))
+        if prompt is None or prompt.fixed or name in self._pending:
             return None
         return fitted(prompt.clauses.members, prompt.length, root, tokens, 0.0)
 
@@ -201,7 +209,7 @@ class RoutedLoRAs(MaskedLoRAs):
         self.see(uuid, apart if apart.ndim == 5 else apart.unsqueeze(2))
 
     def commit(self) -> None:
-        """What was seen in a call holds from now on."""
+        """What was seen holds from now on."""
         if not self._pending:
             self._heard.clear()
             return
@@ -265,6 +273,7 @@ class RoutedLoRAs(MaskedLoRAs):
     def answers(self) -> dict[Hashable, Tensor]:
         """What was found, by what it is the answer to (`Prompt.asked`): for a run that goes on with the picture. How
         far a LoRA may leave its place has the same name with TRUST before it."""
+        self.commit()
         found = [(prompt, i, asked) for prompt in self._prompts.values() if prompt.maps is not None
                  for i, asked in enumerate(prompt.asked) if asked is not None]
         return {asked: prompt.maps[:, i] for prompt, i, asked in found} | {

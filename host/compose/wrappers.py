@@ -144,13 +144,12 @@ def calc_cond_batch(executor, model, conds, x_in, timestep, model_options):
         root = _unwrapped(model.diffusion_model)
         compiled = run.compiled(root, partial(_compiled, model.diffusion_model,
                                               model_options.get("transformer_options", {})))
+        for each in run.routes:
+            each.evaluate(plan.own)
         find_places(run, positives(conds, sides), alone, root, compiled)
         with run.reading([] if compiled else [each for each in run.routes if each.reads(plan.step)],
                          _to_read(run, plan.combos)):
-            out = _evaluated(executor, model, run, plan, conds, sides, x_in, timestep, model_options)
-        for each in run.routes:
-            each.commit()
-        return out
+            return _evaluated(executor, model, run, plan, conds, sides, x_in, timestep, model_options)
     return _evaluated(executor, model, run, plan, conds, sides, x_in, timestep, model_options)
 
 

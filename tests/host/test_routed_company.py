@@ -7,6 +7,7 @@ import torch
 from lora_ensemble.host.compose.apply import apply_method
 from lora_ensemble.host.compose.composition import places_of, record_of
 from lora_ensemble.host.guidance.apply import guidance_record_of
+from lora_ensemble.methods.composite import Composite
 from lora_ensemble.methods.merge import Merge
 from lora_ensemble.methods.switch import Switch
 
@@ -19,7 +20,7 @@ from .test_routed import prompt, routed, specs
 
 @pytest.mark.parametrize("family", ["SD15", "Flux"])
 def test_branch_cache(family, loras):
-    """Places are taken from steps that ran whole alone; those on cached features keep them."""
+    """Places are taken from steps that ran whole alone, for the steps behind them."""
     model = base(family)
     ours = cached(routed(model, specs(model, loras)), interval=2)
     found = sample(ours, family, prompt(family), steps=5)
@@ -27,7 +28,7 @@ def test_branch_cache(family, loras):
     assert record_of(ours).problems == [] and torch.isfinite(found).all()
     assert [note["cache"]["reused"] for note in notes] == [0, 2, 0, 2, 0]
     places = [tuple(note["Merge"]["places"]) for note in notes]
-    assert places[0] == places[1] != places[2] == places[3] != places[4]
+    assert places[0] != places[1] == places[2] != places[3] == places[4]
 
 
 def test_adaptive_guidance(loras):
@@ -83,6 +84,28 @@ def test_samplers_that_call_more_than_once(sampler, loras):
     found = sample(ours, "SD15", prompt(), steps=3, sampler=sampler)
     assert torch.isfinite(found).all() and record_of(ours).problems == []
     assert record_of(ours).steps[0].rows % 2 == 1  # one more, to find places
+
+
+@pytest.mark.parametrize("make", [Merge, Composite])
+def test_a_further_pass_has_the_places_of_its_evaluation(make, loras):
+    """Perturbed attention and skipped layers are compared with the prediction that they go with: places must be the
+    same. The pass that is compared here leaves nothing out."""
+    import comfy.samplers
+
+    model, gaps = base("SD15"), []
+    ours = routed(model, specs(model, loras), make)
+
+    def again(args):
+        (other,) = comfy.samplers.calc_cond_batch(args["model"], [args["cond"]], args["input"], args["sigma"],
+                                                  args["model_options"])
+        gaps.append(float((other - args["cond_denoised"]).abs().max() / other.std()))
+        return args["denoised"]
+
+    want = sample(ours, "SD15", prompt(), steps=4)
+    watched = ours.clone()
+    watched.set_model_sampler_post_cfg_function(again)
+    assert torch.equal(sample(watched, "SD15", prompt(), steps=4), want)
+    assert len(gaps) == 4 and max(gaps) < 1e-4 and record_of(watched).problems == []
 
 
 def test_positive_and_negative_may_be_called_apart(loras):
