@@ -47,7 +47,8 @@ def unplaced(applied: Sequence, contexts: Sequence[RunContext]) -> Iterator[str]
                 yield f"the mask of LoRA '{name}' is not used: this latent has no height and width"
                 continue
             (high, wide), (rows, columns) = mask.shape[-2:], context.shape[-2:]
-            if abs(math.log(wide * rows / high / columns)) > FORM:
+            other = abs(math.log(wide * rows / high / columns)) > FORM
+            if other and bool(mask.min() < mask.max()):  # one that is the same everywhere has no form
                 stretched[name] = f"{wide} wide and {high} high, is stretched to another form, {columns} to {rows}"
     if stretched:
         names, how = ", ".join(f"'{name}'" for name in stretched), next(iter(stretched.values()))
