@@ -94,7 +94,7 @@ def with_depth(task: LoraSet, sampler: Sampler, shares: Shares) -> Picture:
         share = shares(part_of(layer), here[style].energy / here[ground].energy if known else 1.0)
         if share != 1:
             exceptions.append((layer, tuple(share if n == style else 1.0 for n in range(len(own.roles)))))
-    picture = RECIPES["Routed"].picture(task, sampler.bank)
+    picture = RECIPES["Routed as the files are"].picture(task, sampler.bank)
     return replace(picture, method=Fixed(Branch(own.strengths, tuple(exceptions))))
 
 

@@ -85,6 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
                              "chosen on")
     parser.add_argument("--layout", choices=LAYOUTS, default="both",
                         help="only the sets whose prompt says the side of the character, or does not")
+    parser.add_argument("--sizes", type=int, nargs="+", choices=(2, 3, 4, 5), help="only the sets of so many LoRAs")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--guidance", type=float, help=f"at 1 there is no negative side; default: {GUIDANCE:g}, with "
                                                        "--turbo 1")
@@ -117,6 +118,7 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = pairs(options.seed) if options.two else some_of(bed.all_sets(seed=options.seed), options.sets)
     chosen = style_pairs(bed, options.pairs, options.seed) if options.pairs else chosen
     chosen = [task for task in chosen if options.layout == "both" or task.laid_out is (options.layout == "said")]
+    chosen = [task for task in chosen if options.sizes is None or len(task.concepts) in options.sizes]
     chosen = [task.said_bare() for task in chosen] if options.bare else chosen
     rows = run(chosen, regimes, options.methods, options.strength, options.device, tell, bed, options.steps,
                guidance, options.turbo, options.practised)

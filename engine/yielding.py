@@ -1,11 +1,8 @@
-"""Adapters that yield to others: what of their deltas lies in the directions of others' is left out."""
+"""Adapters that yield to others: what their deltas see in the directions that others' see is left out."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-
-import torch
-from torch import Tensor
 
 from ..kernels.yielding import hidden, yielding
 from .adapters import LowRank, Op
@@ -14,12 +11,12 @@ Layers = Mapping[str, Sequence[Op]]
 
 
 def yield_to(adapters: Sequence[Layers], who: Collection[int], to: Collection[int]) -> tuple[list[Layers], int]:
-    """The adapters, those of `who` without what of each layer's change lies in the directions of those of `to`, and how
-    many layers that altered.
+    """The adapters, those of `who` without what they see of each layer's input in the directions of those of `to`, and
+    how many layers that altered.
 
-    A plain low-rank delta B A sees its input through the rows of A and writes to its output by the columns of B: both
-    lose their part in the directions that the deltas of the others see and write to (kernels/yielding.py). Ops of other
-    kinds stay as they are, and nobody yields to them. Ops that stay are the same objects.
+    A plain low-rank delta B A sees its input through the rows of A, which lose their part in the directions that the
+    deltas of the others see (kernels/yielding.py). Ops of other kinds stay as they are, and nobody yields to them. Ops
+    that stay are the same objects.
     """
     found, changed = list(adapters), set()
     for index in who:
@@ -33,27 +30,10 @@ def yield_to(adapters: Sequence[Layers], who: Collection[int], to: Collection[in
 
 
 def _yielding(op: Op, others: Sequence[LowRank]) -> Op:
-    others = [other for other in others if _meet(op, other)]
-    if not others:
+    seen = [hidden(other.down.flatten(1), other.up) * other.scale for other in others if _meet(op, other)]
+    if not seen:
         return op
-    down = yielding(op.down.flatten(1), [hidden(other.down.flatten(1), other.up) * other.scale for other in others])
-    up = yielding(op.up.mT, [_written(other, op) for other in others]).mT
-    return LowRank(up.contiguous(), down.view_as(op.down), op.scale, op.span, op.rank)
-
-
-def _written(other: LowRank, op: LowRank) -> Tensor:
-    """What another op writes, as rows over the outputs of an op."""
-    rows = hidden(other.up.mT, other.down.flatten(1).mT) * other.scale
-    own, theirs = _outputs(op), _outputs(other)
-    start, stop = max(own.start, theirs.start), min(own.stop, theirs.stop)
-    out = torch.zeros(len(rows), len(own), dtype=rows.dtype, device=rows.device)
-    out[:, start - own.start:stop - own.start] = rows[:, start - theirs.start:stop - theirs.start]
-    return out
-
-
-def _outputs(op: LowRank) -> range:
-    start = op.span[1] if op.span is not None and op.span[0] == 0 else 0
-    return range(start, start + op.up.shape[0])
+    return LowRank(op.up, yielding(op.down.flatten(1), seen).view_as(op.down), op.scale, op.span, op.rank)
 
 
 def _meet(op: Op, other: LowRank) -> bool:
@@ -63,3 +43,8 @@ def _meet(op: Op, other: LowRank) -> bool:
     inputs, others = (each.span if each.span is not None and each.span[0] == 1 else None for each in (op, other))
     own, theirs = _outputs(op), _outputs(other)
     return inputs == others and own.start < theirs.stop and theirs.start < own.stop
+
+
+def _outputs(op: LowRank) -> range:
+    start = op.span[1] if op.span is not None and op.span[0] == 0 else 0
+    return range(start, start + op.up.shape[0])

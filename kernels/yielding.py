@@ -1,4 +1,4 @@
-"""A low-rank delta that yields to others: without its part in the directions of theirs."""
+"""A low-rank delta that yields to others: it does not see what theirs see."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def directions(rows: Tensor, most: int) -> Tensor:
 
 
 def yielding(factor: Tensor, others: Sequence[Tensor]) -> Tensor:
-    """The factor of a delta on the side of its inputs (or outputs), without its part in the directions of others.
+    """The factor of a delta on the side of its inputs, without its part in the directions that others see.
 
     factor   [r, in]
     others   `hidden` of each other delta, [r_j, in]. They take half of all directions at most, the strongest ones

@@ -78,7 +78,7 @@ class LoRAEnsembleRouted(io.ComfyNode):
                 ),
                 io.Boolean.Input(
                     "style_yields",
-                    default=False,
+                    default=True,
                     optional=True,
                     tooltip="Where a LoRA of role style lies over one of role background, leave out of the style's "
                     "weights what they share with the background's: both act in one place, and the style would paint "
@@ -98,7 +98,7 @@ class LoRAEnsembleRouted(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: ModelPatcher, ensemble: Ensemble, mode: str, gamma: float, start: float, blocks: str,
-                clip: CLIP | None = None, trust: bool = True, style_yields: bool = False) -> io.NodeOutput:
+                clip: CLIP | None = None, trust: bool = True, style_yields: bool = True) -> io.NodeOutput:
         routing = Routing(mode, gamma, start, trust, style_yields)
         return io.NodeOutput(*apply_method(model, clip, ensemble, lambda active: Merge(active.strengths), node=NODE,
                                            placing=Placing("words", routing, share_of(blocks))))

@@ -118,12 +118,13 @@ RECIPES: dict[str, Recipe] = {
     "Merge 0.6": Recipe(METHODS["Merge"], strength=0.6),
     "Switch subject": Recipe(lambda of: Switch(of.strengths, last=of.roles.index("character"))),
     "LoRAtorio steps": Recipe(lambda of: LoRAtorio(of.strengths)),
-    "Routed": _words(METHODS["Merge"], routing=Routing(trust=True)),
+    "Routed": _words(METHODS["Merge"], routing=Routing(trust=True), yields=True),
+    "Routed as the files are": _words(METHODS["Merge"], routing=Routing(trust=True)),
     "Routed confined": _words(METHODS["Merge"]),
-    "Routed start": _words(METHODS["Merge"], routing=Routing(start=0.05, trust=True)),
-    "Routed once": _words(METHODS["Merge"], routing=Routing("once", trust=True)),
-    "Routed once start": _words(METHODS["Merge"], routing=Routing("once", start=0.05, trust=True)),
-    "Routed contrast": _words(METHODS["Merge"], routing=Routing("contrast", trust=True)),
+    "Routed start": _words(METHODS["Merge"], routing=Routing(start=0.05, trust=True), yields=True),
+    "Routed once": _words(METHODS["Merge"], routing=Routing("once", trust=True), yields=True),
+    "Routed once start": _words(METHODS["Merge"], routing=Routing("once", start=0.05, trust=True), yields=True),
+    "Routed contrast": _words(METHODS["Merge"], routing=Routing("contrast", trust=True), yields=True),
     **{f"{name} words": _words(make) for name, make in METHODS.items() if name != "Merge"},
     "LoRAtorio every 3": Recipe(lambda of: LoRAtorio(of.strengths, reweigh_every=3)),
     "Masks": Recipe(METHODS["Merge"], "masks", Routing("once")),
@@ -132,7 +133,7 @@ RECIPES: dict[str, Recipe] = {
     "Routed stand-in": _words(METHODS["Merge"], routing=Routing(trust=True), bare=True, stand_in=True),
 }
 """What the tables may hold, by name: the methods as they are; routed, from the first step on or from a twentieth of the
-run on; each method where its LoRAs' words are;
+run on, with styles that yield to backgrounds or as the files are; each method where its LoRAs' words are;
 Switch that ends on the character; LoRAtorio with the paper's unit of temperature, and with weights renewed every third
 step; the renderer's own masks; prompts that name concepts by their rare words alone."""
 

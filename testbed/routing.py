@@ -175,7 +175,8 @@ def _clauses(found: Found, everywhere: tuple[bool, ...], length: int) -> Clauses
 
 
 class Seen:
-    """Reads the attention of a batch's `rows` to the clauses of their prompts: what `Body.velocity` shows q and k to.
+    """Reads the attention of a batch's `rows` to the clauses of their prompts, of all that to the text: what
+    `Body.velocity` shows q and k to.
 
     members   [rows, clauses, tokens]
     grid      height and width of the places
@@ -186,8 +187,8 @@ class Seen:
         self._found: list[Tensor] = []
 
     def __call__(self, q: Tensor, k: Tensor, text: slice) -> None:
-        q, k = q[self._rows], k[self._rows]
-        values = clause_values(self._members, k.shape[2], text, q)
+        q, k = q[self._rows], k[self._rows, :, text]
+        values = clause_values(self._members, k.shape[2], slice(0, k.shape[2]), q)
         found = clause_attention(q, k, values, self._members.shape[1])
         self._found.append(found.unflatten(-1, self._grid))
 

@@ -43,11 +43,12 @@ def test_a_style_has_its_share_of_each_layer(body):
     with Sampler(base, loras) as sampler:
         assert set(LAYERS[body]) <= set(sampler.bank.sites)
         plain, none, shared = (sampler.draw([picture], 2) for picture in (
-            RECIPES["Routed"].picture(task, sampler.bank), depth.with_depth(task, sampler, depth.ARMS["routed"]),
+            RECIPES["Routed as the files are"].picture(task, sampler.bank),
+            depth.with_depth(task, sampler, depth.ARMS["routed"]),
             depth.with_depth(task, sampler, arm)))
     by_hand = changed(loras, style, lambda layer: arm(depth.part_of(layer), 1.0))
     with Sampler(base, by_hand) as sampler:
-        wanted = sampler.draw([RECIPES["Routed"].picture(task, sampler.bank)], 2)
+        wanted = sampler.draw([RECIPES["Routed as the files are"].picture(task, sampler.bank)], 2)
     assert torch.equal(none, plain) and not torch.allclose(shared, plain, atol=1e-3)
     assert torch.allclose(shared, wanted, atol=1e-4)
 

@@ -9,13 +9,17 @@ import pytest
 import torch
 from lora_ensemble.benchmarks import cached, guidance, quality
 from lora_ensemble.benchmarks.cuts import cut_of
+from lora_ensemble.engine.yielding import yield_to
 from lora_ensemble.kernels.branch import Step
 from lora_ensemble.methods.routed import Routing, trusted
 from lora_ensemble.methods.schedule import Uniform
 from lora_ensemble.methods.session import RunContext, begin
 from lora_ensemble.testbed import evaluate, protocol, routing, scene, worlds
 from lora_ensemble.testbed.beds import BEDS
-from lora_ensemble.testbed.sampler import Sampler
+from lora_ensemble.testbed.loras import PREFIX
+from lora_ensemble.testbed.sampler import Sampler, low_rank
+
+AS_FILES = "Routed as the files are"
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +98,30 @@ def test_clean_loras_leave_their_places_and_narrow_ones_do_not(body, name, monke
         seen.clear()
     assert free["clean"].shape == free["narrow"].shape == (2, 3)
     assert free["clean"].mean() > 0.5 and free["narrow"].mean() < 0.2
+
+
+def test_a_style_that_yields_is_drawn_as_a_lora_of_its_own():
+    """Beside pictures in which nobody yields, or another style to another background."""
+    bed = BEDS["unet"]
+    loras, tasks = bed.load_loras("narrow"), [task for task in bed.all_sets((3,), 101) if {
+        c.category for c in task.concepts} == {"character", "style", "background"}]
+    tasks = [tasks[0], next(t for t in tasks if set(t.loras).isdisjoint(tasks[0].loras)), bed.all_sets((2,), 101)[0]]
+    assert [[c.category for c in t.concepts].count("style") for t in tasks] == [1, 1, 0]
+    with Sampler(bed.load_base(), loras) as sampler:
+        found, plain = (sampler.draw([evaluate.RECIPES[name].picture(task, sampler.bank) for task in tasks], 2)
+                        for name in ("Routed", AS_FILES))
+    for k, task in enumerate(tasks[:2]):
+        place = {c.category: lora for c, lora in zip(task.concepts, task.loras, strict=True)}
+        freed = yield_to([low_rank(tensors) for tensors in loras], [place["style"]], [place["background"]])[0]
+        instead = dict(loras[place["style"]])
+        for layer, (op,) in freed[place["style"]].items():
+            instead[f"{PREFIX}{layer}.lora_A.weight"] = op.down
+            instead[f"{PREFIX}{layer}.lora_B.weight"] = op.up.view_as(instead[f"{PREFIX}{layer}.lora_B.weight"])
+        files = [instead if lora == place["style"] else tensors for lora, tensors in enumerate(loras)]
+        with Sampler(bed.load_base(), files) as sampler:
+            wanted = sampler.draw([evaluate.RECIPES[AS_FILES].picture(task, sampler.bank)], 2)
+        assert torch.allclose(found[k], wanted[0], atol=1e-4) and not torch.allclose(found[k], plain[k], atol=1e-3)
+    assert torch.allclose(found[2], plain[2], atol=1e-5)
 
 
 @pytest.mark.parametrize(("arguments", "turbo", "practised", "guidance"), [

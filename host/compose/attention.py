@@ -1,5 +1,6 @@
 """Reads, while a model runs, how much each place of its picture attends to the clauses of its prompt: through the
-host's own seam for attention, chained with whatever another node has put there."""
+host's own seam for attention, chained with whatever another node has put there. Counted is attention to the text alone:
+how much of a place's attention the picture itself has, where both are in one, says nothing of whose place it is."""
 
 from __future__ import annotations
 
@@ -77,34 +78,34 @@ class AttentionReader:
         q, k = (t if split else t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k))
         batch, picture, text = len(q), slice(*where.picture), slice(*where.text)
         with lasting():
-            q, k = self._of(q)[:, :, picture], self._of(k)
-            read = clause_attention(q, k, self._values(q, k.shape[2], text), self._members.shape[1],
-                                    self._masked(mask, batch, picture, queries), scale)
+            q, k = self._of(q)[:, :, picture], self._of(k)[:, :, text]
+            read = clause_attention(q, k, self._values(q, k.shape[2]), self._members.shape[1],
+                                    self._masked(mask, batch, picture, queries, text), scale)
         self.found.append(read.unflatten(-1, where.grid))
 
     def _of(self, tensor: Tensor) -> Tensor:
         """The rows that are read."""
         return tensor[self._rows] if isinstance(self._rows, slice) else tensor.index_select(0, self._rows)
 
-    def _masked(self, mask: Tensor | None, batch: int, picture: slice, queries: int) -> Tensor | None:
-        """The part of an attention mask that the read rows and places have; it may come without rows, heads and
-        queries."""
+    def _masked(self, mask: Tensor | None, batch: int, picture: slice, queries: int, text: slice) -> Tensor | None:
+        """The part of an attention mask that the read rows and places have of the text; it may come without rows, heads
+        and queries."""
         if mask is None:
             return None
         while mask.ndim < 4:
             mask = mask.unsqueeze(0) if mask.ndim < 3 else mask.unsqueeze(1)
         if mask.shape[0] == batch:
             mask = self._of(mask)
+        mask = mask[..., text] if mask.shape[-1] > 1 else mask
         return mask[:, :, picture] if mask.shape[2] == queries and queries > 1 else mask
 
-    def _values(self, q: Tensor, keys: int, text: slice) -> Tensor:
-        """Which clauses the keys of a call belong to, made once for all that are alike. The text has as many tokens as
+    def _values(self, q: Tensor, count: int) -> Tensor:
+        """Which clauses the tokens of the text belong to, made once for all calls that are alike. There are as many as
         this call says: padding belongs to no clause."""
-        key = (text.start, text.stop, keys, q.shape[-1], q.dtype, q.device)
+        key = (count, q.shape[-1], q.dtype, q.device)
         if key not in self._made:
-            count = text.stop - text.start
             members = self._members[..., :count]
-            self._made[key] = clause_values(F.pad(members, (0, count - members.shape[-1])), keys, text, q)
+            self._made[key] = clause_values(F.pad(members, (0, count - members.shape[-1])), count, slice(0, count), q)
         return self._made[key]
 
 

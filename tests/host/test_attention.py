@@ -97,8 +97,8 @@ class Read:
 
 @pytest.mark.parametrize("name", [name for name in SMALL if name not in WITHOUT | UNREAD])
 def test_reads_the_shares_of_clauses(name):
-    """The softmax over all keys, summed over a clause's tokens, as it comes from q and k by hand; the model's answer
-    and an override of another node are what they were."""
+    """The softmax over the text's keys, summed over a clause's tokens, as it comes from q and k by hand; the model's
+    answer and an override of another node are what they were."""
     kind, model, _ = plain(name)
     if token_order(model).axis == 0 or name in ("MiniMax H3", "MiniMax H3 references"):
         pytest.skip("takes one row")
@@ -111,8 +111,8 @@ def test_reads_the_shares_of_clauses(name):
             k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
         if read.mask is not None:
             continue
-        share = (q.double() @ k.double().mT * (read.scale or q.shape[-1]**-0.5)).softmax(-1).mean(1)
-        text = share[:, slice(*where.picture), slice(*where.text)][..., :5]
+        q, k = q.double()[:, :, slice(*where.picture)], k.double()[:, :, slice(*where.text)]
+        text = (q @ k.mT * (read.scale or q.shape[-1]**-0.5)).softmax(-1).mean(1)[..., :5]
         want = torch.einsum("rpt,rct->rcp", text, read.members.double()).unflatten(-1, where.grid)
         assert torch.allclose(found.double(), want, atol=1e-5), name
 

@@ -71,8 +71,8 @@ def read_by_hand(model, family: str, conds: list, gamma: float = 2.0, batch: int
              if (where := joint(root, options[0], q.shape[2], k.shape[2])) is not None]
     maps = []
     for where, q, k in [found[i] for i in chosen(root, len(found))]:
-        share = (q.double() @ k.double().mT * q.shape[-1]**-0.5).softmax(-1).mean(1)
-        text = share[:, slice(*where.picture), slice(*where.text)]
+        q, k = q.double()[:, :, slice(*where.picture)], k.double()[:, :, slice(*where.text)]
+        text = (q @ k.mT * q.shape[-1]**-0.5).softmax(-1).mean(1)
         maps.append(torch.einsum("rpt,ct->rcp", text, CLAUSES.double()).unflatten(-1, where.grid).float())
     grid = max((each.shape[2:] for each in maps), key=lambda size: size.numel())
     attention = torch.stack([F.interpolate(each, grid, mode="trilinear") for each in maps]).mean(0)
