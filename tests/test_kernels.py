@@ -12,6 +12,7 @@ from lora_ensemble.kernels.orthogonal import block_rotate, butterfly_rotate, cay
 from lora_ensemble.tests.reference import TOLERANCE, butterfly_matrix, close
 from lora_ensemble.tests.test_engine_cost import Spy
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
@@ -195,6 +196,26 @@ def test_shares(size, turned, dtype):
     own = y.mT.contiguous().mT if turned else y.clone()
     assert shares_apart(down[:6].unflatten(0, (3, 2)).mT, Share(0, 0, three), 20, 0.5)(own, x) is own
     assert close(own, want)
+
+
+def test_slices_that_are_a_whole_layer_need_no_pieces_of_it():
+    """Six calls for the host: two products, and two views of y and of the hidden values."""
+    three, down, x = rand(3, 2, 5), rand(6, 8), rand(2, 4, 8)
+
+    def calls(outputs: int) -> list[str]:
+        seen = []
+
+        class Seen(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                seen.append(func.__name__)
+                return func(*args, **(kwargs or {}))
+
+        run, y = shares(down, [Share(0, 0, three)], 2, outputs), rand(2, 4, outputs, seed=1)
+        with Seen():
+            run(y, x)
+        return seen
+
+    assert len(calls(15)) == 6 < len(calls(16))
 
 
 def test_hadamard_of_two_products():
