@@ -14,7 +14,7 @@ SHELVES = {
 _GUIDANCE = {"space", "decision", "min_guided_steps", "ramp_steps", "read_back", "if_different", "tolerance"}
 _ADVANCED = {
     "LoRA": {"start", "end", "fade"},
-    "Routed": {"start", "blocks", "trust", "style_yields"},
+    "Routed": {"start", "blocks", "trust", "style_yields", "text"},
     "Switch": {"turns", "ending", "lengths"},
     "CMLoRA": {"boundary", "threshold", "dominance", "decay", "c1", "c2", "dominant_full", "steps_per_lora", "features",
                "cache_age"},

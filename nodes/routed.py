@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from comfy.sd import CLIP
 
 NODE = "Routed LoRAs"
+TEXTS = ("merged", "own words")
+"""What LoRAs change in the text encoder: for all words together, or each for its own alone."""
 
 
 class LoRAEnsembleRouted(io.ComfyNode):
@@ -84,6 +86,15 @@ class LoRAEnsembleRouted(io.ComfyNode):
                     "weights what they share with the background's: both act in one place, and the style would paint "
                     "it over. It costs nothing while sampling. Off: every LoRA acts as its file has it.",
                 ),
+                io.Combo.Input(
+                    "text",
+                    options=list(TEXTS),
+                    default=TEXTS[0],
+                    optional=True,
+                    tooltip="What LoRAs that also change the text encoder do to the prompt. merged: all of them change "
+                    "all of it. own words: each changes its own words alone, and all other words are encoded without "
+                    "it, at the price of one more encoding of the prompt per LoRA and one for the rest.",
+                ),
             ],
         )
 
@@ -98,10 +109,11 @@ class LoRAEnsembleRouted(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: ModelPatcher, ensemble: Ensemble, mode: str, gamma: float, start: float, blocks: str,
-                clip: CLIP | None = None, trust: bool = True, style_yields: bool = True) -> io.NodeOutput:
+                clip: CLIP | None = None, trust: bool = True, style_yields: bool = True,
+                text: str = TEXTS[0]) -> io.NodeOutput:
         routing = Routing(mode, gamma, start, trust, style_yields)
         return io.NodeOutput(*apply_method(model, clip, ensemble, lambda active: Merge(active.strengths), node=NODE,
-                                           placing=Placing("words", routing, share_of(blocks))))
+                                           placing=Placing("words", routing, share_of(blocks), text == TEXTS[1])))
 
 
 def share_of(blocks: str) -> tuple[float, float] | None:

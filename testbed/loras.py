@@ -71,20 +71,25 @@ def file_of(deltas: Mapping[str, nn.Module]) -> dict[str, Tensor]:
 
 
 def train_lora(base: Body, latents: Tensor, prompts: Sequence[str], steps: int, batch: int = 16,
-               rate: float = 4e-3, seed: int = 0, rank: int = RANK) -> dict[str, Tensor]:
-    """The frozen base with low-rank deltas, trained on pictures and captions; returns the tensors of a LoRA file."""
+               rate: float = 4e-3, seed: int = 0, rank: int = RANK,
+               text: Mapping[str, nn.Module] | None = None) -> dict[str, Tensor]:
+    """The frozen base with low-rank deltas, trained on pictures and captions; returns the tensors of a LoRA file.
+
+    text   layers of the text encoder that are trained too, by name
+    """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     device = next(base.parameters()).device
     with torch.no_grad():
         contexts = base.contexts(prompts).cpu()
-    with trained_with_deltas(base, base.targets(), rank, generator) as deltas:
+    with trained_with_deltas(base, base.targets() | (text or {}), rank, generator) as deltas:
         optimizer, scheduler = optimizer_of(deltas, steps, rate)
         base.train()
         for _ in range(steps):
             rows = torch.randint(len(latents), (batch,), generator=generator)
             x, sigma, velocity = (t.to(device) for t in noisy(latents[rows], generator))
-            loss = F.mse_loss(base.velocity(x, sigma, contexts[rows].to(device)), velocity)
+            context = base.contexts([prompts[row] for row in rows]) if text else contexts[rows].to(device)
+            loss = F.mse_loss(base.velocity(x, sigma, context), velocity)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()

@@ -18,6 +18,7 @@ from ..files.ensemble import ALWAYS, Ensemble, LoRASpec, told_apart
 from ..files.metadata import is_proposed
 from ..words.known import lora_words
 from ..words.marked import marked
+from ..words.own import OwnDelta, add_patches
 from .banks import compute_dtype, shared_bank
 from .cache import CacheSpec
 from .composition import KEY, Applied, Composition
@@ -112,6 +113,8 @@ def apply_method(model, clip, ensemble: Ensemble, make: Callable[[Active], Metho
         asked = Asked(lora_words(ensemble), _numbers(ensemble, active)) if getattr(method, "by_prompt", False) else None
         applied.append(Applied(method, called[first:], (), masks, place, routed, _windows(active), asked=asked,
                                node=_executed(), first=first))
+    new_clip, texts = merge_clip(clip, reading)
+    own = _own_words(ensemble, texts, routed, problems) if placing.own_words and routed is not None else ()
     problems += without_effect(reading, ensemble, isinstance(method, Merge))
     if not isinstance(method, Merge) or routed is not None:
         problems += [f"LoRA '{spec.called}' looks like one for few steps: with the role '{ALWAYS}' it would be part of "
@@ -124,10 +127,9 @@ def apply_method(model, clip, ensemble: Ensemble, make: Callable[[Active], Metho
                                                before.cache if before is not None else None))
     install_wrappers(new_model)
     follow_weights(new_model)
-    new_clip = merge_clip(clip, reading)
     if (routed or asked) is not None and new_clip is not None:
         contrast = asked is not None or placing.routing.mode == "contrast"
-        new_clip = marked(new_clip, (routed or asked).words, contrast)
+        new_clip = marked(new_clip, (routed or asked).words, contrast, own)
     return new_model, new_clip
 
 
@@ -202,7 +204,7 @@ def bake(model, clip, ensemble: Ensemble, node: str):
                             "everywhere")
     for problem in problems:
         log.warning("%s: %s", node, problem)
-    return new_model, merge_clip(clip, reading)
+    return new_model, merge_clip(clip, reading)[0]
 
 
 def with_reason(model, reason: str):
@@ -225,14 +227,22 @@ def with_cache(model, spec: CacheSpec):
     return new_model
 
 
-def merge_clip(clip, reading: Reading):
-    """The CLIP with every LoRA's text-encoder delta at its clip strength; None stays None."""
-    if clip is None:
-        return None
-    new_clip = clip.clone()
-    for spec, patches in reading.texts:
-        new_clip.add_patches(patches.found, spec.strength_clip)
-    return new_clip
+def merge_clip(clip, reading: Reading) -> tuple[object, list[tuple[LoRASpec, tuple]]]:
+    """(the CLIP with every LoRA's text-encoder delta at its clip strength, (LoRA, what it holds of it) of each). None
+    stays None."""
+    new_clip = clip.clone() if clip is not None else None
+    return new_clip, [] if clip is None else [(spec, add_patches(new_clip, patches.found, spec.strength_clip))
+                                              for spec, patches in reading.texts]
+
+
+def _own_words(ensemble: Ensemble, texts: list[tuple[LoRASpec, tuple]], routed: Routed, problems: list[str]
+               ) -> list[OwnDelta]:
+    """The LoRAs that change the text encoder for their own words alone: all but those that are always on."""
+    used = [(spec, entries) for spec, entries in texts if entries and spec.role != ALWAYS]
+    if not used:
+        problems.append("text is 'own words', and no LoRA changes the text encoder")
+    numbers = _numbers(ensemble, [spec for spec, _ in used])
+    return [OwnDelta(routed.words, number, entries) for number, (_, entries) in zip(numbers, used, strict=True)]
 
 
 def _shared(model, clip, ensemble: Ensemble, node: str, on_weights: bool, yields: bool) -> tuple[Reading, object]:

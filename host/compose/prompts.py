@@ -14,6 +14,7 @@ from ...methods.counted import counted, verb
 from ...methods.prompt import LoRAClauses, LoRAWords, PromptTokens, find_clauses
 from ...methods.routed import Clauses, clauses_of
 from ..words.marked import PROMPT, WITHOUT
+from ..words.own import told_of
 from .places import Area
 
 BESIDE = {"encoder_hidden_states_llama3": "conditioning_llama3", "encoder_hidden_states_t5": "conditioning_mt5xl"}
@@ -64,15 +65,16 @@ def search(entry: Mapping[str, object], words: Sequence[LoRAWords], active: Sequ
     everywhere   per LoRA that takes part whether it acts at all places
     """
     marks, area = entry.get(PROMPT), entry.get("area")
-    shape = getattr(entry.get("cross_attn"), "shape", None)
+    shape, own_words = getattr(entry.get("cross_attn"), "shape", None), told_of(entry)
+    texts = [own_words.why] if own_words.why else []
     if not isinstance(marks, PromptTokens) or not marks.words:
         reason = (marks.reason or "it has none") if isinstance(marks, PromptTokens) else (
             "it was not encoded with the CLIP of this pack's method node or its Ensemble Prompt, or another node "
             "dropped the mark")
         length = shape[1] if shape is not None else 1
         return (Prompt(clauses_of(length, [()] * len(active), [], everywhere), length, area),
-                [f"a prompt does not say where its words are: {reason}; LoRAs act everywhere for it"])
-    found, told = find_clauses(marks, words), []
+                [f"a prompt does not say where its words are: {reason}; LoRAs act everywhere for it", *texts])
+    found, told = find_clauses(marks, words), texts
     length = marks.length if shape is None else shape[1]
     if length > marks.length:
         more = length - marks.length
@@ -88,7 +90,9 @@ def search(entry: Mapping[str, object], words: Sequence[LoRAWords], active: Sequ
     return Prompt(clauses, length, area, (*(part for _, part in ours if part), *(part for _, part in rest)),
                   {name: _words(other, [own for own, _ in ours]) for name, other in marks.beside},
                   [{"lora": own.name, "words": [clause.text for clause in own.clauses], "tokens": len(own.tokens),
-                    "why": own.reason, "sought_as": [other for _, other in own.instead]} for own, _ in ours],
+                    "why": own.reason, "sought_as": [other for _, other in own.instead],
+                    **({"text_encoder": "own words"} if own.name in own_words.names and own.clauses else {})}
+                   for own, _ in ours],
                   text=marks.text), [*told, *found.notes]
 
 

@@ -29,11 +29,13 @@ TRUST = "trust"
 @dataclass(frozen=True)
 class Placing:
     """What a method node says of places: one of PLACES, how words are found, and which share of the model's attention
-    is read, from 0 (its first blocks) to 1; None: as its family has it."""
+    is read, from 0 (its first blocks) to 1; None: as its family has it. `own_words`: whether LoRAs change the text
+    encoder for their own words alone."""
 
     where: str = "masks"
     routing: Routing = Routing()
     blocks: tuple[float, float] | None = None
+    own_words: bool = False
 
 
 @dataclass(frozen=True)

@@ -162,6 +162,7 @@ def _words(placed: Placed, i: int, maps: Tensor) -> str:
     """What was found of a LoRA's words in all prompts. `found` has the LoRAs in order, prompt by prompt."""
     own = placed.found[i::len(placed.names)]
     words = ", ".join(dict.fromkeys(f'"{text}"' for each in own for text in each["words"]))
+    words += "; encoded with its own change of the text encoder" * any("text_encoder" in each for each in own)
     if any(placed.masked[i:i + 1]):
         return f"in its mask; its words: {words}" if words else "in its mask"
     if words:

@@ -1,25 +1,28 @@
 """A CLIP that tells the sampler which words of a prompt are where in its conditioning.
 
-It encodes what the CLIP that it was made of encodes, bit by bit, and adds keys to the dict of each conditioning:
+It encodes what the CLIP that it was made of encodes, bit by bit (but for OWN), and adds keys to the dict of each
+conditioning:
 
     PROMPT    a PromptTokens: the text, and the positions of its words
     WITHOUT   ((index of a clause, conditioning without it), ...), where asked for
     PROBE     the conditioning of the prompt with stand-in words for triggers, where there are any
+    OWN       an OwnTold, where LoRAs are to change the text encoder for their own words alone (own.py): then its
+              tensors are those of own.py, in the conditionings of WITHOUT and PROBE too
 
 A conditioning here is [tensor, dict], and its dict has a PROMPT of its own. Clauses are counted as `clauses_of` does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
 import comfy.sd
-from torch import Tensor
 
-from ...methods.prompt import Clause, Found, LoRAWords, find_clauses, parse_marks, stand_in, without
+from ...methods.prompt import Clause, Found, LoRAWords, PromptTokens, find_clauses, parse_marks, stand_in, without
 from .notes import Note, NotedTokens, Texts, prompt_tokens
+from .own import OWN, SCHEDULED, OwnDelta, on_own_words
 from .spelling import by_encoder
 
 PROMPT = "lora_ensemble_prompt"
@@ -32,9 +35,11 @@ class Marked:
 
     lora_ensemble_words: tuple[LoRAWords, ...] = ()
     lora_ensemble_contrast: bool = False
+    lora_ensemble_own: tuple[OwnDelta, ...] = ()
 
     def clone(self, *args: Any, **kwargs: Any) -> Any:
-        return _of(super().clone(*args, **kwargs), self.lora_ensemble_words, self.lora_ensemble_contrast)
+        return _of(super().clone(*args, **kwargs), self.lora_ensemble_words, self.lora_ensemble_contrast,
+                   self.lora_ensemble_own)
 
     def tokenize(self, text: str, return_word_ids: bool = False, **kwargs: Any) -> Any:
         """As the CLIP does, without the marks in the text. Raises ValueError for a malformed mark."""
@@ -53,17 +58,32 @@ class Marked:
         return noted.get(None, tokens)
 
     def encode_from_tokens(self, tokens: Any, return_pooled: bool | str = False, return_dict: bool = False) -> Any:
-        out = super().encode_from_tokens(tokens, return_pooled, return_dict)
-        if return_dict:
-            out.update(self._told(tokens, out["cond"], return_pooled))
-        return out
+        if not return_dict:
+            return super().encode_from_tokens(tokens, return_pooled, return_dict)
+        out = self._encoded(tokens, return_pooled)
+        return out | self._told(tokens, out[PROMPT], return_pooled, self._encoded)
+
+    def _bare(self, tokens: Any, pooled: bool | str) -> dict[str, Any]:
+        return super().encode_from_tokens(tokens, pooled, True)
+
+    def _plain(self, tokens: Any, pooled: bool | str) -> dict[str, Any]:
+        """What the CLIP encodes, and where its words are."""
+        out = self._bare(tokens, pooled)
+        return {**out, PROMPT: prompt_tokens(self, Texts.of(tokens), out["cond"])}
+
+    def _encoded(self, tokens: Any, pooled: bool | str) -> dict[str, Any]:
+        """The same, with the LoRAs' own words encoded as was asked for."""
+        out = self._plain(tokens, pooled)
+        return on_own_words(self, self.lora_ensemble_own, out, out[PROMPT], lambda clip: clip._bare(tokens, pooled))
 
     def encode_from_tokens_scheduled(self, tokens: Any, unprojected: bool = False,
                                      add_dict: Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
         add_dict = dict(add_dict or {})
         entries = super().encode_from_tokens_scheduled(tokens, unprojected, add_dict, **kwargs)
         if any(PROMPT not in entry[1] for entry in entries):  # a schedule of hooks encodes without encode_from_tokens
-            told = self._told(tokens, entries[0][0], "unprojected" if unprojected else True)
+            prompt = prompt_tokens(self, Texts.of(tokens), entries[0][0])
+            told = self._told(tokens, prompt, "unprojected" if unprojected else True, self._plain)
+            told |= {PROMPT: prompt, **({OWN: SCHEDULED} if self.lora_ensemble_own and prompt.words else {})}
             for entry in entries:
                 entry[1].update(told)
         for _, extra in entries:  # what a node adds, as Flux's guidance, belongs to all of them
@@ -71,26 +91,23 @@ class Marked:
                 other.update(add_dict)
         return entries
 
-    def _told(self, tokens: Any, cond: Tensor, pooled: bool | str) -> dict[str, Any]:
-        """The keys of one conditioning."""
-        texts = Texts.of(tokens)
-        prompt = prompt_tokens(self, texts, cond)
-        told: dict[str, Any] = {PROMPT: prompt}
+    def _told(self, tokens: Any, prompt: PromptTokens, pooled: bool | str,
+              encode: Callable[[Any, bool | str], dict[str, Any]]) -> dict[str, Any]:
+        """What a conditioning brings along besides its own words."""
+        def entry(tokens: Any) -> list:
+            out = encode(tokens, pooled)
+            return [out.pop("cond"), out]
+
+        texts, told = Texts.of(tokens), {}
         if prompt.words and self.lora_ensemble_contrast:
             found = clauses_of(find_clauses(prompt, self.lora_ensemble_words))
             rests = [without(prompt.text, clause.start, clause.end) for clause in found]
-            told[WITHOUT] = tuple((index, self._entry(texts.retold(self._tokenized, rest), pooled))
+            told[WITHOUT] = tuple((index, entry(texts.retold(self._tokenized, rest)))
                                   for index, rest in enumerate(rests))
         instead = stand_in(prompt, self.lora_ensemble_words) if prompt.words else None
         if instead:
-            told[PROBE] = self._entry(texts.retold(self._tokenized, *instead), pooled)
+            told[PROBE] = entry(texts.retold(self._tokenized, *instead))
         return told
-
-    def _entry(self, tokens: Any, pooled: bool | str) -> list:
-        """[tensor, dict] of tokens made of `Texts`, as the CLIP encodes them."""
-        out = super().encode_from_tokens(tokens, pooled, True)
-        cond = out.pop("cond")
-        return [cond, {**out, PROMPT: prompt_tokens(self, Texts.of(tokens), cond)}]
 
 
 @cache
@@ -101,20 +118,23 @@ def _marked(kind: type) -> type:
 MarkedCLIP = _marked(comfy.sd.CLIP)
 
 
-def marked(clip: comfy.sd.CLIP, words: Sequence[LoRAWords] = (), contrast: bool = False) -> Any:
+def marked(clip: comfy.sd.CLIP, words: Sequence[LoRAWords] = (), contrast: bool = False,
+           own: Sequence[OwnDelta] = ()) -> Any:
     """A clone of a CLIP that tells where words are, and so do its clones. The CLIP itself does not change.
 
     words      what is known of the LoRAs' words, in the order of the ensemble: for stand-ins and `contrast`
     contrast   whether each conditioning also brings those of the prompt without each of its clauses
+    own        LoRAs that change the text encoder for their own words alone, besides those that the CLIP has already
     """
-    return _of(clip.clone(), words, contrast)
+    return _of(clip.clone(), words, contrast, (*getattr(clip, "lora_ensemble_own", ()), *own))
 
 
-def _of(clone: Any, words: Sequence[LoRAWords], contrast: bool) -> Any:
+def _of(clone: Any, words: Sequence[LoRAWords], contrast: bool, own: Sequence[OwnDelta]) -> Any:
     if not isinstance(clone, Marked):
         plain, clone = clone, object.__new__(_marked(type(clone)))
         clone.__dict__.update(plain.__dict__)
     clone.lora_ensemble_words, clone.lora_ensemble_contrast = tuple(words), contrast
+    clone.lora_ensemble_own = tuple(own)
     return clone
 
 

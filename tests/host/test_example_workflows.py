@@ -21,7 +21,7 @@ PLACEHOLDERS = {"ckpt_name", "unet_name", "clip_name", "clip_name1", "clip_name2
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 SEEDS = {"seed", "noise_seed"}  # each with a widget of the front end's own behind it
 VIRTUAL = {"MarkdownNote", "Note"}  # known to the front end alone
-LATER = {"Routed": {"trust", "style_yields"}, "LoRA": {"words", "start", "end", "fade"},
+LATER = {"Routed": {"trust", "style_yields", "text"}, "LoRA": {"words", "start", "end", "fade"},
          "LoRAtorio": {"place", "reweigh_every"},
          "Switch": {"place", "ending", "lengths"},
          "CMLoRA": {"place", "features", "cache_age"}, "BranchCache": {"budget"},

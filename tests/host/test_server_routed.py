@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from .builders import lora, shapes
-from .small_checkpoints import lack_of, model
+from .small_checkpoints import lack_of, model, text_encoder
 
 HER, HIM = "ohwx woman with long red hair", "sks man with a grey beard"
 # name -> (the words of the LoRAs in the order of the ensemble, samples that the model evaluates in each step)
@@ -168,6 +168,27 @@ def test_place_words_of_another_method_is_the_same(server: Server, files):
     found, _, _ = run(server, prompt)
     assert [each["words"] for each in found["words"][0]] == EXPECTED["sdxl_routed"][0] and found["problems"] == []
     assert [step["rows"] for step in found["steps"]] == [3] + [2] * 29
+
+
+def test_text_encoder_changes_for_their_own_words(server: Server, files):
+    """Two of three LoRAs change the text encoder: the report says that their words were encoded with it alone."""
+    names = [f"text_{name}" for name in files("SDXL")[:3]]
+    layers = {key[len("clip_l.transformer.text_model."):-len(".weight")]: value.shape
+              for key, value in text_encoder("SDXL").cond_stage_model.state_dict().items()
+              if key.startswith("clip_l.") and ".layers." in key and key.endswith(".weight") and value.ndim == 2}
+    for seed, name in enumerate(names):
+        text = lora(layers, seed, name=lambda layer: "lora_te1_text_model_" + layer.replace(".", "_"))
+        file = {**lora(shapes(model("SDXL")), seed), **(text if seed < 2 else {})}
+        save_file({key: value.contiguous() for key, value in file.items()}, server.base / "models" / "loras" / name)
+    prompt = on_small(load(next(path for path in EXAMPLES if path.stem == "sdxl_routed")), "SDXL", names)
+    for node in find(prompt, "LoRAEnsembleLoRA"):
+        prompt[node]["inputs"]["strength_clip"] = 1.0
+    (method,), (sampler,) = find(prompt, "LoRAEnsembleRouted"), find(prompt, "KSampler")
+    prompt[method]["inputs"]["text"] = "own words"
+    prompt[sampler]["inputs"]["steps"] = 2
+    found, _, _ = run(server, prompt)
+    assert found["problems"] == []
+    assert [each.get("text_encoder") for each in found["words"][0]] == ["own words", "own words", None]
 
 
 def test_prompts_of_another_clip_are_said(server: Server, files):
