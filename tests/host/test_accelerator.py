@@ -16,6 +16,7 @@ from lora_ensemble.host.compose.composition import record_of
 from lora_ensemble.host.files.ensemble import LoRASpec, Mask
 from lora_ensemble.host.guidance.apply import guidance_record_of
 from lora_ensemble.host.guidance.calibrate import calibrate
+from lora_ensemble.kernels import lowrank
 from lora_ensemble.methods.cmlora import CMLoRA
 from lora_ensemble.methods.composite import Composite
 from lora_ensemble.methods.loratorio import LoRAtorio
@@ -110,8 +111,14 @@ def run(model, family: str, transfers: list, **options) -> tuple[torch.Tensor, l
 
 
 def wanted(make: Callable, family: str, *given, **options) -> torch.Tensor:
-    """The latent on the CPU, of `make(the small model of the family, *given)`."""
-    with unwatched():
+    """The latent on the CPU, of `make(the small model of the family, *given)`, by the products that a GPU takes:
+    in fp32 a linear layer into the ranks, whose last bits are not those of `bmm`."""
+    def into_ranks(down: torch.Tensor, entries: int | None) -> tuple[Callable, torch.Tensor]:
+        return chosen(down, None) if entries is None else (torch.nn.functional.linear, down)
+
+    chosen = lowrank._into_ranks
+    with unwatched(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lowrank, "_into_ranks", into_ranks)
         return sample(make(base(family), *given), family, steps=STEPS, **options)
 
 
