@@ -32,7 +32,7 @@ import torch
 from . import models
 from .measure import Results, difference, median, parser_of, total
 from .methods import METHODS, PLAIN, collected, composed
-from .routing import clauses
+from .routing import with_clauses
 
 EAGER = "none"
 BACKENDS = ("inductor", "cudagraphs")
@@ -79,8 +79,7 @@ def main(arguments: list[str]) -> None:
     model = models.build(options.model, options.scale, dtype, device, options.blocks)
     models.settle(model)
     noise, plain = models.inputs(options.model, model, options.size)
-    marked = [[[tensor, {**extra, "lora_ensemble_prompt": clauses(options.n, tensor.shape[1])}]
-               for tensor, extra in plain[0]], plain[1]]
+    worded = [with_clauses(plain[0], options.n), plain[1]]
     asked = {name: getattr(options, name) for name in ("model", "blocks", "n", "rank", "size", "scope", "by_block")}
     tell = Results(device, comfyui=version, dtype=str(dtype).removeprefix("torch."), quick=options.scale != 1, **asked)
     keys = blocks_of(model.model.diffusion_model) if options.by_block else None
@@ -90,7 +89,7 @@ def main(arguments: list[str]) -> None:
                                    options.device)
         for name in (PLAIN, *options.methods):
             way = model if name == PLAIN else composed(model, files, name)
-            conds, eager = marked if name == "Routed" else plain, None
+            conds, eager = worded if name == "Routed" else plain, None
             for backend in (EAGER, *options.backends):
                 if time() - begun > options.seconds:
                     sys.stderr.write(f"left out: {name}, {backend}: late\n")

@@ -53,7 +53,7 @@ from ..methods.schedule import Uniform
 from . import models
 from .measure import Peak, Results, Seconds, median, parser_of, total
 from .models import STRENGTH
-from .routing import clauses
+from .routing import with_clauses
 
 METHODS = {"Merge": Merge, "Routed": Merge, "Composite": Composite, "LoRAtorio": LoRAtorio,
            "CMLoRA": partial(CMLoRA, cache_age=0)}
@@ -225,9 +225,7 @@ class Bench:
         if name == HOOKS:
             return Way(self.model, models.hooked(conds, files))
         if name == "Routed":
-            marked = [[tensor, {**extra, "lora_ensemble_prompt": clauses(len(files), tensor.shape[1])}]
-                      for tensor, extra in conds[0]]
-            conds = (marked, conds[1])
+            conds = (with_clauses(conds[0], len(files)), conds[1])
         made = composed(self.model, files, name, always if how == "always on" else None)
         return Way(saving(made, how), conds, bank=bank_bytes(made))
 

@@ -32,6 +32,11 @@ def clauses(count: int, tokens: int) -> PromptTokens:
     return PromptTokens(text, tokens, tuple(words))
 
 
+def with_clauses(positive: list, count: int) -> list:
+    """The same conditionings, of a prompt with a clause for each LoRA."""
+    return [[tensor, {**extra, "lora_ensemble_prompt": clauses(count, tensor.shape[1])}] for tensor, extra in positive]
+
+
 def bench_routed(model, files: Sequence[Path], conds: list, noise: Tensor, steps: int, rounds: int, cfg: float
                  ) -> dict[str, dict[str, float]]:
     """Per mode: seconds of a step over those of Merge with the same LoRAs (the first two steps are left out: they find
@@ -45,16 +50,15 @@ def bench_routed(model, files: Sequence[Path], conds: list, noise: Tensor, steps
     from ..host.files.ensemble import LoRASpec
 
     ensemble = tuple(LoRASpec(file.name, STRENGTH, 0.0, words=f"word{k}x0") for k, file in enumerate(files))
-    marked = [[tensor, {**extra, "lora_ensemble_prompt": clauses(len(files), tensor.shape[1])}]
-              for tensor, extra in conds[0]]
+    worded = with_clauses(conds[0], len(files))
 
     def applied(placing: Placing) -> object:
         return apply_method(model, None, ensemble, lambda active: Merge(active.strengths), "Routed LoRAs",
                             placing=placing)[0]
 
     arms = {"merge": _Arm(applied(Placing("everywhere")), conds[0]),
-            "confined": _Arm(applied(Placing("words", Routing("once"))), marked),
-            "every step": _Arm(applied(Placing("words", Routing("every step", trust=True))), marked)}
+            "confined": _Arm(applied(Placing("words", Routing("once"))), worded),
+            "every step": _Arm(applied(Placing("words", Routing("every step", trust=True))), worded)}
     times: dict[str, list] = {name: [] for name in arms}
     for _ in range(rounds):
         for name, arm in arms.items():

@@ -31,10 +31,10 @@ from ..kernels.branch import Branch, Step
 from ..methods.prompt import LoRAWords, find_clauses
 from ..testbed.base import Base
 from ..testbed.beds import UNET
-from ..testbed.evaluate import BATCH, RECIPES, interval, score
+from ..testbed.evaluate import RECIPES, interval, scores
 from ..testbed.loras import PREFIX, train_lora
 from ..testbed.model import encode
-from ..testbed.protocol import LoraSet, some_of
+from ..testbed.protocol import some_of
 from ..testbed.routing import tokens_of
 from ..testbed.sampler import Picture, Sampler, low_rank
 from ..testbed.scene import CONCEPTS, Concept
@@ -126,20 +126,6 @@ class TextSampler(Sampler):
         return super()._predict(x, step, contexts, pictures, branches, routed, read, sides)
 
 
-def measured(sampler: TextSampler, judge: nn.Module, sets: Sequence[LoraSet], method: str
-             ) -> tuple[list[float], list[bool]]:
-    """Per set the share of its concepts that show, and whether anything leaked."""
-    shown, leaks = [], []
-    for start in range(0, len(sets), BATCH):
-        batch = sets[start:start + BATCH]
-        read = judge.read(sampler.draw([RECIPES[method].picture(task, sampler.bank) for task in batch]))
-        for i, task in enumerate(batch):
-            seen, leaked = score(task, {head: int(values[i]) for head, values in read.items()})
-            shown.append(float(np.mean(seen)))
-            leaks.append(leaked)
-    return shown, leaks
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=101, help="of the surroundings and the noise")
@@ -165,16 +151,15 @@ def main(arguments: list[str] | None = None) -> int:
         first: np.ndarray | None = None
         for way in options.ways:
             with TextSampler(base, loras, CONCEPTS, way) as sampler:
-                shown, leaks = measured(sampler, judge, sets, method)
-            each = np.array(shown)
+                found = scores(sampler, judge, sets, RECIPES[method], 1.0)
+            each = np.array([one.shown for one in found])
             first = each if first is None else first
-            sizes = {f"n = {n}": round(float(np.mean([one for task, one in zip(sets, shown, strict=True)
-                                                      if len(task.concepts) == n])), 4)
-                     for n in sorted({len(task.concepts) for task in sets})}
+            sizes = {f"n = {n}": round(float(np.mean([one.shown for one in found if one.size == n])), 4)
+                     for n in sorted({one.size for one in found})}
             line = {"benchmark": "texts", "method": method, "way": way, "seed": options.seed, "sets": len(sets),
                     "device": options.device, "shown": round(float(each.mean()), 4), "shown_95": interval(each),
                     "more": round(float((each - first).mean()), 4), "more_95": interval(each - first), **sizes,
-                    "leaked": round(float(np.mean(leaks)), 4)}
+                    "leaked": round(float(np.mean([one.leaked for one in found])), 4)}
             sys.stdout.write(json.dumps(line) + "\n")
             sys.stdout.flush()
     return 0

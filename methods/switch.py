@@ -146,7 +146,7 @@ class SwitchSession(PlainSession):
                 names, method.lengths(self._total, self._shares), strict=True)))
         if method.last is not None:
             count = method.tail(self._total)
-            out.append(f"the last {count} step{'s are' if count > 1 else ' is'} those of LoRA '{names[method.last]}'"
+            out.append(f"the last {counted(count, 'step')} {verb(count, 'are')} those of LoRA '{names[method.last]}'"
                        if count else f"{steps} {verb(self._total, 'leave')} none at the end for LoRA "
                             f"'{names[method.last]}' alone")
         return out

@@ -89,5 +89,5 @@ def test_a_line_per_method_and_way(capsys, monkeypatch):
 
 
 class Short(texts.TextSampler):
-    def draw(self, pictures, steps=2, **more):
-        return super().draw(pictures, steps, **more)
+    def draw(self, pictures, steps, *more, **options):
+        return super().draw(pictures, 2, *more, **options)

@@ -77,7 +77,8 @@ def on_own_words(clip: Any, deltas: Sequence[OwnDelta], out: dict[str, Any], pro
         return out
     if prompt.reason:
         return {**out, OWN: OwnTold(why=_MERGED)}
-    found = [(delta, own) for delta in deltas if (own := find_clauses(prompt, delta.words).loras[delta.index]).clauses]
+    clauses = {words: find_clauses(prompt, words).loras for words in {delta.words for delta in deltas}}
+    found = [(delta, own) for delta in deltas if (own := clauses[delta.words][delta.index]).clauses]
     if not found:
         return out
     rest = encode(without(clip, [delta for delta, _ in found]))
