@@ -1,7 +1,8 @@
 """Tests inside a real ComfyUI: COMFYUI_UNDER_TEST names its folder, and without it this folder is skipped.
 
 ComfyUI reads its command line when it is imported, so this file prepares that before any test module imports `comfy`.
-One release per process. On the CPU, or with TESTS_ON=cuda on a GPU: made for test_accelerator.py and test_cuda.py.
+One release per process. On the CPU, or with TESTS_ON=cuda on a GPU, with the servers: made for test_accelerator.py,
+test_cuda.py and test_server*.py.
 """
 
 from __future__ import annotations
