@@ -33,14 +33,13 @@ from dataclasses import asdict, replace
 import torch
 
 from ..testbed.beds import BEDS, JOINT, UNET, Bed
-from ..testbed.evaluate import RECIPES, Row, evaluate, summary
+from ..testbed.evaluate import LAYOUTS, RECIPES, Row, evaluate, summary
 from ..testbed.joint.protocol import pairs
 from ..testbed.protocol import SEED, LoraSet, some_of
 from ..testbed.sampler import GUIDANCE, STEPS
 from ..testbed.weights import turbo_path
 from ..testbed.worlds import REGIMES
 
-LAYOUTS = ("said", "unsaid", "both")
 DEFAULT = ("Alone", "Merge", "Merge 0.6", "Routed", "Routed once", "Routed contrast", "Switch", "Composite", "CMLoRA",
            "LoRAtorio", "KLoRA", "ESTLoRA")
 
@@ -53,8 +52,8 @@ def style_pairs(bed: Bed, seeds: int, seed: int = SEED) -> list[LoraSet]:
 
 
 def run(chosen: Sequence[LoraSet], regimes: Sequence[str], methods: Sequence[str], strength: float, device: str,
-        tell: Callable[[Row], None], bed: Bed = UNET, steps: int = STEPS, guidance: float = GUIDANCE,
-        turbo: bool = False, practised: bool = False) -> list[Row]:
+        tell: Callable[[Row], None], bed: Bed = UNET, layouts: Sequence[str] = ("both",), steps: int = STEPS,
+        guidance: float = GUIDANCE, turbo: bool = False, practised: bool = False) -> list[Row]:
     """All rows of the table; `tell` sees each as soon as it is there. The renderer's masks are known of the sets alone
     whose prompts say the layout. `turbo`: the LoRA for few steps is always on; `practised`: that one which has met
     other LoRAs."""
@@ -65,7 +64,8 @@ def run(chosen: Sequence[LoraSet], regimes: Sequence[str], methods: Sequence[str
         for name in methods:
             recipe = RECIPES.get(name)
             sets = [task for task in chosen if task.laid_out] if recipe and recipe.place == "masks" else chosen
-            for row in evaluate(regime, name, recipe, sets, base, judge, loras, strength, steps, guidance, always):
+            for row in evaluate(regime, name, recipe, sets, base, judge, loras, strength, steps, guidance, always,
+                                layouts):
                 rows.append(row)
                 tell(row)
     return rows
@@ -83,8 +83,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=SEED,
                         help="of the surroundings and the noise: none of the tables is of a seed that anything was "
                              "chosen on")
-    parser.add_argument("--layout", choices=LAYOUTS, default="both",
-                        help="only the sets whose prompt says the side of the character, or does not")
+    parser.add_argument("--layout", choices=(*LAYOUTS, "each"), default="both",
+                        help="only the sets whose prompt says the side of the character, or does not; each: all of "
+                             "them, with lines for either kind as well")
     parser.add_argument("--sizes", type=int, nargs="+", choices=(2, 3, 4, 5), help="only the sets of so many LoRAs")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--guidance", type=float, help=f"at 1 there is no negative side; default: {GUIDANCE:g}, with "
@@ -117,10 +118,11 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--two and --bare are for --body joint")
     chosen = pairs(options.seed) if options.two else some_of(bed.all_sets(seed=options.seed), options.sets)
     chosen = style_pairs(bed, options.pairs, options.seed) if options.pairs else chosen
-    chosen = [task for task in chosen if options.layout == "both" or task.laid_out is (options.layout == "said")]
+    each = LAYOUTS if options.layout == "each" else (options.layout,)
+    chosen = [task for task in chosen if "both" in each or task.laid_out is (options.layout == "said")]
     chosen = [task for task in chosen if options.sizes is None or len(task.concepts) in options.sizes]
     chosen = [task.said_bare() for task in chosen] if options.bare else chosen
-    rows = run(chosen, regimes, options.methods, options.strength, options.device, tell, bed, options.steps,
+    rows = run(chosen, regimes, options.methods, options.strength, options.device, tell, bed, each, options.steps,
                guidance, options.turbo, options.practised)
     sys.stdout.write("\n" + summary(rows) + "\n")
     return 0

@@ -129,8 +129,8 @@ RECIPES: dict[str, Recipe] = {
     "LoRAtorio every 3": Recipe(lambda of: LoRAtorio(of.strengths, reweigh_every=3)),
     "Masks": Recipe(METHODS["Merge"], "masks", Routing("once")),
     "Merge bare": Recipe(METHODS["Merge"], bare=True),
-    "Routed bare": _words(METHODS["Merge"], routing=Routing(trust=True), bare=True),
-    "Routed stand-in": _words(METHODS["Merge"], routing=Routing(trust=True), bare=True, stand_in=True),
+    "Routed bare": _words(METHODS["Merge"], routing=Routing(trust=True), yields=True, bare=True),
+    "Routed stand-in": _words(METHODS["Merge"], routing=Routing(trust=True), yields=True, bare=True, stand_in=True),
 }
 """What the tables may hold, by name: the methods as they are; routed, from the first step on or from a twentieth of the
 run on, with styles that yield to backgrounds or as the files are; each method where its LoRAs' words are;
@@ -138,15 +138,19 @@ Switch that ends on the character; LoRAtorio with the paper's unit of temperatur
 step; the renderer's own masks; prompts that name concepts by their rare words alone."""
 
 BATCH = 24  # pictures drawn together
+LAYOUTS = ("both", "said", "unsaid")
+"""Sets of a line: all, those whose prompt says on which side the character stands, those whose prompt does not."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. Shares are in [0, 1], each with its 95 % interval; n = None: all sizes together."""
+    """One line of the table. Shares are in [0, 1], each with its 95 % interval; n = None: all sizes together; layout:
+    one of LAYOUTS."""
 
     regime: str
     method: str
     n: int | None
+    layout: str
     sets: int
     shown: float
     shown_95: tuple[float, float]
@@ -162,7 +166,7 @@ class Row:
 @dataclass(frozen=True)
 class Score:
     """One set: the share of its concepts shown, whether all are, the share of their marks alone that are right, the
-    share of its pictures with a leak, and costs."""
+    share of its pictures with a leak, and costs; whether its prompt says the layout."""
 
     size: int
     shown: float
@@ -171,6 +175,7 @@ class Score:
     leaked: float
     branches: float
     seconds: float
+    laid_out: bool
 
 
 def score(task: LoraSet, read: Mapping[str, int]) -> tuple[list[bool], bool]:
@@ -214,43 +219,54 @@ def scores(sampler: Sampler, judge: Judge, sets: Sequence[LoraSet], recipe: Reci
             shown = [one for concepts, *_ in each for one in concepts]
             leak, marks = (float(np.mean([one[k] for one in each])) for k in (1, 2))
             found.append(Score(len(task.concepts), float(np.mean(shown)), float(all(shown)), marks, leak, branches,
-                               seconds))
+                               seconds, task.laid_out))
     return found
 
 
 def evaluate(regime: str, name: str, recipe: Recipe | None, sets: Sequence[LoraSet], base: Body, judge: Judge,
              loras: Sequence[Mapping[str, Tensor]], strength: float, steps: int = STEPS, guidance: float = GUIDANCE,
-             always: Sequence[Mapping[str, Tensor]] = ()) -> Iterator[Row]:
-    """One row per size of set, and one over all sizes."""
+             always: Sequence[Mapping[str, Tensor]] = (), layouts: Sequence[str] = ("both",)) -> Iterator[Row]:
+    """One row per size of set, and one over all sizes, for each of the layouts of which there are sets."""
     with Sampler(base, loras, always) as sampler:
         found = []
         for size in sorted({len(task.concepts) for task in sets}):
             part = scores(sampler, judge, [t for t in sets if len(t.concepts) == size], recipe, strength, steps,
                           guidance)
-            yield _row(regime, name, size, part, recipe is None)
+            yield from _rows(regime, name, size, part, recipe is None, layouts)
             found += part
-        yield _row(regime, name, None, found, recipe is None)
+        yield from _rows(regime, name, None, found, recipe is None, layouts)
 
 
-def _row(regime: str, name: str, size: int | None, found: list[Score], alone: bool) -> Row:
+def _rows(regime: str, name: str, size: int | None, found: list[Score], alone: bool,
+          layouts: Sequence[str]) -> Iterator[Row]:
+    for layout in layouts:
+        part = [one for one in found if layout == "both" or one.laid_out is (layout == "said")]
+        if part:
+            yield _row(regime, name, size, layout, part, alone)
+
+
+def _row(regime: str, name: str, size: int | None, layout: str, found: list[Score], alone: bool) -> Row:
     column = {key: np.array([getattr(s, key) for s in found]) for key in Score.__dataclass_fields__}
     means = {key: round(float(values.mean()), 4) for key, values in column.items()}
-    return Row(regime, name, size, len(found), means["shown"], interval(column["shown"]),
+    return Row(regime, name, size, layout, len(found), means["shown"], interval(column["shown"]),
                None if alone else means["all"], None if alone else interval(column["all"]),
                means["marks"], means["leaked"], interval(column["leaked"]), round(means["branches"], 2),
                means["seconds"])
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """A Markdown table."""
+    """A Markdown table, which names layouts where there are several."""
     def share(value: float | None, spread: tuple[float, float] | None) -> str:
         return "-" if value is None else f"{100 * value:.1f} [{100 * spread[0]:.0f}, {100 * spread[1]:.0f}]"
 
     head = ("regime", "method", "N", "sets", "concepts shown %", "all shown %", "marks %", "leaked %", "branches",
             "seconds")
+    several = len({r.layout for r in rows}) > 1
+    head = (*head, "layout") if several else head
     lines = [f"| {' | '.join(head)} |", f"| {' | '.join(['---'] * len(head))} |"]
     for r in rows:
         cells = (r.regime, r.method, r.n or "2-5", r.sets, share(r.shown, r.shown_95), share(r.all, r.all_95),
-                 f"{100 * r.marks:.1f}", share(r.leaked, r.leaked_95), f"{r.branches:.4g}", f"{r.seconds:.2f}")
+                 f"{100 * r.marks:.1f}", share(r.leaked, r.leaked_95), f"{r.branches:.4g}", f"{r.seconds:.2f}",
+                 *([r.layout] if several else []))
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -68,6 +69,22 @@ def test_rows_of_a_run(task):
     with Sampler(base, loras) as sampler:
         assert sampler.routed.current is None
     assert "forward" not in base.unet.down_res1.conv1.__dict__
+
+
+def test_lines_of_either_layout_are_those_that_are_drawn_alone(capsys):
+    """From one drawing of all sets; a column says which is which."""
+    def lines(layout: str) -> list[dict]:
+        assert quality.main(["--sets", "8", "--sizes", "2", "--steps", "2", "--regime", "narrow", "--methods", "Merge",
+                             "--layout", layout]) == 0
+        *rows, table = capsys.readouterr().out.split("\n\n")
+        assert (" layout |" in table) == (layout == "each")
+        return [{k: v for k, v in json.loads(row).items() if k != "seconds"} for row in rows[0].splitlines()]
+
+    each = lines("each")
+    assert {(row["n"], row["layout"]): row["sets"] for row in each} == {
+        (n, layout): count for n in (2, None) for layout, count in (("both", 2), ("said", 1), ("unsaid", 1))}
+    for layout in evaluate.LAYOUTS:
+        assert lines(layout) == [row for row in each if row["layout"] == layout]
 
 
 def test_few_steps_with_the_lora_for_them(task):
