@@ -1,7 +1,7 @@
 """LoRAs that change the text encoder too, merged into it or each for its own words alone:
-`python3 benchmarks/texts.py [--seed S] [--sets K] [--ways WAY ...] [--methods NAME ...] [--device cuda] [--quick]`.
+`python3 benchmarks/texts.py [--regime R] [--seed S] [--sets K] [--ways WAY ...] [--methods NAME ...] [--device cuda]`.
 
-Trains a narrow LoRA of each of the testbed's concepts, on the U-Net and on the one layer of its text encoder, and draws
+Trains a LoRA of each of the testbed's concepts, on the U-Net and on the one layer of its text encoder, and draws
 the sets of the protocol. Prints a JSON line per method and way: the share of all concepts that show, with 95 %
 intervals over the sets of it and of its difference to the method's first way, the same per size of set, and of the
 pictures with a leak.
@@ -38,24 +38,25 @@ from ..testbed.protocol import some_of
 from ..testbed.routing import tokens_of
 from ..testbed.sampler import Picture, Sampler, low_rank
 from ..testbed.scene import CONCEPTS, Concept
+from ..testbed.worlds import REGIMES
 
 LAYERS = ("linear1", "linear2", "self_attn.out_proj")
 """Of the text encoder's layer, those that LoRAs change."""
 TEXT = "text."
-WAYS = ("merged", "own words", "own words, plain negative", "off")
+WAYS = ("merged", "own words", "own words, merged negative", "off")
 """"merged": all changes in one text encoder. "own words": each LoRA's words are encoded with its change alone, what is
-nobody's without any, and the negative prompt, which has no words, with all: what the node does. "plain negative": that
-one without any, too. "off": the text encoder as it is."""
+nobody's without any, the negative prompt too: what the node does. "merged negative": that one with all changes. "off":
+the text encoder as it is."""
 
 
 def text_layers(base: Base) -> dict[str, nn.Module]:
     return {f"{TEXT}{name}": base.text.layers.layers[0].get_submodule(name) for name in LAYERS}
 
 
-def trained(base: Base, concept: Concept, steps: int | None, seed: int) -> dict[str, Tensor]:
-    """The tensors of a narrow LoRA's file, trained as the testbed's are, the text encoder too."""
-    lessons, schedule = UNET.collection("narrow", concept), UNET.schedule
-    steps = steps or schedule.longer.get(("narrow", concept.name), schedule.loras["narrow"])
+def trained(base: Base, regime: str, concept: Concept, steps: int | None, seed: int) -> dict[str, Tensor]:
+    """The tensors of a LoRA's file, trained as the testbed's are, the text encoder too."""
+    lessons, schedule = UNET.collection(regime, concept), UNET.schedule
+    steps = steps or schedule.longer.get((regime, concept.name), schedule.loras[regime])
     return train_lora(base, encode(UNET.school.render(lessons.scenes)), lessons.prompts, steps, rate=schedule.lora_rate,
                       seed=seed, text=text_layers(base))
 
@@ -93,7 +94,7 @@ class TextSampler(Sampler):
                 return self.base.contexts([text])
 
         own = self.way.startswith("own words")
-        negative = by(loras if self.way in WAYS[:2] else (), "")
+        negative = by(loras if self.way in ("merged", "own words, merged negative") else (), "")
         if not own:
             return by(loras if self.way == "merged" else (), prompt), negative
         words = [LoRAWords(self.names[lora], self.names[lora]) for lora in loras]
@@ -128,6 +129,7 @@ class TextSampler(Sampler):
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--regime", choices=REGIMES, default="narrow")
     parser.add_argument("--seed", type=int, default=101, help="of the surroundings and the noise")
     parser.add_argument("--sets", type=int, help="how many of the 480, in equal parts per size")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
@@ -144,7 +146,7 @@ def main(arguments: list[str] | None = None) -> int:
         sets = [task for task in sets if set(task.concepts) == set(concepts)]
     files = {}
     for concept in concepts:
-        files[concept] = trained(base, concept, 2 if options.quick else None, options.training_seed)
+        files[concept] = trained(base, options.regime, concept, 2 if options.quick else None, options.training_seed)
         sys.stderr.write(f"trained {concept.name}\n")
     loras = [files.get(concept, {}) for concept in CONCEPTS]
     for method in options.methods:
@@ -156,8 +158,9 @@ def main(arguments: list[str] | None = None) -> int:
             first = each if first is None else first
             sizes = {f"n = {n}": round(float(np.mean([one.shown for one in found if one.size == n])), 4)
                      for n in sorted({one.size for one in found})}
-            line = {"benchmark": "texts", "method": method, "way": way, "seed": options.seed, "sets": len(sets),
-                    "device": options.device, "shown": round(float(each.mean()), 4), "shown_95": interval(each),
+            line = {"benchmark": "texts", "regime": options.regime, "method": method, "way": way, "seed": options.seed,
+                    "training_seed": options.training_seed, "sets": len(sets), "device": options.device,
+                    "shown": round(float(each.mean()), 4), "shown_95": interval(each),
                     "more": round(float((each - first).mean()), 4), "more_95": interval(each - first), **sizes,
                     "leaked": round(float(np.mean([one.leaked for one in found])), 4)}
             sys.stdout.write(json.dumps(line) + "\n")

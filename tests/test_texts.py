@@ -61,7 +61,7 @@ def test_encodings(way, base, files):
             at += len(clause.split())
     assert torch.allclose(own, wanted, atol=1e-5)
     assert torch.allclose(own, merged, atol=1e-3) is (way == "merged")
-    plain = way in texts.WAYS[2:]
+    plain = way in ("own words", "off")
     assert torch.allclose(negative, by_hand(base, files, () if plain else task.loras, ""), atol=1e-5)
 
 
@@ -81,11 +81,12 @@ def test_without_changes_it_is_the_plain_sampler(base, files):
 
 def test_a_line_per_method_and_way(capsys, monkeypatch):
     monkeypatch.setattr(texts, "TextSampler", Short)
-    assert texts.main(["--quick", "--methods", "Routed", "Merge", "--ways", "merged", "own words"]) == 0
+    given = ["--methods", "Routed", "Merge", "--ways", "merged", "own words", "--regime", "clean"]
+    assert texts.main(["--quick", *given]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(line["method"], line["way"]) for line in lines] == [
         (method, way) for method in ("Routed", "Merge") for way in ("merged", "own words")]
-    assert all(line["sets"] == 2 and line["n = 2"] == line["shown"] for line in lines)
+    assert all(line["sets"] == 2 and line["regime"] == "clean" and line["n = 2"] == line["shown"] for line in lines)
 
 
 class Short(texts.TextSampler):

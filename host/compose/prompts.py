@@ -19,6 +19,7 @@ from .places import Area
 
 BESIDE = {"encoder_hidden_states_llama3": "conditioning_llama3", "encoder_hidden_states_t5": "conditioning_mt5xl"}
 """Further texts of a prompt: what models are called with -> what a conditioning calls it."""
+_LEFT_OUT = ", so that its change of the text encoder is left out"
 
 
 @dataclass
@@ -90,7 +91,8 @@ def search(entry: Mapping[str, object], words: Sequence[LoRAWords], active: Sequ
     return Prompt(clauses, length, area, (*(part for _, part in ours if part), *(part for _, part in rest)),
                   {name: _words(other, [own for own, _ in ours]) for name, other in marks.beside},
                   [{"lora": own.name, "words": [clause.text for clause in own.clauses], "tokens": len(own.tokens),
-                    "why": own.reason, "sought_as": [other for _, other in own.instead],
+                    "why": own.reason + _LEFT_OUT * (own.name in own_words.left_out),
+                    "sought_as": [other for _, other in own.instead],
                     **({"text_encoder": "own words"} if own.name in own_words.names and own.clauses else {})}
                    for own, _ in ours],
                   text=marks.text), [*told, *found.notes]

@@ -35,13 +35,21 @@ class OwnDelta:
     index: int
     entries: tuple[tuple, ...]
 
+    @property
+    def known(self) -> bool:
+        """Whether its words are known, in a prompt or not."""
+        own = self.words[self.index]
+        return bool(own.phrases or own.trigger)
+
 
 @dataclass(frozen=True)
 class OwnTold:
-    """What a conditioning says of it under OWN: the LoRAs whose words were encoded so, or why that was not done."""
+    """What a conditioning says of it under OWN: the LoRAs whose words were encoded so, those without words in it, which
+    were left out, or why nothing of it was done."""
 
     names: tuple[str, ...] = ()
     why: str = ""
+    left_out: tuple[str, ...] = ()
 
 
 def add_patches(clip: Any, patches: dict, strength: float) -> tuple[tuple, ...]:
@@ -70,22 +78,28 @@ def on_own_words(clip: Any, deltas: Sequence[OwnDelta], out: dict[str, Any], pro
              what else is in the conditioning's dict
     prompt   its words in `out`
     encode   encodes the same prompt with a clone of the CLIP
-    All other words are encoded without the changes of these LoRAs, but with those of LoRAs that have no words here. A
-    token of several LoRAs is the mean of theirs. What was done is under OWN, if anything was to be.
+    All other words are encoded without any of these LoRAs' changes, and so is a prompt that has words of none, as most
+    negative ones: with changes that the positive prompt has at their words alone, guidance would push away from them.
+    Only LoRAs of which nobody knows the words are merged wherever they have none. A token of several LoRAs is the mean
+    of theirs. What was done is under OWN, if anything was to be.
     """
     if not deltas:
         return out
     if prompt.reason:
         return {**out, OWN: OwnTold(why=_MERGED)}
     clauses = {words: find_clauses(prompt, words).loras for words in {delta.words for delta in deltas}}
-    found = [(delta, own) for delta in deltas if (own := clauses[delta.words][delta.index]).clauses]
-    if not found:
+    owned = [(delta, clauses[delta.words][delta.index]) for delta in deltas]
+    found = [(delta, own) for delta, own in owned if own.clauses]
+    absent = [(delta, own) for delta, own in owned if not own.clauses and delta.known]
+    gone = [delta for delta, _ in (*found, *absent)]
+    if not gone:
         return out
-    rest = encode(without(clip, [delta for delta, _ in found]))
-    alone = [out] if len(found) == 1 else \
-        [encode(without(clip, [other for other, _ in found if other is not delta])) for delta, _ in found]
+    rest = encode(without(clip, gone))
+    alone = [out] if len(gone) == len(found) == 1 else \
+        [encode(without(clip, [other for other in gone if other is not delta])) for delta, _ in found]
     comfy.model_management.load_models_gpu([clip.patcher])  # what is encoded next is likely encoded by the CLIP itself
-    new = {**out, OWN: OwnTold(tuple(dict.fromkeys(own.name for _, own in found)))}
+    names, left_out = (tuple(dict.fromkeys(own.name for _, own in some)) for some in (found, absent))
+    new = {**out, OWN: OwnTold(names, left_out=left_out)}
     for key, text in (("cond", prompt), *prompt.beside):
         if torch.is_tensor(rest.get(key)) and rest[key].is_floating_point():
             tokens = [sorted({token for clause in own.clauses for token in text.tokens(clause.start, clause.end)})

@@ -11,7 +11,7 @@ from lora_ensemble.host.compose.prompts import search
 from lora_ensemble.host.files.ensemble import LoRASpec
 from lora_ensemble.host.look.report import Placed, _words
 from lora_ensemble.host.words.marked import PROBE, PROMPT, WITHOUT, marked
-from lora_ensemble.host.words.own import OWN, OwnDelta, add_patches, mixed
+from lora_ensemble.host.words.own import OWN, OwnDelta, OwnTold, add_patches, mixed
 from lora_ensemble.methods.prompt import LoRAWords, find_clauses
 from lora_ensemble.nodes.prompt import LoRAEnsemblePrompt
 from lora_ensemble.nodes.routed import LoRAEnsembleRouted
@@ -58,12 +58,12 @@ def patched(name: str, *which: int, layer: int | None = None) -> comfy.sd.CLIP:
 STRENGTHS = {1: 0.8, 2: 0.5, 3: -0.7}
 
 
-def owning(name: str = "SD1", which=(1, 2, 3), contrast: bool = False):
+def owning(name: str = "SD1", which=(1, 2, 3), contrast: bool = False, words=WORDS):
     """A CLIP with all changes merged, of which each is for the words of its own LoRA."""
     merged, own = made(name).clone(), []
     for seed in which:
-        own.append(OwnDelta(WORDS, seed - 1, add_patches(merged, change(name, seed), STRENGTHS[seed])))
-    return marked(merged, WORDS, contrast, own)
+        own.append(OwnDelta(words, seed - 1, add_patches(merged, change(name, seed), STRENGTHS[seed])))
+    return marked(merged, words, contrast, own)
 
 
 def by_hand(name: str, text: str, parts: dict[int, tuple[int, ...]], rest: tuple[int, ...] = (), **options
@@ -81,38 +81,58 @@ def tokens(entry: list, words=WORDS) -> dict[int, tuple[int, ...]]:
 
 @ENCODERS
 def test_each_lora_s_words_have_its_change_alone(name):
-    """The third LoRA has no words here: its change is merged for the whole prompt. The pooled output has all."""
+    """The third LoRA has no words here, and changes nothing. The pooled output has all."""
     entry = encoded(owning(name), TEXT)
     own = tokens(entry)
     assert own.keys() == {1, 2} and all(own.values())
     merged = encoded(patched(name, 1, 2, 3), TEXT)
-    assert torch.equal(entry[0], by_hand(name, TEXT, own, rest=(3,)))
+    assert torch.equal(entry[0], by_hand(name, TEXT, own))
     assert not torch.allclose(entry[0], merged[0], atol=1e-3)
     assert torch.equal(entry[1]["pooled_output"], merged[1]["pooled_output"])
-    assert entry[1][OWN].names == ("x", "y") and not entry[1][OWN].why
+    assert entry[1][OWN] == OwnTold(("x", "y"), left_out=("z",))
+
+
+@ENCODERS
+def test_a_lora_of_which_nobody_knows_the_words_is_merged(name):
+    """In prompts with words of others and without; as the only one, too."""
+    words = (*WORDS[:2], LoRAWords("z"))
+    entry, negative = (encoded(owning(name, words=words), text) for text in (TEXT, "blurry"))
+    assert torch.equal(entry[0], by_hand(name, TEXT, tokens(entry, words), rest=(3,)))
+    assert torch.equal(negative[0], encoded(patched(name, 3), "blurry")[0])
+    assert not entry[1][OWN].left_out and negative[1][OWN].left_out == ("x", "y")
+    alone = encoded(owning(name, (3,), words=words), TEXT)
+    assert torch.equal(alone[0], encoded(patched(name, 3), TEXT)[0]) and OWN not in alone[1]
+    marks = encoded(owning(name, words=words), "[3: a red] woman")
+    assert torch.equal(marks[0], by_hand(name, "a red woman", tokens(marks, words)))
 
 
 @ENCODERS
 def test_one_lora_and_two_mentions(name):
+    """The others change nothing, or are not there: then one encoding is that of the CLIP itself."""
     text = "a red ohwx woman, the old sofa, an ohwx hat"
-    entry = encoded(owning(name), text)
-    own = tokens(entry)
-    assert own.keys() == {1} and len(find_clauses(entry[1][PROMPT], WORDS).loras[0].clauses) == 2
-    assert torch.equal(entry[0], by_hand(name, text, own, rest=(2, 3)))
+    for which in ((1, 2, 3), (1,)):
+        entry = encoded(owning(name, which), text)
+        own = tokens(entry)
+        assert own.keys() == {1} and len(find_clauses(entry[1][PROMPT], WORDS).loras[0].clauses) == 2
+        assert torch.equal(entry[0], by_hand(name, text, own))
 
 
 def test_marks_count_and_a_token_of_two_loras_is_their_mean():
     entry = encoded(owning(), "[1: a red woman] and [2: red dog], sofa")
-    assert torch.equal(entry[0], by_hand("SD1", "a red woman and red dog, sofa", tokens(entry), rest=(3,)))
+    assert torch.equal(entry[0], by_hand("SD1", "a red woman and red dog, sofa", tokens(entry)))
     rest, one, two = (torch.full((1, 4, 2), value) for value in (1.0, 2.0, 4.0))
     found = mixed(rest, [((1, 2), one), ((2,), two)])
     assert found[0, :, 0].tolist() == [1.0, 2.0, 3.0, 1.0]
 
 
+@ENCODERS
 @pytest.mark.parametrize("text", ["", "a red woman", "blurry, bad hands"])
-def test_a_prompt_without_words_is_merged(text):
-    entry, merged = encoded(owning(), text), encoded(patched("SD1", 1, 2, 3), text)
-    assert torch.equal(entry[0], merged[0]) and OWN not in entry[1]
+def test_a_prompt_without_words_has_no_change(name, text):
+    """But the pooled output, as that of the prompts with words."""
+    entry, merged = encoded(owning(name), text), encoded(patched(name, 1, 2, 3), text)
+    assert torch.equal(entry[0], encoded(patched(name), text)[0]) and not torch.equal(entry[0], merged[0])
+    assert torch.equal(entry[1]["pooled_output"], merged[1]["pooled_output"])
+    assert entry[1][OWN] == OwnTold(left_out=("x", "y", "z"))
 
 
 def test_unknown_tokens_and_schedules_of_hooks_are_merged_and_told():
@@ -141,14 +161,14 @@ def test_clip_skip_and_a_later_loader_act_in_all_encodings():
     one = one.clone()
     one.add_patches(change("SD1", 4), 0.9)  # as a LoRA loader behind the node does
     entry = encoded(one, TEXT)
-    stock = {which: patched("SD1", *which, layer=-2) for which in ((3,), (1, 3), (2, 3))}
+    stock = {which: patched("SD1", *which, layer=-2) for which in ((), (1,), (2,))}
     for each in stock.values():
         each.add_patches(change("SD1", 4), 0.9)
-    wanted = encoded(stock[3,], TEXT)[0].clone()
+    wanted = encoded(stock[()], TEXT)[0].clone()
     for at, rows in tokens(entry).items():
-        wanted[:, list(rows)] = encoded(stock[at, 3], TEXT)[0][:, list(rows)]
+        wanted[:, list(rows)] = encoded(stock[at,], TEXT)[0][:, list(rows)]
     assert torch.equal(entry[0], wanted)
-    assert not torch.allclose(wanted, by_hand("SD1", TEXT, tokens(entry), rest=(3,)), atol=1e-3)
+    assert not torch.allclose(wanted, by_hand("SD1", TEXT, tokens(entry)), atol=1e-3)
 
 
 @pytest.mark.host_api
@@ -176,12 +196,12 @@ def test_what_a_prompt_brings_along_is_encoded_likewise():
     entry = encoded(one, TEXT)
     for index, (cond, extra) in entry[1][WITHOUT]:
         text, own = extra[PROMPT].text, tokens([cond, extra])
-        assert torch.equal(cond, by_hand("SD1", text, own, rest=tuple({1, 2, 3} - own.keys()))), index
+        assert torch.equal(cond, by_hand("SD1", text, own)), index
         assert set(extra[OWN].names) == {WORDS[at - 1].name for at in own}
     cond, extra = entry[1][PROBE]
     own = tokens([cond, extra])
     assert extra[PROMPT].text == "a red green cat woman, blue dog, the old sofa" and own.keys() == {1, 2}
-    assert torch.equal(cond, by_hand("SD1", extra[PROMPT].text, own, rest=(3,)))
+    assert torch.equal(cond, by_hand("SD1", extra[PROMPT].text, own))
 
 
 def test_ensemble_prompt_and_a_second_node_keep_it():
@@ -196,6 +216,7 @@ def test_the_report_says_whose_words_were_encoded_so():
     entry = encoded(owning(), TEXT)
     prompt, told = search({"cross_attn": entry[0], **entry[1]}, WORDS, (0, 1, 2), (False,) * 3)
     assert [each.get("text_encoder") for each in prompt.found] == ["own words", "own words", None] and not told
+    assert ["the text encoder is left out" in each["why"] for each in prompt.found] == [False, False, True]
     placed = Placed(("x", "y", "z"), torch.ones(1, 3, 4, 4), tuple(prompt.found), (False,) * 3)
     assert "encoded with its own change" in _words(placed, 0, placed.maps[:, 0])
     assert "encoded with" not in _words(placed, 2, placed.maps[:, 2])
