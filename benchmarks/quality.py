@@ -53,7 +53,7 @@ def style_pairs(bed: Bed, seeds: int, seed: int = SEED) -> list[LoraSet]:
 
 def run(chosen: Sequence[LoraSet], regimes: Sequence[str], methods: Sequence[str], strength: float, device: str,
         tell: Callable[[Row], None], bed: Bed = UNET, layouts: Sequence[str] = ("both",), steps: int = STEPS,
-        guidance: float = GUIDANCE, turbo: bool = False, practised: bool = False) -> list[Row]:
+        guidance: float | Sequence[float] = GUIDANCE, turbo: bool = False, practised: bool = False) -> list[Row]:
     """All rows of the table; `tell` sees each as soon as it is there. The renderer's masks are known of the sets alone
     whose prompts say the layout. `turbo`: the LoRA for few steps is always on; `practised`: that one which has met
     other LoRAs."""
@@ -90,6 +90,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--guidance", type=float, help=f"at 1 there is no negative side; default: {GUIDANCE:g}, with "
                                                        "--turbo 1")
+    parser.add_argument("--guided", type=int, nargs="+", metavar="STEP",
+                        help="guidance in these steps alone, counted from 1, and none in the others; of "
+                             f"{GUIDANCE:g} where --guidance says nothing else")
     parser.add_argument("--turbo", action="store_true",
                         help="unet body: the LoRA for few steps without guidance is always on")
     parser.add_argument("--practised", action="store_true",
@@ -113,7 +116,11 @@ def main(arguments: list[str] | None = None) -> int:
     if options.practised and not turbo_path(bed.weights, practised=True).is_file():
         parser.error("that LoRA is not among the files of the repository; python3 testbed/train.py --stages practised "
                      "makes it")
-    guidance = options.guidance if options.guidance is not None else 1.0 if few else GUIDANCE
+    if options.guided and not set(options.guided) <= set(range(1, options.steps + 1)):
+        parser.error(f"--guided: steps from 1 to {options.steps} (--steps)")
+    guidance = options.guidance if options.guidance is not None else 1.0 if few and not options.guided else GUIDANCE
+    if options.guided:
+        guidance = tuple(guidance if step in options.guided else 1.0 for step in range(1, options.steps + 1))
     if (options.two or options.bare) and bed is not JOINT:
         parser.error("--two and --bare are for --body joint")
     chosen = pairs(options.seed) if options.two else some_of(bed.all_sets(seed=options.seed), options.sets)

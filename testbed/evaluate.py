@@ -199,7 +199,7 @@ def _pictures(task: LoraSet, recipe: Recipe | None, strength: float, bank: Bank)
 
 
 def scores(sampler: Sampler, judge: Judge, sets: Sequence[LoraSet], recipe: Recipe | None, strength: float,
-           steps: int = STEPS, guidance: float = GUIDANCE) -> list[Score]:
+           steps: int = STEPS, guidance: float | Sequence[float] = GUIDANCE) -> list[Score]:
     """recipe None: each LoRA alone, one picture per concept."""
     found = []
     for start in range(0, len(sets), BATCH):
@@ -224,8 +224,9 @@ def scores(sampler: Sampler, judge: Judge, sets: Sequence[LoraSet], recipe: Reci
 
 
 def evaluate(regime: str, name: str, recipe: Recipe | None, sets: Sequence[LoraSet], base: Body, judge: Judge,
-             loras: Sequence[Mapping[str, Tensor]], strength: float, steps: int = STEPS, guidance: float = GUIDANCE,
-             always: Sequence[Mapping[str, Tensor]] = (), layouts: Sequence[str] = ("both",)) -> Iterator[Row]:
+             loras: Sequence[Mapping[str, Tensor]], strength: float, steps: int = STEPS,
+             guidance: float | Sequence[float] = GUIDANCE, always: Sequence[Mapping[str, Tensor]] = (),
+             layouts: Sequence[str] = ("both",)) -> Iterator[Row]:
     """One row per size of set, and one over all sizes, for each of the layouts of which there are sets."""
     with Sampler(base, loras, always) as sampler:
         found = []

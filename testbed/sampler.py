@@ -175,18 +175,19 @@ class Sampler:
             self.evaluations += len(others) / sides
 
     @torch.inference_mode()
-    def draw(self, pictures: Sequence[Picture], steps: int = STEPS, guidance: float = GUIDANCE,
+    def draw(self, pictures: Sequence[Picture], steps: int = STEPS, guidance: float | Sequence[float] = GUIDANCE,
              guides: Sequence[Guide] | None = None) -> Tensor:
         """float32 [n, 3, height, width] in [0, 1]. The same picture comes out whatever it is batched with, up to
         rounding.
 
-        guidance   at 1 the negative side weighs nothing, and is not evaluated unless `guides` look at it
+        guidance   of all steps, or one of each; at 1 the negative side weighs nothing, and is not evaluated unless
+                   `guides` look at it
         guides     one per picture: what takes the negative prediction's place in each step
         """
         if any(picture.yields for picture in pictures):
             with self._with_yielded(pictures) as own:
                 return self.draw(own, steps, guidance, guides)
-        labels = (POSITIVE,) if guidance == 1 and guides is None else (POSITIVE, UNCONDITIONAL)
+        scales = [guidance] * steps if isinstance(guidance, int | float) else list(guidance)
         noise = [torch.randn(self.base.latent, generator=torch.Generator().manual_seed(p.seed)) for p in pictures]
         x = torch.stack(noise).to(self.device)
         context = self.base.contexts(["", *(p.prompt for p in pictures)])
@@ -199,7 +200,8 @@ class Sampler:
         sessions = [begin(picture.method or Merge((0.0,) * len(picture.loras)),
                           run if routed is None else replace(run, masks=routed.masks(i)))
                     for i, picture in enumerate(pictures)]
-        for index in range(steps):
+        for index, scale in zip(range(steps), scales, strict=True):
+            labels = (POSITIVE,) if scale == 1 and guides is None else (POSITIVE, UNCONDITIONAL)
             step = Step(index, steps, sigmas[index])
             owner, branches, spans = [], [], []
             if routed is not None:
@@ -226,7 +228,7 @@ class Sampler:
                 negative = others[0] if others else positive
                 if guides is not None:
                     negative = guides[i](step, x[i:i + 1], positive, negative)
-                denoised.append(negative + guidance * (positive - negative))
+                denoised.append(negative + scale * (positive - negative))
             x = x + (sigmas[index + 1] - step.sigma) * (x - torch.cat(denoised)) / step.sigma
         return decode(x)
 

@@ -244,6 +244,26 @@ def test_guidance_of_one_needs_no_negative_side(sampler):
     assert torch.allclose(alone, both, atol=1e-3) and once < 0.6 * sum(rows)
 
 
+def test_guidance_of_one_step_alone(sampler):
+    """Against both sides in every step, of which the others are guided by nothing."""
+    task = protocol.all_sets((3,))[5]
+    pictures = [evaluate.RECIPES[name].picture(task, sampler.bank) for name in (*evaluate.METHODS, "Routed")]
+    rows, predict = [], sampler._predict
+    sampler._predict = lambda *args: (rows.append(len(args[4])), predict(*args))[1]
+    try:
+        ours = sampler.draw(pictures, 3, (1.0, 3.0, 1.0))
+        once = sum(rows)
+        rows.clear()
+        wanted = sampler.draw(pictures, 3, 3.0, [lambda step, x, positive, negative: negative if step.index == 1
+                                                 else positive] * len(pictures))
+    finally:
+        del sampler._predict
+    assert torch.allclose(ours, wanted, atol=1e-3) and once < 0.75 * sum(rows)
+    assert not torch.allclose(ours, sampler.draw(pictures, 3, 1.0), atol=1e-2)
+    with pytest.raises(ValueError):
+        sampler.draw(pictures[:1], 3, (1.0, 3.0))
+
+
 def test_a_trail_ends_on_the_guided_picture(base):
     prompts = ["red pointed creature left, blue robe, yellow ball", "green round creature"]
     noise = torch.stack([torch.randn(base.latent, generator=torch.Generator().manual_seed(seed)) for seed in (3, 4)])

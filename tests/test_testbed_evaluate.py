@@ -143,13 +143,21 @@ def test_a_style_that_yields_is_drawn_as_a_lora_of_its_own():
 
 @pytest.mark.parametrize(("arguments", "turbo", "practised", "guidance"), [
     ([], False, False, 2.0), (["--turbo"], True, False, 1.0), (["--turbo", "--guidance", "1.5"], True, False, 1.5),
-    (["--practised"], False, True, 1.0)], ids=str)
+    (["--practised"], False, True, 1.0), (["--turbo", "--guided", "2"], True, False, (1.0, 2.0, 1.0, 1.0)),
+    (["--guidance", "3", "--guided", "1", "4"], False, False, (3.0, 1.0, 1.0, 3.0))], ids=str)
 def test_the_lora_for_few_steps_goes_without_guidance(monkeypatch, arguments, turbo, practised, guidance):
     seen = []
     monkeypatch.setattr(quality, "turbo_path", lambda folder, practised: folder / "base.safetensors")
     monkeypatch.setattr(quality, "run", lambda *given: (seen.append(given), [])[1])
     assert quality.main(["--sets", "4", "--steps", "4", *arguments]) == 0
     assert seen[0][-4:] == (4, guidance, turbo, practised)
+
+
+@pytest.mark.parametrize("step", ["0", "5"])
+def test_a_guided_step_that_is_not_there(step, capsys):
+    with pytest.raises(SystemExit):
+        quality.main(["--sets", "4", "--steps", "4", "--guided", step])
+    assert "steps from 1 to 4" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", ["--turbo", "--practised"])
