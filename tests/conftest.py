@@ -6,6 +6,7 @@ import gc
 import importlib.util
 import os
 import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,11 +39,24 @@ def pytest_configure(config: pytest.Config) -> None:
     gc.set_threshold(20_000)  # by itself Python looks for garbage much oftener than there is any
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if hasattr(config, "workerinput"):
-        from lora_ensemble.tests.shares import longest_first
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--crossed", metavar="N", type=int, default=1, help="of tests of all combinations of several "
+                     "things one of N cases, while each thing still has its case; of those whose cases are shown "
+                     "elsewhere a share of their own")
+    parser.addoption("--one-of", metavar="N", type=int, default=1, help="of each test's cases one of N; on another "
+                     "release of ComfyUI others")
 
-        items[:] = longest_first(items, LONG)
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    from lora_ensemble.tests.shares import longest_first, taken
+
+    release = ""
+    if os.environ.get("COMFYUI_UNDER_TEST") and "comfy.options" in sys.modules:  # made ready by host/conftest.py
+        from comfyui_version import __version__ as release
+    kept = taken(items, config.option.crossed, config.option.one_of, zlib.crc32(release.encode()))
+    known = set(map(id, kept))
+    config.hook.pytest_deselected(items=[item for item in items if id(item) not in known])
+    items[:] = longest_first(kept, LONG) if hasattr(config, "workerinput") else kept
 
 
 def pytest_collection_finish() -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ast
 import collections
+import functools
 import hashlib
 import os
 import re
@@ -82,16 +83,22 @@ class Fault:
 
     def _told(self, where: str) -> str:
         old, new = (" ".join(text.split())[:60] for text in (self.old, self.new or "(left out)"))
-        return f"{self.path.relative_to(ROOT).as_posix()}{where}: {old} -> {new}"
+        return f"{_name(self.path, ROOT)}{where}: {old} -> {new}"
 
     @property
     def key(self) -> tuple[str, str, str]:
-        return self.path.relative_to(ROOT).as_posix(), " ".join(self.old.split()), " ".join(self.new.split())
+        return _name(self.path, ROOT), " ".join(self.old.split()), " ".join(self.new.split())
 
     @property
     def at(self) -> tuple[str, str, str, str]:
         """The same, with the line that it begins in."""
-        return self.key[0], self.text, *self.key[1:]
+        name, old, new = self.key
+        return name, self.text, old, new
+
+
+@functools.cache
+def _name(path: Path, root: Path) -> str:
+    return path.relative_to(root).as_posix()
 
 
 def faults(path: Path) -> list[Fault]:
@@ -284,8 +291,9 @@ def chosen(count: int, seed: int) -> list[Fault]:
     seen: collections.Counter = collections.Counter()
     drawn: list[tuple[bytes, Fault]] = []
     for fault in every:
-        text = "\0".join([str(seed), *fault.key, str(seen[fault.key])])
-        seen[fault.key] += 1
+        key = fault.key
+        text = "\0".join([str(seed), *key, str(seen[key])])
+        seen[key] += 1
         drawn.append((hashlib.sha256(text.encode()).digest(), fault))
     out: list[Fault] = []
     for _, fault in sorted(drawn, key=lambda pair: pair[0]):

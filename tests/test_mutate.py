@@ -52,10 +52,15 @@ def test_what_is_changed(tmp_path, monkeypatch):
         ("max", "min"), ("a < 2 and not a", "True"), ("a < 2 and not a", "False"), ("b *= 2", "pass")])
 
 
+@pytest.fixture(scope="module")
+def known():
+    return cache(faults)
+
+
 @pytest.fixture
-def read_once(monkeypatch):
-    """Each file of the pack."""
-    monkeypatch.setattr(mutate, "faults", cache(faults))
+def read_once(known, monkeypatch):
+    """Each file of the pack, for all tests."""
+    monkeypatch.setattr(mutate, "faults", known)
 
 
 @pytest.mark.usefixtures("read_once")

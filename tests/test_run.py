@@ -41,9 +41,18 @@ def test_all_on_the_newest_and_the_api_on_the_others(everything):
     for part in ("host_api", "--one-of"):
         assert [part in command for command in found.values()] == [False, not everything, not everything]
     assert ["--crossed" in command for command in found.values()] == [not everything, False, False]
+    assert ("--crossed" in first[1]) == (not everything)
     assert all(command[-2:] == ["-k", "parity"] for command in found.values())
     assert str(Path("/tools")) in found["0.33.0"] and str(Path("/tools")) not in found["0.28.0"]
     assert all(env["OMP_NUM_THREADS"] == "1" for _, _, env in (first, *others))
+
+
+@pytest.mark.parametrize("jobs", [1, 2, 4])
+@pytest.mark.parametrize("everything", [False, True])
+def test_a_share_beside_another_run_has_one_process(everything, jobs):
+    runs = pytest_runs(Path("base"), [host("0.3.64"), host("0.33.0")], everything, [], jobs)
+    assert [command[command.index("-n") + 1] for _, command, _ in runs] == [
+        str(jobs), str(jobs), str(1 if jobs == 2 and not everything else jobs)]
 
 
 def test_one_old_comfyui_is_the_newest_there_is():

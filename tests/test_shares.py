@@ -7,8 +7,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from lora_ensemble.tests import shares
 from lora_ensemble.tests.conftest import LONG
-from lora_ensemble.tests.shares import longest_first, one_of, places
+from lora_ensemble.tests.shares import EVERY_CASE, SHOWN_ELSEWHERE, longest_first, one_of, places, some_tests, taken
 
 ALONE, PAIRED = pytest.mark.parametrize("n", range(7)).mark, pytest.mark.parametrize("a, b", [(1, 2)] * 6).mark
 
@@ -17,7 +18,7 @@ def case(test: str, marks=(), **values):
     file, name = test.split("::")
     told = {"callspec": SimpleNamespace(params=values)} if values else {}
     key = f"[{'-'.join(map(str, values.values()))}]" if values else ""
-    return SimpleNamespace(nodeid=f"tests/{file}.py::{name}{key}", path=Path(f"tests/{file}.py"), **told,
+    return SimpleNamespace(nodeid=f"tests/host/{file}.py::{name}{key}", path=Path(f"tests/host/{file}.py"), **told,
                            iter_markers=lambda name: [mark for mark in marks if mark.name == name])
 
 
@@ -56,16 +57,61 @@ def test_places_of_real_cases(first, second, third, page, request):
 
 def test_a_share_of_every_test_and_never_none():
     assert counts(one_of(ITEMS, 3)) == [1, 3, 2, 4] and counts(one_of(ITEMS, 9, 1)) == [1, 1, 1, 1]
-    assert counts(one_of(ITEMS, 3, whole={"test_b"})) == [1, 7, 6, 4]
-    assert counts(one_of(ITEMS, 3, whole={"test_b::six", "test_c::seven"})) == [1, 3, 6, 4]
+    assert counts(one_of(ITEMS, 3, own={"test_b": 1})) == [1, 7, 6, 4]
+    assert counts(one_of(ITEMS, 3, own={"test_b::six": 1, "test_c::seven": 1})) == [1, 3, 6, 4]
+    assert counts(one_of(ITEMS, 3, least=2, own={"test_b::six": 2, "test_b": 7})) == [1, 1, 3, 6]
     assert counts(one_of(ITEMS, 2, least=2)) == [1, 7, 6, 6]
     assert one_of(ITEMS, 1) == ITEMS
 
 
 @pytest.mark.parametrize("which", [0, 1, 2])
 def test_every_value_of_crossed_axes_stays(which):
-    kept = [item.callspec.params for item in one_of(CROSSED, 2, which)]
-    assert {values["a"] for values in kept} == set(range(6)) and {values["page"] for values in kept} == {"x", "y"}
+    for kept in (one_of(CROSSED, 2, which), one_of(CROSSED, 9, which, least=2)):
+        values = [item.callspec.params for item in kept]
+        assert {each["a"] for each in values} == set(range(6)) and {each["page"] for each in values} == {"x", "y"}
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_as_few_as_leave_every_value_a_case(which):
+    """Whatever axis is the longest, and of two axes no more than that has values."""
+    for lengths in ((5, 3), (3, 5), (4, 4), (2, 7, 3), (1, 6), (3, 3, 3, 3)):
+        marks = [pytest.mark.parametrize(f"x{k}", range(n)).mark for k, n in enumerate(lengths)]
+        every = [case("test_d::axes", marks, **{f"x{k}": value for k, value in enumerate(values)})
+                 for values in product(*map(range, lengths))]
+        kept = [item.callspec.params for item in one_of(every, 99, which, least=2)]
+        assert len(kept) == len(every) // sorted(lengths)[-2]
+        for k, n in enumerate(lengths):
+            assert {values[f"x{k}"] for values in kept} == set(range(n))
+
+
+def test_what_a_run_takes(monkeypatch):
+    """All; the normal run on the newest release; a share on an older one, whatever the normal run's tests have."""
+    monkeypatch.setitem(EVERY_CASE, "test_b::six", 1)
+    monkeypatch.setitem(SHOWN_ELSEWHERE, "test_b::seven", 7)
+    monkeypatch.setattr(shares, "OURS", {"test_b"})
+    assert taken(ITEMS, 1, 1, 0) == ITEMS
+    assert counts(taken(ITEMS, 9, 1, 0)) == [1, 1, 6, 6]
+    without = [SimpleNamespace(**vars(item) | {"path": Path("tests", item.path.name)}) for item in ITEMS]
+    kept = [item.nodeid for item in taken(without, 9, 1, 0)]
+    assert kept == [item.nodeid for item in [*ONE, SEVEN[0], *SIX, *CROSSED]]
+    assert counts(taken(ITEMS, 1, 3, 0)) == [1, 3, 0, 4] and counts(taken(ITEMS, 1, 3, 1)) == [1, 0, 6, 4]
+
+
+def test_some_tests_of_a_file_and_never_none():
+    for share in (2, 9):
+        assert counts(some_tests(ITEMS, {"test_a", "test_b"}, share)) == [1, 7, 0, 12]
+        assert counts(some_tests(ITEMS, {"test_a", "test_b"}, share, 1)) == [1, 0, 6, 12]
+    assert some_tests(ITEMS, {"test_a", "test_b"}, 1) == some_tests(ITEMS, set(), 9) == ITEMS
+
+
+def test_named_tests_exist():
+    """In the tests' own words: a test that is called otherwise now would have all its cases, or a share, unseen."""
+    here = Path(__file__).parent
+    for name in {*EVERY_CASE, *SHOWN_ELSEWHERE, *shares.OURS}:
+        file, _, test = name.partition("::")
+        texts = [path.read_text(encoding="utf-8") for path in (here / f"{file}.py", here / "host" / f"{file}.py")
+                 if path.is_file()]
+        assert any(f"def {test}(" in text if test else True for text in texts), name
 
 
 def test_shares_with_other_numbers_make_up_the_whole():

@@ -145,13 +145,15 @@ def test_judge_knows_renders(judge):
     assert min(right[attribute] for attribute in scene.NAMED) >= 0.97
 
 
-def test_base_draws_what_is_asked(sampler, judge):
-    obeyed = report.base_obedience(sampler, judge, count=32)
+@pytest.mark.parametrize("count", [16, 32])
+def test_base_draws_what_is_asked(count, sampler, judge):
+    obeyed = report.base_obedience(sampler, judge, count)
     assert np.mean([obeyed[attribute] for attribute in scene.NAMED]) >= 0.95
 
 
-def test_a_narrow_lora_alone_shows_its_concept_and_the_base_does_not(sampler, judge):
-    shares = report.alone(sampler, judge, per_concept=4)
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_narrow_lora_alone_shows_its_concept_and_the_base_does_not(count, sampler, judge):
+    shares = report.alone(sampler, judge, per_concept=count)
     assert np.mean([with_it for with_it, _ in shares.values()]) >= 0.9
     assert np.mean([without for _, without in shares.values()]) <= 0.1
 
@@ -342,8 +344,9 @@ def test_practice_lets_loras_act_in_teacher_and_student(base, narrow, monkeypatc
     assert {name: module.__dict__.get("forward") for name, module in base.unet.named_modules()} == forwards
 
 
-def test_the_lora_for_few_steps_stands_for_guidance_and_for_many(base, judge):
-    found = report.few_steps(base, judge, count=32)
+@pytest.mark.parametrize("count", [16, 32])
+def test_the_lora_for_few_steps_stands_for_guidance_and_for_many(count, base, judge):
+    found = report.few_steps(base, judge, count)
     for steps in (4, 8):
         ours, without = (found[f"{name}, {steps} steps, guidance 1"] for name in ("turbo", "base"))
         assert ours.error < 0.75 * without.error

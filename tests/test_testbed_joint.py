@@ -197,13 +197,15 @@ def test_judge_knows_renders(judge):
     assert min(right[attribute] for attribute in scene.NAMED) >= 0.97
 
 
-def test_base_draws_what_is_asked(sampler, judge):
-    obeyed = report.base_obedience(sampler, judge, count=32, bed=JOINT)
+@pytest.mark.parametrize("count", [16, 32])
+def test_base_draws_what_is_asked(count, sampler, judge):
+    obeyed = report.base_obedience(sampler, judge, count, bed=JOINT)
     assert np.mean([obeyed[attribute] for attribute in scene.NAMED]) >= 0.94
 
 
-def test_a_narrow_lora_alone_shows_its_concept_and_the_base_does_not(sampler, judge):
-    shares = report.alone(sampler, judge, per_concept=4, bed=JOINT)
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_narrow_lora_alone_shows_its_concept_and_the_base_does_not(count, sampler, judge):
+    shares = report.alone(sampler, judge, per_concept=count, bed=JOINT)
     assert np.mean([with_it for with_it, _ in shares.values()]) >= 0.85
     assert np.mean([without for _, without in shares.values()]) <= 0.1
 

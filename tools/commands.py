@@ -27,9 +27,10 @@ WORKERS = min(os.cpu_count() or 1, 8)
 """Test processes at once, if --jobs says nothing. Each takes 1 to 2 GB, and from eight on the longest file of tests
 sets the time of the suite."""
 
-CROSSED = 2
-"""On the newest release tests of all combinations of several things run one of so many, all of them with --all."""
-SHARE = 4
+CROSSED = 9
+"""On the newest release tests of all combinations of several things run one of so many, or as few as leave each thing a
+case; those in `SHOWN_ELSEWHERE` of tests/shares.py a share of their own, there and without ComfyUI; all with --all."""
+SHARE = 8
 """On older releases each parametrised test runs one of so many of its cases: others on each, all of them with --all."""
 
 
@@ -125,17 +126,21 @@ def pytest_runs(base: Path, hosts: Sequence[Host], everything: bool, more: Seque
                 ) -> Iterator[tuple[str, list[str], dict[str, str]]]:
     """(title, command, environment) of every run of pytest: the newest ComfyUI first, with all tests; on older ones
     a share of those of its API, or all as well. `more` goes to pytest."""
-    # The tests of one file share models and references, and stay in one process.
-    pytest = ["pytest", "-n", str(jobs), "--dist", "loadfile"]
-    yield ("tests without ComfyUI", with_pack(base, *pytest, "tests", "--ignore", "tests/host", *more),
+    def pytest(processes: int) -> list[str]:
+        """The tests of one file share models and references, and stay in one process."""
+        return ["pytest", "-n", str(processes), "--dist", "loadfile"]
+
+    normal = [] if everything else ["--crossed", str(CROSSED)]
+    yield ("tests without ComfyUI", with_pack(base, *pytest(jobs), "tests", "--ignore", "tests/host", *normal, *more),
            child_env(**ONE_THREAD))
     latest = max((host.number for host in hosts), default=())
     for host in sorted(hosts, key=lambda host: host.number, reverse=True):
         whole = everything or host.number == latest
-        marked = [] if everything else ["--crossed", str(CROSSED)] if whole else [
-            "-m", "host_api", "--one-of", str(SHARE)]
+        marked = normal if whole else ["-m", "host_api", "--one-of", str(SHARE)]
+        # A share is so small that beside another run a second process would take longer to start than it saves.
+        processes = jobs if whole or at_once(jobs) == 1 else 1
         yield (f"{'tests' if whole else 'tests of the API'} on {host}",
-               with_pack(host.python, *pytest, "tests/host", *marked, *more, tools=host.tools),
+               with_pack(host.python, *pytest(processes), "tests/host", *marked, *more, tools=host.tools),
                host.env(**ONE_THREAD))
 
 
@@ -216,9 +221,11 @@ def run_test(options: argparse.Namespace) -> int:
         if long:  # also of what there is when somebody stops it
             say(f"\nwritten: {write('--all' if options.all else '--report')}")
     if hosts and not options.all:
-        summary.lines += [f"  NOT RUN but with --all: of tests that cross several things all but one of {CROSSED}",
-                          f"           combinations; on older releases of a test's cases all but one of {SHARE}, and "
-                          "what does not touch their API"]
+        summary.lines += ["  NOT RUN but with --all: of tests that cross several things what leaves each thing a case, "
+                          "and of",
+                          "           some what other cases show; on older releases of a test's cases all but one of "
+                          f"{SHARE},",
+                          "           and what does not touch their API"]
     return summary.close(base, hosts)
 
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 import gc
 import os
 import sys
+import time
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 
 COMFYUI = os.environ.get("COMFYUI_UNDER_TEST")
 HOST_API = {"test_always", "test_apply", "test_attention", "test_banks", "test_border", "test_by_steps",
-            "test_cache_budget", "test_compile", "test_composlora", "test_control", "test_example_workflows",
+            "test_cache_budget", "test_compile", "test_control", "test_example_workflows",
             "test_files", "test_fused", "test_golden", "test_guidance", "test_guidance_extrapolated",
             "test_guidance_extrapolated_nodes", "test_guidance_guiders", "test_hazards", "test_info", "test_inner_code",
             "test_kept", "test_keymaps", "test_kinds", "test_lasting", "test_latents", "test_leave_one_out",
@@ -37,8 +39,6 @@ HOST_API = {"test_always", "test_apply", "test_attention", "test_banks", "test_b
 """Files whose tests ask ComfyUI for what changes from release to release, marked `host_api`: loading and parsing, the
 life of a run and of a model, samplers, guiders and schemas, the models' own code. `run.py test` runs them on older
 releases; the others ask what our own mathematics does, which one release shows."""
-EVERY_CASE = {"test_example_workflows", "test_nodes", "test_server::test_example_misses_only_its_models"}
-"""Files and tests with a case for each node or example; none stands for another."""
 
 if COMFYUI:
     sys.path.insert(0, str(Path(COMFYUI).expanduser()))
@@ -52,6 +52,18 @@ if COMFYUI:
 
     torch.set_num_threads(1)
     sys.argv = arguments
+
+    import psutil
+
+    _known: list = [0.0, None]
+
+    def _virtual_memory(ask=psutil.virtual_memory):
+        """Asked once in a tenth of a second: the host asks at every load, hundreds of times in a test."""
+        if (now := time.monotonic()) - _known[0] > 0.1:
+            _known[:] = now, ask()
+        return _known[1]
+
+    psutil.virtual_memory = _virtual_memory
 
 
 class _WithoutComfyUI(pytest.Module):
@@ -71,31 +83,13 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> 
     return None if COMFYUI else _WithoutComfyUI.from_parent(parent, path=module_path)
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--one-of", metavar="N", type=int, default=1, help="of each test's cases one of N; on another "
-                     "release of ComfyUI others")
-    parser.addoption("--crossed", metavar="N", type=int, default=1, help="the same for tests of all combinations of "
-                     "several things alone; each thing still has its case")
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
-    files = sorted(HOST_API | {name.partition("::")[0] for name in EVERY_CASE})
-    if gone := [name for name in files if not (here / f"{name}.py").is_file()]:
-        raise pytest.UsageError(f"HOST_API or EVERY_CASE names files that do not exist: {', '.join(gone)}")
+    if gone := [name for name in sorted(HOST_API) if not (here / f"{name}.py").is_file()]:
+        raise pytest.UsageError(f"HOST_API names files that do not exist: {', '.join(gone)}")
     for item in items:
         if item.path.parent == here and item.path.stem in HOST_API:
             item.add_marker("host_api")
-    if COMFYUI:
-        from comfyui_version import __version__ as release
-        from lora_ensemble.tests.shares import one_of
-
-        which = zlib.crc32(release.encode())
-        kept = one_of(items, config.option.crossed, which, 2, EVERY_CASE)
-        kept = one_of(kept, config.option.one_of, which, 1, EVERY_CASE)
-        known = set(map(id, kept))
-        config.hook.pytest_deselected(items=[item for item in items if id(item) not in known])
-        items[:] = kept
 
 
 @pytest.fixture(scope="session")
@@ -149,16 +143,49 @@ def raw(lora_folder: Path):
     folder_paths.filename_list_cache.clear()
 
 
+@pytest.fixture(scope="module")
+def lasting(lora_folder: Path) -> Iterator[dict[str, os.stat_result]]:
+    """LoRA files that stay until the last test of a module, as they were when they were written."""
+    import folder_paths
+
+    written: dict[str, os.stat_result] = {}
+    yield written
+    for name in written:
+        (lora_folder / name).unlink(missing_ok=True)
+    folder_paths.filename_list_cache.clear()
+
+
 @pytest.fixture
-def loras(raw, lora_folder: Path):
-    """Writes LoRA files: `loras(tensors)` -> name in ComfyUI's list; with `metadata` in the header."""
+def loras(raw, lora_folder: Path, lasting: dict[str, os.stat_result]):
+    """Writes LoRA files: `loras(tensors)` -> name in ComfyUI's list; with `metadata` in the header. Without a `name`,
+    tests of a module that write the same have the same file, so that the pack has read it once, as it does for users;
+    one that is written twice in a test is two."""
+    import folder_paths
     from safetensors.torch import save
 
+    here: Counter[int] = Counter()
+
     def write(tensors: dict, name: str | None = None, metadata: dict | None = None) -> str:
-        name = name or f"lora_{len(list(lora_folder.iterdir()))}.safetensors"
-        return raw(save({key: value.contiguous() for key, value in tensors.items()}, metadata), name)
+        content = save({key: value.contiguous() for key, value in tensors.items()}, metadata)
+        if name is not None:
+            return raw(content, name)
+        key = zlib.crc32(content)
+        here[key] += 1
+        name = f"lora_{key:08x}_{here[key]}.safetensors"
+        path = lora_folder / name
+        if name not in lasting or not path.exists() or _changed(path, lasting[name]):
+            path.unlink(missing_ok=True)
+            path.write_bytes(content)
+            lasting[name] = path.stat()
+            folder_paths.filename_list_cache.clear()
+        return name
 
     return write
+
+
+def _changed(path: Path, before: os.stat_result) -> bool:
+    now = path.stat()
+    return (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns)
 
 
 @pytest.fixture

@@ -60,6 +60,12 @@ def own(name: str = "SD15"):
     return patcher(model)
 
 
+@pytest.fixture(autouse=True)
+def forgotten():
+    """No test finds what another one made."""
+    banks.forget()
+
+
 @pytest.fixture
 def parsed(monkeypatch) -> list:
     """Grows with every file that is parsed."""

@@ -10,7 +10,7 @@ from lora_ensemble.tests.inject import Failure, Faults
 from lora_ensemble.tests.inject_disk import DISK
 
 SOME = ("Composite", "Routed by words on Flux", "LoRA Layer Map")
-FEW = 18
+FEW = 9
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from random import Random
 import pytest
 import torch
 from comfy.sd1_clip import escape_important, token_weights, unescape_important
+from comfy.text_encoders import llama
 from lora_ensemble.host.words.marked import PROMPT, marked
 from lora_ensemble.host.words.notes import Texts, prompt_tokens
 from lora_ensemble.methods.prompt_text import letters
@@ -22,6 +23,17 @@ SIGNS = (":", ";", "?", "!", "-", "+")
 TEXT = "the red woman (with hair:1.2), ohwx dog, one red house"
 
 made: dict[str, object] = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def attention():
+    """None in language models: behind it comes a projection of zeros, and in some prompts hundreds of tokens."""
+    def nothing(q, k, v, heads, **options):
+        return q.transpose(1, 2).flatten(2) if options.get("skip_reshape") else q
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(llama, "optimized_attention_for_device", lambda *args, **options: nothing)
+        yield
 
 
 @pytest.fixture
