@@ -25,7 +25,8 @@ SHOWN_ELSEWHERE = {
     # Words are where they are said to be in every text encoder: test_words. That every example can be queued:
     # test_server::test_example_misses_only_its_models.
     "test_server_routed::test_words_reach_the_sampler": 3,
-    # Neighbours, all without a server: test_guidance_interop, test_guidance_extrapolated_nodes, test_neighbours.
+    # Neighbours, one half each. All without a server: test_guidance_interop, test_guidance_extrapolated_nodes,
+    # test_neighbours.
     "test_interop_server::test_neighbour_before_and_after": 2,
     "test_interop_server::test_neighbour_of_extrapolated_guidance": 2,
     "test_neighbours::test_it_is_what_the_node_makes_of_the_loaders": 2,
@@ -38,21 +39,35 @@ SHOWN_ELSEWHERE = {
     "test_lasting::test_blocks_leave_nothing_behind_that_was_made_unseen": 2,
     "test_multigpu::test_every_method_before_and_behind_the_hosts_node": 4,
     "test_multigpu::test_no_operation_is_across_cards": 3,
+    "test_leave_one_out::test_shares_are_those_of_the_definition": 2,
+    "test_marked::test_pictures_in_a_prompt_take_their_place": 4,
     "test_neighbours::test_a_region_step_by_step": 3,
+    "test_report::test_what_was_saved_is_told_against_the_plain_way": 2,
     "test_server::test_server_draws_what_the_standalone_sampler_draws": 2,
     "test_server_stack::test_four_loras_in_one_node_are_the_chain": 2,
     "test_server_two_runs::test_two_samplers_draw_what_one_does": 2,
+    "test_two_runs::test_by_the_noise_level_where_the_first_run_is_not_known": 3,
     "test_two_runs::test_windows_in_time_hold_over_both_runs": 3,
     "test_unused::test_what_is_named_changes_no_picture": 2,
     "test_windows_told::test_a_window_between_two_steps_is_named": 2,
+    # What a step is to samplers and schedulers: test_samplers, test_steps.
+    "test_two_runs::test_the_last_run_ramps_as_one_run_does": 3,
+    "test_windows::test_comfyuis_own_keyframes": 2,
+    # Node caches of others, each in one or the other of three tests of what they leave out.
+    "test_neighbours::test_one_branch_is_left_out_as_with_the_loaders": 3,
+    "test_neighbours::test_another_lora_is_computed_anew": 3,
+    "test_neighbours::test_several_branches": 3,
     # The same graphs: test_always, test_compiled, each place and family in the one or the other.
     "test_compile::test_compiled_model": 2,
     "test_compile::test_no_more_graphs_than_the_plain_model_has": 2,
     "test_compile_cached::test_the_cache_behind_a_compiled_model": 3,
     # The same weights, made in other ways.
     "test_weights::test_a_merge_is_in_what_is_made_of_its_weights": 2,
-    # Other numbers of LoRAs and pictures on the same sheet.
+    # Other numbers of LoRAs and pictures on the same sheet, other depths in the same table.
+    "test_leave_one_out::test_sheets_of_many_loras": 2,
     "test_report::test_sheets_are_legible_and_end": 2,
+    "test_split_points::test_a_full_flux_saves": 2,
+    "test_split_points::test_full_unets_save": 2,
     # Both canvases show the panel of a template that is queued, and one opens every workflow of the first version:
     # test_front_end, test_golden_pages. Each blueprint agrees with the schemas.
     "test_panel::test_the_panel_is_on_the_node_inside_its_subgraph": 2,
@@ -107,19 +122,23 @@ def one_of(items: Sequence[pytest.Item], share: int, which: int = 0, least: int 
     which   another number chooses other cases
     least   tests with fewer axes stay as they are; where it is 2 or more, of the others so many cases stay that every
             value of each axis keeps one: `share` is at most the length of the second longest axis
-    own     files and tests, "test_a", "test_a::test_of_it", with a share of their own; with 1 they stay as they are
+    own     files and tests, "test_a", "test_a::test_of_it", with a share of their own; with 1 they stay as they are.
+            Tests of one file that stand in it take other cases in turn
     """
     cases: dict[str, list[pytest.Item]] = defaultdict(list)
     for item in items:
         cases[item.nodeid.partition("[")[0]].append(item)
     kept: set[int] = set()
+    turns: dict[str, int] = defaultdict(int)
     for name, same in cases.items():
         stem, found = same[0].path.stem, places(same)
-        of = own.get(f"{stem}::{name.rpartition('::')[2]}", own.get(stem, 0))
+        of, turn = own.get(f"{stem}::{name.rpartition('::')[2]}", own.get(stem, 0)), 0
+        if of > 1:
+            turn, turns[stem] = turns[stem], turns[stem] + 1
         if not of:
             lengths = sorted((1 + max(axis) for axis in zip(*found, strict=True)), reverse=True)
             of = 1 if len(lengths) < least else share if least < 2 else min(share, lengths[1])
-        chosen = [item for item, where in zip(same, found, strict=True) if (sum(where) + which) % of == 0]
+        chosen = [item for item, where in zip(same, found, strict=True) if (sum(where) + which + turn) % of == 0]
         kept |= {id(item) for item in chosen or same[:1]}
     return [item for item in items if id(item) in kept]
 

@@ -64,6 +64,14 @@ def test_a_share_of_every_test_and_never_none():
     assert one_of(ITEMS, 1) == ITEMS
 
 
+def test_tests_with_shares_of_their_own_take_turns():
+    """Two tests of one file with the same axis have all its values together."""
+    both = [case(f"test_b::{name}", [ALONE], n=n) for name in ("one", "other", "third") for n in range(7)]
+    kept = one_of(both, 1, own={"test_b::one": 2, "test_b::third": 2})
+    assert [item.nodeid.rpartition("::")[2] for item in kept if "other" not in item.nodeid] == [
+        *(f"one[{n}]" for n in (0, 2, 4, 6)), *(f"third[{n}]" for n in (1, 3, 5))] and len(kept) == 14
+
+
 @pytest.mark.parametrize("which", [0, 1, 2])
 def test_every_value_of_crossed_axes_stays(which):
     for kept in (one_of(CROSSED, 2, which), one_of(CROSSED, 9, which, least=2)):

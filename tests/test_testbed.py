@@ -151,7 +151,7 @@ def test_base_draws_what_is_asked(count, sampler, judge):
     assert np.mean([obeyed[attribute] for attribute in scene.NAMED]) >= 0.95
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [1, 4])
 def test_a_narrow_lora_alone_shows_its_concept_and_the_base_does_not(count, sampler, judge):
     shares = report.alone(sampler, judge, per_concept=count)
     assert np.mean([with_it for with_it, _ in shares.values()]) >= 0.9
