@@ -147,19 +147,26 @@ def handle_of(module: nn.Module, position: int) -> Tensor:
     """The number of a layer for its position-th bank; a layer keeps it for as long as it lives."""
     own = _handles.setdefault(module, {})
     if position not in own:
-        own[position] = torch.tensor(next(_numbers))
+        number = next(_numbers)
+        own[position] = torch.tensor(number)
+        own[position].number = number  # beside the tensor, since reading one takes longer
     return own[position]
 
 
 def connect(handle: Tensor, route: Callable[[Tensor, Tensor], None]) -> None:
     """From now on the handle does route(y, x), which changes y in place."""
-    _routes[int(handle)] = route
+    _routes[_number(handle)] = route
 
 
 def disconnect(handle: Tensor, route: Callable[[Tensor, Tensor], None]) -> None:
     """The handle does nothing again; a route that somebody else has connected since stays."""
-    if _routes.get(int(handle)) is route:
-        del _routes[int(handle)]
+    if _routes.get(_number(handle)) is route:
+        del _routes[_number(handle)]
+
+
+def _number(handle: Tensor) -> int:
+    number = getattr(handle, "number", None)
+    return int(handle) if number is None else number
 
 
 def run(y: Tensor, x: Tensor, handle: Tensor) -> None:

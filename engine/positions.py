@@ -30,6 +30,8 @@ class Segment:
 
 
 Segments = tuple[Segment, ...]
+Make = Callable[["Tensor | None"], Tensor]
+"""(out) -> a tensor, which is `out` where that is one."""
 Locate = Callable[[str, int], "Segments | None"]
 """(layer, tokens) -> what these tokens are, in order; empty where they stand for whole rows (times, pooled text); None
 where that is not known."""
@@ -60,28 +62,31 @@ class Places:
         self.maps, self.pictures, self.texts = self._of_all(maps), tuple(pictures), tuple(texts)
         self.words = None if words is None else self._of_all(words)
         self.more = {source: self._of_all(tensor) for source, tensor in (more or {}).items()}
-        self._kept: dict[Hashable, tuple[Tensor, Callable[[], Tensor]]] = {}
+        self._kept: dict[Hashable, tuple[Tensor, Make, bool]] = {}
         self._indexes: dict[tuple[int, ...], Tensor] = {}
 
     def update(self, maps: Tensor, words: Tensor | None = None, more: Mapping[str, Tensor] | None = None) -> None:
         """Other maps and words of the same shapes: everything made of the earlier ones is brought up to date in place,
-        in the order in which it was made."""
+        in the order in which it was made; without other words what is made of them alone stays. This is done in every
+        step, and the host asks for each operation."""
         self.maps[:, self.beneath:].copy_(maps)
         if words is not None:
             self.words[:, self.beneath:].copy_(words)
         for source, tensor in (more or {}).items():
             self.more[source][:, self.beneath:].copy_(tensor)
-        for tensor, make in self._kept.values():
-            tensor.copy_(make())
+        for tensor, make, of_words in self._kept.values():
+            if words is not None or more or not of_words:
+                make(tensor)
 
     def _of_all(self, some: Tensor) -> Tensor:
         """Maps or words with ones for the adapters that act everywhere."""
         return F.pad(some, (0, 0) * (some.ndim - 2) + (self.beneath, 0), value=1.0) if self.beneath else some
 
-    def keep(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
-        """`make()`, made once per key and again, into the same tensor, at each update."""
+    def keep(self, key: Hashable, make: Make, of_words: bool = False) -> Tensor:
+        """`make(None)`, made once per key and again, into the same tensor, at each update. of_words: it depends on the
+        words and not on the maps."""
         if key not in self._kept:
-            self._kept[key] = (make().contiguous(), make)
+            self._kept[key] = (make(None), make, of_words)
         return self._kept[key][0]
 
     def index(self, numbers: Sequence[int]) -> Tensor:
@@ -96,26 +101,33 @@ class Places:
 
         Several entries of one row in succession are its frames, where the grid has none of its own.
         """
-        return self.keep(("grid", grid, rows), lambda: self._on_grid(grid, rows))
+        return self.keep(("grid", grid, rows), lambda out: self._on_grid(grid, rows, out))
 
     def on_tokens(self, segments: Segments, rows: tuple[int, ...]) -> Tensor:
         """Gains of the tokens of a layer: [entries, tokens, adapters]."""
-        return self.keep(("tokens", segments, rows), lambda: self._on_tokens(segments, rows))
+        if len(segments) == 1 and segments[0].kind == "picture":
+            return self._of_picture(segments[0], rows)
+        return self.keep(("tokens", segments, rows), lambda out: self._on_tokens(segments, rows, out),
+                         of_text(segments))
 
-    def _on_grid(self, grid: tuple[int, ...], rows: tuple[int, ...]) -> Tensor:
+    def _on_grid(self, grid: tuple[int, ...], rows: tuple[int, ...], out: Tensor | None) -> Tensor:
         pictures = self.index([self.pictures[row] for row in rows])
         frames = len(rows) // len(set(rows)) if len(grid) == 2 and self.maps.ndim == 5 else 0
         maps = self._resized((frames, *grid) if frames else grid)
         if not frames:
-            return maps.index_select(0, pictures)
-        return maps[pictures, :, self.index([sum(r == row for r in rows[:e]) for e, row in enumerate(rows)])]
+            return torch.index_select(maps, 0, pictures, out=out)
+        found = maps[pictures, :, self.index([sum(r == row for r in rows[:e]) for e, row in enumerate(rows)])]
+        return found if out is None else out.copy_(found)
 
-    def _on_tokens(self, segments: Segments, rows: tuple[int, ...]) -> Tensor:
+    def _of_picture(self, segment: Segment, rows: tuple[int, ...]) -> Tensor:
+        grid = segment.grid if segment.grid[0] > 1 else segment.grid[1:]
+        return self.on_grid(grid, rows).flatten(2).mT
+
+    def _on_tokens(self, segments: Segments, rows: tuple[int, ...], out: Tensor | None) -> Tensor:
         parts = []
         for segment in segments:
             if segment.kind == "picture":
-                grid = segment.grid if segment.grid[0] > 1 else segment.grid[1:]
-                part = self.on_grid(grid, rows).flatten(2).mT
+                part = self._of_picture(segment, rows)
             elif segment.kind == "text" and (known := self._of(segment)) is not None:
                 words = known.index_select(0, self.index([self.texts[row] for row in rows]))
                 part = words.repeat(1, 1, max(segment.count // words.shape[2], 1)).mT
@@ -125,7 +137,7 @@ class Places:
             else:
                 part = self.maps.new_ones(len(rows), segment.count, self.maps.shape[1])
             parts.append(part)
-        return torch.cat(parts, dim=1)
+        return torch.cat(parts, dim=1, out=out)
 
     def _of(self, text: Segment) -> Tensor | None:
         return self.more.get(text.source) if text.source else self.words
@@ -135,10 +147,14 @@ class Places:
         """
         maps = self.maps
         if len(grid) == 3 and maps.ndim == 4:
-            return self.keep(("size", grid[1:]), lambda: self._resized(grid[1:])).unsqueeze(2).expand(
-                -1, -1, grid[0], -1, -1)
+            return self._resized(grid[1:]).unsqueeze(2).expand(-1, -1, grid[0], -1, -1)
         if tuple(maps.shape[2:]) == grid:
             return maps
         if prod(grid) <= prod(maps.shape[2:]):
             return (F.adaptive_avg_pool2d if maps.ndim == 4 else F.adaptive_avg_pool3d)(maps, grid)
         return F.interpolate(maps, size=grid, mode="bilinear" if maps.ndim == 4 else "trilinear")
+
+
+def of_text(segments: Segments) -> bool:
+    """Whether no place of a picture is among these tokens."""
+    return all(segment.kind != "picture" for segment in segments)

@@ -18,7 +18,7 @@ from .bank import Bank, Site
 from .chain import Link, additions, chain
 from .geometry import Geometry, plain
 from .layout import Layout, NotRows
-from .positions import Places
+from .positions import Places, of_text
 from .products import Call, Entries, Numbers, Where, gain_tensor, in_turn, on_entries
 from .stack import Slot, Stack
 from .ways import stack_products
@@ -211,12 +211,16 @@ class Programs:
             # Made once: what is made anew when places change comes from the device alone.
             gain, index = gain_tensor(slots, numbers, spatial, len(grid), like, self._once), places.index(columns)
 
-            def make() -> Tensor:
+            def make(out: Tensor | None) -> Tensor:
                 if spatial:
-                    return places.on_grid(grid, rows).index_select(1, index).to(gain) * gain
-                return places.on_tokens(segments, rows).index_select(-1, index).to(gain).unflatten(1, grid) * gain
+                    found = places.on_grid(grid, rows).index_select(1, index)
+                else:
+                    found = places.on_tokens(segments, rows).index_select(-1, index).unflatten(1, grid)
+                # The product goes into the layer's dtype by itself.
+                return torch.mul(found, gain, out=gain.new_empty(found.shape) if out is None else out)
 
-            return places.keep((segments, grid, rows, columns, numbers, like.dtype), make)
+            return places.keep((segments, grid, rows, columns, numbers, like.dtype), make,
+                               not spatial and of_text(segments))
 
         return where
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 
 def clause_values(members: Tensor, keys: int, text: slice, like: Tensor) -> Tensor:
-    """What `clause_attention` takes for the values of its keys: which clauses each of them belongs to.
+    """What `clause_shares` takes for the values of its keys: which clauses each of them belongs to.
 
     members    [1 or B, clauses, tokens] in [0, 1]: how far a token of the text belongs to a clause
     text       where the text's tokens lie among the keys
@@ -29,9 +29,9 @@ def clause_values(members: Tensor, keys: int, text: slice, like: Tensor) -> Tens
     return values
 
 
-def clause_attention(q: Tensor, k: Tensor, values: Tensor, clauses: int, mask: Tensor | None = None,
-                     scale: float | None = None) -> Tensor:
-    """a_c(p) = mean over heads of the softmax over all keys of q k^T * scale, summed over the tokens of clause c.
+def clause_shares(q: Tensor, k: Tensor, values: Tensor, clauses: int, mask: Tensor | None = None,
+                  scale: float | None = None) -> Tensor:
+    """a_c(h, p) = the softmax over all keys of q k^T * scale in head h, summed over the tokens of clause c.
 
     It is an attention whose values say which clauses a key belongs to, so that the device's own fused kernels serve and
     nothing of size places x keys is kept.
@@ -40,14 +40,20 @@ def clause_attention(q: Tensor, k: Tensor, values: Tensor, clauses: int, mask: T
     k          [B, heads or fewer that divide them, keys, d], of all that is attended to
     values     `clause_values` of so many clauses; the same for all layers whose keys lie alike
     mask       of the attention, broadcasting to [B, heads, places, keys]: True or 0 where a key counts
-    -> [B, clauses, places] in fp32; computed in the dtype of q
+    -> [B, heads, places, clauses] in the dtype of q, which may be a part of something wider
     """
     batch, heads, _, width = q.shape
     if k.shape[1] != heads:
         k = k.repeat_interleave(heads // k.shape[1], dim=1)
     parts = [F.scaled_dot_product_attention(q, k, part.expand(batch, heads, -1, -1), attn_mask=mask, scale=scale)
-             .mean(dim=1, dtype=torch.float32) for part in values.split(width, dim=-1)]
-    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1))[..., :clauses].mT
+             for part in values.split(width, dim=-1)]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1))[..., :clauses]
+
+
+def clause_attention(calls: Sequence[Tensor]) -> Tensor:
+    """a_c(p), the mean over the heads of calls of attention, of which each has as many. `clause_shares` [B, heads,
+    places, clauses] of each -> [B, clauses, places] in fp32."""
+    return (calls[0] if len(calls) == 1 else torch.cat(tuple(calls), dim=1)).mean(dim=1, dtype=torch.float32).mT
 
 
 def contrast(whole: Tensor, without: Tensor) -> Tensor:
@@ -75,10 +81,22 @@ def compete(attention: Tensor, own: Sequence[int | None], rivals: Sequence[int],
     relative = attention / top.reshape(*top.shape, *[1] * (attention.ndim - 2))
     if not rivals:
         return relative.new_ones(len(relative), len(own), *relative.shape[2:])
-    best = torch.stack([relative[:, clause] for clause in rivals]).amax(dim=0)
-    # A LoRA that acts everywhere is the best one; where nothing is attended to, all are as good as the best.
-    mine = torch.stack([best if clause is None else relative[:, clause] for clause in own], dim=1)
-    return ((mine + tiny) / (best + tiny).unsqueeze(1)).clamp(max=1) ** gamma
+    relative = relative + tiny  # where nothing is attended to, all are as good as the best
+    best = _of(relative, rivals).amax(dim=1, keepdim=True)
+    if None not in own:
+        mine = _of(relative, own)
+    else:  # a LoRA that acts everywhere is the best one
+        mine = torch.cat([best if clause is None else relative[:, clause:clause + 1] for clause in own], dim=1)
+    share = mine / best
+    return (share if {None, *own} <= {None, *rivals} else share.clamp(max=1)) ** gamma
+
+
+def _of(relative: Tensor, clauses: Sequence[int]) -> Tensor:
+    """Some clauses, a view where they follow each other."""
+    first, count = clauses[0], len(clauses)
+    if list(clauses) == list(range(first, first + count)):
+        return relative[:, first:first + count]
+    return torch.cat([relative[:, clause:clause + 1] for clause in clauses], dim=1)
 
 
 def outside(energy: Tensor, gains: Tensor, owners: Tensor, rows: int) -> tuple[Tensor, Tensor]:

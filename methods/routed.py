@@ -94,7 +94,7 @@ def loosened(maps: Tensor, free: Tensor | None) -> Tensor:
     if free is None:
         return maps
     free = free.to(maps).reshape(*free.shape, *[1] * (maps.ndim - 2))
-    return maps + (1 - maps) * free
+    return torch.addcmul(maps, 1 - maps, free)
 
 
 def clauses_of(tokens: int, phrases: Sequence[Sequence[int]], others: Sequence[Sequence[int]],

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ..engine.positions import Places
 from ..engine.reach import Reach
 from ..kernels.branch import Step
-from ..kernels.routing import clause_attention, clause_values, contrast
+from ..kernels.routing import clause_attention, clause_shares, clause_values, contrast
 from ..methods.prompt import Found, LoRAWords, PromptTokens, find_clauses, stand_in, without
 from ..methods.routed import Clauses, Routes, Routing, clauses_of, loosened, trusted
 from .body import Body
@@ -189,7 +189,7 @@ class Seen:
     def __call__(self, q: Tensor, k: Tensor, text: slice) -> None:
         q, k = q[self._rows], k[self._rows, :, text]
         values = clause_values(self._members, k.shape[2], slice(0, k.shape[2]), q)
-        found = clause_attention(q, k, values, self._members.shape[1])
+        found = clause_attention([clause_shares(q, k, values, self._members.shape[1])])
         self._found.append(found.unflatten(-1, self._grid))
 
     def mean(self) -> Tensor:

@@ -209,10 +209,10 @@ def test_other_maps_come_into_the_same_tensors():
             return root["tokens"](x), root["conv"](pixels)
 
     first = call(places)
-    kept = {key: tensor.data_ptr() for key, (tensor, _) in places._kept.items()}
+    kept = {key: tensor.data_ptr() for key, (tensor, *_) in places._kept.items()}
     places.update(maps(seed=2), words * 0.5)
     second = call(places)
-    assert {key: tensor.data_ptr() for key, (tensor, _) in places._kept.items()} == kept
+    assert {key: tensor.data_ptr() for key, (tensor, *_) in places._kept.items()} == kept
     other = Places(maps(seed=2), (0, 0), words * 0.5, (0, 0), places.locate)
     for y, z, before in zip(second, call(other), first, strict=True):
         assert torch.equal(y, z) and not torch.allclose(y, before)

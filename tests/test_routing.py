@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from lora_ensemble.kernels.branch import Step
-from lora_ensemble.kernels.routing import clause_attention, clause_values, compete, contrast
+from lora_ensemble.kernels.routing import clause_attention, clause_shares, clause_values, compete, contrast
 from lora_ensemble.methods.routed import MODES, Routes, Routing, clauses_of
 from lora_ensemble.tests.operations import Operations
 from lora_ensemble.tests.reference import close
@@ -17,7 +17,7 @@ def rand(*shape: int, seed: int = 0) -> Tensor:
 
 
 def attention(q, k, members, text, *more) -> Tensor:
-    return clause_attention(q, k, clause_values(members, k.shape[2], text, q), members.shape[1], *more)
+    return clause_attention([clause_shares(q, k, clause_values(members, k.shape[2], text, q), members.shape[1], *more)])
 
 
 def attention_by_loops(q, k, members, text, mask=None, scale=None):
@@ -93,16 +93,29 @@ def test_a_place_that_no_rival_is_attended_to_from_is_everybodys():
 
 
 def test_operations_of_a_step():
-    """On a fast GPU they take as long as the host needs to ask for them: per call that is read an attention and a mean,
-    per step a dozen, however many LoRAs there are."""
+    """On a fast GPU they take as long as the host needs to ask for them: an attention per call that is read, two per
+    size of these calls, nine per step, however many LoRAs there are."""
     q, k, members = rand(2, 4, 6, 8), rand(2, 4, 11, 8, seed=1), torch.ones(2, 3, 5)
     values = clause_values(members, 11, slice(0, 5), q)
     with torch.no_grad(), Operations() as asked:
-        found = clause_attention(q, k, values, 3)
-    assert len(asked.names) == 2 and asked.names[-1] == "mean", asked.names
+        shares = [clause_shares(q, k, values, 3) for _ in range(5)]
+    assert len(asked.names) == 5, asked.names
     with torch.no_grad(), Operations() as asked:
-        compete(found.unflatten(-1, (2, 3)), (0, 1, None, 2) * 3, (0, 1, 2), 2.0)
-    assert len(asked.names) <= 12, asked.names
+        found = clause_attention(shares)
+    assert asked.names == ["cat", "mean"]
+    for own, rivals, most in (((0, 1), (0, 1, 2), 7), ((0, 1, None, 2) * 3, (0, 1, 2), 9), ((2, 0, 1), (2, 0, 1), 9)):
+        with torch.no_grad(), Operations() as asked:
+            compete(found.unflatten(-1, (2, 3)), own, rivals, 2.0)
+        assert len(asked.names) <= most, (own, asked.names)
+
+
+def test_calls_that_are_read_count_alike():
+    """However many are summed together: the mean of their means."""
+    q, k, members = rand(2, 4, 6, 8), rand(2, 4, 11, 8, seed=1), torch.ones(2, 3, 5)
+    values = clause_values(members, 11, slice(0, 5), q)
+    calls = [clause_shares(q * n, k, values, 3) for n in (1, 2, 3)]
+    each = torch.stack([clause_attention([call]) for call in calls])
+    assert each.dtype == torch.float32 and torch.allclose(clause_attention(calls), each.mean(dim=0), atol=1e-7)
 
 
 def test_a_clause_wins_where_it_is_attended_to_most():

@@ -10,7 +10,7 @@ import pytest
 import torch
 from lora_ensemble.engine.positions import Places
 from lora_ensemble.kernels.branch import Branch
-from lora_ensemble.kernels.routing import clause_attention, clause_values
+from lora_ensemble.kernels.routing import clause_attention, clause_shares, clause_values
 from lora_ensemble.methods.merge import Merge
 from lora_ensemble.testbed import loras, report
 from lora_ensemble.testbed import model as first_model
@@ -149,7 +149,8 @@ def test_attention_can_be_read(base):
     places, tokens = 8 * 12, text.LENGTH + 8 * 12
     for q, k, where in seen:
         assert q.shape == (2, 4, places, 32) and k.shape == (2, 4, tokens, 32) and where == slice(0, text.LENGTH)
-        attended = clause_attention(q, k, clause_values(torch.eye(text.LENGTH)[None], tokens, where, q), text.LENGTH)
+        values = clause_values(torch.eye(text.LENGTH)[None], tokens, where, q)
+        attended = clause_attention([clause_shares(q, k, values, text.LENGTH)])
         assert attended.shape == (2, text.LENGTH, places)
         assert 0 < attended.sum(1).min() <= attended.sum(1).max() <= 1
 

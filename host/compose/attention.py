@@ -4,19 +4,23 @@ how much of a place's attention the picture itself has, where both are in one, s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from math import prod
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...kernels.routing import clause_attention, clause_values
+from ...kernels.routing import clause_attention, clause_shares, clause_values
 from ..families.attention import Joint, joint
 from ..families.lasting import lasting
 from ..families.token_streams import Streams
 
 OVERRIDE = "optimized_attention_override"
+HELD = 2**26
+"""Bytes of what calls have given that are held, at most and besides the last, until the calls of one size are summed
+together: a host that feeds a fast GPU asks for one operation per call then, and not for four. SDXL at 1024 x 1024 holds
+36 MB per picture while its blocks run."""
 
 
 class AttentionReader:
@@ -27,17 +31,21 @@ class AttentionReader:
     rows      the rows of the batch that are read: those in succession as a slice, others as a tensor
     members   [rows, clauses, tokens of the text as the model gets it]; both on the device of the batch
     wanted    numbers of the joining calls to read; None: all
+    made      what was made for other evaluations of the same rows
     """
 
     def __init__(self, root: nn.Module, streams: Streams, rows: slice | Tensor, members: Tensor,
-                 wanted: Sequence[int] | None = None):
+                 wanted: Sequence[int] | None = None, made: dict[Hashable, Tensor] | None = None):
         self.root, self.streams, self._rows, self._members = root, streams, rows, members
         self._last = int(rows.max()) if isinstance(rows, Tensor) else rows.stop - 1
         self._wanted = None if wanted is None else frozenset(wanted)
         self._joint: dict[tuple[int, int], Joint | None] = {}
-        self._made: dict[tuple, Tensor] = {}
+        self._made = {} if made is None else made
+        self._held: dict[tuple, list[Tensor]] = {}  # by grid, heads and dtype
+        self._bytes = 0
+        self._means: list[tuple[int, Tensor]] = []  # (calls, their mean) [rows, clauses, frames, height, width]
         self.count = 0
-        self.found: list[Tensor] = []  # per call [rows, clauses, frames, height, width]
+        self.found: list[Tensor] = []  # where all calls are read, of each [rows, clauses, frames, height, width]
 
     def options(self, options: dict) -> dict:
         """Transformer options under which attention is read."""
@@ -52,18 +60,30 @@ class AttentionReader:
         return {**options, OVERRIDE: override}
 
     def mean(self, wanted: Sequence[int] | None = None) -> Tensor | None:
-        """Of those read, or of some of them by their place among those read: [rows, clauses, frames, height, width] on
-        the finest of their grids. None where nothing was read."""
-        found = self.found if wanted is None else [self.found[k] for k in wanted]
-        if not found:
-            return None
+        """Of those read, or, where all were read, of some of them by their number: [rows, clauses, frames, height,
+        width] on the finest of their grids. None where nothing was read."""
+        self._settle()
         grids: dict[torch.Size, list[Tensor]] = {}
-        for each in found:
+        for each in self.found if wanted is None else [self.found[k] for k in wanted]:
             grids.setdefault(each.shape[2:], []).append(each)
-        finest = max(grids, key=prod)
-        sums = [torch.stack(each).sum(dim=0) for each in grids.values()]
-        return sum(each if each.shape[2:] == finest else F.interpolate(each, finest, mode="trilinear")
-                   for each in sums) / len(found)
+        means = self._means + [(len(each), torch.stack(each).mean(dim=0)) for each in grids.values()]
+        if not means:
+            return None
+        means.sort(key=lambda each: -prod(each[1].shape[2:]))
+        (calls, mean), *others = means
+        for more, other in others:
+            calls += more
+            other = other if other.shape == mean.shape else F.interpolate(other, mean.shape[2:], mode="trilinear")
+            mean = torch.lerp(mean, other, more / calls)
+        return mean
+
+    def _settle(self) -> None:
+        """Sum what is held."""
+        for (grid, *_), calls in self._held.items():
+            with lasting():
+                self._means.append((len(calls), clause_attention(calls).unflatten(-1, grid)))
+        self._held.clear()
+        self._bytes = 0
 
     def _see(self, q: Tensor, k: Tensor, heads: int, mask: Tensor | None, split: bool, scale: float | None) -> None:
         queries, keys = (q.shape[2], k.shape[2]) if split else (q.shape[1], k.shape[1])
@@ -78,10 +98,17 @@ class AttentionReader:
         q, k = (t if split else t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k))
         batch, picture, text = len(q), slice(*where.picture), slice(*where.text)
         with lasting():
-            q, k = self._of(q)[:, :, picture], self._of(k)[:, :, text]
-            read = clause_attention(q, k, self._values(q, k.shape[2]), self._members.shape[1],
-                                    self._masked(mask, batch, picture, queries, text), scale)
-        self.found.append(read.unflatten(-1, where.grid))
+            q = self._of(q)[:, :, picture] if where.picture != (0, queries) else self._of(q)
+            k = self._of(k)[:, :, text] if where.text != (0, keys) else self._of(k)
+            shares = clause_shares(q, k, self._values(q, k.shape[2]), self._members.shape[1],
+                                   self._masked(mask, batch, picture, queries, text), scale)
+            if self._wanted is None:
+                self.found.append(clause_attention([shares]).unflatten(-1, where.grid))
+                return
+        self._held.setdefault((where.grid, q.shape[1], q.dtype), []).append(shares)
+        self._bytes += q.nbytes * -(-shares.shape[-1] // q.shape[-1])  # to which the clauses are padded
+        if self._bytes > HELD:
+            self._settle()
 
     def _of(self, tensor: Tensor) -> Tensor:
         """The rows that are read."""

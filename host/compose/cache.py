@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from threading import Lock
 from uuid import UUID
@@ -22,6 +22,7 @@ from ...methods.schedule import BySteps, Schedule, schedules, within
 from ..families.lasting import lasting
 from ..families.split_points import SplitPoint, split_point_of
 from ..families.work import Work
+from .attention import OVERRIDE
 
 Combo = tuple[Branch, ...]
 """One branch per applied method: what one row of a batch is evaluated with."""
@@ -100,6 +101,7 @@ class BranchCache:
         self._step: Step | None = None
         self._timestep: Tensor | None = None
         self._whole: dict[Combo, bool] = {}
+        self._mixed = False
         self._kept: dict[UUID | None, Hashable] = {}  # per cond of a branch, where its newest features are
         self._times: dict[Hashable, int] = {}
         self._split_points: dict[int, tuple[nn.Module, SplitPoint | None]] = {}
@@ -109,15 +111,16 @@ class BranchCache:
         self._lock = Lock()
 
     def parts(self, step: Step, combos: Sequence[Combo], fresh: Sequence[bool], timestep: Tensor,
-              identities: Callable[[Combo], Iterable[UUID | None]]) -> list[list[Combo]]:
-        """The combinations to evaluate together: those that run whole, then those on cached features. `identities`
-        names the conds that a combination is evaluated with now: it runs whole if one of them has no features, since
-        the host decides by its memory what shares a batch with that one."""
+              identities: Callable[[Combo], Iterable[UUID | None]], mixed: bool = False) -> list[list[Combo]]:
+        """The combinations to evaluate together: those that run whole, then those on cached features; `mixed`: all of
+        them, since the model can do both in one batch (`mixes`). `identities` names the conds that a combination is
+        evaluated with now: it runs whole if one of them has no features, since the host decides by its memory what
+        shares a batch with that one."""
         if self._step is None or self._step.index != step.index:
             self.reused, self.ages = 0, {}
         if timestep is not self._timestep:
             self._times.clear()
-        self._step, self._timestep = step, timestep
+        self._step, self._timestep, self._mixed = step, timestep, mixed
         self._whole = {}
         if self._off:
             self.store.clear()
@@ -131,15 +134,26 @@ class BranchCache:
             due = few or (asked if self.spec.schedule is None else self.spec.schedule.refreshes(step))
             self._whole[combo] = self._whole.get(combo, False) or due or any(
                 self.store.get(self._kept.get(uuid), step.index) is None for uuid in identities(combo))
+        if mixed:
+            return [list(combos)]
         parts = ([combo for combo in combos if self._whole[combo] is whole] for whole in (True, False))
         return [part for part in parts if part]
+
+    def mixes(self, root: nn.Module, options: dict) -> bool:
+        """Whether a batch on this model may hold rows that run whole beside rows that reuse: one call of the model and
+        not two. Not where another node may look at rows or blocks while it runs, as its transformer options say; not
+        needed where a schedule has all rows run whole in the same steps."""
+        patched = any(options.get(name) for name in ("patches", "patches_replace", OVERRIDE))
+        return self.spec.schedule is None and not patched and getattr(self._split_point(root), "mixes", False)
 
     @contextmanager
     def evaluate(self, root: nn.Module, uuids: Sequence[UUID | None], combos: Sequence[Combo], x: Tensor,
                  context: Tensor | None, control: dict | None, options: dict,
-                 work: Callable[[], Work | str] | None = None) -> Iterator[tuple[dict | None, dict]]:
+                 work: Callable[[], Work | str] | None = None,
+                 among: Callable[[Sequence[int]], AbstractContextManager] = nullcontext
+                 ) -> Iterator[tuple[dict | None, dict]]:
         """(control, transformer options) to call the model with for one batch, `combos` and `uuids` per cond. `work`
-        counts its operations, for a budget."""
+        counts its operations, for a budget; `among` is a context for layers that some of the conds alone come to."""
         with self._lock:
             if self.spec.budget and self._step is not None and not self._few(self._step):
                 self._spend(work(), self._step.total)
@@ -153,18 +167,27 @@ class BranchCache:
         with self._lock:
             keys = [self._key((uuid, combo, *places)) for uuid, combo in zip(uuids, combos, strict=True)]
             found = [self.store.get(key, self._step.index) for key in keys]
-            whole = any(self._whole.get(combo, True) for combo in combos) or None in found
-            for combo, key in zip(combos, keys, strict=True):
-                self.ages[combo] = 0 if whole else max(self.ages.get(combo, 0), self.store.age(key, self._step.index))
-            self.reused += 0 if whole else x.shape[0]
-        if not whole:
-            time = self._step.time(self.flow)
-            found = [self.store.at(key, self._step.index, time, x.device) for key in keys]
+            whole = [self._whole.get(combo, True) or kept is None for combo, kept in zip(combos, found, strict=True)]
+            if any(whole) and not self._mixed:
+                whole = [True] * len(whole)
+            for combo, key, fresh in zip(combos, keys, whole, strict=True):
+                self.ages[combo] = 0 if fresh else max(self.ages.get(combo, 0), self.store.age(key, self._step.index))
+            self.reused += rows * whole.count(False)
+        time = self._step.time(self.flow)
+        found = [None if fresh else self.store.at(key, self._step.index, time, x.device)
+                 for key, fresh in zip(keys, whole, strict=True)]
+        if not any(whole):
             features = {name: torch.cat([entry[name] for entry in found]) for name in found[0]}
             with split.reuse(features, control, options) as changed:
                 yield changed
             return
         caught: dict[Hashable, Tensor] = {}
+        if not all(whole):
+            with split.mix(found, rows, options, caught, among) as changed:
+                yield control, changed
+            uuids, keys = ([each for each, fresh in zip(some, whole, strict=True) if fresh] for some in (uuids, keys))
+            self._keep(uuids, keys, {name: value.chunk(len(keys)) for name, value in caught.items()}, x.device)
+            return
         yield control, split.capture(options, caught)
         if not split.complete(caught) or any(value.shape[0] % len(combos) for value in caught.values()):
             self._split_points[id(root)] = (root, None)

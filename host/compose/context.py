@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from uuid import UUID
+from weakref import WeakKeyDictionary
 
 import comfy.model_sampling
 import comfy.utils
@@ -20,6 +21,12 @@ from .prompts import shares_of
 
 SIDES = {"positive": POSITIVE, "negative": UNCONDITIONAL, "empty_negative_prompt": UNCONDITIONAL}
 """Names that ComfyUI's guiders give their conds; `middle` of DualCFG and unknown ones are OTHER."""
+
+FINEST = 2.0**-30
+"""How finely a noise level is placed in a model's time."""
+MOST_KNOWN = 64
+"""Noise levels that are remembered of a sampling."""
+_PERCENTS: WeakKeyDictionary[object, dict[float, float]] = WeakKeyDictionary()
 
 
 def run_context(sigmas: Tensor, noise: Tensor, shapes: Sequence[Sequence[int]] | None) -> RunContext:
@@ -152,9 +159,22 @@ def _schedule(sampling, sigmas: Sequence[float], context: RunContext, earlier: S
 
 
 def _percent(sampling, sigma: float) -> float:
-    """The inverse of the host's `percent_to_sigma`, which every kind of model has and which only falls."""
+    """The inverse of the host's `percent_to_sigma`, which every kind of model has and which only falls.
+
+    Each look at it is a dozen operations, and on a GPU some waits. So what was found is remembered with the sampling,
+    and holds as long as it still is the first number of its grid at which noise is as low."""
+    def passed(share: float) -> bool:
+        return float(sampling.percent_to_sigma(share)) <= sigma
+
+    known = _PERCENTS.setdefault(sampling, {})
+    last = known.get(sigma)
+    if last is not None and passed(last) and (last <= FINEST or not passed(last - FINEST)):
+        return last
     low, high = 0.0, 1.0
-    for _ in range(30):
+    while high - low > FINEST:
         middle = (low + high) / 2
-        low, high = (low, middle) if float(sampling.percent_to_sigma(middle)) <= sigma else (middle, high)
+        low, high = (low, middle) if passed(middle) else (middle, high)
+    if len(known) >= MOST_KNOWN:
+        known.clear()
+    known[sigma] = high
     return high

@@ -47,6 +47,8 @@ class Reading:
             return
         wanted = None if len(self.reader.found) < count else chosen(self.root, count, regions.routed.blocks)
         found = self.reader.mean(wanted)
+        if found is None:
+            return
         for uuid, attention in zip(self.uuids, found.split(self.pictures), strict=True):
             regions.see(uuid, attention)
 
@@ -68,8 +70,8 @@ def readings(regions: Sequence[RoutedLoRAs], root: nn.Module, x: Tensor, conds: 
             continue
         known = each.calls.get(id(root))
         wanted = None if known is None else chosen(root, known, each.routed.blocks)
-        rows, members = each.rows_to_read(found, pictures, x.device)
-        reader = AttentionReader(root, tokens.streams, rows, members, wanted)
+        rows, members, made = each.rows_to_read(found, pictures, x.device)
+        reader = AttentionReader(root, tokens.streams, rows, members, wanted, made)
         out.append(Reading(each, root, reader, [uuid for _, uuid, _ in found], pictures))
     return out
 

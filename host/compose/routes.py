@@ -79,7 +79,10 @@ class RoutedLoRAs(MaskedLoRAs):
         self._pending: dict[UUID, Tensor] = {}
         self._heard: list[tuple[Reach, list[Prompt | None], int]] = []
         self._branches: dict[tuple, Branch] = {}
-        self._reading: dict[tuple, tuple[slice | Tensor, Tensor]] = {}
+        self._reading: dict[tuple, tuple[slice | Tensor, Tensor, dict[Hashable, Tensor]]] = {}
+        self._members: dict[tuple, Tensor] = {}
+        self._shown: dict[UUID, Tensor] = {}  # the maps of each cond as they are used
+        self._free: Tensor | None = None  # how far LoRAs may leave their places, over all prompts
         self._acted: bool | None = None
         self._evaluation: object = None
         self._anywhere = [False] * count  # per LoRA whether some prompt has its words
@@ -163,11 +166,14 @@ class RoutedLoRAs(MaskedLoRAs):
         name, prompt = self._instead.get(uuid) or (uuid, self._prompts.get(uuid))
         if prompt is None or prompt.fixed or name in self._pending:
             return None
-        return fitted(prompt.clauses.members, prompt.length, root, tokens, 0.0)
+        if (uuid, id(root), tokens) not in self._members:
+            self._members[uuid, id(root), tokens] = fitted(prompt.clauses.members, prompt.length, root, tokens, 0.0)
+        return self._members[uuid, id(root), tokens]
 
     def rows_to_read(self, found: Sequence[tuple[int, UUID, Tensor]], pictures: int, device: torch.device
-                     ) -> tuple[slice | Tensor, Tensor]:
-        """(the rows of a batch, the members of their clauses [rows, clauses, tokens]) on its device, sent there once.
+                     ) -> tuple[slice | Tensor, Tensor, dict[Hashable, Tensor]]:
+        """(the rows of a batch, the members of their clauses [rows, clauses, tokens]) on its device, sent there once,
+        and a place for what is made of them.
 
         found   (place in the batch, name, members) of the conds that are read
         """
@@ -178,7 +184,7 @@ class RoutedLoRAs(MaskedLoRAs):
             rows = [k * pictures + p for k, _, _ in found for p in range(pictures)]
             succession = rows == list(range(rows[0], rows[0] + len(rows)))
             self._reading[key] = (slice(rows[0], rows[-1] + 1) if succession else on_device(rows, device),
-                                  on_device(members.repeat_interleave(pictures, dim=0), device))
+                                  on_device(members.repeat_interleave(pictures, dim=0), device), {})
         return self._reading[key]
 
     def see(self, uuid: UUID, attention: Tensor) -> None:
@@ -235,7 +241,7 @@ class RoutedLoRAs(MaskedLoRAs):
         share = reach.share(Places(batch, range(len(batch))))
         for prompt, each, own in zip(prompts, maps, share.split(pictures) if share is not None else (), strict=False):
             if each is not None and prompt.free is None:
-                prompt.free = trusted(own).to(self.maps)
+                prompt.free, self._free = trusted(own).to(self.maps), None
 
     def give_up(self, reason: str) -> None:
         """Places cannot be found: LoRAs act everywhere, on their own words."""
@@ -261,7 +267,7 @@ class RoutedLoRAs(MaskedLoRAs):
 
     def of(self, kind: Hashable) -> Tensor:
         prompt = self._prompts.get(kind)
-        return self.maps if prompt is None else self._shown(prompt)
+        return self.maps if prompt is None else self._shown[kind]
 
     def text(self, kind: Hashable, root: nn.Module, tokens: int, source: str = "") -> Tensor | None:
         prompt = self._prompts.get(kind)
@@ -292,14 +298,16 @@ class RoutedLoRAs(MaskedLoRAs):
             if each is not None:
                 maps[:, i] = self.known[each].to(maps)
                 free[:, i] = self.known.get((TRUST, each), free[:, i]).to(maps)
-        prompt.free = free if self.routed.routing.trust else None
+        prompt.free, self._free = free if self.routed.routing.trust else None, None
         return maps
 
     def notes(self) -> dict[str, object]:
         """places: per LoRA the share of the picture that it acts on; trust: how far it may leave its place."""
-        free = [prompt.free.mean(dim=0) for prompt in self._prompts.values() if prompt.free is not None]
+        free = [prompt.free.mean(dim=0) for prompt in self._prompts.values() if prompt.free is not None] \
+            if self._free is None else []
+        self._free = torch.stack(free).mean(dim=0) if free else self._free
         found = {"places": self.maps.flatten(2).mean(dim=(0, 2))}
-        return found | ({"trust": torch.stack(free).mean(dim=0)} if free else {})
+        return found | ({} if self._free is None else {"trust": self._free})
 
     def _searched(self, entry: Mapping[str, object]) -> Prompt:
         prompt, told = search(entry, self.routed.words, self.routed.active, self.routed.everywhere)
@@ -315,23 +323,27 @@ class RoutedLoRAs(MaskedLoRAs):
 
     def _show(self) -> None:
         """Bring the maps of all other conds up to date."""
-        shown = [self._shown(prompt) for prompt in self._prompts.values()]
+        self._shown = {uuid: self._used(prompt) for uuid, prompt in self._prompts.items()}
+        shown = list(self._shown.values())
         union = shown[0] if len(shown) == 1 else torch.stack(shown).amax(dim=0) if shown else \
-            self._masked(torch.ones_like(self.maps))
-        self.maps.copy_(union if self._acted is not False else torch.zeros_like(union))
+            self._masked(torch.ones_like(self.maps)) if self._acted is not False else torch.zeros_like(self.maps)
+        self.maps.copy_(union)
         self.version += 1
 
-    def _shown(self, prompt: Prompt) -> Tensor:
+    def _used(self, prompt: Prompt) -> Tensor:
         """The maps of a cond as they are used."""
         if self._acted is False:
             return torch.zeros_like(self.maps)
-        maps = torch.ones_like(self.maps) if prompt.maps is None else loosened(prompt.maps.clone(), prompt.free)
-        for i, gone in enumerate(prompt.elsewhere):
-            if gone:
-                maps[:, i] = 0
+        maps = torch.ones_like(self.maps) if prompt.maps is None else loosened(prompt.maps, prompt.free)
+        if any(prompt.elsewhere):
+            maps = maps.clone()
+            for i, gone in enumerate(prompt.elsewhere):
+                if gone:
+                    maps[:, i] = 0
         return self._masked(maps)
 
     def _masked(self, maps: Tensor) -> Tensor:
+        maps = maps if all(mask is None for mask in self._masks) else maps.clone()
         for i, mask in enumerate(self._masks):
             if mask is not None:
                 maps[:, i] = mask

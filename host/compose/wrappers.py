@@ -3,6 +3,7 @@ deeply in some releases, with every clone; the state is found at run time on the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from uuid import UUID
@@ -156,16 +157,17 @@ def calc_cond_batch(executor, model, conds, x_in, timestep, model_options):
 def _evaluated(executor, model, run: Run, plan: Plan, conds, sides, x_in, timestep, model_options) -> list[Tensor]:
     """The predictions of one call, every branch for every cond, mixed."""
     combos = plan.combos
-    parts = [combos]
+    parts, root = [combos], _unwrapped(model.diffusion_model)
     if run.cache is not None and not run.probing:
-        parts = run.cache.parts(plan.own, combos, plan.fresh, timestep, partial(_identities, run, plan, conds))
+        mixed = len(combos) > 1 and _mixes(run, model, root, conds, model_options)
+        parts = run.cache.parts(plan.own, combos, plan.fresh, timestep, partial(_identities, run, plan, conds), mixed)
     if len(combos) == 1:
         run.single = combos[0]
         outs = executor(model, conds, x_in, timestep, model_options)
         mixed = run.mix(plan, _present([out[None] for out in outs], conds), sides)
         return [out if one is None else one for out, one in zip(outs, mixed, strict=True)]
     run.single = None
-    root, options = _unwrapped(model.diffusion_model), _caller_options(model_options, len(conds))
+    options = _caller_options(model_options, len(conds))
 
     def evaluated(parts) -> dict:
         outs = {}
@@ -205,8 +207,17 @@ def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, t
     options = caller_indexes(run.keeping(root, options, combos, uuids))
     per_cond, rows = x.shape[0] // len(combos), list(zip(combos, uuids, strict=True))
     run.record.count(x.shape[0], str(model.current_patcher.load_device))
+    forwards = list(zip(run.banked, _routed(run, model, options), strict=True))
+
+    def among(some: Sequence[int]) -> ExitStack:
+        """While open, the rows of some of the conds are the batch."""
+        own = ExitStack()
+        for joined, routed in forwards:
+            own.enter_context(routed.rows(run.rows(joined, routed.bank.count, [rows[k] for k in some], per_cond)))
+        return own
+
     with ExitStack() as stack:
-        for joined, routed in zip(run.banked, _routed(run, model, options), strict=True):
+        for joined, routed in forwards:
             places = run.places(joined, root, x, {"context": c_crossattn, **kwargs}, uuids)
             reach = listening(run, joined, rows, places, per_cond)
             stack.enter_context(routed.rows(run.rows(joined, routed.bank.count, rows, per_cond), places, reach))
@@ -217,11 +228,24 @@ def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, t
         if run.cache is not None and not run.probing:
             work = partial(work_of, model, root, x, t, c_concat, c_crossattn, options, kwargs)
             control, options = stack.enter_context(run.cache.evaluate(
-                root, uuids, combos, x, c_crossattn, control, options, work))
+                root, uuids, combos, x, c_crossattn, control, options, work, among))
         out = executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
     for reading in found:
         reading.done()
     return out
+
+
+def _mixes(run: Run, model, root, conds, model_options: dict) -> bool:
+    """Whether rows that run whole may share a batch with rows on cached features: where nothing but the model's own
+    layers and the LoRAs' deltas, which act everywhere, tells one row of the batch from another."""
+    options = model_options.get("transformer_options", {})
+    if model_options.get("context_handler") is not None or any(regions is not None for regions in run.regions):
+        return False
+    if any(entry.get(name) is not None for cond in conds for entry in cond or ()
+           for name in ("control", "hooks", "gligen")):
+        return False
+    return run.cache.mixes(root, options) and not run.apart(root, conds) and not run.compiled(
+        root, partial(_compiled, model.diffusion_model, options))
 
 
 def _present(predictions: list[Tensor], conds) -> list[Tensor | None]:

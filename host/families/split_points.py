@@ -7,20 +7,22 @@ A split point has two ways to run a model, both through ComfyUI's own forward:
     reuse(features, control, options)           context: (control, transformer options) for a call that computes the
                                                 outer layers alone and takes the rest from `features`
 
+A U-Net has a third way, for a batch of which some conds run whole and others reuse (`UNetSplit.mix`).
+
 What other nodes put between blocks keeps its place: patches and replaced blocks are called as before where the block
 runs, and are part of the cached features where it does not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import Protocol
 
 import torch
-from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from comfy.ldm.modules.diffusionmodules.openaimodel import SpatialVideoTransformer, UNetModel, VideoResBlock
 from torch import Tensor, nn
 
 from .lasting import lasting
@@ -122,18 +124,65 @@ class UNetSplit:
         inputs = {name: [self._outer(patch) for patch in _patches(options, name)]
                   for name in ("input_block_patch", "input_block_patch_after_skip")}
         options = _with_patches(options, output_block_patch=[recall], middle_block_after_patch=[], **inputs)
-        layers = self.deep
-        before = [layer.__dict__.get("forward") for layer in layers]
-        try:
-            for layer in layers:
-                layer.forward = _no_channels
+        with _other_forwards(self.deep, lambda layer: _no_channels):
             yield self._outer_control(control), options
-        finally:
-            for layer, forward in zip(layers, before, strict=True):
-                if forward is None:
-                    layer.__dict__.pop("forward", None)
-                else:
-                    layer.forward = forward
+
+    @property
+    def mixes(self) -> bool:
+        """Whether the rows of a batch may part ways in the deep layers. Frames of a video look at each other there."""
+        return not any(isinstance(layer, (VideoResBlock, SpatialVideoTransformer)) for layer in self.deep)
+
+    @contextmanager
+    def mix(self, features: Sequence[Mapping | None], rows: int, options: Options, caught: Caught,
+            among: Callable[[Sequence[int]], AbstractContextManager]) -> Iterator[Options]:
+        """Transformer options for a call in which the outer layers are computed for all conds at once, and the deep
+        ones for those without features, whose own go into `caught`. Nobody else may look at rows or blocks meanwhile.
+
+        features   per cond of the batch what it reuses, or None
+        rows       of a cond
+        among      the numbers of the conds that go on -> a context for the deep layers
+        """
+        total, whole = rows * len(features), [k for k, kept in enumerate(features) if kept is None]
+        stretches: list[list[int]] = []
+        for k in whole:
+            if stretches and stretches[-1][1] == k * rows:
+                stretches[-1][1] += rows
+            else:
+                stretches.append([k * rows, (k + 1) * rows])
+        taken: dict[int, tuple[Tensor, Tensor]] = {}  # what all layers get alike, held so that no other has its name
+
+        def some(value):
+            if not isinstance(value, Tensor) or not value.ndim or value.shape[0] != total:
+                return value
+            parts = [value[start:stop] for start, stop in stretches]
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+        def known(value):
+            if id(value) not in taken:
+                taken[id(value)] = value, some(value)
+            return taken[id(value)][1]
+
+        with ExitStack() as inside:
+            def narrowed(layer: nn.Module) -> Callable:
+                before = layer.forward
+
+                def forward(x: Tensor, *args, **kwargs) -> Tensor:
+                    if x.shape[0] == total:  # the first of them
+                        inside.enter_context(among(whole))
+                        x = some(x)
+                    return before(x, *map(known, args), **kwargs)
+
+                return forward
+
+            def join(h: Tensor, skip: Tensor, now: Options) -> tuple[Tensor, Tensor]:
+                if now["block"][1] != self.cut:
+                    return h, skip
+                inside.close()
+                caught["h"], own = h, iter(h.split(rows))
+                return torch.cat([next(own) if kept is None else kept["h"] for kept in features]), skip
+
+            with _other_forwards(self.deep, narrowed):
+                yield _with_patches(options, output_block_patch=[join])
 
     def _outer(self, patch: Callable) -> Callable:
         return lambda h, now: patch(h, now) if now["block"][1] < self.depth else h
@@ -151,6 +200,22 @@ class UNetSplit:
     def deep(self) -> list[nn.Module]:
         blocks = [*self.root.input_blocks[self.depth:], self.root.middle_block, *self.root.output_blocks[:self.cut]]
         return [layer for block in blocks if block is not None for layer in block]
+
+
+@contextmanager
+def _other_forwards(layers: Sequence[nn.Module], make: Callable[[nn.Module], Callable]) -> Iterator[None]:
+    """While open, layers have the forward that is made for each."""
+    before = [layer.__dict__.get("forward") for layer in layers]
+    try:
+        for layer in layers:
+            layer.forward = make(layer)
+        yield
+    finally:
+        for layer, forward in zip(layers, before, strict=True):
+            if forward is None:
+                layer.__dict__.pop("forward", None)
+            else:
+                layer.forward = forward
 
 
 def _no_channels(x: Tensor, *args, **kwargs) -> Tensor:

@@ -66,16 +66,29 @@ class Watch:
         for kind in (split_points.UNetSplit, split_points.BlockSplit):
             monkeypatch.setattr(kind, "capture", self.capture(kind.capture))
             monkeypatch.setattr(kind, "reuse", self.reuse(kind.reuse))
+        monkeypatch.setattr(split_points.UNetSplit, "mix", self.mix(split_points.UNetSplit.mix))
 
     def places(self, options: dict) -> list[tuple]:
         window = options.get("context_window")
         attention = tuple(options.get("patches_replace", {}).get("attn1", {}))
         return [(uuid, tuple(window.index_list) if window else (), attention) for uuid in options["uuids"]]
 
+    def note(self, place: tuple, options: dict, caught: dict, k: int, count: int) -> None:
+        """What a place catches: the k-th of so many parts of `caught`, once the model has run."""
+        self.caught[place] = (caught, k, count)
+
+    def check(self, place: tuple, options: dict, features: dict) -> None:
+        """What a place is given."""
+        caught, i, count = self.caught[place]
+        for name, value in features.items():
+            assert torch.equal(value, caught[name].chunk(count)[i])
+            self.reused += 1
+
     def capture(self, original):
         def capture(split, options, caught):
-            for k, place in enumerate(self.places(options)):
-                self.caught[place] = (caught, k, len(options["uuids"]))
+            places = self.places(options)
+            for k, place in enumerate(places):
+                self.note(place, options, caught, k, len(places))
             return original(split, options, caught)
 
         return capture
@@ -84,10 +97,20 @@ class Watch:
         def reuse(split, features, control, options):
             places = self.places(options)
             for k, place in enumerate(places):
-                caught, i, count = self.caught[place]
-                for name, value in features.items():
-                    assert torch.equal(value.chunk(len(places))[k], caught[name].chunk(count)[i])
-                    self.reused += 1
+                self.check(place, options, {name: value.chunk(len(places))[k] for name, value in features.items()})
             return original(split, features, control, options)
 
         return reuse
+
+    def mix(self, original):
+        def mix(split, features, rows, options, caught, among):
+            found = list(zip(self.places(options), features, strict=True))
+            whole = [place for place, kept in found if kept is None]
+            for place, kept in found:
+                if kept is not None:
+                    self.check(place, options, kept)
+            for k, place in enumerate(whole):
+                self.note(place, options, caught, k, len(whole))
+            return original(split, features, rows, options, caught, among)
+
+        return mix

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from lora_ensemble.host.compose import attention
 from lora_ensemble.host.compose.attention import OVERRIDE, AttentionReader
 from lora_ensemble.host.families.attention import MOST, chosen, joint
 from lora_ensemble.host.families.token_order import token_order
@@ -133,6 +134,33 @@ def test_rows_that_do_not_follow_each_other():
         with model.register_forward_pre_hook(begin, with_kwargs=True):
             kind.call(model, {}, rows=3)
     assert torch.equal(seen[0].mean(), seen[1].mean()[[0, 2]])
+
+
+@pytest.mark.parametrize("held", [0, attention.HELD])
+def test_calls_of_one_size_are_summed_together(held, monkeypatch):
+    """As the mean of the means of each, whenever what is held has to be summed before the model has run."""
+    monkeypatch.setattr(attention, "HELD", held)
+    kind, model, _ = plain("SD15")
+    readers, most = [], []
+    settle = AttentionReader._settle
+    monkeypatch.setattr(AttentionReader, "_settle",
+                        lambda self: most.append(max(map(len, self._held.values()), default=0)) or settle(self))
+    for wanted in (None, range(99), (1, 2)):
+        def begin(_, args, kwargs, wanted=wanted):
+            streams = token_order(model).begin(args[0], kwargs).streams
+            members = torch.tensor([[[1.0, 0, 0, 1, 0], [0, 1, 1, 0, 0]]] * 2)
+            readers.append(AttentionReader(model, streams, slice(0, 2), members, wanted))
+            kwargs["transformer_options"] = readers[-1].options(kwargs["transformer_options"])
+            return args, kwargs
+
+        with model.register_forward_pre_hook(begin, with_kwargs=True):
+            kind.call(model, {}, rows=2)
+    each, together, some = readers
+    assert len(each.found) == each.count > 2 and not together.found
+    grids = {found.shape[2:] for found in each.found}
+    assert torch.allclose(together.mean(), each.mean(), atol=1e-6)
+    assert torch.allclose(some.mean(), each.mean((1, 2)), atol=1e-6) and some.mean().shape == each.mean((1, 2)).shape
+    assert max(most) == 1 if not held else len(most) == 6 and len(grids) < each.count and max(most) > 1
 
 
 @pytest.mark.parametrize("name", sorted(UNREAD))

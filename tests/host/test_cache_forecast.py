@@ -34,35 +34,23 @@ class WatchLine(Watch):
         sigma = float(options["sigmas"].flatten()[0])
         return sigma if self.flow else sigma / (1 + sigma)
 
-    def capture(self, original):
-        def capture(split, options, caught):
-            for k, place in enumerate(self.places(options)):
-                self.caught.setdefault(place, []).append((self.time(options), caught, k, len(options["uuids"])))
-            return original(split, options, caught)
+    def note(self, place: tuple, options: dict, caught: dict, k: int, count: int) -> None:
+        self.caught.setdefault(place, []).append((self.time(options), caught, k, count))
 
-        return capture
-
-    def reuse(self, original):
-        def reuse(split, features, control, options):
-            places, t = self.places(options), self.time(options)
-            for r, place in enumerate(places):
-                (t0, first, i, n), (t1, second, k, m) = (self.caught[place] * 2)[-2:]
-                line = t0 != t1 and (t - t1) / (t1 - t0) <= self.reach
-                for name, value in features.items():
-                    if not line:
-                        assert torch.equal(value.chunk(len(places))[r], second[name].chunk(m)[k])
-                        self.held += 1
-                        continue
-                    y0, y1 = first[name].chunk(n)[i].double(), second[name].chunk(m)[k].double()
-                    share = (t - t1) / (t1 - t0)
-                    wanted = y1 + (y1 - y0) / (1 / share + 1 / 2)
-                    found = value.chunk(len(places))[r].double()
-                    assert (found - wanted).abs().max() <= 1e-4 * wanted.abs().max()
-                    assert (found - y1).norm() > 1e-3 * (y1 - y0).norm()
-                    self.lines += 1
-            return original(split, features, control, options)
-
-        return reuse
+    def check(self, place: tuple, options: dict, features: dict) -> None:
+        t, ((t0, first, i, n), (t1, second, k, m)) = self.time(options), (self.caught[place] * 2)[-2:]
+        line = t0 != t1 and (t - t1) / (t1 - t0) <= self.reach
+        for name, value in features.items():
+            if not line:
+                assert torch.equal(value, second[name].chunk(m)[k])
+                self.held += 1
+                continue
+            y0, y1 = first[name].chunk(n)[i].double(), second[name].chunk(m)[k].double()
+            share = (t - t1) / (t1 - t0)
+            wanted = y1 + (y1 - y0) / (1 / share + 1 / 2)
+            assert (value.double() - wanted).abs().max() <= 1e-4 * wanted.abs().max()
+            assert (value.double() - y1).norm() > 1e-3 * (y1 - y0).norm()
+            self.lines += 1
 
 
 @pytest.mark.parametrize("family", ["SD15", "SDXL", "Flux"])

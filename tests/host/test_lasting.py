@@ -104,7 +104,8 @@ def test_converted_factors_and_gains(loras, watch):
 def test_places_and_attention(loras, watch):
     model = base("Flux")
     ours = routed(model, specs(model, loras))
-    made = [watch(Places, "keep"), watch(Programs, "_program"), watch(attention, "clause_attention")]
+    made = [watch(Places, "keep"), watch(Programs, "_program"), watch(attention, "clause_shares"),
+            watch(attention, "clause_attention")]
     sample(ours, "Flux", prompt("Flux"), cfg=1.0)
     assert all(seen and all(seen) for seen in made)
     assert record_of(ours).problems == []

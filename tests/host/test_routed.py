@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from lora_ensemble.host.compose import attention
 from lora_ensemble.host.compose.apply import apply_method
 from lora_ensemble.host.compose.attention import OVERRIDE
 from lora_ensemble.host.compose.composition import places_of, record_of
@@ -263,18 +264,25 @@ def test_the_sides_in_batches_of_their_own(loras, monkeypatch):
 
 
 @pytest.mark.parametrize("family", ["SDXL", "Flux"])
-def test_operations_of_places_that_are_renewed(family, loras):
-    """On a fast GPU a step takes as long as the host needs to ask for its operations: reading where words are, and
-    bringing all layers up to date, takes no more of them than some blocks of the model have."""
-    def a_step(model) -> int:
+def test_operations_of_places_that_are_renewed(family, loras, monkeypatch):
+    """On a fast GPU a step takes as long as the host needs to ask for its operations: reading where words are takes one
+    per block that is read, and summing that, dividing the picture and bringing all layers up to date together no more
+    than some blocks of the model have."""
+    read, shares = [], attention.clause_shares
+    monkeypatch.setattr(attention, "clause_shares", lambda *args: read.append(1) or shares(*args))
+
+    def a_step(model) -> tuple[int, int]:
         counts = []
         for steps in (4, 5):
+            read.clear()
             with torch.no_grad(), Operations() as asked:
                 sample(model, family, positive=prompt(family), steps=steps)
-            counts.append(len(asked.names))
-        return counts[1] - counts[0]
+            counts.append((len(asked.names), len(read)))
+        return tuple(more - less for less, more in zip(*counts, strict=True))
 
     ensemble = specs(base(family), loras)
     every, once = (routed(base(family), ensemble, mode=mode) for mode in ("every step", "once"))
     sample(every, family, positive=prompt(family), steps=1)  # the model is loaded
-    assert 20 < a_step(every) - a_step(once) <= 60
+    (with_it, blocks), (without, none) = a_step(every), a_step(once)
+    assert blocks > 1 and none == 0
+    assert blocks < with_it - without <= blocks + 24

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from weakref import WeakKeyDictionary
 
 import comfy.hooks
 import comfy.samplers
 import pytest
 import torch
+from lora_ensemble.host.compose import context
 from lora_ensemble.host.compose.composition import record_of
 from lora_ensemble.host.files.ensemble import ALWAYS, LoRASpec
 from lora_ensemble.methods.cmlora import CMLoRA
@@ -17,7 +19,7 @@ from lora_ensemble.methods.merge import Merge
 from lora_ensemble.methods.switch import Switch
 from torch import Tensor
 
-from .builders import file_of, guided, method, same, sample, schedule, stock, three
+from .builders import file_of, guided, merge, method, same, sample, schedule, stock, three
 from .caches import cached, steps_of
 from .models import FAMILIES, base
 from .test_routed import prompt, routed, specs
@@ -51,6 +53,32 @@ def gains(spec: LoRASpec, found: list[float]) -> list[float]:
         fall = (spec.end - time) / spec.fade if spec.fade and spec.end < 1 else 1
         out.append(max(0.0, min(1.0, rise, fall)) if inside else 0.0)
     return out
+
+
+@pytest.mark.parametrize("family", ["SD15", "Flux"])
+def test_noise_levels_are_placed_once(family, loras, monkeypatch):
+    """Each look at the host's function is a dozen operations: a second run takes a few, and not sixty. A sampling that
+    has become another since is seen."""
+    model, looks = base(family), []
+    sampling = model.get_model_object("model_sampling")
+    own, stretch = sampling.percent_to_sigma, [1.0]
+    monkeypatch.setattr(sampling, "percent_to_sigma", lambda share: looks.append(share) or stretch[0] * own(share))
+    monkeypatch.setattr(context, "_PERCENTS", WeakKeyDictionary())
+
+    def anew(sigma: float) -> float:
+        return next(k for k in range(1, 4097) if sampling.percent_to_sigma(k / 4096) <= sigma) / 4096
+
+    composed, counts = merge(model, three(model, loras)), []
+    for _ in range(2):
+        looks.clear()
+        sample(composed, family, steps=3)
+        counts.append(len(looks))
+    assert counts[0] >= 30 and 0 < counts[1] <= 6, counts
+    sigmas = [own(share) for share in (0.2, 0.7)]
+    for factor in (1.0, 1.0, 0.9, 1.0):
+        stretch[0] = factor
+        for sigma in sigmas:
+            assert 0 <= anew(sigma) - context._percent(sampling, sigma) <= 1 / 4096
 
 
 def one_step(model, latent: Tensor, sigmas: Tensor, j: int, family: str, cfg: float, conds) -> Tensor:
