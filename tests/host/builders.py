@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import cache, cached_property
 from pathlib import Path
 
 import comfy.hooks
@@ -73,10 +74,23 @@ def lora(layers: Shapes, seed: int, rank: int = 4, alpha: float | None = None, s
     return out
 
 
+class Tensors(dict[str, Tensor]):
+    """Tensors that no test changes: what is written of them is made once."""
+
+    @cached_property
+    def content(self) -> bytes:
+        return save({key: value.contiguous() for key, value in self.items()})
+
+
+@cache
+def _three(layers: tuple[tuple[str, torch.Size], ...]) -> tuple[Tensors, ...]:
+    every = dict(layers)
+    return Tensors(lora(every, 1, 4)), Tensors(lora(every, 2, 8, alpha=6.0)), Tensors(lora(every, 3, 4, alpha=4.0))
+
+
 def three(model, loras: Callable[[dict], str], strengths=(0.8, 0.5, -0.6)) -> tuple[LoRASpec, ...]:
     """Three LoRAs over all layers, of unequal rank and strength, with and without alpha."""
-    layers = shapes(model)
-    files = (lora(layers, 1, 4), lora(layers, 2, 8, alpha=6.0), lora(layers, 3, 4, alpha=4.0))
+    files = _three(tuple(shapes(model).items()))
     return tuple(LoRASpec(loras(file), s, s) for file, s in zip(files, strengths, strict=True))
 
 

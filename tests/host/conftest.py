@@ -166,7 +166,9 @@ def loras(raw, lora_folder: Path, lasting: dict[str, os.stat_result]):
     here: Counter[int] = Counter()
 
     def write(tensors: dict, name: str | None = None, metadata: dict | None = None) -> str:
-        content = save({key: value.contiguous() for key, value in tensors.items()}, metadata)
+        content = None if metadata else getattr(tensors, "content", None)  # builders.Tensors: made once
+        if content is None:
+            content = save({key: value.contiguous() for key, value in tensors.items()}, metadata)
         if name is not None:
             return raw(content, name)
         key = zlib.crc32(content)
