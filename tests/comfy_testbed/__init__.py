@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import torch
 from comfy_api.latest import ComfyExtension, io, ui
 
+from .dynamic import fill_layers
 from .families import CHECKPOINTS, FAMILIES, guidance_record, kept_bytes, load_checkpoint, load_family
 from .vision import load_vision
 from .wrap import load_testbed, load_unet
+
+fill_layers()
+torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # pictures are compared with a CPU's
 
 
 class LoRAEnsembleTestbedLoader(io.ComfyNode):

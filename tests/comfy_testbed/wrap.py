@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -135,7 +136,9 @@ def wrap_model(net: nn.Module, kind: type = comfy.model_base.BaseModel) -> comfy
     config = Config({"disable_unet_model_creation": True})
     model = kind(config, model_type=comfy.model_base.ModelType.FLOW)
     model.diffusion_model = net.eval()
-    kind = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
+    # with dynamic VRAM the host leaves LoRAs out of layers that are not its own, without a word
+    own = any(hasattr(module, "comfy_cast_weights") for module in net.modules())
+    kind = getattr(comfy.model_patcher, "CoreModelPatcher" if own else "ModelPatcher", comfy.model_patcher.ModelPatcher)
     return kind(
         model,
         load_device=comfy.model_management.get_torch_device(),
@@ -147,7 +150,8 @@ def wrap_clip(body: nn.Module) -> comfy.sd.CLIP:
     """A CLIP around the text encoder of one of the testbed's bodies."""
     text = body.text.eval()
     target = comfy.supported_models_base.ClipTarget(partial(Tokenizer, body), lambda **_: TextModel(text))
-    return comfy.sd.CLIP(target, parameters=sum(p.numel() for p in text.parameters()))
+    plain = {"disable_dynamic": True} if "disable_dynamic" in signature(comfy.sd.CLIP).parameters else {}
+    return comfy.sd.CLIP(target, parameters=sum(p.numel() for p in text.parameters()), **plain)  # as in wrap_model
 
 
 def load_testbed(body: str = "unet") -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, VAE]:

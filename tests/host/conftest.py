@@ -51,6 +51,10 @@ if COMFYUI:
     import utils.extra_config  # noqa: F401  (as main.py: later `utils` would be found in comfy/)
 
     torch.set_num_threads(1)
+    if os.environ.get("TESTS_ON") == "cuda":
+        from lora_ensemble.tests.dynamic import switch_on
+
+        switch_on()
     sys.argv = arguments
 
     import psutil
