@@ -13,7 +13,9 @@ import comfy.sd
 import comfy.utils
 import folder_paths
 import torch
+from lora_ensemble.host.compose import banks, measure
 from lora_ensemble.host.compose.apply import Active, apply_method
+from lora_ensemble.host.files import files
 from lora_ensemble.host.files.ensemble import LoRASpec
 from lora_ensemble.methods import Method
 from lora_ensemble.methods.composite import Composite
@@ -90,8 +92,8 @@ def _three(layers: tuple[tuple[str, torch.Size], ...]) -> tuple[Tensors, ...]:
 
 def three(model, loras: Callable[[dict], str], strengths=(0.8, 0.5, -0.6)) -> tuple[LoRASpec, ...]:
     """Three LoRAs over all layers, of unequal rank and strength, with and without alpha."""
-    files = _three(tuple(shapes(model).items()))
-    return tuple(LoRASpec(loras(file), s, s) for file, s in zip(files, strengths, strict=True))
+    made = _three(tuple(shapes(model).items()))
+    return tuple(LoRASpec(loras(file), s, s) for file, s in zip(made, strengths, strict=True))
 
 
 def written_once(folder: Path, prefix: str) -> Callable[..., str]:
@@ -110,6 +112,13 @@ def written_once(folder: Path, prefix: str) -> Callable[..., str]:
 
 
 # --- the pack -------------------------------------------------------------------------------------------------------
+
+
+def nothing_known() -> None:
+    """The pack knows no LoRA file, nor what it has made and measured of any."""
+    banks.forget()
+    files.forget()
+    measure._kept.clear()
 
 
 def plain(make: Callable[[tuple[float, ...]], Method]) -> Callable[[Active], Method]:

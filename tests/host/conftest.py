@@ -160,13 +160,19 @@ def lasting(lora_folder: Path) -> Iterator[dict[str, os.stat_result]]:
 
 
 @pytest.fixture
-def loras(raw, lora_folder: Path, lasting: dict[str, os.stat_result]):
+def loras(request: pytest.FixtureRequest, raw, lora_folder: Path, lasting: dict[str, os.stat_result]):
     """Writes LoRA files: `loras(tensors)` -> name in ComfyUI's list; with `metadata` in the header. Without a `name`,
     tests of a module that write the same have the same file, so that the pack has read it once, as it does for users;
-    one that is written twice in a test is two."""
+    one that is written twice in a test is two. Where a test changes what anything else does, nothing is there yet, and
+    nothing stays."""
     import folder_paths
     from safetensors.torch import save
 
+    from .builders import nothing_known
+
+    changes = "monkeypatch" in request.fixturenames
+    if changes:
+        nothing_known()
     here: Counter[int] = Counter()
 
     def write(tensors: dict, name: str | None = None, metadata: dict | None = None) -> str:
@@ -186,7 +192,9 @@ def loras(raw, lora_folder: Path, lasting: dict[str, os.stat_result]):
             folder_paths.filename_list_cache.clear()
         return name
 
-    return write
+    yield write
+    if changes:
+        nothing_known()
 
 
 def _changed(path: Path, before: os.stat_result) -> bool:

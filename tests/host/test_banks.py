@@ -22,7 +22,20 @@ from lora_ensemble.methods.merge import Merge
 from lora_ensemble.methods.switch import Switch
 from lora_ensemble.tests.accelerator import DEVICE
 
-from .builders import composite, file_of, lora, merge, method, plain, same, sample, shapes, stock, three
+from .builders import (
+    composite,
+    file_of,
+    lora,
+    merge,
+    method,
+    nothing_known,
+    plain,
+    same,
+    sample,
+    shapes,
+    stock,
+    three,
+)
 from .models import CPU, FAMILIES, base, build, patcher, randomize
 from .test_accelerator import on_device, transfers  # noqa: F401  (a fixture)
 from .test_apply import clip, text_layers  # noqa: F401  (a fixture)
@@ -63,7 +76,7 @@ def own(name: str = "SD15"):
 @pytest.fixture(autouse=True)
 def forgotten():
     """No test finds what another one made."""
-    banks.forget()
+    nothing_known()
 
 
 @pytest.fixture
