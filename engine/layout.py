@@ -53,14 +53,27 @@ class Layout:
                                 for gains in (branch.gains, *(gains for _, gains in branch.per_module))
                                 for a, gain in enumerate(gains) if gain)
         self.programs: list = []
+        self._alike = not any(branch.per_module for branch in self.rows)
+        self._owners: dict[tuple[str, int], tuple[int, ...]] = {}
+        self._gains: dict[tuple[int, ...], tuple[tuple[float, ...], ...]] = {}
 
     def owners(self, layer: str, entries: int) -> tuple[int, ...] | None:
         """The row of each entry; None where that is not known."""
         count = len(self.rows)
-        if count == 1:
-            return (0,) * entries
-        order = self._order(layer, entries, count)
+        order = "tile" if count == 1 else self._order(layer, entries, count)
         if order is None:
             return None
-        fold = entries // count
-        return tuple(e % count if order == "tile" else e // fold for e in range(entries))
+        if (order, entries) not in self._owners:
+            fold = max(entries // count, 1)
+            self._owners[order, entries] = tuple(e % count if order == "tile" else e // fold for e in range(entries))
+        return self._owners[order, entries]
+
+    def gains(self, layer: str, owners: tuple[int, ...]) -> tuple[tuple[float, ...], ...]:
+        """Per entry the gains at a layer."""
+        if self._alike and owners in self._gains:
+            return self._gains[owners]
+        rows = [branch.at(layer) for branch in self.rows]
+        found = tuple(rows[row] for row in owners)
+        if self._alike:
+            self._gains[owners] = found
+        return found

@@ -83,11 +83,7 @@ class Programs:
             y, x = y.unsqueeze(0), plain(x).unsqueeze(0)
         owners = self._owners(layout, name, y, x)
         places = None if owners is None else layout.places
-        if owners is None:
-            gains = (layout.rows[0].at(name),)
-        else:
-            gains = [branch.at(name) for branch in layout.rows]
-            gains = tuple(gains[row] for row in owners)
+        gains = (layout.rows[0].at(name),) if owners is None else layout.gains(name, owners)
         key = name, gains, shape, x.dtype, y.dtype, x.device, places, owners if places is not None else None
         if key not in self._programs:
             with self._lasting():
@@ -136,8 +132,8 @@ class Programs:
         call = Call(y, x, layer.geometry, lambda stack: self._factors(stack, x),
                     self._where(layer, y, places, owners) if places is not None else None,
                     places.beneath if places is not None else 0, self._once)
-        runs, text = (self._added(call, site, gains) if all(_additive(site, row) for row in set(gains)) else
-                      self._chained(call, layer, gains))
+        in_any_order = not len(site.others) or all(_additive(site, row) for row in set(gains))
+        runs, text = self._added(call, site, gains) if in_any_order else self._chained(call, layer, gains)
         run = in_turn(runs) if runs else nothing
         return Program(shape, dtype, run if plainly is None else plainly(run), text)
 
@@ -146,8 +142,7 @@ class Programs:
         runs, text = [], ()
         others: dict[Entries, list[tuple[int, float, Op]]] = {}
         for stack in site.stacks:
-            for run, line in stack_products(call, stack, tuple(tuple(row[slot.adapter] for slot in stack.slots)
-                                                            for row in gains)):
+            for run, line in stack_products(call, stack, stack.numbers(gains)):
                 runs.append(run)
                 text += (line,)
         for a in map(int, site.others):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -52,6 +53,18 @@ class Slice:
         return [(slot.adapter, slot.width) for slot in self.slots]
 
 
+class Slices(tuple):
+    """The slices of a stack. Which products serve them is looked up by them for each layer of each layout, and all
+    that they hold is hashed once."""
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return super().__hash__()
+
+
 class Part(NamedTuple):
     """Ranks of a stack's `k`-th slice, and of how many slices in a row, all of them, where those that follow are like
     it: they are one product."""
@@ -84,8 +97,15 @@ class Stack(nn.Module):
             ups.append(up.flatten())
             found.append(Slice(span, up.shape[0], tuple(slots)))
         self.down, self.up = frozen(torch.cat(downs).contiguous()), frozen(torch.cat(ups))
-        self.slices = tuple(found)
+        self.slices = Slices(found)
         self.slots = tuple(slot for each in found for slot in each.slots)
+        self.adapters = tuple(slot.adapter for slot in self.slots)
+
+    def numbers(self, gains: tuple[tuple[float, ...], ...]) -> tuple[tuple[float, ...], ...]:
+        """Per entry the gains of its adapters -> those of the slots."""
+        if not gains or self.adapters == tuple(range(len(gains[0]))):
+            return gains
+        return tuple(tuple(row[adapter] for adapter in self.adapters) for row in gains)
 
     def ups(self, up: Tensor | None = None) -> list[Tensor]:
         """Per slice its factor [out, ranks], a view; `up`: of a copy of the stack's."""
@@ -95,6 +115,8 @@ class Stack(nn.Module):
 
     def up_of(self, k: int, up: Tensor, ranks: slice) -> Tensor:
         """[ranks, out] of the k-th slice, a view; `ranks` as the stack counts them."""
+        if len(self.slices) == 1:  # what programs of most layers are made of
+            return up.view(self.slices[0].out, -1)[:, ranks].T
         first = self.slices[k].ranks.start
         return self.ups(up)[k][:, ranks.start - first:ranks.stop - first].T
 
