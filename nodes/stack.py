@@ -14,6 +14,7 @@ from ..host.compose.auto import best_method
 from ..host.compose.composition import KEY
 from ..host.files.ensemble import Ensemble, LoRASpec
 from ..host.files.files import FOLDER, changes, check_file, fingerprint, known
+from ..host.files.header_alphas import passed_over
 from ..host.files.metadata import is_proposed
 from ..host.words.known import lora_words
 from .baselines import LoRAEnsembleComposite, LoRAEnsembleMerge, LoRAEnsembleSwitch
@@ -181,6 +182,7 @@ def _about(lora: LoRASpec, typed: Sequence[tuple[str, str]], trigger: Sequence[s
     parts += [lora.role] if lora.role != "auto" else []
     parts += ["looks like one for few steps: with the role always it is part of the model"] * bool(
         is_proposed(lora.name, lora.role))
+    parts += filter(None, [passed_over(lora.name)])
     parts += ["mask"] if lora.mask is not None else []
     if typed:
         parts.append("words " + ", ".join(phrase for phrase, _ in typed))

@@ -1,5 +1,5 @@
-"""Settings that do nothing together with others, and a role that a file asks for: said on the node and in the log, so
-that nobody turns them in vain. Nothing is changed."""
+"""Settings that do nothing together with others, and what a file asks for that is not done: said on the node and in the
+log, so that nobody turns them in vain. Nothing is changed."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..host.files.ensemble import ALWAYS, Ensemble
+from ..host.files.header_alphas import passed_over
 from ..host.files.metadata import proposal
 from ..methods.selection import sides
 
@@ -64,8 +65,8 @@ _SIDES = {"LoRAEnsembleKLoRA", "LoRAEnsembleESTLoRA"}
 
 
 def unused(schema: io.Schema, given: Given) -> list[str]:
-    """A line for each setting that does nothing beside the others, for LoRAs that leave a method nothing to do, and for
-    a file of which the role is left open and that has one of its own.
+    """A line for each setting that does nothing beside the others, for LoRAs that leave a method nothing to do, for a
+    file of which the role is left open and that has one of its own, and for one whose alpha only diffusers knows.
 
     given   the inputs of a run; what is missing has its default. Settings that stand as they come are not named.
     """
@@ -77,8 +78,8 @@ def unused(schema: io.Schema, given: Given) -> list[str]:
         out.append("at cfg 1 no negative is evaluated, so there is nothing to save")
     if schema.node_id == "LoRAEnsembleLoRA" and given["strength_model"] == given["strength_clip"] == 0:
         out.append("both strengths are 0: this LoRA does nothing")
-    elif schema.node_id == "LoRAEnsembleLoRA" and (line := proposal(given["lora_name"], given["role"])):
-        out.append(line)
+    elif schema.node_id == "LoRAEnsembleLoRA":
+        out += filter(None, (proposal(given["lora_name"], given["role"]), passed_over(given["lora_name"])))
     return out + (_of_loras(schema, given["ensemble"]) if "model" in given and given.get("ensemble") else [])
 
 

@@ -138,10 +138,12 @@ function showAll() {
   }
 }
 
-function told({ detail: { panels } }) {
+function told({ detail: { panels, workflow } }) {
   const settings = app.extensionManager?.setting
   if (!settings?.get(SETTING)) return
-  latest = panels
+  // Another workflow, in another tab, has nodes of the same numbers.
+  const here = (app.rootGraph ?? app.graph)?.id
+  latest = !workflow || !here || workflow === here ? panels : []
   showAll() // at once, since a panel remembers the height that its node had before
   const wanted = settings.get('Comfy.Locale') ?? 'en'
   if (wanted !== language) learn(wanted).then(showAll)

@@ -15,6 +15,7 @@ from ...methods import Method
 from ...methods.merge import Merge
 from ...methods.windows import Window
 from ..files.ensemble import ALWAYS, Ensemble, LoRASpec, told_apart
+from ..files.header_alphas import passed_over
 from ..files.metadata import is_proposed
 from ..words.known import lora_words
 from ..words.marked import marked
@@ -120,6 +121,7 @@ def apply_method(model, clip, ensemble: Ensemble, make: Callable[[Active], Metho
         problems += [f"LoRA '{spec.called}' looks like one for few steps: with the role '{ALWAYS}' it would be part of "
                      "the model; now it is composed as the others are" for spec in active
                      if is_proposed(spec.name, spec.role)]
+    problems += [f"LoRA '{spec.called}': {line}" for spec in ensemble if spec.acts and (line := passed_over(spec.name))]
     for problem in problems:
         log.warning("%s: %s", node, problem)
     applied[-1] = replace(applied[-1], problems=tuple(problems))

@@ -31,6 +31,8 @@ from .combos import Joined, any_of, combinations, together
 from .control import Controls
 from .fused import as_before, call_routed_layers
 from .kept import KeptBetweenCalls
+from .merging import Merging
+from .neighbours import APART
 from .places import Area, values_by_name
 from .prompts import Asked
 from .routes import Routed, RoutedLoRAs, regions_of
@@ -135,9 +137,6 @@ class Composition:
         run.close(finished)
 
 
-APART = "every branch is evaluated in a batch of its own, which takes longer and changes nothing else"
-
-
 def places_of(model) -> tuple[Placed, ...]:
     """Where the LoRAs of each method that confines them acted in the last run of a MODEL."""
     composition = model.get_attachment(KEY)
@@ -199,7 +198,7 @@ class Run:
                                      "the Branch Cache keeps tokens of its own" if self.cache is not None else "")
         self.readers: list[RoutedLoRAs] = []
         self.conds: Callable[[], dict[str, list[dict]]] = dict
-        self.probing, self.without = False, Without()
+        self.probing, self.without, self.merging = False, Without(), Merging()
         self.read: Combo | None = None
         self._seen_compiled: dict[int, bool] = {}
         self.step: Step | None = None
@@ -277,7 +276,7 @@ class Run:
                 routed.install()
         return self._routed[id(root)][1]
 
-    def apart(self, root: nn.Module, conds: Sequence[list[dict] | None]) -> bool:
+    def apart(self, root: nn.Module, conds: Sequence[list[dict] | None], options: Mapping) -> bool:
         """Whether every branch needs a batch of its own on a diffusion model: where it is not known which entries of
         its layers are which row's, and where the host evaluates such conds for one row at a time."""
         if id(root) not in self._apart:
@@ -286,7 +285,7 @@ class Run:
             if not known:
                 self._tell(f"{type(root).__name__}: in which order this kind of model keeps the rows of a batch is not "
                            f"known; {APART}")
-        apart = self.kept.neighbours.patched(conds) or self._apart[id(root)][1]
+        apart = self.kept.neighbours.patched(conds, options) or self._apart[id(root)][1]
         return apart or one_row_only(root, values_by_name(conds))
 
     def keep_apart(self, root: nn.Module, reason: NotRows) -> None:
@@ -302,7 +301,7 @@ class Run:
         if regions is None or getattr(self.applied[k].method, "masks", "") == "predictions":
             return None
         return regions.places(root, x, conds, [self.areas.get(uuid) for uuid in uuids],
-                              [self.origins.get(uuid, uuid) for uuid in uuids])
+                              [self.origins.get(uuid, uuid) for uuid in uuids], self.merging)
 
     def rows(self, joined: Joined, count: int, conds: Sequence[tuple[Combo, UUID | None]], pictures: int
              ) -> list[Branch]:
@@ -343,7 +342,8 @@ class Run:
                   for combo, uuid in zip(combos, uuids, strict=True)]
         words = tuple(regions.texts for regions in self.regions if regions is not None)
         rows = tuple((each, words, self.without) for each in acting)
-        return self.kept.arrange(root, options, rows, prod(map(len, self.branches)), uuids, self.probing)
+        options = self.kept.arrange(root, options, rows, prod(map(len, self.branches)), uuids, self.probing)
+        return self.merging.watched(root, options) if words else options
 
     def close(self, finished: bool) -> None:
         """Leave the models as they were, whatever becomes of the record: a failed accelerator raises there."""

@@ -19,6 +19,7 @@ Renew = Callable[[dict, Sequence["UUID | None"]], dict]
 """(transformer options, conds of a call) -> options under which nothing earlier is used in the call."""
 SWITCHES = {"TeaCache": ("rel_l1_thresh", "enable_teacache"), "MagCache": ("magcache_thresh", "enable_magcache")}
 """Nodes that are told by transformer options -> the one by which they are known, and the one that turns them off."""
+APART = "every branch is evaluated in a batch of its own, which takes longer and changes nothing else"
 BLOCKS = ("transformer_blocks", "double_blocks", "joint_blocks")
 """Lists of blocks that First Block Cache puts one of its own in the place of."""
 
@@ -89,16 +90,19 @@ class Neighbours:
         self.kept_aside.clear()
         return options
 
-    def patched(self, conds: Sequence[list[dict] | None]) -> bool:
-        """Whether a hook on one of the conds patches the model for that cond, as Attention Couple's do: such patches
-        count on being called for one cond of each side, and every branch needs a batch of its own."""
+    def patched(self, conds: Sequence[list[dict] | None], options: Mapping) -> bool:
+        """Whether the model is patched in a way that counts on one cond of each side in a batch, so that every branch
+        needs a batch of its own: by a hook on one of the conds, as Attention Couple's do, or for all of them."""
         hooks = [hook for cond in conds for entry in cond or () if entry.get("hooks") is not None
                  for hook in entry["hooks"].hooks]
         found = next((hook for hook in hooks if isinstance(hook, comfy.hooks.TransformerOptionsHook)), None)
         if found is not None:
-            self._tell(f"{type(found).__name__}: patches the model for one prompt at a time; every branch is evaluated "
-                       "in a batch of its own, which takes longer and changes nothing else")
-        return found is not None
+            self._tell(f"{type(found).__name__}: patches the model for one prompt at a time; {APART}")
+        one = next(filter(takes_the_first, patches_of(options)), None)
+        if one is not None:
+            name = one.__qualname__.partition(".")[0]
+            self._tell(f"{name}: patches the first prompt of each side in a batch; {APART}")
+        return found is not None or one is not None
 
     def close(self) -> None:
         for each, count in self._anew.values():
@@ -106,6 +110,21 @@ class Neighbours:
                        "acted than in what it keeps" if each.renew is not None else
                        f"{each.name}: leaves out whole steps, whatever LoRAs were to act in them; EasyCache heeds them")
         self._acted.clear()
+
+
+def patches_of(options: Mapping) -> Iterator[Callable]:
+    """What nodes have put into the blocks of a model, by its transformer options."""
+    for patches in options.get("patches", {}).values():
+        yield from patches
+    for places in options.get("patches_replace", {}).values():
+        yield from places.values()
+
+
+def takes_the_first(patch: Callable) -> bool:
+    """Whether a patch asks where in a batch a side of guidance is, as if it were in one place: ComfyUI's own NAG and
+    Self-Attention Guidance do."""
+    code = getattr(patch, "__code__", None)
+    return code is not None and "cond_or_uncond" in code.co_consts and "index" in code.co_names
 
 
 def skipping_of(root: nn.Module, options: Mapping) -> Iterator[Skipping]:

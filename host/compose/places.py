@@ -13,6 +13,7 @@ from ...engine.transfer import on_device
 from ...kernels.nested import unpack
 from ...kernels.patches import stacked
 from ..families.token_order import CallTokens, token_order
+from .merging import Merging
 
 Area = tuple[int, ...] | None
 """(sizes.., offsets..) of a cond's area on the latent, as the host has them; None: all of it."""
@@ -40,11 +41,12 @@ class MaskedLoRAs:
         self._places: dict[Hashable, tuple[Places, int, int]] = {}
 
     def places(self, root: nn.Module, x: Tensor, conds: Mapping[str, object], areas: Sequence[Area],
-               uuids: Sequence[UUID | None]) -> Places:
+               uuids: Sequence[UUID | None], merging: Merging) -> Places:
         """The places of a batch: for each of its conds (areas, None where it has none) all pictures.
 
         x, conds   what the model is called with: the part of the latent that the areas hold, and values by name
         uuids      the caller's own names of the conds
+        merging    of tokens, by other nodes, while the model runs
         """
         shapes = tuple((name, _shape(value)) for name, value in conds.items())
         parts = [(self.kind(uuid), area) for uuid, area in zip(uuids, areas, strict=True)]
@@ -55,7 +57,8 @@ class MaskedLoRAs:
             each = len(maps) // len(distinct)
             index = [distinct.index(part) * each + p % each for part in parts for p in range(pictures)]
             texts = [distinct.index(part) for part in parts for _ in range(pictures)]
-            places = Places(maps.clone(), index, words, texts, *self._locate(root, x, conds, more), self.first)
+            places = Places(maps.clone(), index, words, texts, *self._locate(root, x, conds, more, merging),
+                            self.first)
             self._places[key] = places, self.version, self.texts
         places, version, texts = self._places[key]
         if version != self.version:
@@ -97,14 +100,18 @@ class MaskedLoRAs:
                 found[source] = on_device(torch.stack(words), x.device)
         return found.pop("", None), found
 
-    def _locate(self, root: nn.Module, x: Tensor, conds: Mapping[str, object], more: dict[str, Tensor]
-                ) -> tuple[Callable[[str, int], Segments | None], dict[str, Tensor], bool]:
+    def _locate(self, root: nn.Module, x: Tensor, conds: Mapping[str, object], more: dict[str, Tensor],
+                merging: Merging) -> tuple[Callable[[str, int], Segments | None], dict[str, Tensor], bool]:
         tokens = call_tokens(root, x, conds)
         if tokens is None:
             self.tell(f"{type(root).__name__}: where its tokens lie in the picture is not known, so LoRAs are confined "
                       "to their places in its convolutions alone")
             return lambda layer, tokens: (), more, False
-        return tokens.segments, more, tokens.order.axis == 0
+
+        def located(layer: str, count: int) -> Segments | None:
+            return None if merging.hides(layer) else tokens.segments(layer, count)
+
+        return located, more, tokens.order.axis == 0
 
 
 def call_tokens(root: nn.Module, x: Tensor, conds: Mapping[str, object]) -> CallTokens | None:

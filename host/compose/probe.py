@@ -23,6 +23,7 @@ from .combos import Joined
 from .composition import Run
 from .places import call_tokens
 from .routes import RoutedLoRAs
+from .rows import in_range
 
 CONTRAST = "lora_ensemble_contrast"
 """Prefix of the names under which a guider holds what its prompts bring to be compared with: a name of their own."""
@@ -92,14 +93,16 @@ def find_places(run: Run, positive: list[list[dict]], evaluate: Callable[[list[l
                 root: nn.Module, compiled: bool) -> None:
     """Look for the places of all methods that lack them, before the branches of a call are evaluated.
 
-    positive   the positive conds of the call; without one nothing is looked for
+    positive   the positive conds of the call; without one that acts at its noise level nothing is looked for
     evaluate   predictions for conds under one combination of branches, [pictures, C, ...] each
     compiled   whether torch.compile sees the model
     """
     entries, variants = [entry for cond in positive for entry in cond], run.conds()
+    positive = [acting for cond in positive if (acting := [each for each in cond if in_range(each, run.step.sigma)])]
+    here = [entry for cond in positive for entry in cond]
     for regions in run.routes:
-        regions.meet(entries)
-        for entry in () if regions.contrasts else entries:
+        regions.meet(entries, here)
+        for entry in () if regions.contrasts else here:
             if _stand_in(entry) in variants:
                 regions.await_stand_in(entry["uuid"])
     due = [] if not positive else [regions for regions in run.routes if regions.probes(run.step)]

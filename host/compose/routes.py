@@ -56,7 +56,8 @@ class Routed:
 
 
 class RoutedLoRAs(MaskedLoRAs):
-    """The maps of one method's LoRAs, per positive cond by its own words; for all other conds the union of these.
+    """The maps of one method's LoRAs, per positive cond by its own words; for all other conds the union of those of the
+    positive ones that act at the same noise level.
 
     A LoRA with a mask by hand acts in its mask, whatever its words say of places. One without words in any prompt acts
     everywhere; with words in another prompt of the run alone, nowhere in this one.
@@ -86,6 +87,8 @@ class RoutedLoRAs(MaskedLoRAs):
         self._acted: bool | None = None
         self._evaluation: object = None
         self._anywhere = [False] * count  # per LoRA whether some prompt has its words
+        self._acting: set[UUID] = set()  # the prompts that act at the noise level of this evaluation, and whether
+        self._seen = False  # one was met in it
         self.calls: dict[int, int] = {}  # per diffusion model, how many of its calls of attention join text and picture
         self.found: list[dict] = []
         self.known: Mapping[Hashable, Tensor] = {}  # from the run before, of the same picture
@@ -104,12 +107,11 @@ class RoutedLoRAs(MaskedLoRAs):
     @property
     def idle(self) -> bool:
         """Whether no LoRA without a mask of its own has words in any prompt, so that there is nothing to look for."""
-        return not any(clause is not None and not wide and mask is None for prompt in self._prompts.values()
-                       for clause, wide, mask in zip(prompt.clauses.own, prompt.clauses.everywhere, self._masks,
-                                                     strict=True))
+        return not any(map(self._has_words, self._prompts.values()))
 
-    def meet(self, entries: Sequence[dict]) -> None:
-        """Positive conds of a call; those that are new are searched for the LoRAs' words."""
+    def meet(self, entries: Sequence[dict], acting: Sequence[dict]) -> None:
+        """Positive conds of a call, and those of them that act at its noise level. New ones are searched for the LoRAs'
+        words; of one that comes to act, places are looked for."""
         new = [entry for entry in entries if entry.get("uuid") not in self._prompts]
         for entry in new:
             self._prompts[entry["uuid"]] = self._searched(entry)
@@ -127,6 +129,14 @@ class RoutedLoRAs(MaskedLoRAs):
                 prompt.maps = self._known(prompt) if prompt.maps is None else prompt.maps
             asked = [prompt.maps for prompt in self._prompts.values() if any(prompt.asked)]
             self.routes.found |= bool(asked) and all(maps is not None for maps in asked)
+        names = {entry["uuid"] for entry in acting}
+        names |= self._acting if self._seen or not names else set()
+        self._seen |= bool(acting)
+        come = [self._prompts[name] for name in names - self._acting]
+        if any(prompt.maps is None and self._has_words(prompt) for prompt in come):
+            self.routes.found = False
+        if new or names != self._acting:
+            self._acting = names
             self._show()
 
     def begin(self, step: Step) -> None:
@@ -139,7 +149,7 @@ class RoutedLoRAs(MaskedLoRAs):
         """A call of this evaluation begins: the first one takes what was seen in the evaluation before, further passes
         (perturbed attention, skipped layers) have the same places."""
         if evaluation is not self._evaluation:
-            self._evaluation = evaluation
+            self._evaluation, self._seen = evaluation, False
             self.commit()
 
     def probes(self, step: Step) -> bool:
@@ -309,6 +319,11 @@ class RoutedLoRAs(MaskedLoRAs):
         found = {"places": self.maps.flatten(2).mean(dim=(0, 2))}
         return found | ({} if self._free is None else {"trust": self._free})
 
+    def _has_words(self, prompt: Prompt) -> bool:
+        """Of a LoRA without a mask of its own, which acts where they are."""
+        return any(clause is not None and not wide and mask is None for clause, wide, mask in zip(
+            prompt.clauses.own, prompt.clauses.everywhere, self._masks, strict=True))
+
     def _searched(self, entry: Mapping[str, object]) -> Prompt:
         prompt, told = search(entry, self.routed.words, self.routed.active, self.routed.everywhere)
         self.found += prompt.found
@@ -324,7 +339,7 @@ class RoutedLoRAs(MaskedLoRAs):
     def _show(self) -> None:
         """Bring the maps of all other conds up to date."""
         self._shown = {uuid: self._used(prompt) for uuid, prompt in self._prompts.items()}
-        shown = list(self._shown.values())
+        shown = [self._shown[name] for name in self._acting]
         union = shown[0] if len(shown) == 1 else torch.stack(shown).amax(dim=0) if shown else \
             self._masked(torch.ones_like(self.maps)) if self._acted is not False else torch.zeros_like(self.maps)
         self.maps.copy_(union)

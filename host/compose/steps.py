@@ -61,14 +61,16 @@ class StepTracker:
 
     def index_of(self, sigma: float) -> int:
         """The step whose interval holds sigma: one that begins at sigma, else one that it lies within. Where several
-        do (restarts, a level twice), the one that is nearest to what the sampler has told."""
+        do (restarts, a level twice), the one that is nearest to what the sampler has told. A further call of a step
+        that looks at levels beyond the next step's (Heun++) belongs to the next: steps would go back else."""
         steps, sigmas = range(self.total), self.sigmas
         closest = min(abs(sigmas[i] - sigma) for i in steps)
         at = [i for i in steps if abs(sigmas[i] - sigma) == closest <= 1e-4 * abs(sigmas[i])]
         inside = at or [i for i in range(len(sigmas) - 1)
                         if min(sigmas[i:i + 2]) <= sigma <= max(sigmas[i:i + 2])]
         if inside:
-            return min(inside, key=lambda i: abs(i - self._finished))
+            found = min(inside, key=lambda i: abs(i - self._finished))
+            return self._finished if at and self._calls > 1 and found > self._finished > 0 else found
         return max((i for i in steps if sigmas[i] >= sigma), default=0)
 
 

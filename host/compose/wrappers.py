@@ -182,7 +182,7 @@ def _evaluated(executor, model, run: Run, plan: Plan, conds, sides, x_in, timest
 
     singles = [(combo,) for part in parts for combo in part]
     try:
-        outs = evaluated(singles if run.apart(root, conds) else parts)
+        outs = evaluated(singles if run.apart(root, conds, options["transformer_options"]) else parts)
     except NotRows as reason:
         settle(options)
         run.keep_apart(root, reason)

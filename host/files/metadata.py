@@ -53,7 +53,8 @@ def wording(name: str) -> Wording:
     """
     key = fingerprint(name)
     if key not in _read:
-        _read[key] = wording_of(_metadata(path_of(name)))
+        header = header_of(path_of(name))
+        _read[key] = wording_of(header.get("__metadata__") if isinstance(header, dict) else None)
         while len(_read) > _KEPT:
             _read.popitem(last=False)
     _read.move_to_end(key)
@@ -92,29 +93,30 @@ def wording_of(metadata: object) -> Wording:
     return Wording(tuple(trigger)[:WORDS], tuple(tag for tag, _ in tags), titles, tuple(usual), base)
 
 
-def _metadata(path: str) -> object:
+def header_of(path: str) -> object:
+    """The header of a safetensors file, as far as it is JSON; None for what is none."""
     try:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = _parsed(file.read(length)) if 2 <= length <= HEADER_BYTES else None
+            return parsed(file.read(length)) if 2 <= length <= HEADER_BYTES else None
     except OSError:  # whoever loads the file says what is wrong with it
         return None
-    return header.get("__metadata__") if isinstance(header, dict) else None
 
 
-def _parsed(text: bytes | str) -> object:
-    """JSON, or None for what is none."""
+def parsed(text: object) -> object:
+    """JSON of a bounded size, or None for what is none."""
     try:
-        return json.loads(text)
+        read = isinstance(text, bytes) or (isinstance(text, str) and len(text) <= TABLE_BYTES)
+        return json.loads(text) if read else None
     except (ValueError, RecursionError):
         return None
 
 
 def _phrases(value: object) -> Iterator[str]:
     """The phrases of an entry: text, a list, or either of them as JSON."""
-    if isinstance(value, str) and len(value) <= TABLE_BYTES and value.lstrip()[:1] in ("[", '"'):
-        parsed = _parsed(value)
-        value = parsed if isinstance(parsed, (list, str)) else value
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", '"'):
+        inside = parsed(value)
+        value = inside if isinstance(inside, (list, str)) else value
     for phrase in value if isinstance(value, list) else [value]:
         if isinstance(phrase, str):
             clean = " ".join(phrase.split()).strip(" ,")
@@ -125,7 +127,7 @@ def _phrases(value: object) -> Iterator[str]:
 def _tags(value: object) -> list[tuple[str, int]]:
     """The tags of `ss_tag_frequency`, {folder: {tag: count}}, most frequent first, and how often they are there."""
     if isinstance(value, str):
-        value = _parsed(value) if len(value) <= TABLE_BYTES else None
+        value = parsed(value)
     counts: Counter[str] = Counter()
     for table in value.values() if isinstance(value, dict) else ():
         for tag, count in table.items() if isinstance(table, dict) else ():

@@ -20,6 +20,7 @@ from ..compose.reading import TEXT_ENCODER, Part, Reading, left_out, read_ensemb
 from ..compose.wrappers import read_weight
 from ..files.ensemble import Ensemble, LoRASpec
 from ..files.files import read
+from ..files.header_alphas import passed_over
 from ..files.metadata import Wording, wording
 from .chart import Lines, Series
 from .letters import labels
@@ -89,7 +90,7 @@ def infos(model, clip, ensemble: Ensemble, node: str, tick: Tick = lambda: None)
 
 def _read_facts(info: Info, reading: Reading, base: nn.Module, has_clip: bool) -> None:
     start = f"LoRA '{info.spec.name}': "
-    info.out = [line.removeprefix(start) for line in reading.problems]
+    info.out = [*filter(None, [passed_over(info.spec.name)]), *(line.removeprefix(start) for line in reading.problems)]
     keys = sum(key.startswith(TEXT_ENCODER) for key in read(info.spec.name, base))
     texts = sum(len(patches.found) for _, patches in reading.texts)
     info.encoder = (keys, bool(texts) if has_clip else None)

@@ -24,7 +24,8 @@ EVERY = 0.25
 """Seconds between two texts of a run, at least."""
 EVENT = "lora_ensemble.run"
 """The type of the message to the panels. Its data are an object, as clients expect of any message, with the id of the
-prompt, by which they leave out what is not theirs, and `panels`, what `panel.shown` gives."""
+prompt, by which they leave out what is not theirs, `workflow`, the id of the workflow that it was queued from or "",
+and `panels`, what `panel.shown` gives."""
 log = logging.getLogger("lora_ensemble")
 
 
@@ -36,7 +37,7 @@ def on_the_node(model, record: RunRecord, total: int) -> Told | None:
     client, node = server.client_id, context.node_id
     if client is None or node is None:
         return None
-    applied = model.get_attachment(KEY).applied
+    applied, workflow = model.get_attachment(KEY).applied, _workflow(server, context.prompt_id)
     methods, called = [each.node for each in applied], titles(record, [each.routed is not None for each in applied])
     said = [0.0]
 
@@ -54,13 +55,24 @@ def on_the_node(model, record: RunRecord, total: int) -> Told | None:
         panels = shown(record, called, methods, costs, total, over, notes)
         try:
             if panels:  # before the texts: a panel remembers the height that its node had without either
-                server.send_sync(EVENT, {"prompt_id": context.prompt_id, "panels": panels}, client)
+                server.send_sync(EVENT, {"prompt_id": context.prompt_id, "workflow": workflow, "panels": panels},
+                                 client)
             for each in dict.fromkeys((node, *filter(None, methods))):
                 server.send_progress_text(text.replace("\n", "  \n"), each, client)  # Nodes 2.0 reads Markdown
         except RuntimeError as error:  # the server is going down
             log.debug("live text: %s", error)
 
     return told
+
+
+def _workflow(server, prompt_id: str) -> str:
+    """The id of the workflow that a prompt which runs was queued from, as the front end hands it over for pictures: a
+    page with another one has nodes of the same numbers. Empty for prompts of other clients."""
+    running = getattr(getattr(server, "prompt_queue", None), "currently_running", {}).values()
+    extra = next((item[3] for item in running if len(item) > 3 and item[1] == prompt_id), None)
+    for name in ("extra_pnginfo", "workflow", "id"):
+        extra = extra.get(name) if isinstance(extra, dict) else None
+    return extra if isinstance(extra, str) else ""
 
 
 def _server():

@@ -257,6 +257,17 @@ def easy_cache(model, node: str = "EasyCacheNode"):
     return getattr(nodes, node).execute(model, 3.0, 0.0, 1.0, False)[0]
 
 
+def core(module: str, node: str, *arguments) -> Callable:
+    """A node of ComfyUI's own, from one of its modules of extras."""
+    def make(model):
+        made = getattr(pytest.importorskip(f"comfy_extras.{module}"), node, None)
+        if made is None:
+            pytest.skip(f"this ComfyUI has no {node}")
+        return (made.execute if hasattr(made, "execute") else getattr(made(), made.FUNCTION))(model, *arguments)[0]
+
+    return make
+
+
 STAND_INS = {
     "a sparse attention": Neighbour(sparse),
     "a sparse attention, Flux": Neighbour(sparse, "Flux"),
@@ -266,6 +277,13 @@ STAND_INS = {
     "output blocks": Neighbour(output_blocks),
 }
 """Nodes that keep nothing from call to call."""
+
+FIRST_OF_A_SIDE = {
+    "NAGuidance": Neighbour(core("nodes_nag", "NAGuidance", 5.0, 0.5, 1.5)),
+    "NAGuidance, Flux": Neighbour(core("nodes_nag", "NAGuidance", 5.0, 0.5, 1.5), "Flux"),
+    "SelfAttentionGuidance": Neighbour(core("nodes_sag", "SelfAttentionGuidance", 0.5, 2.0)),
+}
+"""ComfyUI's own nodes that patch the first cond of each side in a batch."""
 
 
 SKIPPING = {

@@ -97,6 +97,18 @@ def test_samplers(sampler):
     same(out, sample(standing(base("Flux"), EIGHT, True), **options), plain)
 
 
+def test_a_sampler_that_looks_far_ahead():
+    """Heun++ calls the model at the levels of two steps to come, and goes back."""
+    options = dict(family="Flux", steps=20, sampler="heunpp2")
+    plain, model = sample(base("Flux"), **options), extrapolated(base("Flux"))
+    out, steps = sample(model, **options), record_of(model).steps
+    assert turns(model) == (0, 1, 3, 6, 10, 14, 17, 19) and [step.index for step in steps] == list(range(20))
+    assert all(step.negative in (0, step.calls) for step in steps)
+    assert record_of(model).evaluations < 0.7 * record_of(model).full
+    alone = sample(base("Flux"), **{**options, "cfg": 1.0})
+    assert (out - plain).norm() < 0.3 * (alone - plain).norm()
+
+
 def test_a_sampler_that_chooses_its_steps_is_guided_in_full():
     """By the error that it sees, of which an extrapolation would be a part."""
     options = dict(family="SD15", steps=8, sampler="dpm_adaptive", cfg=1.5)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from lora_ensemble.host.compose.composition import record_of
@@ -9,12 +11,14 @@ from lora_ensemble.host.files.ensemble import LoRASpec, Mask
 from lora_ensemble.methods.composite import Composite
 from lora_ensemble.methods.merge import Merge
 from lora_ensemble.methods.switch import Switch
+from torch import Tensor
 
 from .builders import composite, lora, merge, method, same, sample, shapes, stock
-from .models import FAMILIES, base
+from .models import FAMILIES, base, build, patcher, randomize
 
 LAST = {"SD15": "out.2", "SDXL": "out.2", "SD3": "final_layer.linear", "Flux": "final_layer.linear", "Wan": "head.head"}
 """A layer behind all attention of each family: what it does at a place of the prediction stays there."""
+ATTENTION_EVERYWHERE = {"transformer_depth": [1, 1], "transformer_depth_output": [1, 1, 1, 1]}
 LEFT = torch.zeros(1, 16, 16)
 LEFT[..., :8] = 1
 
@@ -139,6 +143,34 @@ def test_the_same_mask_serves_other_sizes(loras):
         first, plain = (sample(m, steps=1, size=size) for m in (stock(model, bare(specs)[:1]), model))
         found = sample(ours, steps=1, size=size)
         same(found[..., :size // 2], first[..., :size // 2], plain[..., :size // 2], 1e-4)
+
+
+@pytest.mark.parametrize("ratio", [0.4, 0.75, 1.0])
+def test_merged_tokens_have_no_places(ratio, loras):
+    """Guard: `Merging`. ToMe leaves a quarter of the tokens at most, as many as the next level of the U-Net has, where
+    they do have places."""
+    node = pytest.importorskip("comfy_extras.nodes_tomesd").TomePatchModel
+    kind = replace(FAMILIES["SD15"], config=FAMILIES["SD15"].config | ATTENTION_EVERYWHERE)
+    model = patcher(build(kind))
+    randomize(model.model)
+    merging = node.execute(model, ratio)[0] if hasattr(node, "execute") else node().patch(model, ratio)[0]
+
+    def drawn(one) -> Tensor:
+        torch.manual_seed(3)  # the node throws dice
+        return sample(one, steps=1)
+
+    for layer, known in (("input_blocks.1.1", False), ("input_blocks.3.1", True)):
+        specs = pair(model, loras, f"{layer}.transformer_blocks.0.attn1.to_q")[:1]
+        ours, everywhere, plain = merge(merging, specs), drawn(stock(merging, bare(specs))), drawn(merging)
+        if known:
+            assert not torch.allclose(drawn(ours), everywhere, rtol=1e-3) and record_of(ours).problems == []
+        else:
+            same(drawn(ours), everywhere, plain, 1e-4)
+            (problem,) = record_of(ours).problems
+            assert "where its tokens lie in the picture is not known" in problem and layer in problem
+        alone = merge(model, specs)
+        assert not torch.allclose(drawn(alone), drawn(stock(model, bare(specs))), rtol=1e-3)
+        assert record_of(alone).problems == []
 
 
 def test_a_family_whose_tokens_are_not_known_says_so(loras, monkeypatch):

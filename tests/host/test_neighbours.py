@@ -24,6 +24,7 @@ from torch import Tensor
 from .builders import composite, hooked, lora, merge, method, same, sample, schedule, shapes, stock, three
 from .models import FAMILIES, alive, base
 from .neighbours import (
+    FIRST_OF_A_SIDE,
     REAL,
     REAL_SKIPPING,
     SKIPPING,
@@ -81,6 +82,27 @@ def test_it_is_what_the_node_makes_of_the_loaders(name, loras):
     for ours, wanted, tolerance in ((merge, merged, 1e-3), (composite, mixed, neighbour.tolerance)):
         same(drawn(anew(make)(ours(model, ensemble))), wanted, plain, tolerance)
         same(drawn(ours(anew(make)(model), ensemble)), wanted, plain, tolerance)
+
+
+@pytest.mark.parametrize("name", FIRST_OF_A_SIDE)
+def test_nodes_that_patch_the_first_prompt_of_a_side(name, loras):
+    """Guard: `takes_the_first`. In one batch with all branches, they patch one of them alone. NAG joins the sides
+    within the model, so several LoRAs are the mean of runs with one each; SAG is as with ComfyUI's hooks."""
+    neighbour = FIRST_OF_A_SIDE[name]
+    family, make = neighbour.family, neighbour.make
+    kind, model = FAMILIES[family], base(family)
+    ensemble, patched = three(model, loras), make(model)
+    plain = sample(patched, family)
+    assert not torch.equal(plain, sample(model, family)), "it does nothing"
+    same(sample(make(merge(model, ensemble)), family), sample(make(stock(model, ensemble)), family), plain)
+    if name.startswith("NAG"):
+        wanted = sum(sample(make(stock(model, [spec])), family, steps=1) for spec in ensemble) / 3
+    else:
+        conds = (hooked(kind.cond(seed), ensemble) for seed in (11, 12))
+        wanted = sample(patched, family, *conds, steps=1)
+    for ours in (make(composite(model, ensemble)), composite(patched, ensemble)):
+        same(sample(ours, family, steps=1), wanted, sample(patched, family, steps=1))
+        assert said(ours, name.partition(",")[0], "batch of its own")
 
 
 def test_gguf(loras, tmp_path):

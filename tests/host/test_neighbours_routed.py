@@ -13,13 +13,14 @@ from torch.nn import functional as F
 
 from .builders import same, sample, stock
 from .models import FAMILIES, base
-from .neighbours import REAL, REAL_SKIPPING, SKIPPING, STAND_INS
+from .neighbours import FIRST_OF_A_SIDE, REAL, REAL_SKIPPING, SKIPPING, STAND_INS
 from .test_masks import LAST
 from .test_neighbours import anew, unloaded  # noqa: F401  (a fixture)
 from .test_routed import MARKS, bare, prompt, routed, specs
 
-ALL = {name: each for name, each in (STAND_INS | REAL).items() if name != "KJNodes: CFG-Zero*"}
-"""That one is behind the LoRAs, on the two sides of guidance, and what it does is no sum over LoRAs."""
+ALL = {name: each for name, each in (STAND_INS | FIRST_OF_A_SIDE | REAL).items() if name not in (
+    "KJNodes: CFG-Zero*", "SelfAttentionGuidance")}
+"""These are behind the LoRAs, on the two sides of guidance, and what they do is no sum over LoRAs."""
 COMPILED = "KJNodes: compiled blocks"
 LEAVING_OUT = SKIPPING | REAL_SKIPPING
 

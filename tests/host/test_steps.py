@@ -128,6 +128,8 @@ def test_every_sampler_of_the_host(name, loras, monkeypatch):
     monkeypatch.setattr(StepTracker, "step", step)
     sample(ours, "SD3", sampler=name, steps=6, cfg=1.0)
     assert len(seen) >= 6 and [inferred for inferred, _ in seen] == [read for _, read in seen]
+    found = [step.index for step in record_of(ours).steps]
+    assert found == sorted(set(found)), "every step once, in order"
 
 
 # --- one tracker for composition and guidance ---
