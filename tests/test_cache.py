@@ -11,6 +11,7 @@ import torch
 from lora_ensemble.engine.cache import FeatureCache
 from lora_ensemble.kernels.branch import Step
 from lora_ensemble.methods.schedule import BySteps, NonUniform, Uniform, schedules, within
+from lora_ensemble.tests.operations import Operations
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 ROOMY = [(CPU, float("inf"))]
@@ -187,6 +188,31 @@ def test_others_keep_what_a_line_begins_with():
     assert [store.at(key, 4, 0.6, CPU)["h"].item() for key in "ab"] == pytest.approx([0.7 - 0.3 * 2 / 7] * 2)
     store.put("c", 9, {"h": torch.ones(1)}, ROOMY, 0.1)
     assert store.bytes == 4, "what is too old for that makes room"
+
+
+@pytest.mark.parametrize("times", [{}, {"c": (1.0, 0.6)}, {"c": (1.0,)}, {key: (1.0,) for key in "abc"}],
+                         ids=["alike", "another line", "a line and none", "no line"])
+def test_several_side_by_side(times):
+    """Each as it is alone, bit for bit; together three operations for each feature and not one more for each of them,
+    and what is held stays."""
+    store, keys = FeatureCache(max_age=9, forecast=True), "cab"
+    for key in "abc":
+        for step, time in enumerate(times.get(key, (1.0, 0.7))):
+            value = torch.randn(2, 4, generator=torch.Generator().manual_seed(10 * ord(key) + step))
+            store.put(key, step, {"h": value, "k": 2 * value}, ROOMY, time)
+    alone = [store.at(key, 2, 0.5, CPU) for key in keys]
+    for _ in range(2):
+        with torch.no_grad(), Operations() as asked:
+            found = store.side_by_side(keys, 2, 0.5, CPU)
+        assert list(found) == ["h", "k"]
+        assert all(torch.equal(found[name], torch.cat([each[name] for each in alone])) for name in found)
+    if not times:
+        assert sorted(asked.names) == ["cat"] * 4 + ["lerp_"] * 2
+    assert len(times) < 3 or asked.names == ["cat"] * 2
+    assert all(torch.equal(store.at(key, 2, 0.5, CPU)["h"], each["h"]) for key, each in zip(keys, alone, strict=True))
+    own, one = store.get("a", 2)["h"].clone(), store.side_by_side("a", 2, 0.5, CPU)["h"]
+    one.zero_()
+    assert torch.equal(store.get("a", 2)["h"], own)
 
 
 def test_threads_share_the_store():

@@ -174,15 +174,15 @@ class BranchCache:
                 self.ages[combo] = 0 if fresh else max(self.ages.get(combo, 0), self.store.age(key, self._step.index))
             self.reused += rows * whole.count(False)
         time = self._step.time(self.flow)
-        found = [None if fresh else self.store.at(key, self._step.index, time, x.device)
-                 for key, fresh in zip(keys, whole, strict=True)]
         if not any(whole):
-            features = {name: torch.cat([entry[name] for entry in found]) for name in found[0]}
+            features = self.store.side_by_side(keys, self._step.index, time, x.device)
             with split.reuse(features, control, options) as changed:
                 yield changed
             return
         caught: dict[Hashable, Tensor] = {}
         if not all(whole):
+            found = [None if fresh else self.store.at(key, self._step.index, time, x.device)
+                     for key, fresh in zip(keys, whole, strict=True)]
             with split.mix(found, rows, options, caught, among) as changed:
                 yield control, changed
             uuids, keys = ([each for each, fresh in zip(some, whole, strict=True) if fresh] for some in (uuids, keys))
