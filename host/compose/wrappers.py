@@ -244,7 +244,7 @@ def _mixes(run: Run, model, root, conds, model_options: dict) -> bool:
     if any(entry.get(name) is not None for cond in conds for entry in cond or ()
            for name in ("control", "hooks", "gligen")):
         return False
-    return run.cache.mixes(root, options) and not run.apart(root, conds) and not run.compiled(
+    return run.cache.mixes(root, options) and not run.apart(root, conds, options) and not run.compiled(
         root, partial(_compiled, model.diffusion_model, options))
 
 
