@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from functools import partial
 
 import comfy.ldm.flux.model
 import comfy.model_patcher
@@ -113,15 +111,8 @@ def randomize(model: torch.nn.Module, seed: int = 0) -> None:
 
 def patcher(model: torch.nn.Module, device: torch.device = CPU) -> comfy.model_patcher.ModelPatcher:
     _made.add(model)
-    plain = partial(comfy.model_patcher.ModelPatcher, load_device=device, offload_device=CPU)
-    core = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
-    if device == CPU or core is comfy.model_patcher.ModelPatcher:
-        return plain(model.eval())
-    twin = copy.deepcopy(model.eval())
-    made = core(model, load_device=device, offload_device=CPU)
-    # as loaders leave it with dynamic VRAM: for hooks, which need a model that is loaded the other way
-    made.cached_patcher_init = (lambda disable_dynamic: plain(twin), ())
-    return made
+    kind = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
+    return kind(model.eval(), load_device=device, offload_device=CPU)
 
 
 def small_clip():
