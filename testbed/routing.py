@@ -83,6 +83,8 @@ class Routed:
                 self.words[i, list(loras[i])] = drawn.words
                 self.words[n + i, [lora for lora, own in zip(loras[i], drawn.own, strict=True) if own is not None]] = 0
             self._mask(i)
+        device = next(body.parameters()).device  # where the engine makes gains of them
+        self.maps, self.words = self.maps.to(device), self.words.to(device)
         self._places: dict[tuple, Places] = {}
 
     def masks(self, picture: int) -> tuple[Tensor, ...] | tuple[()]:
