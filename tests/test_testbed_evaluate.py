@@ -283,3 +283,15 @@ def test_what_has_not_been_made_is_asked_for(monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit):
         quality.main(["--practised"])
     assert "testbed/train.py --stages practised" in capsys.readouterr().err
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("body", ["unet", "joint"])
+def test_places_on_an_accelerator(body, accelerator):
+    """Guards: places that stayed on the processor beside a model that is not there."""
+    bed, drawn = BEDS[body], {}
+    task = bed.all_sets(seed=3)[0] if body == "joint" else protocol.all_sets((3,), seed=3)[0]
+    for device in ("cpu", "cuda"):
+        with Sampler(bed.load_base().to(device), bed.load_loras("narrow")) as sampler:
+            drawn[device] = sampler.draw([evaluate.RECIPES["Routed"].picture(task, sampler.bank)], steps=3)[0].cpu()
+    torch.testing.assert_close(drawn["cuda"], drawn["cpu"], rtol=0, atol=1e-4)
