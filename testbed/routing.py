@@ -102,9 +102,7 @@ class Routed:
             maps, words = maps.clone(), words.clone()
             maps[wide], words[wide + [len(self.placed) + i for i in wide]] = 1, 1
         if key not in self._places:
-            device = next(self.body.parameters()).device
-            self._places[key] = Places(maps.to(device, copy=True), pictures, words.to(device, copy=True), texts,
-                                       self.body.locate)
+            self._places[key] = Places(maps.clone(), pictures, words.clone(), texts, self.body.locate)
         else:
             self._places[key].update(maps, words)
         return self._places[key]
@@ -147,7 +145,7 @@ class Routed:
         for row, i in enumerate(pictures if share is not None else ()):
             if self.routes[i] is not None and self.routes[i].routing.trust and self._free[i] is None:
                 own = list(self.loras[i])
-                self._free[i] = trusted(share[row, own])[None].to(self.maps)
+                self._free[i] = trusted(share[row, own])[None]
                 self.maps[i, own] = loosened(self.maps[i, own][None], self._free[i])[0]
                 self._mask(i)
 
