@@ -7,6 +7,7 @@ from uuid import UUID
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ...engine.positions import Places, Segments
 from ...engine.transfer import on_device
@@ -17,6 +18,9 @@ from .merging import Merging
 
 Area = tuple[int, ...] | None
 """(sizes.., offsets..) of a cond's area on the latent, as the host has them; None: all of it."""
+Window = tuple[int, tuple[int, ...], int] | None
+"""(dimension of the latent, which of it a call has, how many of these stand before the window itself) in context
+windows; None: all."""
 
 
 SOURCES = {"encoder_hidden_states_llama3": 2, "encoder_hidden_states_t5": 1}
@@ -36,6 +40,7 @@ class MaskedLoRAs:
         self.first = first
         self.maps = stacked(masks).squeeze(2).transpose(0, 1)  # [pictures, LoRAs, (frames,) height, width]
         self.tell = tell
+        self.window: Window = None  # of the call that goes on
         self.version = 0  # of the maps, and
         self.texts = 0  # of the words: what was made of earlier ones is brought up to date
         self._places: dict[Hashable, tuple[Places, int, int]] = {}
@@ -50,10 +55,10 @@ class MaskedLoRAs:
         """
         shapes = tuple((name, _shape(value)) for name, value in conds.items())
         parts = [(self.kind(uuid), area) for uuid, area in zip(uuids, areas, strict=True)]
-        key = id(root), x.shape, x.device, shapes, tuple(parts)
+        key = id(root), x.shape, x.device, shapes, tuple(parts), self.window
         pictures, distinct = x.shape[0] // len(parts), list(dict.fromkeys(parts))
         if key not in self._places:
-            maps, (words, more) = self._of_batch(distinct, pictures, x.device), self._texts(distinct, conds, root, x)
+            maps, (words, more) = self._of_batch(distinct, pictures, x), self._texts(distinct, conds, root, x)
             each = len(maps) // len(distinct)
             index = [distinct.index(part) * each + p % each for part in parts for p in range(pictures)]
             texts = [distinct.index(part) for part in parts for _ in range(pictures)]
@@ -64,7 +69,7 @@ class MaskedLoRAs:
         if version != self.version:
             same = texts == self.texts
             words = (None, None) if same else self._texts(distinct, conds, root, x)
-            places.update(self._of_batch(distinct, pictures, x.device), *words)
+            places.update(self._of_batch(distinct, pictures, x), *words)
             self._places[key] = places, self.version, self.texts
         return places
 
@@ -83,10 +88,12 @@ class MaskedLoRAs:
         """
         return None
 
-    def _of_batch(self, kinds: Sequence[tuple[Hashable, Area]], pictures: int, device: torch.device) -> Tensor:
-        maps = [self.of(kind) for kind, _ in kinds]
+    def _of_batch(self, kinds: Sequence[tuple[Hashable, Area]], pictures: int, x: Tensor) -> Tensor:
+        # Of maps without frames there is nothing to take for some of them.
+        window = None if self.window is not None and self.window[0] and self.maps.ndim != x.ndim else self.window
+        maps = [within(self.of(kind), window) for kind, _ in kinds]
         return torch.cat([crop(each if len(each) == 1 else each[:pictures], area)
-                          for each, (_, area) in zip(maps, kinds, strict=True)]).to(device)
+                          for each, (_, area) in zip(maps, kinds, strict=True)]).to(x.device)
 
     def _texts(self, kinds: Sequence[tuple[Hashable, Area]], conds: Mapping[str, object], root: nn.Module, x: Tensor
                ) -> tuple[Tensor | None, dict[str, Tensor]]:
@@ -124,12 +131,39 @@ def call_tokens(root: nn.Module, x: Tensor, conds: Mapping[str, object]) -> Call
     return order.begin(latents if len(latents) > 1 else x, conds)
 
 
+def window_of(options: Mapping) -> Window:
+    """The context window of a call, by its transformer options."""
+    found = options.get("context_window")
+    index, anchor = tuple(getattr(found, "index_list", None) or ()), getattr(found, "causal_anchor_index", None)
+    before = () if anchor is None or anchor < 0 else (anchor,)
+    return (found.dim, (*before, *index), len(before)) if index else None
+
+
+def within(maps: Tensor, window: Window) -> Tensor:
+    """The part of maps [pictures, LoRAs, (frames,) height, width] that a window holds; all where one stands for all."""
+    if window is None or maps.shape[window[0]] <= max(window[1]):
+        return maps
+    return maps.index_select(window[0], on_device(window[1], maps.device, torch.int64))
+
+
 def crop(maps: Tensor, area: Area) -> Tensor:
     """The part of maps [..., height, width] that an area holds, in place."""
     if area is None:
         return maps
     sizes, offsets = area[:len(area) // 2][-2:], area[len(area) // 2:][-2:]
     return maps[..., offsets[0]:offsets[0] + sizes[0], offsets[1]:offsets[1] + sizes[1]]
+
+
+def on_grid(mask: Tensor, grid: tuple[int, ...]) -> Tensor:
+    """A mask [pictures or 1, 1, (frames,) height, width] for maps of this grid."""
+    return mask.unsqueeze(2) if mask.ndim == 4 and len(grid) == 3 else mask
+
+
+def resized(maps: Tensor, grid: tuple[int, ...]) -> Tensor:
+    """Maps on another grid."""
+    if tuple(maps.shape[2:]) == grid:
+        return maps
+    return F.interpolate(maps, grid, mode="bilinear" if len(grid) == 2 else "trilinear")
 
 
 def _shape(value: object) -> Hashable:

@@ -18,7 +18,7 @@ from ...kernels.routing import contrast
 from ...methods.prompt import LoRAWords
 from ...methods.routed import Routes, Routing, loosened, trusted
 from ...methods.session import RunContext
-from .places import MaskedLoRAs, crop
+from .places import MaskedLoRAs, Window, crop, on_grid, resized, within
 from .prompts import BESIDE, Prompt, fitted, search
 
 PLACES = ("masks", "words", "everywhere")
@@ -74,11 +74,12 @@ class RoutedLoRAs(MaskedLoRAs):
         super().__init__([whole[:, i:i + 1] for i in range(count)], tell, first)
         self.maps = whole
         self.routed, self.routes = routed, Routes(routed.routing)
-        self._masks = [None if mask is None else _on_grid(mask.to(device), grid)[:, 0] for mask in masks]
+        self._masks = [None if mask is None else on_grid(mask.to(device), grid)[:, 0] for mask in masks]
         self._prompts: dict[UUID, Prompt] = {}
         self._instead: dict[UUID, tuple[UUID, Prompt]] = {}
         self._pending: dict[UUID, Tensor] = {}
-        self._heard: list[tuple[Reach, list[Prompt | None], int]] = []
+        self._heard: list[tuple[Reach, list[Prompt | None], int, Window]] = []
+        self._looked, self._frames = set(), set()  # (cond, window) seen in this evaluation; frames with known places
         self._branches: dict[tuple, Branch] = {}
         self._reading: dict[tuple, tuple[slice | Tensor, Tensor, dict[Hashable, Tensor]]] = {}
         self._members: dict[tuple, Tensor] = {}
@@ -128,13 +129,15 @@ class RoutedLoRAs(MaskedLoRAs):
             for prompt in self._prompts.values():
                 prompt.maps = self._known(prompt) if prompt.maps is None else prompt.maps
             asked = [prompt.maps for prompt in self._prompts.values() if any(prompt.asked)]
-            self.routes.found |= bool(asked) and all(maps is not None for maps in asked)
+            if asked and all(maps is not None for maps in asked):
+                self._need_no_look()
         names = {entry["uuid"] for entry in acting}
         names |= self._acting if self._seen or not names else set()
         self._seen |= bool(acting)
         come = [self._prompts[name] for name in names - self._acting]
         if any(prompt.maps is None and self._has_words(prompt) for prompt in come):
             self.routes.found = False
+            self._frames.clear()
         if new or names != self._acting:
             self._acting = names
             self._show()
@@ -154,7 +157,9 @@ class RoutedLoRAs(MaskedLoRAs):
 
     def probes(self, step: Step) -> bool:
         """Whether the base model has to be evaluated before this call, to find places."""
-        return not self.idle and self.routes.probes(step)
+        unseen = self.window is not None and self.routes.acts(step) and not self._frames.issuperset(
+            self.window[1])
+        return not self.idle and (self.routes.probes(step) or unseen)
 
     def reads(self, step: Step) -> bool:
         """Whether attention is to be read in this call."""
@@ -174,7 +179,7 @@ class RoutedLoRAs(MaskedLoRAs):
         """[clauses, tokens of the text as the model gets it] of a cond, on the CPU; None where its attention says
         nothing, and in further passes of an evaluation."""
         name, prompt = self._instead.get(uuid) or (uuid, self._prompts.get(uuid))
-        if prompt is None or prompt.fixed or name in self._pending:
+        if prompt is None or prompt.fixed or (name, self.window) in self._looked:
             return None
         if (uuid, id(root), tokens) not in self._members:
             self._members[uuid, id(root), tokens] = fitted(prompt.clauses.members, prompt.length, root, tokens, 0.0)
@@ -201,14 +206,23 @@ class RoutedLoRAs(MaskedLoRAs):
         """Attention to a cond's clauses [pictures, clauses or more, frames, height, width], used from `commit` on."""
         uuid, prompt = self._instead.get(uuid) or (uuid, self._prompts[uuid])
         found = prompt.clauses.places(attention[:, :len(prompt.clauses.members)], self.routes.routing.gamma)
-        grid = tuple(crop(self.maps, prompt.area).shape[2:])
+        part = within(self.maps, self.window)
+        grid = tuple(crop(part, prompt.area).shape[2:])
         found = found[:, :, 0] if len(grid) == 2 else found
-        found = _resized(found.to(self.maps.device), grid)
-        if found.shape != self.maps.shape:
-            whole = torch.zeros_like(self.maps)
+        found = resized(found.to(self.maps.device), grid)
+        if found.shape != part.shape:
+            whole = torch.zeros_like(part)
             crop(whole, prompt.area).copy_(found)
             found = whole
+        if self.window is not None:
+            dim, index, before = self.window
+            known = self._pending.get(uuid, prompt.maps)
+            whole, own = torch.ones_like(self.maps) if known is None else known.clone(), index[before:]
+            found = found.narrow(dim, before, len(own))
+            found = whole.index_copy_(dim, on_device(own, whole.device, torch.int64), found)
+            self._frames.update(own)
         self._pending[uuid] = found
+        self._looked.add((uuid, self.window))
 
     def listen(self, uuids: Sequence[UUID | None], places: Places, pictures: int, adapters: range) -> Reach | None:
         """For an evaluation of these conds without the LoRAs: what is told what they would do there, so that `commit`
@@ -216,7 +230,10 @@ class RoutedLoRAs(MaskedLoRAs):
         prompts = [self._prompts.get((self._instead.get(uuid) or (uuid,))[0]) for uuid in uuids]
         if not self.routed.routing.trust or not any(prompt is not None and prompt.free is None for prompt in prompts):
             return None
-        self._heard.append((Reach(places.locate, adapters), prompts, pictures))
+        if self.window is not None and self.window[0] == 0:
+            self.tell("context windows over a batch: how far LoRAs may leave their places is not measured")
+            return None
+        self._heard.append((Reach(places.locate, adapters), prompts, pictures, self.window))
         return self._heard[-1][0]
 
     def compare(self, uuid: UUID, whole: Tensor, without: Tensor) -> None:
@@ -228,6 +245,7 @@ class RoutedLoRAs(MaskedLoRAs):
 
     def commit(self) -> None:
         """What was seen holds from now on."""
+        self._looked.clear()
         if not self._pending:
             self._heard.clear()
             return
@@ -240,10 +258,10 @@ class RoutedLoRAs(MaskedLoRAs):
         self.routes.found = all(prompt.maps is not None for prompt in self._prompts.values() if prompt.fixed)
         self._show()
 
-    def _trust(self, reach: Reach, prompts: Sequence[Prompt | None], pictures: int) -> None:
+    def _trust(self, reach: Reach, prompts: Sequence[Prompt | None], pictures: int, window: Window) -> None:
         """How far LoRAs may leave their places, by what they would have done in one evaluation of these conds."""
-        maps = [None if prompt is None or prompt.maps is None else crop(prompt.maps[:pictures], prompt.area)
-                for prompt in prompts]
+        maps = [None if prompt is None or prompt.maps is None else
+                crop(within(prompt.maps[:pictures], window), prompt.area) for prompt in prompts]
         like = next((each for each in maps if each is not None), None)
         if like is None:
             return
@@ -256,7 +274,11 @@ class RoutedLoRAs(MaskedLoRAs):
     def give_up(self, reason: str) -> None:
         """Places cannot be found: LoRAs act everywhere, on their own words."""
         self.tell(f"{reason}; the LoRAs act everywhere")
+        self._need_no_look()
+
+    def _need_no_look(self) -> None:
         self.routes.found = True
+        self._frames.update(range(max(self.maps.shape)))
 
     def confined(self, uuid: UUID | None, branch: Branch) -> Branch:
         """The branch of a cond's rows: without the LoRAs that act nowhere in it."""
@@ -376,14 +398,3 @@ def regions_of(applied, context: RunContext, device: torch.device, tell: Callabl
     if any(mask is not None for mask in context.masks) and getattr(applied.method, "masks", "") == "layers":
         return MaskedLoRAs(context.masks, tell, applied.first)
     return None
-
-
-def _on_grid(mask: Tensor, grid: tuple[int, ...]) -> Tensor:
-    """A mask [pictures or 1, 1, (frames,) height, width] for maps of this grid."""
-    return mask.unsqueeze(2) if mask.ndim == 4 and len(grid) == 3 else mask
-
-
-def _resized(maps: Tensor, grid: tuple[int, ...]) -> Tensor:
-    if tuple(maps.shape[2:]) == grid:
-        return maps
-    return F.interpolate(maps, grid, mode="bilinear" if len(grid) == 2 else "trilinear")

@@ -28,6 +28,7 @@ from .composition import KEY, Composition, Free, Plan, Run
 from .context import is_flow, method_contexts, parts_of, run_context, sides_of
 from .control import CALLER_CONDS, OF_WEIGHTS, caller_indexes, made_of_weights
 from .earlier import RUNS, bare, names_of
+from .places import window_of
 from .probe import find_places, listening, positives, readings, with_variants
 from .rows import in_range
 from .steps import tracked
@@ -93,10 +94,10 @@ def outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=No
 def pre_run(patcher) -> None:
     """The host is about to prepare the conds of a run. Some models have layers for that (`preprocess_text_embeds` of
     LTX-2, Anima and MiniMax H3), which no evaluation comes to any more: until the first one they do what methods ask
-    that have one branch at all times and places."""
+    that have one branch at all times and places. A model of which no run began is told of (`Composition.run`)."""
     composition: Composition | None = patcher.get_attachment(KEY)
     model, root = patcher.model, _unwrapped(patcher.model.diffusion_model)
-    if composition is None or not composition.runs or not hasattr(root, "preprocess_text_embeds") \
+    if composition is None or composition.run is None or not hasattr(root, "preprocess_text_embeds") \
             or getattr(patcher, "is_multigpu_base_clone", False):  # of several devices one prepares for all
         return
     run = composition.runs[-1]
@@ -134,6 +135,9 @@ def calc_cond_batch(executor, model, conds, x_in, timestep, model_options):
     _routed(run, model, model_options.get("transformer_options", {}))
     note_cards(run.record, model_options)
     plan, sides = run.plan(x_in, timestep, parts_of(conds)), run.sides(conds)
+    window = window_of(model_options.get("transformer_options", {}))
+    for regions in filter(None, run.regions):
+        regions.window = window
     run.areas.update({entry.get("uuid"): entry.get("area") for cond in conds for entry in cond or ()})
 
     def alone(conds, combo) -> list[Tensor]:

@@ -21,9 +21,9 @@ from lora_ensemble.methods.schedule import Uniform
 from lora_ensemble.methods.session import PlainSession
 from lora_ensemble.methods.switch import Switch
 
-from .builders import composite, merge, method, same, sample, stock, three
+from .builders import composite, guided, merge, method, same, sample, schedule, stock, three
 from .guidance_tools import ag
-from .models import FAMILIES, base
+from .models import FAMILIES, base, build, patcher, randomize
 
 
 def forwards(model) -> list[str]:
@@ -192,6 +192,26 @@ def test_a_run_inside_a_run(ours, loras):
     outer = sample(ours, callback=lambda *_: inner.append(sample(other, "Flux")))
     assert torch.equal(outer, whole) and all(torch.equal(one, alone) for one in inner) and len(inner) == 2
     assert clean(ours) and clean(other) and ours.get_attachment(KEY).record.finished
+
+
+def test_the_second_model_of_a_guider_is_told_of(loras, caplog):
+    """It is prepared and evaluated, and no run of it begins: its LoRAs do nothing."""
+    import comfy_extras.nodes_custom_sampler as extras
+
+    if not hasattr(extras, "Guider_DualModel"):
+        pytest.skip("this ComfyUI has no DualModelGuider")
+    model, kind = base("SD15"), FAMILIES["SD15"]
+    second = patcher(build(kind))
+    randomize(second.model, 5)
+
+    def drawn(negative) -> torch.Tensor:
+        guider = extras.Guider_DualModel(model, negative)
+        guider.set_conds(kind.cond(11), kind.cond(12))
+        guider.set_cfg(3.0)
+        return guided(guider, schedule(model, 2))
+
+    assert torch.equal(drawn(composite(second, three(second, loras))), drawn(second))
+    assert len([record for record in caplog.records if "have no effect there" in record.getMessage()]) == 1
 
 
 def test_the_record(loras):
