@@ -100,13 +100,15 @@ class Wire(SimpleNamespace):
     """Stands for the server of a process that has none, and keeps what it is to send."""
 
     def __init__(self, client, sockets):
-        super().__init__(client_id=client, sockets=sockets, sent=[], panels=[])
+        extra = {"extra_pnginfo": {"workflow": {"id": "w"}}}
+        running = SimpleNamespace(currently_running={0: (0, "other", {}, {}, []), 1: (1, "p", {}, extra, [])})
+        super().__init__(client_id=client, sockets=sockets, sent=[], panels=[], prompt_queue=running)
 
     def send_progress_text(self, text, node, sid) -> None:
         self.sent.append((text, node, sid))
 
     def send_sync(self, event, data, sid) -> None:
-        assert event == EVENT and sid == "c" and data["prompt_id"] == "p"
+        assert event == EVENT and sid == "c" and data["prompt_id"] == "p" and data["workflow"] == "w"
         self.panels.append(json.loads(json.dumps(data["panels"])))
 
 
