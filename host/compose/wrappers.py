@@ -23,6 +23,7 @@ from ...kernels.branch import Branch, scaled
 from ...methods.merge import Merge
 from ..families.work import work_of
 from .banks import as_computed
+from .cache import Combo
 from .cards import note_cards, same_banks, settle
 from .composition import KEY, Composition, Free, Plan, Run
 from .context import is_flow, method_contexts, parts_of, run_context, sides_of
@@ -184,7 +185,8 @@ def _evaluated(executor, model, run: Run, plan: Plan, conds, sides, x_in, timest
             outs.update({combo: found[k * len(conds):(k + 1) * len(conds)] for k, combo in enumerate(reversed(part))})
         return outs
 
-    singles = [(combo,) for part in parts for combo in part]
+    # The base model first: what a node keeps of the last batch (Self-Attention Guidance its attention) is a LoRA's.
+    singles = [(combo,) for combo in sorted((combo for part in parts for combo in part), key=_acting)]
     try:
         outs = evaluated(singles if run.apart(root, conds, options["transformer_options"]) else parts)
     except NotRows as reason:
@@ -237,6 +239,11 @@ def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, t
     for reading in found:
         reading.done()
     return out
+
+
+def _acting(combo: Combo) -> int:
+    """How many methods have LoRAs that act."""
+    return sum(not branch.is_base for branch in combo)
 
 
 def _mixes(run: Run, model, root, conds, model_options: dict) -> bool:
