@@ -203,7 +203,7 @@ class Bench:
 
     @cached_property
     def most(self) -> int:
-        return max(*self.options.n, *self.options.sweep_n, *self.options.loaders, *self.options.hooks) + 1
+        return max([*self.options.n, *self.options.sweep_n, *self.options.loaders, *self.options.hooks]) + 1
 
     def files(self, case: Case) -> tuple[list[Path], Path]:
         """(LoRAs, the one that is always on), written when they are first asked for."""

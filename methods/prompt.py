@@ -65,6 +65,11 @@ class LoRAWords:
         parts = [part.partition("=") for part in self.typed.split(",")]
         return tuple((phrase.strip(), other.strip()) for phrase, _, other in parts if phrase.strip())
 
+    @property
+    def known(self) -> bool:
+        """Whether anybody knows them, in a prompt or not."""
+        return bool(self.phrases or self.trigger)
+
 
 @dataclass(frozen=True)
 class Clause:

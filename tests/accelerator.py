@@ -10,7 +10,6 @@ With TESTS_ON=cuda the same tests use the machine's own CUDA device, whose waits
 
 from __future__ import annotations
 
-import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -25,8 +24,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 DEVICE, SECOND, CPU = torch.device("cuda", 0), torch.device("cuda", 1), torch.device("cpu")
-REAL = os.environ.get("TESTS_ON") == "cuda"
-"""Whether the device is there, and nothing has to be pretended."""
 ROOT = Path(__file__).parents[1]
 READS = {"_local_scalar_dense", "item", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "unique_dim",
          "unique_consecutive", "repeat_interleave"}

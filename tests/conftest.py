@@ -69,7 +69,8 @@ def pytest_collection_finish() -> None:
 def accelerator(monkeypatch: pytest.MonkeyPatch) -> Iterator[Accelerator | Watched]:
     """A device called cuda:0 that computes on the CPU and writes down waits and copies, or with TESTS_ON=cuda the
     machine's own; open during one test."""
-    from lora_ensemble.tests.accelerator import REAL, pretended, watched
+    from lora_ensemble.tests.accelerator import pretended, watched
+    from lora_ensemble.tests.on_gpu import REAL
 
     with (watched if REAL else pretended)(monkeypatch) as opened:
         yield opened

@@ -24,11 +24,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from .on_gpu import ARGUMENTS
+
 ROOT = Path(__file__).resolve().parents[1]
 PACK = "lora-ensemble"  # the folder in custom_nodes, and the name under which ComfyUI serves the pack's files
 FOLDERS = ("custom_nodes", "user", "models/checkpoints", "models/loras", "input", "output", "temp")
-ON_DEVICE = () if os.environ.get("TESTS_ON") == "cuda" else ("--cpu",)
-"""Arguments of ComfyUI for where tests compute."""
 HTTP = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # 127.0.0.1 is never behind a proxy
 
 
@@ -114,7 +114,7 @@ class Server:
 
     def start(self, timeout: float = 600.0) -> None:
         self.port = free_port()
-        command = [self.python, "main.py", *ON_DEVICE, "--disable-auto-launch", "--disable-api-nodes"]
+        command = [self.python, "main.py", *ARGUMENTS, "--disable-auto-launch", "--disable-api-nodes"]
         command += ["--port", str(self.port), "--base-directory", str(self.base)]
         command += ["--database-url", f"sqlite:///{self.base / 'user' / 'comfyui.db'}"]
         command += ["--disable-all-custom-nodes", "--whitelist-custom-nodes", *self.names,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from lora_ensemble.methods.session import Sent
-from lora_ensemble.tests.accelerator import DEVICE, REAL, OnDevice
+from lora_ensemble.tests.accelerator import DEVICE, OnDevice
+from lora_ensemble.tests.on_gpu import REAL
 
 pytestmark = pytest.mark.skipif(REAL, reason="nothing is pretended where the device is real")
 

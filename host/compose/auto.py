@@ -31,7 +31,7 @@ def best_method(ensemble: Ensemble, has_clip: bool) -> Choice:
     if len(acting) < 2:
         return Choice("Merge", "one LoRA has nobody to be kept apart from" if acting else "no LoRA takes turns")
     masked = [lora.name for lora, _ in acting if lora.mask is not None]
-    worded = [lora.name for lora, words in acting if lora.mask is None and (words.phrases or words.trigger)]
+    worded = [lora.name for lora, words in acting if lora.mask is None and words.known]
     if has_clip and worded and len(worded) + len(masked) > 1:
         places = " and ".join([f"{len(worded)} have words", *([f"{len(masked)} a mask"] if masked else [])])
         return Choice("Routed", f"of {len(acting)} LoRAs {places}, so each can act where it belongs")

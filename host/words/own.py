@@ -35,12 +35,6 @@ class OwnDelta:
     index: int
     entries: tuple[tuple, ...]
 
-    @property
-    def known(self) -> bool:
-        """Whether its words are known, in a prompt or not."""
-        own = self.words[self.index]
-        return bool(own.phrases or own.trigger)
-
 
 @dataclass(frozen=True)
 class OwnTold:
@@ -90,7 +84,7 @@ def on_own_words(clip: Any, deltas: Sequence[OwnDelta], out: dict[str, Any], pro
     clauses = {words: find_clauses(prompt, words).loras for words in {delta.words for delta in deltas}}
     owned = [(delta, clauses[delta.words][delta.index]) for delta in deltas]
     found = [(delta, own) for delta, own in owned if own.clauses]
-    absent = [(delta, own) for delta, own in owned if not own.clauses and delta.known]
+    absent = [(delta, own) for delta, own in owned if not own.clauses and delta.words[delta.index].known]
     gone = [delta for delta, _ in (*found, *absent)]
     if not gone:
         return out

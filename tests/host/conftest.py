@@ -41,8 +41,10 @@ life of a run and of a model, samplers, guiders and schemas, the models' own cod
 releases; the others ask what our own mathematics does, which one release shows."""
 
 if COMFYUI:
+    from lora_ensemble.tests.on_gpu import ARGUMENTS, REAL, dynamic_vram
+
     sys.path.insert(0, str(Path(COMFYUI).expanduser()))
-    arguments, sys.argv = sys.argv, [sys.argv[0], *([] if os.environ.get("TESTS_ON") == "cuda" else ["--cpu"])]
+    arguments, sys.argv = sys.argv, [sys.argv[0], *ARGUMENTS]
     import comfy.options
 
     comfy.options.enable_args_parsing()
@@ -51,10 +53,8 @@ if COMFYUI:
     import utils.extra_config  # noqa: F401  (as main.py: later `utils` would be found in comfy/)
 
     torch.set_num_threads(1)
-    if os.environ.get("TESTS_ON") == "cuda":
-        from lora_ensemble.tests.dynamic import switch_on
-
-        switch_on()
+    if REAL:
+        dynamic_vram()
     sys.argv = arguments
 
     import psutil

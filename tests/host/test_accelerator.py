@@ -22,7 +22,8 @@ from lora_ensemble.methods.composite import Composite
 from lora_ensemble.methods.loratorio import LoRAtorio
 from lora_ensemble.methods.merge import Merge
 from lora_ensemble.methods.switch import Switch
-from lora_ensemble.tests.accelerator import DEVICE, REAL
+from lora_ensemble.tests.accelerator import DEVICE
+from lora_ensemble.tests.on_gpu import REAL
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .builders import composite, merge, method, sample, three

@@ -13,7 +13,8 @@ from lora_ensemble.host.compose.composition import places_of
 from lora_ensemble.methods.composite import Composite
 from lora_ensemble.methods.merge import Merge
 from lora_ensemble.methods.switch import Switch
-from lora_ensemble.tests.accelerator import DEVICE, REAL
+from lora_ensemble.tests.accelerator import DEVICE
+from lora_ensemble.tests.on_gpu import REAL
 
 from .builders import composite, hooked, merge, method, same, sample, stock, three
 from .compiled import compiled

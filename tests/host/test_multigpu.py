@@ -18,8 +18,9 @@ from lora_ensemble.host.files.ensemble import LoRASpec
 from lora_ensemble.host.look.report import report
 from lora_ensemble.methods.cmlora import CMLoRA
 from lora_ensemble.methods.loratorio import LoRAtorio
-from lora_ensemble.tests.accelerator import DEVICE, REAL, Accelerator
+from lora_ensemble.tests.accelerator import DEVICE, Accelerator
 from lora_ensemble.tests.accelerator import SECOND as SECOND_CARD
+from lora_ensemble.tests.on_gpu import REAL
 
 from .builders import composite, merge, method, sample, stock, three
 from .caches import cached

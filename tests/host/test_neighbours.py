@@ -23,17 +23,8 @@ from torch import Tensor
 
 from .builders import composite, hooked, lora, merge, method, same, sample, schedule, shapes, stock, three
 from .models import FAMILIES, alive, base
-from .neighbours import (
-    FIRST_OF_A_SIDE,
-    REAL,
-    REAL_SKIPPING,
-    SKIPPING,
-    STAND_INS,
-    attention_couple,
-    easy_cache,
-    gguf,
-    pack,
-)
+from .neighbour_packs import REAL, REAL_SKIPPING, attention_couple, gguf, pack
+from .neighbours import FIRST_OF_A_SIDE, SKIPPING, STAND_INS, easy_cache
 from .runs import STEPS as RUN
 from .runs import part
 from .test_routed import prompt, routed, specs

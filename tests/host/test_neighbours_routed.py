@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from .builders import same, sample, stock
 from .models import FAMILIES, base
-from .neighbours import FIRST_OF_A_SIDE, REAL, REAL_SKIPPING, SKIPPING, STAND_INS
+from .neighbour_packs import REAL, REAL_SKIPPING
+from .neighbours import FIRST_OF_A_SIDE, SKIPPING, STAND_INS
 from .test_masks import LAST
 from .test_neighbours import anew, unloaded  # noqa: F401  (a fixture)
 from .test_routed import MARKS, bare, prompt, routed, specs

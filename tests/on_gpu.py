@@ -1,10 +1,18 @@
-"""ComfyUI's dynamic VRAM within a process of tests: what its server has on a GPU."""
+"""Where tests that need ComfyUI compute: on the CPU, or with TESTS_ON=cuda on a GPU, with ComfyUI's dynamic VRAM as its
+server has it there. Imports nothing of ComfyUI or torch by itself."""
 
 from __future__ import annotations
 
+import os
 
-def switch_on() -> bool:
-    """What `main.py` does before it loads anything; whether there is dynamic VRAM then."""
+REAL = os.environ.get("TESTS_ON") == "cuda"
+"""Whether an accelerator is there, and nothing has to be pretended."""
+ARGUMENTS = () if REAL else ("--cpu",)
+"""Of ComfyUI's command line."""
+
+
+def dynamic_vram() -> bool:
+    """Switch it on in this process, as `main.py` does before it loads anything; whether it is there then."""
     try:
         import comfy.cli_args
         import comfy_aimdo.control as control
