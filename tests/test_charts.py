@@ -265,6 +265,12 @@ def test_a_long_name_leaves_its_middle_out():
     assert measure().textlength(short, font(13)) <= 120
 
 
+def test_a_name_of_several_lines_is_drawn_in_one():
+    """Guards: where a file is called so, no chart and no sheet could be drawn."""
+    assert fitted(measure(), "two\nlines", 120, 13) == "two lines"
+    assert labels(["two\nlines.safetensors", "tab\t.safetensors"]) == ["LoRA 1", "LoRA 2"]
+
+
 @pytest.mark.parametrize("most", [1, 2, 3, 9])
 def test_a_text_takes_as_many_lines_as_it_may(most):
     """All but the last are full, and the last says what is left as far as it fits."""

@@ -14,6 +14,8 @@ import math
 import os
 from collections import OrderedDict
 from collections.abc import Mapping
+from functools import partial
+from unicodedata import normalize
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import comfy.lora_convert
@@ -61,20 +63,24 @@ _changes = 0
 
 def known(name: str) -> bool:
     """Whether a name is in one of the `loras` folders."""
-    return _path(name) is not None
+    return path_in(FOLDER, name) is not None
 
 
 def path_of(name: str) -> str:
-    """Full path of a LoRA by its name in the `loras` folders; names written on Windows are understood elsewhere."""
-    path = _path(name)
+    """Full path of a LoRA by its name in the `loras` folders, as `path_in` finds it."""
+    path = path_in(FOLDER, name)
     if path is not None:
         return path
     raise ValueError(f"LoRA '{name}' is not in any of the 'loras' folders. Put the file there and refresh the list "
                      "(R), or choose another one.")
 
 
-def _path(name: str) -> str | None:
-    paths = (folder_paths.get_full_path(FOLDER, spelling) for spelling in (name, name.replace("\\", "/")))
+def path_in(folder: str, name: str) -> str | None:
+    """Full path of a file in one of ComfyUI's kinds of folders, None where there is none. A name as another system
+    writes it is understood: Windows has backslashes between folders, and macOS may keep accents apart from letters."""
+    spellings = [change(each) for each in (name, name.replace("\\", "/"))
+                 for change in (str, partial(normalize, "NFC"), partial(normalize, "NFD"))]
+    paths = (folder_paths.get_full_path(folder, spelling) for spelling in dict.fromkeys(spellings))
     return next((path for path in paths if path is not None), None)
 
 

@@ -1,8 +1,10 @@
-"""LoRA files by the names that people write: without extension, without folder, in any case."""
+"""LoRA files by the names that people write: without extension, without folder, in any case, with accents in one letter
+or apart."""
 
 from __future__ import annotations
 
 from difflib import get_close_matches
+from unicodedata import normalize
 
 import folder_paths
 
@@ -33,7 +35,7 @@ def resolved(written: str) -> str:
 
 
 def _plain(name: str) -> str:
-    return name.replace("\\", "/").lower()
+    return normalize("NFC", name).replace("\\", "/").lower().strip()
 
 
 def _stem(name: str) -> str:

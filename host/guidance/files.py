@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from ...methods.guidance.adaptive import SPACES
 from ...methods.guidance.calibration import CALLS, Calibration
+from ..files.files import path_in
 from .coeffs import GuidanceCoeffs
 
 FOLDER, FORMAT, ENDING = "guidance_coeffs", "lora-ensemble-guidance-1", ".safetensors"
@@ -75,8 +76,8 @@ def check_place(name: str) -> str:
 
 
 def path_of(name: str) -> str:
-    """Full path of a file of coefficients. Raises ValueError where there is none."""
-    path = folder_paths.get_full_path(FOLDER, name)
+    """Full path of a file of coefficients, as `path_in` finds it. Raises ValueError where there is none."""
+    path = path_in(FOLDER, name)
     if path is None:
         raise ValueError(f"Guidance coefficients '{name}' are not in any of the '{FOLDER}' folders. Make them with "
                          "Calibrate Guidance and Save Guidance Coefficients, or choose another file.")

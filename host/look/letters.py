@@ -50,8 +50,8 @@ def plain(text: str) -> str:
 
 
 def has_letters(text: str) -> bool:
-    """Whether the font can write a text; it draws the same box for all that it cannot."""
-    return all(letter.isascii() or _drawn(letter) != _drawn("\uffff") for letter in set(text))
+    """Whether the font can write a text, in one line; it draws the same box for all that it cannot."""
+    return all(letter.isprintable() if letter.isascii() else _drawn(letter) != _drawn("\uffff") for letter in set(text))
 
 
 @cache
@@ -60,7 +60,8 @@ def _drawn(letter: str) -> bytes:
 
 
 def fitted(pen: ImageDraw.ImageDraw, name: str, room: float, size: int) -> str:
-    """A name with as much of its middle left out as it takes to fit."""
+    """A name, in one line, with as much of its middle left out as it takes to fit."""
+    name = name.replace("\n", " ")  # which names of files may have
     if pen.textlength(name, font(size)) <= room:
         return name
 

@@ -8,6 +8,7 @@ import os
 import struct
 import weakref
 from functools import partial
+from unicodedata import normalize
 
 import comfy.model_management
 import comfy.utils
@@ -19,6 +20,7 @@ from lora_ensemble.host.compose.composition import KEY
 from lora_ensemble.host.files import files
 from lora_ensemble.host.files.ensemble import LoRASpec
 from lora_ensemble.host.files.files import check_file, fingerprint
+from lora_ensemble.host.files.names import resolved
 from lora_ensemble.methods.merge import Merge
 from lora_ensemble.nodes.ensembles import LoRAEnsembleFromStack, LoRAEnsembleLoRA
 from safetensors.torch import save
@@ -305,6 +307,19 @@ def test_a_name_that_was_written_on_windows(raw, lora_folder):
     ours, reference = (merge(model, [LoRASpec(f"styles{end}ink.safetensors", 0.8, 0)]) for end in ("\\", "/"))
     assert torch.equal(sample(ours), sample(reference)) and not torch.equal(sample(ours), sample(model))
     assert fingerprint("styles\\ink.safetensors") == fingerprint("styles/ink.safetensors")
+
+
+@pytest.mark.parametrize(("there", "written"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_a_name_whose_accents_another_system_writes_otherwise(there, written, raw, lora_folder):
+    """macOS keeps them apart from their letters in many places, other systems do not."""
+    name = "Élégance.safetensors"
+    raw(save(small()), normalize(there, name))
+    if (lora_folder / normalize(written, name)).exists():
+        pytest.skip("this system takes both for one")
+    assert fingerprint(normalize(written, name)) == fingerprint(normalize(there, name))
+    check_file(normalize(written, name))
+    assert LoRAEnsembleLoRA.validate_inputs(lora_name=normalize(written, name)) is True
+    assert resolved(normalize(written, "élégance")) == normalize(there, name)
 
 
 @pytest.mark.parametrize("how", ["link", "stack"])

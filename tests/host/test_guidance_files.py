@@ -7,6 +7,7 @@ import logging
 import os
 import threading
 from dataclasses import replace
+from unicodedata import normalize
 
 import comfy.model_management
 import folder_paths
@@ -18,7 +19,7 @@ from lora_ensemble.host.guidance.calibrate import calibrate
 from lora_ensemble.host.guidance.coeffs import GuidanceCoeffs
 from lora_ensemble.methods.guidance import calibration
 from lora_ensemble.methods.guidance.calibration import CALLS, Calibration, NormalEquations
-from lora_ensemble.nodes.calibration import LoRAEnsembleSaveCoeffs
+from lora_ensemble.nodes.calibration import LoRAEnsembleLoadCoeffs, LoRAEnsembleSaveCoeffs
 from lora_ensemble.tests.fuzz_coeffs import Fuzz
 from safetensors.torch import save_file
 from torch import Tensor
@@ -63,6 +64,14 @@ def test_what_is_saved_is_loaded(found, folder):
     assert torch.equal(*out)
     assert files.save(found, "sd15/mine.safetensors") == "sd15/mine_2.safetensors"
     assert files.save(found, "sd15\\mine") == "sd15/mine_3.safetensors"
+
+
+def test_a_workflow_of_another_system_finds_its_file(found, folder):
+    """Windows lists folders with backslashes, macOS may write accents apart from their letters."""
+    files.save(found, "sd15/Größe")
+    for written in ("sd15\\Größe.safetensors", normalize("NFD", "sd15/Größe.safetensors")):
+        assert LoRAEnsembleLoadCoeffs.validate_inputs(coeffs_name=written) is True
+        assert equal(LoRAEnsembleLoadCoeffs.execute(written).args[0], found)
 
 
 def test_files_of_version_one_know_no_kind(found, folder):
