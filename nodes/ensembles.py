@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import folder_paths
 import torch
 from comfy_api.latest import io
 
 from ..host.files.ensemble import ROLES, Ensemble, LoRASpec, Mask
-from ..host.files.files import FOLDER, changes, check_file, fingerprint
+from ..host.files.files import FOLDER, changes, check_file, fingerprint, known
+from ..host.files.names import matching
 from .chain import check_chain
+from .said import say
 from .sockets import (
     HIDDEN,
     LoRAStack,
@@ -21,6 +25,7 @@ from .sockets import (
     strength_input,
 )
 
+log = logging.getLogger("lora_ensemble")
 LARGEST = 100.0
 """No strength of ComfyUI's own loader is larger."""
 
@@ -186,46 +191,76 @@ class LoRAEnsembleFromStack(io.ComfyNode):
         return str(changes())
 
     @classmethod
-    def execute(cls, lora_stack: Sequence[tuple[str, float, float] | None] | None,
-                ensemble: Ensemble | None = None) -> io.NodeOutput:
+    def execute(cls, lora_stack: Sequence[Any] | None, ensemble: Ensemble | None = None) -> io.NodeOutput:
         check_chain(cls, ensemble=ensemble)
         loras = from_stack(lora_stack, "LoRA Stack to Ensemble")
         for lora in loras:
             check_file(lora.name)
+        if told := "\n".join(left_out(lora_stack)):
+            log.warning("LoRA Stack to Ensemble: %s", told)
+            say(cls, told)
         return io.NodeOutput((*(ensemble or ()), *loras))
 
 
-def from_stack(stack: Sequence[tuple[str, float, float] | None] | None, node: str) -> Ensemble:
+def from_stack(stack: Sequence[Any] | None, node: str) -> Ensemble:
     """The LoRAs of a LORA_STACK, without its empty entries; none of a stacker that is switched off and hands on None.
 
-    Raises ValueError where an entry is not (file, model strength, clip strength), with strengths that a loader takes.
+    Raises ValueError where an entry is not (file, model strength, clip strength), with strengths that a loader takes;
+    what an entry has besides is for `left_out`.
     """
     loras = []
     for entry in stack or ():
         if entry is None:
             continue
         try:
-            name, strength_model, strength_clip = entry
+            name, strength_model, strength_clip, *_ = _parts(entry)
             if name not in (None, "", "None"):
                 strengths = float(strength_model), float(strength_clip)
                 if not all(abs(strength) <= LARGEST for strength in strengths):  # which a NaN is not, either
                     raise ValueError
-                loras.append(LoRASpec(relative_name(name), *strengths))
-        except (TypeError, ValueError, AttributeError):
+                loras.append(LoRASpec(in_the_list(name), *strengths))
+        except (TypeError, ValueError, AttributeError, KeyError):
             raise ValueError(
-                f"{node}: {str(entry)[:200]} is not (file, model strength, clip strength), strengths "
+                f"{node}: {_shown(entry)} is not (file, model strength, clip strength), strengths "
                 f"from -{LARGEST:g} to {LARGEST:g}. Connect a LORA_STACK output of a LoRA stacker or manager."
             ) from None
     return tuple(loras)
 
 
-def relative_name(name: str) -> str:
-    """A LoRA's name below the `loras` folders; some stackers hand over full paths."""
+def left_out(stack: Sequence[Any] | None) -> list[str]:
+    """A line for each LoRA of a LORA_STACK whose entry says more than its file and strengths, as stacks of packs that
+    merge files by themselves do."""
+    lines = []
+    for entry in filter(None, stack or ()):
+        name, _, _, *further = _parts(entry)
+        if name not in (None, "", "None") and further:
+            lines.append(f"{name}: its stack also says {', '.join(map(str, further))[:80]}, which has no effect here")
+    return lines
+
+
+def _parts(entry: Any) -> list[Any]:
+    """[file, model strength, clip strength, whatever else is said of it] of an entry of a LORA_STACK: a row of them, or
+    a table as LoRA-Optimizer makes it, with one strength and with the tensors of the file, which is read again."""
+    if isinstance(entry, Mapping):
+        return [entry["name"], entry["strength"], entry["strength"],
+                *(value for key, value in entry.items() if key not in ("name", "strength") and isinstance(value, str))]
+    return [*entry]
+
+
+def _shown(entry: Any) -> str:
+    """An entry for a message; of a table its keys: it may hold a whole file."""
+    return str(list(entry) if isinstance(entry, Mapping) else entry)[:200]
+
+
+def in_the_list(name: str) -> str:
+    """A LoRA's name as ComfyUI lists it. Some stackers hand over full paths, others names as prompts write them,
+    without extension or folder; one that may be several files, or none, stays as it is."""
     for folder in folder_paths.get_folder_paths(FOLDER):
         root = os.path.join(os.path.abspath(folder), "")
         if os.path.normpath(name).startswith(root):
             return os.path.normpath(name)[len(root) :]
-    return name
+    meant = [] if known(name) else matching(name)
+    return meant[0] if len(meant) == 1 else name
 
 
 NODES: list[type[io.ComfyNode]] = [LoRAEnsembleLoRA, LoRAEnsembleFromStack]

@@ -13,7 +13,7 @@ from ..host.compose.apply import with_reason
 from ..host.compose.auto import best_method
 from ..host.compose.composition import KEY
 from ..host.files.ensemble import Ensemble, LoRASpec
-from ..host.files.files import FOLDER, changes, check_file, fingerprint, known
+from ..host.files.files import FOLDER, changes, check_file, fingerprint, known, listed
 from ..host.files.header_alphas import passed_over
 from ..host.files.metadata import is_proposed
 from ..host.words.known import lora_words
@@ -21,7 +21,7 @@ from .baselines import LoRAEnsembleComposite, LoRAEnsembleMerge, LoRAEnsembleSwi
 from .border import check, shown
 from .chain import check_chain
 from .cmlora import LoRAEnsembleCMLoRA
-from .ensembles import from_stack
+from .ensembles import from_stack, left_out
 from .klora import LoRAEnsembleESTLoRA, LoRAEnsembleKLoRA
 from .loratorio import LoRAEnsembleLoRAtorio
 from .routed import LoRAEnsembleRouted
@@ -126,8 +126,9 @@ class LoRAEnsembleStack(io.ComfyNode):
             check_file(lora.name)
         ensemble = (*(ensemble or ()), *stacked, *(with_mask(row, masks) for row in rows))
         model, clip, told = composed(model, clip, ensemble, method, rows)
+        told = "\n".join([told, *left_out(lora_stack)])
         say(cls, told)
-        stack = [(lora.name, lora.strength_model, lora.strength_clip) for lora in ensemble if lora.acts]
+        stack = [(listed(lora.name), lora.strength_model, lora.strength_clip) for lora in ensemble if lora.acts]
         return io.NodeOutput(model, clip, ensemble, stack, ui=ui.PreviewText(told))
 
 

@@ -100,7 +100,9 @@ def on_its_weights(spec: LoRASpec, on_weights: bool) -> bool:
 def check_some(ensemble: Ensemble, node: str) -> None:
     """Raises ValueError for an empty ensemble."""
     if not ensemble:
-        raise ValueError(f"{node}: the ensemble is empty. Connect at least one 'LoRA (Ensemble)' node to it.")
+        raise ValueError(f"{node}: the ensemble is empty. Connect at least one 'LoRA (Ensemble)' node to it, or switch "
+                         "on a LoRA of the stack that it comes from. The node 'LoRA Ensemble' takes an empty stack, "
+                         "too, and hands the model on as it is.")
 
 
 def facts_of(model, clip, specs: Sequence[LoRASpec], on_weights: bool) -> Hashable:

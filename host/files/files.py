@@ -66,6 +66,11 @@ def known(name: str) -> bool:
     return path_in(FOLDER, name) is not None
 
 
+def listed(name: str) -> str:
+    """The spelling of a name that ComfyUI itself finds, for nodes of other packs."""
+    return next((spelling for spelling in _spellings(name) if folder_paths.get_full_path(FOLDER, spelling)), name)
+
+
 def path_of(name: str) -> str:
     """Full path of a LoRA by its name in the `loras` folders, as `path_in` finds it."""
     path = path_in(FOLDER, name)
@@ -78,10 +83,13 @@ def path_of(name: str) -> str:
 def path_in(folder: str, name: str) -> str | None:
     """Full path of a file in one of ComfyUI's kinds of folders, None where there is none. A name as another system
     writes it is understood: Windows has backslashes between folders, and macOS may keep accents apart from letters."""
-    spellings = [change(each) for each in (name, name.replace("\\", "/"))
-                 for change in (str, partial(normalize, "NFC"), partial(normalize, "NFD"))]
-    paths = (folder_paths.get_full_path(folder, spelling) for spelling in dict.fromkeys(spellings))
+    paths = (folder_paths.get_full_path(folder, spelling) for spelling in _spellings(name))
     return next((path for path in paths if path is not None), None)
+
+
+def _spellings(name: str) -> list[str]:
+    return list(dict.fromkeys(change(each) for each in (name, name.replace("\\", "/"))
+                              for change in (str, partial(normalize, "NFC"), partial(normalize, "NFD"))))
 
 
 def fingerprint(name: str) -> str:

@@ -13,8 +13,9 @@ import pytest
 import torch
 from comfy_api.latest import io
 from lora_ensemble.host.files.ensemble import ROLES, LoRASpec
+from lora_ensemble.host.files.files import path_of
 from lora_ensemble.nodes.baselines import LoRAEnsembleComposite, LoRAEnsembleMerge, LoRAEnsembleSwitch
-from lora_ensemble.nodes.ensembles import LoRAEnsembleFromStack, LoRAEnsembleLoRA, from_stack
+from lora_ensemble.nodes.ensembles import LoRAEnsembleFromStack, LoRAEnsembleLoRA, from_stack, left_out
 from lora_ensemble.nodes.menu import SHELVES, advanced
 from lora_ensemble.nodes.order import turns_of
 
@@ -287,6 +288,51 @@ def test_what_is_no_stack_entry_is_refused(entry):
         from_stack([entry], "a stack")
 
 
+def test_names_of_a_stack_may_be_as_prompts_write_them(two, raw, lora_folder):
+    """Those that are read from a prompt have no extension; Lora-Manager's text has no folder, either."""
+    (lora_folder / "sub").mkdir(exist_ok=True)
+    content = (lora_folder / two[0]).read_bytes()
+    only = raw(content, "sub/only one, v1.2.safetensors")
+    for name in ("only one, v1.2", "only one, v1.2.safetensors", "sub/only one, v1.2",
+                 "sub\\only one, v1.2.safetensors"):
+        (lora,) = LoRAEnsembleFromStack.execute([(name, 1.0, 1.0)]).args[0]
+        assert path_of(lora.name) == path_of(only)
+    raw(content, "only one, v1.2.sft")
+    raw(content, "sub/twice.safetensors")
+    raw(content, "sub/twice.sft")
+    with pytest.raises(ValueError, match="'twice' is not in any"):
+        LoRAEnsembleFromStack.execute([("twice", 1.0, 1.0)])
+
+
+def merging(lora_name: str, strength: float, conflict_mode: str) -> dict:
+    """An entry as LoRA-Optimizer's *LoRA Stack* makes it."""
+    return {"name": lora_name, "lora": {"a layer": torch.zeros(2)}, "strength": strength,
+            "conflict_mode": conflict_mode, "key_filter": "all", "metadata": {}}
+
+
+def test_stacks_that_say_more_than_strengths(two):
+    """LoRA-Optimizer's, whose two stackers say how to merge as well."""
+    stack = [(two[0], 0.8, 0.3, "low_conflict", "all"), merging(two[1], 0.5, "all"), ("None", 1.0, 1.0, "all", "all"),
+             (two[1], 1.0, 1.0)]
+    assert LoRAEnsembleFromStack.execute(stack).args[0] == (
+        LoRASpec(two[0], 0.8, 0.3), LoRASpec(two[1], 0.5, 0.5), LoRASpec(two[1], 1.0, 1.0))
+    assert left_out(stack) == [f"{two[0]}: its stack also says low_conflict, all, which has no effect here",
+                               f"{two[1]}: its stack also says all, all, which has no effect here"]
+
+
+def test_what_a_stack_says_besides_is_told(two, caplog):
+    LoRAEnsembleFromStack.execute([(two[0], 0.8, 0.3, "low_conflict")])
+    assert "also says low_conflict, which has no effect" in caplog.text
+
+
+def test_a_stack_without_a_file_is_told_without_its_tensors():
+    with pytest.raises(ValueError, match="extracted from a model.* is not in any"):
+        LoRAEnsembleFromStack.execute([merging("<extracted from a model>", 1.0, "all")])
+    with pytest.raises(ValueError, match=r"\['lora'\] is not \(file") as refused:
+        from_stack([{"lora": {"a layer": torch.zeros(2)}}], "a stack")
+    assert "tensor" not in str(refused.value)
+
+
 def test_a_missing_file_of_a_stack_is_named():
     with pytest.raises(ValueError, match="gone.safetensors"):
         LoRAEnsembleFromStack.execute([("gone.safetensors", 1.0, 1.0)])
@@ -327,7 +373,8 @@ def test_the_notation_is_checked_before_the_run():
     (LoRAEnsembleComposite, []),
 ])  # fmt: skip
 def test_an_empty_ensemble_is_refused_by_the_node_that_needs_one(node, options):
-    with pytest.raises(ValueError, match=f"{node.GET_SCHEMA().display_name}: the ensemble is empty. Connect"):
+    with pytest.raises(ValueError, match=f"{node.GET_SCHEMA().display_name}: the ensemble is empty. Connect.*, or "
+                       "switch on a LoRA of the stack"):
         node.execute(base("SD15"), (), *options)
 
 

@@ -73,7 +73,7 @@ def test_a_clip_that_asks_for_contrast_keeps_asking(small, files):
 def test_names_may_lack_folder_and_extension(files):
     for written in ("person.v2", "person.v2.safetensors", "Person.V2"):
         assert resolved(written) == files[0]
-    for written in ("styles/ghibli", "styles\\ghibli.safetensors", "ghibli"):
+    for written in ("styles/ghibli", "styles\\ghibli.safetensors", "ghibli", "ghibli.safetensors"):
         assert resolved(written).replace("\\", "/") == files[2]
 
 

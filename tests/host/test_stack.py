@@ -6,6 +6,7 @@ import json
 import logging
 from types import SimpleNamespace
 
+import folder_paths
 import pytest
 import torch
 from comfy_api.latest import _io, io
@@ -236,6 +237,16 @@ def test_what_comes_before_the_rows(two):
     assert ensemble == (*earlier, LoRASpec(two[0], 0.2, 0.1), LoRASpec(two[0], 1.0, 1.0), LoRASpec(two[1], 0.0, 0.0))
     assert stack == [(two[1], 0.3, 0.0), (two[0], 0.2, 0.1), (two[0], 1.0, 1.0)]
     assert LoRAEnsembleFromStack.execute(stack).args[0] == (LoRASpec(two[1], 0.3, 0.0), *ensemble[1:3])
+
+
+def test_its_stack_has_names_that_other_nodes_find(two, raw, lora_folder):
+    """Guard: `listed`. A workflow from Windows names files with backslashes, which other packs hand to ComfyUI."""
+    (lora_folder / "sub").mkdir(exist_ok=True)
+    raw((lora_folder / two[0]).read_bytes(), "sub/a.safetensors")
+    out = NODE.execute(base("SD15"), "Merge", **nested(lora_1="sub\\a.safetensors"),
+                       lora_stack=[(two[0], 0.2, 0.1, "low_conflict")])
+    assert all(folder_paths.get_full_path("loras", name) for name, *_ in out.args[3])
+    assert "also says low_conflict, which has no effect" in out.ui.as_dict()["text"][0].splitlines()[-1]
 
 
 def test_a_file_of_a_stack_is_checked():
