@@ -26,16 +26,16 @@ DYNAMIC = "COMFY_DYNAMICCOMBO_V3"
 
 
 def guard(node: type[io.ComfyNode]) -> None:
-    """Check all inputs of a node against its schema: typed-in ones before the run, all of them before `execute`. What
-    is set in vain is told afterwards.
+    """Check all inputs of a node against its schema before `execute`; what is set in vain is told afterwards. Where the
+    node has a `validate_inputs`, what that asks for is checked before the run, and its answer is one that the front end
+    can show.
 
-    Both say in words which input is wrong, what it is and what it must be: `validate_inputs` in its answer, which the
-    front end shows as `shown` says, `execute` by a ValueError.
+    Both say in words which input is wrong, what it is and what it must be, `execute` by a ValueError.
+
+    ComfyUI calls `validate_inputs` with those inputs alone that it names, leaves all checks of their values to it, and
+    shows a text that it returns once for each of them: it is to name the one that its text is about.
     """
     execute, parts = node.execute.__func__, {part.id: part for part in node.define_schema().inputs}
-    own = getattr(node.validate_inputs, "__func__", None) if "validate_inputs" in vars(node) else None
-    own_parameters = list(inspect.signature(own).parameters.values())[1:] if own is not None else []
-    own_names = [parameter.name for parameter in own_parameters]
     signature = inspect.signature(execute)
     rest = next((name for name, each in signature.parameters.items() if each.kind is each.VAR_KEYWORD), None)
 
@@ -55,28 +55,26 @@ def guard(node: type[io.ComfyNode]) -> None:
         tell(schema, unused(schema, given))
         return out
 
-    def validate(cls, **typed: Any) -> bool | str:
-        name = node.define_schema().display_name
+    node.execute = classmethod(checked)
+    if "validate_inputs" not in vars(node):
+        return
+    validate = node.validate_inputs.__func__
+    if inspect.getfullargspec(validate).varkw is not None:
+        return  # it takes all inputs and checks them itself
+
+    @functools.wraps(validate)
+    def answered(cls, **typed: Any) -> bool | str:
         try:
             for key, value in typed.items():
                 if value is not None:  # a link, or an optional input that is not there
-                    check(name, parts[key], value)
+                    check(cls.define_schema().display_name, parts[key], value)
         except ValueError as error:
             return shown(str(error))
-        answer = own(cls, **{key: typed[key] for key in own_names if key in typed}) if own is not None else True
+        answer = validate(cls, **typed)
         return shown(answer) if isinstance(answer, str) else answer
 
-    node.execute = classmethod(checked)
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in own_parameters):
-        return  # it takes all inputs and checks them itself
-    # Of what is named here ComfyUI leaves all checks of values to the node: whole numbers and combos stay with it.
-    names = [key for key, part in parts.items()
-             if key in own_names or isinstance(part, io.Float.Input) or _socket(part)]
-    # ComfyUI asks for the names of the positional arguments, and calls with keywords.
-    place = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    validate.__signature__ = inspect.Signature([
-        inspect.Parameter("cls", place), *(inspect.Parameter(key, place, default=None) for key in names)])
-    node.validate_inputs = classmethod(validate)
+    answered.__signature__ = inspect.signature(validate)  # ComfyUI asks for the names, of this function itself
+    node.validate_inputs = classmethod(answered)
 
 
 def check(node: str, part: io.Input, value: object) -> None:

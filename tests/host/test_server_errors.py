@@ -32,6 +32,8 @@ def test_damaged_file_is_refused_before_the_run(server: Server, file: str, remed
     with pytest.raises(PromptRefused) as refused:
         server.run(prompt)
     assert set(refused.value.reasons) == {"lora2"}
+    (error,) = refused.value.answer["node_errors"]["lora2"]["errors"]
+    assert error["extra_info"]["input_name"] == "lora_name"
     assert file in refused.value.reasons["lora2"] and remedy in refused.value.reasons["lora2"]
     assert pictures(server, changed("merge", filename_prefix=file)).std() > 5
 
