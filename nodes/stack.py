@@ -29,6 +29,7 @@ from .rows import NODE, Row, check_openings, row_inputs, rows_of, with_mask
 from .said import say
 from .sockets import (
     HIDDEN,
+    TOLD_HERE,
     LoRAStack,
     clip_input,
     clip_output,
@@ -67,6 +68,7 @@ class LoRAEnsembleStack(io.ComfyNode):
             search_aliases=["multi", "multi lora", "lora stack", "lora loader", "power lora", "lora stacker",
                             "several loras", "combine loras", "load lora"],
             hidden=[*HIDDEN, io.Hidden.prompt],
+            not_idempotent=TOLD_HERE,
             inputs=[
                 model_input(),
                 io.Combo.Input(

@@ -229,6 +229,12 @@ def test_examples_look_alike(path):
             } == {node["title"]: COLOURS[node["title"]] for node in graph["nodes"] if node.get("title") in COLOURS}
 
 
+def test_every_example_is_a_workflow_of_its_own():
+    """By its id the page tells which of several open workflows a run belongs to."""
+    ids = [json.loads(path.read_text(encoding="utf-8"))["id"] for path in WORKFLOWS]
+    assert len(set(ids)) == len(ids)
+
+
 FOLDERS = {"CheckpointLoaderSimple": "checkpoints", "LTXVAudioVAELoader": "checkpoints",
            "UNETLoader": "diffusion_models", "CLIPLoader": "text_encoders", "DualCLIPLoader": "text_encoders",
            "VAELoader": "vae", "CLIPVisionLoader": "clip_vision", "LoRAEnsembleLoRA": "loras"}

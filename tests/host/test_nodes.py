@@ -9,9 +9,12 @@ from pathlib import Path
 
 import folder_paths
 import lora_ensemble
+import nodes as host_nodes
 import pytest
 import torch
 from comfy_api.latest import io
+from comfy_execution.caching import CacheKeySetInputSignature
+from comfy_execution.graph import DynamicPrompt
 from lora_ensemble.host.files.ensemble import ROLES, LoRASpec
 from lora_ensemble.host.files.files import path_of
 from lora_ensemble.nodes.baselines import LoRAEnsembleComposite, LoRAEnsembleMerge, LoRAEnsembleSwitch
@@ -153,12 +156,21 @@ def test_execute_takes_exactly_the_inputs_of_the_schema(node):
 
 
 @each_node
-def test_a_node_that_composes_has_its_id(node):
+def test_a_node_that_composes_is_not_taken_for_an_equal_one(node, monkeypatch):
     """What it does while a model samples is told on it, not on an equal node whose output the host has kept."""
     schema = node.GET_SCHEMA()
     composes = "LORA_ENSEMBLE" in {part.io_type for part in schema.inputs} \
         and "MODEL" in {part.io_type for part in schema.outputs}
-    assert not composes or io.Hidden.unique_id in schema.hidden
+    monkeypatch.setitem(host_nodes.NODE_CLASS_MAPPINGS, schema.node_id, node)
+    prompt = DynamicPrompt({name: {"class_type": schema.node_id, "inputs": {}} for name in "ab"})
+    keys = CacheKeySetInputSignature(prompt, "ab", Unchanged())
+    asyncio.run(keys.add_keys("ab"))
+    assert (keys.get_data_key("a") != keys.get_data_key("b")) == composes
+
+
+class Unchanged:
+    async def get(self, node_id: str) -> str:
+        return ""
 
 
 @each_node
