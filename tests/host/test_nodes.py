@@ -9,7 +9,6 @@ from pathlib import Path
 
 import folder_paths
 import lora_ensemble
-import nodes as host_nodes
 import pytest
 import torch
 from comfy_api.latest import io
@@ -21,6 +20,8 @@ from lora_ensemble.nodes.baselines import LoRAEnsembleComposite, LoRAEnsembleMer
 from lora_ensemble.nodes.ensembles import LoRAEnsembleFromStack, LoRAEnsembleLoRA, from_stack, left_out
 from lora_ensemble.nodes.menu import SHELVES, advanced
 from lora_ensemble.nodes.order import turns_of
+
+import nodes as host_nodes
 
 from .models import base
 
