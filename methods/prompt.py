@@ -80,6 +80,11 @@ class Clause:
     start: int
     end: int
 
+    @property
+    def span(self) -> Range:
+        """Its place in the text, by which it is known whoever else's clauses are looked for."""
+        return self.start, self.end
+
 
 @dataclass(frozen=True)
 class LoRAClauses:
@@ -107,6 +112,12 @@ class Found:
     loras: tuple[LoRAClauses, ...]
     others: tuple[Clause, ...] = ()
     notes: tuple[str, ...] = ()
+
+    @property
+    def spans(self) -> tuple[Range, ...]:
+        """The places of all clauses in the text, each once."""
+        clauses = (*(clause for lora in self.loras for clause in lora.clauses), *self.others)
+        return tuple(dict.fromkeys(clause.span for clause in clauses))
 
 
 _PLACES = (

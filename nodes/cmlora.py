@@ -168,8 +168,9 @@ class LoRAEnsembleCMLoRA(io.ComfyNode):
                           cache_depth > 0, dominant_full, steps_per_lora, cache_age)
 
         composed, merged = apply_method(model, clip, ensemble, cmlora, node="CMLoRA", placing=Placing(place))
-        if cache_depth > 0 and order != "switch-a":
-            count = len(composed.get_attachment(KEY).applied[-1].names)
+        last = composed.get_attachment(KEY).applied[-1]
+        if cache_depth > 0 and order != "switch-a" and not last.always:
+            count = len(last.names)
             age = AgeBySteps(count, c1, c2) if cache_age == 0 else cache_age or oldest(count, c1, c2)
             composed = with_cache(composed, CacheSpec(max_age=age, depth=cache_depth, forecast=features == "forecast"))
         return io.NodeOutput(composed, merged)

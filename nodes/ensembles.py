@@ -154,7 +154,8 @@ def check_window(lora: LoRASpec, node: str) -> None:
 
 
 def checked_mask(mask: torch.Tensor, name: str, node: str) -> torch.Tensor:
-    """The mask, if it can confine a LoRA. Raises ValueError for one without pixels or with numbers that are none."""
+    """The mask as [B, height, width], if it can confine a LoRA. Raises ValueError for one without pixels or with
+    numbers that are none."""
     if mask.numel() == 0:
         raise ValueError(f"{node}: the mask for '{name}' has no pixels, its size is {tuple(mask.shape)}. A "
                          "node that found nothing makes such masks. Connect another one, or none to let the LoRA act "
@@ -162,7 +163,12 @@ def checked_mask(mask: torch.Tensor, name: str, node: str) -> torch.Tensor:
     if not mask.isfinite().all():
         raise ValueError(f"{node}: the mask for '{name}' holds values that are no numbers (NaN or infinite). "
                          "Make it anew: its values go from 0 to 1.")
-    return mask
+    return several(mask)
+
+
+def several(mask: torch.Tensor) -> torch.Tensor:
+    """[B, height, width] of a MASK: some nodes give a single one without B, or one with a channel."""
+    return mask[None] if mask.ndim == 2 else mask.flatten(0, -3)
 
 
 class LoRAEnsembleFromStack(io.ComfyNode):

@@ -57,7 +57,8 @@ class LoRAEnsembleNoiseLevels(io.ComfyNode):
         found = divided(ensemble, folder_paths.get_filename_list(FOLDER), unnamed) if low_noise is None else \
             side_by_side(ensemble, low_noise)
         for spec in (*found.high, *found.low):
-            check_file(spec.name)
+            if spec.acts:
+                check_file(spec.name)
         for line in found.problems:
             log.warning("%s: %s", NODE, line)
         return io.NodeOutput(found.high, found.low, "\n".join(found.lines))

@@ -77,7 +77,7 @@ class LoRAEnsemblePrompt(io.ComfyNode):
         check_chain(cls, ensemble=ensemble)
         text, named = ensemble_of(text)
         ensemble = (*(ensemble or ()), *named)
-        words = lora_words(ensemble)
+        words = lora_words(ensemble) or getattr(clip, "lora_ensemble_words", ())  # of a method node's CLIP, its LoRAs'
         clip = marked(clip, words, getattr(clip, "lora_ensemble_contrast", False))
         conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(text))
         told = report(find_clauses(conditioning[0][1][PROMPT], words)) if conditioning else ""

@@ -22,7 +22,7 @@ from comfy_api.latest import io
 from ..host.files.ensemble import ROLES, LoRASpec, Mask
 from ..host.files.files import check_file
 from .border import check
-from .ensembles import check_window, checked_mask, window_inputs
+from .ensembles import check_window, checked_mask, several, window_inputs
 from .sockets import MOST_ROWS, strength_input
 
 EMPTY = "None"
@@ -43,16 +43,22 @@ class Row:
 def row_inputs(names: Sequence[str], number: int = 1) -> list[io.Input]:
     """The widgets of a row and all below it; `names` are the files to choose from."""
     return [
+        *_fields(names, number),
+        _opening(f"more_{number}", _more(number), "Whether the row shows its further settings: words, strength for "
+                 "CLIP, role, mask and when it acts. no: they have their defaults."),
+        *([_opening(f"row_{number + 1}", row_inputs(names, number + 1), "Whether there is another row below.")]
+          if number < MOST_ROWS else []),
+    ]  # fmt: skip
+
+
+def _fields(names: Sequence[str], number: int) -> list[io.Input]:
+    return [
         io.Boolean.Input(f"on_{number}", default=True, optional=True,
                          tooltip="Whether the LoRA acts. One that is off keeps its number and its words."),
         io.Combo.Input(f"lora_{number}", options=[EMPTY, *names], default=EMPTY, optional=True,
                        tooltip="A file in ComfyUI's models/loras. None: an empty row."),
         strength_input(f"strength_{number}", "How strongly the LoRA acts. May be negative; 0 leaves it out.",
                        optional=True),
-        _opening(f"more_{number}", _more(number), "Whether the row shows its further settings: words, strength for "
-                 "CLIP, role, mask and when it acts. no: they have their defaults."),
-        *([_opening(f"row_{number + 1}", row_inputs(names, number + 1), "Whether there is another row below.")]
-          if number < MOST_ROWS else []),
     ]  # fmt: skip
 
 
@@ -133,7 +139,7 @@ def check_openings(inputs: Mapping[str, Any]) -> None:
 
 
 def _row(own: Mapping[str, Any], number: int) -> Row | None:
-    parts = {part.id: part for part in (*row_inputs([], number)[:3], *_more(number))}
+    parts = {part.id: part for part in (*_fields([], number), *_more(number))}
     given = {**own, **_opened(own, f"more_{number}")}
 
     def value(field: str) -> Any:
@@ -166,6 +172,7 @@ def with_mask(row: Row, masks: torch.Tensor | None) -> LoRASpec:
     """
     if not row.mask:
         return row.spec
+    masks = None if masks is None else several(masks)
     if masks is None or row.mask > len(masks):
         there = "nothing is connected to masks" if masks is None else f"masks has {len(masks)}"
         raise ValueError(f"{NODE}, row {row.number}: it asks for mask {row.mask}, and {there}. Connect a batch of "

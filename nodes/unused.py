@@ -29,6 +29,8 @@ _GUIDANCE: list[Rule] = [
     (("coeffs", "if_different"), lambda given: given["mode"] in ("saving", "LinearAG"), _MODE),
     (("space", "ramp_steps", "read_back"), lambda given: given["mode"] in ("threshold", "saving"), _MODE),
     (("decision", "min_guided_steps"), lambda given: given["mode"] != "LinearAG", _MODE),
+    (("decision",), lambda given: given["mode"] != "extrapolate" or given["tolerance"] > 0,
+     "mode is {mode} without a tolerance: all pictures take the same steps"),
 ]
 _RULES: dict[str, list[Rule]] = {
     "LoRAEnsembleLoRA": [
@@ -61,6 +63,8 @@ _RULES: dict[str, list[Rule]] = {
 _ALONE = {"LoRAEnsembleSwitch", "LoRAEnsembleComposite", "LoRAEnsembleCMLoRA", "LoRAEnsembleKLoRA",
           "LoRAEnsembleESTLoRA"}
 """Methods that have nothing to do with one LoRA alone."""
+_COMPOSE = {*_ALONE, "LoRAEnsembleRouted", "LoRAEnsembleLoRAtorio", "LoRAEnsembleSpectrum"}
+"""Those that work with LoRAs that are not always on."""
 _SIDES = {"LoRAEnsembleKLoRA", "LoRAEnsembleESTLoRA"}
 
 
@@ -88,6 +92,9 @@ def _of_loras(schema: io.Schema, ensemble: Ensemble) -> list[str]:
     composed = [spec for spec in active if spec.role != ALWAYS]
     if not active:
         return ["all model strengths are 0: no LoRA acts on the model"]
+    if schema.node_id in _COMPOSE and not composed:
+        return [f"all LoRAs that act have the role always: they are part of the model, and {schema.display_name} has "
+                "no other to work with"]
     if schema.node_id in _ALONE and len(composed) == 1:
         return [f"{composed[0].name} is the only LoRA to compose: {schema.display_name} does what Merge LoRAs does"]
     found = set(sides([spec.role for spec in composed]))

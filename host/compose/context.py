@@ -35,10 +35,8 @@ def run_context(sigmas: Tensor, noise: Tensor, shapes: Sequence[Sequence[int]] |
     return RunContext(tuple(sigmas.detach().float().cpu().tolist()), shape=tuple((shapes or [noise.shape])[0]))
 
 
-def method_contexts(context: RunContext, model, applied: Sequence[Applied], conds: Mapping[str, Sequence[Mapping]],
-                    earlier: Earlier | None = None, noisy: bool = False) -> list[RunContext]:
-    """The context per method applied to a MODEL: with the model's times, and with the masks, the windows and the shares
-    in a guider's conds of that method's LoRAs.
+def timed(context: RunContext, model, earlier: Earlier | None = None, noisy: bool = False) -> RunContext:
+    """The context with the model's times, and with the place of this run among those of its picture.
 
     earlier   the run whose picture this one goes on with, where that is known
     noisy     whether the latent comes with its noise: this run goes on with a picture, or begins one with no noise
@@ -52,14 +50,20 @@ def method_contexts(context: RunContext, model, applied: Sequence[Applied], cond
     if earlier is not None and earlier.sigmas and context.sigmas[-1] == 0:  # the last run knows all steps
         begun = _percent(sampling, earlier.sigmas[0])
         first = begun + (1 - begun) * before / max(whole - 1, 1)
-    timed = replace(context, times=times + own, span=(first, last), before=before, whole=whole)
+    return replace(context, times=times + own, span=(first, last), before=before, whole=whole)
+
+
+def method_contexts(context: RunContext, model, applied: Sequence[Applied], conds: Mapping[str, Sequence[Mapping]],
+                    earlier: Earlier | None = None) -> list[RunContext]:
+    """A `timed` context per method applied to a MODEL: with the masks, the windows and the shares in a guider's conds
+    of that method's LoRAs, and what was left of the method in the run before."""
     device = model.load_device
     placed = [[on_latent(mask, context.shape) for mask in each.masks] for each in applied]
     windowed = any(each.windows for each in applied)
     known = earlier.sigmas if earlier is not None else ()
-    times = _schedule(sampling, context.sigmas, timed, known) if windowed else ()
+    times = _schedule(model.get_model_object("model_sampling"), context.sigmas, context, known) if windowed else ()
     left, names = earlier.left if earlier is not None else {}, names_of([each.method for each in applied])
-    return [replace(timed, masks=tuple(mask if mask is None else mask.to(device) for mask in masks),
+    return [replace(context, masks=tuple(mask if mask is None else mask.to(device) for mask in masks),
                     gains=gains_of(each.windows, times), shares=shares_of(conds, each.asked), left=left.get(name))
             for masks, each, name in zip(placed, applied, names, strict=True)]
 

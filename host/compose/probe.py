@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from uuid import UUID, uuid4
 
-import torch
 from torch import Tensor, nn
 
 from ...engine.positions import Places
@@ -27,6 +26,9 @@ from .rows import in_range
 
 CONTRAST = "lora_ensemble_contrast"
 """Prefix of the names under which a guider holds what its prompts bring to be compared with: a name of their own."""
+OTHER_WORDS = ("a prompt was encoded with the words of other LoRAs than this method's, so contrast has not all that it "
+               "compares, and the LoRAs act everywhere in it. Encode it with the CLIP of this method node; connect the "
+               "same ensemble to Ensemble Prompt, or none")
 
 
 @dataclass
@@ -165,11 +167,13 @@ def _why_not(regions: RoutedLoRAs, root: nn.Module, compiled: bool, others: Sequ
 def _compare(regions: RoutedLoRAs, positive: list[list[dict]], evaluate: Callable[[list[list[dict]]], list[Tensor]],
              variants: Mapping[str, list[dict]]) -> None:
     for entry in (entry for cond in positive for entry in cond):
-        names = [f"{entry.get(CONTRAST)} {k}" for k in range(len(entry.get(WITHOUT) or ()))]
-        if not names or any(name not in variants for name in names):
-            continue
-        whole, *parts = evaluate([[entry], *([_like(entry, variants[name][0])] for name in names)])
-        regions.compare(entry["uuid"], whole, torch.stack(parts))
+        held = {span: variants.get(f"{entry.get(CONTRAST)} {span}") for span, _ in entry.get(WITHOUT) or ()}
+        rests = [held.get(span) for span in regions.spans(entry["uuid"])]
+        if held and None in rests:
+            regions.tell(OTHER_WORDS)
+        elif held and rests:
+            whole, *parts = evaluate([[entry], *([_like(entry, rest[0])] for rest in rests)])
+            regions.compare(entry["uuid"], whole, parts)
 
 
 def with_variants(conds: dict[str, list[dict]]) -> list[str]:
@@ -178,7 +182,7 @@ def with_variants(conds: dict[str, list[dict]]) -> list[str]:
     added = []
     for name, entries in list(conds.items()):
         for number, entry in enumerate(entries):
-            more = [(str(index), other) for index, other in entry.get(WITHOUT) or ()]
+            more = list(entry.get(WITHOUT) or ())
             more += [(PROBE, entry[PROBE])] if entry.get(PROBE) else []
             if more:
                 entry[CONTRAST] = f"{CONTRAST} {name} {number}"

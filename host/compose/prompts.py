@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +11,7 @@ from torch.nn import functional as F
 
 from ...methods.counted import counted, verb
 from ...methods.prompt import LoRAClauses, LoRAWords, PromptTokens, find_clauses
+from ...methods.prompt_text import Range
 from ...methods.routed import Clauses, clauses_of
 from ..words.marked import PROMPT, WITHOUT
 from ..words.own import told_of
@@ -27,7 +27,7 @@ class Prompt:
     """A positive cond of a run: its clauses, which LoRAs have words in other prompts alone, and its own maps.
 
     length   tokens of the conditioning
-    parts    per row of the clauses, which clauses of the prompt it is made of, as they are counted in it
+    parts    per row of the clauses, which clauses of the prompt it is made of, by their places in its text
     beside   for each further text that the model gets, by its name in the conditioning: which tokens each LoRA acts on
              [LoRAs, tokens]
     found    per LoRA what was found of its words, for the report
@@ -39,7 +39,7 @@ class Prompt:
     clauses: Clauses
     length: int
     area: Area
-    parts: tuple[tuple[int, ...], ...] = ()
+    parts: tuple[tuple[Range, ...], ...] = ()
     beside: dict[str, Tensor] = field(default_factory=dict)
     found: list[dict] = field(default_factory=list)
     fixed: bool = False
@@ -81,20 +81,20 @@ def search(entry: Mapping[str, object], words: Sequence[LoRAWords], active: Sequ
         more = length - marks.length
         told.append(f"{counted(more, 'token')} {verb(more, 'were')} added to a prompt after it was encoded "
                     "(Conditioning Concat): no LoRA acts there, and nothing there competes for a place")
-    numbers = iter(range(sum(len(own.clauses) for own in found.loras) + len(found.others)))
-    each = [(own, tuple(islice(numbers, len(own.clauses)))) for own in found.loras]
-    ours = [each[index] for index in active]
+    ours = [found.loras[index] for index in active]
     # The words of LoRAs that take no part compete as those of no LoRA do.
-    rest = [(own.tokens, part) for index, (own, part) in enumerate(each) if part and index not in active]
-    rest += [(clause.tokens, (number,)) for clause, number in zip(found.others, numbers, strict=True)]
-    clauses = clauses_of(length, [own.tokens for own, _ in ours], [tokens for tokens, _ in rest], everywhere)
-    return Prompt(clauses, length, area, (*(part for _, part in ours if part), *(part for _, part in rest)),
-                  {name: _words(other, [own for own, _ in ours]) for name, other in marks.beside},
+    rest = [own.clauses for index, own in enumerate(found.loras) if own.clauses and index not in active]
+    rest += [(clause,) for clause in found.others]
+    clauses = clauses_of(length, [own.tokens for own in ours],
+                         [sorted({token for clause in each for token in clause.tokens}) for each in rest], everywhere)
+    rows = (*(own.clauses for own in ours if own.clauses), *rest)
+    return Prompt(clauses, length, area, tuple(tuple(clause.span for clause in row) for row in rows),
+                  {name: _words(other, ours) for name, other in marks.beside},
                   [{"lora": own.name, "words": [clause.text for clause in own.clauses], "tokens": len(own.tokens),
                     "why": own.reason + _LEFT_OUT * (own.name in own_words.left_out),
                     "sought_as": [other for _, other in own.instead],
                     **({"text_encoder": "own words"} if own.name in own_words.names and own.clauses else {})}
-                   for own, _ in ours],
+                   for own in ours],
                   text=marks.text), [*told, *found.notes]
 
 
@@ -109,16 +109,17 @@ class Asked:
 
 def shares_of(conds: Mapping[str, Sequence[Mapping]], asked: Asked | None) -> tuple[float, ...]:
     """`RunContext.shares` of the LoRAs asked for, from a guider's conds; () where these do not bring along what they
-    would be without a clause. E is the mean over the tokens of a conditioning. Of a LoRA's clauses those without count
-    together, of several prompts the one that says most by it."""
+    would be without their clauses. E is the mean over the tokens of a conditioning. Of a LoRA's clauses those without
+    count together, of several prompts the one that says most by it."""
     found: list[list[float]] = []
     for entry in conds.get("positive", ()) if asked is not None else ():
         marks, rests = entry.get(PROMPT), dict(entry.get(WITHOUT) or ())
         if isinstance(marks, PromptTokens) and marks.words and rests and entry.get("cross_attn") is not None:
-            whole, numbers = _mean(entry["cross_attn"]), iter(range(len(rests)))
-            own = [tuple(islice(numbers, len(lora.clauses))) for lora in find_clauses(marks, asked.words).loras]
-            found.append([sum(1 - float(F.cosine_similarity(whole, _mean(rests[k][0]), dim=0)) for k in own[index])
-                          for index in asked.active])
+            loras, whole = find_clauses(marks, asked.words).loras, _mean(entry["cross_attn"])
+            own = [[clause.span for clause in loras[index].clauses] for index in asked.active]
+            if all(span in rests for each in own for span in each):
+                found.append([sum(1 - float(F.cosine_similarity(whole, _mean(rests[span][0]), dim=0)) for span in each)
+                              for each in own])
     return tuple(max(column) for column in zip(*found, strict=True))
 
 

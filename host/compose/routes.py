@@ -16,6 +16,7 @@ from ...engine.transfer import on_device
 from ...kernels.branch import Branch, Step
 from ...kernels.routing import contrast
 from ...methods.prompt import LoRAWords
+from ...methods.prompt_text import Range
 from ...methods.routed import Routes, Routing, loosened, trusted
 from ...methods.session import RunContext
 from .places import MaskedLoRAs, Window, crop, on_grid, resized, within
@@ -236,11 +237,15 @@ class RoutedLoRAs(MaskedLoRAs):
         self._heard.append((Reach(places.locate, adapters), prompts, pictures, self.window))
         return self._heard[-1][0]
 
-    def compare(self, uuid: UUID, whole: Tensor, without: Tensor) -> None:
-        """Predictions for a cond, and without each of its clauses as they are counted: [pictures, C, ...], [clauses,
-        pictures, C, ...]."""
-        apart = contrast(whole, without)
-        apart = torch.stack([apart[:, list(part)].sum(dim=1) for part in self._prompts[uuid].parts], dim=1)
+    def spans(self, uuid: UUID) -> tuple[Range, ...]:
+        """The places of a cond's clauses in its text, each once."""
+        return tuple(dict.fromkeys(span for part in self._prompts[uuid].parts for span in part))
+
+    def compare(self, uuid: UUID, whole: Tensor, without: Sequence[Tensor]) -> None:
+        """Predictions [pictures, C, ...] for a cond, and without each of its clauses, as `spans` has them."""
+        spans, apart = self.spans(uuid), contrast(whole, torch.stack(list(without)))
+        apart = torch.stack([apart[:, [spans.index(span) for span in part]].sum(dim=1)
+                             for part in self._prompts[uuid].parts], dim=1)
         self.see(uuid, apart if apart.ndim == 5 else apart.unsqueeze(2))
 
     def commit(self) -> None:

@@ -26,7 +26,7 @@ from .banks import as_computed
 from .cache import Combo
 from .cards import note_cards, same_banks, settle
 from .composition import KEY, Composition, Free, Plan, Run
-from .context import is_flow, method_contexts, parts_of, run_context, sides_of
+from .context import is_flow, method_contexts, parts_of, run_context, sides_of, timed
 from .control import CALLER_CONDS, OF_WEIGHTS, caller_indexes, made_of_weights
 from .earlier import RUNS, bare, names_of
 from .places import window_of
@@ -60,7 +60,8 @@ def outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=No
     tracker, callback = tracked(context.sigmas, callback)
     noisy = bare(noise)
     earlier = RUNS.before(latent_image) if noisy else None
-    contexts = method_contexts(context, guider.model_patcher, composition.applied, guider.conds, earlier, noisy)
+    context = timed(context, guider.model_patcher, earlier, noisy)
+    contexts = method_contexts(context, guider.model_patcher, composition.applied, guider.conds, earlier)
     run = composition.begin(tracker, contexts, sides_of(guider.conds), _free(guider.model_patcher),
                             guider.model_patcher.load_device)
     for regions in run.routes if earlier is not None else ():
@@ -82,7 +83,7 @@ def outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=No
         run.record.carried += carried(run.record, contexts, earlier, known, composition.cache)
         if context.handed_on:
             sessions = zip(names_of([each.method for each in run.applied]), run.sessions, strict=True)
-            RUNS.left(out, contexts[0] if contexts else context, run.routes, earlier, dict(sessions))
+            RUNS.left(out, context, run.routes, earlier, dict(sessions))
         return out
     finally:
         for name in added:

@@ -19,7 +19,7 @@ from ...methods.counted import counted
 from ..compose.reading import TEXT_ENCODER, Part, Reading, left_out, read_ensemble
 from ..compose.wrappers import read_weight
 from ..files.ensemble import Ensemble, LoRASpec
-from ..files.files import read
+from ..files.files import known, read
 from ..files.header_alphas import passed_over
 from ..files.metadata import Wording, wording
 from .chart import Lines, Series
@@ -69,10 +69,14 @@ def infos(model, clip, ensemble: Ensemble, node: str, tick: Tick = lambda: None)
 
     node   display name of the node, which messages begin with
     tick   called after each layer that was measured; may raise to stop
-    Raises ValueError for a name that is in none of the `loras` folders. What is wrong inside a file is told.
+    Raises ValueError for a name that is in none of the `loras` folders, unless the LoRA is off. What is wrong inside a
+    file is told.
     """
     found, parts = [], {}
     for number, spec in enumerate(ensemble, 1):
+        if not (spec.acts or known(spec.name)):
+            found.append(Info(number, spec, nothing="is in none of the 'loras' folders."))
+            continue
         info = Info(number, spec, wording(spec.name))
         found.append(info)
         try:

@@ -4,12 +4,12 @@ It encodes what the CLIP that it was made of encodes, bit by bit (but for OWN), 
 conditioning:
 
     PROMPT    a PromptTokens: the text, and the positions of its words
-    WITHOUT   ((index of a clause, conditioning without it), ...), where asked for
+    WITHOUT   ((place of a clause in the text, conditioning without it), ...), where asked for
     PROBE     the conditioning of the prompt with stand-in words for triggers, where there are any
     OWN       an OwnTold, where LoRAs are to change the text encoder for their own words alone (own.py): then its
               tensors are those of own.py, in the conditionings of WITHOUT and PROBE too
 
-A conditioning here is [tensor, dict], and its dict has a PROMPT of its own. Clauses are counted as `clauses_of` does.
+A conditioning here is [tensor, dict], and its dict has a PROMPT of its own.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 import comfy.sd
 
-from ...methods.prompt import Clause, Found, LoRAWords, PromptTokens, find_clauses, parse_marks, stand_in, without
+from ...methods.prompt import LoRAWords, PromptTokens, find_clauses, parse_marks, stand_in, without
 from .notes import Note, NotedTokens, Texts, prompt_tokens
 from .own import OWN, SCHEDULED, OwnDelta, on_own_words
 from .spelling import by_encoder
@@ -100,10 +100,8 @@ class Marked:
 
         texts, told = Texts.of(tokens), {}
         if prompt.words and self.lora_ensemble_contrast:
-            found = clauses_of(find_clauses(prompt, self.lora_ensemble_words))
-            rests = [without(prompt.text, clause.start, clause.end) for clause in found]
-            told[WITHOUT] = tuple((index, entry(texts.retold(self._tokenized, rest)))
-                                  for index, rest in enumerate(rests))
+            told[WITHOUT] = tuple((span, entry(texts.retold(self._tokenized, without(prompt.text, *span))))
+                                  for span in find_clauses(prompt, self.lora_ensemble_words).spans)
         instead = stand_in(prompt, self.lora_ensemble_words) if prompt.words else None
         if instead:
             told[PROBE] = entry(texts.retold(self._tokenized, *instead))
@@ -136,8 +134,3 @@ def _of(clone: Any, words: Sequence[LoRAWords], contrast: bool, own: Sequence[Ow
     clone.lora_ensemble_words, clone.lora_ensemble_contrast = tuple(words), contrast
     clone.lora_ensemble_own = tuple(own)
     return clone
-
-
-def clauses_of(found: Found) -> tuple[Clause, ...]:
-    """All clauses of a prompt in the order in which they are counted: each LoRA's, then those of no LoRA."""
-    return (*(clause for lora in found.loras for clause in lora.clauses), *found.others)

@@ -20,6 +20,7 @@ from lora_ensemble.methods.loratorio import LoRAtorio
 from lora_ensemble.methods.merge import Merge
 from lora_ensemble.methods.routed import Routing
 from lora_ensemble.methods.switch import Switch
+from lora_ensemble.nodes.cmlora import LoRAEnsembleCMLoRA
 from lora_ensemble.tests.test_engine_cost import DEAR, Spy
 
 from .builders import lora, plain, same, sample, shapes, stock
@@ -211,6 +212,16 @@ def test_alone_it_is_merged(loras):
     same(sample(composed(model, [always], Composite)), sample(stock(model, [always])), sample(model), 1e-4)
     baked = bake(model, None, (always, *bare(specs(model, loras))), "Merge LoRAs")[0]
     same(sample(baked), sample(stock(model, [always, *bare(specs(model, loras))])), sample(model), 1e-4)
+
+
+def test_alone_it_is_computed_whole_behind_cmlora(loras):
+    """Whose cache is for LoRAs that do not lead, and there are none. Guard: `Applied.always` in nodes/cmlora.py."""
+    model = base("SD15")
+    always = turbo(model, loras)
+    options = {part.id: part.default for part in LoRAEnsembleCMLoRA.define_schema().inputs if hasattr(part, "default")}
+    ours = LoRAEnsembleCMLoRA.execute(model=model, ensemble=(always,), **options).args[0]
+    same(sample(ours, steps=20), sample(stock(model, [always]), steps=20), sample(model, steps=20), 1e-3)
+    assert "cache" not in record_of(ours).steps[-1].notes
 
 
 def test_a_mask_does_not_confine_it(loras):

@@ -28,7 +28,7 @@ from .builders import composite, sample, three
 from .caches import steps_of
 from .guidance_tools import ag
 from .models import base
-from .test_routed import prompt, specs
+from .test_routed import prompt, rests, specs
 from .text_encoders import clip
 
 CMLORA = ["offline", 0.6, 0.4, 0.0, "none", 2, 3, "every_step", 5, 0]
@@ -143,15 +143,15 @@ def test_turns_by_the_prompt(loras):
 
     def conds(seed: int, *weights: float) -> list:
         ((whole, options),) = prompt("SD15", marks, seed)
-        rests = [[whole + weight * torch.randn_like(whole), {}] for weight in weights]
-        return [whole, {**options, WITHOUT: tuple(enumerate(rests))}]
+        others = [[whole + weight * torch.randn_like(whole), {}] for weight in weights]
+        return [whole, {**options, WITHOUT: rests(marks, others, ("a field", "ohwx", "sks"))}]
 
-    # In the order in which clauses are counted: the muted one's, the first's two, the second's.
+    # In the order of `rests`: the muted one's, the first's two, the second's.
     one, two = conds(11, 9.0, 0.2, 0.1, 0.1), conds(13, 9.0, 0.0, 0.0, 0.6)
 
     def share(cond: list, *places: int) -> float:
-        rests = [cond[1][WITHOUT][k][1][0] for k in places]
-        return sum(1 - torch.nn.functional.cosine_similarity(cond[0].mean(1), rest.mean(1)).item() for rest in rests)
+        lacking = [cond[1][WITHOUT][k][1][0] for k in places]
+        return sum(1 - torch.nn.functional.cosine_similarity(cond[0].mean(1), rest.mean(1)).item() for rest in lacking)
 
     shares = max(share(one, 1, 2), share(two, 1, 2)), max(share(one, 3), share(two, 3))
     assert shares[0] < 0.7 * shares[1]

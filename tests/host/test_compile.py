@@ -80,7 +80,7 @@ def test_no_more_graphs_than_the_plain_model_has(name, keys, loras, monkeypatch)
 def test_routed_loras_in_a_compiled_model(loras):
     """Attention inside a graph is not read: said, and the LoRAs act everywhere on their own words. Contrast needs
     predictions alone, and finds the places that it finds without the compiler."""
-    from .test_routed import prompt, routed, specs
+    from .test_routed import MARKS, prompt, rests, routed, specs
 
     model, others = base("SD3"), [prompt("SD3", None, 20 + k)[0] for k in range(3)]
     ensemble = specs(model, loras)
@@ -89,7 +89,7 @@ def test_routed_loras_in_a_compiled_model(loras):
     (problem,) = record_of(read).problems
     assert "torch.compile" in problem and "contrast" in problem and (places_of(read)[0].maps == 1).all()
     same(found, sample(routed(model, ensemble, gamma=0.0), "SD3", prompt("SD3")), plain, 1e-3)
-    conds = prompt("SD3", lora_ensemble_without=tuple(enumerate(others)))
+    conds = prompt("SD3", lora_ensemble_without=rests(MARKS, others))
     apart = routed(model, ensemble, mode="contrast")
     want = sample(apart, "SD3", conds)
     same(sample(compiled(apart), "SD3", conds), want, plain, 1e-3)

@@ -105,6 +105,16 @@ def test_a_file_for_another_model_does_nothing_and_stops_nothing(loras):
     assert found[0].changes == {} and found[1].whole > 0 and not found[1].nothing
 
 
+def test_a_lora_that_is_off_needs_no_file(loras):
+    """As in a row of LoRA Ensemble that is off; one that is on is refused."""
+    there, off = LoRASpec(made(loras), 1.0, 1.0), LoRASpec("gone.safetensors", 0.0, 0.0)
+    text = told(infos(base("SD15"), None, (off, there), NODE), "SD15")
+    assert "1  gone.safetensors (off)\n   does nothing on this model: it is in none of the 'loras' folders." in text
+    assert f"2  {there.name}\n   LoRA of rank" in text
+    with pytest.raises(ValueError, match="gone.safetensors"):
+        infos(base("SD15"), None, (LoRASpec("gone.safetensors", 1.0, 0.0),), NODE)
+
+
 def test_a_lora_for_the_text_encoder_alone(loras):
     name = loras({"lora_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": torch.ones(8, 2),
                   "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.ones(2, 8)}, "te.safetensors")

@@ -116,3 +116,5 @@ def test_the_node(loras, caplog):
         LoRAEnsembleNoiseLevels.execute(chain, "all")
     with pytest.raises(ValueError, match="gone.safetensors"):
         LoRAEnsembleNoiseLevels.execute((spec("gone"),), "both")
+    off = LoRASpec("gone.safetensors", 0.0, 0.0)  # as a row that is off, whose file is not looked at
+    assert LoRAEnsembleNoiseLevels.execute((off, *chain), "both").args[0][0] == off

@@ -70,6 +70,14 @@ def test_a_clip_that_asks_for_contrast_keeps_asking(small, files):
     assert len(conditioning[0][1][WITHOUT]) == 2 and conditioning[0][1][PROBE][1][PROMPT].text == "the dog, house"
 
 
+def test_without_loras_of_its_own_it_looks_for_those_of_the_method_node(small, files):
+    words = [LoRAWords("x", "sks = the dog")]
+    conditioning, ensemble, told = LoRAEnsemblePrompt.execute(marked(small, words, contrast=True), "house, sks").args
+    assert ensemble == () and told.splitlines()[0] == '1  x: "sks" 1 token (its words)'
+    assert [span for span, _ in conditioning[0][1][WITHOUT]] == [(7, 10), (0, 5)]
+    assert conditioning[0][1][PROBE][1][PROMPT].text == "house, the dog"
+
+
 def test_names_may_lack_folder_and_extension(files):
     for written in ("person.v2", "person.v2.safetensors", "Person.V2"):
         assert resolved(written) == files[0]

@@ -15,7 +15,7 @@ from lora_ensemble.host.files.ensemble import LoRASpec, Mask
 from lora_ensemble.methods.composite import Composite
 from lora_ensemble.methods.loratorio import LoRAtorio
 from lora_ensemble.methods.merge import Merge
-from lora_ensemble.methods.prompt import PromptTokens
+from lora_ensemble.methods.prompt import LoRAWords, PromptTokens, find_clauses
 from lora_ensemble.methods.routed import Routing
 from lora_ensemble.methods.switch import Switch
 from lora_ensemble.tests.operations import Operations
@@ -46,6 +46,13 @@ def routed(model, ensemble, make=Merge, **options):
 
 def prompt(family: str = "SD15", marks: PromptTokens | None = MARKS, seed: int = 11, **options) -> list:
     return FAMILIES[family].cond(seed, **({} if marks is None else {"lora_ensemble_prompt": marks}), **options)
+
+
+def rests(marks: PromptTokens, conds: list, words=("ohwx", "sks")) -> tuple:
+    """What a conditioning brings for contrast: conds for the prompt without each of its clauses, those of LoRAs with
+    these words first."""
+    spans = find_clauses(marks, [LoRAWords(each, each) for each in words]).spans
+    return tuple(zip(spans, conds, strict=True))
 
 
 def bare(ensemble: list[LoRASpec]) -> list[LoRASpec]:

@@ -6,13 +6,14 @@ import comfy.samplers
 import pytest
 import torch
 from lora_ensemble.host.compose.composition import places_of, record_of
-from lora_ensemble.methods.prompt import PromptTokens
+from lora_ensemble.host.compose.probe import OTHER_WORDS
+from lora_ensemble.methods.prompt import LoRAWords, PromptTokens, find_clauses
 from torch.nn import functional as F
 
-from .builders import guided, sample, schedule
+from .builders import guided, same, sample, schedule
 from .models import FAMILIES, base
 from .test_masks import LAST
-from .test_routed import MARKS, prompt, routed, specs
+from .test_routed import MARKS, prompt, rests, routed, specs
 
 
 @pytest.mark.parametrize("family", ["SD15", "Wan"])
@@ -21,8 +22,9 @@ def test_contrast(family, loras):
     model = base(family)
     marks = PromptTokens("ohwx cat, sks dog, a field, ohwx hat", 5,
                          ((0, 8, (0,)), (10, 17, (1,)), (19, 26, (2,)), (28, 36, (3, 4))))
-    others = [prompt(family, None, 20 + k)[0] for k in range(4)]  # two of the first LoRA, one, and the field
-    conds = prompt(family, marks, lora_ensemble_without=tuple(enumerate(others)))
+    # in the order of `rests`: two of the first LoRA, one, and the field
+    others = [prompt(family, None, 20 + k)[0] for k in range(4)]
+    conds = prompt(family, marks, lora_ensemble_without=rests(marks, others))
     ensemble = specs(model, loras, wanted=lambda name: name == LAST[family])
     ours = routed(model, ensemble, mode="contrast")
     found = sample(ours, family, conds, steps=2, cfg=1.0, batch=2)
@@ -40,6 +42,31 @@ def test_contrast(family, loras):
     relative = clauses / clauses.flatten(2).amax(-1).reshape(2, 3, *[1] * (clauses.ndim - 2))
     maps = (relative / relative.amax(1, keepdim=True))[:, :2] ** 2
     assert torch.allclose(places_of(ours)[0].maps, maps, atol=1e-4) and torch.isfinite(found).all()
+
+
+@pytest.mark.parametrize("words", [(), ("sks", "ohwx")], ids=["of none", "in another order"])
+def test_contrast_knows_clauses_by_their_places(words, loras):
+    """Whatever LoRAs the CLIP knew that encoded the prompt, as in Ensemble Prompt without an ensemble. Guard: WITHOUT
+    had their numbers before, which are other ones."""
+    model = base("SD15")
+    by_text = {MARKS.text.index(each): prompt("SD15", None, 20 + k)[0] for k, each in enumerate(("ohwx", "sks", "a f"))}
+    spans = find_clauses(MARKS, [LoRAWords(each, each) for each in words]).spans
+    ours = routed(model, specs(model, loras), mode="contrast")
+    found = sample(ours, "SD15", prompt("SD15", lora_ensemble_without=tuple((s, by_text[s[0]]) for s in spans)))
+    assert record_of(ours).problems == []
+    usual = sample(ours, "SD15", prompt("SD15", lora_ensemble_without=rests(MARKS, list(by_text.values()))))
+    same(found, usual, sample(model, "SD15", prompt()), 1e-5)
+
+
+def test_contrast_with_clauses_of_other_loras(loras):
+    """Words that end elsewhere, or that are another LoRA's: said, and the LoRAs act everywhere."""
+    model = base("SD15")
+    ours = routed(model, specs(model, loras), mode="contrast")
+    others = (((0, 4), prompt("SD15", None, 20)[0]), ((10, 17), prompt("SD15", None, 21)[0]))
+    sample(ours, "SD15", prompt("SD15", lora_ensemble_without=others))
+    problems = record_of(ours).problems
+    assert problems[0] == OTHER_WORDS and "act everywhere" in problems[1] and len(problems) == 2
+    assert (places_of(ours)[0].maps == 1).all()
 
 
 def test_contrast_without_what_it_compares(loras):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .builders import sample, schedule
 from .models import FAMILIES, base
-from .test_routed import MARKS, prompt, routed, specs
+from .test_routed import MARKS, prompt, rests, routed, specs
 
 STEPS, TURN = 8, 4
 EARLY, LATE = dict(start_percent=0.0, end_percent=0.5), dict(start_percent=0.5, end_percent=1.0)
@@ -23,7 +23,7 @@ BASE = {"once": dict(mode="once"), "every step": dict(mode="every step"), "contr
 def prompts(options: dict, seeds=(11, 14), marks=(MARKS, MARKS)) -> list[list]:
     """A CONDITIONING for each, with what contrast compares it with."""
     def without(seed: int) -> dict:
-        return {"lora_ensemble_without": tuple(enumerate(prompt("SD15", None, seed + k)[0] for k in (20, 21, 22)))}
+        return {"lora_ensemble_without": rests(MARKS, [prompt("SD15", None, seed + k)[0] for k in (20, 21, 22)])}
 
     more = without if options["mode"] == "contrast" else lambda seed: {}
     return [prompt("SD15", mark, seed, **more(seed)) for seed, mark in zip(seeds, marks, strict=True)]

@@ -16,7 +16,7 @@ from .builders import file_of, kohya, lora, same, sample, shapes, stock
 from .models import base
 from .runs import ROUNDING, STEPS, part
 from .test_masks import LAST
-from .test_routed import MARKS, prompt, routed, specs
+from .test_routed import MARKS, prompt, rests, routed, specs
 
 FAMILY = pytest.mark.parametrize("family", ["SD15", "Flux", "Wan"])
 LOW, HIGH = 0.5, 2.0
@@ -69,7 +69,7 @@ def test_as_far_as_a_lora_does_little_outside(family, mode, start, cfg, loras):
     more."""
     model = base(family)
     ensemble = specs(model, loras, wanted=lambda name: name == LAST[family])
-    parts = tuple(enumerate(prompt(family, None, 20 + k)[0] for k in range(3)))
+    parts = rests(MARKS, [prompt(family, None, 20 + k)[0] for k in range(3)])
     conds = prompt(family, MARKS, lora_ensemble_without=parts)
     found = {}
     for trust in (False, True):

@@ -14,7 +14,7 @@ from lora_ensemble.host.compose.auto import best_method
 from lora_ensemble.host.compose.composition import record_of
 from lora_ensemble.host.files.ensemble import LoRASpec, Mask
 from lora_ensemble.nodes.border import shown
-from lora_ensemble.nodes.ensembles import LoRAEnsembleFromStack
+from lora_ensemble.nodes.ensembles import LoRAEnsembleFromStack, LoRAEnsembleLoRA
 
 from .builders import lora, sample, shapes, stock
 from .models import base, small_clip
@@ -189,6 +189,18 @@ def test_a_row_takes_its_mask_out_of_the_batch(two):
     ensemble = NODE.execute(base("SD15"), "Merge", **given, masks=masks).args[2]
     assert ensemble[0].mask.tensor.shape == (1, 4, 4) and (ensemble[0].mask.tensor == 0.75).all()
     assert ensemble[1].mask is None
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (1, 1, 6, 4)], ids=["without a batch", "with a channel"])
+def test_a_mask_of_other_dimensions_is_one_mask(two, shape):
+    masks = torch.rand(shape)
+    given = nested(lora_1=two[0], mask_1=1)
+    (lora,) = NODE.execute(base("SD15"), "Merge", **given, masks=masks).args[2]
+    assert torch.equal(lora.mask.tensor, masks.reshape(1, 6, 4))
+    (lora,) = LoRAEnsembleLoRA.execute(two[0], 1.0, 1.0, "auto", mask=masks).args[0]
+    assert torch.equal(lora.mask.tensor, masks.reshape(1, 6, 4))
+    with pytest.raises(ValueError, match="masks has 1"):
+        NODE.execute(base("SD15"), "Merge", **nested(lora_1=two[0], mask_1=2), masks=masks)
 
 
 @pytest.mark.parametrize(("masks", "words"), [

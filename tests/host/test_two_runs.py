@@ -72,6 +72,22 @@ def test_windows_in_time_hold_over_both_runs(name, known, fresh, loras):
     assert [line for line in record_of(ours).problems if "none of them is in its window from 0.25 to 0.75" in line]
 
 
+@pytest.mark.parametrize("name", ["LoRAtorio, timesteps", "Switch"])
+def test_the_first_runs_may_be_of_a_model_without_loras(name, fresh, loras):
+    """As Wan's model for high noise with a Branch Cache alone: their steps and times are known to the last run, as they
+    are of a MODEL whose LoRAs are off."""
+    model = base("SD15")
+    ours, cached = method(model, three(model, loras), MAKES[name]), with_cache(model, CacheSpec(Uniform(1)))
+    off = method(model, tuple(replace(spec, strength_model=0.0) for spec in three(model, loras)), MAKES[name])
+    found = []
+    for first in (cached, off):
+        fresh._runs.clear()
+        found.append(part(ours, 4, STEPS, part(first, 2, 4, part(first, 0, 2))))
+        assert (record_of(ours).before, record_of(ours).whole) == (4, STEPS)
+        assert "not known" not in record_of(ours).carried[0]
+    same(*found, part(model, 4, STEPS, part(model, 0, 4)), ROUNDING)
+
+
 def test_three_runs(loras):
     model = base("SD15")
     ours = method(model, three(model, loras), MAKES["LoRAtorio, timesteps"])

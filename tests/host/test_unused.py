@@ -17,6 +17,7 @@ from lora_ensemble.nodes.ensembles import LoRAEnsembleLoRA
 from lora_ensemble.nodes.guidance import LoRAEnsembleAdaptiveGuidance
 from lora_ensemble.nodes.klora import LoRAEnsembleESTLoRA, LoRAEnsembleKLoRA
 from lora_ensemble.nodes.loratorio import LoRAEnsembleLoRAtorio
+from lora_ensemble.nodes.routed import LoRAEnsembleRouted
 from lora_ensemble.nodes.unused import _RULES, unused
 
 from .builders import lora, sample, three
@@ -55,7 +56,8 @@ CASES = [
     (LoRAEnsembleBranchCache, {"schedule": "CMLoRA", "interval": 2}, ("interval",)),
     (LoRAEnsembleBranchCache, {"interval": 1}, ("depth",)),
     (LoRAEnsembleBranchCache, {"budget": 0.5}, ("interval", "depth")),
-    (LoRAEnsembleAdaptiveGuidance, {"mode": "extrapolate"}, ("threshold", "space", "ramp_steps", "read_back")),
+    (LoRAEnsembleAdaptiveGuidance, {"mode": "extrapolate"},
+     ("threshold", "space", "decision", "ramp_steps", "read_back")),
     (LoRAEnsembleAdaptiveGuidance, {"mode": "extrapolate", "tolerance": 0.1}, ("saving",)),
     (LoRAEnsembleAdaptiveGuidance, {"mode": "threshold"}, ("saving", "tolerance", "if_different")),
 ]
@@ -89,6 +91,7 @@ def test_what_is_named_changes_no_picture(node, settings, names, loras, caplog):
     (LoRAEnsembleBranchCache, {"schedule": "uniform", "interval": 0}, "depth"),
     (LoRAEnsembleAdaptiveGuidance, {"mode": "threshold"}, "threshold"),
     (LoRAEnsembleAdaptiveGuidance, {"mode": "extrapolate"}, "saving"),
+    (LoRAEnsembleAdaptiveGuidance, {"mode": "extrapolate", "tolerance": 0.1}, "decision"),
 ])
 def test_what_is_used_is_not_named(node, settings, name):
     part = next(part for part in node.define_schema().inputs if part.id == name)
@@ -106,7 +109,10 @@ def test_loras_that_leave_a_method_nothing_to_do():
                  LoRAEnsembleESTLoRA):
         assert "a is the only LoRA to compose" in lines(node, one, off, always)
         assert lines(node, one, two) == ""
-    assert lines(LoRAEnsembleMerge, one) == lines(LoRAEnsembleLoRAtorio, one) == ""
+    for node in (LoRAEnsembleSwitch, LoRAEnsembleRouted, LoRAEnsembleLoRAtorio):
+        assert lines(node, off, always) == ("all LoRAs that act have the role always: they are part of the model, and "
+                                            f"{node.define_schema().display_name} has no other to work with")
+    assert lines(LoRAEnsembleMerge, always) == lines(LoRAEnsembleMerge, one) == lines(LoRAEnsembleLoRAtorio, one) == ""
     assert "all model strengths are 0" in lines(LoRAEnsembleMerge, off)
     for role, missing in (("character", "style"), ("style", "subject")):
         same = [LoRASpec(name, 1.0, 1.0, role) for name in "ab"]
