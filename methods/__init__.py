@@ -42,3 +42,8 @@ class StatefulMethod(Protocol):
 
 
 Method = PlainMethod | StatefulMethod
+
+
+def method_title(kind: str) -> str:
+    """A method as users call it, by the name of its class, which records have."""
+    return {"KLoRA": "K-LoRA", "ESTLoRA": "EST-LoRA"}.get(kind, kind)

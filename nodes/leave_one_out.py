@@ -12,6 +12,7 @@ from ..host.look.leave_one_out import NODE, leave_one_out
 from ..host.look.leave_one_out_sheet import changed, draw, pictures_of
 from ..host.look.spectrum import Sampling
 from ..host.look.theme import THEMES
+from ..methods import method_title
 from ..methods.counted import counted
 from .guidance import latent_input, schedule_inputs
 from .sockets import schema, theme_input
@@ -64,7 +65,7 @@ class LoRAEnsembleLeaveOneOut(io.ComfyNode):
         bar = comfy.utils.ProgressBar(steps)
         found = leave_one_out(model, how, bar.update_absolute)
         pictures = pictures_of(found, model, vae)
-        about = f"{', '.join(dict.fromkeys(found.methods))}: {counted(len(found.names), 'LoRA')}, " \
+        about = f"{', '.join(map(method_title, dict.fromkeys(found.methods)))}: {counted(len(found.names), 'LoRA')}, " \
                 f"seed {seed}, {counted(steps, 'step')}, cfg {cfg:g}, {sampler_name}; {found.seconds:.1f} s"
         sheet = draw(found, pictures, about, vae is None, colours)
         return io.NodeOutput(sheet, pictures, found.as_json(changed(pictures)))

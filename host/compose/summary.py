@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from ...engine.forwards import RoutedForwards
 from ...engine.record import RunRecord
 from ...kernels.branch import Branch
+from ...methods import method_title
 from ...methods.counted import counted, of_all, verb
 from ...methods.session import RunContext, Session
 from ...methods.windows import InTime
@@ -63,15 +64,15 @@ def idle(applied: Sequence, acted: Sequence[set[int]], in_time: Sequence[InTime]
     if steps == 1 < record.whole:  # a node that has a run for each step
         return
     part = f" that this model takes of {record.whole}" if record.whole else ""
+    when = f"did not act in {of_all(steps, 'step')}{part}"
     for each, known, windows in zip(applied, acted, in_time, strict=True):
-        for i, name in enumerate(each.names) if steps else ():
-            if i in known:
-                continue
-            why = f"{type(each.method).__name__} gave it no turn"
-            if windows.shut(i):
-                window = each.windows[i]
-                why = f"none of them is in its window from {window.start:g} to {window.end:g}"
-            yield f"LoRA '{name}' did not act in {of_all(steps, 'step')}{part}: {why}"
+        rest = [i for i in range(len(each.names)) if steps and i not in known]
+        for i in filter(windows.shut, rest):
+            yield (f"LoRA '{each.names[i]}' {when}: none of them is in its window from {each.windows[i].start:g} to "
+                   f"{each.windows[i].end:g}")
+        if left := [f"'{each.names[i]}'" for i in rest if not windows.shut(i)]:
+            yield (f"LoRA {', '.join(left)} {when}: {method_title(type(each.method).__name__)} gave "
+                   f"{'it' if len(left) == 1 else 'them'} no turn")
 
 
 def without_prompt(applied, routed: RoutedForwards) -> Iterator[str]:
@@ -89,14 +90,14 @@ def missed(record: RunRecord, sessions: Sequence[Session]) -> Iterator[str]:
     """What a method would have had happen in a finished run and did not: there were too few steps, or other ones; and
     what had no part in it."""
     for name, adapters, session in zip(record.methods, record.adapters, sessions, strict=True):
-        yield from (f"{name}: {line}" for line in (session.missed(adapters) if record.finished else ()))
+        yield from (f"{method_title(name)}: {line}" for line in (session.missed(adapters) if record.finished else ()))
     yield from unused(record)
 
 
 def chosen(record: RunRecord, sessions: Sequence[Session], cache: CacheSpec | None, total: int) -> Iterator[str]:
     """What was left to the number of steps, and what came of it."""
     for name, adapters, session in zip(record.methods, record.adapters, sessions, strict=True):
-        yield from (f"{name}: {line}" for line in session.chosen(adapters))
+        yield from (f"{method_title(name)}: {line}" for line in session.chosen(adapters))
     if cache is not None and cache.schedule is not None and cache != cache.at(total):
         schedule = cache.at(total).schedule
         few = "; so few steps differ too much, nothing is reused" if schedule.max_age == 1 else ""
@@ -116,7 +117,7 @@ def carried(record: RunRecord, contexts: Sequence[RunContext], earlier: Earlier 
         "" if earlier is not None else "; counted by the noise level, since that run is not known")
     for name, context in zip(record.methods, contexts, strict=True):
         if context.left is not None:
-            yield f"{name}: what was measured of the picture is known"
+            yield f"{method_title(name)}: what was measured of the picture is known"
     if known:
         yield "places: " + ("those that words were found at are known" if all(known) else
                             "looked for anew, since " + ("that run is not known" if earlier is None else

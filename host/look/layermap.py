@@ -11,6 +11,7 @@ from math import isfinite, log2
 import numpy as np
 from PIL import Image, ImageDraw
 
+from ...methods import method_title
 from ...methods.selection import Selection
 from ...methods.windows import Window
 from ..compose.composition import KEY
@@ -95,10 +96,9 @@ def layer_map(model, points: int = MAP) -> LayerMap:
     order = sorted(range(len(contest.layers)), key=lambda i: place.get(contest.layers[i], len(place)))
     columns = [_column(method, found[-1].windows, u) for u in np.linspace(0, 1, points)]
     acting = np.array(columns, dtype=np.int64).reshape(points, len(order)).T[order]
-    label = {"KLoRA": "K-LoRA", "ESTLoRA": "EST-LoRA"}.get(type(method).__name__, type(method).__name__)
     least = "at least" if contest.subject_ties else "more than"
-    title = f"{label}: the subject acts while its ratio is {least} {method.rule}"
-    return LayerMap(title, names, contest.sides, tuple(contest.layers[i] for i in order),
+    heading = f"{method_title(type(method).__name__)}: the subject acts while its ratio is {least} {method.rule}"
+    return LayerMap(heading, names, contest.sides, tuple(contest.layers[i] for i in order),
                     tuple(contest.ratios[i] for i in order), acting,
                     tuple((contest.subjects[i], contest.styles[i]) for i in order))
 

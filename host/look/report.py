@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from ...engine.record import RunRecord
+from ...methods import method_title
 from ...methods.counted import counted, verb
 from ...methods.guidance.record import GuidanceRecord
 from ..compose.composition import KEY, Placed, places_of, record_of
@@ -18,7 +19,7 @@ from ..guidance.apply import guidance_record_of
 from .heat import overlay
 from .letters import labels
 from .sheet import Block, Cell, Pictures, Text, as_image, sheet
-from .story import NAMES, charts, costs_of
+from .story import charts, costs_of
 from .theme import LIGHT, Theme
 
 COLUMNS, CELLS, PROBLEMS, SIDE = 4, 24, 8, 480
@@ -149,7 +150,7 @@ def _cell(one: Map) -> Cell:
 def _run(record: RunRecord) -> str:
     """One line about the whole run."""
     calls, rows = (sum(getattr(step, name) for step in record.steps) for name in ("calls", "rows"))
-    methods = ", ".join(NAMES.get(name, name) for name in record.methods) or "no method"
+    methods = ", ".join(map(method_title, record.methods)) or "no method"
     ended = "" if record.finished else "; the run did not finish"
     count = counted(len(record.steps), "step") if not record.whole else \
         f"steps {record.before + 1} to {record.done} of {record.whole}"

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...engine.record import RunRecord, StepRecord
+from ...methods import method_title
 from ...methods.counted import counted
 from ...methods.guidance.record import GuidanceRecord
 from .chart import HeatRows, Lines, Series, Stack
@@ -21,7 +22,6 @@ HEADS = {"Switch": "Whose turn it was", "CMLoRA": "Say of each LoRA",
          "ESTLoRA": "Layers of each LoRA"}
 BY_STRENGTH = ("Merge", "Switch", "Composite")
 """Methods that go by the strengths alone: what these are is known as soon as a step begins."""
-NAMES = {"KLoRA": "K-LoRA", "ESTLoRA": "EST-LoRA"}
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def _leaders(record: RunRecord, k: int, kind: str) -> list[Block]:
     shares = says(record, k)
     if all(len(set(each)) <= 1 for each in shares) and kind not in HEADS:
         return []
-    name = NAMES.get(kind, kind)
+    name = method_title(kind)
     return [Stack(f"{HEADS.get(kind, 'Strength of each LoRA')} ({name})",
                   [Series(one, each) for one, each in zip(labels(record.adapters[k]), shares, strict=True)],
                   tall=90 if kind == "Switch" else 150)]
@@ -223,7 +223,7 @@ def _cache(step: StepRecord) -> dict:
 
 def titles(record: RunRecord, routed: Sequence[bool]) -> list[str]:
     """The methods as users call them; `routed` are those whose LoRAs act where their words are."""
-    return ["Routed" if by_words and kind == "Merge" else NAMES.get(kind, kind)
+    return ["Routed" if by_words and kind == "Merge" else method_title(kind)
             for kind, by_words in zip(record.methods, routed, strict=True)]
 
 

@@ -21,6 +21,7 @@ from lora_ensemble.methods.schedule import BySteps, NonUniform, Uniform
 from lora_ensemble.nodes.baselines import LoRAEnsembleSwitch
 from lora_ensemble.nodes.cache import LoRAEnsembleBranchCache
 from lora_ensemble.nodes.cmlora import LoRAEnsembleCMLoRA
+from lora_ensemble.nodes.klora import LoRAEnsembleKLoRA
 from lora_ensemble.nodes.loratorio import LoRAEnsembleLoRAtorio
 from lora_ensemble.tests.workflows import ROOT
 
@@ -198,6 +199,21 @@ def test_a_class_without_a_lead_is_named(loras):
     sample(switched, steps=2)
     (line,) = record_of(switched).problems
     assert ensemble[2].name in line and "did not act in any of the 2 steps" in line
+
+
+def test_loras_without_a_turn_are_named_together(loras):
+    """In one line, with the method as users call it."""
+    model = base("SD15")
+    ensemble = with_roles(three(model, loras), "character", "style", "style")
+    switched = new(LoRAEnsembleSwitch, model, ensemble)
+    sample(switched, steps=1)
+    names = ", ".join(f"'{spec.name}'" for spec in ensemble[1:])
+    assert record_of(switched).problems == [f"LoRA {names} did not act in the only step: Switch gave them no turn"]
+    weak = replace(ensemble[1], strength_model=0.01)
+    chosen = new(LoRAEnsembleKLoRA, model, (ensemble[0], ensemble[1], weak))
+    sample(chosen, steps=2)
+    assert record_of(chosen).problems == [
+        f"LoRA '{weak.name} (row 3)' did not act in any of the 2 steps: K-LoRA gave it no turn"]
 
 
 @pytest.mark.parametrize("schedule", ["uniform", "CMLoRA"])
