@@ -122,6 +122,8 @@ def product(call: Call, stack: Stack, slots: Sequence[Slot], entries: Entries, n
         if needed is not None:
             gain = call.where(entries, slots, needed) if call.where is not None else gain_tensor(
                 slots, needed, call.geometry.spatial, min(call.x.ndim - 2, 1), call.x, call.once)
+            if gain.ndim > 3 and not call.geometry.spatial:  # a view, which is brought up to date with its tensor
+                gain = gain.flatten(1, -2)
         if columns:
             add = shares(down[ranks], [stack.share(up, ranks, each) for each in parts],
                          None if call.x.ndim == 2 else n, outputs, gain, alpha)

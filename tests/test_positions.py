@@ -10,6 +10,7 @@ from lora_ensemble.engine.layout import folded
 from lora_ensemble.engine.positions import Places, Segment
 from lora_ensemble.kernels.branch import Branch, one_hot
 from lora_ensemble.tests.reference import TOLERANCE, close, make_ops
+from lora_ensemble.tests.test_engine_ops import spanned
 from torch import Tensor, nn
 
 STRENGTHS = (0.7, 0.9, 1.1)
@@ -97,6 +98,33 @@ def test_layers_without_a_dimension_for_entries(kinds):
     x, gain = torch.randn(23, 6), torch.cat([words.mT, m.flatten(2).mT, torch.ones(1, 2, 3)], dim=1)
     want = token_reference(layer, [ALL], x[None], gain)[0]
     assert kinds != LORAS or close(routed_output(layer, kinds, [ALL], x, flat), want)
+
+
+@pytest.mark.parametrize("kinds", [LORAS, ("lora", "lora", "slice"), ("glora", "dora out", "lora")], ids=str)
+def test_tokens_in_several_dimensions(kinds):
+    """Frames, rows and columns apart, as Cosmos Predict 2 and Anima have them: as the same tokens in one dimension, and
+    so when places change."""
+    torch.manual_seed(0)
+    layer, x = nn.Linear(6, 8), torch.randn(2, 12, 6)
+    places, flat = (Places(maps(grid=(3, 2, 2)), (0, 0), locate=lambda name, tokens: (
+        Segment("picture", 12, (3, 2, 2)),)) for _ in range(2))
+    bank = Bank([{"0": [spanned(op, (0, 0, 4)) for op in make_ops("lora", (4, 6), seed)[0]] if kind == "slice" else
+                  make_ops(kind, layer.weight.shape, seed)[0]} for seed, kind in enumerate(kinds)])
+    root = nn.Sequential(layer)
+    routed = RoutedForwards(root, bank, lambda name: root.get_parameter(name).detach().float())
+    routed.install()
+
+    def call(x: Tensor, places: Places) -> Tensor:
+        with torch.no_grad(), routed.rows([ALL, ALL], places):
+            return root(x)
+
+    for seed in (1, 2):
+        for each in (places, flat):
+            each.update(maps(grid=(3, 2, 2), seed=seed))
+        want = call(x, flat)
+        assert close(call(x.unflatten(1, (3, 2, 2)), places), want.unflatten(1, (3, 2, 2)))
+        assert not torch.allclose(want, layer(x), atol=0.05)
+    routed.remove()
 
 
 @pytest.mark.parametrize(("count", "tokens", "want"), [(6, 3, [0, 1, 2, 0, 1, 2]), (5, 3, [0, 1, 2, None, None])],
