@@ -7,15 +7,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from uuid import UUID, uuid4
 
+import torch
 from torch import Tensor, nn
 
 from ...engine.positions import Places
 from ...engine.reach import Reach
 from ...kernels.branch import Branch
 from ...methods.merge import Merge
+from ...methods.prompt import PromptTokens
 from ...methods.session import POSITIVE
 from ..families.attention import chosen
-from ..words.marked import PROBE, WITHOUT
+from ..words.marked import PROBE, PROMPT, WITHOUT
 from .attention import AttentionReader
 from .cache import Combo
 from .combos import Joined
@@ -29,6 +31,9 @@ CONTRAST = "lora_ensemble_contrast"
 OTHER_WORDS = ("a prompt was encoded with the words of other LoRAs than this method's, so contrast has not all that it "
                "compares, and the LoRAs act everywhere in it. Encode it with the CLIP of this method node; connect the "
                "same ensemble to Ensemble Prompt, or none")
+
+OF_TOKENS = ("attention_mask", "attention_mask_img_shape")
+"""What a cond says of its own tokens one by one, which is true of no other text's."""
 
 
 @dataclass
@@ -139,7 +144,7 @@ def _with_stand_ins(entry: dict, regions: Sequence[RoutedLoRAs], variants: Mappi
     """The cond that says where the words of a cond are: itself, or the one with stand-in words in its prompt."""
     if _stand_in(entry) not in variants:
         return entry
-    other = _like(entry, variants[_stand_in(entry)][0])
+    other = variants[_stand_in(entry)][0]
     for each in regions:
         each.stand_in(entry["uuid"], other)
     return other
@@ -148,11 +153,6 @@ def _with_stand_ins(entry: dict, regions: Sequence[RoutedLoRAs], variants: Mappi
 def _stand_in(entry: dict) -> str:
     """The name under which a guider holds the cond with stand-in words, if there is one."""
     return f"{entry.get(CONTRAST)} {PROBE}"
-
-
-def _like(entry: dict, other: dict) -> dict:
-    """Another cond in the area of the first."""
-    return {**other, **{key: entry[key] for key in ("area",) if entry.get(key) is not None}}
 
 
 def _why_not(regions: RoutedLoRAs, root: nn.Module, compiled: bool, others: Sequence[str]) -> str:
@@ -172,7 +172,7 @@ def _compare(regions: RoutedLoRAs, positive: list[list[dict]], evaluate: Callabl
         if held and None in rests:
             regions.tell(OTHER_WORDS)
         elif held and rests:
-            whole, *parts = evaluate([[entry], *([_like(entry, rest[0])] for rest in rests)])
+            whole, *parts = evaluate([[entry], *(rest[:1] for rest in rests)])
             regions.compare(entry["uuid"], whole, parts)
 
 
@@ -188,8 +188,22 @@ def with_variants(conds: dict[str, list[dict]]) -> list[str]:
                 entry[CONTRAST] = f"{CONTRAST} {name} {number}"
             for key, (cross, options) in more:
                 added.append(f"{entry[CONTRAST]} {key}")
-                conds[added[-1]] = [{**options, "cross_attn": cross, "model_conds": {}, "uuid": uuid4()}]
+                conds[added[-1]] = [_instead(entry, cross, options)]
     return added
+
+
+def _instead(entry: dict, cross: Tensor, options: dict) -> dict:
+    """A cond as nodes behind the text encoder have left another one, with its start picture, references, ControlNets,
+    area, times and what was put behind its text, but with another text.
+
+    options   what the text encoder says of that text; None: nothing, where it says something of the entry's
+    """
+    marks, whole = entry.get(PROMPT), entry.get("cross_attn")
+    if isinstance(marks, PromptTokens) and marks.words and isinstance(whole, Tensor):
+        cross = torch.cat([cross, whole[:, marks.length:].to(cross)], dim=1)
+    kept = {key: value for key, value in entry.items() if key not in (WITHOUT, PROBE, CONTRAST, *OF_TOKENS)}
+    said = {**kept, **options, "cross_attn": cross, "model_conds": {}, "uuid": uuid4()}
+    return {key: value for key, value in said.items() if value is not None or key not in options}
 
 
 def positives(conds: Sequence[list[dict] | None], sides: Sequence[str]) -> list[list[dict]]:

@@ -9,7 +9,8 @@ conditioning:
     OWN       an OwnTold, where LoRAs are to change the text encoder for their own words alone (own.py): then its
               tensors are those of own.py, in the conditionings of WITHOUT and PROBE too
 
-A conditioning here is [tensor, dict], and its dict has a PROMPT of its own.
+A conditioning here is [tensor, dict], and its dict has a PROMPT of its own; None is what the encoder says of the whole
+prompt and not of that text.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 
 import comfy.sd
 
-from ...methods.prompt import LoRAWords, PromptTokens, find_clauses, parse_marks, stand_in, without
+from ...methods.prompt import LoRAWords, find_clauses, parse_marks, stand_in, without
 from .notes import Note, NotedTokens, Texts, prompt_tokens
 from .own import OWN, SCHEDULED, OwnDelta, on_own_words
 from .spelling import by_encoder
@@ -61,7 +62,7 @@ class Marked:
         if not return_dict:
             return super().encode_from_tokens(tokens, return_pooled, return_dict)
         out = self._encoded(tokens, return_pooled)
-        return out | self._told(tokens, out[PROMPT], return_pooled, self._encoded)
+        return out | self._told(tokens, out, return_pooled, self._encoded)
 
     def _bare(self, tokens: Any, pooled: bool | str) -> dict[str, Any]:
         return super().encode_from_tokens(tokens, pooled, True)
@@ -82,7 +83,7 @@ class Marked:
         entries = super().encode_from_tokens_scheduled(tokens, unprojected, add_dict, **kwargs)
         if any(PROMPT not in entry[1] for entry in entries):  # a schedule of hooks encodes without encode_from_tokens
             prompt = prompt_tokens(self, Texts.of(tokens), entries[0][0])
-            told = self._told(tokens, prompt, "unprojected" if unprojected else True, self._plain)
+            told = self._told(tokens, {PROMPT: prompt}, "unprojected" if unprojected else True, self._plain)
             told |= {PROMPT: prompt, **({OWN: SCHEDULED} if self.lora_ensemble_own and prompt.words else {})}
             for entry in entries:
                 entry[1].update(told)
@@ -91,14 +92,14 @@ class Marked:
                 other.update(add_dict)
         return entries
 
-    def _told(self, tokens: Any, prompt: PromptTokens, pooled: bool | str,
+    def _told(self, tokens: Any, encoded: Mapping[str, Any], pooled: bool | str,
               encode: Callable[[Any, bool | str], dict[str, Any]]) -> dict[str, Any]:
-        """What a conditioning brings along besides its own words."""
+        """What a conditioning brings along besides its own words, `encoded`."""
         def entry(tokens: Any) -> list:
-            out = encode(tokens, pooled)
+            out = dict.fromkeys(encoded.keys() - {"cond"}) | encode(tokens, pooled)  # None: what this text has none of
             return [out.pop("cond"), out]
 
-        texts, told = Texts.of(tokens), {}
+        texts, prompt, told = Texts.of(tokens), encoded[PROMPT], {}
         if prompt.words and self.lora_ensemble_contrast:
             told[WITHOUT] = tuple((span, entry(texts.retold(self._tokenized, without(prompt.text, *span))))
                                   for span in find_clauses(prompt, self.lora_ensemble_words).spans)

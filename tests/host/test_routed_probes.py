@@ -8,12 +8,17 @@ import torch
 from lora_ensemble.host.compose.composition import places_of, record_of
 from lora_ensemble.host.compose.probe import OTHER_WORDS
 from lora_ensemble.methods.prompt import LoRAWords, PromptTokens, find_clauses
+from node_helpers import conditioning_set_values
 from torch.nn import functional as F
+
+import nodes
 
 from .builders import guided, same, sample, schedule
 from .models import FAMILIES, base
 from .test_masks import LAST
 from .test_routed import MARKS, prompt, rests, routed, specs
+
+FLUX = FAMILIES["Flux"]
 
 
 @pytest.mark.parametrize("family", ["SD15", "Wan"])
@@ -115,3 +120,61 @@ def test_a_prompt_that_comes_later_has_places_of_its_own(mode, loras):
                      FAMILIES["SD15"].cond(12))
     assert torch.isfinite(guided(guider, schedule(ours, 3))).all()
     assert [step.rows for step in record_of(ours).steps] == [2, 2, 1] and record_of(ours).problems == []
+
+
+# --- what other nodes have put on a prompt --------------------------------------------------------------------------
+
+
+def edited(conds: list) -> list:
+    """A reference picture, another guidance, an area, a time, and a text behind the prompt's."""
+    conds = conditioning_set_values(conds, {"reference_latents": [FLUX.noise(size=4, seed=7)], "guidance": 2.0})
+    conds = nodes.ConditioningSetArea().append(conds, 48, 48, 8, 0, 1.0)[0]
+    conds = nodes.ConditioningSetTimestepRange().set_range(conds, 0.0, 0.9)[0]
+    return nodes.ConditioningConcat().concat(conds, FLUX.cond(40, tokens=3))[0]
+
+
+def test_stand_in_words_stand_in_the_same_picture(loras):
+    """Guard: an editing model without its picture, or a film without its start, attends elsewhere."""
+    model = base("Flux")
+    other = prompt("Flux", MARKS, 30)[0]
+    ours, likewise, bare = (routed(model, specs(model, loras), mode="once") for _ in range(3))
+    sample(ours, "Flux", edited(prompt("Flux", lora_ensemble_probe=other)), steps=1)
+    sample(likewise, "Flux", edited([other]), steps=1)
+    sample(bare, "Flux", [other], steps=1)
+    (found,), (want,), (without,) = map(places_of, (ours, likewise, bare))
+    assert torch.equal(found.maps, want.maps) and not torch.allclose(found.maps, without.maps, atol=1e-2)
+
+
+def test_a_prompt_is_compared_with_itself_less_a_clause(loras):
+    """What nodes put on it is on both sides, and is not what they differ by."""
+    model, calls = base("Flux"), []
+    others = rests(MARKS, [prompt("Flux", None, 20 + k)[0] for k in range(3)])
+    ours = routed(model, specs(model, loras), mode="contrast")
+
+    def see(_, args, kwargs):
+        size, guidance = tuple(args[0].shape), set(kwargs["guidance"].tolist())
+        calls.append((size, kwargs["context"].shape[1], len(kwargs["ref_latents"]), guidance))
+
+    with model.model.diffusion_model.register_forward_pre_hook(see, with_kwargs=True):
+        sample(ours, "Flux", edited(prompt("Flux", lora_ensemble_without=others)), steps=1, cfg=1.0)
+    alike = (16, 6, 6), 5 + 3, 1, {2.0}
+    assert [(size[0], (size[1:], *rest)) for size, *rest in calls] == [(4, alike), (1, alike)]
+
+
+def test_what_a_text_has_none_of_is_not_anothers(loras):
+    """Of what an encoder says of a text: signs in quotation marks (ByT5), a mask of its own tokens."""
+    model, seen = base("SD15"), []
+    other = prompt("SD15", MARKS, 30, conditioning_byt5small=None)[0]
+    conds = prompt("SD15", MARKS, lora_ensemble_probe=other, conditioning_byt5small=torch.ones(1, 2, 3),
+                   attention_mask=torch.ones(1, 5), concat_mask=torch.ones(1, 1, 8, 8))
+
+    class See(comfy.samplers.CFGGuider):
+        def inner_sample(self, *args, **kwargs):
+            seen.extend(self.conds.values())
+            return super().inner_sample(*args, **kwargs)
+
+    guider = See(routed(model, specs(model, loras), mode="once"))
+    guider.set_conds(conds, FAMILIES["SD15"].cond(12))
+    guided(guider, schedule(guider.model_patcher, 1))
+    (instead,) = seen[2]
+    assert "concat_mask" in instead and {"conditioning_byt5small", "attention_mask"}.isdisjoint(instead)
