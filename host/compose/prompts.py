@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...kernels.routing import contrast
 from ...methods.counted import counted, verb
 from ...methods.prompt import LoRAClauses, LoRAWords, PromptTokens, find_clauses
 from ...methods.prompt_text import Range
@@ -55,6 +56,18 @@ class Prompt:
         return tuple(None if clause is None or wide else
                      (self.text, self.area, tuple(self.clauses.members[clause].nonzero().flatten().tolist()))
                      for clause, wide in zip(self.clauses.own, self.clauses.everywhere, strict=True))
+
+    @property
+    def spans(self) -> tuple[Range, ...]:
+        """The places of all clauses in the text, each once."""
+        return tuple(dict.fromkeys(span for part in self.parts for span in part))
+
+    def lost(self, whole: Tensor, without: Sequence[Tensor]) -> Tensor:
+        """[pictures, rows of the clauses, frames, height, width]: what a prediction [pictures, C, ...] loses without each
+        of `spans`."""
+        lost, spans = contrast(whole, torch.stack(list(without))), self.spans
+        lost = torch.stack([lost[:, [spans.index(span) for span in part]].sum(dim=1) for part in self.parts], dim=1)
+        return lost if lost.ndim == 5 else lost.unsqueeze(2)
 
 
 def search(entry: Mapping[str, object], words: Sequence[LoRAWords], active: Sequence[int],

@@ -14,7 +14,6 @@ from ...engine.positions import Places
 from ...engine.reach import Reach
 from ...engine.transfer import on_device
 from ...kernels.branch import Branch, Step
-from ...kernels.routing import contrast
 from ...methods.prompt import LoRAWords
 from ...methods.prompt_text import Range
 from ...methods.routed import Routes, Routing, loosened, trusted
@@ -238,15 +237,12 @@ class RoutedLoRAs(MaskedLoRAs):
         return self._heard[-1][0]
 
     def spans(self, uuid: UUID) -> tuple[Range, ...]:
-        """The places of a cond's clauses in its text, each once."""
-        return tuple(dict.fromkeys(span for part in self._prompts[uuid].parts for span in part))
+        """`Prompt.spans` of a cond."""
+        return self._prompts[uuid].spans
 
     def compare(self, uuid: UUID, whole: Tensor, without: Sequence[Tensor]) -> None:
-        """Predictions [pictures, C, ...] for a cond, and without each of its clauses, as `spans` has them."""
-        spans, apart = self.spans(uuid), contrast(whole, torch.stack(list(without)))
-        apart = torch.stack([apart[:, [spans.index(span) for span in part]].sum(dim=1)
-                             for part in self._prompts[uuid].parts], dim=1)
-        self.see(uuid, apart if apart.ndim == 5 else apart.unsqueeze(2))
+        """Predictions [pictures, C, ...] for a cond, and without each of its `spans`."""
+        self.see(uuid, self._prompts[uuid].lost(whole, without))
 
     def commit(self) -> None:
         """What was seen holds from now on."""
