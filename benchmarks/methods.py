@@ -116,7 +116,7 @@ def composed(model, files: Sequence[Path], name: str, always: Path | None = None
     """The MODEL that a method's node gives, its caching as the node has it."""
     from ..host.compose.apply import apply_method, with_cache
     from ..host.compose.cache import CacheSpec
-    from ..host.compose.routes import Placing
+    from ..host.compose.placing import Placing
     from ..host.files.ensemble import ALWAYS, LoRASpec
 
     ensemble = tuple(LoRASpec(file.name, STRENGTH, 0.0, words=f"word{k}x0") for k, file in enumerate(files))

@@ -46,7 +46,7 @@ def bench_routed(model, files: Sequence[Path], conds: list, noise: Tensor, steps
     """
     from ..host.compose.apply import apply_method
     from ..host.compose.composition import places_of, record_of
-    from ..host.compose.routes import Placing
+    from ..host.compose.placing import Placing
     from ..host.files.ensemble import LoRASpec
 
     ensemble = tuple(LoRASpec(file.name, STRENGTH, 0.0, words=f"word{k}x0") for k, file in enumerate(files))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from comfy_api.latest import io
 
 from ..host.compose.apply import Active, apply_method, bake
-from ..host.compose.routes import Placing
+from ..host.compose.placing import Placing
 from ..host.files.ensemble import Ensemble
 from ..methods.composite import Composite
 from ..methods.merge import Merge

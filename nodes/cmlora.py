@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from ..host.compose.apply import Active, apply_method, with_cache
 from ..host.compose.cache import CacheSpec
 from ..host.compose.composition import KEY
-from ..host.compose.routes import Placing
+from ..host.compose.placing import Placing
 from ..host.files.ensemble import Ensemble
 from ..methods.cmlora import LOW_FREQUENCY, AgeBySteps, CMLoRA, oldest
 from .sockets import method_schema

@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from ..host.compose.apply import Active, apply_method
 from ..host.compose.measure import sizes_of, subjects_of
-from ..host.compose.routes import Placing
+from ..host.compose.placing import Placing
 from ..host.files.ensemble import Ensemble
 from ..methods.est import BALANCES, ESTLoRA
 from ..methods.klora import KLoRA

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from comfy_api.latest import io
 
 from ..host.compose.apply import apply_method
-from ..host.compose.routes import Placing
+from ..host.compose.placing import Placing
 from ..host.files.ensemble import Ensemble
 from ..methods.merge import Merge
 from ..methods.routed import MODES, Routing

@@ -7,7 +7,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..host.compose.routes import PLACES
+from ..host.compose.placing import PLACES
 from ..host.look.theme import THEMES
 from .menu import advanced, category
 

@@ -22,7 +22,8 @@ from ..words.marked import marked
 from ..words.own import OwnDelta, add_patches
 from .banks import compute_dtype, shared_bank
 from .cache import CacheSpec
-from .composition import KEY, Applied, Composition
+from .composition import KEY, Composition
+from .placing import Placing, Routed
 from .prompts import Asked
 from .reading import (
     ParsedLoRA,
@@ -36,7 +37,7 @@ from .reading import (
     read_ensemble,
     without_effect,
 )
-from .routes import Placing, Routed
+from .run import Applied
 from .weights import follow_weights
 from .wrappers import install_wrappers
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from ...kernels.nested import Parts
 from ...methods.session import OTHER, POSITIVE, UNCONDITIONAL, RunContext
 from ...methods.windows import gains_of
-from .composition import Applied
 from .earlier import Earlier, names_of
 from .prompts import shares_of
+from .run import Applied
 
 SIDES = {"positive": POSITIVE, "negative": UNCONDITIONAL, "empty_negative_prompt": UNCONDITIONAL}
 """Names that ComfyUI's guiders give their conds; `middle` of DualCFG and unknown ones are OTHER."""

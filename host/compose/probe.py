@@ -21,10 +21,10 @@ from ..words.marked import PROBE, PROMPT, WITHOUT
 from .attention import AttentionReader
 from .cache import Combo
 from .combos import Joined
-from .composition import Run
 from .places import call_tokens
 from .routes import RoutedLoRAs
 from .rows import in_range
+from .run import Run
 
 CONTRAST = "lora_ensemble_contrast"
 """Prefix of the names under which a guider holds what its prompts bring to be compared with: a name of their own."""

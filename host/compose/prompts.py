@@ -63,8 +63,8 @@ class Prompt:
         return tuple(dict.fromkeys(span for part in self.parts for span in part))
 
     def lost(self, whole: Tensor, without: Sequence[Tensor]) -> Tensor:
-        """[pictures, rows of the clauses, frames, height, width]: what a prediction [pictures, C, ...] loses without each
-        of `spans`."""
+        """[pictures, rows of the clauses, frames, height, width]: what a prediction [pictures, C, ...] loses without
+        each of `spans`."""
         lost, spans = contrast(whole, torch.stack(list(without))), self.spans
         lost = torch.stack([lost[:, [spans.index(span) for span in part]].sum(dim=1) for part in self.parts], dim=1)
         return lost if lost.ndim == 5 else lost.unsqueeze(2)

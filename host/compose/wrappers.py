@@ -25,13 +25,14 @@ from ..families.work import work_of
 from .banks import as_computed
 from .cache import Combo
 from .cards import note_cards, same_banks, settle
-from .composition import KEY, Composition, Free, Plan, Run
+from .composition import KEY, Composition
 from .context import is_flow, method_contexts, parts_of, run_context, sides_of, timed
 from .control import CALLER_CONDS, OF_WEIGHTS, caller_indexes, made_of_weights
 from .earlier import RUNS, bare, names_of
 from .places import window_of
 from .probe import find_places, listening, positives, readings, with_variants
 from .rows import in_range
+from .run import Free, Plan, Run
 from .steps import tracked
 from .summary import carried, without_prompt
 from .watch import watching

@@ -10,7 +10,7 @@ import torch
 from lora_ensemble.engine import products
 from lora_ensemble.host.compose.apply import apply_method, bake
 from lora_ensemble.host.compose.composition import KEY, places_of, record_of
-from lora_ensemble.host.compose.routes import Placing
+from lora_ensemble.host.compose.placing import Placing
 from lora_ensemble.host.compose.weights import put_into_weights
 from lora_ensemble.host.files.ensemble import ALWAYS, LoRASpec, Mask
 from lora_ensemble.host.files.metadata import for_few_steps

@@ -13,7 +13,7 @@ import torch
 from lora_ensemble.engine.cache import FeatureCache
 from lora_ensemble.engine.positions import Places
 from lora_ensemble.engine.program import Programs
-from lora_ensemble.host.compose import attention, composition
+from lora_ensemble.host.compose import attention, run
 from lora_ensemble.host.compose.composition import record_of
 from lora_ensemble.host.families import split_points
 from lora_ensemble.host.files.ensemble import LoRASpec, Mask
@@ -230,6 +230,6 @@ def test_blocks_leave_nothing_behind_that_was_made_unseen(family, make, loras, l
 @pytest.mark.parametrize("make", MAKES)
 def test_it_would_be_seen(make, loras, looked_away, monkeypatch):
     """Without the guard of each thing that is kept, the test above finds it."""
-    owner = {"program": composition, "split": split_points, "attention": attention}[KEPT[make]]
+    owner = {"program": run, "split": split_points, "attention": attention}[KEPT[make]]
     monkeypatch.setattr(owner, "lasting", nullcontext)
     assert left_by(MAKES[make](base("Flux"), loras), "Flux", looked_away).found

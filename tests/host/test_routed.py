@@ -8,7 +8,7 @@ from lora_ensemble.host.compose import attention
 from lora_ensemble.host.compose.apply import apply_method
 from lora_ensemble.host.compose.attention import OVERRIDE
 from lora_ensemble.host.compose.composition import places_of, record_of
-from lora_ensemble.host.compose.routes import Placing
+from lora_ensemble.host.compose.placing import Placing
 from lora_ensemble.host.families.attention import chosen, joint
 from lora_ensemble.host.families.token_order import token_order
 from lora_ensemble.host.files.ensemble import LoRASpec, Mask

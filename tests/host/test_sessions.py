@@ -10,8 +10,9 @@ import comfy_extras.nodes_pag as nodes_pag
 import comfy_extras.nodes_perpneg as nodes_perpneg
 import pytest
 import torch
-from lora_ensemble.host.compose.composition import Run, record_of
+from lora_ensemble.host.compose.composition import record_of
 from lora_ensemble.host.compose.context import on_latent
+from lora_ensemble.host.compose.run import Run
 from lora_ensemble.kernels.branch import Branch, one_hot
 from lora_ensemble.methods.session import OTHER, POSITIVE, UNCONDITIONAL, Session
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from lora_ensemble.host.compose.apply import apply_method, bake
 from lora_ensemble.host.compose.composition import record_of
-from lora_ensemble.host.compose.routes import Placing
+from lora_ensemble.host.compose.placing import Placing
 from lora_ensemble.host.files.ensemble import LoRASpec
 from lora_ensemble.host.look.layermap import layer_map
 from lora_ensemble.methods.cmlora import CMLoRA
