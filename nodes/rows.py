@@ -106,9 +106,16 @@ def rows_of(fields: Mapping[str, Any]) -> tuple[Row, ...]:
     fields   what the host makes of the widgets: the fields of the first row by their names, with what a DynamicCombo
              opens in a mapping of its own, under the name of the combo. What is missing has its default, and so has
              None, which the host writes for what is missing and, before a run, for what will come over a link
-    Raises ValueError that names the row.
+    Raises ValueError that names the row, with a line for each that is wrong.
     """
-    rows = (_row(own, number) for number, own in enumerate(_open_rows(fields), 1))
+    rows, wrong = [], []
+    for number, own in enumerate(_open_rows(fields), 1):
+        try:
+            rows.append(_row(own, number))
+        except ValueError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise ValueError("\n".join(wrong))
     return tuple(row for row in rows if row is not None)
 
 

@@ -200,6 +200,10 @@ class FrontEnd:
     def nodes(self) -> list[Shown]:
         return [Shown(**entry) for entry in json.loads(self.browser.evaluate(NODES % (NARROWEST, WIDEST, NARROWEST)))]
 
+    def groups(self) -> list[tuple[str, float, float, float, float]]:
+        """(title, x, y, width, height) of each group."""
+        return self.browser.evaluate("app.graph._groups.map(group => [group.title, ...group._bounding])")
+
     def run(self, seconds: float = 300.0) -> dict[str, Any]:
         """Queues the workflow as the button does, and says what was seen until it was done: the texts on nodes by their
         types, what the panels of the pack had written on them, and "success" or an error (`over`)."""

@@ -239,8 +239,10 @@ def measure(page: Any, graph: Graph) -> dict[int, Room]:
     widths = widened(page, graph) if page.nodes_2 else {}
     for node in small["nodes"]:
         node["size"] = [max(node["size"][0], widths.get(node["id"], 0)), 10]
+    asked = {node["id"]: node["size"][0] for node in small["nodes"]}
     page.open_graph(small, "measured")
-    return {node.id: Room(node.height, node.height + node.hidden, max(node.roomy, widths.get(node.id, 0)),
+    return {node.id: Room(node.height, node.height + node.hidden,
+                          max(node.roomy, widths.get(node.id, 0), node.width if node.width > asked[node.id] else 0),
                           node.writable) for node in page.nodes()}
 
 

@@ -44,6 +44,13 @@ def overlaps(nodes: list[Shown]) -> list[tuple[str, str]]:
             and a.y - TITLE < b.y + b.height + b.footer and b.y - TITLE < a.y + a.height + a.footer]
 
 
+def sticking_out(nodes: list[Shown], groups: list[tuple[str, float, float, float, float]]) -> list[tuple[str, str]]:
+    """Nodes that begin in a group and end outside of it."""
+    return [(node.title, title) for node in nodes for title, x, y, width, height in groups
+            if x <= node.x < x + width and y <= node.y < y + height
+            and (node.x + node.width > x + width or node.y + node.height > y + height)]
+
+
 def cut_off(node: Shown) -> list[str]:
     """What of a node's texts does not fit."""
     return node.squeezed + ["a name on the canvas"] * bool(node.short) + ["lines"] * bool(node.hidden)
@@ -59,6 +66,7 @@ def test_templates_open_tidy(page: FrontEnd, name: str):
     nodes = page.nodes()
     assert [node.kind for node in nodes if not node.known] == []
     assert overlaps(nodes) == []
+    assert sticking_out(nodes, page.groups()) == []
     assert {node.title: cut_off(node) for node in nodes if cut_off(node)} == {}
     assert page.zoom() >= SMALLER.get(name, LEGIBLE)
     assert page.complaints()[said:] == []

@@ -144,6 +144,14 @@ def test_a_wrong_row_is_named_before_the_run(two, fields, words):
     assert f"LoRA Ensemble, {shown(words)}" in str(refused.value)
 
 
+def test_all_wrong_rows_are_named_at_once(two):
+    """As in an example that was just opened, whose files are placeholders."""
+    with pytest.raises(ValueError) as refused:
+        NODE.validate_inputs(**nested(lora_1="gone.safetensors", lora_2=two[0], lora_3="lost.safetensors"))
+    assert [line.split(" is not")[0] for line in str(refused.value).splitlines()] == [
+        "LoRA Ensemble, row 1: LoRA “gone.safetensors”", "LoRA Ensemble, row 3: LoRA “lost.safetensors”"]
+
+
 @pytest.mark.parametrize(("name", "value"), [("row_2", "maybe"), ("row_2", None), ("row_2", ["7", 0]),
                                              ("more_1", True)])
 def test_what_opens_nothing_and_is_not_closed_is_refused(two, name, value):
