@@ -28,7 +28,8 @@ class LoRAEnsembleReport(io.ComfyNode):
                 io.Model.Input("model", tooltip="The MODEL that was sampled: the one that the sampler node got."),
                 io.Latent.Input(
                     "latent",
-                    tooltip="What the sampler made of it: makes this node wait for the run, and is handed on.",
+                    tooltip="What the sampler made of it: says which run is meant where the MODEL is sampled several "
+                    "times, makes this node wait for it, and is handed on.",
                 ),
                 io.Image.Input(
                     "image",
@@ -52,7 +53,7 @@ class LoRAEnsembleReport(io.ComfyNode):
     @classmethod
     def execute(cls, model: ModelPatcher, latent: dict, image: Tensor | None = None,
                 theme: str = "light") -> io.NodeOutput:
-        return io.NodeOutput(latent, *report(model, image, THEMES[theme]))
+        return io.NodeOutput(latent, *report(model, latent["samples"], image, THEMES[theme]))
 
 
 NODES: list[type[io.ComfyNode]] = [LoRAEnsembleReport]

@@ -14,6 +14,7 @@ from ...engine.record import RunRecord
 from ...engine.tell import Once
 from ...methods.session import RunContext
 from .cache import CacheSpec
+from .earlier import Left
 from .fused import as_before, call_routed_layers
 from .run import Applied, Free, Run
 from .steps import StepTracker
@@ -21,6 +22,8 @@ from .summary import chosen
 from .without import Without
 
 KEY = "lora_ensemble"
+TOLD = 4
+"""Runs of a MODEL of which is told what they did."""
 log = logging.getLogger("lora_ensemble")
 
 
@@ -35,19 +38,29 @@ class Placed:
     masked: tuple[bool, ...] = ()
 
 
+@dataclass(frozen=True)
+class Told:
+    """What is told of a run: its record, and where its LoRAs acted, per method that confines them."""
+
+    record: RunRecord | None
+    places: tuple[Placed, ...]
+
+
 @dataclass
 class Composition:
     """The attachment of a patched MODEL. Method nodes in a row are several applied methods, outermost first: the
     branches multiply, and the predictions of the last one are mixed first.
 
-    Clones of a MODEL share this object, so the record of the last run can be read from any of them; everything that
-    belongs to one run is in `Run`, which exists only while it samples. `without` leaves LoRAs out of its pictures.
+    Clones of a MODEL share this object, so the record of the last run can be read from any of them, and what is told of
+    those before by the latents that they left; everything else that belongs to one run is in `Run`, which exists only
+    while it samples. `without` leaves LoRAs out of its pictures.
     """
 
     applied: tuple[Applied, ...]
     cache: CacheSpec | None = None
     record: RunRecord | None = None
     places: tuple[Placed, ...] = ()
+    told: Left[Told] = field(default_factory=lambda: Left(TOLD))
     without: Without = Without()
     runs: list[Run] = field(default_factory=list)
     warn: Once = field(default_factory=lambda: Once(log.warning))
@@ -81,15 +94,17 @@ class Composition:
         self.record = run.record
         return run
 
-    def end(self, run: Run, finished: bool) -> None:
-        """The run is over, however it ended."""
+    def end(self, run: Run, out: Tensor | None) -> None:
+        """The run is over, however it ended; `out` is its latent where it came to its end."""
         self.runs.remove(run)
         as_before()
         self.places = tuple(
             Placed(each.names, regions.maps.cpu(), tuple(getattr(regions, "found", ())),
                    tuple(mask is not None for mask in each.masks))
             for each, regions in zip(self.applied, run.regions, strict=True) if regions is not None)
-        run.close(finished)
+        run.close(out is not None)
+        if out is not None:
+            self.told.keep(out, Told(self.record, self.places))
 
 
 def places_of(model) -> tuple[Placed, ...]:
@@ -102,3 +117,11 @@ def record_of(model) -> RunRecord | None:
     """What the last run of a MODEL with a method on it did; None before the first run and for other models."""
     composition = model.get_attachment(KEY)
     return composition.record if composition is not None else None
+
+
+def told_of(model, latent: Tensor) -> Told:
+    """What is told of the run of a MODEL that left this latent, since a graph may sample a MODEL several times; of its
+    last run where none is known to have."""
+    composition = model.get_attachment(KEY)
+    found = composition.told.before(latent) if composition is not None else None
+    return found or Told(record_of(model), places_of(model))

@@ -69,7 +69,7 @@ def outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=No
         regions.known = earlier.maps
     if run.cache is not None:
         run.cache.flow, run.cache.chosen = is_flow(guider.model_patcher), run.record.chosen.append
-    finished, added = False, []
+    out, added = None, []
     watchers = watching(guider.model_patcher, run.record, tracker.total)
     callback.also += [partial(told, False) for told in watchers]
     if run.applied and made_of_weights(guider.conds):
@@ -79,7 +79,6 @@ def outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=No
         run.conds = lambda: guider.conds
         with as_computed(guider.model_patcher, KEY):
             out = executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, *args, **kwargs)
-        finished = True
         known = [each.taken for each in run.routes if not each.idle]
         run.record.carried += carried(run.record, contexts, earlier, known, composition.cache)
         if context.handed_on:
@@ -89,7 +88,7 @@ def outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=No
     finally:
         for name in added:
             guider.conds.pop(name, None)
-        composition.end(run, finished)
+        composition.end(run, out)
         for told in watchers:
             told(True)
 

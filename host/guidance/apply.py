@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from weakref import ref
 
 from comfy.model_patcher import ModelPatcher, create_model_options_clone
 from comfy.patcher_extension import WrappersMP
+from torch import Tensor
 
 from ...engine.tell import into
 from ...methods.guidance.record import GuidanceRecord
 from ...methods.guidance.session import GuidanceSession, Tell
 from ...methods.session import RunContext
+from ..compose.composition import TOLD
 from ..compose.context import guidance_context, run_context
-from ..compose.earlier import bare, marks
+from ..compose.earlier import Left, bare, marks
 from ..compose.probe import CONTRAST
 from ..compose.steps import tracked
 from .identity import describe_model
@@ -37,11 +39,13 @@ class Guidance:
     begin    the rule's session for a run of a MODEL, and what tells problems; raises ValueError where the run is not
              what coefficients were calibrated on
     record   what guidance did in the last run
+    told     the same of those before, by the latents that they left
     """
 
     policy: str
     begin: Callable[[ModelPatcher, RunContext, Tell], GuidanceSession]
     record: GuidanceRecord | None = None
+    told: Left[GuidanceRecord] = field(default_factory=lambda: Left(TOLD))
 
     def on_model_patcher_clone(self) -> Guidance:
         """Called by the host: clones share the attachment, so that the record can be read from any of them."""
@@ -61,10 +65,13 @@ def apply_guidance(model: ModelPatcher, guidance: Guidance) -> ModelPatcher:
     return new_model
 
 
-def guidance_record_of(model: ModelPatcher) -> GuidanceRecord | None:
-    """What guidance did in the last run of a MODEL; None before the first run and for other models."""
-    guidance = model.get_attachment(KEY)
-    return guidance.record if guidance is not None else None
+def guidance_record_of(model: ModelPatcher, latent: Tensor | None = None) -> GuidanceRecord | None:
+    """What guidance did in the run of a MODEL that left a latent, in the last one where none is given or known to have
+    left it; None before the first run and for other models."""
+    guidance: Guidance | None = model.get_attachment(KEY)
+    if guidance is None:
+        return None
+    return (None if latent is None else guidance.told.before(latent)) or guidance.record
 
 
 def sample_guided(executor, noise, latent_image, sampler, sigmas, denoise_mask=None, callback=None, *args, **kwargs):
@@ -93,6 +100,7 @@ def sample_guided(executor, noise, latent_image, sampler, sigmas, denoise_mask=N
     try:
         out = executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, *args, **kwargs)
         record.finished = True
+        guidance.told.keep(out, record)
         if record.full == sum(step.rows for step in record.steps):
             at = "" if context.cfg is None else f" at cfg {context.cfg:g}"
             tell(f"Adaptive Guidance: no negative is evaluated{at}, so there is nothing to save")

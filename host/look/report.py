@@ -14,7 +14,7 @@ from ...engine.record import RunRecord
 from ...methods import method_title
 from ...methods.counted import counted, verb
 from ...methods.guidance.record import GuidanceRecord
-from ..compose.composition import KEY, Placed, places_of, record_of
+from ..compose.composition import KEY, Placed, told_of
 from ..guidance.apply import guidance_record_of
 from .heat import overlay
 from .letters import labels
@@ -53,8 +53,9 @@ class Map:
     under: np.ndarray | None = None
 
 
-def report(model, images: Tensor | None = None, theme: Theme = LIGHT) -> tuple[Tensor, str]:
-    """(a sheet [1, height, width, 3] in [0, 1], JSON) of the last run of a MODEL.
+def report(model, latent: Tensor, images: Tensor | None = None, theme: Theme = LIGHT) -> tuple[Tensor, str]:
+    """(a sheet [1, height, width, 3] in [0, 1], JSON) of the run of a MODEL that made a latent; of its last run where
+    none is known to have.
 
     images   [pictures or all of their frames, height, width, 3], to lay maps over
 
@@ -62,7 +63,8 @@ def report(model, images: Tensor | None = None, theme: Theme = LIGHT) -> tuple[T
     found of each LoRA's in each prompt; with `evaluations`, of which some were saved (`Costs.as_dict`); and with
     `guidance`, what adaptive guidance did. Where there was no run, both say so.
     """
-    record, places, guidance = record_of(model), places_of(model), guidance_record_of(model)
+    told, guidance = told_of(model, latent), guidance_record_of(model, latent)
+    record, places = told.record, told.places
     if record is None and guidance is None:
         reason = NEVER if model.get_attachment(KEY) is not None else WITHOUT
         return as_image(draw(None, [], reason, theme)), json.dumps({"problems": [reason]})
@@ -83,7 +85,7 @@ def as_json(record: RunRecord | None, places: Sequence[Placed], guidance: Guidan
     return f'{{{rest},\n "steps": [\n  {steps}\n]}}'
 
 
-def maps_of(placed: Placed, images: Tensor | None = None) -> list[Cell]:
+def maps_of(placed: Placed, images: Tensor | None = None) -> list[Map]:
     """The maps of one method's LoRAs: picture by picture, LoRA by LoRA; of films the first frame and the middle one."""
     maps = placed.maps if placed.maps.ndim == 5 else placed.maps.unsqueeze(2)
     pictures, loras, frames = maps.shape[:3]

@@ -69,10 +69,10 @@ def test_what_was_chosen_is_in_the_record_and_in_the_report(steps, loras):
         composed = new(node, model, ensemble)
         sample(composed, steps=steps)
         assert record_of(composed).chosen == [said] and record_of(composed).problems == []
-        picture, text = report(composed)
+        picture, text = report(composed, torch.zeros(1))
         assert json.loads(text)["chosen"] == [said]
         record_of(composed).chosen.clear()
-        assert report(composed)[0].shape[1] < picture.shape[1], "the sheet has a section for it"
+        assert report(composed, torch.zeros(1))[0].shape[1] < picture.shape[1], "the sheet has a section for it"
 
 
 @pytest.mark.parametrize(("steps", "said"), [(8, "do not serve, so few steps differ too much"), (12, "serve 2 steps")])

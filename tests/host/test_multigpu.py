@@ -169,7 +169,7 @@ def test_a_second_card_that_has_nothing_to_do(loras, cards):
     assert torch.equal(sample(ours, cfg=1.0, batch=2), want) and rows(ours) == [4, 0]
     (line,) = record_of(ours).problems
     assert line.startswith("cpu:0 had nothing to do: ")
-    assert '"devices": {"cpu": 4, "cpu:0": 0}' in report(ours)[1]
+    assert '"devices": {"cpu": 4, "cpu:0": 0}' in report(ours, torch.zeros(1))[1]
 
 
 def test_a_run_on_one_card_names_none(loras):

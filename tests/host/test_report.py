@@ -155,6 +155,17 @@ def test_a_run_with_words(loras):
     assert LoRAEnsembleReport.execute(ours, latent).args[1].shape == image.shape
 
 
+def test_each_of_two_samplers_has_its_own_report(loras):
+    """As a picture and its second pass: one MODEL is sampled twice, and the reports are drawn whenever the host comes
+    to them. A latent that no run is known to have left is the last one's."""
+    model = adaptive(routed(base("SD15"), specs(base("SD15"), loras)))
+    first = sample(model, "SD15", prompt(), steps=3)
+    second = sample(model, "SD15", prompt(), steps=2, latent=first, denoise=0.5, batch=1)
+    for latent, steps in ((first, 3), (second, 2), (first.half(), 3), (torch.zeros_like(first), 2)):
+        told = json.loads(LoRAEnsembleReport.execute(model, {"samples": latent}).args[2])
+        assert len(told["steps"]) == len(told["guidance"]["steps"]) == steps and told["finished"]
+
+
 def test_a_run_with_masks_and_another_method(loras):
     model = base("SD15")
     ensemble = specs(model, loras, mask=Mask(HALF))
