@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -32,21 +34,40 @@ class GuidedCall:
     shown_whole: bool = False
 
 
-def unguided(options: dict) -> dict:
-    """Model options without what shapes guidance: some nodes take a missing negative for one of zeros (core's APG then
-    doubles the picture). What follows guidance stays."""
-    return {key: value for key, value in options.items() if key not in (PRE_CFG, CFG)}
+UNGUIDED = {PRE_CFG: None, CFG: None}
+"""No slot that shapes guidance: some nodes take a missing negative for one of zeros (core's APG then doubles the
+picture). What follows guidance stays."""
 
 
-def guarded(options: dict, call: GuidedCall, session: GuidanceSession) -> dict:
-    """Model options under which pictures that are no longer guided come out conditional, whatever nodes make of two
+@contextmanager
+def put_in(options: dict, slots: Mapping[str, list | Callable | None]) -> Iterator[None]:
+    """The model options of a run with something else in some slots during a call, None for nothing. In the dict itself
+    and no copy: some nodes keep in it what they remember from step to step (Momentum Guidance, Sliding Mode Control).
+    """
+    before = {key: options[key] for key in slots if key in options}
+
+    def put(values: Mapping[str, list | Callable | None]) -> None:
+        for key in slots:
+            options.pop(key, None)
+        options.update({key: value for key, value in values.items() if value is not None})
+
+    put(slots)
+    try:
+        yield
+    finally:
+        put(before)
+
+
+def guarded(options: dict, call: GuidedCall, session: GuidanceSession) -> dict[str, list | Callable]:
+    """Slots with which pictures that are no longer guided come out conditional, whatever nodes make of two
     equal predictions: some have a memory (APG's momentum), some divide by the difference (the Perp-Neg node)."""
     if not options.get(PRE_CFG) and CFG not in options:
-        return options
+        return {}
 
     def note(args: dict) -> list:
-        """First before guidance: the conditional prediction as a whole, also where windows made it."""
-        call.c = args["conds_out"][0]
+        """First before guidance: the conditional prediction as a whole, also where windows made it. A copy, since some
+        nodes write into predictions (Skimmed CFG)."""
+        call.c = args["conds_out"][0].clone()
         return args["conds_out"]
 
     def restore(args: dict) -> list:
@@ -59,15 +80,12 @@ def guarded(options: dict, call: GuidedCall, session: GuidanceSession) -> dict:
         out = formula(args)
         return torch.where(session.weigh(call.c) == 0, (args["input"] - call.c).to(out), out)
 
-    changed = {**options, PRE_CFG: [note, *options.get(PRE_CFG, ()), restore]}
     formula = options.get(CFG)
-    if formula is not None:
-        changed[CFG] = shape
-    return changed
+    return {PRE_CFG: [note, *options.get(PRE_CFG, ()), restore], **({CFG: shape} if formula is not None else {})}
 
 
-def completed(options: dict, call: GuidedCall, session: GuidanceSession) -> dict:
-    """Model options under which the session sees the whole predictions that context windows were put together to, and
+def completed(options: dict, call: GuidedCall, session: GuidanceSession) -> dict[str, list]:
+    """Slots with which the session sees the whole predictions that context windows were put together to, and
     puts in the negative that it has, before any node shapes them."""
     def complete(args: dict) -> list:
         c, u, *others = args["conds_out"]
@@ -78,4 +96,4 @@ def completed(options: dict, call: GuidedCall, session: GuidanceSession) -> dict
         session.keep(args["input"], c, {"negative": u}, args["sigma"])
         return [c, session.settle("negative", args["input"], c, u, args["sigma"]), *others]
 
-    return {**options, PRE_CFG: [complete, *options.get(PRE_CFG, ())]}
+    return {PRE_CFG: [complete, *options.get(PRE_CFG, ())]}

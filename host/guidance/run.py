@@ -23,7 +23,7 @@ from ...methods.schedule import Schedule
 from ..compose.composition import KEY as COMPOSITION
 from ..compose.rows import narrowed, sides_together, whole_only
 from ..compose.steps import StepTracker
-from .call import GuidedCall, completed, guarded, unguided
+from .call import UNGUIDED, GuidedCall, completed, guarded, put_in
 
 
 class GuidedRun:
@@ -64,11 +64,10 @@ class GuidedRun:
         try:
             if not need.guided:
                 return self._conditional(executor, x, timestep, options, seed)
-            if session.fades and not self.own_math:
-                options = guarded(options, call, session)
-            if shown_whole:
-                options = completed(options, call, session)
-            out = executor(x, timestep, options, seed)
+            fading = session.fades and not self.own_math
+            with (put_in(options, guarded(options, call, session) if fading else {}),
+                  put_in(options, completed(options, call, session) if shown_whole else {})):
+                out = executor(x, timestep, options, seed)
             session.end()
             if session.fades and self.own_math and not windowed and call.c is not None:
                 weight = session.weigh(out)
@@ -85,16 +84,16 @@ class GuidedRun:
 
     def _conditional(self, executor, x, timestep, options: dict, seed):
         """What the same chain of nodes predicts at cfg 1, those that shape guidance left out."""
-        options = unguided(options)
         guider = self.guider
-        if self.own_math:
-            return comfy.samplers.sampling_function(guider.inner_model, x, timestep, guider.conds.get("negative"),
-                                                    guider.conds["positive"], 1.0, options, seed)
-        cfg, guider.cfg = guider.cfg, 1.0
-        try:
-            return executor(x, timestep, options, seed)
-        finally:
-            guider.cfg = cfg
+        with put_in(options, UNGUIDED):
+            if self.own_math:
+                return comfy.samplers.sampling_function(guider.inner_model, x, timestep, guider.conds.get("negative"),
+                                                        guider.conds["positive"], 1.0, options, seed)
+            cfg, guider.cfg = guider.cfg, 1.0
+            try:
+                return executor(x, timestep, options, seed)
+            finally:
+                guider.cfg = cfg
 
     # --- its predictions ---
 
@@ -116,7 +115,8 @@ class GuidedRun:
         whole = call.need.watch or call.rows is None
         outs = executor(model, conds if whole else [c if i == positive else None for i, c in enumerate(conds)],
                         x, timestep, options) if whole or positive is not None else [None] * len(conds)
-        call.c = outs[positive] if positive is not None else call.c
+        if positive is not None:
+            call.c = outs[positive].clone() if self.session.fades else outs[positive]  # nodes write into predictions
         asked, full = x.shape[0] * (positive is not None), x.shape[0] * len(negatives)
         self._count(asked, full, full if whole else len(call.rows) * len(negatives))
         if call.need.guided:

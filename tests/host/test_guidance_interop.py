@@ -88,6 +88,94 @@ def test_a_batch_in_part(name):
     assert negative == sorted(negative, reverse=True) and 3 < sum(negative) < 15
 
 
+def momentum(args: dict, now: torch.Tensor) -> torch.Tensor:
+    """What Momentum Guidance and Sliding Mode Control (sd-perturbed-attention) remember, and where: in the model
+    options of the run, by a name of their own."""
+    kept = args["model_options"].setdefault("a node's memory", {})
+    before = kept.get("prediction", now)
+    kept["prediction"] = 0.4 * now + 0.6 * before
+    return now + 0.5 * (now - before)
+
+
+def remembering(slot: str):
+    """A node with such a memory, in one of the host's slots for guidance."""
+    def node(model):
+        model = model.clone()
+        if slot == "pre":
+            model.set_model_sampler_pre_cfg_function(lambda args: [momentum(args, args["conds_out"][0]),
+                                                                   *args["conds_out"][1:]])
+        elif slot == "cfg":
+            model.set_model_sampler_cfg_function(lambda args: args["input"] - momentum(
+                args, args["uncond_denoised"] + 7 * (args["cond_denoised"] - args["uncond_denoised"])))
+        else:
+            model.set_model_sampler_post_cfg_function(lambda args: momentum(args, args["denoised"]))
+        return model
+
+    return node
+
+
+@both
+@pytest.mark.parametrize("slot", ["pre", "cfg", "post"])
+def test_nodes_that_remember_in_the_model_options(slot, ours_first):
+    """Guard: `put_in`. In a copy for each call there is no memory."""
+    node, other = remembering(slot), remembering("post")
+    if slot == "post":  # the slots are taken by another node as well, and so changed for each call
+        node = lambda model: remembering("post")(patched("nodes_apg", "APG", model, **SHAPING["APG"][1]))  # noqa: E731
+
+    def ours(threshold, node):
+        return node(ag(base("SD15"), threshold)) if ours_first else ag(node(base("SD15")), threshold)
+
+    plain = sample(node(base("SD15")), steps=5)
+    assert torch.equal(sample(ours(1.5, node), steps=5), plain)
+    assert not torch.equal(plain, sample(base("SD15"), steps=5)), "it does nothing"
+    whole = sample(other(base("SD15")), steps=5, cfg=1.0)
+    same(sample(ours(-1.0, other), steps=5), whole, sample(base("SD15"), steps=5, cfg=1.0))
+
+
+def writing(model):
+    """A node that writes into the predictions, as Skimmed CFG and the Pre CFG nodes do."""
+    def pre_cfg(args: dict) -> list:
+        c, u, *others = args["conds_out"]
+        c[:, 1] += 0.5 * (c[:, 1] - u[:, 1]) + 0.3 * c[:, 2]
+        u *= 1.1
+        return [c, u, *others]
+
+    model = model.clone()
+    model.set_model_sampler_pre_cfg_function(pre_cfg)
+    return model
+
+
+@both
+@pytest.mark.parametrize("own", [False, True], ids=["the host's guider", "one of its own"])
+def test_nodes_that_write_into_predictions(ours_first, own):
+    """Guard: copies of the conditional prediction. A picture that is done is conditional, whoever is beside it in the
+    batch; a guider of its own is ComfyUI-ppm's CFGLimiterGuider, which calls the host's formula."""
+    class Guider(comfy.samplers.CFGGuider):
+        def predict_noise(self, x, timestep, model_options=None, seed=None):
+            return comfy.samplers.sampling_function(self.inner_model, x, timestep, self.conds["negative"],
+                                                    self.conds["positive"], self.cfg, model_options, seed)
+
+    threshold = middle(gammas(writing(base("SD15")), steps=5, batch=3))
+    noise = FAMILIES["SD15"].noise(3, seed=1)
+    sampler, sigmas = comfy.samplers.sampler_object("euler"), schedule(base("SD15"), 5)
+
+    def run(rows) -> torch.Tensor:
+        model = writing(ag(base("SD15"), threshold)) if ours_first else ag(writing(base("SD15")), threshold)
+        guider = (Guider if own else comfy.samplers.CFGGuider)(model)
+        guider.set_conds(SD15.cond(11), SD15.cond(12))
+        guider.set_cfg(12.0)
+        with torch.inference_mode():
+            out = guider.sample(noise[rows], torch.zeros_like(noise[rows]), sampler, sigmas, disable_pbar=True)
+        steps.append([step.negative for step in record_of(model).steps])
+        return out
+
+    steps: list[list[int]] = []
+    together = run([0, 1, 2])
+    assert {1, 2} & set(steps[0]), "no step with a picture that is done beside others"
+    for row in range(3):
+        same(together[row:row + 1], run([row]), torch.zeros(1))
+
+
 @both
 def test_nag_keeps_the_batch_whole(ours_first):
     """It needs both sides of every picture in one batch; without the negative it is off, as at cfg 1."""
