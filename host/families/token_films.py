@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from torch import nn
+from torch import Tensor, nn
 
 from ...engine.positions import Segment
 from .token_streams import ROW, Call, Family, Streams, Tokens, joined, other, picture
@@ -23,14 +23,26 @@ def _wan(root: nn.Module, call: Call) -> Streams:
 
 
 def _wan_text(call: Call) -> Streams:
-    return {"txt": ((call.text(),),), "clip": (other(call.length("clip_fea")),)}
+    """The attention to a picture's CLIP tokens, where there are none, is one more to the text."""
+    return {"txt": ((call.text(),),), "clip": (other(call.length("clip_fea")) or (call.text(),),)}
 
 
 def _wan_behind(root: nn.Module, call: Call) -> Streams:
-    """Wan with sound: the reference picture comes after the film."""
+    """Wan with sound: the reference picture comes after the film, and then what goes before it in time, in few tokens.
+    """
     target, refs = picture(call.shape(), root.patch_size), call.others("reference_latent", root.patch_size)
-    streams = {**_wan_text(call), "film": ((target,),), "parts": ((target,), refs)}
-    return streams if call.conds.get("reference_motion") is not None else {**streams, "img": ((target, *refs),)}
+    return {**_wan_text(call), "film": ((target,),), "parts": ((target,), refs),
+            "img": ((target, *refs, *_packed(root, call.conds.get("reference_motion"))),)}
+
+
+def _packed(root: nn.Module, motion: Tensor | None) -> Tokens:
+    """The film before a film: the farther back, the more frames and places are in one token."""
+    if motion is None:
+        return ()
+    packer, (height, width) = root.frame_packer, motion.shape[-2:]
+    each = zip(packer.zip_frame_buckets, (packer.proj, packer.proj_2x, packer.proj_4x), strict=True)
+    return other(sum((frames // t) * (height // h) * (width // w) for frames, layer in each
+                     for t, h, w in [layer.kernel_size]))
 
 
 def _wan_scail(root: nn.Module, call: Call) -> Streams:
@@ -51,14 +63,14 @@ WAN, WAN_BEHIND, WAN_SCAIL = (Family(streams, WAN_LAYERS) for streams in (_wan, 
 
 
 def _ltx(root: nn.Module, call: Call) -> Streams:
-    """Guiding frames stand after the film; their places without a say in it are left out, so that their number is only
-    known where none is."""
+    """Guiding frames stand after the film; of those that are smaller than it, only the places that they have."""
     size, guides = call.shape(), call.conds.get("keyframe_idxs")
     target = picture(size, 1)
     img: Tokens = (target,)
     if guides is not None and guides.shape[2]:
         frames = size[0] - guides.shape[2] // math.prod(size[1:])
-        img = (picture((frames, *size[1:]), 1), *other(guides.shape[2]))
+        own = [math.prod(entry["latent_shape"]) for entry in call.conds.get("guide_attention_entries") or ()]
+        img = (picture((frames, *size[1:]), 1), *other(sum(own) or guides.shape[2]))
     streams = {"img": (img,), "txt": ((call.text(),),)}
     if not isinstance(call.x, (list, tuple)) or len(call.x) < 2:
         return streams

@@ -1,0 +1,110 @@
+"""Films that ComfyUI's own nodes start: where tokens lie in the calls that come of it, and that the film is what the
+host makes of its own LoRA loaders."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from lora_ensemble.host.compose.composition import places_of, record_of
+from lora_ensemble.host.files.ensemble import LoRASpec, Mask
+from torch import nn
+
+from .builders import composite, lora, merge, same, stock
+from .disturbed import newest, skipped_where_older, watching
+from .moved import Seen, apart, at_place, move, moved, places, size_of  # noqa: F401
+from .started import STARTED, Started
+from .test_attention import joining
+from .test_attention import moved as keys
+from .test_parity_families import NAME
+from .test_routed import MARKS, routed
+
+started = pytest.mark.parametrize("name", STARTED)
+
+class Replayed:
+    """What a sampler called the model with, to be called again."""
+
+    def __init__(self, case: Started, model):
+        self.calls = []
+
+        def keep(_, args, kwargs):
+            self.calls.append((args, kwargs))
+
+        with model.model.diffusion_model.register_forward_pre_hook(keep, with_kwargs=True):
+            case.drawn(model)
+
+    def call(self, model: nn.Module, options: dict, rows: int = 1):
+        (args, kwargs), = self.calls
+        with torch.inference_mode():
+            return model(*args, **{**kwargs, "transformer_options": options})
+
+
+@pytest.mark.usefixtures("apart")
+@started
+def test_where_tokens_lie(name):
+    """Of every layer, and of what attention joins: a place of the film moves its own token, a word of the prompt its
+    own; nothing else does. Control films move with it."""
+    case = STARTED[name]
+    with skipped_where_older(name):
+        model = case.model()
+        kind = Replayed(case, model)
+    root = model.model.diffusion_model
+    before = Seen(kind, root)
+    *frames, height, width = size = size_of(before.x)
+    place, word = (1, height // 2, width - 1), 3
+
+    def reworded(x, conds):
+        context = conds["context"].clone()
+        context[:, word] += 1
+        return x, {**conds, "context": context}
+
+    def both(change):
+        after = Seen(kind, root, change)
+        return moved(before, after), zip(joining(before), joining(after), strict=True)
+
+    layers, attention = both(move(place))
+    for layer, segments, found in layers:
+        expected = places(segments, "picture", at_place(size, place))
+        assert found == expected, f"{layer}: {sorted(found)} instead of {sorted(expected)}"
+    for (where, old, _), (_, new, _) in attention:
+        token = where.picture[0] + (place[0] * where.grid[1] + place[1] * where.grid[1] // height) * where.grid[2] \
+            + place[2] * where.grid[2] // width
+        assert {t for t in keys(old, new) if where.picture[0] <= t < where.picture[1]} == {token}
+    layers, attention = both(reworded)
+    attention = list(attention)
+    for layer, segments, found in layers:
+        assert found <= places(segments, "text", lambda segment: word), layer
+    assert attention or not newest(), "older releases call some of it without the options"
+    for (where, _, old), (_, _, new) in attention:
+        assert {t for t in keys(old, new) if where.text[0] <= t < where.text[1]} == {where.text[0] + word}
+
+
+def layers_of(case: Started, model) -> dict[str, torch.Size]:
+    """The layers that a call runs through, by the names of a LoRA file."""
+    found, inner = {}, model.model.diffusion_model
+    with watching(inner, lambda layer, geometry, x, out: None if geometry.is_norm else found.setdefault(
+            f"diffusion_model.{layer}", inner.get_submodule(layer).weight.shape) and None):
+        case.drawn(model)
+    return found
+
+
+@started
+def test_it_is_what_the_host_makes_of_its_loaders(name, loras):
+    """Merged, through masks of ones, and as the mean of each alone; words tell the places of all layers but those of
+    sound and of what was before."""
+    case = STARTED[name]
+    with skipped_where_older(name):
+        model = case.model()
+        layers = layers_of(case, model)
+        plain = case.drawn(model, cfg=3.0)
+    specs = [LoRASpec(loras(lora(layers, seed, **NAME)), strength, 0.0) for seed, strength in ((1, 0.8), (2, -0.6))]
+    ours = merge(model, [replace(spec, mask=Mask(torch.ones(1, 5, 5))) for spec in specs])
+    same(case.drawn(ours, cfg=3.0), case.drawn(stock(model, specs), cfg=3.0), plain, 1e-4)
+    mean = sum(case.drawn(stock(model, [spec]), cfg=3.0) for spec in specs) / 2
+    same(case.drawn(composite(model, specs), cfg=3.0), mean, plain, 1e-4)
+    placed = routed(model, [replace(spec, words=words) for spec, words in zip(specs, ("ohwx", "sks"), strict=True)])
+    case.drawn(placed, cfg=3.0, lora_ensemble_prompt=MARKS)
+    problems = record_of(ours).problems
+    assert [line for line in problems if "audio" not in line and "frame_packer" not in line] == []
+    assert places_of(placed)[0].maps.std() > 1e-2 and record_of(placed).problems == problems or not newest()
