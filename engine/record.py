@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from math import isfinite
 from threading import Lock
 
 from torch import Tensor
@@ -81,19 +82,29 @@ class RunRecord:
             if self.steps:
                 self.steps[-1].notes[key] = value
 
-    def settle(self) -> None:
-        """Read every tensor that was noted; before, none made the host wait for the device."""
+    def settle(self) -> StepRecord | None:
+        """Read every tensor that was noted; before, none made the host wait for the device. What is no number (NaN or
+        infinite) becomes None, for charts, pages and files know none; returns the first step with such, if there is
+        one."""
+        first: StepRecord | None = None
         for step in self.steps:
-            step.notes = _plain(step.notes)
+            step.notes, whole = _plain(step.notes)
+            first = step if first is None and not whole else first
+        return first
 
     def as_dict(self) -> dict:
         """The record as JSON-serialisable data."""
         return asdict(self)
 
 
-def _plain(value: object) -> object:
+def _plain(value: object) -> tuple[object, bool]:
+    """(the value without tensors, whether all numbers in it are some)"""
     if isinstance(value, Tensor):
-        return value.tolist()
-    if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
-    return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value
+        value = value.tolist()
+    if isinstance(value, float) and not isfinite(value):
+        return None, False
+    if isinstance(value, dict | list | tuple):
+        found = [_plain(entry) for entry in (value.values() if isinstance(value, dict) else value)]
+        entries, whole = [entry for entry, _ in found], all(each for _, each in found)
+        return dict(zip(value, entries, strict=True)) if isinstance(value, dict) else entries, whole
+    return value, True

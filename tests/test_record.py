@@ -6,6 +6,7 @@ import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import torch
 from lora_ensemble.engine.record import RunRecord, StepRecord
 
 THREADS, TIMES = 4, 100
@@ -48,6 +49,18 @@ def test_it_is_saved_as_plain_data():
     assert saved["steps"][0]["rows"] == 2 and saved["steps"][0]["notes"] == {"Composite": {"led": 1}}
     assert set(saved) == {"methods", "adapters", "steps", "problems", "reasons", "finished", "chosen", "before",
                           "whole", "devices", "carried"}
+
+
+def test_what_is_no_number_is_not_known():
+    """Neither a chart nor a page knows NaN, and JSON has no such thing."""
+    run = record()
+    run.steps.append(StepRecord(1, 0.5))
+    run.note("LoRAtorio", {"weights": [torch.tensor([0.25, float("nan")])], "active": (0, 1), "share": float("inf")})
+    assert run.settle() is run.steps[1]
+    assert run.steps[1].notes == {"LoRAtorio": {"weights": [[0.25, None]], "active": [0, 1], "share": None}}
+    json.dumps(run.as_dict(), allow_nan=False)
+    run.steps[1].notes = {"a": torch.tensor(0.5), "b": None}
+    assert run.settle() is None and run.steps[1].notes == {"a": 0.5, "b": None}
 
 
 def test_devices_are_counted_where_several_are_named():

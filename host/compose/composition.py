@@ -102,7 +102,7 @@ class Composition:
             Placed(each.names, regions.maps.cpu(), tuple(getattr(regions, "found", ())),
                    tuple(mask is not None for mask in each.masks))
             for each, regions in zip(self.applied, run.regions, strict=True) if regions is not None)
-        run.close(out is not None)
+        run.close(out)
         if out is not None:
             self.told.keep(out, Told(self.record, self.places))
 

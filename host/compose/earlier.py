@@ -94,6 +94,11 @@ def bare(noise: Tensor) -> bool:
     return not any(part.any() for part in (noise.unbind() if noise.is_nested else (noise,)))
 
 
+def is_whole(latent: Tensor) -> bool:
+    """Whether a latent holds numbers; looks at some of it, for a model that predicts none predicts none anywhere."""
+    return bool(_mark(latent)[1].isfinite().all())
+
+
 def marks(tensor: Tensor, count: int) -> tuple:
     """The shape of a tensor and so many of its values, spread over it, as numbers."""
     flat = tensor.detach().flatten()

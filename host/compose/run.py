@@ -29,6 +29,7 @@ from ..families.row_order import one_row_only, row_order
 from .cache import BranchCache, CacheSpec, Combo
 from .combos import Joined, any_of, combinations, together
 from .control import Controls
+from .earlier import is_whole
 from .kept import KeptBetweenCalls
 from .merging import Merging
 from .neighbours import APART
@@ -264,8 +265,9 @@ class Run:
         options = self.kept.arrange(root, options, rows, prod(map(len, self.branches)), uuids, self.probing)
         return self.merging.watched(root, options) if words else options
 
-    def close(self, finished: bool) -> None:
-        """Leave the models as they were, whatever becomes of the record: a failed accelerator raises there."""
+    def close(self, out: Tensor | None) -> None:
+        """Leave the models as they were, whatever becomes of the record: a failed accelerator raises there. `out` is
+        the latent of a run that came to its end."""
         self.texts.close()
         forwards = [routed for _, each in self._routed.values() for routed in reversed(each)]
         if log.isEnabledFor(logging.DEBUG):
@@ -278,8 +280,12 @@ class Run:
         self._close_step()
         if self.cache is not None:
             self.cache.close()
-        self.record.settle()
-        self.record.finished = finished
+        lost = self.record.settle()
+        if lost is not None or out is not None and not is_whole(out):
+            since = f" from step {lost.index + 1} on" if lost is not None else ""
+            self._tell(f"the model predicted values that are no numbers (NaN or infinite){since}, and the picture is "
+                       "lost. Sample once without LoRAs: if that is right, lower their strengths")
+        self.record.finished = out is not None
         for routed in forwards:
             self._unseen(routed)
         self.tell([*idle(self.applied, self._acted, self._in_time, self.record), *missed(self.record, self.sessions)])

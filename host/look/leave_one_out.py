@@ -41,6 +41,8 @@ MEASURED = 8
 """Steps, at most, at which the shares are measured, the first and the last of them among these."""
 NOTHING = 1e-5
 """A LoRA whose share is below this at every step does nothing: it is what rounding makes of equal predictions."""
+NO_NUMBERS = ("the model predicted values that are no numbers (NaN or infinite), and steps in which it did count for "
+              "nothing: compare the pictures to see which LoRAs make it so")
 log = logging.getLogger("lora_ensemble")
 
 
@@ -72,8 +74,8 @@ class Found:
     seconds: float = 0.0
 
     def does_nothing(self, i: int) -> bool:
-        """Whether leaving a LoRA out changes no prediction."""
-        return all(share < NOTHING for share in self.shares[i])
+        """Whether leaving a LoRA out changes no prediction that was measured."""
+        return bool(self.steps) and all(share < NOTHING for share in self.shares[i])
 
     def as_json(self, changed: Sequence[float] = ()) -> str:
         """All but the tensors; `changed`: how far each picture is from that with all LoRAs, 0 to 1."""
@@ -128,6 +130,8 @@ def leave_one_out(model, how: Sampling, progress: Callable[[int, int], None] = l
         latents += found
         batches.append(len(chunk))
         problems += [line for line in told if line not in problems]
+    if study.without_numbers():
+        problems.append(NO_NUMBERS)
     return Found(names, titles, latents, study.steps, *study.numbers(), study.map_of_each(), batches,
                  why if len(batches) > 1 else "", tuple(type(each.method).__name__ for each in composition.applied),
                  problems, time.perf_counter() - since)
@@ -170,6 +174,14 @@ class _Study:
         self.own.append(torch.stack([_square(unpack(whole - one, parts)[0]) for one in found]))
         self.whole.append(_square(unpack(x[0] - whole, parts)[0]).mean())
         return out
+
+    def without_numbers(self) -> bool:
+        """Drop the steps in which a prediction was none; whether there were such."""
+        kept = [k for k, (own, whole) in enumerate(zip(self.own, self.whole, strict=True))
+                if bool(own.isfinite().all() and whole.isfinite())]
+        lost = len(kept) < len(self.steps)
+        self.steps, self.own, self.whole = ([each[k] for k in kept] for each in (self.steps, self.own, self.whole))
+        return lost
 
     def numbers(self) -> tuple[list[list[float]], list[list[float]]]:
         """(shares, parts), per LoRA and step."""

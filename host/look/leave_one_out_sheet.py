@@ -28,7 +28,7 @@ def pictures_of(found: Found, model, vae=None) -> Tensor:
         latent = latent.unbind()[0] if latent.is_nested else latent
         image = _rough(latent, model) if vae is None else vae.decode(latent)
         image = image[:, image.shape[1] // 2] if image.ndim == 5 else image[len(image) // 2:len(image) // 2 + 1]
-        out.append(image[0, ..., :3].float().cpu().clamp(0, 1))
+        out.append(image[0, ..., :3].float().cpu().nan_to_num(0.0).clamp(0, 1))
     return torch.stack(out)
 
 
@@ -44,7 +44,7 @@ def draw(found: Found, pictures: Tensor, about: str, rough: bool = False, theme:
              for k, (title, one, far) in enumerate(zip(found.titles, pictures, differences, strict=True))]
     rows = -(-len(cells) // COLUMNS)
     blocks: list[Block] = [Pictures(cells, -(-len(cells) // rows))]
-    nothing = [name for i, name in enumerate(called) if found.steps and found.does_nothing(i)]
+    nothing = [name for i, name in enumerate(called) if found.does_nothing(i)]
     if nothing:
         does = "does" if len(nothing) == 1 else "do"
         blocks.append(Text(f"{', '.join(nothing)} {does} nothing here: without it, no prediction is another one."))

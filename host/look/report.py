@@ -87,7 +87,8 @@ def as_json(record: RunRecord | None, places: Sequence[Placed], guidance: Guidan
 
 def maps_of(placed: Placed, images: Tensor | None = None) -> list[Map]:
     """The maps of one method's LoRAs: picture by picture, LoRA by LoRA; of films the first frame and the middle one."""
-    maps = placed.maps if placed.maps.ndim == 5 else placed.maps.unsqueeze(2)
+    maps = placed.maps.nan_to_num(0.0)
+    maps = maps if maps.ndim == 5 else maps.unsqueeze(2)
     pictures, loras, frames = maps.shape[:3]
     shown = sorted({0, frames // 2})
     called, cells = labels(placed.names), []

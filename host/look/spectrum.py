@@ -71,8 +71,8 @@ def profiles(model, ensemble: Ensemble, how: Sampling, progress: Callable[[], No
     that are always on belong to the base model.
 
     progress   called after every sampling step
-    Raises ValueError for an empty ensemble, and for files that cannot be used with this model, before
-    anything is sampled.
+    Raises ValueError for an empty ensemble, and for files that cannot be used with this model, before anything is
+    sampled; and for a model that predicts no numbers.
     """
     if not ensemble:
         raise ValueError("LoRA Spectrum: the ensemble is empty. Connect at least one 'LoRA (Ensemble)' node to it.")
@@ -83,9 +83,9 @@ def profiles(model, ensemble: Ensemble, how: Sampling, progress: Callable[[], No
     models = [apply_method(model, None, (replace(spec, mask=None),), lambda one: Merge(one.strengths),
                            node="LoRA Spectrum")[0] for spec in active]
     log.info("LoRA Spectrum: %d pictures of %d steps, one after the other", 1 + len(models), how.steps)
-    base = _shares(model, how, progress)
+    base = _shares(model, how, progress, "the base model")
     return [_profile("base model", "", base, base),
-            *(_profile(spec.name, spec.role, _shares(alone, how, progress), base)
+            *(_profile(spec.name, spec.role, _shares(alone, how, progress, f"LoRA '{spec.name}'"), base)
               for spec, alone in zip(active, models, strict=True))]
 
 
@@ -141,8 +141,8 @@ def _profile(name: str, role: str, own: Tensor, base: Tensor) -> Profile:
     return Profile(name, role, tuple(own.mean(dim=1).tolist()), *late_change(own, base))
 
 
-def _shares(model, how: Sampling, progress: Callable[[], None]) -> Tensor:
-    """[steps, pictures] in float64, on the CPU."""
+def _shares(model, how: Sampling, progress: Callable[[], None], who: str) -> Tensor:
+    """[steps, pictures] in float64, on the CPU. `who` is sampled alone, for messages."""
     latent = how.latent
     noise = comfy.sample.prepare_noise(latent, how.seed, how.numbers)
     found: list[Tensor] = []
@@ -158,4 +158,8 @@ def _shares(model, how: Sampling, progress: Callable[[], None]) -> Tensor:
 
     comfy.sample.sample(model, noise, how.steps, how.cfg, how.sampler, how.scheduler, how.positive, how.negative,
                         latent, seed=how.seed, callback=measure)
-    return torch.stack(found).cpu().double()
+    shares = torch.stack(found).cpu().double()
+    if not shares.isfinite().all():
+        raise ValueError(f"LoRA Spectrum: with {who} the model predicts values that are no numbers (NaN or infinite). "
+                         "Sample a picture with it and these settings; lower its strength, or leave it out.")
+    return shares

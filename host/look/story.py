@@ -86,7 +86,7 @@ def _say(step: StepRecord, k: int, count: int, notes: dict) -> list[float]:
     if notes.get("weights"):
         weights = notes["weights"][0] if isinstance(notes["weights"][0], list) else notes["weights"]
         found = dict(zip(notes["active"], weights, strict=False))
-        return _normal([found.get(i, 0.0) for i in range(count)])
+        return _normal([found.get(i) or 0.0 for i in range(count)])
     if "led" in notes:
         open_ = [any(branch[i] for branch in acting) for i in range(count)]
         rest = (1 - notes["weight"]) / max(sum(open_) - 1, 1)
@@ -185,8 +185,10 @@ def _places(record: RunRecord | None) -> list[Block]:
 
 
 def places(record: RunRecord, k: int) -> list[list[float] | None]:
-    """Per step the share of the picture that each LoRA of the k-th method acts on, where their words confine them."""
-    return [(step.notes.get(_key(record, k)) or {}).get("places") for step in record.steps]
+    """Per step the share of the picture that each LoRA of the k-th method acts on, where their words confine them and
+    it is known."""
+    found = [(step.notes.get(_key(record, k)) or {}).get("places") for step in record.steps]
+    return [None if each is None or None in each else each for each in found]
 
 
 def _key(record: RunRecord, k: int) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...kernels.branch import Step
 from ...kernels.guidance import cosine, similarity_terms
 from ..session import Sent
-from .record import GuidanceRecord
+from .record import GuidanceRecord, known
 from .session import CONDITIONAL, GuidanceSession, Need, Rows, Tell
 
 Space = Literal["noise", "x0"]
@@ -170,7 +170,7 @@ class AdaptiveSession(GuidanceSession):
         """The similarities of every step, and whether the threshold was one to be used with this model."""
         self._read(None)
         for step in record.steps:
-            step.gamma = self.gamma.get(step.index, [])
+            step.gamma = known(self.gamma.get(step.index, ()))
         self._too_early()
         if record.finished:
             self._never()

@@ -32,7 +32,7 @@ from torch import Tensor
 from ...kernels.branch import Step
 from ...kernels.guidance import line, relative_size, spread_steps, steps_among
 from ..session import Sent
-from .record import GuidanceRecord
+from .record import GuidanceRecord, known
 from .session import FULL, REPLACED, GuidanceSession, Need, Rows, Tell
 
 WIDEST = 4
@@ -278,7 +278,7 @@ class ExtrapolatedSession(GuidanceSession):
                      self._stood)
         self._read(None)
         for step in record.steps:
-            step.missed = self.misses.get(step.index + self._before, [])
+            step.missed = known(self.misses.get(step.index + self._before, ()))
         if record.finished:
             self._saved(record)
 

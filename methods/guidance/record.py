@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from math import isfinite
 
 from ..counted import counted
+
+
+def known(values: Sequence[float | None]) -> list[float | None]:
+    """What was measured, None for what is no number (NaN or infinite)."""
+    return [value if value is not None and isfinite(value) else None for value in values]
 
 
 @dataclass
@@ -15,9 +22,9 @@ class GuidanceStep:
     rows         pictures x calls: what the conditional side costs
     negative     pictures x calls (x negatives) whose negative was evaluated
     predicted    pictures x calls whose negative was predicted instead (LinearAG, extrapolated guidance)
-    gamma        similarity per picture; None where it was not measured
+    gamma        similarity per picture; None where it was not measured, or is no number
     missed       extrapolated guidance: by how much the line through the last two terms missed this step's, relatively,
-                 per picture; None where it was not measured
+                 per picture; None as there
     """
 
     index: int

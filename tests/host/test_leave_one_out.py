@@ -255,6 +255,18 @@ def test_a_lora_that_does_nothing_is_named(loras):
     assert told["loras"][1]["share"] < 1e-5 < told["loras"][0]["share"] and told["measured_at"] == [1, 2, 3, 4]
 
 
+def test_where_the_model_predicts_no_numbers_no_lora_is_blamed(loras):
+    """Nor freed: what was measured then says nothing, and the page says so."""
+    model, given = base("SD15"), how()
+    given.positive[0][0] = torch.full_like(given.positive[0][0], float("nan"))
+    ours = merge(model, three(model, loras))
+    found = leave_one_out(ours, given)
+    assert found.problems[-1] == looking.NO_NUMBERS and found.steps == [] and not any(map(found.does_nothing, range(3)))
+    pictures = pictures_of(found, ours)
+    json.loads(found.as_json(changed(pictures)), parse_constant=lambda name: pytest.fail(name))
+    assert torch.isfinite(draw(found, pictures, "about")).all()
+
+
 @pytest.mark.parametrize(("total", "steps"), [(1, {0}), (4, {0, 1, 2, 3}), (8, set(range(8)))])
 def test_measured_from_the_first_step_to_the_last(total, steps):
     assert measured_steps(total) == steps

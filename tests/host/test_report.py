@@ -13,9 +13,10 @@ from lora_ensemble.host.compose.cache import CacheSpec
 from lora_ensemble.host.compose.composition import Placed, places_of, record_of
 from lora_ensemble.host.files.ensemble import Mask
 from lora_ensemble.host.look.heat import COVER, GREY, RAMP, coloured, overlay
+from lora_ensemble.host.look.panel import shown
 from lora_ensemble.host.look.report import CELLS, NEVER, NOWHERE, PROBLEMS, WITHOUT, draw, maps_of
 from lora_ensemble.host.look.sheet import WIDTH
-from lora_ensemble.host.look.story import charts, says
+from lora_ensemble.host.look.story import charts, costs_of, says
 from lora_ensemble.methods.cmlora import CMLoRA
 from lora_ensemble.methods.composite import Composite
 from lora_ensemble.methods.loratorio import LoRAtorio
@@ -27,6 +28,7 @@ from lora_ensemble.nodes.report import LoRAEnsembleReport
 from PIL import ImageDraw
 
 from .builders import composite, method, plain, sample, three
+from .guidance_tools import extrapolated
 from .models import base
 from .test_leave_one_out import adaptive
 from .test_routed import HALF, prompt, routed, specs
@@ -164,6 +166,36 @@ def test_each_of_two_samplers_has_its_own_report(loras):
     for latent, steps in ((first, 3), (second, 2), (first.half(), 3), (torch.zeros_like(first), 2)):
         told = json.loads(LoRAEnsembleReport.execute(model, {"samples": latent}).args[2])
         assert len(told["steps"]) == len(told["guidance"]["steps"]) == steps and told["finished"]
+
+
+BROKEN = {
+    "LoRAtorio": lambda model, loras: method(model, three(model, loras), LoRAtorio),
+    "CMLoRA online": lambda model, loras: method(model, three(model, loras), lambda s: CMLoRA(s, order="online")),
+    "Routed": lambda model, loras: routed(model, specs(model, loras)),
+    "Merge": lambda model, loras: method(model, three(model, loras), Merge),
+    "Adaptive Guidance": lambda model, loras: adaptive(model),
+    "extrapolated": lambda model, loras: extrapolated(model),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_run_without_numbers_has_a_report(kind, loras):
+    """What a user looks for who got a black picture: it says so, and is JSON, as the panel's data are."""
+    model = BROKEN[kind](base("SD15"), loras)
+    broken = prompt()
+    broken[0][0] = torch.full_like(broken[0][0], float("nan"))
+    sample(model, "SD15", broken, steps=6)
+    _, image, text = LoRAEnsembleReport.execute(model, LATENT).args
+
+    def refused(constant: str) -> None:
+        raise AssertionError(constant)
+
+    told = json.loads(text, parse_constant=refused)
+    record = record_of(model)
+    assert torch.isfinite(image).all() and len((told if record else told["guidance"])["steps"]) == 6
+    if record is not None:
+        assert ["are no numbers" in line for line in told["problems"]] == [True]
+        json.dumps(shown(record, record.methods, ["1"], costs_of(record, None), 6, True), allow_nan=False)
 
 
 def test_a_run_with_masks_and_another_method(loras):

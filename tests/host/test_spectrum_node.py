@@ -53,6 +53,13 @@ def test_progress_counts_the_steps_of_all_pictures(loras, monkeypatch):
     assert seen == [(1, 3 * 4)] * 3 * 4
 
 
+def test_a_model_that_predicts_no_numbers_is_named(loras):
+    model, given = base("SD15"), sampling()
+    given.positive[0][0] = torch.full_like(given.positive[0][0], float("nan"))
+    with pytest.raises(ValueError, match="LoRA Spectrum: with the base model the model predicts values that are no"):
+        profiles(model, three(model, loras), given)
+
+
 def test_a_file_of_no_use_is_refused_before_anything_is_sampled(loras, monkeypatch):
     wrong = LoRASpec(loras(lora(shapes(base("Flux")), 1)), 1.0, 0.0)
     monkeypatch.setattr(comfy.sample, "sample", lambda *_, **__: pytest.fail("sampled"))
