@@ -154,6 +154,12 @@ def crop(maps: Tensor, area: Area) -> Tensor:
     return maps[..., offsets[0]:offsets[0] + sizes[0], offsets[1]:offsets[1] + sizes[1]]
 
 
+def of_film(values: Tensor, film: int | None) -> Tensor:
+    """Of what has a value for each place of a latent [.., (frames,) height, width], the frames of the film
+    (`RunContext.film`); all where a place has none."""
+    return values[:, :, :film] if values.ndim == 5 else values
+
+
 def on_grid(mask: Tensor, grid: tuple[int, ...]) -> Tensor:
     """A mask [pictures or 1, 1, (frames,) height, width] for maps of this grid."""
     return mask.unsqueeze(2) if mask.ndim == 4 and len(grid) == 3 else mask

@@ -17,7 +17,7 @@ from ...methods.prompt import LoRAWords
 from ...methods.prompt_text import Range
 from ...methods.routed import Routes, loosened, trusted
 from ...methods.session import RunContext
-from .places import MaskedLoRAs, Window, crop, on_grid, resized, within
+from .places import MaskedLoRAs, Window, crop, of_film, on_grid, resized, within
 from .placing import Routed
 from .prompts import BESIDE, Prompt, fitted, search
 
@@ -33,17 +33,19 @@ class RoutedLoRAs(MaskedLoRAs):
 
     shape    of the latent, [pictures, channels, (frames,) height, width]
     device   where predictions are mixed
+    film     `RunContext.film`: maps are the film's alone, and LoRAs act everywhere in what guides it
     """
 
     def __init__(self, routed: Routed, masks: Sequence[Tensor | None], shape: Sequence[int], device: torch.device,
-                 tell: Callable[[str], None], first: int = 0):
+                 tell: Callable[[str], None], first: int = 0, film: int | None = None):
         count = len(routed.active)
-        grid = tuple(shape[2:])
-        whole = torch.ones(shape[0], count, *grid, device=device)
-        super().__init__([whole[:, i:i + 1] for i in range(count)], tell, first)
-        self.maps = whole
+        self._whole = torch.ones(shape[0], count, *shape[2:], device=device)
+        maps = of_film(self._whole, film)
+        grid = tuple(maps.shape[2:])
+        super().__init__([maps[:, i:i + 1] for i in range(count)], tell, first)
+        self.maps = maps  # a view, of which `masks` are the whole
         self.routed, self.routes = routed, Routes(routed.routing)
-        self._masks = [None if mask is None else on_grid(mask.to(device), grid)[:, 0] for mask in masks]
+        self._masks = [None if mask is None else on_grid(of_film(mask, film).to(device), grid)[:, 0] for mask in masks]
         self._prompts: dict[UUID, Prompt] = {}
         self._instead: dict[UUID, tuple[UUID, Prompt]] = {}
         self._pending: dict[UUID, Tensor] = {}
@@ -68,7 +70,7 @@ class RoutedLoRAs(MaskedLoRAs):
     @property
     def masks(self) -> tuple[Tensor, ...]:
         """Per LoRA where it acts, as `RunContext.masks`; they follow what is found."""
-        return tuple(self.maps[:, i:i + 1] for i in range(self.maps.shape[1]))
+        return tuple(self._whole[:, i:i + 1] for i in range(self._whole.shape[1]))
 
     @property
     def contrasts(self) -> bool:
@@ -211,7 +213,8 @@ class RoutedLoRAs(MaskedLoRAs):
 
     def compare(self, uuid: UUID, whole: Tensor, without: Sequence[Tensor]) -> None:
         """Predictions [pictures, C, ...] for a cond, and without each of its `spans`."""
-        self.see(uuid, self._prompts[uuid].lost(whole, without))
+        frames = within(self.maps, self.window).shape[2] if whole.ndim == 5 else None
+        self.see(uuid, self._prompts[uuid].lost(of_film(whole, frames), [of_film(each, frames) for each in without]))
 
     def commit(self) -> None:
         """What was seen holds from now on."""
@@ -362,9 +365,10 @@ def regions_of(applied, context: RunContext, device: torch.device, tell: Callabl
     if not context.masks:  # no LoRA acts
         return None
     if applied.routed is not None and len(context.shape) > 3:
-        return RoutedLoRAs(applied.routed, context.masks, context.shape, device, tell, applied.first)
+        return RoutedLoRAs(applied.routed, context.masks, context.shape, device, tell, applied.first, context.film)
     if applied.routed is not None:
         tell("this latent has no height and width, so LoRAs act everywhere")
     if any(mask is not None for mask in context.masks) and getattr(applied.method, "masks", "") == "layers":
-        return MaskedLoRAs(context.masks, tell, applied.first)
+        masks = [mask if mask is None else of_film(mask, context.film) for mask in context.masks]
+        return MaskedLoRAs(masks, tell, applied.first)
     return None

@@ -9,7 +9,9 @@ import pytest
 import torch
 from lora_ensemble.host.compose.composition import places_of, record_of
 from lora_ensemble.host.files.ensemble import LoRASpec, Mask
-from torch import nn
+from lora_ensemble.methods.composite import Composite
+from lora_ensemble.methods.merge import Merge
+from torch import Tensor, nn
 
 from .builders import composite, lora, merge, same, stock
 from .disturbed import newest, skipped_where_older, watching
@@ -18,7 +20,7 @@ from .started import STARTED, Started
 from .test_attention import joining
 from .test_attention import moved as keys
 from .test_parity_families import NAME
-from .test_routed import MARKS, routed
+from .test_routed import MARKS, rests, routed
 
 started = pytest.mark.parametrize("name", STARTED)
 
@@ -108,3 +110,48 @@ def test_it_is_what_the_host_makes_of_its_loaders(name, loras):
     problems = record_of(ours).problems
     assert [line for line in problems if "audio" not in line and "frame_packer" not in line] == []
     assert places_of(placed)[0].maps.std() > 1e-2 and record_of(placed).problems == problems or not newest()
+
+
+# --- frames that guide a film stand behind it -----------------------------------------------------------------------
+
+GUIDED, FRAMES, GUIDES, LAST = STARTED["LTX-Video, guides"], 3, 4, "diffusion_model.proj_out"
+
+
+def pair(model, loras, wanted=lambda layer: layer == LAST, **options) -> list[LoRASpec]:
+    layers = {name: shape for name, shape in layers_of(GUIDED, model).items() if wanted(name)}
+    return [LoRASpec(loras(lora(layers, seed, **NAME)), strength, 0.0, words=words, **options)
+            for seed, strength, words in ((1, 0.8, "ohwx"), (2, 0.6, "sks"))]
+
+
+def film(model, **marks) -> Tensor:
+    """[1, 128, 3, 4, 4] of a latent with the guides behind it."""
+    drawn = GUIDED.drawn(model, **marks)
+    assert drawn.shape[2] == FRAMES + GUIDES
+    return drawn[:, :, :FRAMES]
+
+
+@pytest.mark.parametrize("make", [merge, composite])
+def test_a_mask_for_each_frame_is_of_the_film_alone(make, loras):
+    """In the model's last layer, and of predictions."""
+    model = GUIDED.model()
+    masks = torch.stack([torch.ones(4, 4), torch.zeros(4, 4), torch.eye(4)])
+    (spec, _) = pair(model, loras)
+    plain, alone = film(model), film(stock(model, [spec]))
+    want = plain + masks * (alone - plain)
+    same(film(make(model, [replace(spec, mask=Mask(masks))])), want, plain, 1e-4)
+
+
+@pytest.mark.parametrize(("mode", "make"), [("every step", Composite), ("contrast", Composite), ("contrast", Merge)])
+def test_words_are_looked_for_in_the_film_alone(mode, make, loras):
+    """Each frame is mixed, or drawn, by its own places."""
+    model = GUIDED.model()
+    specs = pair(model, loras)
+    without = rests(MARKS, [GUIDED.family.cond(20 + k, **dict(GUIDED.options))[0] for k in range(3)])
+    said = {"lora_ensemble_prompt": MARKS, "lora_ensemble_without": without}
+    ours = routed(model, specs, make, mode=mode, trust=False)
+    found, plain = film(ours, **said), film(model)
+    maps = places_of(ours)[0].maps
+    assert maps.shape == (1, 2, FRAMES, 4, 4) and maps.std() > 1e-2 and not torch.allclose(maps[:, :, 0], maps[:, :, 2])
+    shares = maps / maps.sum(1, keepdim=True).clamp_min(1) if make is Composite else maps
+    want = plain + sum(shares[:, i:i + 1] * (film(stock(model, [spec])) - plain) for i, spec in enumerate(specs))
+    same(found, want, plain, 1e-4)
