@@ -114,7 +114,7 @@ def test_it_is_what_the_host_makes_of_its_loaders(name, loras):
 
 # --- frames that guide a film stand behind it -----------------------------------------------------------------------
 
-GUIDED, FRAMES, GUIDES, LAST = STARTED["LTX-Video, guides"], 3, 4, "diffusion_model.proj_out"
+GUIDED, FRAMES, LAST = STARTED["LTX-Video, guides"], 3, "diffusion_model.proj_out"
 
 
 def pair(model, loras, wanted=lambda layer: layer == LAST, **options) -> list[LoRASpec]:
@@ -126,7 +126,7 @@ def pair(model, loras, wanted=lambda layer: layer == LAST, **options) -> list[Lo
 def film(model, **marks) -> Tensor:
     """[1, 128, 3, 4, 4] of a latent with the guides behind it."""
     drawn = GUIDED.drawn(model, **marks)
-    assert drawn.shape[2] == FRAMES + GUIDES
+    assert drawn.shape[2] > FRAMES
     return drawn[:, :, :FRAMES]
 
 
