@@ -204,7 +204,7 @@ class LoRAEnsembleFromStack(io.ComfyNode):
             check_file(lora.name)
         if told := "\n".join(left_out(lora_stack)):
             log.warning("LoRA Stack to Ensemble: %s", told)
-            say(cls, told)
+            say(told)
         return io.NodeOutput((*(ensemble or ()), *loras))
 
 

@@ -60,7 +60,7 @@ class LoRAEnsembleInfo(io.ComfyNode):
         check_some(ensemble, NODE)
         found = infos(model, clip, ensemble, NODE, comfy.model_management.throw_exception_if_processing_interrupted)
         text = told(found, kind)
-        say(cls, text)
+        say(text)
         return io.NodeOutput(as_image(draw(found, kind, colours)), text, ui=ui.PreviewText(text))
 
 

@@ -81,7 +81,7 @@ class LoRAEnsemblePrompt(io.ComfyNode):
         clip = marked(clip, words, getattr(clip, "lora_ensemble_contrast", False))
         conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(text))
         told = report(find_clauses(conditioning[0][1][PROMPT], words)) if conditioning else ""
-        say(cls, told)
+        say(told)
         return io.NodeOutput(conditioning, ensemble, told, ui=ui.PreviewText(told))
 
 

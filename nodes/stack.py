@@ -39,6 +39,7 @@ from .sockets import (
     model_output,
     schema,
 )
+from .unused import unused
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -129,7 +130,7 @@ class LoRAEnsembleStack(io.ComfyNode):
         ensemble = (*(ensemble or ()), *stacked, *(with_mask(row, masks) for row in rows))
         model, clip, told = composed(model, clip, ensemble, method, rows)
         told = "\n".join([told, *left_out(lora_stack)])
-        say(cls, told)
+        say(told)
         stack = [(listed(lora.name), lora.strength_model, lora.strength_clip) for lora in ensemble if lora.acts]
         return io.NodeOutput(model, clip, ensemble, stack, ui=ui.PreviewText(told))
 
@@ -153,8 +154,9 @@ def composed(model: ModelPatcher, clip: CLIP | None, ensemble: Ensemble, method:
         name, reason = best_method(ensemble, clip is not None)
         log.info("%s: auto took %s: %s", NODE, name, reason)
     node = METHODS[name]
+    given = {"model": model, "ensemble": ensemble, "clip": clip, **defaults(node)}
     try:
-        model, clip = node.execute(model=model, ensemble=ensemble, clip=clip, **defaults(node)).args
+        model, clip = node.execute(**given).args
     except ValueError as error:
         numbers = [str(row.number) for row in rows if row.spec.acts and f"'{row.spec.name}'" in str(error)]
         if not numbers:
@@ -162,8 +164,8 @@ def composed(model: ModelPatcher, clip: CLIP | None, ensemble: Ensemble, method:
         raise ValueError(f"{NODE}, row {' and '.join(numbers)}: {error}") from error
     if reason and model.get_attachment(KEY) is not None:
         model = with_reason(model, f"{NODE} took {name}: {reason}")
-    return model, clip, "\n".join([f"auto: {name}, {reason}" if reason else name,
-                                  *_lines(ensemble, name == "Routed")])
+    head = [f"auto: {name}, {reason}"] if reason else [name, *unused(node.define_schema(), given)]
+    return model, clip, "\n".join([*head, *_lines(ensemble, name == "Routed")])
 
 
 def defaults(node: type[io.ComfyNode]) -> dict[str, Any]:

@@ -1,5 +1,5 @@
-"""Settings that do nothing together with others, and what a file asks for that is not done: said on the node and in the
-log, so that nobody turns them in vain. Nothing is changed."""
+"""Settings that do nothing together with others, nodes whose place another takes, and what a file asks for that is not
+done: said on the node and in the log, so that nobody turns them in vain. Nothing is changed."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..host.compose.composition import KEY, Composition
 from ..host.files.ensemble import ALWAYS, Ensemble
 from ..host.files.header_alphas import passed_over
 from ..host.files.metadata import proposal
+from ..host.guidance.apply import KEY as GUIDANCE
 from ..methods.selection import sides
+from .said import say
 
 log = logging.getLogger("lora_ensemble")
 Given = Mapping[str, Any]
@@ -84,12 +87,27 @@ def unused(schema: io.Schema, given: Given) -> list[str]:
         out.append("both strengths are 0: this LoRA does nothing")
     elif schema.node_id == "LoRAEnsembleLoRA":
         out += filter(None, (proposal(given["lora_name"], given["role"]), passed_over(given["lora_name"])))
+    out += _replaced(schema, given)
     return out + (_of_loras(schema, given["ensemble"]) if "model" in given and given.get("ensemble") else [])
+
+
+def _replaced(schema: io.Schema, given: Given) -> list[str]:
+    """What an earlier node has put on the MODEL, and this one takes the place of."""
+    attached = getattr(given.get("model"), "get_attachment", lambda key: None)
+    before: Composition | None = attached(KEY)
+    caches = schema.node_id == "LoRAEnsembleBranchCache" or (
+        schema.node_id == "LoRAEnsembleCMLoRA" and given["cache_depth"] > 0 and given["order"] != "Switch-A")
+    out = ["the cache that an earlier node has put on this MODEL is not used: that of this node takes its place"] \
+        if caches and before is not None and before.cache is not None else []
+    return out + (["the Adaptive Guidance of an earlier node is not used: that of this node takes its place"]
+                  if _RULES.get(schema.node_id) is _GUIDANCE and attached(GUIDANCE) is not None else [])
 
 
 def _of_loras(schema: io.Schema, ensemble: Ensemble) -> list[str]:
     active = [spec for spec in ensemble if spec.strength_model != 0]
     composed = [spec for spec in active if spec.role != ALWAYS]
+    if schema.node_id == "LoRAEnsembleInfo":
+        return []
     if not active:
         return ["all model strengths are 0: no LoRA acts on the model"]
     if schema.node_id in _COMPOSE and not composed:
@@ -109,14 +127,8 @@ def _same(value: object, default: object) -> bool:
 
 
 def tell(schema: io.Schema, lines: list[str]) -> None:
-    """Show lines on the node that runs, and write them into the log; without a server, in a test say, there alone."""
+    """Show lines on the node that runs, and write them into the log."""
     for line in lines:
         log.warning("%s: %s", schema.display_name, line)
-    if not lines:
-        return
-    from comfy_execution.utils import get_executing_context
-    from server import PromptServer  # needs all that the server needs, which a node does not otherwise
-
-    server, context = getattr(PromptServer, "instance", None), get_executing_context()
-    if server is not None and context is not None:
-        server.send_progress_text("  \n".join(lines), context.node_id)
+    if lines:
+        say("\n".join(lines))

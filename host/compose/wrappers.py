@@ -69,12 +69,12 @@ def outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=No
         regions.known = earlier.maps
     if run.cache is not None:
         run.cache.flow, run.cache.chosen = is_flow(guider.model_patcher), run.record.chosen.append
-    out, added = None, []
-    watchers = watching(guider.model_patcher, run.record, tracker.total)
-    callback.also += [partial(told, False) for told in watchers]
-    if run.applied and made_of_weights(guider.conds):
-        into(run.record.problems)(OF_WEIGHTS)
+    out, added, watchers = None, [], []
     try:
+        watchers += watching(guider.model_patcher, run.record, tracker.total)
+        callback.also += [partial(told, False) for told in watchers]
+        if run.applied and made_of_weights(guider.conds):
+            into(run.record.problems)(OF_WEIGHTS)
         added += with_variants(guider.conds) if run.routes else []
         run.conds = lambda: guider.conds
         with as_computed(guider.model_patcher, KEY):

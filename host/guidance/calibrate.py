@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import comfy.model_management
@@ -32,7 +32,7 @@ class Paths:
     """What to sample: seeds x prompts, with the settings that the coefficients will be used with.
 
     positive     every entry of this CONDITIONING is one prompt
-    latent       one latent [1, ...]; only its shape counts where `denoise` is 1
+    latent       one latent [1, ...], or the host's nested one; only its shape counts where `denoise` is 1
     seeds        paths per prompt, with seed, seed + 1, ..
     batch        paths sampled at a time
     """
@@ -126,7 +126,8 @@ def cost(paths: Paths, rounds: int) -> str:
                          f"{verb(count, 'are')} more than can be solved: "
                          f"at most {CALLS:,} steps, and {EVALUATED:,} of all paths. Lower steps or seeds.")
     evaluations = 2 * rounds * count * paths.steps
-    kept = 2 * paths.steps * min(paths.batch, paths.seeds) * math.prod(paths.latent.shape[1:]) * 4
+    numbers = sum(math.prod(part.shape[1:]) for part in _parts(paths.latent))
+    kept = 2 * paths.steps * min(paths.batch, paths.seeds) * numbers * 4
     memory = comfy.model_management.get_total_memory(torch.device("cpu"))
     if kept > memory:
         raise ValueError(f"Calibrate Guidance: the predictions of {counted(min(paths.batch, paths.seeds), 'path')} of "
@@ -145,11 +146,10 @@ def _round(model, paths: Paths, policy: LinearAG | None, progress: Callable[[], 
             comfy.model_management.throw_exception_if_processing_interrupted()
             seeds = [(paths.seed + k) % 2**64 for k in range(start, min(start + paths.batch, paths.seeds))]
             # A path is the same whatever it is batched with: every one has the noise of its own seed.
-            noise = torch.cat([comfy.sample.prepare_noise(paths.latent, seed) for seed in seeds])
+            noise = _batch([comfy.sample.prepare_noise(paths.latent, seed) for seed in seeds])
             comfy.sample.sample(guided, noise, paths.steps, paths.cfg, paths.sampler_name, paths.scheduler, [prompt],
-                                paths.negative, paths.latent.repeat(len(seeds), *[1] * (paths.latent.ndim - 1)),
-                                denoise=paths.denoise, seed=seeds[0], disable_pbar=True,
-                                callback=lambda *_: progress())
+                                paths.negative, _batch([paths.latent] * len(seeds)), denoise=paths.denoise,
+                                seed=seeds[0], disable_pbar=True, callback=lambda *_: progress())
             if not collector.session.targets:
                 raise ValueError("Calibrate Guidance: this model was sampled without evaluating a negative; there is "
                                  "nothing to calibrate.")
@@ -159,3 +159,14 @@ def _round(model, paths: Paths, policy: LinearAG | None, progress: Callable[[], 
                 raise ValueError(f"Calibrate Guidance: {error}. Coefficients need a sampler whose number of calls is "
                                  "fixed; choose another one.") from None
     return collector
+
+
+def _parts(latent) -> Sequence[torch.Tensor]:
+    """Picture and sound of a latent that has both."""
+    return latent.unbind() if latent.is_nested else (latent,)
+
+
+def _batch(latents: Sequence):
+    """Latents as one batch, part by part."""
+    parts = [torch.cat(same) for same in zip(*map(_parts, latents), strict=True)]
+    return type(latents[0])(parts) if latents[0].is_nested else parts[0]

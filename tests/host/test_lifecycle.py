@@ -10,6 +10,7 @@ import comfy.model_management
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
+from lora_ensemble.host.compose import wrappers
 from lora_ensemble.host.compose.apply import with_cache
 from lora_ensemble.host.compose.cache import CacheSpec
 from lora_ensemble.host.compose.composition import KEY
@@ -112,6 +113,17 @@ def test_an_exception_inside_the_model(ours, call):
         sample(broken)
     assert clean(ours)
     assert torch.equal(sample(ours), whole)
+
+
+def test_what_fails_before_the_host_samples(ours, monkeypatch):
+    """Whoever is told of runs, say, of a release that is not known here: no run stays open."""
+    def fail(*_):
+        raise RuntimeError("before the run")
+
+    monkeypatch.setattr(wrappers, "watching", fail)
+    with pytest.raises(RuntimeError, match="before the run"):
+        sample(ours)
+    assert ours.get_attachment(KEY).runs == []
 
 
 def test_a_failing_layer(ours):

@@ -10,11 +10,14 @@ import pytest
 import torch
 from lora_ensemble.host.compose.composition import KEY, record_of
 from lora_ensemble.host.files.ensemble import LoRASpec, Mask
+from lora_ensemble.host.guidance.apply import guidance_record_of
 from lora_ensemble.host.look.spectrum import Sampling, profiles
 from lora_ensemble.kernels.nested import pack_weights, unpack
 from lora_ensemble.kernels.spectrum import high_share, radial_amplitude, radial_bins
 from lora_ensemble.methods.cmlora import CMLoRA
 from lora_ensemble.methods.loratorio import LoRAtorio
+from lora_ensemble.nodes.calibration import LoRAEnsembleCalibrateGuidance
+from lora_ensemble.nodes.guidance import LoRAEnsembleAdaptiveGuidance
 from lora_ensemble.tests.test_patches import reference_cosine, reference_softmin
 from torch import Tensor
 
@@ -217,3 +220,18 @@ def test_the_branch_cache(film, loras):
         assert 0 < ((found - want).norm() / want.norm()).item() < 0.5
     assert [step["reused"] for step in steps_of(reusing)] == [0, 6, 6, 0]
     assert not record_of(reusing).problems and film.get_attachment(KEY) is None
+
+
+def test_guidance_is_calibrated(film):
+    """A path is the same whatever it is batched with, and both parts of it count."""
+    kind = FAMILIES["LTXAV"]
+    alone, together = (LoRAEnsembleCalibrateGuidance.execute(
+        film, kind.cond(11), kind.cond(12), {"samples": kind.noise()}, 1, 2, batch, 4, 3.0, "euler", "normal", 1.0,
+        False, False).args[0] for batch in (1, 2))
+    for space, curves in alone.found.gamma.items():
+        assert curves.shape == (2, 4)
+        torch.testing.assert_close(together.found.gamma[space], curves, rtol=1e-4, atol=1e-5)
+    guided = LoRAEnsembleAdaptiveGuidance.execute(film, "LinearAG", 0.99, 0.3, "noise", "per picture", 1, 0, "late",
+                                                  coeffs=alone).args[0]
+    sample(guided, "LTXAV", steps=4, latent=kind.noise(), seed=1)
+    assert [step.predicted for step in guidance_record_of(guided).steps] == [0, 1, 0, 0]

@@ -308,6 +308,14 @@ def test_it_says_what_it_took(two, caplog):
     assert record["reasons"] == ["LoRA Ensemble took Routed: of 2 LoRAs 2 have words, so each can act where it belongs"]
 
 
+def test_it_says_what_the_node_of_the_method_would(two):
+    """Whose own text this one takes the place of."""
+    given = nested(lora_1=two[0], role_1="style", lora_2=two[1], role_2="style")
+    (text,) = NODE.execute(base("SD15"), "K-LoRA", **given).ui.as_dict()["text"]
+    assert text.splitlines()[:2] == [
+        "K-LoRA", "all LoRAs are styles, so there is nothing to choose: set the role of one to a subject"]
+
+
 def test_routed_names_the_loras_whose_words_nobody_knows(two):
     """They act everywhere; those that should, by their role, are no matter."""
     given = nested(lora_1=two[0], words_1="ohwx", lora_2=two[1], lora_3=two[1], role_3="style")
@@ -370,4 +378,5 @@ def test_always_alone_is_part_of_the_model(two):
 
 def test_composed_needs_no_rows(two):
     model, clip, told = composed(base("SD15"), None, (LoRASpec(two[0], 1.0, 1.0),), "Switch")
-    assert clip is None and told.startswith("Switch\n1  a.safetensors: 1")
+    name, only, lora = told.splitlines()
+    assert clip is None and (name, lora) == ("Switch", "1  a.safetensors: 1") and "is the only LoRA to compose" in only

@@ -120,6 +120,26 @@ def test_loras_that_leave_a_method_nothing_to_do():
         assert lines(LoRAEnsembleSwitch, *same) == ""
 
 
+def test_what_takes_the_place_of_an_earlier_node_says_so(loras):
+    model = base("SD15")
+    ensemble = three(model, loras)
+
+    def lines(node, before, **settings) -> list[str]:
+        given = {"model": before, "ensemble": ensemble} | defaults(node) | settings
+        return [line for line in unused(node.define_schema(), given) if "takes its place" in line]
+
+    guided = LoRAEnsembleAdaptiveGuidance.execute(model, **defaults(LoRAEnsembleAdaptiveGuidance)).args[0]
+    cached = LoRAEnsembleBranchCache.execute(model, **defaults(LoRAEnsembleBranchCache)).args[0]
+    composed = LoRAEnsembleCMLoRA.execute(model, ensemble, **defaults(LoRAEnsembleCMLoRA)).args[0]
+    assert ["Adaptive Guidance" in line for line in lines(LoRAEnsembleAdaptiveGuidance, guided)] == [True]
+    for before in (cached, composed):
+        assert ["cache" in line for line in lines(LoRAEnsembleBranchCache, before)] == [True]
+        assert ["cache" in line for line in lines(LoRAEnsembleCMLoRA, before)] == [True]
+        assert lines(LoRAEnsembleCMLoRA, before, cache_depth=0) == lines(LoRAEnsembleSwitch, before) == []
+        assert lines(LoRAEnsembleAdaptiveGuidance, before) == []
+    assert lines(LoRAEnsembleBranchCache, guided) == lines(LoRAEnsembleBranchCache, model) == []
+
+
 def test_a_lora_by_itself():
     schema = LoRAEnsembleLoRA.define_schema()
     given = {"lora_name": "x", "strength_model": 0.0, "strength_clip": 0.0}
