@@ -44,6 +44,7 @@ class StatefulMethod(Protocol):
 Method = PlainMethod | StatefulMethod
 
 
-def method_title(kind: str) -> str:
-    """A method as users call it, by the name of its class, which records have."""
-    return {"KLoRA": "K-LoRA", "ESTLoRA": "EST-LoRA"}.get(kind, kind)
+def method_title(kind: str, by_words: bool = False) -> str:
+    """A method as users call it, by the name of its class, which records have; `by_words`: its LoRAs act where their
+    words are."""
+    return "Routed" if by_words and kind == "Merge" else {"KLoRA": "K-LoRA", "ESTLoRA": "EST-LoRA"}.get(kind, kind)

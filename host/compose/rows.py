@@ -50,7 +50,7 @@ def whole_only(conds: list, options: dict, composition: Composition | None) -> s
     sessions = composition.run.sessions if composition is not None else ()
     for applied, session in zip(composition.applied if sessions else (), sessions, strict=True):
         if session.whole_batch:
-            return f"{type(applied.method).__name__} mixes by what it finds in the whole batch"
+            return f"{applied.title} mixes by what it finds in the whole batch"
         if applied.routed is not None:
             return "LoRAs act where their words are, in each picture elsewhere"
         if any(mask is not None and mask.ndim > 2 and mask.shape[0] > 1 for mask in applied.masks):

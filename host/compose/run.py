@@ -21,7 +21,7 @@ from ...engine.record import StepRecord
 from ...engine.tell import into
 from ...kernels.branch import Branch, Step
 from ...kernels.nested import Parts, unpack
-from ...methods import Method
+from ...methods import Method, method_title
 from ...methods.session import OTHER, POSITIVE, UNCONDITIONAL, Call, RunContext, begin
 from ...methods.windows import InTime, Window
 from ..families.lasting import lasting
@@ -67,6 +67,11 @@ class Applied:
     asked: Asked | None = None
     node: str = ""
     first: int = 0
+
+    @property
+    def title(self) -> str:
+        """The method as users call it."""
+        return method_title(type(self.method).__name__, self.routed is not None)
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ def idle(applied: Sequence, acted: Sequence[set[int]], in_time: Sequence[InTime]
             yield (f"LoRA '{each.names[i]}' {when}: none of them is in its window from {each.windows[i].start:g} to "
                    f"{each.windows[i].end:g}")
         if left := [f"'{each.names[i]}'" for i in rest if not windows.shut(i)]:
-            yield (f"LoRA {', '.join(left)} {when}: {method_title(type(each.method).__name__)} gave "
+            yield (f"LoRA {', '.join(left)} {when}: {each.title} gave "
                    f"{'it' if len(left) == 1 else 'them'} no turn")
 
 

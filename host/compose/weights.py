@@ -152,4 +152,4 @@ def _is_plain(each: Applied) -> bool:
 
 
 def _named(applied) -> str:
-    return ", ".join(type(each.method).__name__ for each in applied)
+    return ", ".join(each.title for each in applied)

@@ -225,8 +225,7 @@ def _cache(step: StepRecord) -> dict:
 
 def titles(record: RunRecord, routed: Sequence[bool]) -> list[str]:
     """The methods as users call them; `routed` are those whose LoRAs act where their words are."""
-    return ["Routed" if by_words and kind == "Merge" else method_title(kind)
-            for kind, by_words in zip(record.methods, routed, strict=True)]
+    return list(map(method_title, record.methods, routed))
 
 
 def line(record: RunRecord, called: Sequence[str], costs: Costs, total: int, guidance: GuidanceRecord | None = None,

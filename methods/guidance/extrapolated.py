@@ -9,8 +9,8 @@ the line stood in went astray by (d2 - d(t2)) sum_j h_j (t_j - t1) / (t2 - t1), 
 
     d2 + PART W (d2 - d(t2))        W = sum_j h_j (t_j - t1) / (h2 (t2 - t1))
 
-Turns lie closer together at both ends of a run, where the term changes most, and the last step is always one: its term
-goes into the picture as it is, and nothing makes up for it any more.
+Turns lie closer together at both ends of a run, where the term changes most, and the last step is always one: nothing
+could make up for an error of its own any more.
 
 Beside a branch cache turns are taken where the model runs whole anyway, or so soon after that the negative's features
 are young enough: else all branches would run whole once more, for d needs both sides alike.

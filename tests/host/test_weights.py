@@ -31,6 +31,7 @@ from lora_ensemble.methods.switch import Switch
 from .builders import composite, merge, method, plain, same, sample, stock, three
 from .models import FAMILIES, base, build, patcher, randomize
 from .test_apply import old_glora_on_kernels
+from .test_routed import routed
 
 NEW = hasattr(base("SD15"), "state_dict_for_saving")
 
@@ -140,6 +141,7 @@ CHANGING = {
         model, None, tuple(LoRASpec(spec.name, 1.0, 0.0, mask=Mask(torch.ones(1, 8, 8))) for spec in ensemble),
         plain(Merge), "Merge LoRAs")[0],
     "a window": lambda model, ensemble: merge(model, [LoRASpec(spec.name, 1.0, 0.0, end=0.5) for spec in ensemble]),
+    "Routed": lambda model, ensemble: routed(model, ensemble),
 }
 
 
@@ -149,7 +151,8 @@ def test_what_is_in_no_weights_is_an_error_with_the_remedy(kind, other, loras):
     ours = CHANGING[kind](model, three(model, loras))
     for read in (lambda: simple(other, ours), lambda: subtract(other, ours),
                  lambda: ours.clone().get_key_patches("diffusion_model.")):
-        with pytest.raises(ValueError, match="no weights hold what they do.*use Merge LoRAs"):
+        called = "Merge" if kind.startswith("a ") else kind
+        with pytest.raises(ValueError, match=f"^{called}: .*no weights hold what they do.*use Merge LoRAs"):
             read()
     assert sample(ours).isfinite().all()
 
