@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-_MARK = re.compile(r"\[[ \t]*(\d+)[ \t]*:\s*")
+_MARK = re.compile(r"\[[ \t]*(0|[1-9]\d*)[ \t]*:(?!\d\d(?!\w)|\s*\d+\s*\])\s*")  # [00:05] and [16:9] are none
 _LORA = re.compile(r"<lora\b[^<>]*>?", re.IGNORECASE)
 _EMPTY = re.compile(r"(?<!\\)\((?:\s*|\s*:\s*[-+\d.eE]+\s*)(?<!\\)\)")
 _EAST = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"  # scripts that put no spaces between words
@@ -26,7 +26,8 @@ def parse_marks(text: str) -> tuple[str, tuple[tuple[int, int, int], ...]]:
     """(the text without its marks, what they marked): `[2: ohwx woman]` gives these words to the LoRA of row 2.
 
     What was marked is (start, end, row), as places in the text without marks; rows count from 1. Marks may stand in
-    each other and hold other brackets. Brackets that do not begin with a number and a colon are ordinary text.
+    each other and hold other brackets. Brackets that do not begin with a number and a colon are ordinary text, and so
+    are times and ratios: prompts of films are scripts.
     Raises ValueError for a mark that is not closed, is empty or names row 0.
     """
     out: list[str] = []

@@ -121,8 +121,8 @@ class Session(ABC):
 
     Per model call the host calls `observe`, `branches`, `refresh` and `mix` in this order, with the step among those of
     all runs of the picture. A step may have several calls (Heun, context windows, perturbed passes) with the same
-    `step`. Nothing here may make the host wait for the
-    device: a measurement that steers branches is `Sent` ahead and read at a later step.
+    `step`. Nothing here may make the host wait for the device: a measurement that steers branches is `Sent` ahead and
+    read at a later step.
 
     whole_batch   whether every call must bring all pictures of the run. False where the mix of a picture depends on
                   that picture alone, so that a further call of a step may bring some of them (a guidance that is

@@ -156,6 +156,20 @@ def test_marks(text, clean, rows):
     assert parse_marks(text) == (clean, rows)
 
 
+@pytest.mark.parametrize("text", [
+    "[00:05] a man speaks", "[00:00 - 00:05]: rain", "[01:05] thunder", "[0:05 - 0:10] a door", "[12:30] noon",
+    "[1:02:03] credits", "a film in [16:9]", "[1:1], [4 : 3], [2.39:1]", "[00:05 a man speaks]",
+])
+def test_times_and_ratios_are_no_marks(text):
+    """As in the script of a film, with the CLIP of a method node behind an ordinary CLIP Text Encode."""
+    assert parse_marks(text) == (text, ())
+
+
+def test_a_mark_may_begin_with_a_number():
+    assert parse_marks("[1:2girls], [2: 3 cats], [3:10cm doll]") == (
+        "2girls, 3 cats, 10cm doll", ((0, 6, 1), (8, 14, 2), (16, 25, 3)))
+
+
 @pytest.mark.parametrize(("text", "message"), [
     ("x [2: a dog", "'[2: a dog' in the prompt is not closed"),
     ("[2: a [dog]", "not closed"),

@@ -303,7 +303,8 @@ def main(arguments: Sequence[str], description: str) -> int:
         parser.error(f"unknown: {' '.join(options.rest)}")
     try:
         if not PYTHONS[0] <= sys.version_info[:2] <= PYTHONS[1]:
-            raise Stop("Python %d.%d has no wheels of the pinned torch; use 3.10, 3.11 or 3.12." % sys.version_info[:2])
+            here, first, last = ("%d.%d" % version for version in (sys.version_info[:2], *PYTHONS))
+            raise Stop(f"Python {here} has no wheels of the pinned torch; use one from {first} to {last}.")
         return COMMANDS[options.command](options)
     except Stop as stop:
         sys.exit(f"\n{stop}")
