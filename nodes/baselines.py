@@ -15,6 +15,7 @@ from ..methods.selection import main_subject
 from ..methods.switch import Switch
 from .order import numbers_of, turns_of
 from .sockets import method_schema
+from .unused import tell
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -55,7 +56,9 @@ class LoRAEnsembleMerge(io.ComfyNode):
             if where.where == "words":
                 raise ValueError("Merge LoRAs: place is 'words', and mode is 'baked': what is in the weights acts "
                                  "everywhere. Choose mode 'runtime'.")
-            return io.NodeOutput(*bake(model, clip, ensemble, node="Merge LoRAs"))
+            model, clip, problems = bake(model, clip, ensemble, node="Merge LoRAs")
+            tell(cls.GET_SCHEMA(), problems)  # there is no record that would have them
+            return io.NodeOutput(model, clip)
         return io.NodeOutput(*apply_method(model, clip, ensemble, lambda active: Merge(active.strengths),
                                            node="Merge LoRAs", rest_on_weights=where.where != "words", placing=where))
 

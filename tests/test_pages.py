@@ -45,6 +45,13 @@ def test_links_lead_somewhere_in_a_clone_and_in_an_archive(page):
             assert anchor in {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}, target
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if "web" in page.parts], ids=lambda page: page.name)
+def test_help_pages_have_no_link_to_each_other(page):
+    """ComfyUI shows them in a panel, of which it makes no page with an address: such a link leads nowhere there."""
+    targets = re.findall(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    assert [target for target in targets if not re.match(r"https?:", target)] == []
+
+
 def test_named_links_are_all_defined():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     defined = set(re.findall(r"^\[([^\]]+)\]: ", text, flags=re.MULTILINE))

@@ -14,7 +14,7 @@ from ...engine.yielding import yield_to
 from ...methods import Method
 from ...methods.merge import Merge
 from ...methods.windows import Window
-from ..files.ensemble import ALWAYS, Ensemble, LoRASpec, told_apart
+from ..files.ensemble import ALWAYS, Ensemble, LoRASpec, file_of, told_apart
 from ..files.header_alphas import passed_over
 from ..files.metadata import is_proposed
 from ..words.known import lora_words
@@ -106,6 +106,7 @@ def apply_method(model, clip, ensemble: Ensemble, make: Callable[[Active], Metho
     place = next((k for k, other in enumerate(banks) if other.model is bank), len(banks))
     new_model.set_additional_models(KEY, banks if place < len(banks) else [*banks, shared.clone()])
     called = tuple(part.spec.called for part in reading.parts)
+    problems += _again(called, before)
     method, routed, asked = Merge(tuple(spec.strength_model for spec in lasting)), None, None
     applied = [Applied(method, called[:first], (), (None,) * first, place, windows=_windows(lasting), always=True,
                        node=_executed())] if lasting or not rest else []
@@ -134,6 +135,14 @@ def apply_method(model, clip, ensemble: Ensemble, make: Callable[[Active], Metho
         contrast = asked is not None or placing.routing.mode == "contrast"
         new_clip = marked(new_clip, (routed or asked).words, contrast, own)
     return new_model, new_clip
+
+
+def _again(called: tuple[str, ...], before: Composition | None) -> list[str]:
+    """What there is to say of LoRAs that a method before this one has, too."""
+    there = {file_of(name) for applied in (before.applied if before is not None else ()) for name in applied.names}
+    twice = ", ".join(f"'{name}'" for name in called if file_of(name) in there)
+    return [f"acting twice, here and in the method before: {twice}. Give each method LoRAs of its own, or connect this "
+            "one to the model's loader"] if twice else []
 
 
 def _on_weights(model, parts: list[Part], rest_on_weights: bool, problems: list[str]):
@@ -187,7 +196,8 @@ def _numbers(ensemble: Ensemble, active: list[LoRASpec]) -> tuple[int, ...]:
 
 
 def bake(model, clip, ensemble: Ensemble, node: str):
-    """The ordinary merge through the host's own weight patches: what a chain of its LoRA loaders does.
+    """(MODEL, CLIP, what cannot be done as asked) of the ordinary merge through the host's own weight patches: what a
+    chain of its LoRA loaders does.
 
     Raises ValueError where a LoRA has a window in time, besides what `apply_method` does.
     """
@@ -205,9 +215,7 @@ def bake(model, clip, ensemble: Ensemble, node: str):
         if part.spec.mask is not None:
             problems.append(f"the mask of LoRA '{part.spec.called}' is not used: what is in the weights acts "
                             "everywhere")
-    for problem in problems:
-        log.warning("%s: %s", node, problem)
-    return new_model, merge_clip(clip, reading)[0]
+    return new_model, merge_clip(clip, reading)[0], problems
 
 
 def with_reason(model, reason: str):

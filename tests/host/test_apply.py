@@ -9,11 +9,12 @@ import torch
 from lora_ensemble.host.compose.apply import apply_method, bake
 from lora_ensemble.host.compose.composition import KEY, record_of
 from lora_ensemble.host.compose.measure import subjects_of
-from lora_ensemble.host.files.ensemble import ALWAYS, LoRASpec
+from lora_ensemble.host.files.ensemble import ALWAYS, LoRASpec, Mask
 from lora_ensemble.host.look.letters import short_names
 from lora_ensemble.methods.composite import Composite
 from lora_ensemble.methods.merge import Merge
 from lora_ensemble.methods.switch import Switch
+from lora_ensemble.nodes import baselines
 from lora_ensemble.nodes.baselines import LoRAEnsembleSwitch
 from lora_ensemble.nodes.cmlora import LoRAEnsembleCMLoRA
 
@@ -65,7 +66,7 @@ def test_text_encoder_deltas_are_merged_as_the_loader_does(how, clip, loras):
         stock_model, stock_clip = comfy.sd.load_lora_for_models(stock_model, stock_clip, file_of(spec),
                                                                 spec.strength_model, spec.strength_clip)
     if how == "baked":
-        ours, our_clip = bake(model, clip, ensemble, "Merge LoRAs")
+        ours, our_clip, _ = bake(model, clip, ensemble, "Merge LoRAs")
         assert torch.equal(sample(ours), sample(stock_model))
     else:
         ours, our_clip = apply_method(model, clip, ensemble, plain(Composite), "Composite LoRAs")
@@ -131,13 +132,32 @@ def test_a_lora_of_the_text_encoder_alone_is_a_line_where_it_does_less_than_was_
     assert said(0.8, plain(Composite), ALWAYS) == []
 
 
-def test_baked_says_what_does_nothing(clip, loras, caplog):
+def test_baked_says_what_does_nothing(clip, loras):
     model = base("SD15")
     name = loras(with_text(clip, {}, 1))
-    bake(model, clip, (LoRASpec(name, 0.8, 0.8),), "Merge LoRAs")
-    assert name not in caplog.text
-    bake(model, clip, (LoRASpec(name, 0.8, 0.0),), "Merge LoRAs")
-    assert f"LoRA '{name}' does nothing" in caplog.text
+    assert bake(model, clip, (LoRASpec(name, 0.8, 0.8),), "Merge LoRAs")[2] == []
+    (nothing,) = bake(model, clip, (LoRASpec(name, 0.8, 0.0),), "Merge LoRAs")[2]
+    assert f"LoRA '{name}' does nothing" in nothing
+
+
+def test_what_baked_leaves_undone_is_on_the_node(loras, monkeypatch):
+    """There is no record of it."""
+    model, told = base("SD15"), []
+    name = loras(lora(shapes(model), 1))
+    monkeypatch.setattr(baselines, "tell", lambda schema, lines: told.extend(lines))
+    baselines.LoRAEnsembleMerge.execute(model, (LoRASpec(name, 0.8, 0.8, mask=Mask(torch.ones(1, 8, 8))),), "baked")
+    assert told == [f"the mask of LoRA '{name}' is not used: what is in the weights acts everywhere"]
+
+
+def test_a_lora_of_two_methods_in_a_row_is_named(loras):
+    """Both act, which is what the same ensemble at two nodes of a chain does."""
+    model = base("SD15")
+    one, two = (loras(lora(shapes(model), seed)) for seed in (1, 2))
+    first = method(model, (LoRASpec(one, 0.8, 0.0),), Merge)
+    (line,) = method(first, (LoRASpec(one, 0.8, 0.0), LoRASpec(two, 0.8, 0.0)), Merge).get_attachment(KEY
+                                                                                       ).applied[-1].problems
+    assert line.startswith(f"acting twice, here and in the method before: '{one}'.")
+    assert method(first, (LoRASpec(two, 0.8, 0.0),), Merge).get_attachment(KEY).applied[-1].problems == ()
 
 
 @pytest.mark.parametrize("numbered", [True, False])

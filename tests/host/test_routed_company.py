@@ -61,7 +61,8 @@ def test_beside_another_method(order, loras):
         first, second = second, first
     ours = second(first(model))
     found = sample(ours, "SD15", prompt(), steps=3)
-    assert torch.isfinite(found).all() and record_of(ours).problems == []
+    (both,) = record_of(ours).problems
+    assert torch.isfinite(found).all() and both.startswith("acting twice")
     assert [step.rows for step in record_of(ours).steps] == [3, 2, 2] and len(places_of(ours)) == 1
 
 
