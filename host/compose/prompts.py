@@ -16,7 +16,7 @@ from ...methods.prompt_text import Range
 from ...methods.routed import Clauses, clauses_of
 from ..words.marked import PROMPT, WITHOUT
 from ..words.own import told_of
-from .places import Area
+from .places import Area, crop
 
 BESIDE = {"encoder_hidden_states_llama3": "conditioning_llama3", "encoder_hidden_states_t5": "conditioning_mt5xl"}
 """Further texts of a prompt: what models are called with -> what a conditioning calls it."""
@@ -63,9 +63,9 @@ class Prompt:
         return tuple(dict.fromkeys(span for part in self.parts for span in part))
 
     def lost(self, whole: Tensor, without: Sequence[Tensor]) -> Tensor:
-        """[pictures, rows of the clauses, frames, height, width]: what a prediction [pictures, C, ...] loses without
-        each of `spans`."""
-        lost, spans = contrast(whole, torch.stack(list(without))), self.spans
+        """[pictures, rows of the clauses, frames, height, width]: what a prediction [pictures, C, ...] for the whole
+        latent loses without each of `spans`, in the area."""
+        lost, spans = contrast(*(crop(each, self.area) for each in (whole, torch.stack(list(without))))), self.spans
         lost = torch.stack([lost[:, [spans.index(span) for span in part]].sum(dim=1) for part in self.parts], dim=1)
         return lost if lost.ndim == 5 else lost.unsqueeze(2)
 

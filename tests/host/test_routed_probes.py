@@ -49,6 +49,29 @@ def test_contrast(family, loras):
     assert torch.allclose(places_of(ours)[0].maps, maps, atol=1e-4) and torch.isfinite(found).all()
 
 
+def test_contrast_in_an_area(loras):
+    """Predictions are of the whole latent, and nothing outside the area: places are those inside it. Guard: `crop` in
+    `Prompt.lost`, without which the whole is squeezed into the area."""
+    model, area = base("SD15"), (8, 4, 0, 4)
+    others = [prompt("SD15", None, 20 + k)[0] for k in range(3)]
+    conds = prompt("SD15", MARKS, lora_ensemble_without=rests(MARKS, others), area=area)
+    ours = routed(model, specs(model, loras), mode="contrast")
+    sample(ours, "SD15", conds, steps=1, cfg=1.0)
+
+    def predicted(text, options) -> torch.Tensor:
+        seen = []
+        sample(model, "SD15", [[text, {**options, "area": area}]], steps=1, cfg=1.0,
+               callback=lambda i, x0, x, n: seen.append(x0[..., 4:].clone()))
+        return seen[0]
+
+    apart = torch.stack([predicted(*other) for other in others]) - predicted(*conds[0])
+    apart = F.avg_pool2d(apart.square().mean(2).sqrt(), 3, 1, 1, count_include_pad=False).transpose(0, 1)
+    relative = apart / apart.flatten(2).amax(-1)[..., None, None]
+    maps = (relative / relative.amax(1, keepdim=True))[:, :2] ** 2
+    found = places_of(ours)[0].maps
+    assert torch.allclose(found[..., 4:], maps, atol=1e-4) and not found[..., :4].any()
+
+
 @pytest.mark.parametrize("words", [(), ("sks", "ohwx")], ids=["of none", "in another order"])
 def test_contrast_knows_clauses_by_their_places(words, loras):
     """Whatever LoRAs the CLIP knew that encoded the prompt, as in Ensemble Prompt without an ensemble. Guard: WITHOUT
