@@ -41,6 +41,7 @@ class MaskedLoRAs:
         self.maps = stacked(masks).squeeze(2).transpose(0, 1)  # [pictures, LoRAs, (frames,) height, width]
         self.tell = tell
         self.window: Window = None  # of the call that goes on
+        self.nowhere = False  # whether the layers of the model have no places for LoRAs that are not masked
         self.version = 0  # of the maps, and
         self.texts = 0  # of the words: what was made of earlier ones is brought up to date
         self._places: dict[Hashable, tuple[Places, int, int]] = {}

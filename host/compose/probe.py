@@ -17,6 +17,7 @@ from ...methods.merge import Merge
 from ...methods.prompt import PromptTokens
 from ...methods.session import POSITIVE
 from ..families.attention import chosen
+from ..families.token_order import token_order
 from ..words.marked import PROBE, PROMPT, WITHOUT
 from .attention import AttentionReader
 from .cache import Combo
@@ -115,12 +116,12 @@ def find_places(run: Run, positive: list[list[dict]], evaluate: Callable[[list[l
     due = [] if not positive else [regions for regions in run.routes if regions.probes(run.step)]
     base = tuple(_base(regions, branches, applied) for regions, branches, applied
                  in zip(run.regions, run.branches, run.applied, strict=True))
-    run.probing = True
+    run.probing, placed = True, token_order(root) is not None
     try:
         for regions in due:
             if regions.contrasts:
                 _compare(regions, positive, lambda conds: evaluate(conds, base), variants)
-        rest = [regions for regions in due if not regions.contrasts]
+        rest = [regions for regions in due if not regions.contrasts and placed]
         if rest and not compiled:
             instead = [[_with_stand_ins(entry, rest, variants) for entry in cond] for cond in positive]
             with run.reading(rest):
@@ -130,7 +131,7 @@ def find_places(run: Run, positive: list[list[dict]], evaluate: Callable[[list[l
     for regions in due:
         regions.commit()
         if not regions.routes.found:
-            regions.give_up(_why_not(regions, root, compiled, run.kept.neighbours.kept_aside))
+            regions.give_up(_why_not(regions, root, placed, compiled, run.kept.neighbours.kept_aside), not placed)
 
 
 def _base(regions: object, branches: Sequence[Branch], applied) -> Branch:
@@ -155,9 +156,12 @@ def _stand_in(entry: dict) -> str:
     return f"{entry.get(CONTRAST)} {PROBE}"
 
 
-def _why_not(regions: RoutedLoRAs, root: nn.Module, compiled: bool, others: Sequence[str]) -> str:
+def _why_not(regions: RoutedLoRAs, root: nn.Module, placed: bool, compiled: bool, others: Sequence[str]) -> str:
     if regions.contrasts:
         return "the prompts come without what contrast compares: encode them with the CLIP of this method node"
+    if not placed:
+        return (f"{type(root).__name__}: where its tokens lie in the picture is not known, so that words have no place "
+                "in its layers. Composite and LoRAtorio confine LoRAs by masks there")
     reason = "torch.compile hides the attention of this model" if compiled else \
         f"{' and '.join(others)}: computes the blocks of the model in its own way, so that their attention cannot be " \
         "read" if others else f"{type(root).__name__}: the attention of this kind of model cannot be read"

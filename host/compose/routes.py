@@ -244,8 +244,9 @@ class RoutedLoRAs(MaskedLoRAs):
             if each is not None and prompt.free is None:
                 prompt.free, self._free = trusted(own).to(self.maps), None
 
-    def give_up(self, reason: str) -> None:
-        """Places cannot be found: LoRAs act everywhere, on their own words."""
+    def give_up(self, reason: str, nowhere: bool = False) -> None:
+        """Places cannot be found: LoRAs act everywhere, on their own words. nowhere: the model's layers have none."""
+        self.nowhere = nowhere and all(mask is None for mask in self._masks)
         self.tell(f"{reason}; the LoRAs act everywhere")
         self._need_no_look()
 

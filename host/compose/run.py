@@ -223,7 +223,7 @@ class Run:
         """Where the LoRAs of the methods of a bank may act in a batch of these conds; None: everywhere."""
         k = joined.methods[-1]  # what is beneath it is always on, everywhere
         regions = self.regions[k]
-        if regions is None or getattr(self.applied[k].method, "masks", "") == "predictions":
+        if regions is None or regions.nowhere or getattr(self.applied[k].method, "masks", "") == "predictions":
             return None
         return regions.places(root, x, conds, [self.areas.get(uuid) for uuid in uuids],
                               [self.origins.get(uuid, uuid) for uuid in uuids], self.merging)

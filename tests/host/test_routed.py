@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import comfy.sample
 import pytest
 import torch
 from lora_ensemble.host.compose import attention
@@ -22,9 +23,13 @@ from lora_ensemble.tests.operations import Operations
 from torch import Tensor
 from torch.nn import functional as F
 
+from .any_model import any_model, latent_of, prompt_of
 from .builders import lora, plain, same, sample, shapes, stock
+from .disturbed import skipped_where_older
 from .models import FAMILIES, base
+from .small_video import SMALL
 from .test_masks import LAST
+from .test_parity_families import NAME, layers_of
 
 TEXT = "ohwx cat, sks dog, a field"
 MARKS = PromptTokens(TEXT, 5, ((0, 4, (0,)), (5, 8, (1,)), (10, 13, (2,)), (14, 17, (3,)), (21, 26, (4,))))
@@ -256,6 +261,27 @@ def test_where_attention_cannot_be_read(loras):
     sample(ours, "SD15", prompt(), steps=2)
     (problem,) = record_of(ours).problems
     assert "cannot be read" in problem and "contrast" in problem and (places_of(ours)[0].maps == 1).all()
+
+
+def test_where_layers_have_no_places(loras):
+    """A family whose order of tokens is not known: merged, without a look for places, and in one line."""
+    with skipped_where_older("Cosmos"):
+        model = any_model(SMALL["Cosmos"])
+        layers = layers_of(model)
+    ensemble = [LoRASpec(loras(lora(layers, seed, **NAME)), 0.8, 0, words=words)
+                for seed, words in ((1, "ohwx"), (2, "sks"))]
+
+    def drawn(one, **marks) -> Tensor:
+        ((text, options),), start = prompt_of(model, 11), latent_of(model, 1)
+        with torch.inference_mode():
+            return comfy.sample.sample(one, start, 1, 3.0, "euler", "simple", [[text, options | marks]],
+                                       prompt_of(model, 12), start * 0, seed=1, disable_pbar=True)
+
+    ours = routed(model, ensemble)
+    found = drawn(ours, lora_ensemble_prompt=MARKS)
+    same(found, drawn(stock(model, bare(ensemble))), drawn(model), 1e-4)
+    (problem,) = record_of(ours).problems
+    assert "is not known" in problem and "masks" in problem and [step.rows for step in record_of(ours).steps] == [2]
 
 
 def test_the_sides_in_batches_of_their_own(loras, monkeypatch):
