@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import folder_paths
@@ -12,7 +13,7 @@ import torch
 from comfy_api.latest import io
 
 from ..host.files.ensemble import ROLES, Ensemble, LoRASpec, Mask
-from ..host.files.files import FOLDER, changes, check_file, fingerprint, known
+from ..host.files.files import FOLDER, changes, check_file, fingerprint, known, path_in
 from ..host.files.names import matching
 from .chain import check_chain
 from .said import say
@@ -211,10 +212,10 @@ class LoRAEnsembleFromStack(io.ComfyNode):
 def from_stack(stack: Sequence[Any] | None, node: str) -> Ensemble:
     """The LoRAs of a LORA_STACK, without its empty entries; none of a stacker that is switched off and hands on None.
 
-    Raises ValueError where an entry is not (file, model strength, clip strength), with strengths that a loader takes;
-    what an entry has besides is for `left_out`.
+    Raises ValueError where an entry is not (file, model strength, clip strength), with strengths that a loader takes,
+    and for a file that no name in ComfyUI's list means; what an entry has besides is for `left_out`.
     """
-    loras = []
+    loras: list[LoRASpec] = []
     for entry in stack or ():
         if entry is None:
             continue
@@ -224,13 +225,13 @@ def from_stack(stack: Sequence[Any] | None, node: str) -> Ensemble:
                 strengths = float(strength_model), float(strength_clip)
                 if not all(abs(strength) <= LARGEST for strength in strengths):  # which a NaN is not, either
                     raise ValueError
-                loras.append(LoRASpec(in_the_list(name), *strengths))
+                loras.append(LoRASpec(os.fspath(name), *strengths))
         except (TypeError, ValueError, AttributeError, KeyError):
             raise ValueError(
                 f"{node}: {_shown(entry)} is not (file, model strength, clip strength), strengths "
                 f"from -{LARGEST:g} to {LARGEST:g}. Connect a LORA_STACK output of a LoRA stacker or manager."
             ) from None
-    return tuple(loras)
+    return tuple(replace(lora, name=in_the_list(lora.name, node)) for lora in loras)
 
 
 def left_out(stack: Sequence[Any] | None) -> list[str]:
@@ -258,13 +259,21 @@ def _shown(entry: Any) -> str:
     return str(list(entry) if isinstance(entry, Mapping) else entry)[:200]
 
 
-def in_the_list(name: str) -> str:
+def in_the_list(name: str, node: str) -> str:
     """A LoRA's name as ComfyUI lists it. Some stackers hand over full paths, others names as prompts write them,
-    without extension or folder; one that may be several files, or none, stays as it is."""
+    without extension or folder; one that may be several files, or none, stays as it is.
+
+    Raises ValueError for the full path of a file whose name in the list means another one, in an earlier folder.
+    """
     for folder in folder_paths.get_folder_paths(FOLDER):
         root = os.path.join(os.path.abspath(folder), "")
         if os.path.normpath(name).startswith(root):
-            return os.path.normpath(name)[len(root) :]
+            listed = os.path.normpath(name)[len(root) :]
+            taken = path_in(FOLDER, listed)
+            if taken is not None and os.path.exists(name) and not os.path.samefile(taken, name):
+                raise ValueError(f"{node}: LoRA '{name}' has no name of its own: by '{listed}' ComfyUI means the file "
+                                 f"'{taken}', whose folder comes first. Rename one of the two, and choose it again.")
+            return listed
     meant = [] if known(name) else matching(name)
     return meant[0] if len(meant) == 1 else name
 

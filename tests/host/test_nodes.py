@@ -285,6 +285,19 @@ def test_full_paths_become_names(two, lora_folder):
     assert from_stack([(full, 1.0, 1.0)], "a stack") == (LoRASpec(two[0], 1.0, 1.0),)
 
 
+def test_a_full_path_whose_name_means_another_file_is_refused(two, lora_folder, tmp_path, monkeypatch):
+    """Guards: of two folders with a file of one name, the first one's was taken, without a word."""
+    later = tmp_path / two[0]
+    later.write_bytes((lora_folder / two[1]).read_bytes())
+    folders, endings = folder_paths.folder_names_and_paths["loras"]
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([*folders, str(tmp_path)], endings))
+    with pytest.raises(ValueError, match=f"a stack: .*{re.escape(str(later))}' has no name of its own.*Rename"):
+        from_stack([(str(later), 1.0, 1.0)], "a stack")
+    assert from_stack([(lora_folder / two[0], 1.0, 1.0)], "a stack") == (LoRASpec(two[0], 1.0, 1.0),)
+    other = later.rename(tmp_path / "other.safetensors")
+    assert from_stack([(str(other), 1.0, 1.0)], "a stack") == (LoRASpec("other.safetensors", 1.0, 1.0),)
+
+
 def test_an_empty_stack_adds_nothing():
     assert LoRAEnsembleFromStack.execute([]).args[0] == ()
 
