@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 
@@ -54,14 +54,18 @@ class RoutedForwards:
     compiled   whether torch.compile sees the model: gains are then tensors that stay where they are (compiled.py).
                Where it does although this is False, all that adapters add is an opaque operator
     lasting    a context for tensors that are kept beyond the layer that runs, as a host may ask for
+    layers     all layers by the names that the bank has of them, asked where there is none of a name: others may have
+               put modules of their own between them, which gives those behind another name
 
     `acted` are the adapters that acted in any batch.
     """
 
     def __init__(self, root: nn.Module, bank: Bank, reader: Reader | None = None,
                  report: Callable[[str, str, str], None] | None = None, position: int = 0, order: Order = folded,
-                 compiled: bool = False, lasting: Callable[[], AbstractContextManager] = nullcontext):
+                 compiled: bool = False, lasting: Callable[[], AbstractContextManager] = nullcontext,
+                 layers: Callable[[], Mapping[str, nn.Module]] | None = None):
         self.root, self.bank, self.position, self.order, self.compiled = root, bank, position, order, compiled
+        self._named = layers
         say = Once(report or (lambda adapter, layer, reason: None))
         # Not a method: programs hold it, and a circle would keep the model of a run that is over.
         self._tell = lambda adapter, layer, reason: say(adapter, layer, reason, about=(adapter, layer))
@@ -96,8 +100,12 @@ class RoutedForwards:
     def install(self) -> None:
         if self._installed:
             return
+        found = {name: _find(self.root, name) for name in self.bank.sites}
+        if self._named is not None and None in found.values():
+            named = self._named()
+            found = {name: named.get(name) for name in found}
         for name, site in self.bank.sites.items():
-            module = _find(self.root, name)
+            module = found[name]
             geometry = None if module is None else geometry_of(module)
             if geometry is None:
                 self._tell("all", name, "the model has no such layer that can be routed; left out")

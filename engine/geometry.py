@@ -60,7 +60,10 @@ def geometry_of(module: nn.Module) -> Geometry | None:
 
 def _conv(module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
     """The layer's own convolution with another weight and no bias. Padding is read at each call, since nodes that make
-    pictures tile change `padding_mode` on the live module."""
+    pictures tile change `padding_mode` on the live module. Of a layer that was enlarged since for more channels
+    (IC-Light) the first ones are the weight's."""
+    if x.shape[1] > weight.shape[1] * module.groups:
+        x = x.narrow(1, 0, weight.shape[1] * module.groups)
     padding = module.padding
     if module.padding_mode != "zeros":
         x = F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode)

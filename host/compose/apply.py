@@ -16,6 +16,7 @@ from ...methods.merge import Merge
 from ...methods.windows import Window
 from ..files.ensemble import ALWAYS, Ensemble, LoRASpec, file_of, told_apart
 from ..files.header_alphas import passed_over
+from ..files.injected import as_in_files
 from ..files.metadata import is_proposed
 from ..words.known import lora_words
 from ..words.marked import marked
@@ -92,7 +93,8 @@ def apply_method(model, clip, ensemble: Ensemble, make: Callable[[Active], Metho
     ordered = (*(spec for spec in ensemble if spec.role == ALWAYS), *rest)
     placing = placing or Placing()
     yields = placing.where == "words" and placing.routing.yields
-    reading, shared = _shared(model, clip, ordered, node, rest_on_weights, yields)
+    with as_in_files(model):
+        reading, shared = _shared(model, clip, ordered, node, rest_on_weights, yields)
     bank, problems = shared.model, list(reading.problems)
     if not reading.parts:
         problems.append("no LoRA acts on the model: each has strength_model 0 or changes the text encoder alone")
@@ -207,11 +209,13 @@ def bake(model, clip, ensemble: Ensemble, node: str):
             raise ValueError(f"{node}: LoRA '{spec.called}' has a window in time, from {spec.start:g} to {spec.end:g}, "
                              "and what is baked into the weights acts in every step. Choose mode 'runtime', or set "
                              "its start to 0 and its end to 1.")
-    reading = read_ensemble(model, clip, ensemble, node, on_weights=True)
     new_model = model.clone()
+    with as_in_files(model):
+        reading = read_ensemble(model, clip, ensemble, node, on_weights=True)
+        for part in reading.parts:
+            new_model.add_patches(part.patches.found, part.spec.strength_model)
     problems = [*reading.problems, *without_effect(reading, ensemble, True)]
     for part in reading.parts:
-        new_model.add_patches(part.patches.found, part.spec.strength_model)
         if part.spec.mask is not None:
             problems.append(f"the mask of LoRA '{part.spec.called}' is not used: what is in the weights acts "
                             "everywhere")

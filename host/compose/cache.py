@@ -23,6 +23,7 @@ from ..families.lasting import lasting
 from ..families.split_points import SplitPoint, split_point_of
 from ..families.work import Work
 from .attention import OVERRIDE
+from .places import window_of
 
 Combo = tuple[Branch, ...]
 """One branch per applied method: what one row of a batch is evaluated with."""
@@ -162,7 +163,7 @@ class BranchCache:
             yield control, options
             return
         rows = x.shape[0] // len(combos)
-        places = (_window(options), _patches(options), (rows, *x.shape[1:]), None if context is None else
+        places = (window_of(options), _patches(options), (rows, *x.shape[1:]), None if context is None else
                   tuple(context.shape[1:]))
         with self._lock:
             keys = [self._key((uuid, combo, *places)) for uuid, combo in zip(uuids, combos, strict=True)]
@@ -282,11 +283,6 @@ class BranchCache:
 
     def _say(self, reason: str) -> None:
         self._report(f"Branch Cache: {reason}. What is not cached runs whole, as without the cache.")
-
-
-def _window(options: dict) -> Hashable:
-    """The frames of a context window, where there is one."""
-    return tuple(getattr(options.get("context_window"), "index_list", None) or ())
 
 
 def _patches(options: dict) -> Hashable:

@@ -33,7 +33,21 @@ _PERCENTS: WeakKeyDictionary[object, dict[float, float]] = WeakKeyDictionary()
 def run_context(sigmas: Tensor, noise: Tensor, shapes: Sequence[Sequence[int]] | None) -> RunContext:
     """What any run tells: its schedule and the shape of its latent. `shapes` are those of the parts that the host has
     packed into one noise."""
-    return RunContext(tuple(sigmas.detach().float().cpu().tolist()), shape=tuple((shapes or [noise.shape])[0]))
+    levels = _sampled(sigmas.detach().float().cpu().tolist())
+    return RunContext(tuple(levels), shape=tuple((shapes or [noise.shape])[0]))
+
+
+def _sampled(levels: list[float]) -> list[float]:
+    """A schedule without the zeros at its ends by which a sampler (RES4LYF's, which goes on with a picture or back to
+    its noise) tells the host to add no noise: before it falls, behind one that rises, and after the 0 that is its end.
+    """
+    while len(levels) > 2 and levels[-1] == levels[-2] == 0:
+        levels = levels[:-1]
+    if len(levels) > 3 and levels[0] == 0 and levels[1] > levels[2]:
+        levels = levels[1:]
+    if len(levels) > 3 and levels[-1] == 0 and all(a < b for a, b in zip(levels[:-2], levels[1:-1], strict=True)):
+        levels = levels[:-1]
+    return levels
 
 
 def timed(context: RunContext, model, earlier: Earlier | None = None, noisy: bool = False) -> RunContext:

@@ -19,6 +19,8 @@ Renew = Callable[[dict, Sequence["UUID | None"]], dict]
 """(transformer options, conds of a call) -> options under which nothing earlier is used in the call."""
 SWITCHES = {"TeaCache": ("rel_l1_thresh", "enable_teacache"), "MagCache": ("magcache_thresh", "enable_magcache")}
 """Nodes that are told by transformer options -> the one by which they are known, and the one that turns them off."""
+PAIRS = {"brush_model_patch": "BrushNet", "model_patch": "BrushNet"}
+"""What transformer options have of nodes that count on a batch of the two sides alone -> their names."""
 APART = "every branch is evaluated in a batch of its own, which takes longer and changes nothing else"
 BLOCKS = ("transformer_blocks", "double_blocks", "joint_blocks")
 """Lists of blocks that First Block Cache puts one of its own in the place of."""
@@ -102,7 +104,10 @@ class Neighbours:
         if one is not None:
             name = one.__qualname__.partition(".")[0]
             self._tell(f"{name}: patches the first prompt of each side in a batch; {APART}")
-        return found is not None or one is not None
+        pair = next((name for mark, name in PAIRS.items() if "forward" in (options.get(mark) or ())), None)
+        if pair is not None:
+            self._tell(f"{pair}: counts on one prompt of each side in a batch; {APART}")
+        return any(each is not None for each in (found, one, pair))
 
     def close(self) -> None:
         for each, count in self._anew.values():

@@ -133,8 +133,11 @@ def call_tokens(root: nn.Module, x: Tensor, conds: Mapping[str, object]) -> Call
 
 
 def window_of(options: Mapping) -> Window:
-    """The context window of a call, by its transformer options."""
-    found = options.get("context_window")
+    """The context window of a call, by its transformer options: the host's own, or that of AnimateDiff-Evolved, whose
+    frames are a batch."""
+    found, other = options.get("context_window"), options.get("ad_params") or {}
+    if found is None and other.get("sub_idxs") is not None:
+        return 0, tuple(other["sub_idxs"]), 0
     index, anchor = tuple(getattr(found, "index_list", None) or ()), getattr(found, "causal_anchor_index", None)
     before = () if anchor is None or anchor < 0 else (anchor,)
     return (found.dim, (*before, *index), len(before)) if index else None

@@ -33,6 +33,7 @@ from .earlier import is_whole
 from .kept import KeptBetweenCalls
 from .merging import Merging
 from .neighbours import APART
+from .parts import LOST, inside
 from .places import Area, values_by_name
 from .placing import Routed
 from .prompts import Asked
@@ -189,12 +190,12 @@ class Run:
         return self._tags[key]
 
     def routed(self, root: nn.Module, banks: Callable[[], list[Bank]], reader: Callable[[str], Tensor | None],
-               compiled: Callable[[], bool]) -> list[RoutedForwards]:
+               compiled: Callable[[], bool], layers: Callable[[], Mapping[str, nn.Module]]) -> list[RoutedForwards]:
         """The routed forwards on one live diffusion model, one per bank of `banked`, installed on first sight
         (delegates and multi-GPU clones have modules of their own)."""
         if id(root) not in self._routed:
             order, seen = row_order(root) or (lambda layer, entries, rows: None), compiled()
-            forwards = [RoutedForwards(root, bank, reader, self._problem, k, order, seen, lasting)
+            forwards = [RoutedForwards(root, bank, reader, self._problem, k, order, seen, lasting, layers)
                         for k, bank in enumerate(banks())]
             self._routed[id(root)] = (root, forwards)
             for routed in forwards:
@@ -219,13 +220,16 @@ class Run:
         self._tell(f"{type(root).__name__}: {reason}; {APART}")
 
     def places(self, joined: Joined, root: nn.Module, x: Tensor, conds: Mapping[str, object],
-               uuids: Sequence[UUID | None]) -> Places | None:
-        """Where the LoRAs of the methods of a bank may act in a batch of these conds; None: everywhere."""
+               uuids: Sequence[UUID | None], parts: Sequence[Area] = ()) -> Places | None:
+        """Where the LoRAs of the methods of a bank may act in a batch of these conds, of each part of the picture all;
+        None: everywhere."""
         k = joined.methods[-1]  # what is beneath it is always on, everywhere
         regions = self.regions[k]
         if regions is None or regions.nowhere or getattr(self.applied[k].method, "masks", "") == "predictions":
             return None
-        return regions.places(root, x, conds, [self.areas.get(uuid) for uuid in uuids],
+        if None in parts and x.shape[-2:] != regions.maps.shape[-2:]:
+            self._tell(LOST)
+        return regions.places(root, x, conds, inside([self.areas.get(uuid) for uuid in uuids], parts),
                               [self.origins.get(uuid, uuid) for uuid in uuids], self.merging)
 
     def rows(self, joined: Joined, count: int, conds: Sequence[tuple[Combo, UUID | None]], pictures: int

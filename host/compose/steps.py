@@ -15,10 +15,10 @@ class StepTracker:
     """Turns noise levels into steps without making the host wait for the device in every step.
 
     Reading a noise level on an accelerator empties its queue. So it is read only until the sampler has shown three
-    times that it calls the model once between two of its callbacks; from then on the first call after a callback is
-    the next step's, and only a second call within a step (Heun, SDE samplers) is read. Three, because a corrector that
-    calls after its callback (SA-Solver PECE) looks like the simple kind for its first two steps. On the CPU reading
-    costs nothing.
+    times that it calls the model once between two of its callbacks, each time for the next step; from then on the first
+    call after a callback is the next step's, and only a second call within a step (Heun, SDE samplers) is read. Three,
+    because a corrector that calls after its callback (SA-Solver PECE) looks like the simple kind for its first two
+    steps. On the CPU reading costs nothing.
 
     sigmas   the run's schedule, noisiest first, with the final 0
     """
@@ -29,15 +29,19 @@ class StepTracker:
         self._last: Tensor | None = None
         self._step: Step | None = None
         self._told = False
-        self._finished = 0
+        self._next: int | None = None  # the step after the one that the sampler told of last; at first, that of a call
+        self._bound = 0  # what a further call at the level after it belongs to
+        self._beyond = False  # whether there was one
         self._calls = 0
-        self._single_calls = 0
+        self._simple = 0
 
     def tell(self) -> None:
-        """The sampler finished a step."""
+        """The sampler finished a step, or one pass of several over it (RES4LYF's implicit steps)."""
+        if self._step is None:
+            return
         self._told = True
-        self._finished += 1
-        self._single_calls = self._single_calls + 1 if self._calls == 1 else 0
+        self._simple = self._simple + 1 if self._calls == 1 and self._step.index == self._next else 0
+        self._next = self._step.index + 1
         self._calls = 0
 
     def step(self, timestep: Tensor) -> Step:
@@ -48,29 +52,36 @@ class StepTracker:
             return self._step
         self._last = timestep
         self._calls += 1
-        trusted = timestep.device.type != "cpu" and self._told and self._single_calls >= 3
-        if trusted and self._step.index + 1 < self.total:
-            index = self._step.index + 1
+        if timestep.device.type != "cpu" and self._told and self._simple >= 3 and self._next < self.total:
+            index = self._next
             sigma = self.sigmas[index]
         else:
             sigma = float(timestep.flatten()[0])
             index = self.index_of(sigma)
+        if self._next is None:
+            self._next = index
+        if self._calls == 1:
+            self._bound = index if self._beyond else self._next
         self._told = False
         self._step = Step(index, self.total, sigma)
         return self._step
 
     def index_of(self, sigma: float) -> int:
         """The step whose interval holds sigma: one that begins at sigma, else one that it lies within. Where several
-        do (restarts, a level twice), the one that is nearest to what the sampler has told. A further call of a step
-        that looks at levels beyond the next step's (Heun++) belongs to the next: steps would go back else."""
+        do (restarts, a level twice), the one that is nearest to the last call's, or to the next one if the sampler has
+        told of it since. A further call of a step that looks at the level after it (a stage at its end, Heun++) belongs
+        to it: steps would go back else."""
         steps, sigmas = range(self.total), self.sigmas
         closest = min(abs(sigmas[i] - sigma) for i in steps)
         at = [i for i in steps if abs(sigmas[i] - sigma) == closest <= 1e-4 * abs(sigmas[i])]
         inside = at or [i for i in range(len(sigmas) - 1)
                         if min(sigmas[i:i + 2]) <= sigma <= max(sigmas[i:i + 2])]
         if inside:
-            found = min(inside, key=lambda i: abs(i - self._finished))
-            return self._finished if at and self._calls > 1 and found > self._finished > 0 else found
+            here = self._next or 0 if self._told or self._step is None else self._step.index
+            found = min(inside, key=lambda i: abs(i - here))
+            if at and self._calls > 1 and found - self._bound == 1:
+                self._beyond, found = True, self._bound
+            return found
         return max((i for i in steps if sigmas[i] >= sigma), default=0)
 
 

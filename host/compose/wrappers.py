@@ -3,7 +3,7 @@ deeply in some releases, with every clone; the state is found at run time on the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from uuid import UUID
@@ -22,6 +22,7 @@ from ...engine.tell import into
 from ...kernels.branch import Branch, scaled
 from ...methods.merge import Merge
 from ..families.work import work_of
+from ..files.injected import layers_as_in_files
 from .banks import as_computed
 from .cache import Combo
 from .cards import note_cards, same_banks, settle
@@ -29,6 +30,7 @@ from .composition import KEY, Composition
 from .context import is_flow, method_contexts, parts_of, run_context, sides_of, timed
 from .control import CALLER_CONDS, OF_WEIGHTS, caller_indexes, made_of_weights
 from .earlier import RUNS, bare, names_of
+from .parts import PARTS, with_parts
 from .places import window_of
 from .probe import find_places, listening, positives, readings, with_variants
 from .rows import in_range
@@ -40,8 +42,7 @@ from .watch import watching
 
 def install_wrappers(model) -> None:
     """Add the wrappers to a MODEL; once, however many methods are chained."""
-    for kind, wrapper in ((WrappersMP.OUTER_SAMPLE, outer_sample), (WrappersMP.CALC_COND_BATCH, calc_cond_batch),
-                          (WrappersMP.APPLY_MODEL, apply_model)):
+    for kind, wrapper in _wrappers().items():
         if not model.get_wrappers(kind, KEY):
             model.add_wrapper_with_key(kind, KEY, wrapper)
     if not model.get_callbacks(CallbacksMP.ON_PRE_RUN, KEY):
@@ -49,6 +50,11 @@ def install_wrappers(model) -> None:
     matched = getattr(CallbacksMP, "ON_MATCH_MULTIGPU_CLONES", None)
     if matched is not None and not model.get_callbacks(matched, KEY):
         model.add_callback_with_key(matched, KEY, matching)
+
+
+def _wrappers() -> dict[str, Callable]:
+    return {WrappersMP.OUTER_SAMPLE: outer_sample, WrappersMP.CALC_COND_BATCH: calc_cond_batch,
+            WrappersMP.APPLY_MODEL: apply_model}
 
 
 def outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=None, callback=None, *args, **kwargs):
@@ -96,15 +102,22 @@ def outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=No
 def pre_run(patcher) -> None:
     """The host is about to prepare the conds of a run. Some models have layers for that (`preprocess_text_embeds` of
     LTX-2, Anima and MiniMax H3), which no evaluation comes to any more: until the first one they do what methods ask
-    that have one branch at all times and places. A model of which no run began is told of (`Composition.run`)."""
+    that have one branch at all times and places. A model of which no run began is told of (`Composition.run`).
+
+    Raises ValueError where a node behind ours has put wrappers in the place of all that there were (BrushNet)."""
     composition: Composition | None = patcher.get_attachment(KEY)
+    if composition is not None and not all(patcher.get_wrappers(kind, KEY) for kind in _wrappers()):
+        raise ValueError("A node has taken the LoRAs of LoRA Ensemble off this model, with all that other nodes had "
+                         "put around it: BrushNet and PowerPaint do. Connect the LoRA Ensemble nodes behind that "
+                         "node, between it and the sampler.")
     model, root = patcher.model, _unwrapped(patcher.model.diffusion_model)
     if composition is None or composition.run is None or not hasattr(root, "preprocess_text_embeds") \
             or getattr(patcher, "is_multigpu_base_clone", False):  # of several devices one prepares for all
         return
     run = composition.runs[-1]
     forwards = run.routed(root, partial(_banks, run, model), partial(read_weight, patcher),
-                          partial(_compiled, model.diffusion_model, {"wrappers": patcher.wrappers}))
+                          partial(_compiled, model.diffusion_model, {"wrappers": patcher.wrappers}),
+                          partial(layers_as_in_files, patcher, root))
     for joined, routed in zip(run.banked, forwards, strict=True):
         row = tuple(_lasting(run, k, routed) for k in joined.methods)
         run.texts.enter_context(routed.rows([joined.branch(row, routed.bank.count)]))
@@ -136,10 +149,10 @@ def calc_cond_batch(executor, model, conds, x_in, timestep, model_options):
     # Before a node puts blocks of its own in the place of the model's while it runs (First Block Cache).
     _routed(run, model, model_options.get("transformer_options", {}))
     note_cards(run.record, model_options)
+    if (wrapper := model_options.get("model_function_wrapper")) is not None:
+        model_options = {**model_options, "model_function_wrapper": with_parts(wrapper, lambda: run.probing)}
     plan, sides = run.plan(x_in, timestep, parts_of(conds)), run.sides(conds)
-    window = window_of(model_options.get("transformer_options", {}))
-    for regions in filter(None, run.regions):
-        regions.window = window
+    _in_window(run, model_options.get("transformer_options", {}))
     run.areas.update({entry.get("uuid"): entry.get("area") for cond in conds for entry in cond or ()})
 
     def alone(conds, combo) -> list[Tensor]:
@@ -206,12 +219,15 @@ def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, t
     run = _active(model)
     if run is None:
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
-    uuids = options.get("uuids") or [None]
+    parts = options.get(PARTS, ())
+    uuids = (options.get("uuids") or [None]) * max(len(parts), 1)
     combos, root = [run.combos.get(uuid, run.single) for uuid in uuids], _unwrapped(model.diffusion_model)
     if None in combos:
         # A node called the model on its own while several branches are open: none of them is meant.
         return executor(x, t, c_concat, c_crossattn, control, run.keeping(root, options, combos, uuids), **kwargs)
     options = caller_indexes(run.keeping(root, options, combos, uuids))
+    if "ad_params" in options:  # its windows may be cut further in
+        _in_window(run, options)
     per_cond, rows = x.shape[0] // len(combos), list(zip(combos, uuids, strict=True))
     run.record.count(x.shape[0], str(model.current_patcher.load_device))
     forwards = list(zip(run.banked, _routed(run, model, options), strict=True))
@@ -225,11 +241,11 @@ def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, t
 
     with ExitStack() as stack:
         for joined, routed in forwards:
-            places = run.places(joined, root, x, {"context": c_crossattn, **kwargs}, uuids)
+            places = run.places(joined, root, x, {"context": c_crossattn, **kwargs}, uuids, parts)
             reach = listening(run, joined, rows, places, per_cond)
             stack.enter_context(routed.rows(run.rows(joined, routed.bank.count, rows, per_cond), places, reach))
         found = readings(run.readers, root, x, {"context": c_crossattn, **kwargs}, run.to_read(uuids, combos)) \
-            if run.readers else ()
+            if run.readers and not parts else ()
         for reading in found:
             options = reading.reader.options(options)
         if run.cache is not None and not run.probing:
@@ -240,6 +256,13 @@ def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, t
     for reading in found:
         reading.done()
     return out
+
+
+def _in_window(run: Run, options: dict) -> None:
+    """Which frames the call has that goes on."""
+    window = window_of(options)
+    for regions in filter(None, run.regions):
+        regions.window = window
 
 
 def _acting(combo: Combo) -> int:
@@ -280,8 +303,10 @@ def _banks(run: Run, model) -> list[Bank]:
 
 def _routed(run: Run, model, options: dict) -> list[RoutedForwards]:
     """The routed forwards on a model, installed on first sight."""
-    return run.routed(_unwrapped(model.diffusion_model), partial(_banks, run, model),
-                      partial(read_weight, model.current_patcher), partial(_compiled, model.diffusion_model, options))
+    root = _unwrapped(model.diffusion_model)
+    return run.routed(root, partial(_banks, run, model), partial(read_weight, model.current_patcher),
+                      partial(_compiled, model.diffusion_model, options),
+                      partial(layers_as_in_files, model.current_patcher, root))
 
 
 def _free(patcher) -> Free:

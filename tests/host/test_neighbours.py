@@ -16,6 +16,7 @@ import comfy.sample
 import comfy.samplers
 import pytest
 import torch
+from comfy.patcher_extension import WrappersMP
 from lora_ensemble.host.compose.composition import places_of, record_of
 from lora_ensemble.host.files.ensemble import LoRASpec, Mask
 from lora_ensemble.methods.switch import Switch
@@ -94,6 +95,50 @@ def test_nodes_that_patch_the_first_prompt_of_a_side(name, loras):
     for ours in (make(composite(model, ensemble)), composite(patched, ensemble)):
         same(sample(ours, family, steps=1), wanted, sample(patched, family, steps=1))
         assert said(ours, name.partition(",")[0], "batch of its own")
+
+
+def brush_net(model, real: bool):
+    """What a branch beside the model adds in its first layer: to the first row what is the positive's, to the second
+    the negative's, to any other the positive's again. Its wrappers stand in the place of all others."""
+    def forward(unet, x, t, options, control):
+        sides = torch.full((len(x), 32, 8, 8), 1.0)
+        sides[1:2] = -0.5
+        unet.input_blocks[0][0].add_sample_after = sides
+
+    model = model.clone()
+    if real:
+        pack("ComfyUI-BrushNet", "model_patch").patch_model_function_wrapper(model, forward)
+        return model
+
+    def wrapper(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **kwargs):
+        layer = executor.class_obj.diffusion_model.input_blocks[0][0]
+        forward(executor.class_obj.diffusion_model, x, t, transformer_options, control)
+        with layer.register_forward_hook(lambda module, given, out: out + module.add_sample_after):
+            return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+
+    model.model_options["transformer_options"]["brush_model_patch"] = {"forward": [forward]}
+    model.wrappers.update({WrappersMP.APPLY_MODEL: {None: [wrapper]}, WrappersMP.OUTER_SAMPLE: {}})
+    return model
+
+
+@pytest.mark.parametrize("real", [False, True])
+def test_nodes_that_count_on_a_pair_and_take_all_wrappers_off(real, loras):
+    """Guards: `PAIRS`, and `pre_run`."""
+    model = base("SD15")
+    ensemble = three(model, loras)
+    try:
+        plain = sample(brush_net(model, real), steps=1)
+    except TypeError as error:
+        pytest.skip(f"ComfyUI-BrushNet does not run on this ComfyUI: {error}")
+    assert not torch.equal(plain, sample(model, steps=1)), "it does nothing"
+    alone = [sample(brush_net(stock(model, [spec]), real), steps=1) for spec in ensemble]
+    same(sample(composed := composite(brush_net(model, real), ensemble), steps=1), sum(alone) / 3, plain)
+    assert said(composed, "BrushNet", "batch of its own")
+    ours = merge(brush_net(model, real), ensemble)
+    same(sample(ours), sample(brush_net(stock(model, ensemble), real)), sample(brush_net(model, real)))
+    assert not record_of(ours).problems
+    with pytest.raises(ValueError, match="BrushNet .* behind that node"):
+        sample(brush_net(merge(model, ensemble), real))
 
 
 def test_gguf(loras, tmp_path):

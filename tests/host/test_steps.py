@@ -8,6 +8,7 @@ import comfy.samplers
 import pytest
 import torch
 from lora_ensemble.host.compose.composition import record_of
+from lora_ensemble.host.compose.context import run_context
 from lora_ensemble.host.compose.steps import StepTracker, tracked
 from lora_ensemble.host.guidance.apply import guidance_record_of
 
@@ -103,9 +104,56 @@ def test_a_second_call_after_trust_is_read():
     assert tracker.step(second).index == 3 and second.reads == 1
 
 
+def steps_of(tracker: StepTracker, calls: str) -> str:
+    """The steps of calls at levels of the schedule (0 1 2), and between one and the next (a b c); at | the sampler
+    tells."""
+    found = ""
+    for call in calls:
+        if call == "|":
+            tracker.tell()
+            found += call
+            continue
+        level, between = ("abcdef".index(call), 0.5) if call.isalpha() else (int(call), 0.0)
+        here, there = tracker.sigmas[level:level + 2]
+        found += str(tracker.step(OnDevice(here + between * (there - here))).index)
+    return found
+
+
+@pytest.mark.parametrize(("calls", "steps"), [
+    ("01|12|23|34|4", "00|11|22|33|4"),  # a stage at the end of a step, which is told of afterwards
+    ("0aa1a|1bb2b|2cc3c|", "00000|11111|22222|"),
+    ("00a1|00a1|11b2|11b2|22c3|22c3", "0000|0000|1111|1111|2222|2222"),  # several passes over a step, each told of
+    ("0|1|1|1|2|2|2|3|3|3|4", "0|1|1|1|2|2|2|3|3|3|4"),
+    ("2c|3d|4", "22|33|4"),  # begun later
+    ("0|11|22|33|44|", "0|11|22|33|44|"),  # told of before it is done: Heun, Heun++ and PECE of ComfyUI
+    ("0|121|232|343|44|", "0|111|222|333|44|"),
+    ("0|1|12|23|34|", "0|1|12|23|34|"),
+    ("02|4", "02|4"),  # steps left out
+    ("01234", "00234"),  # never told of: the second call looks like a stage of the first step
+])
+def test_samplers_that_call_and_tell_in_their_own_ways(calls, steps):
+    """The first five are RES4LYF's."""
+    assert steps_of(StepTracker(SIGMAS), calls) == steps
+
+
+@pytest.mark.parametrize(("sigmas", "sampled"), [
+    ([9.0, 4.0, 1.0, 0.0], [9.0, 4.0, 1.0, 0.0]),
+    ([0.0, 9.0, 4.0, 1.0, 0.0, 0.0], [9.0, 4.0, 1.0, 0.0]),  # RES4LYF goes on with a picture
+    ([0.0, 1.0, 4.0, 9.0, 0.0], [0.0, 1.0, 4.0, 9.0]),  # and back to its noise
+    ([0.0, 1.0, 4.0, 9.0], [0.0, 1.0, 4.0, 9.0]),
+    ([9.0, 1.0, 4.0, 0.0], [9.0, 1.0, 4.0, 0.0]),  # a restart
+    ([9.0, 0.0], [9.0, 0.0]),
+])
+def test_zeros_that_only_keep_the_host_from_adding_noise_are_no_steps(sigmas, sampled):
+    assert run_context(torch.tensor(sigmas), torch.zeros(1, 4, 8, 8), None).sigmas == tuple(sampled)
+
+
 def test_progress():
-    tracker = StepTracker([3.0, 1.0, 0.0])
-    assert [tracker.step(torch.tensor([sigma])).progress for sigma in (3.0, 1.0)] == [0.0, 1.0]
+    tracker, found = StepTracker([3.0, 1.0, 0.0]), []
+    for sigma in (3.0, 1.0):
+        found.append(tracker.step(torch.tensor([sigma])).progress)
+        tracker.tell()
+    assert found == [0.0, 1.0]
     assert StepTracker([3.0, 0.0]).step(torch.tensor([3.0])).progress == 0.0
 
 

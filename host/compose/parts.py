@@ -1,0 +1,71 @@
+"""Parts of the picture that another node hands to the model in the place of the whole: tiles (Tiled Diffusion), one or
+several in a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .places import Area
+
+PARTS = "lora_ensemble_parts"
+"""What transformer options say of a call: for each part of the batch its area in the latent that the host gave."""
+LOST = ("a node hands parts of the picture to the model, and where they are in it cannot be told: the places of LoRAs "
+        "are stretched to each of them")
+Wrapper = Callable[[Callable, dict], Tensor]
+"""A function wrapper, as the host calls it: (the model, what to call it with) -> prediction."""
+
+
+def with_parts(wrapper: Wrapper, aside: Callable[[], bool]) -> Wrapper:
+    """A function wrapper whose calls of the model say which parts of the picture they bring.
+
+    aside   whether the evaluation is none of the sampler's: then the picture is evaluated as a whole
+    """
+    def wrapped(model: Callable, args: dict) -> Tensor:
+        given, whole, cut = args["input"], aside(), []
+
+        def call(x: Tensor, timestep: Tensor, **conds) -> Tensor:
+            parts = _parts(x, given)
+            if parts is None:
+                return model(x, timestep, **conds)
+            cut.append(parts)
+            if whole:
+                return torch.zeros_like(x)
+            options = {**conds.get("transformer_options", {}), PARTS: parts}
+            return model(x, timestep, **{**conds, "transformer_options": options})
+
+        out = wrapper(call, args)
+        return model(given, args["timestep"], **args["c"]) if whole and cut else out
+
+    return wrapped
+
+
+def inside(areas: Sequence[Area], parts: Sequence[Area]) -> list[Area]:
+    """The areas on the latent of parts of areas of it: of each part all areas. Where one is not found, the areas."""
+    each = len(areas) // max(len(parts), 1)
+    return list(areas) if None in parts or not parts else [
+        part if area is None else (*part[:2], *(here + there for here, there in zip(area[-2:], part[2:], strict=True)))
+        for k, area in enumerate(areas) for part in (parts[k // each],)]
+
+
+def _parts(x: Tensor, given: Tensor) -> tuple[Area, ...] | None:
+    """The areas in `given` of what a call brings, all rows of one part after those of another; None where it brings
+    what was given, or something else altogether. An area is None where it is not found."""
+    times, rest = divmod(len(x), len(given))
+    if rest or not times or x.ndim != given.ndim or x.shape[1:-2] != given.shape[1:-2] or x.shape == given.shape:
+        return None
+    if x.shape[1:] == given.shape[1:]:
+        return (None,) * times
+    return tuple(_area(x[k * len(given)], given[0]) for k in range(times))
+
+
+def _area(part: Tensor, picture: Tensor) -> Area:
+    """Where a picture has these values."""
+    high, wide = part.shape[-2:]
+    corners = picture[(0,) * (picture.ndim - 2)][:picture.shape[-2] - high + 1, :picture.shape[-1] - wide + 1]
+    for y, x in (corners == part.flatten()[0]).nonzero().tolist():
+        if torch.equal(picture[..., y:y + high, x:x + wide], part):
+            return high, wide, y, x
+    return None

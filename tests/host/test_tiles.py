@@ -1,0 +1,94 @@
+"""Beside nodes that hand parts of the picture to the model, several in a batch (Tiled Diffusion): each LoRA acts in the
+rows that are its own, and in its place of the whole picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from lora_ensemble.host.compose.composition import places_of, record_of
+from torch import Tensor
+
+from .builders import composite, hooked, merge, same, sample, stock, three
+from .models import FAMILIES, base
+from .neighbour_packs import pack
+from .test_masks import LAST, pair
+from .test_neighbours_routed import masked
+from .test_routed import bare, prompt, routed, specs
+
+
+def halves(model, roll: int = 0):
+    """The left and the right half of the picture, side by side in a batch; rolled, none of them is a part of it."""
+    def wrapper(apply: Callable, args: dict) -> Tensor:
+        x = args["input"].roll(roll, -1)
+        wide, rows = x.shape[-1] // 2, len(x)
+        conds = {name: value.repeat(2, *[1] * (value.ndim - 1)) if isinstance(value, Tensor) and len(value) == rows
+                 else value for name, value in args["c"].items()}
+        out = apply(torch.cat([x[..., :wide], x[..., wide:]]), args["timestep"].repeat(2), **conds)
+        return torch.cat(out.split(rows), -1).roll(-roll, -1)
+
+    model = model.clone()
+    model.set_model_unet_function_wrapper(wrapper)
+    return model
+
+
+def tiled_diffusion(model, method: str):
+    """Four tiles of six by six that lie over one another."""
+    node = pack("ComfyUI-TiledDiffusion", "tiled_diffusion").TiledDiffusion()
+    return node.apply(model, method, 48, 48, 32, 4)[0]
+
+
+TILES = {"halves": halves, **{name: partial(tiled_diffusion, method=name) for name in (
+    "MultiDiffusion", "Mixture of Diffusers")}}
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("name", TILES)
+def test_several_branches_are_the_mean_of_runs_with_one(name, batch, loras):
+    """Guard: `apply_model` knows of parts. Rows of a part lie beside each other, not those of a cond."""
+    tiles, kind, model = TILES[name], FAMILIES["SD15"], base("SD15")
+    ensemble, plain = three(model, loras), sample(tiles(model), batch=batch)
+    assert not torch.equal(plain, sample(model, batch=batch)), "it cuts nothing"
+    wanted = sample(tiles(model), "SD15", *(hooked(kind.cond(seed), ensemble) for seed in (11, 12)), batch=batch)
+    for ours in (tiles(composite(model, ensemble)), composite(tiles(model), ensemble)):
+        same(sample(ours, batch=batch), wanted, plain)
+        assert record_of(ours).problems == []
+
+
+@pytest.mark.parametrize("family", ["SD15", "Flux"])
+@pytest.mark.parametrize("name", TILES)
+def test_masks_are_of_the_whole_picture(name, family, loras):
+    """Guard: `with_parts` finds them. In each tile the mask would be one of the tile. `halves` do not overlap, so that
+    the picture of each LoRA alone can be put together."""
+    tiles, model = TILES[name], base(family)
+    ensemble, where = pair(model, loras, LAST[family]), torch.zeros(1, 1, 8, 8)
+    where[..., :4] = 1
+    first, second = (sample(tiles(stock(model, [spec])), family, steps=1) for spec in bare(ensemble))
+    ours = tiles(merge(model, ensemble))
+    wanted = where * first + (1 - where) * second
+    same(sample(ours, family, steps=1), wanted, sample(tiles(model), family, steps=1))
+    assert record_of(ours).problems == []
+
+
+@pytest.mark.parametrize("family", ["SD15", "Flux"])
+@pytest.mark.parametrize("name", TILES)
+def test_words_are_found_in_the_whole_picture(name, family, loras):
+    tiles, model = TILES[name], base(family)
+    ensemble = specs(model, loras, wanted=lambda layer: layer == LAST[family])
+    alone, ours = (make(routed(model, ensemble, mode="once", trust=False)) for make in (lambda each: each, tiles))
+    sample(alone, family, prompt(family), steps=1)
+    found = sample(ours, family, prompt(family))
+    maps = places_of(ours)[0].maps
+    assert record_of(ours).problems == [] and torch.equal(maps, places_of(alone)[0].maps) and 0 < maps.mean() < 1
+    known = tiles(routed(model, masked(ensemble, maps[0]), mode="once", trust=False))
+    same(found, sample(known, family, prompt(family)), sample(tiles(model), family, prompt(family)))
+
+
+def test_parts_that_are_in_no_place_of_the_picture(loras):
+    model = base("SD15")
+    ours = halves(merge(model, pair(model, loras)), roll=1)
+    sample(ours)
+    (line,) = record_of(ours).problems
+    assert "where they are in it cannot be told" in line
