@@ -14,6 +14,7 @@ from ..host.files.ensemble import ALWAYS, Ensemble
 from ..host.files.header_alphas import passed_over
 from ..host.files.metadata import proposal
 from ..host.guidance.apply import KEY as GUIDANCE
+from ..methods.cmlora import LOW_FREQUENCY
 from ..methods.selection import sides
 from .said import say
 
@@ -38,9 +39,22 @@ _GUIDANCE: list[Rule] = [
 _RULES: dict[str, list[Rule]] = {
     "LoRAEnsembleLoRA": [
         (("mask",), lambda given: given["role"] != ALWAYS, "role is always: it acts everywhere"),
+        (("fade",), lambda given: given["start"] > 0 or given["end"] < 1,
+         "start is 0 and end is 1: the LoRA always acts"),
+    ],
+    "LoRAEnsembleNoiseLevels": [
+        (("unnamed",), lambda given: given["low_noise"] is None,
+         "low_noise is connected: both chains stay as they are"),
+    ],
+    "LoRAEnsembleRouted": [
+        (("mode", "blocks", "trust"), lambda given: given["gamma"] > 0, "gamma is 0: every LoRA acts everywhere"),
+        (("blocks",), lambda given: given["mode"] != "contrast", "mode is {mode}, which reads no attention"),
     ],
     "LoRAEnsembleCMLoRA": [
         (("boundary",), lambda given: given["order"] in ("offline", "Switch-A"), "order is {order}"),
+        (("boundary", "threshold"), lambda given: not given["ensemble"] or any(
+            spec.role in LOW_FREQUENCY for spec in given["ensemble"]), "no LoRA has the role background"),
+        (("decay",), lambda given: not 0 < given["dominance"] <= 1, "dominance is {dominance:g}, which does not fall"),
         (("threshold",), lambda given: given["order"] == "online", "order is {order}"),
         (("steps_per_lora",), lambda given: given["order"] == "Switch-A", "order is {order}"),
         (("dominance", "decay", "c1", "c2", "cache_depth", "dominant_full", "features", "cache_age"),
@@ -51,6 +65,7 @@ _RULES: dict[str, list[Rule]] = {
     ],
     "LoRAEnsembleLoRAtorio": [
         (("selection", "recheck_every"), lambda given: given["top_k"] > 0, "top_k is 0: all LoRAs take part"),
+        (("temperature_unit",), lambda given: given["temperature"] > 0, "temperature is 0: all LoRAs weigh alike"),
     ],
     "LoRAEnsembleBranchCache": [
         (("interval", "depth"), lambda given: given["budget"] == 0, "budget is {budget:g}, which chooses it"),

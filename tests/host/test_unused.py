@@ -16,12 +16,14 @@ from lora_ensemble.nodes.cmlora import LoRAEnsembleCMLoRA
 from lora_ensemble.nodes.ensembles import LoRAEnsembleLoRA
 from lora_ensemble.nodes.guidance import LoRAEnsembleAdaptiveGuidance
 from lora_ensemble.nodes.klora import LoRAEnsembleESTLoRA, LoRAEnsembleKLoRA
+from lora_ensemble.nodes.levels import LoRAEnsembleNoiseLevels
 from lora_ensemble.nodes.loratorio import LoRAEnsembleLoRAtorio
 from lora_ensemble.nodes.routed import LoRAEnsembleRouted
 from lora_ensemble.nodes.unused import _RULES, unused
 
 from .builders import lora, sample, three
 from .models import base
+from .test_routed import MARKS, prompt, rests, specs
 
 NODES = {node.__name__: node for node in asyncio.run(asyncio.run(lora_ensemble.comfy_entrypoint()).get_node_list())}
 
@@ -52,6 +54,8 @@ CASES = [
     (LoRAEnsembleCMLoRA, {"order": "offline", "cache_depth": 0},
      ("threshold", "steps_per_lora", "dominant_full", "features", "cache_age")),
     (LoRAEnsembleCMLoRA, {"order": "online"}, ("boundary", "steps_per_lora")),
+    (LoRAEnsembleCMLoRA, {"dominance": 1.0}, ("boundary", "decay")),
+    (LoRAEnsembleLoRAtorio, {"temperature": 0.0}, ("temperature_unit",)),
     (LoRAEnsembleLoRAtorio, {"top_k": 0}, ("selection", "recheck_every")),
     (LoRAEnsembleBranchCache, {"schedule": "CMLoRA", "interval": 2}, ("interval",)),
     (LoRAEnsembleBranchCache, {"interval": 1}, ("depth",)),
@@ -77,8 +81,7 @@ def test_what_is_named_changes_no_picture(node, settings, names, loras, caplog):
         with caplog.at_level(logging.WARNING, "lora_ensemble"):
             caplog.clear()
             made = node.execute(**fixed, **given | {name: value}).args[0]
-        lines = [line for line in caplog.messages if f": {name} is not used" in line]
-        assert len(lines) == 1, (name, value)
+        assert [line for line in caplog.messages if f": {name} is not used" in line], (name, value)
         assert torch.equal(sample(made, steps=4), reference), name
 
 
@@ -120,6 +123,19 @@ def test_loras_that_leave_a_method_nothing_to_do():
         assert lines(LoRAEnsembleSwitch, *same) == ""
 
 
+@pytest.mark.parametrize(("settings", "name", "value"), [
+    ({"gamma": 0.0}, "trust", False), ({"gamma": 0.0}, "mode", "contrast"), ({"gamma": 0.0}, "blocks", "0.2-0.6"),
+    ({"mode": "contrast"}, "blocks", "0.2-0.6")])
+def test_what_is_named_changes_no_place(settings, name, value, loras):
+    model, given = base("SD15"), defaults(LoRAEnsembleRouted) | settings
+    fixed = {"model": model, "ensemble": tuple(specs(model, loras))}
+    conds = prompt("SD15", lora_ensemble_without=rests(MARKS, [prompt("SD15", None, 20 + k)[0] for k in range(3)]))
+    (line,) = unused(LoRAEnsembleRouted.define_schema(), fixed | given | {name: value})
+    assert line.startswith(f"{name} is not used")
+    one, other = (LoRAEnsembleRouted.execute(**fixed, **each).args[0] for each in (given, given | {name: value}))
+    assert torch.equal(sample(one, positive=conds, steps=3), sample(other, positive=conds, steps=3))
+
+
 def test_what_takes_the_place_of_an_earlier_node_says_so(loras):
     model = base("SD15")
     ensemble = three(model, loras)
@@ -147,6 +163,12 @@ def test_a_lora_by_itself():
     assert unused(schema, {"lora_name": "x", "role": "always", "mask": torch.ones(1, 8, 8)}) == [
         "mask is not used: role is always: it acts everywhere"]
     assert unused(schema, {"lora_name": "x", "mask": torch.ones(1, 8, 8)}) == []
+    assert unused(schema, {"lora_name": "x", "fade": 0.2}) == [
+        "fade is not used: start is 0 and end is 1: the LoRA always acts"]
+    assert unused(schema, {"lora_name": "x", "fade": 0.2, "end": 0.5}) == []
+    schema, chain = LoRAEnsembleNoiseLevels.define_schema(), (LoRASpec("x", 1.0, 1.0),)
+    assert len(unused(schema, {"ensemble": chain, "unnamed": "low noise", "low_noise": chain})) == 1
+    assert unused(schema, {"ensemble": chain, "unnamed": "low noise"}) == []
 
 
 def test_a_file_for_few_steps_is_proposed_on_its_node(loras):
