@@ -35,8 +35,6 @@ class RunContext:
     before   steps that earlier runs took of the picture, where it is sampled in several (Wan 2.2's two models)
     whole    steps of all these runs together; 0: those of this one
     shape    of the latent, [pictures, channels, ..., height, width]; of the first part where it has several
-    film     of a film, how many of its latent's frames it has itself, from the first on, where others behind them guide
-             it (LTX-Video); None: all
     masks    per LoRA: where it may act, in [0, 1], [pictures or 1, 1, (frames,) height, width] on the latent's grid;
              None: everywhere. What they hold may change from call to call
     gains    per step, those of other runs of the picture included, and LoRA: the share of its strength that its window
@@ -45,8 +43,10 @@ class RunContext:
     shares   per LoRA: how much the prompt says by its words, 1 - cos(E(prompt), E(prompt without them)), for methods
              that ask; (): not known
     left     what this method's session of the run before left of the same picture (`Session.left`); None: nothing
+    film     of a film, how many of its latent's frames it has itself, from the first on, where others behind them guide
+             it (LTX-Video); None: all
 
-    `times`, `span`, `film`, `masks`, `gains`, `shares` and `left` are known to composition methods alone; to guidance
+    `times`, `span`, `masks`, `gains`, `shares`, `left` and `film` are known to composition methods alone; to guidance
     alone:
 
     sampler      name of the sampler's function, with its options where it has any
@@ -57,7 +57,6 @@ class RunContext:
     sigmas: tuple[float, ...]
     times: tuple[float, ...] = ()
     shape: tuple[int, ...] = ()
-    film: int | None = None
     masks: tuple[Tensor | None, ...] = ()
     gains: tuple[tuple[float, ...], ...] = ()
     shares: tuple[float, ...] = ()
@@ -68,6 +67,7 @@ class RunContext:
     before: int = 0
     whole: int = 0
     left: object = None
+    film: int | None = None
 
     @property
     def total(self) -> int:

@@ -39,7 +39,7 @@ def f(a: int = 1) -> int:
 
 def changed(tmp_path, monkeypatch) -> list[tuple[str, str]]:
     monkeypatch.setattr(mutate, "ROOT", tmp_path)
-    path = tmp_path / "code.py"
+    path = tmp_path / "changed.py"
     path.write_text(CODE, encoding="utf-8")
     assert all(compiles(fault) for fault in faults(path))
     return sorted((fault.key[1], fault.key[2]) for fault in faults(path))
@@ -98,7 +98,7 @@ def test_the_nearest_covering_a_file():
 @pytest.mark.parametrize(("new", "found"), [("+", False), ("-", True)])
 def test_a_fault_is_seen_by_a_test_that_fails(tmp_path, monkeypatch, new, found):
     monkeypatch.setattr(mutate, "ROOT", tmp_path)
-    (tmp_path / "code.py").write_text("def f(a):\n    return a + 1\n", encoding="utf-8")
+    (tmp_path / "changed.py").write_text("def f(a):\n    return a + 1\n", encoding="utf-8")
     (tmp_path / "test_code.py").write_text("from code_of import f\n\ndef test_f():\n    assert f(1) == 2\n",
                                            encoding="utf-8")
     (tmp_path / "code_of.py").write_text("from importlib import util\nspec = util.spec_from_file_location('c', "
@@ -108,9 +108,9 @@ def test_a_fault_is_seen_by_a_test_that_fails(tmp_path, monkeypatch, new, found)
                                      "runpy.run_module('pytest', run_name='__main__', alter_sys=True)\n",
                                      encoding="utf-8")
     at = len("def f(a):\n    return a ")
-    fault = Fault(tmp_path / "code.py", at, at + 1, "+", new, 2, 14)
+    fault = Fault(tmp_path / "changed.py", at, at + 1, "+", new, 2, 14)
     assert seen(fault, tmp_path, ["test_code.py"], 60) == found
-    assert (tmp_path / "code.py").read_text(encoding="utf-8").endswith("a + 1\n")
+    assert (tmp_path / "changed.py").read_text(encoding="utf-8").endswith("a + 1\n")
 
 
 def test_a_fault_keeps_its_name_as_long_as_its_line_is_the_same(tmp_path, monkeypatch):
