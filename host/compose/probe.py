@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ...engine.positions import Places
 from ...engine.reach import Reach
 from ...kernels.branch import Branch
+from ...kernels.nested import unpack
 from ...methods.merge import Merge
 from ...methods.prompt import PromptTokens
 from ...methods.session import POSITIVE
@@ -22,6 +23,7 @@ from ..words.marked import PROBE, PROMPT, WITHOUT
 from .attention import AttentionReader
 from .cache import Combo
 from .combos import Joined
+from .context import parts_of
 from .places import call_tokens
 from .routes import RoutedLoRAs
 from .rows import in_range
@@ -176,8 +178,9 @@ def _compare(regions: RoutedLoRAs, positive: list[list[dict]], evaluate: Callabl
         if held and None in rests:
             regions.tell(OTHER_WORDS)
         elif held and rests:
-            whole, *parts = evaluate([[entry], *(rest[:1] for rest in rests)])
-            regions.compare(entry["uuid"], whole, parts)
+            shapes = parts_of([[entry]])  # places are of the picture, which other parts are packed behind
+            whole, *without = (unpack(each, shapes)[0] for each in evaluate([[entry], *(rest[:1] for rest in rests)]))
+            regions.compare(entry["uuid"], whole, without)
 
 
 def with_variants(conds: dict[str, list[dict]]) -> list[str]:

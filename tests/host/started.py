@@ -142,9 +142,12 @@ class Started:
             randomize(made)
             return patcher(made)
 
-    def drawn(self, model, films: int = 1, cfg: float = 1.0, **marks) -> Tensor:
-        """One step of Euler. marks   on the prompt"""
-        prompts = [self.family.cond(seed, **dict(self.options), **more) for seed, more in ((11, marks), (12, {}))]
+    def prompt(self, seed: int, **marks) -> list:
+        return self.family.cond(seed, **dict(self.options), **marks)
+
+    def drawn(self, model, films: int = 1, cfg: float = 1.0, seed: int = 11, **marks) -> Tensor:
+        """One step of Euler. seed, marks   of the prompt"""
+        prompts = self.prompt(seed, **marks), self.prompt(12)
         positive, negative, latent = self.begin(*prompts, films)
         empty = latent["samples"]
         if empty.is_nested:

@@ -21,7 +21,7 @@ from .small_video import SMALL
 from .test_masks import LEFT, bare
 from .test_packed import effects
 from .test_parity_families import NAME, drawn, layers_of, parts
-from .test_routed import MARKS, routed
+from .test_routed import MARKS, rests, routed
 
 NOWHERE = torch.zeros(1, 4, 6)
 
@@ -180,6 +180,21 @@ def test_loras_act_where_their_words_are_with_a_negative(cfg, guided, loras):
         again = routed(guided.model, ensemble)
         guided.film(again, 1.0, marks)
         torch.testing.assert_close(places_of(again)[0].maps, placed.maps)
+
+
+def test_contrast(guided, loras):
+    """Of the film, which the sound is packed behind: base + sum of m_i times what LoRA i does there."""
+    specs = guided.specs(loras, lambda name: name.endswith("video_out"))
+    ensemble = [replace(spec, words=words) for spec, words in zip(specs, ("ohwx", "sks"), strict=True)]
+    ours, others = routed(guided.model, ensemble, mode="contrast"), [[noise(1, 5, 16, seed=k), {}] for k in range(3)]
+    marks = {"lora_ensemble_prompt": MARKS, "lora_ensemble_without": rests(MARKS, others)}
+    plain, found = guided.film(guided.model), guided.film(ours, 3.0, marks)
+    (placed,) = places_of(ours)
+    maps = F.avg_pool3d(placed.maps, (1, 2, 2)).repeat_interleave(2, -1).repeat_interleave(2, -2)
+    assert record_of(ours).problems == [] and placed.maps.std() > 1e-3
+    want = plain + sum(maps[:, i:i + 1] * (guided.film(stock(guided.model, [spec])) - plain)
+                       for i, spec in enumerate(specs))
+    same(found, want, plain, 1e-4)
 
 
 def test_branches_with_a_negative(guided, loras):

@@ -4,7 +4,9 @@ host makes of its own LoRA loaders."""
 from __future__ import annotations
 
 from dataclasses import replace
+from math import prod
 
+import comfy.samplers
 import pytest
 import torch
 from lora_ensemble.host.compose.composition import places_of, record_of
@@ -12,14 +14,16 @@ from lora_ensemble.host.files.ensemble import LoRASpec, Mask
 from lora_ensemble.methods.composite import Composite
 from lora_ensemble.methods.merge import Merge
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from .blocks import noise
 from .builders import composite, lora, merge, same, stock
 from .disturbed import newest, skipped_where_older, watching
 from .moved import Seen, apart, at_place, move, moved, places, size_of  # noqa: F401
-from .started import STARTED, Started
+from .started import STARTED, Started, node
 from .test_attention import joining
 from .test_attention import moved as keys
-from .test_parity_families import NAME
+from .test_parity_families import NAME, parts
 from .test_routed import MARKS, rests, routed
 
 started = pytest.mark.parametrize("name", STARTED)
@@ -114,7 +118,7 @@ def test_it_is_what_the_host_makes_of_its_loaders(name, loras):
 
 # --- frames that guide a film stand behind it -----------------------------------------------------------------------
 
-GUIDED, FRAMES, LAST = STARTED["LTX-Video, guides"], 3, "diffusion_model.proj_out"
+GUIDED, FRAMES, GUIDES, LAST = STARTED["LTX-Video, guides"], 3, 4, "diffusion_model.proj_out"
 
 
 def pair(model, loras, wanted=lambda layer: layer == LAST, **options) -> list[LoRASpec]:
@@ -146,7 +150,7 @@ def test_words_are_looked_for_in_the_film_alone(mode, make, loras):
     """Each frame is mixed, or drawn, by its own places."""
     model = GUIDED.model()
     specs = pair(model, loras)
-    without = rests(MARKS, [GUIDED.family.cond(20 + k, **dict(GUIDED.options))[0] for k in range(3)])
+    without = rests(MARKS, [GUIDED.prompt(20 + k)[0] for k in range(3)])
     said = {"lora_ensemble_prompt": MARKS, "lora_ensemble_without": without}
     ours = routed(model, specs, make, mode=mode, trust=False)
     found, plain = film(ours, **said), film(model)
@@ -155,3 +159,65 @@ def test_words_are_looked_for_in_the_film_alone(mode, make, loras):
     shares = maps / maps.sum(1, keepdim=True).clamp_min(1) if make is Composite else maps
     want = plain + sum(shares[:, i:i + 1] * (film(stock(model, [spec])) - plain) for i, spec in enumerate(specs))
     same(found, want, plain, 1e-4)
+
+
+@pytest.mark.parametrize("make", [Merge, Composite])
+def test_what_a_film_loses_without_a_clause_is_not_its_sounds(make, loras):
+    """Contrast of a latent that has sound and guides behind the film."""
+    case = STARTED["LTX-2, small guides"]
+    with skipped_where_older("LTX-2"):
+        model = case.model()
+        layers = layers_of(case, model)
+    specs = [LoRASpec(loras(lora(layers, seed, **NAME)), 0.8, 0.0, words=words)
+             for seed, words in ((1, "ohwx"), (2, "sks"))]
+    ours = routed(model, specs, make, mode="contrast", trust=False)
+    without = rests(MARKS, [case.prompt(20 + k)[0] for k in range(3)])
+    case.drawn(ours, lora_ensemble_prompt=MARKS, lora_ensemble_without=without)
+
+    def film(seed: int) -> Tensor:
+        size = 128, FRAMES + GUIDES, 4, 4
+        return case.drawn(model, seed=seed)[:, :prod(size)].unflatten(1, size)[0, :, :FRAMES]
+
+    lost = torch.stack([(film(20 + k) - film(11)).square().mean(0).sqrt() for k in range(3)])
+    flat = F.avg_pool2d(lost, 3, 1, 1, count_include_pad=False)
+    relative = flat / flat.flatten(1).amax(-1)[:, None, None, None]
+    want = (relative / relative.amax(0))[:2] ** 2
+    assert record_of(ours).problems == [] and torch.allclose(places_of(ours)[0].maps[0], want, atol=1e-4)
+
+
+def test_guidance_of_its_own(loras):
+    """LTX-2's further passes (a voice as reference, self-attention left out, sound and picture apart) and its two
+    scales of guidance: each pass has all branches, mixed before its difference is taken."""
+    case = STARTED["LTX-2, small guides"]
+    with skipped_where_older("LTX-2"):
+        model = case.model()
+        layers = layers_of(case, model)
+    *prompts, begun = case.begin(case.prompt(11), case.prompt(12), 1)
+    latent, always = begun["samples"], {"start_percent": 0.0, "end_percent": 1.0}
+    start = type(latent)([noise(*part.shape, seed=1 + k) for k, part in enumerate(latent.unbind())])
+
+    class Voice:
+        audio_sample_rate = 8000
+
+        def encode(self, waves: Tensor) -> Tensor:
+            return noise(1, 8, 3, 16, seed=77)
+
+    def drawn(one) -> Tensor:
+        one, positive, negative = node(
+            "nodes_lt", "LTXVReferenceAudio", model=one, positive=prompts[0], negative=prompts[1], audio_vae=Voice(),
+            reference_audio={"waveform": torch.zeros(1, 2, 9), "sample_rate": 8000}, identity_guidance_scale=3.0,
+            **always)
+        (one,) = node("nodes_lt", "LTXVSpatioTemporalGuidance", model=one, scale=1.0, blocks="0", **always)
+        (one,) = node("nodes_lt", "LTXVModalityGuidance", model=one, modality_scale=3.0, **always)
+        (guider,) = node("nodes_lt", "LTXVDualCFGGuider", model=one, positive=positive, negative=negative,
+                         video_cfg=3.0, audio_cfg=7.0)
+        with torch.inference_mode():
+            return parts(guider.sample(start, latent, comfy.samplers.sampler_object("euler"), torch.tensor([1.0, 0.0]),
+                                       begun["noise_mask"], disable_pbar=True, seed=1))
+
+    specs = [LoRASpec(loras(lora(layers, seed, **NAME)), strength, 0.0) for seed, strength in ((1, 0.8), (2, -0.6))]
+    plain, merged, branches = drawn(model), merge(model, specs), composite(model, specs)
+    same(drawn(merged), drawn(stock(model, specs)), plain, 1e-4)
+    same(drawn(branches), sum(drawn(stock(model, [spec])) for spec in specs) / 2, plain, 1e-4)
+    assert [(step.calls, step.rows) for step in record_of(branches).steps] == [(4, 2 * 5)]
+    assert record_of(merged).problems == record_of(branches).problems == []
