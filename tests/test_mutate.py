@@ -102,7 +102,7 @@ def test_a_fault_is_seen_by_a_test_that_fails(tmp_path, monkeypatch, new, found)
     (tmp_path / "test_code.py").write_text("from code_of import f\n\ndef test_f():\n    assert f(1) == 2\n",
                                            encoding="utf-8")
     (tmp_path / "code_of.py").write_text("from importlib import util\nspec = util.spec_from_file_location('c', "
-                                         f"{str(tmp_path / 'code.py')!r})\nm = util.module_from_spec(spec)\n"
+                                         f"{str(tmp_path / 'changed.py')!r})\nm = util.module_from_spec(spec)\n"
                                          "spec.loader.exec_module(m)\nf = m.f\n", encoding="utf-8")
     (tmp_path / "run.py").write_text("import runpy, sys\nsys.argv = sys.argv[3:]\n"
                                      "runpy.run_module('pytest', run_name='__main__', alter_sys=True)\n",
