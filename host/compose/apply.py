@@ -125,7 +125,7 @@ def apply_method(model, clip, ensemble: Ensemble, make: Callable[[Active], Metho
         problems += [f"LoRA '{spec.called}' looks like one for few steps: with the role '{ALWAYS}' it would be part of "
                      "the model; now it is composed as the others are" for spec in active
                      if is_proposed(spec.name, spec.role)]
-    problems += [f"LoRA '{spec.called}': {line}" for spec in ensemble if spec.acts and (line := passed_over(spec.name))]
+    problems += _without_alphas(ensemble)
     for problem in problems:
         log.warning("%s: %s", node, problem)
     applied[-1] = replace(applied[-1], problems=tuple(problems))
@@ -197,6 +197,11 @@ def _numbers(ensemble: Ensemble, active: list[LoRASpec]) -> tuple[int, ...]:
     return tuple(next(k for k, other in enumerate(ensemble) if other is spec) for spec in active)
 
 
+def _without_alphas(ensemble: Ensemble) -> list[str]:
+    """A line for each LoRA whose alpha the host's loader, and so every method, passes over."""
+    return [f"LoRA '{spec.called}': {line}" for spec in ensemble if spec.acts and (line := passed_over(spec.name))]
+
+
 def bake(model, clip, ensemble: Ensemble, node: str):
     """(MODEL, CLIP, what cannot be done as asked) of the ordinary merge through the host's own weight patches: what a
     chain of its LoRA loaders does.
@@ -214,7 +219,7 @@ def bake(model, clip, ensemble: Ensemble, node: str):
         reading = read_ensemble(model, clip, ensemble, node, on_weights=True)
         for part in reading.parts:
             new_model.add_patches(part.patches.found, part.spec.strength_model)
-    problems = [*reading.problems, *without_effect(reading, ensemble, True)]
+    problems = [*reading.problems, *without_effect(reading, ensemble, True), *_without_alphas(ensemble)]
     for part in reading.parts:
         if part.spec.mask is not None:
             problems.append(f"the mask of LoRA '{part.spec.called}' is not used: what is in the weights acts "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from lora_ensemble.host.compose.apply import bake
 from lora_ensemble.host.compose.composition import record_of
 from lora_ensemble.host.files.ensemble import LoRASpec
 from lora_ensemble.host.files.header_alphas import DOWN, factors, passed_over
@@ -70,7 +71,8 @@ def test_it_is_said_wherever_it_acts(make, loras):
     spec = LoRASpec(saved(shapes(model), loras), 0.7, 0)
     ours = make(model, [spec])
     same(sample(ours), sample(stock(model, [spec])), sample(model))
-    for lines in (record_of(ours).problems, unused(LoRAEnsembleLoRA.define_schema(), {"lora_name": spec.name}),
+    for lines in (record_of(ours).problems, bake(model, None, (spec,), "Merge LoRAs")[2],
+                  unused(LoRAEnsembleLoRA.define_schema(), {"lora_name": spec.name}),
                   told(infos(model, None, (spec,), "LoRA Info"), "SD15").splitlines()):
         assert len([line for line in lines if "strength 1 there is strength 2 here" in line]) == 1
     assert unused(LoRAEnsembleLoRA.define_schema(), {"lora_name": spec.name, "strength_model": 0.0,
