@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from .prompt_text import Range, blanked, parse_loras, parse_marks, pieces, replaced, spoken, without
+from .prompt_text import Range, blanked, parse_loras, parse_marks, pieces, replaced, spoken, unweighted, without
 
 __all__ = ["Clause", "Found", "LoRAClauses", "LoRAWords", "PromptTokens", "find_clauses", "parse_loras", "parse_marks",
            "stand_in", "without", "words_of"]
@@ -62,8 +62,13 @@ class LoRAWords:
     @property
     def phrases(self) -> tuple[tuple[str, str], ...]:
         """(phrase, its stand-in or nothing) for each part of the typed words."""
-        parts = [part.partition("=") for part in self.typed.split(",")]
+        parts = [part.partition("=") for part in unweighted(self.typed).split(",")]
         return tuple((phrase.strip(), other.strip()) for phrase, _, other in parts if phrase.strip())
+
+    @property
+    def triggers(self) -> tuple[str, ...]:
+        """Each part of the words that its file names."""
+        return tuple(part.strip() for phrase in self.trigger for part in unweighted(phrase).split(",") if part.strip())
 
     @property
     def known(self) -> bool:
@@ -288,15 +293,14 @@ def find_clauses(prompt: PromptTokens, loras: Sequence[LoRAWords]) -> Found:
 def _mentions(search: _Search, lora: LoRAWords) -> tuple[str, list[Range], str]:
     """(source, mentions, the reason if there are none)."""
     typed = [phrase for phrase, _ in lora.phrases]
-    trigger = [part.strip() for phrase in lora.trigger for part in phrase.split(",") if part.strip()]
-    for source, phrases in (("typed", typed), ("trigger", trigger)):
+    for source, phrases in (("typed", typed), ("trigger", lora.triggers)):
         spans = [span for phrase in phrases for span in search.spans(phrase)]
         if spans:
             return source, spans, ""
     if typed:
         return "", [], f"its words \"{', '.join(typed)}\" are not in the prompt"
-    if trigger:
-        return "", [], f"the trigger words of its file, \"{', '.join(trigger)}\", are not in the prompt"
+    if lora.triggers:
+        return "", [], f"the trigger words of its file, \"{', '.join(lora.triggers)}\", are not in the prompt"
     return "", [], "no words were typed on it, nothing is marked for it, and its file names no trigger words"
 
 
@@ -341,7 +345,7 @@ def _instead(search: _Search, loras: Sequence[LoRAWords], index: int,
         return typed
     if any(other.usual.lower() == lora.usual.lower() for at, other in enumerate(loras) if at != index):
         return ()
-    triggers = [part.strip() for phrase in lora.trigger for part in phrase.split(",") if len(part.split()) == 1]
+    triggers = [part for part in lora.triggers if len(part.split()) == 1]
     spans = [span for trigger in triggers for span in search.spans(trigger)]
     if any(search.says_something(clause.start, clause.end, spans) for clause in clauses):
         return ()

@@ -8,6 +8,7 @@ from typing import NamedTuple
 _MARK = re.compile(r"\[[ \t]*(0|[1-9]\d*)[ \t]*:(?!\d\d(?!\w)|\s*\d+\s*\])\s*")  # [00:05] and [16:9] are none
 _LORA = re.compile(r"<lora\b[^<>]*>?", re.IGNORECASE)
 _EMPTY = re.compile(r"(?<!\\)\((?:\s*|\s*:\s*[-+\d.eE]+\s*)(?<!\\)\)")
+_WEIGHTED = re.compile(r"(?<!\\)\(([^()]*):\s*[-+]?(?:\d+\.?\d*|\.\d+)\s*(?<!\\)\)")
 _EAST = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"  # scripts that put no spaces between words
 _PIECE = re.compile(rf"(?<!\S)embedding:[^\s<\[,]+|[^\W{_EAST}]+|\S")
 
@@ -182,6 +183,13 @@ def blanked(text: str) -> str:
         for letter in segment:
             out[letter.at] = letter.char
     return "".join(out)
+
+
+def unweighted(text: str) -> str:
+    """A list of words without weights written out, `(ohwx woman:1.20)`, as trigger words are handed on by some nodes.
+    Parentheses without a number may be part of a tag and stay."""
+    bare = _WEIGHTED.sub(r"\1", text)
+    return text if bare == text else unweighted(bare)
 
 
 def spoken(text: str, start: int, end: int) -> str:

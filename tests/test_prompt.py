@@ -133,6 +133,19 @@ def test_the_reason_says_what_is_missing():
     assert find_clauses(lost, [LoRAWords("x", "dog")]).loras[0].reason == "it was lost"
 
 
+@pytest.mark.parametrize("words", ["(ohwx woman:1.20)", "(red hair, ohwx woman:0.8)", "((ohwx woman:1.1):1.2),, x"])
+@pytest.mark.parametrize("text", ["ohwx woman, dog", "(ohwx woman:1.20), dog", "(red, ohwx woman:0.8), dog"])
+def test_words_may_come_with_weights(text, words):
+    """As Lora-Manager's toggle of trigger words hands them on, to the prompt and to the words of the LoRA."""
+    for lora in (LoRAWords("x", words), LoRAWords("x", "", (words,))):
+        assert [clause.text for clause in find_clauses(prompt_of(text), [lora]).loras[0].clauses] == ["ohwx woman"]
+
+
+def test_parentheses_of_a_tag_are_no_weight():
+    for typed in ("ganyu (genshin impact)", r"ganyu \(genshin impact\)", r"ganyu \(genshin: 2\)"):
+        assert LoRAWords("x", typed).phrases == ((typed, ""),)
+
+
 def test_a_mark_for_a_row_that_there_is_not_is_told():
     found = find_clauses(prompt_of("[3: a woman]"), loras_of((A, B)))
     assert "names row 3, and the ensemble has 2" in found.notes[0]

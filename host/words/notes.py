@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -32,30 +32,55 @@ class Note:
 
 
 class NotedTokens(list):
-    """The sections of one encoder's tokens, with the note of what they were made of.
+    """The sections of one encoder's tokens, with notes of what they were made of.
 
-    A list as any other: nodes may put those of two texts into one dict, and add sections to them.
+    A list as any other: nodes may put those of two texts into one dict, and add sections to them, of another text too
+    (BREAK, as prompt-control has it): then there are notes of both.
+
+    notes   (the first of its sections, the note) of each text
     """
 
-    note: Note
+    notes: tuple[tuple[int, Note], ...] = ()
 
     @classmethod
     def of(cls, sections: list, note: Note) -> NotedTokens:
         tokens = cls(sections)
-        tokens.note = note
+        tokens.notes = ((0, note),)
         return tokens
+
+    def extend(self, sections: Iterable) -> None:
+        if isinstance(sections, NotedTokens):
+            self.notes = (*self.notes, *((len(self) + first, note) for first, note in sections.notes))
+        super().extend(sections)
+
+    def __iadd__(self, sections: Iterable) -> NotedTokens:
+        self.extend(sections)
+        return self
+
+    def __add__(self, sections: list) -> NotedTokens:
+        both = NotedTokens(self)
+        both.notes = self.notes
+        both.extend(sections)
+        return both
+
+
+class Noted(NamedTuple):
+    """A note, the encoder that it is of, where its text begins in that of all encoders, and the first section of its
+    tokens."""
+
+    key: str | None
+    note: Note
+    start: int
+    first: int
 
 
 @dataclass(frozen=True)
 class Texts:
-    """The texts of all encoders as one, and where that of each begins.
-
-    `notes` has an encoder's key, its note and the beginning of its text in `text`.
-    """
+    """The texts of all encoders as one, and where that of each begins."""
 
     text: str
     rows: tuple[tuple[int, int, int], ...]
-    notes: tuple[tuple[str | None, Note, int], ...]
+    notes: tuple[Noted, ...]
     tokens: Any
 
     @classmethod
@@ -67,31 +92,32 @@ class Texts:
         notes = []
         text = ""
         for key, sections in named.items():
-            if isinstance(sections, NotedTokens):
-                note = sections.note
+            for at, note in sections.notes if isinstance(sections, NotedTokens) else ():
                 if note.text not in starts:
                     text += _BETWEEN if starts else ""
                     starts[note.text] = len(text)
                     text += note.text
                 start = starts[note.text]
                 rows.update({(start + first, start + last, row): None for first, last, row in note.rows})
-                notes.append((key, note, start))
+                notes.append(Noted(key, note, start, at))
         return cls(text, tuple(rows), tuple(notes), tokens)
 
     def retold(self, tokenize: Callable[[Note], Any], text: str, rows: Sequence[tuple[int, int, int]] = ()) -> Any:
         """The tokens of another text of the same make, with sections that a node has appended."""
         parts = text.split(_BETWEEN)
-        old = sorted({start for *_, start in self.notes})
-        named = dict(self.tokens) if isinstance(self.tokens, dict) else {None: self.tokens}
-        for key, note, start in self.notes:
+        old = sorted({each.start for each in self.notes})
+        named = self.tokens if isinstance(self.tokens, dict) else {None: self.tokens}
+        made: dict[str | None, list] = {}
+        for key, note, start, at in self.notes:
             part = parts[old.index(start)]
             first = sum(len(before) + len(_BETWEEN) for before in parts[:old.index(start)])
             own = tuple((begin - first, end - first, row) for begin, end, row in rows
                         if first <= begin and end <= first + len(part))
             new, same = (_section(tokenize(each), key) for each in (Note(part, own, note.arguments), note))
-            new.extend(named[key][len(same):])
-            named[key] = new
-        return named if isinstance(self.tokens, dict) else named[None]
+            following = [each.first for each in self.notes if each.key == key and each.first > at]
+            new.extend(named[key][at + len(same):min(following, default=None)])
+            made[key] = made[key] + new if key in made else new
+        return {**named, **made} if isinstance(self.tokens, dict) else made[None]
 
 
 def _section(tokens: Any, key: str | None) -> NotedTokens:
@@ -116,18 +142,18 @@ def prompt_tokens(clip: Any, texts: Texts, cond: Tensor) -> PromptTokens:
     spelled: dict[int, dict[str | None, Spelled]] = {}
     tensors: dict[str | None, tuple[int, list[tuple[Range, tuple[int, ...]]]]] = {None: (length, [])}
     try:
-        for key, note, start in texts.notes:
+        for key, note, start, at in texts.notes:
             if id(note) not in spelled:
                 spelled[id(note)] = spell(clip.tokenizer, note.text, note.arguments)
             own = spelled[id(note)][key]
             if own.reason:
                 return unknown(own.reason)
-            if not own.is_of(_section(texts.tokens, key)):
+            if not own.is_of(_section(texts.tokens, key)[at:]):
                 return unknown(_OTHER_TOKENS)
             for name, (size, places) in positions(clip.cond_stage_model, texts.tokens, key, length).items():
                 spans = tensors.setdefault(name, (size, []))[1]
-                spans += [((start + first, start + last), places[place])
-                          for place, (first, last) in own.ranges.items() if place in places]
+                spans += [((start + first, start + last), places[at + section, index])
+                          for (section, index), (first, last) in own.ranges.items() if (at + section, index) in places]
     except Unknown as error:
         return unknown(str(error))
     except _FOREIGN as error:

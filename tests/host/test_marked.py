@@ -97,6 +97,38 @@ def test_two_texts_of_sdxl_are_one_prompt():
             assert changed(entry, new)[None] == set(*words(prompt, other)), (one, two, other)
 
 
+def broken(clip, *texts: str):
+    """What prompt-control makes of BREAK: the tokens of all texts, one behind the other."""
+    tokens, *others = [clip.tokenize(text) for text in texts]
+    for other in others:
+        for key in tokens:
+            tokens[key].extend(other[key])
+    return clip.encode_from_tokens_scheduled(tokens)[0]
+
+
+@pytest.mark.parametrize("name", ["SD1", "SDXL"])
+def test_texts_behind_each_other(name):
+    """Guard: the notes of `NotedTokens.extend`. Words are where the conditioning changes with them."""
+    texts = "a red woman", "[2: blue dog], house", "bird, cat"
+    entry = broken(marked(made(name)), *texts)
+    prompt = entry[1][PROMPT]
+    assert not prompt.reason and prompt.length == entry[0].shape[1] == 3 * 77
+    assert [prompt.text[start:end] for start, end, row in prompt.rows] == ["blue dog"] and prompt.rows[0][2] == 2
+    for word in ("woman", "dog", "house", "cat"):
+        other = broken(made(name), *(text.replace("[2: ", "").replace("]", "").replace(word, "car") for text in texts))
+        assert changed(entry, [other[0], {}])[None] == set(*words(prompt, word)) != set(), word
+
+
+def test_texts_behind_each_other_without_one_of_their_clauses():
+    lora = LoRAWords("x", "dog = the wolf")
+    entry = broken(marked(made("SD1"), [lora], contrast=True), "a red woman", "blue dog, house")
+    (first, second) = [[cond for span, cond in entry[1][WITHOUT] if entry[1][PROMPT].text[slice(*span)] == text]
+                       for text in ("a red woman", "blue dog")]
+    assert torch.equal(first[0][0], broken(made("SD1"), "", "blue dog, house")[0])
+    assert torch.equal(second[0][0], broken(made("SD1"), "a red woman", "house")[0])
+    assert torch.equal(entry[1][PROBE][0], broken(made("SD1"), "a red woman", "blue the wolf, house")[0])
+
+
 def test_two_texts_of_flux_and_three_of_sd3():
     flux = run(comfy_extras.nodes_flux.CLIPTextEncodeFlux, clip=marked(made("Flux")), clip_l="a red woman",
                t5xxl="the blue dog", guidance=3.5)[0]
