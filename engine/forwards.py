@@ -27,10 +27,12 @@ class _State:
     """What the forwards of one installation look at: gone with it, so that one that a foreign wrapper holds on to is
     the plain layer when others are installed above it."""
 
-    __slots__ = ("current",)
+    __slots__ = ("bare", "current", "open")
 
     def __init__(self) -> None:
         self.current: Layout | None = None
+        self.open = 0
+        self.bare = False
 
 
 class _Installed(NamedTuple):
@@ -97,6 +99,12 @@ class RoutedForwards:
         """The layout of the batch that is evaluated now, None where no adapter acts."""
         return self._state.current
 
+    @property
+    def bare(self) -> bool:
+        """Whether a layer was called outside `rows(...)`: by somebody who evaluates the model in a way of his own. Of a
+        compiled model it is not known."""
+        return self._state.bare
+
     def install(self) -> None:
         if self._installed:
             return
@@ -148,12 +156,14 @@ class RoutedForwards:
             layout = self._layouts[key] = self._unmet(branches, places)
         state = self._state
         before, state.current = state.current, layout if layout.acting or layout.reach is not None else None
+        state.open += 1
         self.acted |= layout.acting
         self._trace(state.current)
         try:
             yield
         finally:
             state.current = before
+            state.open -= 1
             self._trace(before)
 
     def _unmet(self, branches: Sequence[Branch], places: Places | None, reach: Reach | None = None) -> Layout:
@@ -225,6 +235,7 @@ class RoutedForwards:
                 return traced.add_(y, x)
             layout = state.current
             if layout is None:
+                state.bare = state.bare or not state.open
                 return y
             program = layout.programs[k]
             return program.run(y, x) if program.shape == x.shape and program.dtype is x.dtype else add(y, x)

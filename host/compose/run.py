@@ -39,7 +39,7 @@ from .placing import Routed
 from .prompts import Asked
 from .routes import RoutedLoRAs, regions_of
 from .steps import StepTracker
-from .summary import begun, idle, missed, note_acting, sum_up, unplaced
+from .summary import BY_ITSELF, begun, idle, missed, note_acting, sum_up, unplaced
 from .without import Without
 
 log = logging.getLogger("lora_ensemble")
@@ -282,6 +282,7 @@ class Run:
         if log.isEnabledFor(logging.DEBUG):
             for line in (line for routed in forwards for line in routed.explain()):
                 log.debug(line)
+        bare = any(routed.bare for routed in forwards)
         for routed in forwards:
             routed.remove()
         self._routed.clear()
@@ -297,7 +298,8 @@ class Run:
         self.record.finished = out is not None
         for routed in forwards:
             self._unseen(routed)
-        self.tell([*idle(self.applied, self._acted, self._in_time, self.record), *missed(self.record, self.sessions)])
+        self.tell([*idle(self.applied, self._acted, self._in_time, self.record), *missed(self.record, self.sessions),
+                   *[BY_ITSELF] * bare])
         sum_up(self._layers, self.record.problems)
 
     def _unseen(self, routed: RoutedForwards) -> None:

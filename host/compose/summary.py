@@ -17,6 +17,9 @@ from .cache import CacheSpec
 from .cards import unused
 from .earlier import Earlier
 
+BY_ITSELF = ("another node evaluated the model by itself in this run, not as the sampler does it (AutomaticCFG's "
+             "attention patches, for one), and no LoRA had an effect on that: leave that node out, or load the LoRAs "
+             "with ComfyUI's own loader beneath it")
 FORM = 0.06
 """How far width to height of a mask may be from the latent's, as a logarithm: latents are rounded to whole patches."""
 

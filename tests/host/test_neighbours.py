@@ -6,6 +6,7 @@ docs/neighbours.md is the table of them.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -151,6 +152,36 @@ def test_gguf(loras, tmp_path):
     for ours, wanted in ((merge, sample(stock(ordinary, ensemble), "Flux")), (composite, mixed)):
         made = ours(packed, ensemble)
         same(sample(made, "Flux"), wanted, plain)
+
+
+def with_options(own: bool):
+    """A node that evaluates the prompt once more and goes by what comes out: with the run's options, or with a copy
+    that it has made before, which no run has put anything in (AutomaticCFG's attention patches)."""
+    def make(model):
+        copied = copy.deepcopy(model.model_options)
+
+        def again(args: dict) -> Tensor:
+            return comfy.samplers.calc_cond_batch(args["model"], [args["cond"]], args["input"], args["sigma"],
+                                                  copied if own else args["model_options"])[0]
+
+        model = model.clone()
+        model.set_model_sampler_post_cfg_function(again)
+        return model
+
+    return make
+
+
+@pytest.mark.parametrize("ours", [merge, composite])
+def test_a_node_that_evaluates_the_model_by_itself(ours, loras):
+    """Guard: `RoutedForwards.bare`. LoRAs have no effect there, which is told."""
+    model = base("SD15")
+    ensemble = three(model, loras)
+    for own in (True, False):
+        make = with_options(own)
+        plain = sample(make(model))
+        for made in (make(ours(model, ensemble)), ours(make(model), ensemble)):
+            assert torch.equal(sample(made), plain) is own
+            assert said(made, "evaluated the model by itself", "no LoRA had an effect") is own
 
 
 # --- prompts that carry hooks -----------------------------------------------------------------------------------------
