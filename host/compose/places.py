@@ -59,7 +59,8 @@ class MaskedLoRAs:
         key = id(root), x.shape, x.device, shapes, tuple(parts), self.window
         pictures, distinct = x.shape[0] // len(parts), list(dict.fromkeys(parts))
         if key not in self._places:
-            maps, (words, more) = self._of_batch(distinct, pictures, x), self._texts(distinct, conds, root, x)
+            maps = self._of_batch(distinct, pictures, x, conds)
+            words, more = self._texts(distinct, conds, root, x)
             each = len(maps) // len(distinct)
             index = [distinct.index(part) * each + p % each for part in parts for p in range(pictures)]
             texts = [distinct.index(part) for part in parts for _ in range(pictures)]
@@ -70,7 +71,7 @@ class MaskedLoRAs:
         if version != self.version:
             same = texts == self.texts
             words = (None, None) if same else self._texts(distinct, conds, root, x)
-            places.update(self._of_batch(distinct, pictures, x), *words)
+            places.update(self._of_batch(distinct, pictures, x, conds), *words)
             self._places[key] = places, self.version, self.texts
         return places
 
@@ -89,9 +90,11 @@ class MaskedLoRAs:
         """
         return None
 
-    def _of_batch(self, kinds: Sequence[tuple[Hashable, Area]], pictures: int, x: Tensor) -> Tensor:
+    def _of_batch(self, kinds: Sequence[tuple[Hashable, Area]], pictures: int, x: Tensor, conds: Mapping[str, object]
+                  ) -> Tensor:
         # Of maps without frames there is nothing to take for some of them.
-        window = None if self.window is not None and self.window[0] and self.maps.ndim != x.ndim else self.window
+        dimensions = len(packed[0]) if (packed := _packed(conds)) else x.ndim
+        window = None if self.window is not None and self.window[0] and self.maps.ndim != dimensions else self.window
         maps = [within(self.of(kind), window) for kind, _ in kinds]
         return torch.cat([crop(each if len(each) == 1 else each[:pictures], area)
                           for each, (_, area) in zip(maps, kinds, strict=True)]).to(x.device)
@@ -127,9 +130,14 @@ def call_tokens(root: nn.Module, x: Tensor, conds: Mapping[str, object]) -> Call
     order = token_order(root)
     if order is None:
         return None
-    shapes = conds.get("latent_shapes") or ()
-    latents = unpack(x, tuple(tuple(shape[1:]) for shape in shapes) if len(shapes) > 1 else ())
+    latents = unpack(x, tuple(tuple(shape[1:]) for shape in _packed(conds)))
     return order.begin(latents if len(latents) > 1 else x, conds)
+
+
+def _packed(conds: Mapping[str, object]) -> Sequence[Sequence[int]]:
+    """The shapes of the latents that a call has in one; none where it has one."""
+    shapes = conds.get("latent_shapes") or ()
+    return shapes if len(shapes) > 1 else ()
 
 
 def window_of(options: Mapping) -> Window:

@@ -5,9 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from uuid import UUID, uuid4
+from uuid import UUID
 
-import torch
 from torch import Tensor, nn
 
 from ...engine.positions import Places
@@ -15,11 +14,10 @@ from ...engine.reach import Reach
 from ...kernels.branch import Branch
 from ...kernels.nested import unpack
 from ...methods.merge import Merge
-from ...methods.prompt import PromptTokens
 from ...methods.session import POSITIVE
 from ..families.attention import chosen
 from ..families.token_order import token_order
-from ..words.marked import PROBE, PROMPT, WITHOUT
+from ..words.marked import PROBE, WITHOUT
 from .attention import AttentionReader
 from .cache import Combo
 from .combos import Joined
@@ -28,15 +26,11 @@ from .places import call_tokens
 from .routes import RoutedLoRAs
 from .rows import in_range
 from .run import Run
+from .variants import in_call, variant_of
 
-CONTRAST = "lora_ensemble_contrast"
-"""Prefix of the names under which a guider holds what its prompts bring to be compared with: a name of their own."""
 OTHER_WORDS = ("a prompt was encoded with the words of other LoRAs than this method's, so contrast has not all that it "
                "compares, and the LoRAs act everywhere in it. Encode it with the CLIP of this method node; connect the "
                "same ensemble to Ensemble Prompt, or none")
-
-OF_TOKENS = ("attention_mask", "attention_mask_img_shape")
-"""What a cond says of its own tokens one by one, which is true of no other text's."""
 
 
 @dataclass
@@ -113,7 +107,7 @@ def find_places(run: Run, positive: list[list[dict]], evaluate: Callable[[list[l
     for regions in run.routes:
         regions.meet(entries, here)
         for entry in () if regions.contrasts else here:
-            if _stand_in(entry) in variants:
+            if variant_of(entry, PROBE) in variants:
                 regions.await_stand_in(entry["uuid"])
     due = [] if not positive else [regions for regions in run.routes if regions.probes(run.step)]
     base = tuple(_base(regions, branches, applied) for regions, branches, applied
@@ -145,17 +139,12 @@ def _base(regions: object, branches: Sequence[Branch], applied) -> Branch:
 
 def _with_stand_ins(entry: dict, regions: Sequence[RoutedLoRAs], variants: Mapping[str, list[dict]]) -> dict:
     """The cond that says where the words of a cond are: itself, or the one with stand-in words in its prompt."""
-    if _stand_in(entry) not in variants:
+    if variant_of(entry, PROBE) not in variants:
         return entry
-    other = variants[_stand_in(entry)][0]
+    other = in_call(variants[variant_of(entry, PROBE)][0], entry, variants)
     for each in regions:
         each.stand_in(entry["uuid"], other)
     return other
-
-
-def _stand_in(entry: dict) -> str:
-    """The name under which a guider holds the cond with stand-in words, if there is one."""
-    return f"{entry.get(CONTRAST)} {PROBE}"
 
 
 def _why_not(regions: RoutedLoRAs, root: nn.Module, placed: bool, compiled: bool, others: Sequence[str]) -> str:
@@ -173,44 +162,15 @@ def _why_not(regions: RoutedLoRAs, root: nn.Module, placed: bool, compiled: bool
 def _compare(regions: RoutedLoRAs, positive: list[list[dict]], evaluate: Callable[[list[list[dict]]], list[Tensor]],
              variants: Mapping[str, list[dict]]) -> None:
     for entry in (entry for cond in positive for entry in cond):
-        held = {span: variants.get(f"{entry.get(CONTRAST)} {span}") for span, _ in entry.get(WITHOUT) or ()}
+        held = {span: variants.get(variant_of(entry, span)) for span, _ in entry.get(WITHOUT) or ()}
         rests = [held.get(span) for span in regions.spans(entry["uuid"])]
         if held and None in rests:
             regions.tell(OTHER_WORDS)
         elif held and rests:
             shapes = parts_of([[entry]])  # places are of the picture, which other parts are packed behind
-            whole, *without = (unpack(each, shapes)[0] for each in evaluate([[entry], *(rest[:1] for rest in rests)]))
+            whole, *without = (unpack(each, shapes)[0] for each in evaluate(
+                [[entry], *([in_call(rest[0], entry, variants)] for rest in rests)]))
             regions.compare(entry["uuid"], whole, without)
-
-
-def with_variants(conds: dict[str, list[dict]]) -> list[str]:
-    """Add what prompts bring along (themselves without one clause, or with stand-in words) to a guider's conds, each
-    under a name of its own, so that the host prepares them as it does the others; returns these names."""
-    added = []
-    for name, entries in list(conds.items()):
-        for number, entry in enumerate(entries):
-            more = list(entry.get(WITHOUT) or ())
-            more += [(PROBE, entry[PROBE])] if entry.get(PROBE) else []
-            if more:
-                entry[CONTRAST] = f"{CONTRAST} {name} {number}"
-            for key, (cross, options) in more:
-                added.append(f"{entry[CONTRAST]} {key}")
-                conds[added[-1]] = [_instead(entry, cross, options)]
-    return added
-
-
-def _instead(entry: dict, cross: Tensor, options: dict) -> dict:
-    """A cond as nodes behind the text encoder have left another one, with its start picture, references, ControlNets,
-    area, times and what was put behind its text, but with another text.
-
-    options   what the text encoder says of that text; None: nothing, where it says something of the entry's
-    """
-    marks, whole = entry.get(PROMPT), entry.get("cross_attn")
-    if isinstance(marks, PromptTokens) and marks.words and isinstance(whole, Tensor):
-        cross = torch.cat([cross, whole[:, marks.length:].to(cross)], dim=1)
-    kept = {key: value for key, value in entry.items() if key not in (WITHOUT, PROBE, CONTRAST, *OF_TOKENS)}
-    said = {**kept, **options, "cross_attn": cross, "model_conds": {}, "uuid": uuid4()}
-    return {key: value for key, value in said.items() if value is not None or key not in options}
 
 
 def positives(conds: Sequence[list[dict] | None], sides: Sequence[str]) -> list[list[dict]]:

@@ -187,7 +187,7 @@ class RoutedLoRAs(MaskedLoRAs):
             found = whole
         if self.window is not None:
             dim, index, before = self.window
-            known = self._pending.get(uuid, prompt.maps)
+            known = self._pending.get(uuid, self._prompts[uuid].maps)
             whole, own = torch.ones_like(self.maps) if known is None else known.clone(), index[before:]
             found = found.narrow(dim, before, len(own))
             found = whole.index_copy_(dim, on_device(own, whole.device, torch.int64), found)

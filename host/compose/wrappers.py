@@ -32,11 +32,12 @@ from .control import CALLER_CONDS, OF_WEIGHTS, caller_indexes, made_of_weights
 from .earlier import RUNS, bare, names_of
 from .parts import PARTS, with_parts
 from .places import window_of
-from .probe import find_places, listening, positives, readings, with_variants
+from .probe import find_places, listening, positives, readings
 from .rows import in_range
 from .run import Free, Plan, Run
 from .steps import tracked
 from .summary import carried, without_prompt
+from .variants import with_variants
 from .watch import watching
 
 

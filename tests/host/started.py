@@ -107,10 +107,14 @@ def guided_small(*prompts) -> tuple[list, list, dict]:
     return guided(*prompts, smaller=2)
 
 
-def with_sound(*prompts) -> tuple[list, list, dict]:
-    positive, negative, latent = guided_small(*prompts)
+def guided_with_sound(*prompts, smaller: int = 1) -> tuple[list, list, dict]:
+    positive, negative, latent = guided(*prompts, smaller=smaller)
     sound = {"samples": torch.zeros(prompts[2], 8, 6, 16)}
     return positive, negative, *node("nodes_lt", "LTXVConcatAVLatent", video_latent=latent, audio_latent=sound)
+
+
+def with_sound(*prompts) -> tuple[list, list, dict]:
+    return guided_with_sound(*prompts, smaller=2)
 
 
 def hunyuan(positive: list, negative: list, films: int) -> tuple[list, list, dict]:

@@ -3,17 +3,21 @@ that it is anchored to."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from inspect import signature
+from math import prod
 
 import comfy.context_windows
 import pytest
 import torch
 from lora_ensemble.host.compose.composition import places_of, record_of
+from lora_ensemble.host.files.ensemble import LoRASpec, Mask
 
-from .builders import merge, same, sample, stock
+from .builders import lora, merge, same, sample, shapes, stock
 from .models import base
+from .started import STARTED, guided_with_sound, node
 from .test_masks import LAST, bare, pair
-from .test_routed import prompt, routed, specs
+from .test_routed import MARKS, prompt, rests, routed, specs
 
 OVER = {"Wan": (2, 1), "SD15": (0, 5)}
 """Family -> (the dimension that windows are over, pictures of a batch)."""
@@ -73,3 +77,54 @@ def test_words_of_a_film_are_looked_for_in_every_window(mode, trust, loras):
     assert [step.rows for step in record_of(ours).steps] == [6, 4, 4] and record_of(ours).problems == []
     maps = places_of(ours)[0].maps
     assert maps.shape[2] == 3 and (maps.flatten(3).amin(-1) < 0.9).all()
+
+
+def test_stand_in_words_of_a_film_are_looked_for_in_every_window(loras):
+    """What was found in one window stays. Guard: the stand-in's own prompt knows of none."""
+    model, other = base("Wan"), prompt("Wan", MARKS, 30)
+    ours, likewise = (windowed(routed(model, specs(model, loras), mode="once"), "Wan") for _ in range(2))
+    sample(ours, "Wan", prompt("Wan", lora_ensemble_probe=other[0]), steps=1)
+    sample(likewise, "Wan", other, steps=1)
+    assert torch.equal(places_of(ours)[0].maps, places_of(likewise)[0].maps)
+    assert (places_of(ours)[0].maps.flatten(3).amin(-1) < 0.9).all() and record_of(ours).problems == []
+
+
+@pytest.mark.parametrize("mode", ["once", "contrast"])
+@pytest.mark.parametrize("name", ["Wan, picture", "Wan, sound, next part"])
+def test_what_stands_in_for_a_prompt_is_cut_to_the_window(name, mode, loras):
+    """Its start picture, control film and sound, as the host cuts the prompt's own; its text is its own."""
+    case, texts = STARTED[name], []
+    model = case.model()
+    layers = {key: shape for key, shape in shapes(model).items() if key == LAST["Wan"]}
+    ensemble = [LoRASpec(loras(lora(layers, seed)), 0.8, 0, words=words) for seed, words in ((1, "ohwx"), (2, "sks"))]
+    others = [case.prompt(20 + k, lora_ensemble_prompt=MARKS)[0] for k in range(3)]
+    more = {"lora_ensemble_probe": others[0]} if mode == "once" else {"lora_ensemble_without": rests(MARKS, others)}
+    ours = windowed(routed(model, ensemble, mode=mode, trust=False), "Wan")
+
+    def see(_, args, kwargs):
+        texts.append(kwargs["context"])
+
+    with model.model.diffusion_model.register_forward_pre_hook(see, with_kwargs=True):
+        case.drawn(ours, lora_ensemble_prompt=MARKS, **more)
+    assert record_of(ours).problems == [] and (places_of(ours)[0].maps.flatten(3).amin(-1) < 0.9).all()
+    read = {tuple(row.flatten()[:3].tolist()) for text in texts for row in text}
+    assert {tuple(cond.flatten()[:3].tolist()) for cond, _ in others[:1 if mode == "once" else 3]} <= read
+
+
+def test_frames_of_a_film_with_sound(loras):
+    """LTX-2 with its own node: each frame has its own mask in every window, and guides beside it have none."""
+    case = replace(STARTED["LTX-2, small guides"], begin=guided_with_sound)
+    model, size = case.model(), (128, 7, 4, 4)
+    layers = {key: shape for key, shape in shapes(model).items() if key == "proj_out"}
+
+    def film(one) -> torch.Tensor:
+        (cut,) = node("nodes_context_windows", "LTXVContextWindowsNode", model=one, context_length=9, context_overlap=8,
+                      context_schedule="standard_static", fuse_method="pyramid", freenoise=False)
+        return case.drawn(cut)[:, :prod(size)].unflatten(1, size)[:, :, :3]
+
+    masks = torch.stack([torch.ones(4, 4), torch.zeros(4, 4), torch.eye(4)])
+    spec = LoRASpec(loras(lora(layers, 1)), 0.8, 0)
+    plain, alone = film(model), film(stock(model, [spec]))
+    ours = merge(model, [replace(spec, mask=Mask(masks))])
+    same(film(ours), plain + masks * (alone - plain), plain, 1e-4)
+    assert record_of(ours).problems == []
