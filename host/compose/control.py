@@ -14,6 +14,9 @@ from torch import Tensor
 CALLER_CONDS = "lora_ensemble_conds"
 """In transformer options: how many conds the caller has, while the host evaluates several branches of each."""
 
+BY_ITSELF = "tiled_diffusion"
+"""The model option of a node that puts controls of its own making in the place of the conds' (Tiled Diffusion)."""
+
 OF_WEIGHTS = ("a ControlLoRA is made of the model's own weights, and LoRAs that act beside these are not in it. Use "
               "Merge LoRAs in mode 'baked', or a ControlNet that is whole")
 
@@ -56,6 +59,7 @@ class Controls:
         self._ambiguous: set[UUID | None] = {None}
         self._constants: set[str] = set()
         self._branches = 0
+        self.as_they_are = False  # whether another node is to find the controls themselves
         self._answers: dict[tuple, tuple[Residuals | None, int]] = {}
 
     def begin(self, conds: Sequence[list[dict] | None], branches: int) -> None:
@@ -72,6 +76,8 @@ class Controls:
     def view(self, control, cond: UUID | None, identity: UUID) -> ControlView:
         """What stands for the control in a branch's copy of a cond; `identity` is the copy's own. One view per control:
         the host batches conds whose control is the same object."""
+        if self.as_they_are:
+            return control
         self._sources[identity] = cond
         return self._views.setdefault(id(control), ControlView(control, self))
 

@@ -6,17 +6,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import comfy.controlnet
 import pytest
 import torch
 from lora_ensemble.host.compose.composition import places_of, record_of
 from torch import Tensor
 
 from .builders import composite, hooked, merge, same, sample, stock, three
-from .models import FAMILIES, base
+from .models import CPU, FAMILIES, base
 from .neighbour_packs import pack
 from .test_masks import LAST, pair
 from .test_neighbours_routed import masked
 from .test_routed import bare, prompt, routed, specs
+from .test_scenarios import control_model  # noqa: F401  (a fixture)
 
 
 def halves(model, roll: int = 0):
@@ -34,10 +36,10 @@ def halves(model, roll: int = 0):
     return model
 
 
-def tiled_diffusion(model, method: str):
-    """Four tiles of six by six that lie over one another."""
+def tiled_diffusion(model, method: str, count: int = 4):
+    """Four tiles of six by six that lie over one another, so many of them in a batch."""
     node = pack("ComfyUI-TiledDiffusion", "tiled_diffusion").TiledDiffusion()
-    return node.apply(model, method, 48, 48, 32, 4)[0]
+    return node.apply(model, method, 48, 48, 32, count)[0]
 
 
 TILES = {"halves": halves, **{name: partial(tiled_diffusion, method=name) for name in (
@@ -84,6 +86,21 @@ def test_words_are_found_in_the_whole_picture(name, family, loras):
     assert record_of(ours).problems == [] and torch.equal(maps, places_of(alone)[0].maps) and 0 < maps.mean() < 1
     known = tiles(routed(model, masked(ensemble, maps[0]), mode="once", trust=False))
     same(found, sample(known, family, prompt(family)), sample(tiles(model), family, prompt(family)))
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_controls_of_tiles(count, control_model, loras):  # noqa: F811
+    """Guard: `BY_ITSELF`. Tiled Diffusion cuts the hint into tiles, and puts that on the control itself."""
+    model = base("SD15")
+    hint = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(3))
+
+    def drawn(model):
+        net = comfy.controlnet.ControlNet(control_model, load_device=CPU).set_cond_hint(hint, 0.5)
+        conds = (FAMILIES["SD15"].cond(seed, control=net, control_apply_to_uncond=False) for seed in (11, 12))
+        return sample(tiled_diffusion(model, "MultiDiffusion", count), "SD15", *conds, steps=1)
+
+    ensemble = three(model, loras)
+    same(drawn(composite(model, ensemble)), sum(drawn(stock(model, [spec])) for spec in ensemble) / 3, drawn(model))
 
 
 def test_parts_that_are_in_no_place_of_the_picture(loras):
