@@ -66,22 +66,39 @@ def cond(family: str) -> list:
     return FAMILIES[family].cond(13)
 
 
-def real_ip_adapter(model):
-    module = pack("ComfyUI_IPAdapter_plus", "CrossAttentionPatch")
+def picture_attention(name: str, function: str) -> Callable:
+    """The attention to a picture of IP-Adapter's author, with weights as they come."""
+    def make(model):
+        module = pack(name, "CrossAttentionPatch")
 
-    def replaces(attention: nn.Module) -> Callable:
-        made = torch.Generator().manual_seed(attention.to_k.out_features)
-        layers = nn.ModuleDict({f"1_to_{part}_ip": nn.Linear(32, attention.to_k.out_features, bias=False)
-                                for part in "kv"})
-        for parameter in layers.parameters():
-            nn.init.normal_(parameter, std=0.3, generator=made).requires_grad_(False)
-        adapter = type("Adapter", (), {"ip_layers": type("Layers", (), {"to_kvs": layers})(),
-                                       "get_multigpu_clone": lambda self, device: self})()
-        pictures = torch.randn(2, 1, 4, 32, generator=made)
-        return module.Attn2Replace(module.ipadapter_attention, module_key="1", ipadapter=adapter, weight=1.0,
-                                   cond=pictures[0], uncond=pictures[1], sigma_start=1e9, sigma_end=0.0)
+        def replaces(attention: nn.Module) -> Callable:
+            made = torch.Generator().manual_seed(attention.to_k.out_features)
+            layers = nn.ModuleDict({f"1_to_{part}_ip": nn.Linear(32, attention.to_k.out_features, bias=False)
+                                    for part in "kv"})
+            for parameter in layers.parameters():
+                nn.init.normal_(parameter, std=0.3, generator=made).requires_grad_(False)
+            adapter = type("Adapter", (), {"ip_layers": type("Layers", (), {"to_kvs": layers})(),
+                                           "get_multigpu_clone": lambda self, device: self})()
+            pictures = torch.randn(2, 1, 4, 32, generator=made)
+            return module.Attn2Replace(getattr(module, function), module_key="1", ipadapter=adapter, weight=1.0,
+                                       cond=pictures[0], uncond=pictures[1], sigma_start=1e9, sigma_end=0.0)
 
-    return picture_prompt(model, replaces)
+        return picture_prompt(model, replaces)
+
+    return make
+
+
+def fooocus_inpaint(model):
+    """Patches of a kind of its own on all weights, and a picture behind the first block."""
+    module, made = pack("comfyui-inpaint-nodes", "nodes"), torch.Generator().manual_seed(5)
+    head = module.InpaintHead()
+    head.head = nn.Parameter(0.3 * torch.randn(32, 5, 3, 3, generator=made), requires_grad=False)
+    changes = {name: [torch.randint(0, 256, value.shape, generator=made, dtype=torch.uint8), torch.tensor(-0.05),
+                      torch.tensor(0.05)] for name, value in model.model.state_dict().items() if value.ndim > 1}
+    mask = torch.zeros(1, 1, 64, 64)
+    mask[..., :32] = 1
+    latent = {"samples": torch.randn(1, 4, 8, 8, generator=made), "noise_mask": mask}
+    return module.ApplyFooocusInpaint.execute(model, (head, changes), latent).args[0]
 
 
 REAL = {
@@ -94,7 +111,9 @@ REAL = {
                                              method="enhance"), "Wan", 2e-2),
     "KJNodes: chunked feed-forward": Neighbour(kj("WanChunkFeedForward", 2, 4, method="execute"), "Wan"),
     "KJNodes: CFG-Zero*": Neighbour(kj("CFGZeroStarAndInit", False, 0), "Wan"),
-    "IPAdapter plus": Neighbour(real_ip_adapter),
+    "IPAdapter plus": Neighbour(picture_attention("ComfyUI_IPAdapter_plus", "ipadapter_attention")),
+    "InstantID": Neighbour(picture_attention("ComfyUI_InstantID", "instantid_attention")),
+    "Fooocus inpaint": Neighbour(fooocus_inpaint),
 }
 
 
