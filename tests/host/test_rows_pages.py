@@ -42,3 +42,19 @@ def test_rows_are_saved_reloaded_muted_and_bypassed_whole(page: FrontEnd):  # no
     page.browser.evaluate(RELOAD)
     page.browser.evaluate(f"({STACK}.mode = 0, true)")
     assert sent(page) == first
+
+
+def test_a_node_of_many_rows_is_no_wider(page: FrontEnd):  # noqa: F811
+    """Its inputs are named by the whole way to them, and stand on the node by the last part, also once it is loaded from
+    a file that has the whole names alone."""
+    page.open_template("sdxl_four_loras")
+    width = f"{STACK}.size[0]"
+    before = page.browser.evaluate(width)
+    for number in range(5, 21):
+        page.browser.evaluate(SET % (json.dumps(f"row_{number}"), json.dumps("yes")))
+    page.browser.evaluate(SETTLED)
+    assert page.browser.evaluate(width) == before
+    page.browser.evaluate(f"({STACK}.inputs.forEach(input => delete input.label), true)")
+    page.browser.evaluate(RELOAD)
+    assert page.browser.evaluate(width) == before
+    assert page.browser.evaluate(f"{STACK}.inputs.filter(input => input.name.endsWith('lora_20'))[0].label") == "lora_20"
