@@ -46,7 +46,8 @@ def row_inputs(names: Sequence[str], number: int = 1) -> list[io.Input]:
         *_fields(names, number),
         _opening(f"more_{number}", _more(number), "Whether the row shows its further settings: words, strength for "
                  "CLIP, role, mask and when it acts. no: they have their defaults."),
-        *([_opening(f"row_{number + 1}", row_inputs(names, number + 1), "Whether there is another row below.")]
+        *([_opening(f"row_{number + 1}", row_inputs(names, number + 1), "Whether there is another row below. no: it "
+                   "is taken away with all below it and what they hold.")]
           if number < MOST_ROWS else []),
     ]  # fmt: skip
 

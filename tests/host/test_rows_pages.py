@@ -45,8 +45,8 @@ def test_rows_are_saved_reloaded_muted_and_bypassed_whole(page: FrontEnd):  # no
 
 
 def test_a_node_of_many_rows_is_no_wider(page: FrontEnd):  # noqa: F811
-    """Its inputs are named by the whole way to them, and stand on the node by the last part, also once it is loaded from
-    a file that has the whole names alone."""
+    """Its inputs are named by the whole way to them, and stand on the node by the last part, also once it is loaded
+    from a file that has the whole names alone."""
     page.open_template("sdxl_four_loras")
     width = f"{STACK}.size[0]"
     before = page.browser.evaluate(width)
@@ -57,4 +57,5 @@ def test_a_node_of_many_rows_is_no_wider(page: FrontEnd):  # noqa: F811
     page.browser.evaluate(f"({STACK}.inputs.forEach(input => delete input.label), true)")
     page.browser.evaluate(RELOAD)
     assert page.browser.evaluate(width) == before
-    assert page.browser.evaluate(f"{STACK}.inputs.filter(input => input.name.endsWith('lora_20'))[0].label") == "lora_20"
+    last = f"{STACK}.inputs.find(input => input.name.endsWith('lora_20'))"
+    assert page.browser.evaluate(f"{last}.label") == "lora_20"
