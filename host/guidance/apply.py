@@ -17,8 +17,8 @@ from ...methods.session import RunContext
 from ..compose.composition import TOLD
 from ..compose.context import guidance_context, run_context
 from ..compose.earlier import Left, bare, marks
-from ..compose.probe import CONTRAST
 from ..compose.steps import tracked
+from ..compose.variants import CONTRAST
 from .identity import describe_model
 from .left import Guided, GuidedRuns
 from .run import GuidedRun
