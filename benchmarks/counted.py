@@ -3,7 +3,7 @@
 
 Start it with the interpreter that ComfyUI runs in. Counts the operations of SD1.5 (512 x 512), SDXL and Flux (1024 x
 1024) at full size, with --models also of Qwen-Image (1024 x 1024) and Wan (480 x 480, two latent frames), whole and
-cut, on tensors without memory: no weights, no device, nothing timed. One JSON line per model, then two tables: what a
+cut, on tensors without memory: no weights, no device, nothing timed. Two tables: what a
 run takes with an interval and a depth, as a share of the operations of a run without a cache, held, forecast (which has
 the second step whole as well) and, where the model has a negative, forecast with extrapolated guidance; and what the
 node's budgets choose.
@@ -29,7 +29,7 @@ from ..kernels.guidance import steps_among
 from ..methods.guidance.extrapolated import Extrapolation, widest
 from ..methods.schedule import LONGEST, BySteps, Schedule, Uniform, schedules, within
 from . import models
-from .measure import Results, parser_of
+from .measure import parser_of
 
 SIZES = {"SD1.5": (64, 77), "SDXL": (128, 77), "Flux": (128, 512), "Qwen-Image": (128, 77), "Wan": (60, 77)}
 """Name -> (side of the latent, tokens of the text)."""
@@ -38,13 +38,13 @@ USUAL = ("SD1.5", "SDXL", "Flux")
 DEPTHS = (1, 2, 3)
 
 
-def shares(name: str) -> tuple[int, Mapping[int, float]]:
+def shares(name: str, scale: float = 1.0) -> tuple[int, Mapping[int, float]]:
     """(operations of a whole call, per depth the share of one that is cut there), of one row."""
     from ..host.families.work import work_of
 
     size, tokens = SIZES[name]
     architecture = models.ARCHITECTURES[name]
-    model = models.build(name, 1.0, torch.float32, torch.device("meta")).model
+    model = models.build(name, scale, torch.float32, torch.device("meta")).model
     config = model.model_config.unet_config
     pooled = config.get("vec_in_dim") if name == "Flux" else config.get("adm_in_channels")
     conds = {"y": torch.zeros(1, pooled)} if pooled else {}
@@ -96,13 +96,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.7, 0.6, 0.5, 0.4, 0.3])
     options = parser.parse_args(arguments)
-    tell, found = Results(torch.device("cpu"), comfyui=models.start_comfyui(options.comfyui, "cpu")), {}
-    for name in options.models:
-        whole, found[name] = shares(name)
-        tell("counted", model=name, size=8 * SIZES[name][0], frames=FRAMES.get(name, 1), tokens=SIZES[name][1],
-             sides=1 + (models.ARCHITECTURES[name].cfg != 1), operations=float(whole), depths=list(found[name]),
-             shares=list(found[name].values()), steps=options.steps, cached=within(
-                 1.0, options.steps, {2: found[name][2]}, [Uniform(3, 2)]).share)
+    models.start_comfyui(options.comfyui, "cpu")
+    found = {name: shares(name)[1] for name in options.models}
     sys.stdout.write(f"\n{intervals_table(found, options.steps)}\n\n"
                      f"{budgets_table(found, options.steps, options.budgets)}\n")
 

@@ -2,6 +2,7 @@
 """What every method costs on a model: time, evaluations and memory, with each way of saving, beside ComfyUI's own ways.
 
     python3 benchmarks/methods.py --comfyui PATH [--device cuda --model SDXL --size 1024 --n 5 2 10] >> results.jsonl
+    python3 benchmarks/methods.py --comfyui PATH --device meta --model SDXL --size 1024 --n 2 5 10 >> results.jsonl
     python3 benchmarks/table.py results.jsonl --write                                             into RESULTS.md
 
 Start it with the interpreter that ComfyUI runs in. The model has a true architecture and random weights (models.py).
@@ -12,12 +13,19 @@ nothing is begun any more. Prints one JSON object per result, as soon as it is t
     way          the plain model; ComfyUI's loaders, LoRAs in the weights; its hooks, one LoRA per evaluation; a method
     saving       none; guidance: extrapolated, 30 % of the evaluations saved; cache: forecast, the second and every
                  third step whole; both; always on: one LoRA more, of role `always`
-    seconds      of all steps of a run but the first; `first_seconds`: of that one
+    seconds      of all steps of a run but the first; `first_seconds`: of that one; `cpu_`: processor time of all
+                 threads, which other programs on a CPU hardly change
     host         processor time of the sampling thread in those steps until all was queued for the device; on a CPU it
                  holds torch's work of that thread
     rows         samples that the model evaluated in the run, whole or (cache) in part
     bytes        peak of a run above the level before it, at which the LoRAs are there already: `bank_bytes`
     sweep        what is varied, "" in the table of methods
+
+On the device `meta` there are no weights and nothing is timed: the products of a whole run are counted (weightless.py),
+two operations for each multiply-add of layers, convolutions, attention and LoRAs, and do not depend on the machine.
+ComfyUI's own ways are not among them: its loaders take what the plain model takes, its hooks that for every LoRA.
+
+    operations   of a whole run, its first step and Routed's look for words with it
 """
 
 from __future__ import annotations
@@ -35,10 +43,11 @@ import argparse
 import gc
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from time import time
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -55,6 +64,9 @@ from .measure import Peak, Results, Seconds, median, parser_of, total
 from .models import STRENGTH
 from .routing import with_clauses
 
+if TYPE_CHECKING:
+    from .weightless import Remembered
+
 METHODS = {"Merge": Merge, "Routed": Merge, "Composite": Composite, "LoRAtorio": LoRAtorio,
            "CMLoRA": partial(CMLoRA, cache_age=0)}
 SAVINGS = ("none", "guidance", "cache", "both", "always on")
@@ -69,6 +81,8 @@ class Way:
     model: object
     conds: Sequence[list]
     bank: int = 0
+    blocks: Remembered | None = None
+    operations: int = 0
     rows: int = 0
     bytes: int = 0
     evaluated: list[int] = field(default_factory=list)
@@ -90,6 +104,11 @@ class Way:
         self.model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "benchmark", counted)
 
     def run(self, noise: Tensor, steps: int, cfg: float) -> None:
+        if self.blocks is not None:
+            with self.blocks.of(self.model) as counted:
+                models.sampled(self.model, *self.conds, noise, steps, cfg)
+            self.operations, self.rows = counted(), sum(self.evaluated)
+            return
         models.sampled(self.model, *self.conds, noise, 1, cfg)
         self.evaluated.clear()
         with collected(), Peak(self.model.load_device) as peak:
@@ -196,10 +215,11 @@ def plan(options: argparse.Namespace) -> list[tuple[Case, Cells]]:
 class Bench:
     """A model with what its cases need: files, prompts, how long the plain model takes."""
 
-    def __init__(self, model, folder: Path, options: argparse.Namespace, tell: Results):
-        self.model, self.folder, self.options, self.tell = model, folder, options, tell
+    def __init__(self, model, folder: Path, options: argparse.Namespace, tell: Results,
+                 blocks: Remembered | None = None):
+        self.model, self.folder, self.options, self.tell, self.blocks = model, folder, options, tell, blocks
         self.architecture = models.ARCHITECTURES[options.model]
-        self.plain: dict[Case, float] = {}
+        self.plain: dict[Case, dict[str, float]] = {}
 
     @cached_property
     def most(self) -> int:
@@ -211,10 +231,17 @@ class Bench:
         folder = self.folder / str(case.rank)
         if not folder.exists():
             folder.mkdir()
-            models.write_loras(folder, self.options.model, self.model, [case.rank] * count, self.options.scope,
-                               self.options.device)
-        files = [folder / f"{self.options.model}-{i}-rank{case.rank}.safetensors" for i in range(count)]
+            written = 1 if self.blocks else count  # without their numbers all are alike
+            first, *_ = models.write_loras(folder, self.options.model, self.model, [case.rank] * written,
+                                           self.options.scope, "cuda" if self.options.device == "cuda" else "cpu")
+            for file in self._names(case, count)[written:]:
+                file.hardlink_to(first)
+        files = self._names(case, count)
         return files[:case.n], files[-1]
+
+    def _names(self, case: Case, count: int) -> list[Path]:
+        folder = self.folder / str(case.rank)
+        return [folder / f"{self.options.model}-{i}-rank{case.rank}.safetensors" for i in range(count)]
 
     def way(self, case: Case, name: str, how: str, conds: Sequence[list]) -> Way:
         files, always = self.files(case)
@@ -242,6 +269,7 @@ class Bench:
                 try:
                     if round_ == 0:
                         ways[cell] = self.way(case, *cell, conds)
+                        ways[cell].blocks = self.blocks
                     ways[cell].run(noise, case.steps, self.architecture.cfg)
                 except RuntimeError as e:  # as a lack of memory is
                     left.append(f"{case} {cell}: {e}")
@@ -252,12 +280,18 @@ class Bench:
         return left
 
     def report(self, case: Case, name: str, how: str, way: Way) -> None:
-        later = median(way.later)
+        later, found = None if self.blocks else median(way.later), {"way": name, "saving": how, **asdict(case)}
+        costs = {"": float(way.operations)} if later is None else {"": later.wall, "cpu_": later.cpu}
         if name == PLAIN:
-            self.plain[case] = later.wall
-        ratio = {"ratio": later.wall / self.plain[case]} if case in self.plain else {}
-        self.tell("method", way=name, saving=how, **asdict(case), seconds=later.wall, **ratio, host=later.thread,
-                  cpu_seconds=later.cpu, first_seconds=median(way.first).wall, rows=way.rows, bytes=way.bytes,
+            self.plain[case] = costs
+        if case in self.plain:
+            found |= {f"{kind}ratio": cost / self.plain[case][kind] for kind, cost in costs.items()}
+        if later is None:
+            self.tell("operations", **found, operations=costs[""], rows=way.rows)
+            return
+        first = median(way.first)
+        self.tell("method", **found, seconds=later.wall, host=later.thread, cpu_seconds=later.cpu,
+                  first_seconds=first.wall, cpu_first_seconds=first.cpu, rows=way.rows, bytes=way.bytes,
                   bank_bytes=way.bank)
 
 
@@ -268,7 +302,8 @@ def bank_bytes(composed) -> int:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = parser_of("methods", __doc__)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--device", choices=["cpu", "cuda", "meta"], default="cpu",
+                        help="meta: count operations, time nothing")
     parser.add_argument("--model", choices=list(models.ARCHITECTURES), default="SD1.5")
     parser.add_argument("--size", type=int, nargs="+", default=[256], help="picture size in pixels; more: varied")
     parser.add_argument("--frames", type=int, default=1, help="latent frames, where the model has some")
@@ -294,6 +329,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     for name, usual in (("loaders", "n"), ("hooks", "n"), ("saved_n", "n"), ("saved_methods", "methods")):
         if getattr(options, name) is None:
             setattr(options, name, getattr(options, usual))
+    if options.device == "meta":
+        options.loaders, options.hooks = [], []
     return options
 
 
@@ -303,13 +340,18 @@ def main(arguments: list[str]) -> None:
     options, begun = parse(arguments), psutil.Process().create_time()
     version = models.start_comfyui(options.comfyui, options.device)
     device = torch.device(options.device)
-    dtype = torch.float32 if options.device == "cpu" else models.ARCHITECTURES[options.model].dtype
+    dtype = models.ARCHITECTURES[options.model].dtype if device.type == "cuda" else torch.float32
     model = models.build(options.model, options.scale, dtype, device)
     models.settle(model)
-    tell = Results(device, comfyui=version, model=options.model, dtype=str(dtype).removeprefix("torch."),
+    tell = Results(model.load_device, comfyui=version, model=options.model, dtype=str(dtype).removeprefix("torch."),
                    frames=options.frames, scale=options.scale, scope=options.scope, quick=options.scale != 1)
-    with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(model, Path(folder), options, tell)
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as counting:
+        blocks = None
+        if device.type == "meta":
+            from .weightless import weightless
+
+            blocks = counting.enter_context(weightless(model))
+        bench = Bench(model, Path(folder), options, tell, blocks)
         for case, cells in plan(options):
             for words in bench.measure(case, cells, lambda: time() - begun > options.seconds):
                 sys.stderr.write(f"left out: {words}\n")

@@ -114,7 +114,9 @@ def start_comfyui(path: Path, device: str) -> str:
     sys.path.insert(0, str(path))
     import comfy.cli_args
 
-    comfy.cli_args.args.cpu = device == "cpu"
+    comfy.cli_args.args.cpu = device != "cuda"
+    if device == "meta":  # an attention that does not ask how much memory there is
+        comfy.cli_args.args.use_pytorch_cross_attention = True
     import comfyui_version
 
     return comfyui_version.__version__

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Pictures of what methods.py has measured: `python3 benchmarks/plots.py RESULTS.jsonl ... [--out FOLDER]`.
+"""Pictures of what methods.py has measured and counted: `python3 benchmarks/plots.py RESULTS.jsonl ... [--out FOLDER]`.
 
-How the time of a step grows with the number of LoRAs, their rank and the size of the picture, and that of a run with
-its steps, for docs/scaling.md; each picture on light paper and on dark. Of results from several machines or days those
-of the last line count. Needs torch, numpy and Pillow, no ComfyUI.
+How the time of a step grows with the number of LoRAs, their rank and the size of the picture, that of a run with its
+steps, and what a run computes with either, for docs/scaling.md; each picture on light paper and on dark. Of several
+machines or days the one with most results counts. Needs torch, numpy and Pillow, no ComfyUI.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from PIL import Image
 from ..host.look.chart import Lines, Series
 from ..host.look.sheet import Beside, Text, sheet
 from ..host.look.theme import THEMES, Theme
-from .table import OF_METHODS, place, read, whole
+from .table import RUN, place, read, sized, whole
 
 OUT = Path(__file__).resolve().parents[1] / "docs" / "scaling"
 WAYS = ("Merge", "Composite", "LoRAtorio", "Routed", "CMLoRA", "ComfyUI's hooks", "plain model")
@@ -36,11 +36,13 @@ SAVINGS = {"none": "every evaluation", "guidance": "extrapolated guidance", "cac
 Value = Callable[[dict], float]
 
 
-def of_last_place(records: Sequence[dict]) -> list[dict]:
-    """The results of methods.py from the machine and day of the last one; of one that is there twice the later."""
-    benches, keys, _ = OF_METHODS["Methods"]
-    found = [r for r in records if r["bench"] in benches]
-    return list({tuple(r.get(key) for key in keys): r for r in found if place(r) == place(found[-1])}.values())
+def of_one_place(records: Sequence[dict], bench: str = "method") -> list[dict]:
+    """The results of methods.py from the machine and day that gave most; of one that is there twice the later."""
+    found: dict[str, dict[tuple, dict]] = {}
+    for r in records:
+        if r["bench"] == bench:
+            found.setdefault(place(r), {})[tuple(r.get(key) for key in RUN)] = r
+    return list(max(found.values(), key=len, default={}).values())
 
 
 def step_ms(record: dict) -> float:
@@ -50,6 +52,10 @@ def step_ms(record: dict) -> float:
 def gigabytes(record: dict) -> float:
     """Of a run beyond the model: its peak, and the LoRAs."""
     return (record["bytes"] + record["bank_bytes"]) / 1e9
+
+
+def tera(record: dict) -> float:
+    return record["operations"] / 1e12
 
 
 def along(records: Sequence[dict], axis: str) -> list[dict]:
@@ -78,12 +84,6 @@ def chart(head: str, across: str, xs: Sequence[int], series: Sequence[Series], t
     return Lines(head, series, tall=tall, across=(across, marked), places=places)
 
 
-def model_name(records: Sequence[dict]) -> str:
-    r = records[0]
-    frames = f" x {r['frames']} frames" if r.get("frames", 1) > 1 else ""
-    return f"{r['model']}, {r['size']} x {r['size']}{frames}"
-
-
 def over(records: Sequence[dict], axis: str, across: str, head: str, theme: Theme, value: Value = step_ms,
          ways: Sequence[str] = WAYS) -> Lines | None:
     """A chart of the ways over `axis`; None where there are no two places."""
@@ -97,32 +97,45 @@ def over(records: Sequence[dict], axis: str, across: str, head: str, theme: Them
     return chart(head, across, xs, [Series(way, named[way], colours[way]) for way in ways if way in named])
 
 
-def runs(records: Sequence[dict], way: str, theme: Theme) -> Lines | None:
+def runs(records: Sequence[dict], way: str, theme: Theme, unit: str = "s", value: Value = whole) -> Lines | None:
     """A chart of whole runs over their steps, a curve per way of saving; None where that was not measured."""
     found = [r for r in along(records, "steps") if r["way"] == way and r["saving"] in SAVINGS]
-    xs, named = curves(found, "steps", lambda r: SAVINGS[r["saving"]], whole)
+    xs, named = curves(found, "steps", lambda r: SAVINGS[r["saving"]], value)
     if len(xs) < 2:
         return None
-    head = f"{way} of {found[0]['n']}: a run, s"
+    head = f"{found[0]['model']}, {way} of {found[0]['n']}: a run, {unit}"
     return chart(head, "steps of a run", xs, [Series(name, named[name], theme.colour(i))
                                               for i, name in enumerate(SAVINGS.values()) if name in named])
 
 
-def blocks_of(by_model: Mapping[str, Sequence[dict]], theme: Theme) -> dict[str, tuple[str, list[Lines | None]]]:
-    """Name of a picture -> (title, charts)."""
+Charts = dict[str, tuple[str, list[Lines | None]]]
+"""Name of a picture -> (title, charts)."""
+
+
+def times(by_model: Mapping[str, Sequence[dict]], theme: Theme) -> Charts:
     def each(make: Callable[[Sequence[dict]], Lines | None]) -> list[Lines | None]:
         return [make(records) for records in by_model.values()]
 
     return {
         "number": ("More LoRAs", each(lambda found: over(
-            found, "n", "LoRAs", f"{model_name(found)}: a step, ms", theme))),
+            found, "n", "LoRAs", f"{sized(found[0])}: a step, ms", theme))),
         "memory": ("More LoRAs: memory beyond the model", each(lambda found: over(
-            found, "n", "LoRAs", f"{model_name(found)}: GB", theme, gigabytes, WAYS[:-1]))),
+            found, "n", "LoRAs", f"{sized(found[0])}: GB", theme, gigabytes, WAYS[:-1]))),
         "rank-and-size": ("LoRAs of larger rank, larger pictures", [
-            *each(lambda found: over(found, "rank", "rank", f"{model_name(found)}: a step, ms", theme)),
+            *each(lambda found: over(found, "rank", "rank", f"{sized(found[0])}: a step, ms", theme)),
             *each(lambda found: over(found, "size", "side in pixels", f"{found[0]['model']}: a step, ms", theme))]),
         "steps": ("More steps", [runs(found, way, theme) for found in by_model.values()
                                  for way in ("Merge", "Composite")]),
+    }
+
+
+def counts(by_model: Mapping[str, Sequence[dict]], theme: Theme) -> Charts:
+    found = by_model.values()
+    return {
+        "operations": ("More LoRAs: operations", [
+            over(each, "n", "LoRAs", f"{sized(each[0])}: a run, 10^12", theme, tera) for each in found]),
+        "operations-steps": ("More steps: operations", [
+            runs(each, "Composite", theme, "10^12", tera) for each in found]),
     }
 
 
@@ -136,18 +149,19 @@ def picture(title: str, charts: Sequence[Lines], note: str, theme: Theme) -> Ima
 
 def draw(records: Sequence[dict], out: Path) -> list[Path]:
     """The pictures that some results give, written."""
-    found = of_last_place(records)
-    by_model: dict[str, list[dict]] = {}
-    for record in found:
-        by_model.setdefault(record["model"], []).append(record)
     written = []
-    for paper, theme in THEMES.items():
-        for name, (title, charts) in blocks_of(by_model, theme).items():
-            charts = [one for one in charts if one is not None]
-            if charts:
-                out.mkdir(parents=True, exist_ok=True)
-                written.append(out / f"{name}-{paper}.png")
-                picture(title, charts, place(found[-1]), theme).save(written[-1], optimize=True)
+    for bench, make in (("method", times), ("operations", counts)):
+        found = of_one_place(records, bench)
+        by_model: dict[str, list[dict]] = {}
+        for record in found:
+            by_model.setdefault(record["model"], []).append(record)
+        for paper, theme in THEMES.items():
+            for name, (title, charts) in make(by_model, theme).items():
+                charts = [one for one in charts if one is not None]
+                if charts:
+                    out.mkdir(parents=True, exist_ok=True)
+                    written.append(out / f"{name}-{paper}.png")
+                    picture(title, charts, place(found[-1]), theme).save(written[-1], optimize=True)
     return written
 
 

@@ -3,9 +3,9 @@
 
 Reads the lines of JSON that the benchmarks print (others are passed over) and prints Markdown: the goals, the host's
 time, the price of adapter kinds, each under the machine, the date and the commit that it was measured on.
---write puts that between the markers in benchmarks/README.md instead, and what methods.py and counted.py printed into
-RESULTS.md. Of a result that is there several times for one machine and date the last one counts; the commits of a table
-are those of the results that it shows. Needs the standard library alone.
+--write puts that between the markers in benchmarks/README.md instead, and what methods.py printed into RESULTS.md. Of a
+result that is there several times for one machine and date the last one counts; the commits of a table are those of the
+results that it shows. Needs the standard library alone.
 """
 
 from __future__ import annotations
@@ -96,11 +96,10 @@ def method_table(records: Iterable[dict]) -> str:
     """What each way of drawing costs, a line per model, number of LoRAs and way; savings as shares of the time of a
     whole run without. What was measured to be varied is in the pictures."""
     runs: dict[tuple, dict[str, dict]] = {}
-    for r in records:
+    for r in map(processor_time, records):
         if r.get("sweep"):
             continue
-        frames = f" x {r['frames']} frames" if r.get("frames", 1) > 1 else ""
-        model = f"{r['model']}, {r['size']} x {r['size']}{frames}, {r['dtype']}, {r['steps']} steps"
+        model = f"{sized(r)}, {r['dtype']}, {r['steps']} steps"
         runs.setdefault((model, r["n"], r["way"]), {})[r["saving"]] = r
     rows, order = [], {model: i for i, model in enumerate(dict.fromkeys(model for model, _, _ in runs))}
     for (model, n, way), here in sorted(runs.items(), key=lambda run: (order[run[0][0]], run[0][1])):
@@ -119,24 +118,45 @@ def method_table(records: Iterable[dict]) -> str:
                      "one more LoRA, always on"], rows)
 
 
+def processor_time(r: dict) -> dict:
+    """A result on a CPU, its times those of the processor, where it has them."""
+    if r["device"] != "cpu" or "cpu_ratio" not in r:
+        return r
+    return r | {name: r[f"cpu_{name}"] for name in ("seconds", "first_seconds", "ratio")}
+
+
 def whole(run: dict) -> float:
     """Seconds of a run of methods.py, its first step with it."""
     return run["first_seconds"] + run["seconds"]
 
 
-def counted_table(records: Iterable[dict]) -> str:
-    """Operations of a step of the ways whose evaluations are known beforehand, without the LoRAs' own products."""
-    rows = []
+def operations_table(records: Iterable[dict]) -> str:
+    """What whole runs compute, a line per model and way; savings as shares of a run of as many LoRAs without: one where
+    all numbers of LoRAs have the same."""
+    runs: dict[tuple[str, str], dict[tuple[int, str], dict]] = {}
     for r in records:
-        frames = f" x {r['frames']} frames" if r["frames"] > 1 else ""
+        if not r.get("sweep"):
+            runs.setdefault((f"{sized(r)}, {r['steps']} steps", r["way"]), {})[r["n"], r["saving"]] = r
+    numbers = sorted({n for found in runs.values() for n, _ in found})
+    rows, order = [], {model: i for i, model in enumerate(dict.fromkeys(model for model, _ in runs))}
+    for (model, way), found in sorted(runs.items(), key=lambda run: order[run[0][0]]):
+        plain = {n: found[n, "none"] for n in numbers if (n, "none") in found}
+        costs = [f"{number(plain[n]['operations'] / 1e12)} (x {plain[n]['ratio']:.2f})" if n in plain else ""
+                 for n in numbers]
 
-        def tera(samples: int, r: dict = r) -> str:
-            return number(r["operations"] * r["sides"] * samples / 1e12)
+        def saved(how: str, found: dict = found, plain: dict = plain) -> str:
+            shares = [f"{found[n, how]['operations'] / plain[n]['operations']:.2f}" for n in plain if (n, how) in found]
+            return f"x {' / '.join(shares if len(set(shares)) > 1 else shares[:1])}" if shares else ""
 
-        rows.append([f"{r['model']}, {r['size']} x {r['size']}{frames}", number(r["operations"] / 1e12), tera(1),
-                     *(f"{tera(n)} / {tera(n + 1)}" for n in (2, 5, 10)), f"x {r['cached']:.2f}"])
-    return markdown(["model", "one sample", "plain model, Merge, Routed", "Composite or hooks / LoRAtorio of 2", "of 5",
-                     "of 10", "forecast cache, 20 steps"], rows)
+        rows.append([model, way, *costs, *(saved(how) for how in ("guidance", "cache", "both", "always on"))])
+    return markdown(["model", "way", *(f"{n} LoRAs" for n in numbers), "extrapolated guidance", "forecast cache",
+                     "both", "one more LoRA, always on"], rows)
+
+
+def sized(record: dict) -> str:
+    """The model of a result of methods.py, and what it drew."""
+    frames = f" x {record['frames']} frames" if record.get("frames", 1) > 1 else ""
+    return f"{record['model']}, {record['size']} x {record['size']}{frames}"
 
 
 TABLES: dict[str, tuple[tuple[str, ...], tuple[str, ...], Callable[[Iterable[dict]], str]]] = {
@@ -147,10 +167,12 @@ TABLES: dict[str, tuple[tuple[str, ...], tuple[str, ...], Callable[[Iterable[dic
     "Compiled models": (("compiled",), ("model", "size", "by_block", "n", "way", "backend"), compiled_table),
 }
 """Title -> (benchmarks it shows, what tells their results apart, how it is made)."""
+RUN = "model", "size", "frames", "n", "rank", "steps", "sweep", "way", "saving"
 OF_METHODS: dict[str, tuple[tuple[str, ...], tuple[str, ...], Callable[[Iterable[dict]], str]]] = {
-    "Methods": (("method",), ("model", "size", "frames", "n", "rank", "steps", "sweep", "way", "saving"), method_table),
-    "Operations of a step, in 10^12": (("counted",), ("model", "size"), counted_table),
+    "Operations of a run, in 10^12": (("operations",), RUN, operations_table),
+    "Times": (("method",), RUN, method_table),
 }
+"""The same of what methods.py prints."""
 
 
 def place(record: dict) -> str:

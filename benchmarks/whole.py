@@ -8,7 +8,6 @@ from time import perf_counter
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from .measure import Seconds, difference, median, synchronize, total
 from .methods import saving
@@ -66,9 +65,11 @@ def bench_floor(composed, conds: list, noise: Tensor, steps: int, cfg: float, dt
     def step(model) -> float:
         return median(sampled(model, *conds, noise, steps, cfg)[1][1:]).wall
 
-    with FlopCounterMode(display=False) as counter:  # looks at every operation: slow
+    from ..host.families.work import Operations
+
+    with Operations() as counter:  # looks at every operation: slow
         sampled(composed, *conds, noise, 1, cfg)
-    operations = counter.get_total_flops()
+    operations = counter.total
     step(composed)
     rate = matrix_rate(composed.load_device, dtype)
     found = {"operations": float(operations), "rate": rate, "seconds": step(composed)}

@@ -124,6 +124,9 @@ def test_the_table_of_methods():
     assert "| 2 | Merge | 2.00 | x 2.00 | 250 | 1.00 | 10 | 0.52 | x 0.75 |  |  |  |" in text and "Routed" not in text
     assert "| 20.0 |" not in text and text.index("| 1 | Merge | 4.00") < text.index("| 2 | plain model")
     assert "| Wan, 256 x 256 x 2 frames, float32, 5 steps |" in text
+    busy = [line | {"cpu_seconds": line["seconds"] / 2, "cpu_first_seconds": line["first_seconds"] / 2, "cpu_ratio": 3}
+            for line in records]
+    assert "| 2 | Merge | 1.00 | x 3.00 | 250 | 0.500 | 10 |" in table.tables(busy, table.OF_METHODS)
     unsaid = {key: value for key, value in records[0].items() if key != "first_seconds"}
     assert "| x 1.00 | 125 |  | 10 |" in table.tables([unsaid], table.OF_METHODS)
     assert not table.tables(records) and table.RESULTS.read_text(encoding="utf-8").count(table.BEGIN) == 1
@@ -141,10 +144,19 @@ def test_the_table_of_compiled_models():
 
 
 def test_the_table_of_operations():
-    record = {"bench": "counted", "model": "Wan", "size": 480, "frames": 2, "sides": 2, "operations": 4e13,
-              "cached": 0.456, **STAMP}
-    text = table.tables([record], table.OF_METHODS)
-    assert "| Wan, 480 x 480 x 2 frames | 40.0 | 80.0 | 160 / 240 | 400 / 480 | 800 / 880 | x 0.46 |" in text
+    def line(way: str, n: int, operations: float, saving: str = "none", **more) -> dict:
+        return {"bench": "operations", "model": "Wan", "size": 480, "frames": 2, "n": n, "rank": 16, "steps": 20,
+                "sweep": "", "way": way, "saving": saving, "rows": 40, "operations": operations,
+                "ratio": operations / 4e13, **STAMP, **more}
+
+    records = [line("plain model", 5, 4e13), line("Merge", 5, 5e13), line("Merge", 5, 4e13, "cache"),
+               line("plain model", 2, 4e13), line("Merge", 2, 4.5e13), line("Merge", 2, 3e13, "cache"),
+               line("Merge", 5, 1e13, "both"), line("Merge", 5, 9e13, steps=40, sweep="steps")]
+    text = table.tables(records, table.OF_METHODS)
+    assert "| model | way | 2 LoRAs | 5 LoRAs | extrapolated guidance |" in text
+    assert "| Wan, 480 x 480 x 2 frames, 20 steps | plain model | 40.0 (x 1.00) | 40.0 (x 1.00) |  |  |  |  |" in text
+    assert "| Merge | 45.0 (x 1.12) | 50.0 (x 1.25) |  | x 0.67 / 0.80 | x 0.20 |  |" in text and "90.0" not in text
+    assert "| x 0.80 |" in table.tables(records[:3], table.OF_METHODS)
 
 
 def test_operations_of_a_run_with_cache_and_guidance():

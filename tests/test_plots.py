@@ -29,12 +29,18 @@ LINES = [line("plain model"), line(), line("Composite", seconds=35.0), line(n=2)
          *(line(saving=how, seconds=9.0, steps=20, sweep="steps") for how in plots.SAVINGS)]
 
 
+COUNTED = [{**line(way, n=n, **more), "bench": "operations", "operations": 1e12 * n * steps, "steps": steps}
+           for way in ("Merge", "Composite") for n in (2, 5)
+           for steps, more in ((8, {}), (20, {"sweep": "steps"})) if n == 5 or steps == 8]
+
+
 def test_what_is_drawn(tmp_path):
     """A picture on either paper for all that was varied, and none for what was not."""
     file = tmp_path / "results.jsonl"
-    file.write_text("\n".join(map(json.dumps, LINES)), encoding="utf-8")
+    file.write_text("\n".join(map(json.dumps, LINES + COUNTED)), encoding="utf-8")
     plots.main([str(file), "--out", str(tmp_path / "out")])
-    names = {f"{name}-{paper}.png" for name in ("number", "memory", "rank-and-size", "steps") for paper in THEMES}
+    names = {f"{name}-{paper}.png" for paper in THEMES for name in (
+        "number", "memory", "rank-and-size", "steps", "operations", "operations-steps")}
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
     assert all(Image.open(tmp_path / "out" / name).width == 1024 for name in names)
     file.write_text(json.dumps(line()), encoding="utf-8")
@@ -56,12 +62,14 @@ def test_a_chart_holds_what_was_measured():
     assert {one.name: one.values for one in run.series} == {
         "every evaluation": [8, 10], "extrapolated guidance": [6, 10], "forecast cache": [6, 10],
         "guidance and cache": [None, 10]}
+    run = plots.runs(COUNTED, "Composite", LIGHT, "10^12", plots.tera)
+    assert run.head == "SDXL, Composite of 5: a run, 10^12" and [one.values for one in run.series] == [[40, 100]]
     assert plots.runs(LINES, "Composite", LIGHT) is None and plots.over([line()], "n", "", "", LIGHT) is None
 
 
-def test_the_last_machine_and_day_count_and_of_one_result_the_later():
+def test_the_machine_and_day_with_most_results_counts_and_of_one_result_the_later():
     old, other = line(seconds=1.0, date="2026-01-01"), line(seconds=2.0, cpu="another")
-    found = plots.of_last_place([old, other, line(seconds=3.0), {"bench": "goal"}, line(seconds=4.0), line(n=2)])
+    found = plots.of_one_place([old, line(seconds=3.0), {"bench": "goal"}, line(seconds=4.0), line(n=2), other])
     assert [(r["n"], r["seconds"]) for r in found] == [(5, 4.0), (2, 7.0)]
 
 

@@ -26,6 +26,9 @@ from .split_points import SplitPoint, split_point_of
 META = torch.device("meta")
 DEEPEST = 12
 """Blocks at either end that may be computed in every call: more of them save too little."""
+FORMULAS = {**flop_registry, torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm],
+            torch.ops.aten.baddbmm_: flop_registry[torch.ops.aten.baddbmm]}
+"""What is counted: torch's own list leaves out products that are added in place, as those of LoRAs are."""
 _KNOWN: WeakKeyDictionary[nn.Module, dict[tuple, Work | str]] = WeakKeyDictionary()
 _OF_OTHERS = ("patches", "patches_replace", "wrappers", "callbacks", "context_window")
 
@@ -103,7 +106,7 @@ def _attention(_, *args, **kwargs) -> Tensor:
     return comfy.ldm.modules.attention.attention_pytorch(*args, **kwargs)
 
 
-class _Operations(TorchDispatchMode):
+class Operations(TorchDispatchMode):
     """Counts what is computed while it is open, in all and within the calls of some modules; torch's own counter
     follows all modules and takes twenty times as long.
 
@@ -111,7 +114,7 @@ class _Operations(TorchDispatchMode):
     within   per module the same, of its own calls
     """
 
-    def __init__(self, modules: Sequence[nn.Module]):
+    def __init__(self, modules: Sequence[nn.Module] = ()):
         super().__init__()
         self.total, self.within = 0, Counter()
         self._since: dict[nn.Module, int] = {}
@@ -120,7 +123,7 @@ class _Operations(TorchDispatchMode):
             module.register_forward_hook(self._leave)
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        kwargs, known = kwargs or {}, flop_registry.get(op._overloadpacket)
+        kwargs, known = kwargs or {}, FORMULAS.get(op._overloadpacket)
         if known is None:  # made of others, as layers are
             with self:
                 made = op.decompose(*args, **kwargs)
@@ -144,7 +147,7 @@ def _counted(twin: nn.Module, args: tuple, kwargs: dict) -> Work:
         if isinstance(split, str):
             break
         splits[depth] = split
-    with torch.inference_mode(), _Operations(splits[1].deep) as counted:
+    with torch.inference_mode(), Operations(splits[1].deep) as counted:
         twin(*args, **kwargs)
     return Work(counted.total, {depth: counted.total - sum(counted.within[module] for module in split.deep)
                                 for depth, split in splits.items()})

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,8 +15,12 @@ import comfy.sd
 import pytest
 import torch
 from lora_ensemble.benchmarks import counted, int8, methods, models, packed, speed
+from lora_ensemble.benchmarks import weightless as counting
 from lora_ensemble.benchmarks.measure import Results, Seconds
+from lora_ensemble.benchmarks.weightless import weightless
 from lora_ensemble.host.compose import fused
+from lora_ensemble.methods.schedule import Uniform, within
+from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -27,14 +32,18 @@ def told(out: str) -> list[dict]:
 
 
 @pytest.fixture
-def results(capsys, monkeypatch):
-    """`results(module, *arguments)`: what a benchmark tells, run in this process, whose ComfyUI is there already and
-    does not keep its folder of LoRAs."""
+def loras(monkeypatch):
+    """ComfyUI does not keep a folder of LoRAs that a test names."""
     import folder_paths
 
-    monkeypatch.setattr(sys, "path", [*sys.path])
     folders, kinds = folder_paths.folder_names_and_paths["loras"]
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([*folders], kinds))
+
+
+@pytest.fixture
+def results(capsys, monkeypatch, loras):
+    """`results(module, *arguments)`: what a benchmark tells, run in this process, whose ComfyUI is there already."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
 
     def run(module: str, *arguments: str) -> list[dict]:
         capsys.readouterr()
@@ -116,6 +125,67 @@ def test_every_method(results):
     assert rows["Routed", "none"] == 9 and len(rows) == 9
 
 
+def counted_runs(folder: Path, model: str, *more: str, blocks: int | None = None) -> dict[tuple[str, str], float]:
+    """(way, saving) -> operations of a run of narrow models, counted."""
+    options = methods.parse(["--comfyui", "x", "--device", "meta", "--model", model, "--n", "2", "--rank", "1", *more])
+    built, found = models.build(model, 0.05, torch.float32, torch.device("meta"), blocks), {}
+    models.settle(built)
+
+    def tell(bench: str, **record) -> None:
+        assert bench == "operations"
+        found[record["way"], record["saving"]] = record["operations"]
+
+    with weightless(built) as remembered:
+        bench = methods.Bench(built, folder, options, tell, remembered)
+        assert not [words for case, cells in methods.plan(options) for words in bench.measure(case, cells, bool)]
+    return found
+
+
+def test_operations_of_runs_are_those_of_their_parts(tmp_path, loras):
+    """Held against a step that torch itself counts on a model with weights, and what each LoRA computes for each of its
+    layers' tokens: 2 rank (inputs + outputs)."""
+    model, steps = models.build("SD1.5", 0.05, torch.float32, CPU), 6
+    noise, conds = models.inputs("SD1.5", model, 512)
+    lora = 0
+    with ExitStack() as hooks:
+        for name, weight in models.targets("SD1.5", model, "linear"):
+            def add(layer, args, ends=weight.shape):
+                nonlocal lora
+                lora += 2 * sum(ends) * args[0].numel() // args[0].shape[-1]
+
+            hooks.callback(model.model.diffusion_model.get_submodule(name).register_forward_pre_hook(add).remove)
+        with FlopCounterMode(display=False) as counter:
+            models.sampled(model, *conds, noise, 1)
+    step = counter.get_total_flops()
+    found = counted_runs(tmp_path, "SD1.5", "--size", "512", "--steps", str(steps), "--saved-methods", "Merge",
+                         "--methods", "Merge", "Routed", "Composite", "LoRAtorio",
+                         "--savings", "cache", "both", "always on")
+    assert found["plain model", "none"] == steps * step
+    assert found["Merge", "none"] == steps * (step + 2 * lora)
+    assert found["Merge", "always on"] == steps * (step + 3 * lora)
+    assert found["Composite", "none"] == steps * 2 * (step + lora)
+    weights = found["LoRAtorio", "none"] - steps * (3 * step + 2 * lora)
+    assert 0 < weights < 1e-3 * steps * step, "LoRAtorio compares patches"
+    assert 0.5 * step < found["Routed", "none"] - found["Merge", "none"] < 1.5 * step, "one side of a step, and reading"
+    _, rests = counted.shares("SD1.5", 0.05)
+    cached = within(1.0, steps, {2: rests[2]}, [Uniform(3, 2)]).share
+    both = counted.with_guidance(steps, Uniform(3, 2), rests[2])
+    assert found["Merge", "cache"] / found["Merge", "none"] == pytest.approx(cached, rel=0.01)
+    assert found["Merge", "both"] / found["Merge", "none"] == pytest.approx(both, rel=0.01)
+
+
+def test_blocks_are_remembered_as_they_are(tmp_path, loras, monkeypatch):
+    """What is counted of a run is the same without: also where blocks are cached, read, and asked what LoRAs do."""
+    asked = ("--size", "64", "--steps", "10", "--methods", "Routed", "CMLoRA", "--savings", "none", "cache")
+    found = []
+    for part in ("as it is", "without"):
+        (tmp_path / part).mkdir()
+        found.append(counted_runs(tmp_path / part, "Flux", *asked, blocks=3))
+        monkeypatch.setattr(counting, "split_point_of", lambda root, depth: SimpleNamespace(deep=[]))
+    assert found[0] == found[1] and len(found[0]) == 4
+    assert found[0]["CMLoRA", "none"] < 2 * found[0]["plain model", "none"] < 4 * found[0]["Routed", "cache"]
+
+
 def test_compiled_models(results):
     """With LoRAs there are no more graphs than without, and the picture is that of the model as it is."""
     pytest.importorskip("comfy_api.torch_helpers", reason="this ComfyUI has no torch.compile wrapper")
@@ -127,12 +197,8 @@ def test_compiled_models(results):
     assert merged["graphs"] == plain["graphs"] > 0 == as_it_is["graphs"] and merged["difference"] < 1e-5
 
 
-def test_a_model_that_is_there_already_draws_what_a_loaded_one_does(tmp_path, monkeypatch):
+def test_a_model_that_is_there_already_draws_what_a_loaded_one_does(tmp_path, loras):
     """Also after LoRAs were in its weights."""
-    import folder_paths
-
-    folders, kinds = folder_paths.folder_names_and_paths["loras"]
-    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([*folders], kinds))
     pictures = []
     for settle in (models.settle, lambda model: None):
         model = models.build("SD1.5", 0.05, torch.float32, CPU)
