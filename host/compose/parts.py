@@ -18,16 +18,17 @@ Wrapper = Callable[[Callable, dict], Tensor]
 """A function wrapper, as the host calls it: (the model, what to call it with) -> prediction."""
 
 
-def with_parts(wrapper: Wrapper, aside: Callable[[], bool]) -> Wrapper:
+def with_parts(wrapper: Wrapper, aside: Callable[[], bool], placed: bool) -> Wrapper:
     """A function wrapper whose calls of the model say which parts of the picture they bring.
 
-    aside   whether the evaluation is none of the sampler's: then the picture is evaluated as a whole
+    aside    whether the evaluation is none of the sampler's: then the picture is evaluated as a whole
+    placed   whether it matters where the parts are: they are found by their values, which waits for the device
     """
     def wrapped(model: Callable, args: dict) -> Tensor:
         given, whole, cut = args["input"], aside(), []
 
         def call(x: Tensor, timestep: Tensor, **conds) -> Tensor:
-            parts = _parts(x, given)
+            parts = _parts(x, given, placed)
             if parts is None:
                 return model(x, timestep, **conds)
             cut.append(parts)
@@ -50,13 +51,13 @@ def inside(areas: Sequence[Area], parts: Sequence[Area]) -> list[Area]:
         for k, area in enumerate(areas) for part in (parts[k // each],)]
 
 
-def _parts(x: Tensor, given: Tensor) -> tuple[Area, ...] | None:
+def _parts(x: Tensor, given: Tensor, placed: bool) -> tuple[Area, ...] | None:
     """The areas in `given` of what a call brings, all rows of one part after those of another; None where it brings
-    what was given, or something else altogether. An area is None where it is not found."""
+    what was given, or something else altogether. An area is None where it is not found, or not asked for."""
     times, rest = divmod(len(x), len(given))
     if rest or not times or x.ndim != given.ndim or x.shape[1:-2] != given.shape[1:-2] or x.shape == given.shape:
         return None
-    if x.shape[1:] == given.shape[1:]:
+    if not placed or x.shape[1:] == given.shape[1:]:
         return (None,) * times
     return tuple(_area(x[k * len(given)], given[0]) for k in range(times))
 

@@ -9,6 +9,7 @@ from functools import partial
 import comfy.controlnet
 import pytest
 import torch
+from lora_ensemble.host.compose import parts
 from lora_ensemble.host.compose.composition import places_of, record_of
 from torch import Tensor
 
@@ -101,6 +102,16 @@ def test_controls_of_tiles(count, control_model, loras):  # noqa: F811
 
     ensemble = three(model, loras)
     same(drawn(composite(model, ensemble)), sum(drawn(stock(model, [spec])) for spec in ensemble) / 3, drawn(model))
+
+
+def test_nothing_waits_for_the_device_where_no_lora_has_a_place(monkeypatch, loras):
+    """Guard: parts are looked for where places are. To find one reads the latent."""
+    model, searched = base("SD15"), []
+    monkeypatch.setattr(parts, "_area", lambda part, picture: searched.append(part))
+    sample(halves(composite(model, three(model, loras))))
+    assert not searched
+    sample(halves(merge(model, pair(model, loras))))
+    assert searched
 
 
 def test_parts_that_are_in_no_place_of_the_picture(loras):
