@@ -249,7 +249,7 @@ class CMLoRASession(Session):
 
     def mix(self, step: Step, call: Call) -> list[Tensor | None]:
         """The weighted mean of each cond's predictions, in which the leader weighs most."""
-        return [None if p is None else self._mixed(p, call.parts) for p in call.predictions]
+        return [None if p is None else self._mixed(p, call) for p in call.predictions]
 
     def notes(self) -> dict[str, object]:
         """led: index of the leader; weight: its lambda; whole: LoRAs that may not come from a cache; high_share of the
@@ -289,14 +289,15 @@ class CMLoRASession(Session):
         """The high-frequency share of the latent at the last step, by which the next run's first one goes."""
         return None if self._sent is None else self._sent.read()
 
-    def _mixed(self, predictions: Tensor, parts: Parts) -> Tensor:
+    def _mixed(self, predictions: Tensor, call: Call) -> Tensor:
         """sum_i lambda_i e_i = mean + (w - 1) / (w + N - 1) (e_d - mean), which is the mean exactly for w = 1."""
         if len(predictions) == 1:
             return predictions[0]
         lead = self.open.index(self.lead)
-        masks = [self.context.masks[i] for i in self.open] if self.context.masks else []
+        masks = call.masks_of(self.context)
+        masks = [masks[i] for i in self.open] if masks else []
         if any(mask is not None for mask in masks):
-            return (self._where(predictions, lead, masks, parts).to(predictions.dtype) * predictions).sum(dim=0)
+            return (self._where(predictions, lead, masks, call.parts).to(predictions.dtype) * predictions).sum(dim=0)
         share = (self.weight - 1) / (self.weight + len(self.open) - 1)
         return torch.lerp(predictions.mean(dim=0), predictions[lead], share)
 

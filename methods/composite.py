@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,11 +50,11 @@ class ConfinedComposite(Session):
     def branches(self, step: Step) -> tuple[Branch, ...]:
         """The LoRAs whose windows are open, and the base last where there are masks or no LoRA."""
         may = self._open(step)
-        base = (Branch((0.0,) * len(self.method.strengths)),) if self._masks(may) or not may else ()
+        base = (Branch((0.0,) * len(self.method.strengths)),) if self._masks(may, self.context.masks) or not may else ()
         return (*(one_hot(self.method.strengths, i) for i in may), *base)
 
     def mix(self, step: Step, call: Call) -> list[Tensor | None]:
-        masks = self._masks(self._open(step))
+        masks = self._masks(self._open(step), call.masks_of(self.context))
         if not masks:
             return [None if p is None else self.method.mix(step, p) for p in call.predictions]
         return [None if p is None else weighted(p[-1], p[:-1], self._like(p, masks, call.parts))
@@ -62,9 +63,9 @@ class ConfinedComposite(Session):
     def _open(self, step: Step) -> tuple[int, ...]:
         return self.context.open(step.index, len(self.method.strengths))
 
-    def _masks(self, may: tuple[int, ...]) -> list[Tensor | None]:
-        """Of these LoRAs as they are now; none where none of them has one."""
-        masks = [self.context.masks[i] for i in may] if self.context.masks else []
+    def _masks(self, may: tuple[int, ...], masks: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Those of these LoRAs; none where none of them has one."""
+        masks = [masks[i] for i in may] if masks else []
         return masks if any(mask is not None for mask in masks) else []
 
     def _like(self, predictions: Tensor, masks: list[Tensor | None], parts: Parts) -> Tensor:

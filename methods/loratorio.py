@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -98,6 +98,7 @@ class LoRAtorioSession(Session):
         self._asking = False  # whether this step does so
         self._of: tuple[int, Tensor, Tensor] | None = None
         self._weighed: tuple[int, ...] = ()  # the LoRAs that the weights are of
+        self._window: Hashable = None  # and what of the latent
         self._weights: Tensor | None = None
         self._given: list[tuple[tuple[int, ...], list[Tensor]]] = []  # mean weights of the LoRAs, where some have none
         self._notes: dict[str, object] = {}
@@ -163,13 +164,14 @@ class LoRAtorioSession(Session):
         any_prediction = next(p for p in call.predictions if p is not None)
         shape = (len(self._active), any_prediction.shape[1], 1, *any_prediction.shape[3:])
         fits = self._weights is not None and self._weights.shape == shape and self._weighed == self._active
-        if fits and (positive is None or self._is_further_pass(step, call) or self._keeps(step)):
+        if fits and (positive is None or self._is_further_pass(step, call) or self._keeps(step, call)):
             return self._weights
         if positive is None:
             self._notes["uniform"] = "a pass without a positive side came first"
             return torch.full(shape, 1 / shape[0], device=call.x.device)
         found = self._weigh(step, call, positive)
         self._of, self._weights = (step.index, call.x, call.sigma), pack_weights(found, call.parts)
+        self._window = call.window
         self._weighed = self._active
         means = [weights.flatten(1).mean(dim=1) for weights in found]
         self._notes |= {"active": list(self._active), "weights": means if call.parts else means[0]}
@@ -177,9 +179,9 @@ class LoRAtorioSession(Session):
             self._given.append((self._active, means))
         return self._weights
 
-    def _keeps(self, step: Step) -> bool:
+    def _keeps(self, step: Step, call: Call) -> bool:
         """Whether the weights of an earlier step still hold."""
-        return (step.index % self.method.reweigh_every != 0
+        return (step.index % self.method.reweigh_every != 0 and call.window == self._window
                 and self._of[0] // self.method.reweigh_every == step.index // self.method.reweigh_every)
 
     def _is_further_pass(self, step: Step, call: Call) -> bool:
@@ -191,7 +193,7 @@ class LoRAtorioSession(Session):
         vectors = call.x - positive if self.method.space == "noise" else positive
         found = [self._weigh_part(step, part) for part in unpack(vectors, call.parts)]
         if any(mask is not None for mask in self.context.masks):
-            found[0] = confine(found[0], self._masks_like(found[0]))
+            found[0] = confine(found[0], self._masks_like(found[0], call.masks_of(self.context)))
         return found
 
     def _weigh_part(self, step: Step, vectors: Tensor) -> Tensor:
@@ -205,9 +207,9 @@ class LoRAtorioSession(Session):
         weights = softmin(similarity, method.inverse_temperature(step, self.context.times), keep)
         return upsample(weights, tuple(vectors.shape[3:]), method.patch, method.upsampling)
 
-    def _masks_like(self, weights: Tensor) -> Tensor:
-        """Masks of the active LoRAs as they are now, [N, 1 or B, 1, (frames or 1,) h, w] on the weights' device."""
-        masks = stacked(self.context.masks).to(weights.device)
+    def _masks_like(self, weights: Tensor, masks: Sequence[Tensor | None]) -> Tensor:
+        """Masks of the active LoRAs, [N, 1 or B, 1, (frames or 1,) h, w] on the weights' device."""
+        masks = stacked(masks).to(weights.device)
         if len(self._active) < len(self.pool):
             masks = torch.stack([masks[i] for i in self._active])
         return masks.unsqueeze(3) if masks.ndim < weights.ndim else masks

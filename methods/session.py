@@ -10,7 +10,7 @@ instead
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -104,6 +104,8 @@ class Call:
     predictions   per cond of the caller: denoised (x0) predictions [branches, B, C, ...]; None where it gave no cond
     sides         per cond: POSITIVE, UNCONDITIONAL (negative and empty prompts), or OTHER
     parts         shapes of the parts of a packed latent (kernels/nested.py), such as picture and sound; () for one
+    window        what tells the part of the pictures or frames that the latent has from others; None: it has all
+    masks         `RunContext.masks`, as far as the latent has them; None where it has all
 
     x - x0 is the predicted noise (or velocity) times a positive number.
     """
@@ -114,6 +116,12 @@ class Call:
     predictions: Sequence[Tensor | None]
     sides: Sequence[str]
     parts: Parts = ()
+    window: Hashable = None
+    masks: tuple[Tensor | None, ...] | None = None
+
+    def masks_of(self, context: RunContext) -> tuple[Tensor | None, ...]:
+        """Per LoRA where it may act in this latent, as they are now."""
+        return context.masks if self.masks is None else self.masks
 
 
 class Session(ABC):

@@ -92,10 +92,8 @@ class MaskedLoRAs:
 
     def _of_batch(self, kinds: Sequence[tuple[Hashable, Area]], pictures: int, x: Tensor, conds: Mapping[str, object]
                   ) -> Tensor:
-        # Of maps without frames there is nothing to take for some of them.
         dimensions = len(packed[0]) if (packed := _packed(conds)) else x.ndim
-        window = None if self.window is not None and self.window[0] and self.maps.ndim != dimensions else self.window
-        maps = [within(self.of(kind), window) for kind, _ in kinds]
+        maps = [held(self.of(kind), self.window, dimensions) for kind, _ in kinds]
         return torch.cat([crop(each if len(each) == 1 else each[:pictures], area)
                           for each, (_, area) in zip(maps, kinds, strict=True)]).to(x.device)
 
@@ -156,6 +154,11 @@ def within(maps: Tensor, window: Window) -> Tensor:
     if window is None or maps.shape[window[0]] <= max(window[1]):
         return maps
     return maps.index_select(window[0], on_device(window[1], maps.device, torch.int64))
+
+
+def held(maps: Tensor, window: Window, dimensions: int) -> Tensor:
+    """The same of a latent of so many dimensions: of maps without frames there is nothing to take for some of them."""
+    return maps if window is not None and window[0] and maps.ndim != dimensions else within(maps, window)
 
 
 def crop(maps: Tensor, area: Area) -> Tensor:

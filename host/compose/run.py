@@ -12,6 +12,7 @@ from uuid import UUID, uuid4
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ...engine.bank import Bank
 from ...engine.forwards import RoutedForwards
@@ -34,7 +35,7 @@ from .kept import KeptBetweenCalls
 from .merging import Merging
 from .neighbours import APART
 from .parts import LOST, inside
-from .places import Area, values_by_name
+from .places import Area, held, values_by_name
 from .placing import Routed
 from .prompts import Asked
 from .routes import RoutedLoRAs, regions_of
@@ -129,9 +130,10 @@ class Run:
         self._seen_compiled: dict[int, bool] = {}
         self.step: Step | None = None
         self.branches: tuple[tuple[Branch, ...], ...] = ()
-        self.sessions = [begin(each.method, replace(context, masks=regions.masks)
-                               if isinstance(regions, RoutedLoRAs) else context)
-                         for each, context, regions in zip(applied, contexts, self.regions, strict=True)]
+        self.window: tuple | None = None  # places.Window of the call that goes on
+        self.contexts = [replace(context, masks=regions.masks) if isinstance(regions, RoutedLoRAs) else context
+                         for context, regions in zip(contexts, self.regions, strict=True)]
+        self.sessions = [begin(each.method, context) for each, context in zip(applied, self.contexts, strict=True)]
         self.tell(unplaced(applied, contexts))
 
     def plan(self, x: Tensor, timestep: Tensor, parts: Parts = ()) -> Plan:
@@ -177,8 +179,18 @@ class Run:
             parts = [self.mix(plan, [None if p is None else p[i] for p in split], sides, depth + 1)
                      for i in range(len(branches))]
             predictions = [None if one[0] is None else torch.stack(one) for one in zip(*parts, strict=True)]
-        return self.sessions[depth].mix(plan.step, Call(plan.x, plan.sigma, branches, predictions, sides,
-                                                            plan.parts))
+        masks = None if self.window is None else tuple(
+            mask if mask is None else self._held(mask, plan) for mask in self.contexts[depth].masks)
+        return self.sessions[depth].mix(plan.step, Call(plan.x, plan.sigma, branches, predictions, sides, plan.parts,
+                                                        self.window, masks))
+
+    def _held(self, mask: Tensor, plan: Plan) -> Tensor:
+        """A mask of the run (`RunContext.masks`) for the window that a call has, with ones for the frames that guide
+        its film."""
+        x = unpack(plan.x, plan.parts)[0]
+        mask = held(mask, self.window, x.ndim)
+        more = x.shape[2] - mask.shape[2] if mask.ndim == 5 else 0
+        return F.pad(mask, (0, 0, 0, 0, 0, more), value=1.0) if more > 0 else mask
 
     def tag(self, cond: UUID, combo: Combo) -> UUID:
         """An identity for a cond under one combination of branches: what caches keyed by cond must tell apart."""

@@ -263,7 +263,7 @@ def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, t
 
 def _in_window(run: Run, options: dict) -> None:
     """Which frames the call has that goes on."""
-    window = window_of(options)
+    run.window = window = window_of(options)
     for regions in filter(None, run.regions):
         regions.window = window
 

@@ -12,8 +12,11 @@ import pytest
 import torch
 from lora_ensemble.host.compose.composition import places_of, record_of
 from lora_ensemble.host.files.ensemble import LoRASpec, Mask
+from lora_ensemble.methods.cmlora import CMLoRA
+from lora_ensemble.methods.loratorio import LoRAtorio
 
-from .builders import lora, merge, same, sample, shapes, stock
+from .builders import composite, lora, merge, same, sample, shapes, stock
+from .disturbed import skipped_where_older
 from .models import base
 from .started import STARTED, guided_with_sound, node
 from .test_masks import LAST, bare, pair
@@ -95,6 +98,8 @@ def test_what_stands_in_for_a_prompt_is_cut_to_the_window(name, mode, loras):
     """Its start picture, control film and sound, as the host cuts the prompt's own; its text is its own."""
     case, texts = STARTED[name], []
     model = case.model()
+    with skipped_where_older(name):
+        case.drawn(windowed(model, "Wan"))
     layers = {key: shape for key, shape in shapes(model).items() if key == LAST["Wan"]}
     ensemble = [LoRASpec(loras(lora(layers, seed)), 0.8, 0, words=words) for seed, words in ((1, "ohwx"), (2, "sks"))]
     others = [case.prompt(20 + k, lora_ensemble_prompt=MARKS)[0] for k in range(3)]
@@ -128,3 +133,27 @@ def test_frames_of_a_film_with_sound(loras):
     ours = merge(model, [replace(spec, mask=Mask(masks))])
     same(film(ours), plain + masks * (alone - plain), plain, 1e-4)
     assert record_of(ours).problems == []
+
+
+MIXED = {"LoRAtorio": LoRAtorio, "CMLoRA": lambda strengths: CMLoRA(strengths, (True, False), caching=False)}
+
+
+@pytest.mark.parametrize("family", OVER)
+def test_predictions_are_mixed_by_the_masks_of_their_window(family, loras):
+    """Guard: a window's predictions have as many frames, or pictures, as it, and masks those of all."""
+    model, (dim, batch) = base(family), OVER[family]
+    frames = torch.zeros(3 if dim else batch, 16, 16)
+    frames[1:] = 1
+    (spec, _) = pair(model, loras, LAST[family], (frames, None))
+    ours, alone, plain = (sample(windowed(each, family), family, batch=batch, steps=1, cfg=1.0).transpose(0, dim)
+                          for each in (composite(model, [spec]), stock(model, bare([spec])), model))
+    same(ours[1:], alone[1:], plain[1:], 1e-4)
+    assert (ours[:1] - plain[:1]).abs().max() < 1e-4 * (alone[:1] - plain[:1]).abs().max()
+
+
+@pytest.mark.parametrize("make", ["LoRAtorio", "CMLoRA"])
+def test_places_of_words_in_windows_where_predictions_are_mixed(make, loras):
+    model = base("Wan")
+    ours = windowed(routed(model, specs(model, loras), MIXED[make]), "Wan")
+    assert torch.isfinite(sample(ours, "Wan", prompt("Wan"), steps=3)).all()
+    assert record_of(ours).problems == [] and (places_of(ours)[0].maps.flatten(3).amin(-1) < 0.9).all()
