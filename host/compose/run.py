@@ -112,6 +112,8 @@ class Run:
         self._sides = sides
         self._tags: dict[tuple[UUID, Combo], UUID] = {}
         self._routed: dict[int, tuple[nn.Module, list[RoutedForwards]]] = {}
+        self._off: list[RoutedForwards] = []
+        self._bare = False
         self._apart: dict[int, tuple[nn.Module, bool]] = {}
         self._since = time.perf_counter()
         self.areas: dict[UUID | None, Area] = {}
@@ -286,18 +288,24 @@ class Run:
         options = self.kept.arrange(root, options, rows, prod(map(len, self.branches)), uuids, self.probing)
         return self.merging.watched(root, options) if words else options
 
-    def close(self, out: Tensor | None) -> None:
-        """Leave the models as they were, whatever becomes of the record: a failed accelerator raises there. `out` is
-        the latent of a run that came to its end."""
+    def off(self) -> None:
+        """Take the routed forwards off the models; a later evaluation puts them on again."""
         self.texts.close()
         forwards = [routed for _, each in self._routed.values() for routed in reversed(each)]
         if log.isEnabledFor(logging.DEBUG):
             for line in (line for routed in forwards for line in routed.explain()):
                 log.debug(line)
-        bare = any(routed.bare for routed in forwards)
+        self._bare = self._bare or any(routed.bare for routed in forwards)
         for routed in forwards:
             routed.remove()
         self._routed.clear()
+        self._off += forwards
+
+    def close(self, out: Tensor | None) -> None:
+        """Leave the models as they were, whatever becomes of the record: a failed accelerator raises there. `out` is
+        the latent of a run that came to its end."""
+        self.off()
+        forwards, self._off = self._off, []  # which hold the model
         self.kept.close()
         self._close_step()
         if self.cache is not None:
@@ -311,7 +319,7 @@ class Run:
         for routed in forwards:
             self._unseen(routed)
         self.tell([*idle(self.applied, self._acted, self._in_time, self.record), *missed(self.record, self.sessions),
-                   *[BY_ITSELF] * bare])
+                   *[BY_ITSELF] * self._bare])
         sum_up(self._layers, self.record.problems)
 
     def _unseen(self, routed: RoutedForwards) -> None:

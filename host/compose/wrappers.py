@@ -1,5 +1,5 @@
-"""The three wrappers that make a MODEL compose. They are plain functions without state: wrapper lists are copied,
-deeply in some releases, with every clone; the state is found at run time on the model that samples."""
+"""The wrappers that make a MODEL compose. They are plain functions without state: wrapper lists are copied, deeply in
+some releases, with every clone; the state is found at run time on the model that samples."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def install_wrappers(model) -> None:
 
 
 def _wrappers() -> dict[str, Callable]:
-    return {WrappersMP.OUTER_SAMPLE: outer_sample, WrappersMP.CALC_COND_BATCH: calc_cond_batch,
-            WrappersMP.APPLY_MODEL: apply_model}
+    return {WrappersMP.OUTER_SAMPLE: outer_sample, WrappersMP.SAMPLER_SAMPLE: sampler_sample,
+            WrappersMP.CALC_COND_BATCH: calc_cond_batch, WrappersMP.APPLY_MODEL: apply_model}
 
 
 def outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=None, callback=None, *args, **kwargs):
@@ -98,6 +98,17 @@ def outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=No
         composition.end(run, out)
         for told in watchers:
             told(True)
+
+
+def sampler_sample(executor, guider, *args, **kwargs):
+    """All evaluations of a run. The host ends it with taking the forwards of other nodes off the layers and putting
+    them on again (`use_ejected`): one that wraps what it finds there (FreeFuse's LoRAs) must not find ours."""
+    try:
+        return executor(guider, *args, **kwargs)
+    finally:
+        composition: Composition | None = guider.model_patcher.get_attachment(KEY)
+        if composition is not None and composition.runs:
+            composition.runs[-1].off()
 
 
 def pre_run(patcher) -> None:

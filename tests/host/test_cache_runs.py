@@ -117,5 +117,5 @@ def test_specs_that_make_no_sense(options, word):
 def test_wrappers_are_added_once(ours):
     model = cached(cached(ours))
     assert all(len(model.get_wrappers(kind, KEY)) == 1 for kind in (
-        WrappersMP.OUTER_SAMPLE, WrappersMP.CALC_COND_BATCH, WrappersMP.APPLY_MODEL))
+        WrappersMP.OUTER_SAMPLE, WrappersMP.SAMPLER_SAMPLE, WrappersMP.CALC_COND_BATCH, WrappersMP.APPLY_MODEL))
     assert model.get_attachment(KEY).cache == CacheSpec(Uniform(3), depth=1)

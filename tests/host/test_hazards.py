@@ -35,7 +35,8 @@ def test_chained_nodes_all_act(loras):
     for spec in ensemble:
         chained = merge(chained, [spec])
     same(sample(chained), sample(stock(model, ensemble)), sample(model))
-    for kind in (WrappersMP.OUTER_SAMPLE, WrappersMP.CALC_COND_BATCH, WrappersMP.APPLY_MODEL):
+    for kind in (WrappersMP.OUTER_SAMPLE, WrappersMP.SAMPLER_SAMPLE, WrappersMP.CALC_COND_BATCH,
+                 WrappersMP.APPLY_MODEL):
         assert len(chained.get_wrappers(kind, KEY)) == 1, "a wrapper that runs twice would expand twice"
 
 

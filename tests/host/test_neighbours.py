@@ -17,6 +17,7 @@ import comfy.sample
 import comfy.samplers
 import pytest
 import torch
+from comfy.model_patcher import PatcherInjection
 from comfy.patcher_extension import WrappersMP
 from lora_ensemble.host.compose.composition import places_of, record_of
 from lora_ensemble.host.files.ensemble import LoRASpec, Mask
@@ -182,6 +183,45 @@ def test_a_node_that_evaluates_the_model_by_itself(ours, loras):
         for made in (make(ours(model, ensemble)), ours(make(model), ensemble)):
             assert torch.equal(sample(made), plain) is own
             assert said(made, "evaluated the model by itself", "no LoRA had an effect") is own
+
+
+class Wrapping:
+    """What FreeFuse puts on a layer for its LoRAs: it wraps what it finds there, and takes itself off where it is still
+    what is there."""
+
+    def __init__(self, module):
+        self.module, self.before = module, None
+
+    def put_on(self, _) -> None:
+        if getattr(self.module.forward, "__self__", None) is not self:
+            self.before, self.module.forward = self.module.forward, self.forward
+
+    def take_off(self, _) -> None:
+        if getattr(self.module.forward, "__self__", None) is self:
+            self.module.forward = self.before
+        self.before = None
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        return self.before(x, *args, **kwargs) + 0.5
+
+
+@pytest.mark.parametrize("ours", [merge, composite])
+def test_others_forwards_are_put_on_again(ours, loras):
+    """Guard: `sampler_sample`. The host takes them off and puts them on again before a run is over for its wrappers:
+    one that wraps ours then, as ours wraps it, calls itself for ever."""
+    plain, model = base("SD15"), base("SD15").clone()
+    layers = [Wrapping(plain.model.diffusion_model.get_submodule(name)) for name in ("input_blocks.0.0", "out.2")]
+    model.set_injections("neighbour", [PatcherInjection(each.put_on, each.take_off) for each in layers])
+    ensemble = three(plain, loras)
+    alone = sample(model)
+    assert not torch.equal(alone, sample(plain)), "it does nothing"
+    wanted = sample(stock(model, ensemble)) if ours is merge else sample(
+        model, "SD15", *(hooked(FAMILIES["SD15"].cond(seed), ensemble) for seed in (11, 12)))
+    made = ours(model, ensemble)
+    for _ in range(2):
+        same(sample(made), wanted, alone)
+        assert torch.equal(sample(model), alone)
+    assert not record_of(made).problems
 
 
 # --- prompts that carry hooks -----------------------------------------------------------------------------------------
