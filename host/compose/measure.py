@@ -18,7 +18,7 @@ from ...methods.selection import Sizes, sides
 from ..files.files import fingerprint
 from .apply import Active
 from .memory import is_lack_of_memory, to_spare
-from .wrappers import read_weight
+from .read_weight import read_weight
 
 KEPT = 8
 LEAST, MOST = 2**20, 2**25

@@ -16,8 +16,8 @@ from ...engine.adapters import Decomposed, Op
 from ...engine.bank import Bank
 from ...engine.sizes import measure
 from ...methods.counted import counted
+from ..compose.read_weight import read_weight
 from ..compose.reading import TEXT_ENCODER, Part, Reading, left_out, read_ensemble
-from ..compose.wrappers import read_weight
 from ..files.ensemble import Ensemble, LoRASpec
 from ..files.files import known, read
 from ..files.header_alphas import passed_over

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lora_ensemble.host.compose.composition import KEY
-from lora_ensemble.host.compose.wrappers import read_weight
+from lora_ensemble.host.compose.read_weight import read_weight
 from lora_ensemble.host.files.ensemble import LoRASpec
 from torch import nn
 
