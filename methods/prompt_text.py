@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import NamedTuple
 
 _MARK = re.compile(r"\[[ \t]*(0|[1-9]\d*)[ \t]*:(?!\d\d(?!\w)|\s*\d+\s*\])\s*")  # [00:05] and [16:9] are none
@@ -176,6 +177,7 @@ def _is_number(text: str) -> bool:
     return True
 
 
+@lru_cache(maxsize=16)  # each clause of a prompt asks for that of the whole text
 def blanked(text: str) -> str:
     """The text with blanks for what only says weights: as long as before, so that places stay where they are."""
     out = [" "] * len(text)

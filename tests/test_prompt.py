@@ -5,6 +5,7 @@ from __future__ import annotations
 from random import Random
 
 import pytest
+from lora_ensemble.methods import prompt_text
 from lora_ensemble.methods.prompt import (
     LoRAWords,
     PromptTokens,
@@ -277,6 +278,16 @@ def test_letters_are_what_is_encoded():
     for segment in letters(text):
         for letter in segment:
             assert text[letter.at] == letter.char
+
+
+def test_a_long_prompt_is_read_once_and_not_for_each_of_its_clauses(monkeypatch):
+    """Guards: a prompt of 300 clauses took half a minute, one of 1000 took minutes."""
+    read: list[str] = []
+    monkeypatch.setattr(prompt_text, "letters", lambda text: read.append(text) or letters(text))
+    text = ", ".join(["ohwx woman", "sks dog", *(f"(thing:1.2) {i}" for i in range(60))])
+    words = tuple((start, end, (k,)) for k, (start, end) in enumerate(words_of(text)))
+    found = find_clauses(PromptTokens(text, len(words), words), [LoRAWords("a", A), LoRAWords("b", B)])
+    assert len(found.others) == 60 and read == [text]
 
 
 def test_parentheses_that_are_words_leave_with_them():
