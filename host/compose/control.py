@@ -14,7 +14,7 @@ from torch import Tensor
 CALLER_CONDS = "lora_ensemble_conds"
 """In transformer options: how many conds the caller has, while the host evaluates several branches of each."""
 
-BY_ITSELF = "tiled_diffusion"
+OWN_CONTROLS = "tiled_diffusion"
 """The model option of a node that puts controls of its own making in the place of the conds' (Tiled Diffusion)."""
 
 OF_WEIGHTS = ("a ControlLoRA is made of the model's own weights, and LoRAs that act beside these are not in it. Use "

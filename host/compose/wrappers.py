@@ -26,7 +26,7 @@ from .cache import Combo
 from .cards import note_cards, same_banks, settle
 from .composition import KEY, Composition
 from .context import is_flow, method_contexts, parts_of, run_context, sides_of, timed
-from .control import BY_ITSELF, CALLER_CONDS, OF_WEIGHTS, caller_indexes, made_of_weights
+from .control import CALLER_CONDS, OF_WEIGHTS, OWN_CONTROLS, caller_indexes, made_of_weights
 from .earlier import RUNS, bare, names_of
 from .parts import PARTS, with_parts
 from .places import window_of
@@ -160,7 +160,7 @@ def calc_cond_batch(executor, model, conds, x_in, timestep, model_options):
     # Before a node puts blocks of its own in the place of the model's while it runs (First Block Cache).
     _routed(run, model, model_options.get("transformer_options", {}))
     note_cards(run.record, model_options)
-    run.controls.as_they_are = BY_ITSELF in model_options
+    run.controls.as_they_are = OWN_CONTROLS in model_options
     if (wrapper := model_options.get("model_function_wrapper")) is not None:
         placed = any(regions is not None for regions in run.regions)
         model_options = {**model_options, "model_function_wrapper": with_parts(wrapper, lambda: run.probing, placed)}

@@ -91,7 +91,7 @@ def test_words_are_found_in_the_whole_picture(name, family, loras):
 
 @pytest.mark.parametrize("count", [1, 4])
 def test_controls_of_tiles(count, control_model, loras):  # noqa: F811
-    """Guard: `BY_ITSELF`. Tiled Diffusion cuts the hint into tiles, and puts that on the control itself."""
+    """Guard: `OWN_CONTROLS`. Tiled Diffusion cuts the hint into tiles, and puts that on the control itself."""
     model = base("SD15")
     hint = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(3))
 
