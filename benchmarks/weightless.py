@@ -129,7 +129,7 @@ class Remembered:
         """What the LoRAs do in the batch that is evaluated."""
         if self._composition is None:
             return None
-        layouts = [routed.current for routed in self._composition.run.routed(self._root, list, None, bool)]
+        layouts = [routed.current for routed in self._composition.run.routed(self._root, list, None, bool, dict)]
         return tuple(each and (each.rows, each.places is not None, each.reach is not None) for each in layouts)
 
 

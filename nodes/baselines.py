@@ -57,7 +57,7 @@ class LoRAEnsembleMerge(io.ComfyNode):
                 raise ValueError("Merge LoRAs: place is 'words', and mode is 'baked': what is in the weights acts "
                                  "everywhere. Choose mode 'runtime'.")
             model, clip, problems = bake(model, clip, ensemble, node="Merge LoRAs")
-            tell(cls.GET_SCHEMA(), problems)  # there is no record that would have them
+            tell("Merge LoRAs", problems)  # there is no record that would have them
             return io.NodeOutput(model, clip)
         return io.NodeOutput(*apply_method(model, clip, ensemble, lambda active: Merge(active.strengths),
                                            node="Merge LoRAs", rest_on_weights=where.where != "words", placing=where))

@@ -52,7 +52,7 @@ def guard(node: type[io.ComfyNode]) -> None:
             if part.id in given:
                 check(schema.display_name, part, given[part.id])
         out = execute(*bound.args, **bound.kwargs)
-        tell(schema, unused(schema, given))
+        tell(schema.display_name, unused(schema, given))
         return out
 
     node.execute = classmethod(checked)

@@ -141,9 +141,9 @@ def _same(value: object, default: object) -> bool:
     return value is default or (isinstance(value, str | int | float) and value == default)
 
 
-def tell(schema: io.Schema, lines: list[str]) -> None:
-    """Show lines on the node that runs, and write them into the log."""
+def tell(node: str, lines: list[str]) -> None:
+    """Show lines on the node that runs, and write them into the log by the node's name."""
     for line in lines:
-        log.warning("%s: %s", schema.display_name, line)
+        log.warning("%s: %s", node, line)
     if lines:
         say("\n".join(lines))

@@ -245,7 +245,7 @@ class Fuzz:
         named += [key for _, patches in reading.texts for key, _ in patches.misfits]
         if named and not reading.problems:
             raise Failure(f"left out without a word: {named}")
-        (merged, merged_clip), (baked, baked_clip), (composed, _), (switched, _) = made
+        (merged, merged_clip), (baked, baked_clip, _), (composed, _), (switched, _) = made
         unexpressed = [key for part in reading.parts for key, _ in part.parsed.left_out]
         kept = self.without(tensors, reading)
         whole = self.stock(tensors, STRENGTH)

@@ -102,13 +102,16 @@ def is_whole(latent: Tensor) -> bool:
 def marks(tensor: Tensor, count: int) -> tuple:
     """The shape of a tensor and so many of its values, spread over it, as numbers."""
     flat = tensor.detach().flatten()
-    index = torch.linspace(0, max(len(flat) - 1, 0), min(count, len(flat)), dtype=torch.float64).long()
-    return tuple(tensor.shape), tuple(flat[index.to(flat.device)].float().tolist())
+    return tuple(tensor.shape), tuple(flat[_spread(len(flat), count).to(flat.device)].float().tolist())
 
 
 def _mark(latent: Tensor) -> tuple[tuple, Tensor]:
     """(the shapes of a latent's parts, some of its values on the CPU)"""
     parts = latent.unbind() if latent.is_nested else (latent,)
     flat = torch.cat([part.flatten() for part in parts])
-    index = torch.linspace(0, len(flat) - 1, min(SAMPLES, len(flat)), device=flat.device, dtype=torch.float64).long()
-    return tuple(part.shape for part in parts), flat[index].float().cpu()
+    return tuple(part.shape for part in parts), flat[_spread(len(flat), SAMPLES).to(flat.device)].float().cpu()
+
+
+def _spread(length: int, count: int) -> Tensor:
+    """So many places at equal distances, made on the CPU: not every device has float64."""
+    return torch.linspace(0, max(length - 1, 0), min(count, length), dtype=torch.float64).long()
