@@ -19,7 +19,7 @@ from ..kernels.nested import Parts, pack_weights, unpack
 from ..kernels.patches import stacked
 from ..kernels.spectrum import high_share, radial_amplitude, radial_bins
 from .counted import counted, verb
-from .session import Call, RunContext, Sent, Session
+from .session import Call, RunContext, Sent, Session, masks_among
 from .switch import own_turn
 
 LOW_FREQUENCY = ("background",)
@@ -294,9 +294,7 @@ class CMLoRASession(Session):
         if len(predictions) == 1:
             return predictions[0]
         lead = self.open.index(self.lead)
-        masks = call.masks_of(self.context)
-        masks = [masks[i] for i in self.open] if masks else []
-        if any(mask is not None for mask in masks):
+        if masks := masks_among(call.masks_of(self.context), self.open):
             return (self._where(predictions, lead, masks, call.parts).to(predictions.dtype) * predictions).sum(dim=0)
         share = (self.weight - 1) / (self.weight + len(self.open) - 1)
         return torch.lerp(predictions.mean(dim=0), predictions[lead], share)

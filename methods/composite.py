@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from ..kernels.branch import Branch, Step, one_hot
 from ..kernels.nested import Parts, pack_weights, unpack
 from ..kernels.patches import stacked, weighted
-from .session import Call, PlainSession, RunContext, Session
+from .session import Call, PlainSession, RunContext, Session, masks_among
 
 
 @dataclass(frozen=True)
@@ -50,11 +49,11 @@ class ConfinedComposite(Session):
     def branches(self, step: Step) -> tuple[Branch, ...]:
         """The LoRAs whose windows are open, and the base last where there are masks or no LoRA."""
         may = self._open(step)
-        base = (Branch((0.0,) * len(self.method.strengths)),) if self._masks(may, self.context.masks) or not may else ()
+        base = (Branch((0.0,) * len(self.method.strengths)),) if masks_among(self.context.masks, may) or not may else ()
         return (*(one_hot(self.method.strengths, i) for i in may), *base)
 
     def mix(self, step: Step, call: Call) -> list[Tensor | None]:
-        masks = self._masks(self._open(step), call.masks_of(self.context))
+        masks = masks_among(call.masks_of(self.context), self._open(step))
         if not masks:
             return [None if p is None else self.method.mix(step, p) for p in call.predictions]
         return [None if p is None else weighted(p[-1], p[:-1], self._like(p, masks, call.parts))
@@ -62,11 +61,6 @@ class ConfinedComposite(Session):
 
     def _open(self, step: Step) -> tuple[int, ...]:
         return self.context.open(step.index, len(self.method.strengths))
-
-    def _masks(self, may: tuple[int, ...], masks: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Those of these LoRAs; none where none of them has one."""
-        masks = [masks[i] for i in may] if masks else []
-        return masks if any(mask is not None for mask in masks) else []
 
     def _like(self, predictions: Tensor, masks: list[Tensor | None], parts: Parts) -> Tensor:
         """Weights that broadcast over the LoRAs' predictions. Of latents of several parts masks are the first's."""

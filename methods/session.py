@@ -124,6 +124,12 @@ class Call:
         return context.masks if self.masks is None else self.masks
 
 
+def masks_among(masks: Sequence[Tensor | None], loras: Sequence[int]) -> list[Tensor | None]:
+    """Of `RunContext.masks` or `Call.masks_of` those of these LoRAs; none where none of them has one."""
+    found = [masks[i] for i in loras] if masks else []
+    return found if any(mask is not None for mask in found) else []
+
+
 class Session(ABC):
     """A method during one run. Subclasses give `branches` and `mix`; the rest has defaults.
 

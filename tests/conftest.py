@@ -30,9 +30,9 @@ LONG = ("test_front_end", "test_panel", "test_benchmarks", "test_accelerator", "
         "test_words", "test_app", "test_interop_server", "test_server_routed", "test_rows_pages", "test_golden_pages",
         "test_blueprints", "test_leave_one_out", "test_composlora", "test_two_runs", "test_always", "test_weights",
         "test_split_points", "test_windows", "test_guidance_extrapolated", "test_parity_families", "test_multigpu",
-        "test_compile", "test_server_families", "test_neighbours", "test_scenarios", "test_mixing", "test_inject",
-        "test_server_stack", "test_testbed_joint", "test_testbed", "test_testbed_evaluate", "test_compiled",
-        "test_sizes_kernels", "test_mutate")
+        "test_compile", "test_server_families", "test_neighbours", "test_neighbours_skipping", "test_scenarios",
+        "test_mixing", "test_inject", "test_server_stack", "test_testbed_joint", "test_testbed",
+        "test_testbed_evaluate", "test_compiled", "test_sizes_kernels", "test_mutate")
 """The files that take longest, given to a process first: at the end, other processes would have to wait for them."""
 
 

@@ -54,9 +54,9 @@ SHOWN_ELSEWHERE = {
     "test_two_runs::test_the_last_run_ramps_as_one_run_does": 3,
     "test_windows::test_comfyuis_own_keyframes": 2,
     # Node caches of others, each in one or the other of three tests of what they leave out.
-    "test_neighbours::test_one_branch_is_left_out_as_with_the_loaders": 3,
-    "test_neighbours::test_another_lora_is_computed_anew": 3,
-    "test_neighbours::test_several_branches": 3,
+    "test_neighbours_skipping::test_one_branch_is_left_out_as_with_the_loaders": 3,
+    "test_neighbours_skipping::test_another_lora_is_computed_anew": 3,
+    "test_neighbours_skipping::test_several_branches": 3,
     # The same graphs: test_always, test_compiled, each place and family in the one or the other.
     "test_compile::test_compiled_model": 2,
     "test_compile::test_no_more_graphs_than_the_plain_model_has": 2,
@@ -87,13 +87,13 @@ above them names; `--all` takes all."""
 OURS = frozenset((
     "test_always", "test_banks", "test_by_steps", "test_cache_budget", "test_compile", "test_control", "test_fused",
     "test_guidance", "test_guidance_extrapolated", "test_guidance_extrapolated_nodes", "test_guidance_guiders",
-    "test_guided_step", "test_hazards", "test_kept", "test_lasting", "test_leave_one_out", "test_live",
-    "test_marked", "test_masks", "test_multigpu", "test_muted", "test_neighbours", "test_neighbours_routed",
-    "test_nested", "test_prepared_texts", "test_prompt_node", "test_routed", "test_routed_probes",
-    "test_routed_texts", "test_row_order", "test_scenarios", "test_server_routed", "test_server_stack",
-    "test_server_two_runs", "test_sessions", "test_spectrum_node", "test_split_points", "test_stack",
-    "test_started_films", "test_steps", "test_token_order", "test_two_runs", "test_two_runs_guidance", "test_uncalled",
-    "test_weights", "test_windows", "test_windows_told"))
+    "test_guided_step", "test_hazards", "test_kept", "test_lasting", "test_leave_one_out", "test_live", "test_marked",
+    "test_masks", "test_multigpu", "test_muted", "test_neighbours", "test_neighbours_routed",
+    "test_neighbours_skipping", "test_nested", "test_prepared_texts", "test_prompt_node", "test_routed",
+    "test_routed_probes", "test_routed_texts", "test_row_order", "test_scenarios", "test_server_routed",
+    "test_server_stack", "test_server_two_runs", "test_sessions", "test_spectrum_node", "test_split_points",
+    "test_stack", "test_started_films", "test_steps", "test_token_order", "test_two_runs", "test_two_runs_guidance",
+    "test_uncalled", "test_weights", "test_windows", "test_windows_told"))
 """Files of the API whose tests ask ComfyUI through the same few doors: one test of `DOORS`, others on each, shows on an
 older release that they are there; the newest release runs them all."""
 DOORS = 6

@@ -89,9 +89,14 @@ def names_of(methods: Sequence[object]) -> list[Hashable]:
     return [(kind, kinds[:k].count(kind)) for k, kind in enumerate(kinds)]
 
 
+def parts_of_latent(latent: Tensor) -> Sequence[Tensor]:
+    """Picture and sound of a latent that has both, the host's nested one; else itself."""
+    return latent.unbind() if latent.is_nested else (latent,)
+
+
 def bare(noise: Tensor) -> bool:
     """Whether a run adds no noise to its latent."""
-    return not any(part.any() for part in (noise.unbind() if noise.is_nested else (noise,)))
+    return not any(part.any() for part in parts_of_latent(noise))
 
 
 def is_whole(latent: Tensor) -> bool:
@@ -107,7 +112,7 @@ def marks(tensor: Tensor, count: int) -> tuple:
 
 def _mark(latent: Tensor) -> tuple[tuple, Tensor]:
     """(the shapes of a latent's parts, some of its values on the CPU)"""
-    parts = latent.unbind() if latent.is_nested else (latent,)
+    parts = parts_of_latent(latent)
     flat = torch.cat([part.flatten() for part in parts])
     return tuple(part.shape for part in parts), flat[_spread(len(flat), SAMPLES).to(flat.device)].float().cpu()
 

@@ -18,6 +18,7 @@ from ...methods.guidance.calibration import CALLS, Calibration, CalibrationSessi
 from ...methods.guidance.linear import LinearAG
 from ...methods.guidance.session import Tell
 from ...methods.session import RunContext
+from ..compose.earlier import parts_of_latent
 from .apply import Guidance, apply_guidance
 from .coeffs import GuidanceCoeffs
 from .identity import describe_kind, describe_model
@@ -126,7 +127,7 @@ def cost(paths: Paths, rounds: int) -> str:
                          f"{verb(count, 'are')} more than can be solved: "
                          f"at most {CALLS:,} steps, and {EVALUATED:,} of all paths. Lower steps or seeds.")
     evaluations = 2 * rounds * count * paths.steps
-    numbers = sum(math.prod(part.shape[1:]) for part in _parts(paths.latent))
+    numbers = sum(math.prod(part.shape[1:]) for part in parts_of_latent(paths.latent))
     kept = 2 * paths.steps * min(paths.batch, paths.seeds) * numbers * 4
     memory = comfy.model_management.get_total_memory(torch.device("cpu"))
     if kept > memory:
@@ -161,12 +162,7 @@ def _round(model, paths: Paths, policy: LinearAG | None, progress: Callable[[], 
     return collector
 
 
-def _parts(latent) -> Sequence[torch.Tensor]:
-    """Picture and sound of a latent that has both."""
-    return latent.unbind() if latent.is_nested else (latent,)
-
-
 def _batch(latents: Sequence):
     """Latents as one batch, part by part."""
-    parts = [torch.cat(same) for same in zip(*map(_parts, latents), strict=True)]
+    parts = [torch.cat(same) for same in zip(*map(parts_of_latent, latents), strict=True)]
     return type(latents[0])(parts) if latents[0].is_nested else parts[0]
