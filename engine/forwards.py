@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..kernels.branch import Branch
 from .bank import Bank
 from .compiled import Traced, TracedGains, connect, disconnect, handle_of
-from .geometry import geometry_of
+from .geometry import forward_of, geometry_of, in_container
 from .layout import Layout, Order, folded
 from .positions import Places
 from .program import Layer, Program, Programs, Reader, nothing
@@ -115,14 +115,15 @@ class RoutedForwards:
         for name, site in self.bank.sites.items():
             module = found[name]
             geometry = None if module is None else geometry_of(module)
-            if geometry is None:
+            base, contained = (None, False) if geometry is None else forward_of(module)
+            if base is None:
                 self._tell("all", name, "the model has no such layer that can be routed; left out")
                 continue
             before = module.__dict__.get("forward")
-            self._layers.append(Layer(site, geometry, module.forward, module))
-            installed = self._routed(len(self._layers) - 1)
-            self._installed.append(_Installed(module, before, *installed))
-            module.forward = installed[0]
+            self._layers.append(Layer(site, geometry, base, module))
+            forward, traced, route = self._routed(len(self._layers) - 1)
+            module.forward = in_container(forward) if contained else forward
+            self._installed.append(_Installed(module, before, module.forward, traced, route))
 
     def remove(self) -> None:
         self._state.current, self._state = None, _State()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +57,24 @@ def geometry_of(module: nn.Module) -> Geometry | None:
     if any(cls.__name__ == "RMSNorm" for cls in type(module).__mro__) and hasattr(module, "normalized_shape"):
         return Geometry(lambda x, w: F.rms_norm(x, tuple(module.normalized_shape), w, module.eps), is_norm=True)
     return None
+
+
+def forward_of(module: nn.Module) -> tuple[Callable | None, bool]:
+    """(a layer's forward on tensors, whether it takes and gives them in containers), as Trellis 2's sparse layers do;
+    no forward where somebody else has replaced that of such a one."""
+    if type(module).__name__ != "_SparseLinear":
+        return module.forward, False
+    own = vars(module).get("forward")
+    return partial(type(module).__mro__[1].forward, module) if own is None else getattr(own, "of_tensors", None), True
+
+
+def in_container(forward: Callable) -> Callable:
+    """The forward of a layer that takes its tensor in a container, given that on tensors."""
+    def contained(x):
+        return x.replace(forward(x.feats))
+
+    contained.of_tensors = forward
+    return contained
 
 
 def _conv(module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ another dtype than inputs, inputs by name. And banks and batches drawn at random
 from __future__ import annotations
 
 import random
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -147,3 +148,46 @@ def test_any_bank_in_any_batch(seed, monkeypatch):
     for _ in range(3):
         monkeypatch.setitem(products.RATES, "cpu", Rates(*(10 ** rand.uniform(-9, 3) for _ in range(4))))
         assert close(routed_output(model, bank, rows, x), want)
+
+
+class Contained:
+    """A tensor among other things, as Trellis 2 has them."""
+
+    shape, dtype = torch.Size((2, 24)), torch.float32  # of what it stands for, not of the tensor
+
+    def __init__(self, feats: Tensor):
+        self.feats = feats
+
+    def replace(self, feats: Tensor) -> Contained:
+        return Contained(feats)
+
+
+class _SparseLinear(nn.Linear):
+    """Named as the host's."""
+
+    def forward(self, x: Contained) -> Contained:
+        return x.replace(super().forward(x.feats))
+
+
+@pytest.mark.parametrize("banks", [1, 2])
+@pytest.mark.parametrize("kinds", [("lora", "lora wide"), ("dora out", "glora")], ids="-".join)
+def test_a_layer_that_takes_its_tensor_in_a_container(kinds, banks):
+    """The tensor has other dimensions than the container says. Banks above each other add up where they are additive.
+    """
+    torch.manual_seed(0)
+    layer, x = _SparseLinear(24, 24).requires_grad_(False), torch.randn(7, 24)
+    made, root = [make_ops(kind, layer.weight.shape, seed) for seed, kind in enumerate(kinds)], nn.Sequential(layer)
+    forwards = [RoutedForwards(root, Bank([{"0": ops} for ops, _ in made]), position=k) for k in range(banks)]
+    weight, bias = layer.weight.double(), layer.bias.double()
+    for _ in range(banks):
+        for (_, change), gain in zip(made, BOTH.gains, strict=True):
+            weight, bias = change(weight, bias, gain)
+    with torch.no_grad(), ExitStack() as stack:
+        for each in forwards:
+            each.install()
+            stack.enter_context(each.rows([BOTH] * 2))
+        y = root(Contained(x)).feats
+    for each in reversed(forwards):
+        each.remove()
+    assert "forward" not in vars(layer)
+    assert close(y, F.linear(x.double(), weight, bias)) or (banks > 1 and kinds[0] != "lora")

@@ -44,6 +44,7 @@ LTX = Layers(repeat=r"\w*adaln_single\..*")
 FAMILIES = {
     "modules.diffusionmodules.openaimodel.UNetModel": PLAIN,
     "cascade.stage_c.StageC": PLAIN,
+    "cascade.stage_b.StageB": PLAIN,
     # [t, t * 0]: times of the picture, and of reference pictures, which have none
     "flux.model.Flux": Layers(tile=r"time_in\..*"),
     "qwen_image.model.QwenImageTransformer2DModel": Layers(
@@ -92,7 +93,7 @@ FAMILIES = {
 SVD (time layers run over the frames of a batch), Cosmos 1 (time, height and width before rows), MiniMax H3 (no batch
 at all), Wan-Animate 2 (keeps its pose branch for one row between calls), ACE-Step 1.5 (gathers all rows' timbres in
 one), Hunyuan3D 2.1 and SeedVR2 (swap the halves of a batch), HiDream-O1 (keeps keys and values between calls), Wan's
-autoregressive form (likewise), Stable Cascade's stage B, Trellis 2, MiniMax Music."""
+autoregressive form (likewise), Trellis 2 (all rows' places in one), MiniMax Music."""
 
 
 def row_order(diffusion_model: nn.Module) -> RowOrder | None:

@@ -50,7 +50,7 @@ def _wan_scail(root: nn.Module, call: Call) -> Streams:
     target, patch = picture(call.shape(), root.patch_size), root.patch_size
     film = (*call.others("reference_latent", patch), target)
     poses = call.others("pose_latents", patch)
-    return {**_wan_text(call), "film": (film,), "parts": (film,), "img": ((*film, *poses),)}
+    return {**_wan_text(call), "film": (film, poses), "parts": (film,), "img": ((*film, *poses),)}
 
 
 WAN_LAYERS = (

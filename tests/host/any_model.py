@@ -46,7 +46,8 @@ class AnyModel(comfy.model_base.BaseModel):
 
 
 def cond_of(value):
-    if isinstance(value, Tensor):
+    """Of short integers, which are places (`voxels`), all rows of a batch have the same."""
+    if isinstance(value, Tensor) and value.dtype != torch.int32:
         return comfy.conds.CONDRegular(value)
     if isinstance(value, list) and all(isinstance(part, Tensor) for part in value):
         return comfy.conds.CONDList(value)

@@ -19,7 +19,8 @@ from .small_video import SMALL, built
 SEEN = "lora_ensemble_tests_seen"
 
 WITHOUT = {"SVD", "Stable Cascade C", "Wan Animate 2", "Cosmos", "Stable Audio", "ACE-Step", "ACE-Step 1.5",
-           "Hunyuan3D", "Hunyuan3D 2.1", "TripoSplat"}
+           "Hunyuan3D", "Hunyuan3D 2.1", "TripoSplat", "Stable Cascade B", "Stable Audio 3", "Trellis 2",
+           "Trellis 2 shape", "SeedVR2"}
 """Families without a token order: no picture, places not told from shapes alone, or rows that mix anyway."""
 
 def attend_to_nothing(q: Tensor, k: Tensor, v: Tensor, heads: int, *args, skip_reshape: bool = False,
@@ -91,13 +92,13 @@ def places(segments, kind: str, position) -> set[int]:
 
 
 def at_place(size: tuple[int, ...], place: tuple[int, ...]):
-    """The token of a place of the latent, counted frame by frame and row by row. No family joins frames."""
+    """The token of a place of the latent, counted frame by frame and row by row."""
     size, place = (1, *size)[-3:], (0, *place)[-3:]
 
     def position(segment) -> int:
-        _, h, w = segment.grid
+        frames, h, w = segment.grid
         i, j = (p // -(-n // g) for n, g, p in zip(size[1:], (h, w), place[1:], strict=True))
-        return (place[0] * h + i) * w + j
+        return (place[0] // (size[0] // frames) * h + i) * w + j
 
     return position
 
@@ -108,11 +109,15 @@ def changed(latent: Tensor, place: tuple[int, ...]) -> Tensor:
     return latent
 
 
-def move(place: tuple[int, ...], names: tuple[str, ...] = ("vace_context", "control_video")):
-    """A call whose latent is another at a place, and control films with it."""
+def move(place: tuple[int, ...], names: tuple[str, ...] = ("vace_context", "control_video", "ref_mask_latents")):
+    """A call whose latent is another at a place, and control films with it, which may begin before it."""
+
+    def behind(frames: int) -> tuple[int, ...]:
+        return (place[0] + frames, *place[1:])
 
     def change(x, conds):
-        moved = {n: changed(conds[n].flatten(0, -5), place).view(conds[n].shape) for n in names if n in conds}
+        moved = {n: changed(conds[n].flatten(0, -5), behind(conds[n].shape[-3] - size_of(x)[0])).view(conds[n].shape)
+                 for n in names if n in conds}
         x = [changed(x[0], place), *x[1:]] if isinstance(x, list) else changed(x, place)
         return x, {**conds, **moved}
 

@@ -74,10 +74,15 @@ OMNIGEN = Transformer("OmniGen 2", ("omnigen.omnigen2", "OmniGen2Transformer2DMo
 BOOGU = Transformer("Boogu", ("boogu.model", "BooguTransformer2DModel"),
                     {**{k: v for k, v in OMNIGEN.config.items() if k != "text_feat_dim"}, "num_double_stream_layers": 1,
                      "instruction_feat_dim": 24}, OMNIGEN.latent, OMNIGEN.context, OMNIGEN.more)
+PIXART = Transformer("PixArt", ("pixart.pixartms", "PixArtMS"),
+                     dict(input_size=8, hidden_size=48, depth=1, num_heads=2, caption_channels=24, model_max_length=5,
+                          pe_interpolation=1), (4, 32, 40), (5, 24))
 PIXELDIT = Transformer("PixelDiT", ("pixeldit.model", "PixDiT_T2I"),
                        dict(num_groups=2, hidden_size=48, pixel_hidden_size=8, pixel_attn_hidden_size=32,
                             pixel_num_groups=2, patch_depth=2, pixel_depth=1, patch_size=4, txt_embed_dim=24,
                             txt_max_length=8), (3, 10, 18), (5, 24))
+SD3 = shallow("SD3", (16, 6, 9), depth=2, context_embedder_config={"target": "torch.nn.Linear",
+                                                                   "params": {"in_features": 24, "out_features": 128}})
 JOY = shallow("JoyImage", (16, 1, 6, 9), num_layers=2)
 REFERENCE = (16, 6, 4), (16, 5, 5)
 
@@ -91,6 +96,10 @@ PICTURES = [
                 dict(c_in=4, c_out=4, c_r=8, c_cond=32, c_hidden=[32, 32], nhead=[2, 2], blocks=[[1, 1], [1, 1]],
                      c_clip_text=24, c_clip_text_pooled=20, c_clip_img=12), (4, 6, 8), (5, 24),
                 extra(clip_text=(5, 24), clip_text_pooled=(1, 20), clip_img=(1, 12))),
+    Transformer("Stable Cascade B", ("cascade.stage_b", "StageB"),
+                dict(c_in=4, c_out=4, c_r=8, c_cond=32, c_hidden=[32, 32], nhead=[-1, 2], blocks=[[1, 1], [1, 1]],
+                     block_repeat=[[1, 1], [2, 1]], level_config=["CT", "CTA"], c_clip=24, dropout=[0.0, 0.0]),
+                (4, 8, 12), (5, 24), extra(effnet=(16, 3, 4), clip=(1, 24))),
     PLAIN_FLUX,
     like(PLAIN_FLUX, "Flux Kontext", references(*REFERENCE), guidance_embed=True),
     FLUX_2,
@@ -111,8 +120,8 @@ PICTURES = [
     KREA,
     like(KREA, "Krea 2 index", references(*REFERENCE, method="index")),
     like(KREA, "Krea 2 timestep zero", references(*REFERENCE, method="index_timestep_zero")),
-    shallow("SD3", (16, 6, 9), depth=2, context_embedder_config={"target": "torch.nn.Linear",
-                                                      "params": {"in_features": 24, "out_features": 128}}),
+    SD3,
+    like(SD3, "SD 3.5", latent=(16, 7, 9), qk_norm="rms", x_block_self_attn_layers=[0], register_length=3),
     shallow("AuraFlow", (4, 6, 9), n_layers=2, n_double_layers=1),
     shallow("HunyuanDiT", (4, 6, 10), depth=2),
     shallow("Lens", (16, 3, 4), num_layers=2),
@@ -133,9 +142,8 @@ PICTURES = [
     like(OMNIGEN, "OmniGen 2 edit", references(*REFERENCE)),
     BOOGU,
     like(BOOGU, "Boogu edit", references(*REFERENCE)),
-    Transformer("PixArt", ("pixart.pixartms", "PixArtMS"),
-                dict(input_size=8, hidden_size=48, depth=1, num_heads=2, caption_channels=24, model_max_length=5,
-                     pe_interpolation=1), (4, 32, 40), (5, 24)),
+    PIXART,
+    like(PIXART, "PixArt Alpha", extra(c_size=(2,), c_ar=(1,)), micro_condition=True),
     PIXELDIT,
     Transformer("PiD", ("pixeldit.pid", "PidNet"), dict(PIXELDIT.config, patch_size=16, lq_hidden_dim=16,
                                                         lq_num_res_blocks=1), (3, 32, 64), (5, 24),

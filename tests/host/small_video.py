@@ -24,11 +24,21 @@ COSMOS = Transformer("Cosmos Predict 2", ("cosmos.predict2", "MiniTrainDIT"),
                           patch_temporal=1, model_channels=48, num_blocks=1, num_heads=2, crossattn_emb_channels=24,
                           pos_emb_cls="rope3d", use_adaln_lora=True, adaln_lora_dim=8), (16, 2, 6, 9), (5, 24),
                      lambda rows: {"fps": 16.0, "padding_mask": torch.zeros(rows, 1, 6, 10)})
+KANDINSKY = Transformer("Kandinsky 5", ("kandinsky5.model", "Kandinsky5"),
+                        dict(in_visual_dim=16, visual_embed_dim=64, in_text_dim=24, in_text_dim2=20, time_dim=32,
+                             model_dim=48, ff_dim=64, axes_dims=(8, 8, 8), num_text_blocks=1, num_visual_blocks=1),
+                        (16, 2, 6, 8), (5, 24), extra(y=(20,)))
+COGVIDEO = Transformer("CogVideoX", ("cogvideo.model", "CogVideoXTransformer3DModel"),
+                       dict(num_attention_heads=2, attention_head_dim=16, time_embed_dim=32, text_embed_dim=24,
+                            num_layers=1, sample_width=8, sample_height=6, sample_frames=5, max_text_seq_length=5,
+                            use_rotary_positional_embeddings=True), (16, 2, 6, 8), (5, 24))
 H3 = Transformer("MiniMax H3", ("minimax.model", "MiniMaxH3Model"),
                  dict(hidden_size=64, num_layers=1, token_refiner_num_layers=1, num_attention_heads=2,
                       attention_head_dim=32, ffn_hidden_size=64, latents_dim=8, audio_latents_dim=8, text_dim=24,
                       timestep_input_dim=32, time_embed_hidden_size=32, time_embed_dim=24, rope_inv_freq_len=4),
                  ((8, 2, 4, 6), (8, 2, 5)), (5, 24))
+TRELLIS = dict(resolution=32, in_channels=8, out_channels=8, model_channels=48, cond_channels=24, num_blocks=1,
+               num_heads=2, mlp_ratio=2.0)
 
 
 def wan(name: str, cls: str, more, module: str = "wan.model", **config) -> Transformer:
@@ -55,6 +65,28 @@ class AnimaTransformer(Transformer):
 def ids(rows: int) -> dict:
     tokens = torch.randint(1, 30, (rows, 6), generator=torch.Generator().manual_seed(3))
     return {**COSMOS.more(rows), "t5xxl_ids": tokens}
+
+
+class InTime(Transformer):
+    """A class that looks up what time comes after this one."""
+
+    def call(self, model, options: dict, *args, **kwargs):
+        times = {"sigmas": torch.tensor([0.6]), "sample_sigmas": torch.tensor([1.0, 0.6, 0.0])}
+        return super().call(model, {**times, **options}, *args, **kwargs)
+
+
+class OneSide(Transformer):
+    """A class that is told which of a batch's texts are the prompt's."""
+
+    def call(self, model, options: dict, *args, **kwargs):
+        return super().call(model, {"cond_or_uncond": [0], **options}, *args, **kwargs)
+
+
+def voxels(rows: int) -> dict:
+    """Twelve places of a body, which all rows have."""
+    places = torch.cartesian_prod(*[torch.arange(n) for n in (3, 2, 2)])
+    return {"embeds": noise(rows, 5, 24), "trellis2_generation_mode": "shape_generation",
+            "trellis2_coords": torch.nn.functional.pad(places, (1, 0)).int()}
 
 
 def guides(rows: int) -> dict:
@@ -100,6 +132,9 @@ FILMS = [
         model_type="animate2", in_dim=36),
     wan("SCAIL", "SCAILWanModel", extra(clip_fea=CLIP, pose_latents=(20, 3, 4, 4), reference_latent=(20, 1, 6, 8)),
         model_type="scail", in_dim=20),
+    wan("SCAIL 2", "SCAIL2WanModel", extra(clip_fea=CLIP, pose_latents=(20, 3, 4, 4), reference_latent=(20, 1, 6, 8),
+                                           ref_mask_latents=(28, 4, 6, 8), sam_latents=(28, 3, 4, 4)),
+        model_type="scail2", in_dim=20),
     replace(wan("Dancer", "WanDancerModel", extra(clip_fea=CLIP, audio_embed=(9, 35)), "wan.model_wandancer",
                 model_type="wandancer", in_dim=36, audio_inject_layers=[0], music_dim=32, music_latent_dim=32),
             latent=(36, 3, 8, 16)),
@@ -107,6 +142,10 @@ FILMS = [
     like(HUNYUAN, "HunyuanVideo I2V", lambda rows: {"guiding_frame_index": torch.zeros(rows)}, guidance_embed=False),
     like(HUNYUAN, "HunyuanVideo 1.5", extra(txt_byt5=(3, 1472), clip_fea=(4, 20)), vec_in_dim=None,
          guidance_embed=False, byt5=True, use_cond_type_embedding=True, vision_in_dim=20, patch_size=[1, 1, 1]),
+    InTime("HunyuanVideo 1.5 SR", HUNYUAN.where,
+           dict(HUNYUAN.config, in_channels=34, vec_in_dim=None, guidance_embed=False, byt5=True, meanflow=True,
+                use_cond_type_embedding=True, patch_size=[1, 1, 1]), (34, 2, 6, 8), (5, 24), extra(txt_byt5=(3, 1472)),
+           HUNYUAN.fields),
     like(HUNYUAN, "HunyuanImage 2.1", extra(txt_byt5=(3, 1472)), (16, 6, 8), vec_in_dim=None, guidance_embed=False,
          byt5=True, patch_size=[2, 2], axes_dim=[12, 12]),
     shallow("Mochi", depth=2, learn_sigma=False),
@@ -122,17 +161,19 @@ FILMS = [
                 dict(COSMOS.config, num_blocks=2, block_x_format="THWBD", extra_per_block_abs_pos_emb=True,
                      extra_per_block_abs_pos_emb_type="learnable"), (16, 2, 6, 8), COSMOS.context,
                 lambda rows: {"fps": 16.0, "padding_mask": torch.zeros(rows, 1, 6, 8)}),
-    Transformer("Kandinsky 5", ("kandinsky5.model", "Kandinsky5"),
-                dict(in_visual_dim=16, visual_embed_dim=64, in_text_dim=24, in_text_dim2=20, time_dim=32, model_dim=48,
-                     ff_dim=64, axes_dims=(8, 8, 8), num_text_blocks=1, num_visual_blocks=1), (16, 2, 6, 8), (5, 24),
-                extra(y=(20,))),
+    KANDINSKY,
+    like(KANDINSKY, "Kandinsky 5 Image", latent=(16, 6, 8)),
     H3,
     like(H3, "MiniMax H3 references", h3_references),
-    Transformer("CogVideoX", ("cogvideo.model", "CogVideoXTransformer3DModel"),
-                dict(num_attention_heads=2, attention_head_dim=16, time_embed_dim=32, text_embed_dim=24, num_layers=1,
-                     sample_width=8, sample_height=6, sample_frames=5, max_text_seq_length=5,
-                     use_rotary_positional_embeddings=True), (16, 2, 6, 8), (5, 24)),
+    COGVIDEO,
+    like(COGVIDEO, "CogVideoX 1.5", lambda rows: {"ofs": torch.full((rows,), 2.0)}, (32, 2, 6, 8), in_channels=32,
+         patch_size_t=2, ofs_embed_dim=32),
     shallow("Stable Audio", depth=2),
+    Transformer("Stable Audio 3", ("audio.dit", "AudioDiffusionTransformer"),
+                dict(io_channels=16, embed_dim=128, cond_token_dim=64, global_cond_dim=20, depth=2, num_heads=2,
+                     global_cond_type="adaLN", global_cond_shared_embed=True, local_add_cond_dim=17,
+                     num_memory_tokens=4, timestep_features_type="expo"), (16, 12), (5, 64),
+                extra(global_embed=(20,), local_add_cond=(17, 12))),
     Transformer("ACE-Step", ("ace.model", "ACEStepTransformer2DModel"),
                 dict(num_layers=1, inner_dim=48, attention_head_dim=24, num_attention_heads=2, speaker_embedding_dim=16,
                      text_embedding_dim=24, lyric_encoder_vocab_size=30, ssl_latent_dims=[8, 8],
@@ -151,6 +192,11 @@ FILMS = [
                 dict(q_token_length=12, in_channels=16, model_channels=32, cond_channels=24, out_channels=16,
                      num_blocks=1, num_refiner_blocks=1, num_head_channels=16, cond2_channels=8), ((12, 16), (1, 5)),
                 (5, 24)),
+    Transformer("Trellis 2", ("trellis2.model", "Trellis2"), TRELLIS, (32, 16, 16, 16), (5, 24), extra(embeds=(5, 24))),
+    Transformer("Trellis 2 shape", ("trellis2.model", "Trellis2"), TRELLIS, (8, 12, 1), (5, 24), voxels),
+    OneSide("SeedVR2", ("seedvr.model", "NaDiT"),
+            dict(norm_eps=1e-5, num_layers=2, mlp_type="swiglu", vid_dim=48, txt_in_dim=24, heads=2, head_dim=24,
+                 mm_layers=1, rope_dim=24, vid_out_norm=True), (16, 2, 4, 6), (5, 24), extra(condition=(17, 2, 4, 6))),
 ]
 SMALL = {kind.name: kind for kind in (*PICTURES, *FILMS)}
 """By name; the names say what is asked of the family where that is more than a picture of a prompt."""

@@ -21,7 +21,8 @@ FEED_FORWARD = {"Wan": "ffn.2", "LTX-Video": "ff.net.2", "MiniMax H3": "fc2"}
 
 def int8(module: nn.Module, ending: str) -> list[str]:
     """The linear layers whose names end so hold int8 weights from now on, in the host's class of quantized layers."""
-    names = [name for name, layer in module.named_modules() if name.endswith(ending) and isinstance(layer, nn.Linear)]
+    names = [name for name, layer in module.named_modules() if name.endswith(ending) and isinstance(layer, nn.Linear)
+             and type(layer).__name__ != "_SparseLinear"]  # which takes no tensors
     pack(module, names, "int8")
     return names
 

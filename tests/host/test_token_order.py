@@ -24,17 +24,17 @@ OPEN = {
     "Z-Image pixels": r"dec_net\..*",
     "HunyuanDiT": r"mlp_t5\..*",
     "HiDream": r".*\.experts\..*",
-    "PixArt": r".*\.kv_linear",
+    "PixArt.*": r".*\.kv_linear",
     "PixelDiT|PiD": r"(pixel_blocks\.\d+\.(adaLN|compress|expand|mlp)|final_layer|lq_proj\.(latent|output)).*",
     "Wan Camera": r"control_adapter\..*",
     "Wan HuMo": r"audio_proj\..*|.*\.audio_cross_attn\.[kv]",
     "Wan S2V": r"casual_audio_encoder\..*|audio_injector\..*",
     "Wan Animate": r"pose_patch_embedding",
     "Wan Dancer": r"music_.*",
-    "Wan SCAIL": r"patch_embedding_pose",
+    "Wan SCAIL.*": r"patch_embedding_pose",
     "Mochi": r"x_embedder\.proj|t5_y_embedder\.to_kv",
     "Anima": r"llm_adapter\..*|.*\.cross_attn\.[kv]_proj",
-    "CogVideoX": r"patch_embed\.proj",
+    "CogVideoX.*": r"patch_embed\.proj",
 }
 """Layers that the table leaves open, by name of the call: tokens folded into rows, sound, poses."""
 

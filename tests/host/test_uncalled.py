@@ -34,6 +34,8 @@ UNCALLED = {
             "the host computes its cross attention by to_q, to_k, to_v and to_out alone",
         r"projectors\.\d\.\d": "for training: they compare a block's tokens with another model's",
     },
+    "Trellis 2": {r"img2shape(_512)?\..*": "of the stages after this one"},
+    "Trellis 2 shape": {r"(img2shape_512|structure_model)\..*": "of the stages before this one"},
     "Hunyuan3D 2.1": {
         r"t_embedder\.cond_proj": "for a guidance that no node of the host gives, and whose width would not fit",
     },
@@ -47,6 +49,8 @@ UNROUTED = {
     "Ideogram 4": {"embed_image_indicator": "an embedding"},
     "Wan S2V": {"trainable_cond_mask": "an embedding, whose rows are added without a call"},
     "HunyuanVideo 1.5": {"cond_type_embedding": "an embedding"},
+    "HunyuanVideo 1.5 SR": {"cond_type_embedding": "an embedding"},
+    "Stable Cascade B": {r"up_upscalers\.0\.1": "a transposed convolution"},
     "Anima": {r"llm_adapter\.embed": "an embedding"},
     "ACE-Step": {"lyric_embs": "an embedding"},
     "ACE-Step 1.5": {r"decoder\.proj_out\.1": "a transposed convolution"},
