@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import folder_paths
 from comfy_api.latest import io
 
@@ -11,9 +9,9 @@ from ..host.files.ensemble import Ensemble
 from ..host.files.files import FOLDER, check_file
 from ..host.files.levels import UNNAMED, divided, side_by_side
 from .sockets import LoRAEnsemble, ensemble_input, schema
+from .unused import tell
 
 NODE = "Two Noise Levels (Ensemble)"
-log = logging.getLogger("lora_ensemble")
 
 
 class LoRAEnsembleNoiseLevels(io.ComfyNode):
@@ -59,8 +57,7 @@ class LoRAEnsembleNoiseLevels(io.ComfyNode):
         for spec in (*found.high, *found.low):
             if spec.acts:
                 check_file(spec.name)
-        for line in found.problems:
-            log.warning("%s: %s", NODE, line)
+        tell(NODE, found.problems)
         return io.NodeOutput(found.high, found.low, "\n".join(found.lines))
 
 

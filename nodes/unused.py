@@ -4,7 +4,7 @@ done: said on the node and in the log, so that nobody turns them in vain. Nothin
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from comfy_api.latest import io
@@ -84,6 +84,8 @@ _ALONE = {"LoRAEnsembleSwitch", "LoRAEnsembleComposite", "LoRAEnsembleCMLoRA", "
 _COMPOSE = {*_ALONE, "LoRAEnsembleRouted", "LoRAEnsembleLoRAtorio", "LoRAEnsembleSpectrum"}
 """Those that work with LoRAs that are not always on."""
 _SIDES = {"LoRAEnsembleKLoRA", "LoRAEnsembleESTLoRA"}
+_TELL = {"LoRAEnsembleInfo", "LoRAEnsembleStack"}
+"""Those that say of every LoRA what it does; the second has LoRAs of its own besides."""
 
 
 def unused(schema: io.Schema, given: Given) -> list[str]:
@@ -121,7 +123,7 @@ def _replaced(schema: io.Schema, given: Given) -> list[str]:
 def _of_loras(schema: io.Schema, ensemble: Ensemble) -> list[str]:
     active = [spec for spec in ensemble if spec.strength_model != 0]
     composed = [spec for spec in active if spec.role != ALWAYS]
-    if schema.node_id == "LoRAEnsembleInfo":
+    if schema.node_id in _TELL:
         return []
     if not active:
         return ["all model strengths are 0: no LoRA acts on the model"]
@@ -141,7 +143,7 @@ def _same(value: object, default: object) -> bool:
     return value is default or (isinstance(value, str | int | float) and value == default)
 
 
-def tell(node: str, lines: list[str]) -> None:
+def tell(node: str, lines: Sequence[str]) -> None:
     """Show lines on the node that runs, and write them into the log by the node's name."""
     for line in lines:
         log.warning("%s: %s", node, line)

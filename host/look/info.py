@@ -82,8 +82,8 @@ def infos(model, clip, ensemble: Ensemble, node: str, tick: Tick = lambda: None)
         try:
             reading = read_ensemble(model, clip, (replace(spec, strength_model=1.0, strength_clip=1.0),), node, False)
         except ValueError as error:
-            info.nothing = str(error).removeprefix(f"{node}: LoRA '{spec.name}' ").removesuffix(
-                ", or remove it from the ensemble.") + "."
+            said = str(error).removeprefix(f"{node}: ").removeprefix(f"LoRA '{spec.name}' ")
+            info.nothing = said.removesuffix(", or remove it from the ensemble.").removesuffix(".") + "."
             continue
         _read_facts(info, reading, model.model, clip is not None)
         if reading.parts:

@@ -115,6 +115,12 @@ def test_a_lora_that_is_off_needs_no_file(loras):
         infos(base("SD15"), None, (LoRASpec("gone.safetensors", 1.0, 0.0),), NODE)
 
 
+def test_a_file_that_cannot_be_read_is_told_in_one_sentence(raw):
+    name = raw(b"<html>sign in</html>", "page.safetensors")
+    text = told(infos(base("SD15"), None, (LoRASpec(name, 1.0, 1.0),), NODE), "SD15")
+    assert "does nothing on this model: it is not a safetensors file" in text and "it again.\n" in text
+
+
 def test_a_lora_for_the_text_encoder_alone(loras):
     name = loras({"lora_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": torch.ones(8, 2),
                   "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.ones(2, 8)}, "te.safetensors")

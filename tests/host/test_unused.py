@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
+from types import SimpleNamespace
 
 import lora_ensemble
 import pytest
 import torch
 from comfy_api.latest import io
+from comfy_execution.utils import CurrentNodeContext
 from lora_ensemble.host.files.ensemble import LoRASpec
 from lora_ensemble.nodes.baselines import LoRAEnsembleComposite, LoRAEnsembleMerge, LoRAEnsembleSwitch
 from lora_ensemble.nodes.cache import LoRAEnsembleBranchCache
@@ -117,6 +120,8 @@ def test_loras_that_leave_a_method_nothing_to_do():
                                             f"{node.define_schema().display_name} has no other to work with")
     assert lines(LoRAEnsembleMerge, always) == lines(LoRAEnsembleMerge, one) == lines(LoRAEnsembleLoRAtorio, one) == ""
     assert "all model strengths are 0" in lines(LoRAEnsembleMerge, off)
+    for node in filter(None, map(NODES.get, ("LoRAEnsembleInfo", "LoRAEnsembleStack"))):
+        assert lines(node, off) == "", "it has a line for each LoRA, and LoRA Ensemble may have others in its rows"
     for role, missing in (("character", "style"), ("style", "subject")):
         same = [LoRASpec(name, 1.0, 1.0, role) for name in "ab"]
         assert f"set the role of one to a {missing}" in lines(LoRAEnsembleKLoRA, *same)
@@ -182,3 +187,22 @@ def test_a_file_for_few_steps_is_proposed_on_its_node(loras):
         assert unused(schema, {"lora_name": name, "role": "always"}) == unused(schema, {
             "lora_name": name, "role": "style"}) == []
     assert unused(schema, {"lora_name": other}) == []
+
+
+def test_all_that_a_node_says_stays_on_it(loras, monkeypatch):
+    """The front end puts a text in the place of the last one: what was paired, and what is set in vain."""
+    sent = []
+    server = SimpleNamespace(send_progress_text=lambda text, node: sent.append((node, text)))
+    monkeypatch.setitem(sys.modules, "server", SimpleNamespace(PromptServer=SimpleNamespace(instance=server)))
+    high, low = (tuple(LoRASpec(loras({"lora_unet_x.lora_up.weight": torch.zeros(2, 2)}, f"{name}.safetensors"), 1.0,
+                                1.0) for name in names) for names in (("a", "b"), ("c",)))
+    alone = "'b.safetensors': acts at high noise alone"
+    unnamed = "unnamed is not used: low_noise is connected: both chains stay as they are"
+    with CurrentNodeContext("prompt", "7"):
+        LoRAEnsembleNoiseLevels.execute(high, "low noise", low)
+        LoRAEnsembleNoiseLevels.execute(high, "low noise", low)  # the next of a list
+    assert sent[-1] == ("7", f"{alone}  \n{unnamed}") and sent[0] == ("7", alone)
+    for run, node in (("prompt", "8"), ("another", "8")):
+        with CurrentNodeContext(run, node):
+            LoRAEnsembleNoiseLevels.execute(high, "both", low)
+        assert sent[-1] == ("8", alone), "what was said before was said of another run of a node"
