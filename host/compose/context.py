@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from uuid import UUID
@@ -16,6 +15,7 @@ from torch import Tensor
 from ...kernels.nested import Parts
 from ...methods.session import OTHER, POSITIVE, UNCONDITIONAL, RunContext
 from ...methods.windows import gains_of
+from ..families.film import ahead_of_film, end_of_film, in_frames
 from .earlier import Earlier, names_of
 from .prompts import shares_of
 from .run import Applied
@@ -72,8 +72,10 @@ def method_contexts(context: RunContext, model, applied: Sequence[Applied], cond
                     earlier: Earlier | None = None) -> list[RunContext]:
     """A `timed` context per method applied to a MODEL: with the masks, the windows and the shares in a guider's conds
     of that method's LoRAs, and what was left of the method in the run before."""
-    device, film = model.load_device, _film(context.shape, conds)
-    placed = [[on_latent(mask, context.shape, film) for mask in each.masks] for each in applied]
+    device, film = model.load_device, end_of_film(context.shape, conds)
+    several = any(mask is not None and len(mask) > 1 for each in applied for mask in each.masks)
+    ahead = ahead_of_film(model.model.diffusion_model, conds) if several and len(context.shape) == 5 else 0
+    placed = [[on_latent(mask, context.shape, film, ahead) for mask in each.masks] for each in applied]
     windowed = any(each.windows for each in applied)
     known = earlier.sigmas if earlier is not None else ()
     times = _schedule(model.get_model_object("model_sampling"), context.sigmas, context, known) if windowed else ()
@@ -120,26 +122,19 @@ def parts_of(conds: Sequence[list[dict] | None]) -> Parts:
     return ()
 
 
-def on_latent(mask: Tensor | None, shape: Sequence[int], film: int | None = None) -> Tensor | None:
+def on_latent(mask: Tensor | None, shape: Sequence[int], film: int | None = None, ahead: int = 0) -> Tensor | None:
     """A MASK [B, H, W] or [H, W] in pixels -> [pictures or 1, 1, h, w] in fp32 on the latent's grid; None for latents
-    without height and width. Of one film, several masks are those of its frames (`RunContext.film`), in equal parts of
-    its length: [1, 1, frames, h, w], with ones for the frames that guide it."""
+    without height and width. Of one film, several masks are those of its frames (`RunContext.film`), behind those that
+    stand ahead of it: [1, 1, frames, h, w], with ones for the frames that guide it or stand ahead."""
     if mask is None or len(shape) < 4:
         return None
     mask = mask.detach().float().reshape(-1, 1, *mask.shape[-2:])
     mask = torch.nn.functional.interpolate(mask, size=tuple(shape[-2:]), mode="area").clamp(0, 1)
     if len(mask) > 1 and len(shape) == 5 and shape[0] == 1:
-        frames = shape[2] if film is None else film
-        mask = torch.nn.functional.interpolate(mask.transpose(0, 1)[None], size=(frames, *shape[-2:]), mode="area")
-        return torch.nn.functional.pad(mask, (0, 0, 0, 0, 0, shape[2] - frames), value=1.0)
+        end = shape[2] if film is None else film
+        mask = in_frames(mask, end - ahead)
+        return torch.nn.functional.pad(mask, (0, 0, 0, 0, ahead, shape[2] - end), value=1.0)
     return mask if len(mask) == 1 else comfy.utils.repeat_to_batch_size(mask, shape[0])
-
-
-def _film(shape: Sequence[int], conds: Mapping[str, Sequence[Mapping]]) -> int | None:
-    """`RunContext.film`, by the frames that LTX-Video's conds name as guides."""
-    guides = [entry["keyframe_idxs"].shape[2] for entries in conds.values() for entry in entries or ()
-              if entry.get("keyframe_idxs") is not None] if len(shape) == 5 else []
-    return shape[2] - max(guides) // math.prod(shape[3:]) if guides else None
 
 
 def _times(sampling, sigmas: Sequence[float]) -> list[float]:

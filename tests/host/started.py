@@ -163,29 +163,29 @@ class Started:
                                              noise_mask=latent.get("noise_mask"), disable_pbar=True))
 
 
-def _of(kind: str, like: dict, latent: int, context: int, pooled: int = 0, **config) -> Family:
+def tiny(kind: str, like: dict, latent: int, context: int, pooled: int = 0, **config) -> Family:
     return Family(kind, kind, {**like, **config}, latent, context, pooled, 3)
 
 
 WAN, LTX, LTX_2 = FAMILIES["Wan"].config, TRANSFORMERS["LTX-Video"].config, TRANSFORMERS["LTX-2"].config
 MASK = (("attention_mask", torch.ones(1, 5, dtype=torch.long)),)
 STARTED = {
-    "Wan, picture": Started(_of("WAN21_I2V", WAN, 16, 32, model_type="i2v", in_dim=36), from_picture),
-    "Wan, picture without CLIP vision": Started(_of("WAN21_I2V", WAN, 16, 32, model_type="i2v", in_dim=36), unseen),
-    "Wan VACE, control and reference": Started(_of("WAN21_Vace", WAN, 16, 32, model_type="vace", vace_layers=2,
+    "Wan, picture": Started(tiny("WAN21_I2V", WAN, 16, 32, model_type="i2v", in_dim=36), from_picture),
+    "Wan, picture without CLIP vision": Started(tiny("WAN21_I2V", WAN, 16, 32, model_type="i2v", in_dim=36), unseen),
+    "Wan VACE, control and reference": Started(tiny("WAN21_Vace", WAN, 16, 32, model_type="vace", vace_layers=2,
                                                    vace_in_dim=96), vace),
-    "Wan, subjects": Started(_of("WAN21_T2V", WAN, 16, 32), subjects),
-    "Wan, sound, next part": Started(_of("WAN22_S2V", WAN, 16, 32, model_type="s2v", audio_dim=16,
+    "Wan, subjects": Started(tiny("WAN21_T2V", WAN, 16, 32), subjects),
+    "Wan, sound, next part": Started(tiny("WAN22_S2V", WAN, 16, 32, model_type="s2v", audio_dim=16,
                                          audio_inject_layers=[0]), sound_goes_on),
-    "LTX-Video, guides": Started(_of("LTXV", LTX, 128, 24, image_model="ltxv", in_channels=128, num_layers=1), guided,
+    "LTX-Video, guides": Started(tiny("LTXV", LTX, 128, 24, image_model="ltxv", in_channels=128, num_layers=1), guided,
                                  MASK),
-    "LTX-2, small guides": Started(_of("LTXAV", LTX_2, 128, 48, image_model="ltxav", in_channels=128, num_layers=1),
+    "LTX-2, small guides": Started(tiny("LTXAV", LTX_2, 128, 48, image_model="ltxav", in_channels=128, num_layers=1),
                                    with_sound),
-    "HunyuanVideo 1.5, picture": Started(_of(
+    "HunyuanVideo 1.5, picture": Started(tiny(
         "HunyuanVideo15", {k: v for k, v in VIDEO.items() if k != "txt_ids_dims"}, 32, 24, 20,
         image_model="hunyuan_video", in_channels=65, out_channels=32, vec_in_dim=None, guidance_embed=False, byt5=True,
         use_cond_type_embedding=True, vision_in_dim=20, patch_size=[1, 1, 1], depth=1, depth_single_blocks=1), hunyuan),
-    "Cosmos Predict 2, picture": Started(_of("CosmosI2VPredict2", COSMOS.config, 16, 24, image_model="cosmos_predict2",
+    "Cosmos Predict 2, picture": Started(tiny("CosmosI2VPredict2", COSMOS.config, 16, 24, image_model="cosmos_predict2",
                                              in_channels=17), cosmos),
 }
 STARTED["LTX-Video, small guides"] = replace(STARTED["LTX-Video, guides"], begin=guided_small)
