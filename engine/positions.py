@@ -144,12 +144,16 @@ class Places:
 
     def _resized(self, grid: tuple[int, ...]) -> Tensor:
         """The maps on another grid: averages over areas where it is coarser, linear between places where it is finer.
+        Where the grid is of whole patches, the last of which the host fills up, each has the average of its own places.
         """
         maps = self.maps
         if len(grid) == 3 and maps.ndim == 4:
             return self._resized(grid[1:]).unsqueeze(2).expand(-1, -1, grid[0], -1, -1)
         if tuple(maps.shape[2:]) == grid:
             return maps
+        patch = tuple(-(-size // tokens) for size, tokens in zip(maps.shape[2:], grid, strict=True))
+        if all(-(-size // n) == tokens for size, n, tokens in zip(maps.shape[2:], patch, grid, strict=True)):
+            return (F.avg_pool2d if maps.ndim == 4 else F.avg_pool3d)(maps, patch, ceil_mode=True)
         if prod(grid) <= prod(maps.shape[2:]):
             return (F.adaptive_avg_pool2d if maps.ndim == 4 else F.adaptive_avg_pool3d)(maps, grid)
         return F.interpolate(maps, size=grid, mode="bilinear" if maps.ndim == 4 else "trilinear")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from lora_ensemble.engine.bank import Bank
@@ -154,6 +156,18 @@ def test_convolutions(layout, grid, size):
                 gains = [s * float(g) for s, g in zip(branch.gains, resized[0, :, i, j], strict=True)]
                 want[row, :, i, j] = at_gains(layer, LORAS, gains, x[row])[:, i, j]
     assert close(routed_output(layer, LORAS, branches, x, Places(m, (0,) * len(branches))), want)
+
+
+@pytest.mark.parametrize(("size", "patch"), [((7, 9), (2, 2)), ((135, 240), (2, 2)), ((13, 8), (4, 4)),
+                                             ((3, 5, 7), (2, 2, 2)), ((3, 6, 5), (1, 2, 2))], ids=str)
+def test_tokens_have_the_gains_of_their_own_places(size, patch):
+    """Of sizes that the host fills up to whole patches: no token takes of its neighbour's places."""
+    m = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0)).round()
+    grid = tuple(-(-n // p) for n, p in zip(size, patch, strict=True))
+    found = Places(m, (0,)).on_grid(grid, (0,))
+    for token in product(*map(range, grid)):
+        own = tuple(slice(t * p, (t + 1) * p) for t, p in zip(token, patch, strict=True))
+        assert torch.allclose(found[(0, slice(None), *token)], m[(0, slice(None), *own)].flatten(1).mean(dim=1))
 
 
 def test_frames_with_maps_of_their_own():

@@ -23,6 +23,10 @@ WITHOUT = {"SVD", "Stable Cascade C", "Wan Animate 2", "Cosmos", "Stable Audio",
            "Trellis 2 shape", "SeedVR2"}
 """Families without a token order: no picture, places not told from shapes alone, or rows that mix anyway."""
 
+FRAMES = {"CogVideoX 1.5": 2}
+"""Families that have several frames in a token."""
+
+
 def attend_to_nothing(q: Tensor, k: Tensor, v: Tensor, heads: int, *args, skip_reshape: bool = False,
                       skip_output_reshape: bool = False, transformer_options: dict | None = None, **kwargs) -> Tensor:
     """Attention's answer in its shape, made of the queries alone (which may come in a container). Told to whoever looks
@@ -91,14 +95,14 @@ def places(segments, kind: str, position) -> set[int]:
     return {start + position(s) for start, s in zip(starts, segments, strict=True) if s.kind == kind}
 
 
-def at_place(size: tuple[int, ...], place: tuple[int, ...]):
+def at_place(size: tuple[int, ...], place: tuple[int, ...], name: str = ""):
     """The token of a place of the latent, counted frame by frame and row by row."""
     size, place = (1, *size)[-3:], (0, *place)[-3:]
 
     def position(segment) -> int:
-        frames, h, w = segment.grid
+        _, h, w = segment.grid
         i, j = (p // -(-n // g) for n, g, p in zip(size[1:], (h, w), place[1:], strict=True))
-        return (place[0] // (size[0] // frames) * h + i) * w + j
+        return (place[0] // FRAMES.get(name, 1) * h + i) * w + j
 
     return position
 

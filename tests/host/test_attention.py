@@ -66,7 +66,7 @@ def test_queries_of_places(name):
     for (where, old, _), (_, new, _) in zip(joining(before), joining(Seen(kind, model, change)), strict=True):
         segment = next(s for tokens in before.tokens.streams.values() for each in tokens for s in each
                        if s.kind == "picture" and s.grid == where.grid)
-        expected = {where.picture[0] + at_place(size, place)(segment)}
+        expected = {where.picture[0] + at_place(size, place, name)(segment)}
         found = {token for token in moved(old, new) if where.picture[0] <= token < where.picture[1]}
         assert found == expected, f"{name}: {sorted(moved(old, new))} instead of {sorted(expected)} for {where}"
 

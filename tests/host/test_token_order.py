@@ -52,7 +52,7 @@ def test_places_of_the_picture(name):
     for place in ((2, 2), (height // 2, width // 2), (height - 1, width - 1)):
         place = (*[min(1, n - 1) for n in frames], *place)
         for layer, segments, found in moved(before, Seen(kind, model, move(place))):
-            expected = places(segments, "picture", at_place(size, place))
+            expected = places(segments, "picture", at_place(size, place, name))
             assert found == expected, f"{layer} at {place}: {sorted(found)} instead of {sorted(expected)}"
 
 
