@@ -14,7 +14,7 @@ from ...engine.record import RunRecord
 from ...engine.tell import Once
 from ...methods.session import RunContext
 from .cache import CacheSpec
-from .earlier import Left
+from .earlier import Left, Mark
 from .fused import as_before, call_routed_layers
 from .run import Applied, Free, Run
 from .steps import StepTracker
@@ -94,17 +94,19 @@ class Composition:
         self.record = run.record
         return run
 
-    def end(self, run: Run, out: Tensor | None) -> None:
-        """The run is over, however it ended; `out` is its latent where it came to its end."""
+    def end(self, run: Run, left: Mark | None) -> None:
+        """The run is over, however it ended; `left` is the latent where it came to its end."""
         self.runs.remove(run)
         as_before()
-        self.places = tuple(
-            Placed(each.names, regions.maps.cpu(), tuple(getattr(regions, "found", ())),
-                   tuple(mask is not None for mask in each.masks))
-            for each, regions in zip(self.applied, run.regions, strict=True) if regions is not None)
-        run.close(out)
-        if out is not None:
-            self.told.keep(out, Told(self.record, self.places))
+        try:
+            self.places = tuple(
+                Placed(each.names, regions.maps.cpu(), tuple(getattr(regions, "found", ())),
+                       tuple(mask is not None for mask in each.masks))
+                for each, regions in zip(self.applied, run.regions, strict=True) if regions is not None)
+        finally:  # a failed accelerator raises there
+            run.close(left)
+        if left is not None:
+            self.told.keep(left, Told(self.record, self.places))
 
 
 def places_of(model) -> tuple[Placed, ...]:

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from threading import RLock
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -40,37 +40,55 @@ class Earlier:
     left: Mapping[Hashable, object] = field(default_factory=dict)
 
 
+class Mark(NamedTuple):
+    """By what a latent is recognised: the shapes of its parts, and some of its values, on the CPU."""
+
+    shapes: tuple[torch.Size, ...]
+    values: Tensor
+
+    @property
+    def whole(self) -> bool:
+        """Whether the latent holds numbers: a model that predicts none predicts none anywhere."""
+        return bool(self.values.isfinite().all())
+
+
+def mark_of(latent: Tensor) -> Mark:
+    """A look at a latent, which waits for its device."""
+    parts = parts_of_latent(latent)
+    flat = torch.cat([part.flatten() for part in parts])
+    return Mark(tuple(part.shape for part in parts), flat[_spread(len(flat), SAMPLES).to(flat.device)].float().cpu())
+
+
 class Left(Generic[Value]):
     """What was known at the end of the last runs, by the latent that they left."""
 
     def __init__(self, kept: int = KEPT):
-        self._runs: deque[tuple[tuple, Tensor, Value]] = deque(maxlen=kept)
+        self._runs: deque[tuple[Mark, Value]] = deque(maxlen=kept)
         self._lock = RLock()  # a model that is collected meanwhile asks for `values`, in whatever thread that is
 
-    def keep(self, latent: Tensor, value: Value) -> None:
+    def keep(self, latent: Mark, value: Value) -> None:
         """A run has left this latent."""
-        run = (*_mark(latent), value)
         with self._lock:
-            self._runs.append(run)
+            self._runs.append((latent, value))
 
     def values(self) -> list[Value]:
         """What is known of each, the last one first."""
         with self._lock:
-            return [value for *_, value in reversed(self._runs)]
+            return [value for _, value in reversed(self._runs)]
 
     def before(self, latent: Tensor) -> Value | None:
         """What is known of the run that left this latent; None where none did."""
-        shape, values = _mark(latent)
+        mark = mark_of(latent)
         with self._lock:
             # Some nodes keep latents in half precision.
-            return next((value for size, known, value in reversed(self._runs)
-                         if size == shape and torch.allclose(known, values, rtol=1e-2, atol=1e-3)), None)
+            return next((value for known, value in reversed(self._runs) if known.shapes == mark.shapes
+                         and torch.allclose(known.values, mark.values, rtol=1e-2, atol=1e-3)), None)
 
 
 class Runs(Left[Earlier]):
     """The last runs with methods that ended with noise left."""
 
-    def left(self, latent: Tensor, context: RunContext, routes: Sequence[RoutedLoRAs],
+    def left(self, latent: Mark, context: RunContext, routes: Sequence[RoutedLoRAs],
              earlier: Earlier | None = None, sessions: Mapping[Hashable, Session] | None = None) -> None:
         """A run has left this latent, which itself may have gone on with one."""
         maps = {asked: found.cpu() for each in routes for asked, found in each.answers().items()}
@@ -99,22 +117,10 @@ def bare(noise: Tensor) -> bool:
     return not any(part.any() for part in parts_of_latent(noise))
 
 
-def is_whole(latent: Tensor) -> bool:
-    """Whether a latent holds numbers; looks at some of it, for a model that predicts none predicts none anywhere."""
-    return bool(_mark(latent)[1].isfinite().all())
-
-
 def marks(tensor: Tensor, count: int) -> tuple:
     """The shape of a tensor and so many of its values, spread over it, as numbers."""
     flat = tensor.detach().flatten()
     return tuple(tensor.shape), tuple(flat[_spread(len(flat), count).to(flat.device)].float().tolist())
-
-
-def _mark(latent: Tensor) -> tuple[tuple, Tensor]:
-    """(the shapes of a latent's parts, some of its values on the CPU)"""
-    parts = parts_of_latent(latent)
-    flat = torch.cat([part.flatten() for part in parts])
-    return tuple(part.shape for part in parts), flat[_spread(len(flat), SAMPLES).to(flat.device)].float().cpu()
 
 
 def _spread(length: int, count: int) -> Tensor:

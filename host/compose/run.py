@@ -30,7 +30,7 @@ from ..families.row_order import one_row_only, row_order
 from .cache import BranchCache, CacheSpec, Combo
 from .combos import Joined, any_of, combinations, together
 from .control import Controls
-from .earlier import is_whole
+from .earlier import Mark
 from .kept import KeptBetweenCalls
 from .merging import Merging
 from .neighbours import APART
@@ -301,8 +301,8 @@ class Run:
         self._routed.clear()
         self._off += forwards
 
-    def close(self, out: Tensor | None) -> None:
-        """Leave the models as they were, whatever becomes of the record: a failed accelerator raises there. `out` is
+    def close(self, left: Mark | None) -> None:
+        """Leave the models as they were, whatever becomes of the record: a failed accelerator raises there. `left` is
         the latent of a run that came to its end."""
         self.off()
         forwards, self._off = self._off, []  # which hold the model
@@ -311,11 +311,11 @@ class Run:
         if self.cache is not None:
             self.cache.close()
         lost = self.record.settle()
-        if lost is not None or out is not None and not is_whole(out):
+        if lost is not None or left is not None and not left.whole:
             since = f" from step {lost.index + 1} on" if lost is not None else ""
             self._tell(f"the model predicted values that are no numbers (NaN or infinite){since}, and the picture is "
                        "lost. Sample once without LoRAs: if that is right, lower their strengths")
-        self.record.finished = out is not None
+        self.record.finished = left is not None
         for routed in forwards:
             self._unseen(routed)
         self.tell([*idle(self.applied, self._acted, self._in_time, self.record), *missed(self.record, self.sessions),

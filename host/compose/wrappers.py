@@ -27,7 +27,7 @@ from .cards import note_cards, same_banks, settle
 from .composition import KEY, Composition
 from .context import is_flow, method_contexts, parts_of, run_context, sides_of, timed
 from .control import CALLER_CONDS, OF_WEIGHTS, OWN_CONTROLS, caller_indexes, made_of_weights
-from .earlier import RUNS, bare, names_of
+from .earlier import RUNS, bare, mark_of, names_of
 from .parts import PARTS, with_parts
 from .places import window_of
 from .probe import find_places, listening, positives, readings
@@ -71,12 +71,12 @@ def outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=No
     contexts = method_contexts(context, guider.model_patcher, composition.applied, guider.conds, earlier)
     run = composition.begin(tracker, contexts, sides_of(guider.conds), _free(guider.model_patcher),
                             guider.model_patcher.load_device)
-    for regions in run.routes if earlier is not None else ():
-        regions.known = earlier.maps
-    if run.cache is not None:
-        run.cache.flow, run.cache.chosen = is_flow(guider.model_patcher), run.record.chosen.append
-    out, added, watchers = None, [], []
+    left, added, watchers = None, [], []
     try:
+        for regions in run.routes if earlier is not None else ():
+            regions.known = earlier.maps
+        if run.cache is not None:
+            run.cache.flow, run.cache.chosen = is_flow(guider.model_patcher), run.record.chosen.append
         watchers += watching(guider.model_patcher, run.record, tracker.total)
         callback.also += [partial(told, False) for told in watchers]
         if run.applied and made_of_weights(guider.conds):
@@ -85,16 +85,16 @@ def outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=No
         run.conds = lambda: guider.conds
         with as_computed(guider.model_patcher, KEY):
             out = executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, *args, **kwargs)
-        known = [each.taken for each in run.routes if not each.idle]
+        left, known = mark_of(out), [each.taken for each in run.routes if not each.idle]
         run.record.carried += carried(run.record, contexts, earlier, known, composition.cache)
         if context.handed_on:
             sessions = zip(names_of([each.method for each in run.applied]), run.sessions, strict=True)
-            RUNS.left(out, context, run.routes, earlier, dict(sessions))
+            RUNS.left(left, context, run.routes, earlier, dict(sessions))
         return out
     finally:
         for name in added:
             guider.conds.pop(name, None)
-        composition.end(run, out)
+        composition.end(run, left)
         for told in watchers:
             told(True)
 

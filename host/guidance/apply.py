@@ -16,7 +16,7 @@ from ...methods.guidance.session import GuidanceSession, Tell
 from ...methods.session import RunContext
 from ..compose.composition import TOLD
 from ..compose.context import guidance_context, run_context
-from ..compose.earlier import Left, bare, marks
+from ..compose.earlier import Left, bare, mark_of, marks
 from ..compose.steps import tracked
 from ..compose.variants import CONTRAST
 from .identity import describe_model
@@ -95,12 +95,12 @@ def sample_guided(executor, noise, latent_image, sampler, sigmas, denoise_mask=N
     tracker, callback = tracked(context.sigmas, callback)
     run = GuidedRun(guider, session, tracker, record, tell)
     guidance.record = record
-    options, out = guider.model_options, None
+    options, left = guider.model_options, None
     guider.model_options = run.installed(create_model_options_clone(options), KEY)
     try:
         out = executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, *args, **kwargs)
-        record.finished = True
-        guidance.told.keep(out, record)
+        left, record.finished = mark_of(out), True
+        guidance.told.keep(left, record)
         if record.full == sum(step.rows for step in record.steps):
             at = "" if context.cfg is None else f" at cfg {context.cfg:g}"
             tell(f"Adaptive Guidance: no negative is evaluated{at}, so there is nothing to save")
@@ -110,7 +110,7 @@ def sample_guided(executor, noise, latent_image, sampler, sigmas, denoise_mask=N
         session.summary(record)
         if record.finished and context.handed_on:
             steps = context.steps + (earlier.steps if earlier is not None else 0)
-            GUIDED.keep(out, Guided(guidance.policy, ref(model.model, GUIDED.model_gone), describe_model(model),
+            GUIDED.keep(left, Guided(guidance.policy, ref(model.model, GUIDED.model_gone), describe_model(model),
                                     prompts, context.sigmas[-1], steps, session.left()))
 
 

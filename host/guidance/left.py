@@ -10,7 +10,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ...methods.guidance.extrapolated import NEAR
-from ..compose.earlier import Left
+from ..compose.earlier import Left, Mark
 from .identity import describe_model
 
 HELD = 256 * 2**20
@@ -63,7 +63,7 @@ class Guided:
 class GuidedRuns(Left[Guided]):
     """The last runs with guidance that left noise; what they hold is bounded, and goes with its model."""
 
-    def keep(self, latent: Tensor, value: Guided) -> None:
+    def keep(self, latent: Mark, value: Guided) -> None:
         super().keep(latent, value)
         held = 0
         for run in self.values():  # the last one first

@@ -5,15 +5,17 @@ from __future__ import annotations
 import gc
 import json
 import weakref
+from dataclasses import replace
 
 import comfy.model_management
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
-from lora_ensemble.host.compose import wrappers
+from lora_ensemble.host.compose import composition, wrappers
 from lora_ensemble.host.compose.apply import with_cache
 from lora_ensemble.host.compose.cache import CacheSpec
 from lora_ensemble.host.compose.composition import KEY
+from lora_ensemble.host.files.ensemble import Mask
 from lora_ensemble.methods.cmlora import CMLoRA
 from lora_ensemble.methods.composite import Composite
 from lora_ensemble.methods.loratorio import LoRAtorio
@@ -115,12 +117,14 @@ def test_an_exception_inside_the_model(ours, call):
     assert torch.equal(sample(ours), whole)
 
 
-def test_what_fails_before_the_host_samples(ours, monkeypatch):
+@pytest.mark.parametrize("asked", ["watching", "is_flow"])
+def test_what_fails_before_the_host_samples(asked, ours, monkeypatch):
     """Whoever is told of runs, say, of a release that is not known here: no run stays open."""
     def fail(*_):
         raise RuntimeError("before the run")
 
-    monkeypatch.setattr(wrappers, "watching", fail)
+    ours = with_cache(ours, CacheSpec(Uniform(2), depth=1))
+    monkeypatch.setattr(wrappers, asked, fail)
     with pytest.raises(RuntimeError, match="before the run"):
         sample(ours)
     assert ours.get_attachment(KEY).runs == []
@@ -151,6 +155,18 @@ def test_numbers_that_cannot_be_read(ours, monkeypatch):
             sample(ours)
     assert clean(ours)
     assert torch.equal(sample(ours), whole)
+
+
+def test_places_that_cannot_be_read(loras, monkeypatch):
+    """Likewise where the LoRAs acted: nothing that the run has kept stays."""
+    model = base("SD15")
+    specs = three(model, loras)
+    specs = (replace(specs[0], mask=Mask(torch.ones(1, 8, 8))), *specs[1:])
+    ours, runs = with_cache(method(model, specs, Merge), CacheSpec(Uniform(2), depth=1)), []
+    monkeypatch.setattr(composition, "Placed", lambda *_: torch.empty(1, device="meta").tolist())
+    with pytest.raises(NotImplementedError):
+        sample(ours, callback=lambda *_: runs.extend(ours.get_attachment(KEY).runs))
+    assert clean(ours) and runs[0].cache.store.peak > runs[0].cache.store.bytes == 0
 
 
 def test_unloaded_between_runs(ours):

@@ -227,6 +227,23 @@ def test_a_latent_in_half_precision_is_recognised(fresh, loras):
     assert fresh.before(half * 1.1) is None and fresh.before(half[..., :4]) is None
 
 
+def marked(shape: tuple[int, ...], seed: int) -> earlier.Mark:
+    """Of another latent."""
+    return earlier.mark_of(torch.randn(shape, generator=torch.Generator().manual_seed(seed)))
+
+
+def test_a_latent_is_looked_at_once(fresh, loras, monkeypatch):
+    """Whether it holds numbers, whose report is of it and which run goes on with it is one look, which waits for the
+    device; a run that goes on has looked at the one it got."""
+    looks, spread = [], earlier._spread
+    monkeypatch.setattr(earlier, "_spread", lambda length, count: looks.append(count) or spread(length, count))
+    model = base("SD15")
+    half = part(method(model, three(model, loras), Composite), 0, 3)
+    assert looks == [earlier.SAMPLES]
+    part(method(model, three(model, loras), Composite), 3, STEPS, half)
+    assert looks == [earlier.SAMPLES] * 3
+
+
 def test_first_halves_of_other_graphs_are_remembered_and_what_is_not_is_said(fresh, loras):
     """ComfyUI keeps the first half of a graph that a user comes back to; its places are known for as long."""
     model, text = base("SD15"), prompt("SD15")
@@ -234,18 +251,18 @@ def test_first_halves_of_other_graphs_are_remembered_and_what_is_not_is_said(fre
     half = part(ours, 0, 3, positive=text)
     kept = list(fresh._runs)
     for seed in range(earlier.KEPT - 1):
-        fresh.keep(torch.randn(half.shape, generator=torch.Generator().manual_seed(seed)), kept[-1][-1])
+        fresh.keep(marked(half.shape, seed), kept[-1][-1])
     assert earlier.KEPT > 4
     for known in (True, False):
         part(ours, 3, STEPS, half, positive=text)
         assert ("places: looked for anew, since that run is not known" in record_of(ours).carried) is not known
         assert ("places: those that words were found at are known" in record_of(ours).carried) is known
-        fresh.keep(torch.randn(half.shape, generator=torch.Generator().manual_seed(99)), kept[-1][-1])
+        fresh.keep(marked(half.shape, 99), kept[-1][-1])
 
 
 def test_only_a_few_runs_are_remembered():
     runs, context = earlier.Runs(kept=2), wrappers.run_context(torch.tensor([2.0, 1.0]), torch.zeros(1, 4, 8, 8), None)
     latents = [torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
     for latent in latents:
-        runs.left(latent, context, ())
+        runs.left(earlier.mark_of(latent), context, ())
     assert [runs.before(latent) is not None for latent in latents] == [False, True, True]
