@@ -87,7 +87,7 @@ def read_ensemble(model, clip, ensemble: Ensemble, node: str, on_weights: bool) 
         if spec.strength_clip != 0:
             texts.append((spec, text))
         applied = [part for part, strength in ((patches, spec.strength_model), (text, spec.strength_clip)) if strength]
-        problems += _problems(spec, [misfit for part in applied for misfit in part.misfits], unused)
+        problems += _problems(spec, [misfit for part in applied for misfit in part.misfits], unused, len(file))
     parts = [Part(spec, patches, parse(patches, base, enlarged)) for spec, patches in found]
     return Reading(parts, texts, problems)
 
@@ -205,33 +205,38 @@ def _wrong_kind(file: LoRAFile, patches: Patches, text: Patches, unused: Sequenc
         return None
     if not has_clip and all(key.startswith(TEXT_ENCODER) for key in file) and other_kind(file) is None:
         return "changes the text encoder alone, and none is connected. Connect a CLIP if the node takes one"
-    return _unknown(file, kind)
+    return _unknown(file, kind, patches.unread or text.unread)
 
 
-def _unknown(keys: Collection[str], kind: str) -> str:
-    """What a file is of which no key is known, and what to do with it."""
+def _unknown(keys: Collection[str], kind: str, unread: str) -> str:
+    """What a file is of which no key is known, and what to do with it. `unread`: a key of a layer that is known."""
     example = f"none of its {counted(len(keys), 'key')}, '{next(iter(keys))}' for one"
     other = other_kind(keys)
     if other is not None:
         return f"is {other.what} and no LoRA for this model ({kind}): {example}, can be used. {_capital(other.remedy)}"
     form = lora_format(keys)
+    if unread:
+        what = "" if form is None else f"{form[0]} with the prefix {form[1]}, "
+        return (f"is {what}for layers of this model ({kind}), but what it holds for them, '{unread}' for one, is of a "
+                "kind or named in a way that ComfyUI cannot load. Use another version, or convert it")
     if form is None:
-        return (f"matches no layer of this model ({kind}): {example}, is in a format that is known here. Convert it to "
-                "ComfyUI's or kohya's names")
+        return (f"matches no layer of this model ({kind}): {example}, is in a format that is known here. If it is for "
+                "this kind of model, convert it to ComfyUI's or kohya's names")
     what, prefix = form
     return (f"matches no layer of this model ({kind}): it is {what} with the prefix {prefix}, and {example}, is here. "
             "It was made for another architecture, or by a tool that names layers in its own way; use it with a "
             "checkpoint of its kind, convert it to ComfyUI's or kohya's names")
 
 
-def _problems(spec: LoRASpec, misfits: Sequence[tuple[object, Misfit]], unused: Sequence[str]) -> list[str]:
-    """One line per kind of trouble, with a count and an example."""
+def _problems(spec: LoRASpec, misfits: Sequence[tuple[object, Misfit]], unused: Sequence[str],
+              total: int) -> list[str]:
+    """One line per kind of trouble, with a count and an example. `total`: how many keys the file has."""
     out = _lines(spec, [(key, str(reason)) for key, reason in misfits], "left out")
     if unused:
         other = other_kind(unused)
         note = f" (as in {other.what})" if other is not None else ""
-        out.append(f"LoRA '{spec.name}': {counted(len(unused), 'key')} {verb(len(unused), 'have')} no place in this "
-                   f"model{note}, '{unused[0]}' for one")
+        out.append(f"LoRA '{spec.name}': {len(unused)} of its {counted(total, 'key')} {verb(len(unused), 'have')} no "
+                   f"place in this model{note}, '{unused[0]}' for one")
     return out
 
 

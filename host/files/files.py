@@ -180,10 +180,18 @@ def _load(name: str, path: str, stamp: Stamp) -> LoRAFile:
         raise ValueError(f"LoRA '{name}' cannot be read ({error}). Unless memory or the disk ran short, download it "
                          "again.") from error
     try:
-        return LoRAFile(comfy.lora_convert.convert_lora(tensors), stamp)
+        return LoRAFile(_in_host_names(tensors), stamp)
     except (KeyError, IndexError) as error:
         raise ValueError(f"LoRA '{name}' looks like a control LoRA of Flux, but its first layer is incomplete "
                          f"({error}). Download it again, or use another version.") from error
+
+
+def _in_host_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As the host's loader renames them before it looks for layers, and XLabs' files for Flux whatever blocks they
+    have: the host knows those with all blocks alone."""
+    if any(key.startswith("double_blocks.0.processor.") for key in tensors):
+        return comfy.lora_convert.convert_uso_lora(tensors)
+    return comfy.lora_convert.convert_lora(tensors)
 
 
 def _end_of_data(header: object) -> int | None:

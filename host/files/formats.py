@@ -4,8 +4,11 @@ lacks."""
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from functools import partial
 from typing import NamedTuple
+
+from torch import Tensor
 
 
 class Kind(NamedTuple):
@@ -24,8 +27,12 @@ _OTHERS: tuple[tuple[str, Kind], ...] = (
     (r"\.on_input$|\.ia3_l(\.|$)", Kind("an IA3 file", "ComfyUI cannot load this kind; use a version that is a LoRA")),
     (r"\.oft_blocks\.\d+$|\.oft_[rR](\.|$)",
      Kind("a list of OFT blocks", "ComfyUI cannot load OFT in this form; use a version that is a LoRA")),
+    (r"^oft_(unet|te\d*)_", Kind("an OFT file of kohya's scripts",
+                                "ComfyUI cannot load OFT in this form; use a version that is a LoRA")),
     (r"\.vera_lambda_[bd]|\.boft_[RsS](\.|$)|\.hra_u(\.|$)",
      Kind("a PEFT file of a kind other than LoRA", "ComfyUI cannot load this kind; use a version that is a LoRA")),
+    (r"^(single_)?transformer_blocks\.\d+\.(qkv_proj|mlp_fc[12])\.lora_(down|up)$",
+     Kind("a LoRA that was converted for Nunchaku", "use the version before its conversion")),
     (rf"^(model\.diffusion_model|first_stage_model|cond_stage_model|conditioner)\.(?!.*({_LORA}))",
      Kind("a whole checkpoint", "load it with 'Load Checkpoint'")),
     (r"^(control_model\.|controlnet_|lora_controlnet$|input_hint_block\.|zero_convs\.)|\.input_hint_block\.",
@@ -45,25 +52,44 @@ _PREFIXES = (("base_model.model.", "a PEFT file"), ("unet.base_model.model.", "a
              ("unet.", "a diffusers or OneTrainer file"), ("transformer.", "a diffusers file"),
              ("text_encoder", "a diffusers file"), ("diffusion_model.", "a file in ComfyUI's own names"))
 
-_DOTTED = ("base_model.model.", "unet.base_model.model.", "unet.", "transformer.", "model.diffusion_model.",
-           "pipe.dit.")
-"""What PEFT, diffusers, DiffSynth and extractors put before names with dots."""
+_DOTTED = ("base_model.model.", "unet.base_model.model.", "unet.", "transformer.", "diffusion_model.",
+           "model.diffusion_model.", "pipe.dit.", "conditional_transformer.")
+"""What PEFT, diffusers, ai-toolkit, DiffSynth, Ideogram's trainers and extractors put before names with dots."""
 _JOINED = ("lora_unet_", "lycoris_", "lora_transformer_")
 """What kohya and musubi-tuner, LyCORIS and SimpleTuner, and OneTrainer put before names with underscores."""
 _OWN = ("unet.", "transformer.", "text_encoder.", "diffusion_model.")
 
-_WAN = tuple((re.compile(own), theirs) for own, theirs in (
-    (r"^(blocks\.\d+)\.self_attn\.", r"\1.attn1."), (r"^(blocks\.\d+)\.cross_attn\.", r"\1.attn2."),
-    (r"\.(attn\d)\.([qkv])$", r".\1.to_\2"), (r"\.(attn\d)\.o$", r".\1.to_out.0"),
-    (r"\.(attn\d)\.([kv])_img$", r".\1.add_\2_proj"),
-    (r"^(blocks\.\d+)\.ffn\.0$", r"\1.ffn.net.0.proj"), (r"^(blocks\.\d+)\.ffn\.2$", r"\1.ffn.net.2"),
-    (r"^(text|time)_embedding\.0$", r"condition_embedder.\1_embedder.linear_1"),
-    (r"^(text|time)_embedding\.2$", r"condition_embedder.\1_embedder.linear_2"),
-    (r"^time_projection\.1$", "condition_embedder.time_proj"), (r"^head\.head$", "proj_out"),
-    (r"^img_emb\.proj\.1$", "condition_embedder.image_embedder.ff.net.0.proj"),
-    (r"^img_emb\.proj\.3$", "condition_embedder.image_embedder.ff.net.2")))
-"""What diffusers calls layers of Wan, which ComfyUI's key map does not know: layer for layer the same ones."""
-_WAN_FILE, _WAN_MODEL = re.compile(r"(^|[._])blocks[._]\d+[._]attn[12][._]to_q"), "diffusion_model.blocks.0.self_attn.q"
+_DIFFUSERS: dict[str, tuple[tuple[str, str], ...]] = {
+    "diffusion_model.blocks.0.self_attn.q": (  # Wan
+        (r"^(blocks\.\d+)\.self_attn\.", r"\1.attn1."), (r"^(blocks\.\d+)\.cross_attn\.", r"\1.attn2."),
+        (r"\.(attn\d)\.([qkv])$", r".\1.to_\2"), (r"\.(attn\d)\.o$", r".\1.to_out.0"),
+        (r"\.(attn\d)\.([kv])_img$", r".\1.add_\2_proj"),
+        (r"^(blocks\.\d+)\.ffn\.0$", r"\1.ffn.net.0.proj"), (r"^(blocks\.\d+)\.ffn\.2$", r"\1.ffn.net.2"),
+        (r"^(text|time)_embedding\.0$", r"condition_embedder.\1_embedder.linear_1"),
+        (r"^(text|time)_embedding\.2$", r"condition_embedder.\1_embedder.linear_2"),
+        (r"^time_projection\.1$", "condition_embedder.time_proj"), (r"^head\.head$", "proj_out"),
+        (r"^img_emb\.proj\.1$", "condition_embedder.image_embedder.ff.net.0.proj"),
+        (r"^img_emb\.proj\.3$", "condition_embedder.image_embedder.ff.net.2")),
+    "diffusion_model.blocks.0.self_attn.q_proj": (  # Cosmos Predict 2, Anima
+        (r"^(blocks\.\d+)\.self_attn\.", r"\1.attn1."), (r"^(blocks\.\d+)\.cross_attn\.", r"\1.attn2."),
+        (r"\.(attn\d)\.([qkv])_proj$", r".\1.to_\2"), (r"\.(attn\d)\.output_proj$", r".\1.to_out.0"),
+        (r"^(blocks\.\d+)\.mlp\.layer1$", r"\1.ff.net.0.proj"), (r"^(blocks\.\d+)\.mlp\.layer2$", r"\1.ff.net.2"),
+        (r"\.adaln_modulation_self_attn\.(\d)$", r".norm1.linear_\1"),
+        (r"\.adaln_modulation_cross_attn\.(\d)$", r".norm2.linear_\1"),
+        (r"\.adaln_modulation_mlp\.(\d)$", r".norm3.linear_\1"),
+        (r"^final_layer\.adaln_modulation\.(\d)$", r"norm_out.linear_\1"), (r"^final_layer\.linear$", "proj_out"),
+        (r"^x_embedder\.proj\.1$", "patch_embed.proj"), (r"^t_embedder\.1\.", "time_embed.t_embedder."),
+        (r"^blocks\.", "transformer_blocks."))}
+"""A name in ComfyUI's key map by which a family is known -> what diffusers calls its layers, which are the same ones,
+layer for layer, and which ComfyUI does not know by these names."""
+_DIFFUSERS_FILE = re.compile(r"(^|[._])blocks[._]\d+[._]attn[12][._]to_q")
+
+_BY_HEAD = re.compile(r"^(token_refiner\.)?blocks\.\d+\.attn\.qkv_proj$")
+"""Layers of MiniMax H3 whose rows DiffSynth has as they lie in the original checkpoint, q, k and v of one head after
+those of another. ComfyUI, as all others, has q of all heads, then k, then v."""
+_H3, _DIFFSYNTH = "diffusion_model.blocks.0.attn.qkv_proj", ".attn.qkv_proj.lora_B.default.weight"
+HEAD = "diffusion_model.blocks.0.attn.q_norm.weight"
+"""A weight of MiniMax H3 that is as long as one head is wide."""
 
 
 def other_kind(keys: Collection[str]) -> Kind | None:
@@ -71,7 +97,8 @@ def other_kind(keys: Collection[str]) -> Kind | None:
     for pattern, kind in _OTHERS:
         if any(re.search(pattern, key) for key in keys):
             return kind
-    if len(keys) > 8 and not any(re.search(_LORA, key) for key in keys):
+    if len(keys) > 8 and any(key.endswith(".weight") for key in keys) and not any(
+            re.search(_LORA, key) for key in keys):
         return Kind("a whole model or a part of one", "load it with 'Load Diffusion Model' or the loader of its kind")
     return None
 
@@ -82,14 +109,20 @@ def lora_format(keys: Collection[str]) -> tuple[str, str] | None:
     return (what, prefix) if 2 * count >= max(len(keys), 1) else None
 
 
-def with_aliases(key_map: Mapping, keys: Collection[str]) -> Mapping:
+def with_aliases(key_map: Mapping, keys: Collection[str], head: int = 0) -> Mapping:
     """The host's key map, with names of formats that it lacks where a file uses them: with another tool's prefix before
-    the model's or diffusers' names, without any, diffusers' of today, without `processor`, and diffusers' of Wan. The
-    host's names win."""
+    the model's or diffusers' names, without any, diffusers' of today, without `processor`, and diffusers' of families
+    that the host knows by their own names alone. The host's names win.
+
+    head   how wide a head of MiniMax H3 is; 0 for other models
+    """
     bare = [""] if lora_format(keys) is None else []
     dotted = bare + [prefix for prefix in _DOTTED if any(key.startswith(prefix) for key in keys)]
     joined = [prefix for prefix in _JOINED if any(key.startswith(prefix) for key in keys)]
-    aliases, wan = {}, _WAN_MODEL in key_map and any(map(_WAN_FILE.search, keys))
+    in_diffusers = any(map(_DIFFUSERS_FILE.search, keys))
+    renames = [table for layer, table in _DIFFUSERS.items() if in_diffusers and layer in key_map]
+    by_head = head and bare and _H3 in key_map and any(key.endswith(_DIFFSYNTH) for key in keys)
+    aliases = {}
     for name, target in key_map.items() if dotted or joined else ():
         own = next((own for own in (*_OWN, *_JOINED) if str(name).startswith(own)), None)
         if own in _JOINED:
@@ -97,16 +130,22 @@ def with_aliases(key_map: Mapping, keys: Collection[str]) -> Mapping:
         elif own is not None:
             plain = re.sub(r"\.processor\.(to_out$)?", lambda found: ".to_out.0" if found[1] else ".",
                            name.removeprefix(own))
-            aliases |= {prefix + part: target for prefix in dotted for part in (own + plain, plain)}
-            if wan:
-                theirs = _in_diffusers(plain)
-                aliases |= {prefix + theirs: target for prefix in dotted}
-                aliases |= {prefix + theirs.replace(".", "_"): target for prefix in joined}
+            for part in (plain, *(_renamed(plain, table) for table in renames)):
+                aliases |= {prefix + part: target for prefix in dotted}
+                aliases |= {prefix + part.replace(".", "_"): target for prefix in joined}
+            aliases |= {prefix + own + plain: target for prefix in dotted}
+            if by_head and _BY_HEAD.match(plain):
+                aliases[plain] = (target, None, partial(_rows_by_kind, head))
     return {**aliases, **key_map}
 
 
-def _in_diffusers(layer: str) -> str:
-    """What diffusers calls a layer of Wan."""
-    for own, theirs in _WAN:
-        layer = own.sub(theirs, layer)
+def _renamed(layer: str, table: Iterable[tuple[str, str]]) -> str:
+    """What diffusers calls a layer."""
+    for own, theirs in table:
+        layer = re.sub(own, theirs, layer)
     return layer
+
+
+def _rows_by_kind(head: int, rows: Tensor) -> Tensor:
+    """[heads * 3 * head, ...], q, k and v of one head after the other -> all q, then all k, then all v."""
+    return rows.unflatten(0, (-1, 3, head)).transpose(0, 1).flatten(0, 2)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import ChainMap
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
@@ -34,7 +34,7 @@ from .fit import (
     narrowed,
     plain_magnitude,
 )
-from .formats import with_aliases
+from .formats import HEAD, with_aliases
 
 PREFIX = "diffusion_model."
 
@@ -46,12 +46,14 @@ class Patches:
     found     loader key -> the loader's patch, for all that it applies without an error
     misfits   (loader key, why) for what it leaves out with a line in its log
     used      keys of the file that stand for one of these
+    unread    a key of a layer of the model of whose tensors the loader makes nothing; empty: there is none
     enlarged  loader key -> the shape of a weight that becomes larger
     """
 
     found: dict = field(default_factory=dict)
     misfits: list[tuple[object, Misfit]] = field(default_factory=list)
     used: set[str] = field(default_factory=set)
+    unread: str = ""
     enlarged: dict[str, Shape] = field(default_factory=dict)
 
     @property
@@ -89,13 +91,16 @@ def load(file: LoRAFile, key_map: Mapping, root: nn.Module, enlarged: Mapping[st
     Only tensors that have a place in the model are read. Raises `fit.Broken` for a file that the loader stops at.
     """
     patches, keys, sorted_keys = Patches(), {id(tensor): key for key, tensor in file.items()}, sorted(file)
-    for name, target in with_aliases(key_map, file).items():
-        at = bisect_left(sorted_keys, name)
-        if at == len(sorted_keys) or not sorted_keys[at].startswith(name):
+    head = shape_of(root, HEAD)
+    for name, target in with_aliases(key_map, file, head[0] if head else 0).items():
+        if not _first(sorted_keys, name):
             continue  # the names of a layer's tensors all begin with the layer's
         key, span = (target, None) if isinstance(target, str) else target[:2]
         whole = enlarged.get(key) or shape_of(root, key)
-        for place, patch in _read(file, name, target, whole and narrowed(whole, span)).items():
+        made = _read(file, name, target, whole and narrowed(whole, span))
+        if not made:
+            patches.unread = patches.unread or _first(sorted_keys, f"{name}.")
+        for place, patch in made.items():
             used = {f"{name}.{end}" for end in ("alpha", "dora_scale", *peft.MAGNITUDES, *peft.BIASES)} & file.keys()
             used |= getattr(patch, "loaded_keys", set()) & file.keys()
             used |= {keys[id(value)] for value in _values(patch) if id(value) in keys}
@@ -117,6 +122,12 @@ def load(file: LoRAFile, key_map: Mapping, root: nn.Module, enlarged: Mapping[st
                 if larger not in (None, shape):
                     patches.enlarged[place] = larger
     return patches
+
+
+def _first(sorted_keys: Sequence[str], start: str) -> str:
+    """The first key that begins like this; empty: none does."""
+    at = bisect_left(sorted_keys, start)
+    return sorted_keys[at] if at < len(sorted_keys) and sorted_keys[at].startswith(start) else ""
 
 
 def _read(file: LoRAFile, name: str, target, shape: Shape | None) -> dict:

@@ -281,6 +281,9 @@ def patches_of(model, spec: LoRASpec) -> dict:
 OTHERS = {
     "an IA3 file": {"lora_unet_mid.weight": (4,), "lora_unet_mid.on_input": ()},
     "a list of OFT blocks": {f"lora_unet_mid.oft_blocks.{k}": (4, 4) for k in range(3)},
+    "an OFT file of kohya's scripts": {"oft_unet_mid.oft_blocks": (2, 4, 4), "oft_unet_mid.alpha": ()},
+    "a LoRA that was converted for Nunchaku": {f"transformer_blocks.0.mlp_fc1.lora_{end}": (4, 4)
+                                               for end in ("down", "up")},
     "a whole checkpoint": {"model.diffusion_model.out.2.weight": (4, 4), "first_stage_model.x.weight": (3,)},
     "a ControlNet": {"input_hint_block.0.weight": (4, 3, 3, 3), "zero_convs.0.0.weight": (4, 4)},
     "an IP-Adapter": {"image_proj.proj.weight": (4, 4), "ip_adapter.1.to_k_ip.weight": (4, 4)},
@@ -319,10 +322,10 @@ def test_loras_of_a_checkpoints_layers_are_no_checkpoint():
 
 
 def test_an_unknown_format_is_not_called_another_architecture(loras):
-    spec = LoRASpec(loras(lora({"k": torch.Size((4, 4))}, 1, name="oft_unet_{}".format)), 1.0, 0)
-    with pytest.raises(ValueError, match="is in a format that is known here. Convert it") as caught:
+    spec = LoRASpec(loras(lora({"k": torch.Size((4, 4))}, 1, name="strange_{}".format)), 1.0, 0)
+    with pytest.raises(ValueError, match="is in a format that is known here. If it is for") as caught:
         merge(base("SD15"), [spec])
-    assert "architecture" not in str(caught.value) and lora_format(["oft_unet_k.alpha"]) is None
+    assert "architecture" not in str(caught.value) and lora_format(["strange_k.alpha"]) is None
 
 
 def test_text_encoders_of_stable_cascade_are_text_encoders(loras):
@@ -343,7 +346,7 @@ def test_layers_that_the_model_lacks_and_unknown_keys(make, loras, caplog):
         text = "\n".join(caplog.messages)
     else:
         text = "\n".join(bake(model, None, (spec,), "Merge LoRAs")[2])
-    assert "1 key has no place in this model, 'strange.diff' for one" in text
+    assert "1 of its 6 keys has no place in this model, 'strange.diff' for one" in text
     assert f"{key_map[lacking]}: the model has no such layer" in text and "bare parameter" not in text
 
 
