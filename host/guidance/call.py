@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...methods.guidance.session import GuidanceSession, Need, Rows
 
-PRE_CFG, CFG = "sampler_pre_cfg_function", "sampler_cfg_function"
+PRE_CFG, CFG, POST_CFG = "sampler_pre_cfg_function", "sampler_cfg_function", "sampler_post_cfg_function"
 
 
 @dataclass
@@ -24,6 +24,8 @@ class GuidedCall:
     c              the conditional prediction, once known
     has_negative   whether its negatives were answered for
     shown_whole    the session sees whole predictions before the formula, and not those of its context windows
+    added_to       what came of the guidance as far as it goes by a formula of the guider's own, with what nodes add
+                   behind guidance; None: none do, or it is not known yet
     """
 
     need: Need
@@ -32,6 +34,7 @@ class GuidedCall:
     c: Tensor | None = None
     has_negative: bool = False
     shown_whole: bool = False
+    added_to: Tensor | None = None
 
 
 UNGUIDED = {PRE_CFG: None, CFG: None}
@@ -82,6 +85,28 @@ def guarded(options: dict, call: GuidedCall, session: GuidanceSession) -> dict[s
 
     formula = options.get(CFG)
     return {PRE_CFG: [note, *options.get(PRE_CFG, ()), restore], **({CFG: shape} if formula is not None else {})}
+
+
+def added(options: dict, call: GuidedCall, session: GuidanceSession) -> dict[str, list]:
+    """Slots with which what nodes add behind guidance (LTX's further passes, PAG) is added to what is left of it, by a
+    guider with a formula of its own as by the host's."""
+    if not options.get(POST_CFG):
+        return {}
+
+    def before(args: dict) -> Tensor:
+        return faded(call.c, args["denoised"], session.weigh(call.c))
+
+    def after(args: dict) -> Tensor:
+        call.added_to = args["denoised"]
+        return args["denoised"]
+
+    return {POST_CFG: [before, *options[POST_CFG], after]}
+
+
+def faded(c: Tensor, guided: Tensor, weight: Tensor) -> Tensor:
+    """So much of the guidance: between c and what is guided. Where, since a guider's own formula need not be finite
+    between equal predictions."""
+    return torch.where(weight > 0, torch.lerp(c.to(guided), guided, weight.to(guided)), c.to(guided))
 
 
 def completed(options: dict, call: GuidedCall, session: GuidanceSession) -> dict[str, list]:

@@ -23,7 +23,7 @@ from ...methods.schedule import Schedule
 from ..compose.composition import KEY as COMPOSITION
 from ..compose.rows import narrowed, sides_together, whole_only
 from ..compose.steps import StepTracker
-from .call import UNGUIDED, GuidedCall, completed, guarded, put_in
+from .call import UNGUIDED, GuidedCall, added, completed, faded, guarded, put_in
 
 
 class GuidedRun:
@@ -64,15 +64,14 @@ class GuidedRun:
         try:
             if not need.guided:
                 return self._conditional(executor, x, timestep, options, seed)
-            fading = session.fades and not self.own_math
-            with (put_in(options, guarded(options, call, session) if fading else {}),
+            fading, by_formula = session.fades, session.fades and self.own_math and not windowed
+            with (put_in(options, guarded(options, call, session) if fading and not self.own_math else {}),
+                  put_in(options, added(options, call, session) if by_formula else {}),
                   put_in(options, completed(options, call, session) if shown_whole else {})):
                 out = executor(x, timestep, options, seed)
             session.end()
-            if session.fades and self.own_math and not windowed and call.c is not None:
-                weight = session.weigh(out)
-                # Where, since a guider's own formula need not be finite between equal predictions.
-                out = torch.where(weight > 0, torch.lerp(call.c.to(out), out, weight), call.c.to(out))
+            if by_formula and call.c is not None:
+                out = faded(call.c if call.added_to is None else call.added_to, out, session.weigh(out))
             return out
         finally:
             self.call = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import comfy.samplers
 import pytest
 import torch
 from lora_ensemble.host.compose.composition import KEY as COMPOSITION
@@ -10,6 +11,11 @@ from lora_ensemble.host.guidance.apply import guidance_record_of
 from .builders import composite, guided, schedule, three
 from .guidance_tools import SD15, ag, basic, dual, dual_model, gammas, middle, perp_neg, reference, same, sample
 from .models import base
+
+
+def nested(model):
+    return dual(model, nested=True)
+
 
 GUIDERS = pytest.mark.parametrize("make", [basic, dual, perp_neg, dual_model])
 
@@ -71,3 +77,35 @@ def test_decisions_are_taken_on_mixed_predictions(first, loras):
     same(out, sample(reference(plain, threshold), **options), sample(plain, **options))
 
 
+
+
+# --- what nodes add behind guidance ---
+
+
+def added(model, scale: float = 0.5):
+    """A further pass, as STG's, PAG's and others' are, with what it is taken from."""
+    def post(args):
+        (other,) = comfy.samplers.calc_cond_batch(args["model"], [args["cond"]], args["input"] * 0.9, args["sigma"],
+                                                  args["model_options"])
+        return args["denoised"] + (args["cond_denoised"] - other) * scale
+
+    model = model.clone()
+    model.set_model_sampler_post_cfg_function(post)
+    return model
+
+
+@pytest.mark.parametrize("make", [perp_neg, nested, dual_model])
+def test_what_nodes_add_is_added_in_the_step_of_the_switch_too(make):
+    """A formula of the guider's own, and all pictures are done with their negative in the first step: they are what the
+    prompt alone is drawn to with that node."""
+    model, sigmas = added(base("SD15")), schedule(base("SD15"), 4)
+    out = guided(make(ag(model, -1.0)), sigmas, batch=2)
+    same(out, guided(basic(model), sigmas, batch=2), guided(basic(base("SD15")), sigmas, batch=2))
+
+
+@pytest.mark.parametrize("make", [perp_neg, dual_model])
+def test_what_nodes_add_does_not_fade(make):
+    models, sigmas = (base("SD15"), added(base("SD15"))), schedule(base("SD15"), 4)[:2]
+    without, found = (guided(make(ag(each, -1.0, ramp_steps=2)), sigmas) for each in models)
+    alone, more = (guided(basic(each), sigmas) for each in models)
+    same(found - without, more - alone, torch.zeros_like(found))
