@@ -186,7 +186,7 @@ class GLoRA(Op):
         self.mix, self.plus = LowRank(m_up, m_down), LowRank(d_up, d_down, scale, span)
 
     def _changed(self, weight: Tensor, gain: float) -> Tensor:
-        mixed = torch.einsum("oi...,ij->oj...", weight, (self.mix.up @ self.mix.down).to(weight))
+        mixed = torch.einsum("oi...,ij->oj...", weight, self.mix.delta(weight).to(weight))
         return weight + gain * (self.scale * mixed + self.plus.delta(weight).to(weight.dtype))
 
     def on_inputs(self, scales: Scales = None) -> bool:

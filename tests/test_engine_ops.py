@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from lora_ensemble.engine.adapters import Decomposed, Dense, LowRank, Op, given
+from lora_ensemble.engine.adapters import Decomposed, Dense, GLoRA, LowRank, Op, given
 from lora_ensemble.engine.bank import Bank
 from lora_ensemble.engine.forwards import RoutedForwards
 from lora_ensemble.kernels.branch import Branch
@@ -67,6 +67,16 @@ def test_weight_form_is_the_definition(kind, layer):
         want, _ = change(weight, bias, gain)
         # The host merges a Bias into the bias and not into the weight; OFT's and DoRA's own constants are fp32.
         assert close(ops[0].on_weight(weight, gain), want, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_a_glora_of_few_bits_is_multiplied_in_many(dtype):
+    """Its two products are rounded nowhere but in the file."""
+    generator = torch.Generator().manual_seed(3)
+    factors = [torch.randn(shape, generator=generator).to(dtype) for shape in ((24, 4), (4, 24), (32, 4), (4, 24))]
+    weight = torch.randn(32, 24, generator=generator)
+    few, many = (GLoRA(*each) for each in (factors, [factor.float() for factor in factors]))
+    assert torch.equal(few.on_weight(weight, 0.7), many.on_weight(weight, 0.7))
 
 
 @pytest.mark.parametrize("layer", ["linear", "conv2d"])
