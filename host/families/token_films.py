@@ -63,14 +63,16 @@ WAN, WAN_BEHIND, WAN_SCAIL = (Family(streams, WAN_LAYERS) for streams in (_wan, 
 
 
 def _ltx(root: nn.Module, call: Call) -> Streams:
-    """Guiding frames stand after the film; of those that are smaller than it, only the places that they have."""
+    """Guiding frames stand after the film; of those that are smaller than it, only the places that they have. These
+    the host tells by their masks, and reads in every call itself."""
     size, guides = call.shape(), call.conds.get("keyframe_idxs")
     target = picture(size, 1)
     img: Tokens = (target,)
     if guides is not None and guides.shape[2]:
         frames = size[0] - guides.shape[2] // math.prod(size[1:])
-        own = [math.prod(entry["latent_shape"]) for entry in call.conds.get("guide_attention_entries") or ()]
-        img = (picture((frames, *size[1:]), 1), *other(sum(own) or guides.shape[2]))
+        mask = call.conds.get("denoise_mask")
+        own = guides.shape[2] if mask is None else int((mask[0] >= 0).all(0).flatten()[-guides.shape[2]:].sum())
+        img = (picture((frames, *size[1:]), 1), *other(own))
     streams = {"img": (img,), "txt": ((call.text(),),)}
     if not isinstance(call.x, (list, tuple)) or len(call.x) < 2:
         return streams

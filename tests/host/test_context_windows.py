@@ -4,6 +4,7 @@ that it is anchored to."""
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from inspect import signature
 from math import prod
 
@@ -116,9 +117,11 @@ def test_what_stands_in_for_a_prompt_is_cut_to_the_window(name, mode, loras):
     assert {tuple(cond.flatten()[:3].tolist()) for cond, _ in others[:1 if mode == "once" else 3]} <= read
 
 
-def test_frames_of_a_film_with_sound(loras):
-    """LTX-2 with its own node: each frame has its own mask in every window, and guides beside it have none."""
-    case = replace(STARTED["LTX-2, small guides"], begin=guided_with_sound)
+@pytest.mark.parametrize("smaller", [1, 2])
+def test_frames_of_a_film_with_sound(smaller, loras):
+    """LTX-2 with its own node: each frame has its own mask in every window, and guides beside it have none, whatever
+    their size."""
+    case = replace(STARTED["LTX-2, small guides"], begin=partial(guided_with_sound, smaller=smaller))
     model, size = case.model(), (128, 7, 4, 4)
     layers = {key: shape for key, shape in shapes(model).items() if key == "proj_out"}
 
