@@ -58,6 +58,7 @@ class RoutedForwards:
     lasting    a context for tensors that are kept beyond the layer that runs, as a host may ask for
     layers     all layers by the names that the bank has of them, asked where there is none of a name: others may have
                put modules of their own between them, which gives those behind another name
+    flat       see `Programs`
 
     `acted` are the adapters that acted in any batch.
     """
@@ -65,7 +66,7 @@ class RoutedForwards:
     def __init__(self, root: nn.Module, bank: Bank, reader: Reader | None = None,
                  report: Callable[[str, str, str], None] | None = None, position: int = 0, order: Order = folded,
                  compiled: bool = False, lasting: Callable[[], AbstractContextManager] = nullcontext,
-                 layers: Callable[[], Mapping[str, nn.Module]] | None = None):
+                 layers: Callable[[], Mapping[str, nn.Module]] | None = None, flat: bool = False):
         self.root, self.bank, self.position, self.order, self.compiled = root, bank, position, order, compiled
         self._named = layers
         say = Once(report or (lambda adapter, layer, reason: None))
@@ -76,7 +77,7 @@ class RoutedForwards:
         self._installed: list[_Installed] = []
         self._layers: list[Layer] = []
         self._layouts: dict[Hashable, Layout] = {}
-        self._programs = Programs(bank, reader or (lambda name: _read(root, name)), self._tell, lasting)
+        self._programs = Programs(bank, reader or (lambda name: _read(root, name)), self._tell, lasting, flat)
         self._addresses: list[int] = []
         self._traced: dict[int, TracedGains] = {}
 

@@ -49,7 +49,6 @@ class Places:
     more      words of further texts of the model, by their source: a text of a source that is not there gets all of the
               delta
     locate    what the tokens of a layer are
-    flat      layers have no dimension for entries: the model takes one row, and its tokens are their first dimension
     beneath   how many adapters of the bank, its first ones, act everywhere: maps and words begin with the next one
 
     Tokens that are neither picture nor text, and rows of layers that have no tokens, get all of the delta.
@@ -57,8 +56,8 @@ class Places:
 
     def __init__(self, maps: Tensor, pictures: Sequence[int], words: Tensor | None = None, texts: Sequence[int] = (),
                  locate: Locate = lambda layer, tokens: None, more: Mapping[str, Tensor] | None = None,
-                 flat: bool = False, beneath: int = 0):
-        self.beneath, self.locate, self.flat = beneath, locate, flat
+                 beneath: int = 0):
+        self.beneath, self.locate = beneath, locate
         self.maps, self.pictures, self.texts = self._of_all(maps), tuple(pictures), tuple(texts)
         self.words = None if words is None else self._of_all(words)
         self.more = {source: self._of_all(tensor) for source, tensor in (more or {}).items()}

@@ -56,11 +56,12 @@ class Programs:
 
     tell     called as tell(adapter name, layer, reason) for what cannot be expressed
     lasting  a context for tensors that are kept beyond the layer that runs
+    flat     layers have no dimension for entries: the model takes one row, and its tokens are their first dimension
     """
 
     def __init__(self, bank: Bank, reader: Reader, tell: Callable[[str, str, str], None],
-                 lasting: Callable[[], AbstractContextManager] = nullcontext):
-        self.bank = bank
+                 lasting: Callable[[], AbstractContextManager] = nullcontext, flat: bool = False):
+        self.bank, self._tokens_first = bank, flat
         self.seen: dict[str, set[int]] = {}  # layer -> the adapters that acted in a batch which came to it
         self._reader, self._tell, self._lasting = reader, tell, lasting
         self._programs: dict[Hashable, Program] = {}
@@ -77,7 +78,7 @@ class Programs:
         Raises NotRows where rows of several branches cannot be told apart in the layer.
         """
         name, shape = layer.site.name, x.shape
-        flat = y.ndim < 2 + layer.geometry.spatial or (layout.places is not None and layout.places.flat and y.ndim == 2)
+        flat = y.ndim < 2 + layer.geometry.spatial or (self._tokens_first and y.ndim == 2)
         self.seen.setdefault(name, set()).update(layout.acting)
         if flat:
             y, x = y.unsqueeze(0), plain(x).unsqueeze(0)

@@ -29,11 +29,11 @@ def maps(pictures: int = 1, grid=(4, 4), seed: int = 0) -> Tensor:
 
 
 def routed_output(layer: nn.Module, kinds, branches, x: Tensor, places: Places | None, order=folded,
-                  told: list | None = None) -> Tensor:
+                  told: list | None = None, flat: bool = False) -> Tensor:
     root = nn.Sequential(layer)
     bank = Bank([{"0": make_ops(kind, layer.weight.shape, seed)[0]} for seed, kind in enumerate(kinds)])
     routed = RoutedForwards(root, bank, report=lambda *problem: (told if told is not None else []).append(problem),
-                            order=order)
+                            order=order, flat=flat)
     routed.install()
     with torch.no_grad(), routed.rows(branches, places):
         y = root(x)
@@ -89,17 +89,22 @@ def test_text_and_picture_in_one_stream(first):
 
 @pytest.mark.parametrize("kinds", [LORAS, ("glora", "dora out", "lora")], ids=["side by side", "in order"])
 def test_layers_without_a_dimension_for_entries(kinds):
-    """One row, whose tokens come first: as the same layer with that dimension. Also of layers that see no tokens."""
+    """One row, whose tokens come first: as the same layer with that dimension, and with places of ones as without any,
+    bit for bit. Also of layers that see no tokens."""
     torch.manual_seed(0)
     layer, m, words = nn.Linear(6, 8), maps(), torch.rand(1, 3, 5)
     segments = Segment("text", 5), Segment("picture", 16, (1, 4, 4)), Segment("other", 2)
-    usual, flat = (Places(m, (0,), words, (0,), lambda name, tokens: segments if tokens == 23 else (), flat=flat)
-                   for flat in (False, True))
+    places, ones = (Places(maps, (0,), tokens, (0,), lambda name, tokens: segments if tokens == 23 else ())
+                    for maps, tokens in ((m, words), (torch.ones_like(m), torch.ones_like(words))))
     for x in (torch.randn(23, 6), torch.randn(4, 6)):
-        assert close(routed_output(layer, kinds, [ALL], x, flat), routed_output(layer, kinds, [ALL], x[None], usual)[0])
+        for each in (places, ones, None):
+            found = routed_output(layer, kinds, [ALL], x, each, flat=True)
+            assert torch.equal(found, routed_output(layer, kinds, [ALL], x[None], each)[0])
+        if kinds == LORAS:
+            assert torch.equal(found, routed_output(layer, kinds, [ALL], x, ones, flat=True))
     x, gain = torch.randn(23, 6), torch.cat([words.mT, m.flatten(2).mT, torch.ones(1, 2, 3)], dim=1)
     want = token_reference(layer, [ALL], x[None], gain)[0]
-    assert kinds != LORAS or close(routed_output(layer, kinds, [ALL], x, flat), want)
+    assert kinds != LORAS or close(routed_output(layer, kinds, [ALL], x, places, flat=True), want)
 
 
 @pytest.mark.parametrize("kinds", [LORAS, ("lora", "lora", "slice"), ("glora", "dora out", "lora")], ids=str)

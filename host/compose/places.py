@@ -64,8 +64,7 @@ class MaskedLoRAs:
             each = len(maps) // len(distinct)
             index = [distinct.index(part) * each + p % each for part in parts for p in range(pictures)]
             texts = [distinct.index(part) for part in parts for _ in range(pictures)]
-            places = Places(maps.clone(), index, words, texts, *self._locate(root, x, conds, more, merging),
-                            self.first)
+            places = Places(maps.clone(), index, words, texts, self._locate(root, x, conds, merging), more, self.first)
             self._places[key] = places, self.version, self.texts
         places, version, texts = self._places[key]
         if version != self.version:
@@ -109,18 +108,18 @@ class MaskedLoRAs:
                 found[source] = on_device(torch.stack(words), x.device)
         return found.pop("", None), found
 
-    def _locate(self, root: nn.Module, x: Tensor, conds: Mapping[str, object], more: dict[str, Tensor],
-                merging: Merging) -> tuple[Callable[[str, int], Segments | None], dict[str, Tensor], bool]:
+    def _locate(self, root: nn.Module, x: Tensor, conds: Mapping[str, object], merging: Merging
+                ) -> Callable[[str, int], Segments | None]:
         tokens = call_tokens(root, x, conds)
         if tokens is None:
             self.tell(f"{type(root).__name__}: where its tokens lie in the picture is not known, so LoRAs are confined "
                       "to their places in its convolutions alone")
-            return lambda layer, tokens: (), more, False
+            return lambda layer, tokens: ()
 
         def located(layer: str, count: int) -> Segments | None:
             return None if merging.hides(layer) else tokens.segments(layer, count)
 
-        return located, more, tokens.order.axis == 0
+        return located
 
 
 def call_tokens(root: nn.Module, x: Tensor, conds: Mapping[str, object]) -> CallTokens | None:

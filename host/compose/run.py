@@ -27,6 +27,7 @@ from ...methods.session import OTHER, POSITIVE, UNCONDITIONAL, Call, RunContext,
 from ...methods.windows import InTime, Window
 from ..families.lasting import lasting
 from ..families.row_order import one_row_only, row_order
+from ..families.token_order import token_order
 from .cache import BranchCache, CacheSpec, Combo
 from .combos import Joined, any_of, combinations, together
 from .control import Controls
@@ -209,7 +210,8 @@ class Run:
         (delegates and multi-GPU clones have modules of their own)."""
         if id(root) not in self._routed:
             order, seen = row_order(root) or (lambda layer, entries, rows: None), compiled()
-            forwards = [RoutedForwards(root, bank, reader, self._problem, k, order, seen, lasting, layers)
+            flat = (tokens := token_order(root)) is not None and tokens.axis == 0
+            forwards = [RoutedForwards(root, bank, reader, self._problem, k, order, seen, lasting, layers, flat)
                         for k, bank in enumerate(banks())]
             self._routed[id(root)] = (root, forwards)
             for routed in forwards:
