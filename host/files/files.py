@@ -76,6 +76,9 @@ def path_of(name: str) -> str:
     path = path_in(FOLDER, name)
     if path is not None:
         return path
+    if name in folder_paths.get_filename_list(FOLDER):
+        raise ValueError(f"LoRA '{name}' is in the list, but no file is behind the name: it is a link that leads "
+                         "nowhere. Mend the link, or choose another one.")
     raise ValueError(f"LoRA '{name}' is not in any of the 'loras' folders. Put the file there and refresh the list "
                      "(R), or choose another one.")
 

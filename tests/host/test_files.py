@@ -12,6 +12,7 @@ from unicodedata import normalize
 
 import comfy.model_management
 import comfy.utils
+import folder_paths
 import pytest
 import torch
 from lora_ensemble.host.compose import reading
@@ -57,6 +58,19 @@ def refused_by_header(name: str, *words: str) -> None:
 
 def test_a_missing_file():
     refused_by_header("nowhere.safetensors", "not in any of the 'loras' folders", "Put the file there")
+
+
+@pytest.mark.skipif(os.sep == "\\", reason="links need rights there")
+def test_a_link_that_leads_nowhere_is_in_the_list(lora_folder):
+    link = lora_folder / "moved away.safetensors"
+    link.symlink_to(lora_folder / "nowhere.safetensors")
+    folder_paths.filename_list_cache.clear()
+    try:
+        assert link.name in folder_paths.get_filename_list("loras")
+        refused_by_header(link.name, "a link that leads nowhere", "Mend the link")
+    finally:
+        link.unlink()
+        folder_paths.filename_list_cache.clear()
 
 
 @pytest.mark.parametrize("content", [b"", b"abc", b"<!DOCTYPE html><html>log in first</html>" * 9, b"PK\3\4" * 99])
