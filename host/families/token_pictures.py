@@ -15,13 +15,16 @@ from .token_streams import ANY_SIZE, ROW, Call, Family, Streams, Tokens, joined,
 
 
 def _unet(root: nn.Module, call: Call) -> Streams:
-    """A level is half as large as the one above, rounded up."""
+    """A level is half as large as the one above, rounded up. In the x4 upscaler some layers for the picture's attention
+    to itself see the text."""
     sizes, size = [], call.shape()
     for _ in root.channel_mult:
         sizes.append(size)
         size = tuple(-(-n // 2) for n in size)
     img = tuple((picture(size, 1),) for size in sizes)
-    return {"img": img, "txt": ((call.text(),),), ANY_SIZE: img[:1]}
+    text = (call.text(),)
+    seen = (text,) if any(getattr(each, "disable_self_attn", False) for each in root.modules()) else ()
+    return {"img": img + seen, "txt": (text,), ANY_SIZE: img[:1]}
 
 
 UNET = Family(_unet, ((ROW, r"time_embed\..*|label_emb\..*|.*\.emb_layers\..*"), ("txt", r".*\.attn2\.to_[kv]"),

@@ -89,6 +89,7 @@ REFERENCE = (16, 6, 4), (16, 5, 5)
 PICTURES = [
     UNET,
     like(UNET, "SDXL", extra(y=(20,)), **ADM),
+    like(UNET, "x4 upscaler", latent=(7, *UNET.latent[1:]), in_channels=7, disable_self_attentions=[False, True]),
     like(UNET, "SVD", lambda rows: {"y": noise(rows, 20), "num_video_frames": rows}, context=(1, 24), **ADM,
          use_temporal_resblock=True, use_temporal_attention=True, extra_ff_mix_layer=True, merge_factor=0.0,
          merge_strategy="learned_with_images", video_kernel_size=[3, 1, 1]),

@@ -18,7 +18,7 @@ from .small_video import SMALL, built, forgotten, nothing_left  # noqa: F401
 pytestmark = pytest.mark.usefixtures("forgotten")
 UNREAD = {"HunyuanDiT", "Ernie-Image", "PixArt", "PixArt Alpha", "Ideogram 4", "Anima"}
 """Families whose attention is called without the options, or whose text has a length that no input tells."""
-UNETS = {"SD15", "SDXL"}
+UNETS = {"SD15", "SDXL", "x4 upscaler"}
 known = pytest.mark.parametrize("name", [name for name in SMALL if name not in WITHOUT | UNREAD])
 
 

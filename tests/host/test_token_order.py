@@ -38,7 +38,7 @@ OPEN = {
 }
 """Layers that the table leaves open, by name of the call: tokens folded into rows, sound, poses."""
 
-UNETS = ["SD15", "SDXL"]
+UNETS = ["SD15", "SDXL", "x4 upscaler"]
 known = pytest.mark.parametrize("name", [name for name in SMALL if name not in WITHOUT])
 
 
