@@ -19,21 +19,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-ROOT = Path(__file__).resolve().parent
+ROOT, NAME = Path(__file__).resolve().parent, "lora_ensemble"
 
 
-def load_pack(name: str = "lora_ensemble") -> ModuleType:
-    """Import this folder as the package `name`, whatever the folder is called, without putting it on sys.path."""
-    if name not in sys.modules:
+def load_pack() -> ModuleType:
+    """Import this folder as the package NAME, whatever the folder is called, without putting it on sys.path."""
+    if NAME not in sys.modules:
         where = {"submodule_search_locations": [str(ROOT)]}
-        spec = importlib.util.spec_from_file_location(name, ROOT / "__init__.py", **where)
-        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        spec = importlib.util.spec_from_file_location(NAME, ROOT / "__init__.py", **where)
+        sys.modules[NAME] = module = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(module)
         except BaseException:
-            del sys.modules[name]
+            del sys.modules[NAME]
             raise
-    return sys.modules[name]
+    return sys.modules[NAME]
 
 
 def run_inside(tools: str, module: str, *arguments: str) -> int:
@@ -55,8 +55,9 @@ def main(arguments: Sequence[str]) -> int:
     if arguments[:1] == ["_with"]:
         return run_inside(*arguments[1:])
     if arguments[:1] == ["_module"]:
-        return run_inside("-", f"lora_ensemble.{arguments[1]}", *arguments[2:])
-    commands = importlib.import_module(f"{load_pack().__name__}.tools.commands")
+        return run_inside("-", f"{NAME}.{arguments[1]}", *arguments[2:])
+    load_pack()
+    commands = importlib.import_module(f"{NAME}.tools.commands")
     return commands.main(arguments, description=__doc__)
 
 

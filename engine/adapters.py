@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.decompose import magnitude_scale
+from ..kernels.deltas import kronecker
 from ..kernels.orthogonal import block_rotate, butterfly_rotate
 from .geometry import Geometry
 
@@ -149,7 +150,7 @@ class Kron(Op):
     def delta(self, like: Tensor) -> Tensor:
         dtype = torch.promote_types(like.dtype, torch.float32)
         left, right = self.left.to(like.device, dtype), self.right.to(like.device, dtype)
-        return torch.kron(left.reshape(*left.shape, *[1] * (right.ndim - 2)), right.contiguous()) * self.scale
+        return kronecker(left, right) * self.scale
 
     def product(self, x: Tensor, geometry: Geometry) -> Tensor:
         left, right = self.left.to(x) * self.scale, self.right.to(x)

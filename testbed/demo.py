@@ -11,6 +11,7 @@ if not __package__:  # started as a file: run it as a module of the pack
     run = runpy.run_path(str(Path(__file__).resolve().parents[1] / "run.py"))
     sys.exit(run["main"](["_module", "testbed.demo", *sys.argv[1:]]))
 
+import argparse
 import json
 import textwrap
 import time
@@ -120,4 +121,7 @@ def main(out_dir: str | Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).resolve().parents[1] / "demo" / "out")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", nargs="?", type=Path, default=Path(__file__).resolve().parents[1] / "demo" / "out",
+                        help="folder to write into (default: %(default)s)")
+    main(parser.parse_args().out)

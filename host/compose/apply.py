@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from comfy_execution.utils import get_executing_context
@@ -31,7 +31,6 @@ from .reading import (
     Part,
     Patches,
     Reading,
-    check_some,
     facts_of,
     left_out,
     on_its_weights,
@@ -87,7 +86,6 @@ def apply_method(model, clip, ensemble: Ensemble, make: Callable[[Active], Metho
     the LoRAs, so that a layer's products serve them and the method's together.
     Raises ValueError for an empty ensemble and for files that cannot be used with this model.
     """
-    check_some(ensemble, node)
     ensemble = told_apart(ensemble)
     rest = [spec for spec in ensemble if spec.role != ALWAYS]
     ordered = (*(spec for spec in ensemble if spec.role == ALWAYS), *rest)
@@ -194,7 +192,7 @@ def _placed(ensemble: Ensemble, active: list[LoRASpec], method: Method, placing:
 
 def _numbers(ensemble: Ensemble, active: list[LoRASpec]) -> tuple[int, ...]:
     """Where the LoRAs that take part are in the ensemble."""
-    return tuple(next(k for k, other in enumerate(ensemble) if other is spec) for spec in active)
+    return tuple(_index(ensemble, spec) for spec in active)
 
 
 def _without_alphas(ensemble: Ensemble) -> list[str]:
@@ -269,8 +267,7 @@ def _shared(model, clip, ensemble: Ensemble, node: str, on_weights: bool, yields
     """(what the ensemble's files do, the bank as a model of its own): as `read_ensemble` and a new bank would give
     them, but read and built only where no node has done so. What is kept of the files has no tensors but those that the
     bank lacks. `yields`: styles yield to backgrounds."""
-    check_some(ensemble, node)
-    used = [spec for spec in ensemble if spec.strength_model != 0 or spec.strength_clip != 0]
+    used = [spec for spec in ensemble if spec.acts]
 
     def make() -> tuple[Bank, Reading, int]:
         reading = read_ensemble(model, clip, ensemble, node, on_weights)
@@ -307,7 +304,8 @@ def _yielding(reading: Reading) -> list[dict]:
     return layers
 
 
-def _index(specs: list[LoRASpec], spec: LoRASpec) -> int:
+def _index(specs: Sequence[LoRASpec], spec: LoRASpec) -> int:
+    """By identity: two rows may hold the same."""
     return next(k for k, one in enumerate(specs) if one is spec)
 
 

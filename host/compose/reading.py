@@ -65,7 +65,7 @@ def read_ensemble(model, clip, ensemble: Ensemble, node: str, on_weights: bool) 
     clip_keys = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {}) if clip is not None else {}
     enlarged, found, texts, problems = dict(_enlarged_before(model)), [], [], []
     for spec in ensemble:
-        if spec.strength_model == 0 and spec.strength_clip == 0:
+        if not spec.acts:
             continue
         comfy.model_management.throw_exception_if_processing_interrupted()
         file = read(spec.name, base)

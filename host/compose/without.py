@@ -11,7 +11,7 @@ from typing import Protocol
 
 from ...kernels.branch import Branch
 
-Left = frozenset[tuple[int, int]]
+Silenced = frozenset[tuple[int, int]]
 """LoRAs that do nothing: (applied method, place in it) each."""
 
 
@@ -23,7 +23,7 @@ class AnotherBatch(RuntimeError):
 class Without:
     """What is left out, per picture of the run. () leaves nothing out, whatever the batch."""
 
-    pictures: tuple[Left, ...] = ()
+    pictures: tuple[Silenced, ...] = ()
 
     def rows(self, k: int, branches: Sequence[Branch], pictures: int) -> list[Branch]:
         """The branch of every row of a batch, of the k-th method: for each of its conds, with their branches, all

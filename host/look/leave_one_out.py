@@ -31,7 +31,7 @@ from ...methods.switch import Switch
 from ..compose.composition import KEY, Composition
 from ..compose.context import parts_of
 from ..compose.memory import is_lack_of_memory
-from ..compose.without import AnotherBatch, Left, Without, beside
+from ..compose.without import AnotherBatch, Silenced, Without, beside
 from ..guidance.apply import KEY as GUIDANCE
 from .letters import labels
 from .spectrum import Sampling
@@ -104,7 +104,7 @@ def leave_one_out(model, how: Sampling, progress: Callable[[int, int], None] = l
                          "are in the weights or always on.")
     names = tuple(composition.applied[k].names[i] for k, i in loras)
     every = frozenset(loras)
-    variants: list[Left] = [frozenset(), *(frozenset({each}) for each in loras if len(loras) > 1), every]
+    variants: list[Silenced] = [frozenset(), *(frozenset({each}) for each in loras if len(loras) > 1), every]
     called = labels(names)
     titles = ("all LoRAs", *(f"without {name}" for name in called if len(loras) > 1), "without LoRAs")
     study = _Study(loras, every)
@@ -140,7 +140,7 @@ def leave_one_out(model, how: Sampling, progress: Callable[[int, int], None] = l
 class _Study:
     """Measures in one run, beside it: what the prediction for its first picture is without each of the LoRAs."""
 
-    def __init__(self, loras: Sequence[tuple[int, int]], every: Left):
+    def __init__(self, loras: Sequence[tuple[int, int]], every: Silenced):
         self.lefts = [frozenset({each}) for each in loras]
         self.lefts += [every] if len(loras) > 1 else []
         self.count = len(loras)
@@ -221,7 +221,7 @@ def _part_of(progress: Callable[[int, int], None], steps: int, before: int, now:
     return lambda step: progress(steps * before + step * now, steps * of)
 
 
-def _sampled(model, composition: Composition, how: Sampling, chunk: Sequence[Left], study: _Study | None,
+def _sampled(model, composition: Composition, how: Sampling, chunk: Sequence[Silenced], study: _Study | None,
              progress: Callable[[int], None]) -> tuple[list[Tensor], list[str]]:
     """(latents of some of the pictures in one run, what the run could not do as asked)"""
     comfy.model_management.throw_exception_if_processing_interrupted()

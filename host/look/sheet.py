@@ -40,12 +40,12 @@ class Block(Protocol):
         """Draw it with its upper left corner there."""
 
 
-def sheet(blocks: Sequence[Block], title: str, note: str = "", theme: Theme = LIGHT, width: int = WIDTH) -> Image.Image:
+def sheet(blocks: Sequence[Block], title: str, note: str = "", theme: Theme = LIGHT) -> Image.Image:
     """A picture of blocks under a title, with a line about them all."""
-    room = width - 2 * MARGIN
+    room = WIDTH - 2 * MARGIN
     blocks = [Title(title, note), *blocks]
     heights = [block.height(room) for block in blocks]
-    on = Image.new("RGB", (width, 2 * MARGIN + sum(heights) + GAP * (len(blocks) - 1)), theme.paper)
+    on = Image.new("RGB", (WIDTH, 2 * MARGIN + sum(heights) + GAP * (len(blocks) - 1)), theme.paper)
     y = MARGIN
     for block, height in zip(blocks, heights, strict=True):
         block.draw(on, theme, (MARGIN, y), room)
