@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from uuid import UUID
 
 import torch
+from comfy_execution.utils import get_executing_context
 from torch import Tensor
 
 from ...engine.record import RunRecord
@@ -18,7 +19,7 @@ from .earlier import Left, Mark
 from .fused import as_before, call_routed_layers
 from .run import Applied, Free, Run
 from .steps import StepTracker
-from .summary import chosen
+from .summary import chosen, in_parts
 from .without import Without
 
 KEY = "lora_ensemble"
@@ -63,6 +64,7 @@ class Composition:
     told: Left[Told] = field(default_factory=lambda: Left(TOLD))
     without: Without = Without()
     runs: list[Run] = field(default_factory=list)
+    sampled: tuple | None = None  # the node that sampled last, as the host executes it, and the shape of its latent
     warn: Once = field(default_factory=lambda: Once(log.warning))
 
     def on_model_patcher_clone(self) -> Composition:
@@ -89,6 +91,11 @@ class Composition:
         run = Run(self.applied, tracker, contexts, sides, self.cache and self.cache.at(total), free, device)
         run.without = self.without
         run.record.chosen += chosen(run.record, run.sessions, self.cache, total)
+        node = get_executing_context()
+        sampled = node and (node, contexts[0].shape if contexts else ())
+        if sampled and sampled == self.sampled:
+            run.tell(in_parts(self.applied, contexts))
+        self.sampled = sampled
         call_routed_layers()
         self.runs.append(run)
         self.record = run.record

@@ -20,6 +20,9 @@ from .earlier import Earlier
 BY_ITSELF = ("another node evaluated the model by itself in this run, not as the sampler does it (AutomaticCFG's "
              "attention patches, for one), and no LoRA had an effect on that: leave that node out, or load the LoRAs "
              "with ComfyUI's own loader beneath it")
+NOISE = 0.05
+"""Where a run over all noise levels begins by the latest (`RunContext.span`); behind that one goes over a picture."""
+IN_PARTS = "give it LoRAs without masks, or with words in Routed, which looks for them in each"
 FORM = 0.06
 """How far width to height of a mask may be from the latent's, as a logarithm: latents are rounded to whole patches."""
 
@@ -57,7 +60,19 @@ def unplaced(applied: Sequence, contexts: Sequence[RunContext]) -> Iterator[str]
     if stretched:
         names, how = ", ".join(f"'{name}'" for name in stretched), next(iter(stretched.values()))
         yield (f"the mask of LoRA {names}, {how}. A node that draws a part of a picture (a detailer, tiles) does not "
-               "say where it is: give it LoRAs without masks, or with words in Routed, which looks for them in each")
+               f"say where it is: {IN_PARTS}")
+
+
+def in_parts(applied: Sequence, contexts: Sequence[RunContext]) -> Iterator[str]:
+    """What may be wrong where one node goes over several latents of one size with a MODEL: they may be parts of one
+    picture."""
+    over = bool(contexts) and contexts[0].span[0] > NOISE and not contexts[0].before
+    masked = [(f"'{name}'", mask) for each in applied if over and hasattr(each.method, "masks")
+              for name, mask in zip(each.names, each.masks, strict=False) if mask is not None]
+    if names := ", ".join(name for name, mask in masked if mask.min() < mask.max()):
+        yield (f"this node has gone over several latents of one size with this MODEL. If they are parts of a picture "
+               f"(tiles), the mask of LoRA {names} is stretched to each of them, since such a node does not say where "
+               f"they are: {IN_PARTS}")
 
 
 def idle(applied: Sequence, acted: Sequence[set[int]], in_time: Sequence[InTime], record: RunRecord) -> Iterator[str]:

@@ -9,6 +9,7 @@ from functools import partial
 import comfy.controlnet
 import pytest
 import torch
+from comfy_execution.utils import CurrentNodeContext
 from lora_ensemble.host.compose import parts
 from lora_ensemble.host.compose.composition import places_of, record_of
 from torch import Tensor
@@ -120,3 +121,29 @@ def test_parts_that_are_in_no_place_of_the_picture(loras):
     sample(ours)
     (line,) = record_of(ours).problems
     assert "where they are in it cannot be told" in line
+
+
+def test_latents_that_a_node_goes_over_one_by_one(loras):
+    """Ultimate SD Upscale and others draw tiles as pictures of their own, square as a mask is. Nothing tells them from
+    pictures but that one node draws several, each over what there is."""
+    model = base("SD15")
+    ensemble, found = pair(model, loras), []
+    ours = merge(model, ensemble)
+
+    def drawn(node: str, denoise: float = 0.3, size: int = 8, index: int | None = None) -> None:
+        latent = FAMILIES["SD15"].noise(1, size, len(found))
+        with CurrentNodeContext("prompt", node, index):
+            sample(ours, latent=latent, denoise=denoise, size=size)
+        found.append(record_of(ours).problems)
+
+    for _ in range(3):
+        drawn("tiles")
+    assert found[0] == [] and found[1] == found[2] and len(found[1]) == 1
+    assert "parts of a picture" in found[1][0] and all(f"'{spec.name}'" in found[1][0] for spec in ensemble)
+    found.clear()
+    for options in (dict(index=0), dict(index=1), {}, dict(size=16), dict(size=8, denoise=1.0), dict(denoise=1.0)):
+        drawn("pictures", **options)
+    assert found == [[]] * 6, "a list of latents, a larger one, new pictures"
+    for _ in range(2):
+        sample(ours, latent=FAMILIES["SD15"].noise(), denoise=0.3)
+        assert record_of(ours).problems == [], "no node draws it"
