@@ -1,8 +1,8 @@
 """Which words of a prompt are which LoRA's: `find_clauses`.
 
 A prompt is a list of tags or sentences. What belongs to a LoRA is, in this order, what the user marked in the prompt
-(`[2: ohwx woman]`), the words typed on the LoRA, the trigger words in its file. Words that were not marked grow to the
-whole clause that holds them: a trigger alone rarely means anything to the base model.
+(`[2: ohwx woman]`), the words typed on the LoRA, the trigger words in its file or beside it. Words that were not marked
+grow to the whole clause that holds them: a trigger alone rarely means anything to the base model.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ class LoRAWords:
 
     name      as messages call it
     typed     the user's words, separated by commas; `ohwx = woman with red hair` gives ohwx a stand-in (`stand_in`)
-    trigger   the trigger words that its file names
+    trigger   the trigger words that are known of it
+    where     what names these
     usual     ordinary words for what it depicts, which stand in for a trigger that stands alone in its clause; none if
               nothing is known of it
     """
@@ -58,6 +59,7 @@ class LoRAWords:
     typed: str = ""
     trigger: tuple[str, ...] = ()
     usual: str = ""
+    where: str = "its file"
 
     @property
     def phrases(self) -> tuple[tuple[str, str], ...]:
@@ -67,7 +69,7 @@ class LoRAWords:
 
     @property
     def triggers(self) -> tuple[str, ...]:
-        """Each part of the words that its file names."""
+        """Each part of the trigger words."""
         return tuple(part.strip() for phrase in self.trigger for part in unweighted(phrase).split(",") if part.strip())
 
     @property
@@ -96,6 +98,7 @@ class LoRAClauses:
     """The clauses of one LoRA and their source, "marked", "typed" or "trigger"; without clauses the reason.
 
     instead   (trigger, the ordinary words that stand in for it where its place is sought): see `stand_in`
+    where     what names its trigger words
     """
 
     name: str
@@ -103,6 +106,7 @@ class LoRAClauses:
     source: str = ""
     reason: str = ""
     instead: tuple[tuple[str, str], ...] = ()
+    where: str = "its file"
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -300,7 +304,7 @@ def _mentions(search: _Search, lora: LoRAWords) -> tuple[str, list[Range], str]:
     if typed:
         return "", [], f"its words \"{', '.join(typed)}\" are not in the prompt"
     if lora.triggers:
-        return "", [], f"the trigger words of its file, \"{', '.join(lora.triggers)}\", are not in the prompt"
+        return "", [], f"the trigger words of {lora.where}, \"{', '.join(lora.triggers)}\", are not in the prompt"
     return "", [], "no words were typed on it, nothing is marked for it, and its file names no trigger words"
 
 
@@ -326,7 +330,7 @@ def _resolved(prompt: PromptTokens, search: _Search, loras: Sequence[LoRAWords],
                 reason = reason or ("its words share their tokens with another LoRA's" if shared else
                                     "the text encoder does not read as far as its words")
         found[index] = LoRAClauses(loras[index].name, tuple(clauses), sources[index] if clauses else "", reason,
-                                   _instead(search, loras, index, clauses))
+                                   _instead(search, loras, index, clauses), loras[index].where)
     others = []
     for start, end in rest:
         tokens = tuple(token for token in prompt.tokens(start, end) if token not in owner)

@@ -13,7 +13,8 @@ import torch
 from comfy_api.latest import io
 
 from ..host.files.ensemble import ROLES, Ensemble, LoRASpec, Mask
-from ..host.files.files import FOLDER, changes, check_file, fingerprint, known, path_in
+from ..host.files.files import FOLDER, changes, check_file, known, path_in
+from ..host.files.metadata import fingerprint_with_words
 from ..host.files.names import matching
 from .chain import check_chain
 from .said import say
@@ -79,8 +80,8 @@ class LoRAEnsembleLoRA(io.ComfyNode):
                     optional=True,
                     tooltip="The LoRA's words in the prompt, separated by commas, for methods that let it act where "
                     "these words are: each grows to the clause that holds it. Empty: the trigger words that its file "
-                    "names. 'ohwx = woman with red hair' looks for ohwx and lets ordinary words stand in for it where "
-                    "its place in the picture is sought.",
+                    "names, or else a file of a LoRA manager beside it. 'ohwx = woman with red hair' looks for ohwx "
+                    "and lets ordinary words stand in for it where its place in the picture is sought.",
                 ),
                 *window_inputs(),
             ],
@@ -99,8 +100,8 @@ class LoRAEnsembleLoRA(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, lora_name: str | None = None, **others: object) -> str:
-        """Run again when the file has been replaced."""
-        return str(changes()) if lora_name is None else fingerprint(lora_name)
+        """Run again when the file has been replaced, or its words beside it."""
+        return str(changes()) if lora_name is None else fingerprint_with_words(lora_name)
 
     @classmethod
     def execute(

@@ -79,8 +79,8 @@ def _more(number: int) -> list[io.Input]:
             default="",
             optional=True,
             tooltip="The LoRA's words in the prompt, separated by commas, so that it can act where they are. Empty: "
-            "the trigger words that its file names. 'ohwx = woman with red hair' looks for ohwx and lets ordinary "
-            "words stand in for it where its place in the picture is sought.",
+            "the trigger words that its file names, or else a file of a LoRA manager beside it. 'ohwx = woman with red "
+            "hair' looks for ohwx and lets ordinary words stand in for it where its place in the picture is sought.",
         ),
         io.Float.Input(f"clip_{number}", default=1.0, min=-100.0, max=100.0, step=0.01, optional=True,
                        tooltip="How strongly it acts on the text encoder, in multiples of strength: 1 as much, 0 not "

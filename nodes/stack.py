@@ -13,10 +13,11 @@ from ..host.compose.apply import with_reason
 from ..host.compose.auto import best_method
 from ..host.compose.composition import KEY
 from ..host.files.ensemble import Ensemble, LoRASpec
-from ..host.files.files import FOLDER, changes, check_file, fingerprint, known, listed
+from ..host.files.files import FOLDER, changes, check_file, known, listed
 from ..host.files.header_alphas import passed_over
-from ..host.files.metadata import is_proposed
+from ..host.files.metadata import fingerprint_with_words, is_proposed, unread_beside
 from ..host.words.known import lora_words
+from ..methods.prompt import LoRAWords
 from .baselines import LoRAEnsembleComposite, LoRAEnsembleMerge, LoRAEnsembleSwitch
 from .border import check, shown
 from .chain import check_chain
@@ -115,9 +116,9 @@ class LoRAEnsembleStack(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **inputs: Any) -> str:
-        """Run again when a file has been replaced, of a row or of what comes over a link."""
+        """Run again when a file or the words beside it have changed, of a row or of what comes over a link."""
         names = [row.spec.name for row in rows_of(inputs)]
-        return repr(([fingerprint(name) for name in names if known(name)], changes()))
+        return repr(([fingerprint_with_words(name) for name in names if known(name)], changes()))
 
     @classmethod
     def execute(cls, model: ModelPatcher, method: str, clip: CLIP | None = None, ensemble: Ensemble | None = None,
@@ -175,11 +176,11 @@ def defaults(node: type[io.ComfyNode]) -> dict[str, Any]:
 
 def _lines(ensemble: Ensemble, by_words: bool) -> list[str]:
     """A line per LoRA: its number, which prompts count by, its strength, and what it is placed by."""
-    return [f"{number}  {lora.name}: {_about(lora, words.phrases, words.trigger, by_words)}"
+    return [f"{number}  {lora.name}: {_about(lora, words, by_words)}"
             for number, (lora, words) in enumerate(zip(ensemble, lora_words(ensemble), strict=True), 1)]
 
 
-def _about(lora: LoRASpec, typed: Sequence[tuple[str, str]], trigger: Sequence[str], by_words: bool) -> str:
+def _about(lora: LoRASpec, words: LoRAWords, by_words: bool) -> str:
     if not lora.acts:
         return "off"
     parts = [f"{lora.strength_model:g}"]
@@ -187,12 +188,12 @@ def _about(lora: LoRASpec, typed: Sequence[tuple[str, str]], trigger: Sequence[s
     parts += [lora.role] if lora.role != "auto" else []
     parts += ["looks like one for few steps: with the role always it is part of the model"] * bool(
         is_proposed(lora.name, lora.role))
-    parts += filter(None, [passed_over(lora.name)])
+    parts += filter(None, [passed_over(lora.name), "" if words.phrases else unread_beside(lora.name)])
     parts += ["mask"] if lora.mask is not None else []
-    if typed:
-        parts.append("words " + ", ".join(phrase for phrase, _ in typed))
-    elif trigger:
-        parts.append("trigger words of its file: " + ", ".join(trigger[:4]))
+    if words.phrases:
+        parts.append("words " + ", ".join(phrase for phrase, _ in words.phrases))
+    elif words.trigger:
+        parts.append(f"trigger words of {words.where}: " + ", ".join(words.trigger[:4]))
     elif by_words and lora.mask is None and lora.role not in WIDE:
         parts.append("no known words, so it acts everywhere: type them (more), or mark them in the prompt")
     return ", ".join(parts)

@@ -12,7 +12,7 @@ from comfy_api.latest import io
 from ..host.compose.composition import KEY, Composition
 from ..host.files.ensemble import ALWAYS, Ensemble
 from ..host.files.header_alphas import passed_over
-from ..host.files.metadata import proposal
+from ..host.files.metadata import proposal, unread_beside
 from ..host.guidance.apply import KEY as GUIDANCE
 from ..methods.cmlora import LOW_FREQUENCY
 from ..methods.selection import sides
@@ -90,7 +90,8 @@ _TELL = {"LoRAEnsembleInfo", "LoRAEnsembleStack"}
 
 def unused(schema: io.Schema, given: Given) -> list[str]:
     """A line for each setting that does nothing beside the others, for LoRAs that leave a method nothing to do, for a
-    file of which the role is left open and that has one of its own, and for one whose alpha only diffusers knows.
+    file of which the role is left open and that has one of its own, for one whose alpha only diffusers knows, and for
+    one whose words beside it cannot be read.
 
     given   the inputs of a run; what is missing has its default. Settings that stand as they come are not named.
     """
@@ -103,7 +104,9 @@ def unused(schema: io.Schema, given: Given) -> list[str]:
     if schema.node_id == "LoRAEnsembleLoRA" and given["strength_model"] == given["strength_clip"] == 0:
         out.append("both strengths are 0: this LoRA does nothing")
     elif schema.node_id == "LoRAEnsembleLoRA":
-        out += filter(None, (proposal(given["lora_name"], given["role"]), passed_over(given["lora_name"])))
+        name = given["lora_name"]
+        out += filter(None, (proposal(name, given["role"]), passed_over(name),
+                            "" if given["words"] else unread_beside(name)))
     out += _replaced(schema, given)
     return out + (_of_loras(schema, given["ensemble"]) if "model" in given and given.get("ensemble") else [])
 

@@ -17,7 +17,7 @@ from ...methods.windows import Window
 from ..files.ensemble import ALWAYS, Ensemble, LoRASpec, file_of, told_apart
 from ..files.header_alphas import passed_over
 from ..files.injected import as_in_files
-from ..files.metadata import is_proposed
+from ..files.metadata import is_proposed, unread_beside
 from ..words.known import lora_words
 from ..words.marked import marked
 from ..words.own import OwnDelta, add_patches
@@ -114,6 +114,9 @@ def apply_method(model, clip, ensemble: Ensemble, make: Callable[[Active], Metho
         method = make(Active(tuple(active), bank, model, problems, first))
         masks, routed = _placed(ensemble, active, method, placing, problems)
         asked = Asked(lora_words(ensemble), _numbers(ensemble, active)) if getattr(method, "by_prompt", False) else None
+        if routed is not None or asked is not None:
+            problems += [f"LoRA '{spec.called}': {line}" for spec in active
+                         if not spec.words and (line := unread_beside(spec.name))]
         applied.append(Applied(method, called[first:], (), masks, place, routed, _windows(active), asked=asked,
                                node=_executed(), first=first))
     new_clip, texts = merge_clip(clip, reading)

@@ -102,10 +102,10 @@ def fingerprint(name: str) -> str:
 
 
 def changes() -> int:
-    """How often a file has changed on disk after it was read: the fingerprint of a node whose files come over a link,
-    which it does not know before it runs."""
+    """How often a file has changed on disk after it was read or looked for: the fingerprint of a node whose files come
+    over a link, which it does not know before it runs."""
     for path in list(_seen):
-        _note(path)
+        noted(path)
     return _changes
 
 
@@ -149,7 +149,7 @@ def read(name: str, base: nn.Module) -> LoRAFile:
     """
     check_file(name)
     path = path_of(name)
-    stamp = _note(path)
+    stamp = noted(path)
     file = _known.get(path)
     if file is None or file.stamp != stamp:
         file = _known[path] = _load(name, path, stamp)
@@ -230,7 +230,7 @@ def _stamp(path: str) -> Stamp:
     return stat.st_size, stat.st_mtime_ns
 
 
-def _note(path: str) -> Stamp:
+def noted(path: str) -> Stamp:
     """The file's stamp; counts a change where it was another one before."""
     global _changes
     stamp = _stamp(path)

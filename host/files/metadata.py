@@ -1,4 +1,5 @@
-"""What a LoRA file says of itself: its trigger words, the tags that it was trained with, and the model it is for.
+"""What a LoRA file says of itself: its trigger words, the tags that it was trained with, and the model it is for. Where
+it names no trigger words, those that a file beside it names.
 
 Anybody may have written it, so it is read as text and numbers alone, in bounded sizes; what is of another kind is left
 out. Only the header of the file is read.
@@ -10,8 +11,10 @@ import json
 import re
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from ...methods.prompt_text import unweighted
+from .beside import Beside, read_beside
 from .files import fingerprint, path_of
 
 HEADER_BYTES = 100_000_000  # as `check_file` allows
@@ -27,6 +30,7 @@ NEARLY_ALL = 0.8
 such a thing with its trigger, and its base knows it by the tag."""
 BASES = ("modelspec.architecture", "ss_base_model_version", "ss_sd_model_name", "baseModel")
 TITLES = ("modelspec.title", "ss_output_name", "name")
+_NAMED = re.compile(r"<[^<>]*>")  # a LoRA by name, as prompts of other programs call it
 _KEPT = 64
 
 
@@ -34,20 +38,24 @@ _KEPT = 64
 class Wording:
     """The words of a file: `trigger` as its author named them, `tags` of its training with the most frequent first,
     `usual`, those of them that nearly all of its pictures have, the `titles` that it gives itself, and `base`, what it
-    says it was trained on; empty: nothing."""
+    says it was trained on; empty: nothing. `where`: which file names the trigger words; `unread`: what beside it could
+    not be read and why, a clause."""
 
     trigger: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
     titles: tuple[str, ...] = ()
     usual: tuple[str, ...] = ()
     base: str = ""
+    where: str = "its file"
+    unread: str = ""
 
 
 _read: OrderedDict[str, Wording] = OrderedDict()
 
 
 def wording(name: str) -> Wording:
-    """The words of a LoRA file by its name in the `loras` folders; none where the file names none, or is none.
+    """The words of a LoRA file by its name in the `loras` folders, or of a file beside it; none where these name none,
+    or are none.
 
     Raises ValueError for a name that is in none of the folders.
     """
@@ -58,7 +66,29 @@ def wording(name: str) -> Wording:
         while len(_read) > _KEPT:
             _read.popitem(last=False)
     _read.move_to_end(key)
-    return _read[key]
+    own = _read[key]
+    return own if own.trigger else _with(own, read_beside(path_of(name)))
+
+
+def fingerprint_with_words(name: str) -> str:
+    """Changes whenever the file does, or its words beside it do."""
+    words = wording(name)
+    return repr((fingerprint(name), words.trigger, words.where))
+
+
+def unread_beside(name: str) -> str:
+    """What to say of files beside a LoRA that could not be read; empty: nothing."""
+    try:
+        return wording(name).unread if name else ""
+    except ValueError:  # whoever reads the file says that it is missing
+        return ""
+
+
+def _with(own: Wording, beside: Beside) -> Wording:
+    """Words from beside it, each part between commas or in a line of its own, as words that are typed on a LoRA."""
+    parts = (part for text in beside.texts for part in re.split(r"[,\n]", _NAMED.sub(",", unweighted(text))))
+    trigger = tuple(dict.fromkeys(phrase for part in parts for phrase in _phrases(part)))[:WORDS]
+    return replace(own, trigger=trigger, where=beside.file if trigger else own.where, unread=beside.unread)
 
 
 def for_few_steps(name: str) -> bool:

@@ -188,7 +188,9 @@ def _lines(info: Info) -> list[str]:
     lines.append(f"   trained on: {words.base or 'not said in the file'}")
     said = ", ".join(words.trigger[:MOST_WORDS])
     tags = f"; tags of its training: {', '.join(words.tags[:MOST_WORDS])}" if words.tags and not said else ""
-    lines.append(f"   trigger words: {said or 'not said in the file'}{tags}")
+    where = f" (in {words.where})" if said and words.where != Wording.where else ""
+    lines.append(f"   trigger words: {said or 'not said in the file'}{where}{tags}")
+    lines += [f"   {words.unread}"] * bool(words.unread)
     if info.whole is not None:
         most = sorted(info.changes.items(), key=lambda entry: -entry[1])[:MOST_BLOCKS]
         strongest = ", ".join(f"{block} {_percent(change)}" for block, change in most)

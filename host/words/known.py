@@ -9,18 +9,19 @@ from ..files.ensemble import Ensemble
 from ..files.files import known
 from ..files.metadata import Wording, wording
 
-_SOURCES = {"marked": "marked in the prompt", "typed": "its words", "trigger": "trigger words of its file"}
+_SOURCES = {"marked": "marked in the prompt", "typed": "its words", "trigger": "trigger words of {where}"}
 
 USUAL = 6  # words that stand in for a trigger: a clause, not a caption
 
 
 def lora_words(ensemble: Ensemble) -> tuple[LoRAWords, ...]:
-    """The words of each LoRA, in the order of the ensemble: those typed on it, and those that its file names.
+    """The words of each LoRA, in the order of the ensemble: those typed on it, and those that its file names, or one
+    beside it.
 
     Raises ValueError for a name that is in none of the `loras` folders, unless the LoRA is off.
     """
     told = [wording(lora.name) if lora.acts or known(lora.name) else Wording() for lora in ensemble]
-    return tuple(LoRAWords(lora.called, lora.words, words.trigger, usual(words))
+    return tuple(LoRAWords(lora.called, lora.words, words.trigger, usual(words), words.where)
                  for lora, words in zip(ensemble, told, strict=True))
 
 
@@ -36,7 +37,8 @@ def report(found: Found) -> str:
     lines = []
     for row, lora in enumerate(found.loras, 1):
         if lora.clauses:
-            lines.append(f"{row}  {lora.name}: {_list(lora.clauses)} ({_SOURCES[lora.source]})")
+            source = _SOURCES[lora.source].format(where=lora.where)
+            lines.append(f"{row}  {lora.name}: {_list(lora.clauses)} ({source})")
             lines += [f"   its place is sought with \"{other}\" for \"{phrase}\""
                       for phrase, other in lora.instead if other.strip()]
         else:
