@@ -21,6 +21,7 @@ from ..files.metadata import is_proposed, unread_beside
 from ..words.known import lora_words
 from ..words.marked import marked
 from ..words.own import OwnDelta, add_patches
+from .applied import Applied
 from .banks import compute_dtype, shared_bank
 from .cache import CacheSpec
 from .composition import KEY, Composition
@@ -37,7 +38,6 @@ from .reading import (
     read_ensemble,
     without_effect,
 )
-from .run import Applied
 from .weights import follow_weights
 from .wrappers import install_wrappers
 

@@ -105,7 +105,7 @@ class BranchCache:
         self._mixed = False
         self._kept: dict[UUID | None, Hashable] = {}  # per cond of a branch, where its newest features are
         self._times: dict[Hashable, int] = {}
-        self._split_points: dict[int, tuple[nn.Module, SplitPoint | None]] = {}
+        self._split_points: dict[nn.Module, SplitPoint | None] = {}
         self._limits: dict[torch.device, int] = {}
         self._spilled: set[torch.device] = set()
         self._off = False
@@ -191,7 +191,7 @@ class BranchCache:
             return
         yield control, split.capture(options, caught)
         if not split.complete(caught) or any(value.shape[0] % len(combos) for value in caught.values()):
-            self._split_points[id(root)] = (root, None)
+            self._split_points[root] = None
             self._say(f"{type(root).__name__} does not let its blocks be replaced")
             return
         self._keep(uuids, keys, {name: value.chunk(len(combos)) for name, value in caught.items()}, x.device)
@@ -274,12 +274,12 @@ class BranchCache:
         return (*place, time)
 
     def _split_point(self, root: nn.Module) -> SplitPoint | None:
-        if id(root) not in self._split_points:
+        if root not in self._split_points:
             split = split_point_of(root, self.spec.depth)
             if isinstance(split, str):
                 self._say(f"{type(root).__name__}: {split}")
-            self._split_points[id(root)] = (root, None if isinstance(split, str) else split)
-        return self._split_points[id(root)][1]
+            self._split_points[root] = None if isinstance(split, str) else split
+        return self._split_points[root]
 
     def _say(self, reason: str) -> None:
         self._report(f"Branch Cache: {reason}. What is not cached runs whole, as without the cache.")

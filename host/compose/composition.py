@@ -14,10 +14,11 @@ from torch import Tensor
 from ...engine.record import RunRecord
 from ...engine.tell import Once
 from ...methods.session import RunContext
+from .applied import Applied
 from .cache import CacheSpec
 from .earlier import Left, Mark
 from .fused import as_before, call_routed_layers
-from .run import Applied, Free, Run
+from .run import Free, Run
 from .steps import StepTracker
 from .summary import chosen, in_parts
 from .without import Without

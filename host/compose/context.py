@@ -16,9 +16,9 @@ from ...kernels.nested import Parts
 from ...methods.session import OTHER, POSITIVE, UNCONDITIONAL, RunContext
 from ...methods.windows import gains_of
 from ..families.film import ahead_of_film, end_of_film, in_frames
+from .applied import Applied
 from .earlier import Earlier, names_of
 from .prompts import shares_of
-from .run import Applied
 
 SIDES = {"positive": POSITIVE, "negative": UNCONDITIONAL, "empty_negative_prompt": UNCONDITIONAL}
 """Names that ComfyUI's guiders give their conds; `middle` of DualCFG and unknown ones are OTHER."""

@@ -45,7 +45,6 @@ class _Kept:
     off        why it is not used, once it is not
     """
 
-    root: nn.Module
     rows: Hashable = None
     uses: int = 0
     changes: int = 0
@@ -63,7 +62,7 @@ class KeptBetweenCalls:
 
     def __init__(self, tell: Callable[[str], None], without: str = ""):
         self._tell, self._without = tell, without
-        self._found: dict[int, _Kept] = {}
+        self._found: dict[nn.Module, _Kept] = {}
         self.neighbours = Neighbours(tell)
 
     def arrange(self, root: nn.Module, options: dict, rows: tuple[Hashable, ...], branches: int,
@@ -85,7 +84,7 @@ class KeptBetweenCalls:
         keepers = {keeper.name: keeper for keeper in keepers_of(root, options)}
         if not keepers:
             return options
-        kept = self._found.setdefault(id(root), _Kept(root))
+        kept = self._found.setdefault(root, _Kept())
         kept.keepers |= keepers
         self._note(kept, rows[0] if len(set(rows)) == 1 else rows)
         for keeper in keepers.values():

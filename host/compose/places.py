@@ -56,7 +56,7 @@ class MaskedLoRAs:
         """
         shapes = tuple((name, _shape(value)) for name, value in conds.items())
         parts = [(self.kind(uuid), area) for uuid, area in zip(uuids, areas, strict=True)]
-        key = id(root), x.shape, x.device, shapes, tuple(parts), self.window
+        key = root, x.shape, x.device, shapes, tuple(parts), self.window
         pictures, distinct = x.shape[0] // len(parts), list(dict.fromkeys(parts))
         if key not in self._places:
             maps = self._of_batch(distinct, pictures, x, conds)

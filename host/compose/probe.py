@@ -47,7 +47,7 @@ class Reading:
         """The evaluation is over: what was read goes to the method's places. Of one that left blocks out (a cache)
         nothing is taken."""
         regions, count = self.regions, self.reader.count
-        whole = regions.calls.setdefault(id(self.root), count)
+        whole = regions.calls.setdefault(self.root, count)
         if not count or count < whole:
             return
         wanted = None if len(self.reader.found) < count else chosen(self.root, count, regions.routed.blocks)
@@ -73,7 +73,7 @@ def readings(regions: Sequence[RoutedLoRAs], root: nn.Module, x: Tensor, conds: 
         found = [(k, uuid, members) for k, uuid, members in found if members is not None]
         if not found:
             continue
-        known = each.calls.get(id(root))
+        known = each.calls.get(root)
         wanted = None if known is None else chosen(root, known, each.routed.blocks)
         rows, members, made = each.rows_to_read(found, pictures, x.device)
         reader = AttentionReader(root, tokens.streams, rows, members, wanted, made)

@@ -61,7 +61,7 @@ class RoutedLoRAs(MaskedLoRAs):
         self._anywhere = [False] * count  # per LoRA whether some prompt has its words
         self._acting: set[UUID] = set()  # the prompts that act at the noise level of this evaluation, and whether
         self._seen = False  # one was met in it
-        self.calls: dict[int, int] = {}  # per diffusion model, how many of its calls of attention join text and picture
+        self.calls: dict[nn.Module, int] = {}  # how many of its calls of attention join text and picture
         self.found: list[dict] = []
         self.known: Mapping[Hashable, Tensor] = {}  # from the run before, of the same picture
         self.taken = False  # whether places were taken from there
@@ -152,9 +152,9 @@ class RoutedLoRAs(MaskedLoRAs):
         name, prompt = self._instead.get(uuid) or (uuid, self._prompts.get(uuid))
         if prompt is None or prompt.fixed or (name, self.window) in self._looked:
             return None
-        if (uuid, id(root), tokens) not in self._members:
-            self._members[uuid, id(root), tokens] = fitted(prompt.clauses.members, prompt.length, root, tokens, 0.0)
-        return self._members[uuid, id(root), tokens]
+        if (uuid, root, tokens) not in self._members:
+            self._members[uuid, root, tokens] = fitted(prompt.clauses.members, prompt.length, root, tokens, 0.0)
+        return self._members[uuid, root, tokens]
 
     def rows_to_read(self, found: Sequence[tuple[int, UUID, Tensor]], pictures: int, device: torch.device
                      ) -> tuple[slice | Tensor, Tensor, dict[Hashable, Tensor]]:

@@ -1,4 +1,4 @@
-"""A method as a MODEL has it, and what lives while a run of it samples."""
+"""What lives while a run of the methods on a MODEL samples."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from ...engine.record import StepRecord
 from ...engine.tell import into
 from ...kernels.branch import Branch, Step
 from ...kernels.nested import Parts, unpack
-from ...methods import Method, method_title
 from ...methods.session import OTHER, POSITIVE, UNCONDITIONAL, Call, RunContext, begin
-from ...methods.windows import InTime, Window
+from ...methods.windows import InTime
 from ..families.lasting import lasting
 from ..families.row_order import one_row_only, row_order
 from ..families.token_order import token_order
+from .applied import Applied
 from .cache import BranchCache, CacheSpec, Combo
 from .combos import Joined, any_of, combinations, together
 from .control import Controls
@@ -37,8 +37,6 @@ from .merging import Merging
 from .neighbours import APART
 from .parts import LOST, inside
 from .places import Area, held, values_by_name
-from .placing import Routed
-from .prompts import Asked
 from .routes import RoutedLoRAs, regions_of
 from .steps import StepTracker
 from .summary import BY_ITSELF, begun, idle, missed, note_acting, sum_up, unplaced
@@ -48,33 +46,6 @@ log = logging.getLogger("lora_ensemble")
 
 Free = Callable[[torch.device], float]
 """Bytes that a device has left."""
-
-
-@dataclass(frozen=True)
-class Applied:
-    """One method node's share of a MODEL: its method, the names of its LoRAs, what it could not express at load, where
-    each LoRA may act (masks as users give them, [B, height, width] in pixels), which of the MODEL's banks holds them,
-    how their places are found by their words, if they are, when each may act, () for LoRAs that always do, why the
-    method was taken, if not by the user, whether they are part of the model, whose shares in the prompts it asks for,
-    the id of the node in the prompt, "" where none was executed, and how many LoRAs of the bank come before them."""
-
-    method: Method
-    names: tuple[str, ...]
-    problems: tuple[str, ...] = ()
-    masks: tuple[Tensor | None, ...] = ()
-    bank: int = 0
-    routed: Routed | None = None
-    windows: tuple[Window, ...] = ()
-    reason: str = ""
-    always: bool = False
-    asked: Asked | None = None
-    node: str = ""
-    first: int = 0
-
-    @property
-    def title(self) -> str:
-        """The method as users call it."""
-        return method_title(type(self.method).__name__, self.routed is not None)
 
 
 @dataclass(frozen=True)
@@ -112,10 +83,10 @@ class Run:
         self.controls, self.texts = Controls(), ExitStack()  # texts: open while the host prepares conds
         self._sides = sides
         self._tags: dict[tuple[UUID, Combo], UUID] = {}
-        self._routed: dict[int, tuple[nn.Module, list[RoutedForwards]]] = {}
+        self._routed: dict[nn.Module, list[RoutedForwards]] = {}
         self._off: list[RoutedForwards] = []
         self._bare = False
-        self._apart: dict[int, tuple[nn.Module, bool]] = {}
+        self._apart: dict[nn.Module, bool] = {}
         self._since = time.perf_counter()
         self.areas: dict[UUID | None, Area] = {}
         self.origins: dict[UUID | None, UUID | None] = {}
@@ -130,7 +101,7 @@ class Run:
         self.conds: Callable[[], dict[str, list[dict]]] = dict
         self.probing, self.without, self.merging = False, Without(), Merging()
         self.read: Combo | None = None
-        self._seen_compiled: dict[int, bool] = {}
+        self._seen_compiled: dict[nn.Module, bool] = {}
         self.step: Step | None = None
         self.branches: tuple[tuple[Branch, ...], ...] = ()
         self.window: tuple | None = None  # places.Window of the call that goes on
@@ -208,31 +179,31 @@ class Run:
                compiled: Callable[[], bool], layers: Callable[[], Mapping[str, nn.Module]]) -> list[RoutedForwards]:
         """The routed forwards on one live diffusion model, one per bank of `banked`, installed on first sight
         (delegates and multi-GPU clones have modules of their own)."""
-        if id(root) not in self._routed:
+        if root not in self._routed:
             order, seen = row_order(root) or (lambda layer, entries, rows: None), compiled()
             flat = (tokens := token_order(root)) is not None and tokens.axis == 0
             forwards = [RoutedForwards(root, bank, reader, self._problem, k, order, seen, lasting, layers, flat)
                         for k, bank in enumerate(banks())]
-            self._routed[id(root)] = (root, forwards)
+            self._routed[root] = forwards
             for routed in forwards:
                 routed.install()
-        return self._routed[id(root)][1]
+        return self._routed[root]
 
     def apart(self, root: nn.Module, conds: Sequence[list[dict] | None], options: Mapping) -> bool:
         """Whether every branch needs a batch of its own on a diffusion model: where it is not known which entries of
         its layers are which row's, and where the host evaluates such conds for one row at a time."""
-        if id(root) not in self._apart:
+        if root not in self._apart:
             known = row_order(root) is not None
-            self._apart[id(root)] = (root, not known)
+            self._apart[root] = not known
             if not known:
                 self._tell(f"{type(root).__name__}: in which order this kind of model keeps the rows of a batch is not "
                            f"known; {APART}")
-        apart = self.kept.neighbours.patched(conds, options) or self._apart[id(root)][1]
+        apart = self.kept.neighbours.patched(conds, options) or self._apart[root]
         return apart or one_row_only(root, values_by_name(conds))
 
     def keep_apart(self, root: nn.Module, reason: NotRows) -> None:
         """From now on branches have batches of their own."""
-        self._apart[id(root)] = (root, True)
+        self._apart[root] = True
         self._tell(f"{type(root).__name__}: {reason}; {APART}")
 
     def places(self, joined: Joined, root: nn.Module, x: Tensor, conds: Mapping[str, object],
@@ -276,9 +247,9 @@ class Run:
 
     def compiled(self, root: nn.Module, look: Callable[[], bool]) -> bool:
         """Whether torch.compile sees a model: looked at once."""
-        if id(root) not in self._seen_compiled:
-            self._seen_compiled[id(root)] = look()
-        return self._seen_compiled[id(root)]
+        if root not in self._seen_compiled:
+            self._seen_compiled[root] = look()
+        return self._seen_compiled[root]
 
     def keeping(self, root: nn.Module, options: dict, combos: Sequence[Combo | None], uuids: Sequence[UUID | None]
                 ) -> dict:
@@ -293,7 +264,7 @@ class Run:
     def off(self) -> None:
         """Take the routed forwards off the models; a later evaluation puts them on again."""
         self.texts.close()
-        forwards = [routed for _, each in self._routed.values() for routed in reversed(each)]
+        forwards = [routed for each in self._routed.values() for routed in reversed(each)]
         if log.isEnabledFor(logging.DEBUG):
             for line in (line for routed in forwards for line in routed.explain()):
                 log.debug(line)

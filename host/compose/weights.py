@@ -19,9 +19,9 @@ import comfy.model_management
 
 from ...methods.merge import Merge
 from ..files.ensemble import LoRASpec, file_of
+from .applied import Applied
 from .composition import KEY, Composition
 from .reading import read_ensemble
-from .run import Applied
 
 log = logging.getLogger("lora_ensemble")
 SCALED = ("the weights were merged with another model's or scaled behind this method: its LoRAs act at full strength "

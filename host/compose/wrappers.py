@@ -8,19 +8,13 @@ from contextlib import ExitStack
 from functools import partial
 from uuid import UUID
 
-import comfy.model_management
 import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 from torch import Tensor
 
-from ...engine.bank import Bank
-from ...engine.forwards import RoutedForwards
 from ...engine.layout import NotRows
 from ...engine.tell import into
-from ...kernels.branch import Branch, scaled
-from ...methods.merge import Merge
 from ..families.work import work_of
-from ..files.injected import layers_as_in_files
 from .banks import as_computed
 from .cache import Combo
 from .cards import note_cards, same_banks, settle
@@ -30,12 +24,13 @@ from .control import CALLER_CONDS, OF_WEIGHTS, OWN_CONTROLS, caller_indexes, mad
 from .earlier import RUNS, bare, mark_of, names_of
 from .parts import PARTS, with_parts
 from .places import window_of
+from .prepared import act_on_prompts
 from .probe import find_places, listening, positives, readings
-from .read_weight import read_weight
 from .rows import in_range
-from .run import Free, Plan, Run
+from .run import Plan, Run
+from .sampled import free_of, is_compiled, routed_on, run_of, unwrapped
 from .steps import tracked
-from .summary import carried, without_prompt
+from .summary import carried
 from .variants import with_variants
 from .watch import watching
 
@@ -69,7 +64,7 @@ def outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=No
     earlier = RUNS.before(latent_image) if noisy else None
     context = timed(context, guider.model_patcher, earlier, noisy)
     contexts = method_contexts(context, guider.model_patcher, composition.applied, guider.conds, earlier)
-    run = composition.begin(tracker, contexts, sides_of(guider.conds), _free(guider.model_patcher),
+    run = composition.begin(tracker, contexts, sides_of(guider.conds), free_of(guider.model_patcher),
                             guider.model_patcher.load_device)
     left, added, watchers = None, [], []
     try:
@@ -111,39 +106,18 @@ def sampler_sample(executor, guider, *args, **kwargs):
 
 
 def pre_run(patcher) -> None:
-    """The host is about to prepare the conds of a run. Some models have layers for that (`preprocess_text_embeds` of
-    LTX-2, Anima and MiniMax H3), which no evaluation comes to any more: until the first one they do what methods ask
-    that have one branch at all times and places. A model of which no run began is told of (`Composition.run`).
+    """The host is about to prepare the conds of a run. A model of which no run began is told of (`Composition.run`).
 
     Raises ValueError where a node behind ours has put wrappers in the place of all that there were (BrushNet)."""
     composition: Composition | None = patcher.get_attachment(KEY)
-    if composition is not None and not all(patcher.get_wrappers(kind, KEY) for kind in _wrappers()):
+    if composition is None:
+        return
+    if not all(patcher.get_wrappers(kind, KEY) for kind in _wrappers()):
         raise ValueError("A node has taken the LoRAs of LoRA Ensemble off this model, with all that other nodes had "
                          "put around it: BrushNet and PowerPaint do. Connect the LoRA Ensemble nodes behind that "
                          "node, between it and the sampler.")
-    model, root = patcher.model, _unwrapped(patcher.model.diffusion_model)
-    if composition is None or composition.run is None or not hasattr(root, "preprocess_text_embeds") \
-            or getattr(patcher, "is_multigpu_base_clone", False):  # of several devices one prepares for all
-        return
-    run = composition.runs[-1]
-    forwards = run.routed(root, partial(_banks, run, model), partial(read_weight, patcher),
-                          partial(_compiled, model.diffusion_model, {"wrappers": patcher.wrappers}),
-                          partial(layers_as_in_files, patcher, root))
-    for joined, routed in zip(run.banked, forwards, strict=True):
-        row = tuple(_lasting(run, k, routed) for k in joined.methods)
-        run.texts.enter_context(routed.rows([joined.branch(row, routed.bank.count)]))
-
-
-def _lasting(run: Run, k: int, routed: RoutedForwards) -> Branch:
-    """What a method asks for at all times and places: nothing, unless it has one branch."""
-    applied = run.applied[k]
-    if not isinstance(applied.method, Merge) or run.regions[k] is not None:
-        return Branch((0.0,) * len(applied.names))
-    run.texts.callback(lambda: run.tell(without_prompt(applied, routed)))
-    branch = Branch(applied.method.strengths)
-    if applied.windows:  # what is prepared serves all steps
-        branch = scaled(branch, tuple(float(window.whole) for window in applied.windows))
-    return run.without.rows(k, [branch], 1)[0]
+    if (run := composition.run) is not None:
+        act_on_prompts(run, patcher)
 
 
 def matching(model, copy) -> None:
@@ -153,12 +127,12 @@ def matching(model, copy) -> None:
 
 def calc_cond_batch(executor, model, conds, x_in, timestep, model_options):
     """Evaluate every branch of this step for every cond of the caller, in the host's own batches, and mix."""
-    run = _active(model)
+    run = run_of(model)
     if run is None:
         return executor(model, conds, x_in, timestep, model_options)
     run.texts.close()
     # Before a node puts blocks of its own in the place of the model's while it runs (First Block Cache).
-    _routed(run, model, model_options.get("transformer_options", {}))
+    routed_on(run, model.current_patcher, model_options.get("transformer_options", {}))
     note_cards(run.record, model_options)
     run.controls.as_they_are = OWN_CONTROLS in model_options
     if (wrapper := model_options.get("model_function_wrapper")) is not None:
@@ -174,8 +148,8 @@ def calc_cond_batch(executor, model, conds, x_in, timestep, model_options):
                         _caller_options(model_options, len(conds)))
 
     if run.routes and not run.probing:
-        root = _unwrapped(model.diffusion_model)
-        compiled = run.compiled(root, partial(_compiled, model.diffusion_model,
+        root = unwrapped(model.diffusion_model)
+        compiled = run.compiled(root, partial(is_compiled, model.diffusion_model,
                                               model_options.get("transformer_options", {})))
         for each in run.routes:
             each.evaluate(plan.own)
@@ -189,7 +163,7 @@ def calc_cond_batch(executor, model, conds, x_in, timestep, model_options):
 def _evaluated(executor, model, run: Run, plan: Plan, conds, sides, x_in, timestep, model_options) -> list[Tensor]:
     """The predictions of one call, every branch for every cond, mixed."""
     combos = plan.combos
-    parts, root = [combos], _unwrapped(model.diffusion_model)
+    parts, root = [combos], unwrapped(model.diffusion_model)
     if run.cache is not None and not run.probing:
         mixed = len(combos) > 1 and _mixes(run, model, root, conds, model_options)
         parts = run.cache.parts(plan.own, combos, plan.fresh, timestep, partial(_identities, run, plan, conds), mixed)
@@ -229,12 +203,12 @@ def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, t
     """Tell the routed forwards which branch each row belongs to, and inner code which cond its caller meant."""
     options = transformer_options if transformer_options is not None else {}
     model = executor.class_obj
-    run = _active(model)
+    run = run_of(model)
     if run is None:
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
     parts = options.get(PARTS, ())
     uuids = (options.get("uuids") or [None]) * max(len(parts), 1)
-    combos, root = [run.combos.get(uuid, run.single) for uuid in uuids], _unwrapped(model.diffusion_model)
+    combos, root = [run.combos.get(uuid, run.single) for uuid in uuids], unwrapped(model.diffusion_model)
     if None in combos:
         # A node called the model on its own while several branches are open: none of them is meant.
         return executor(x, t, c_concat, c_crossattn, control, run.keeping(root, options, combos, uuids), **kwargs)
@@ -243,7 +217,7 @@ def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, t
         _in_window(run, options)
     per_cond, rows = x.shape[0] // len(combos), list(zip(combos, uuids, strict=True))
     run.record.count(x.shape[0], str(model.current_patcher.load_device))
-    forwards = list(zip(run.banked, _routed(run, model, options), strict=True))
+    forwards = list(zip(run.banked, routed_on(run, model.current_patcher, options), strict=True))
 
     def among(some: Sequence[int]) -> ExitStack:
         """While open, the rows of some of the conds are the batch."""
@@ -293,52 +267,12 @@ def _mixes(run: Run, model, root, conds, model_options: dict) -> bool:
            for name in ("control", "hooks", "gligen")):
         return False
     return run.cache.mixes(root, options) and not run.apart(root, conds, options) and not run.compiled(
-        root, partial(_compiled, model.diffusion_model, options))
+        root, partial(is_compiled, model.diffusion_model, options))
 
 
 def _present(predictions: list[Tensor], conds) -> list[Tensor | None]:
     """Predictions of the conds that there are; the host fills the others with zeros."""
     return [None if cond is None else p for p, cond in zip(predictions, conds, strict=True)]
-
-
-def _active(model) -> Run | None:
-    patcher = getattr(model, "current_patcher", None)
-    composition = patcher.get_attachment(KEY) if patcher is not None else None
-    return composition.run if composition is not None else None
-
-
-def _banks(run: Run, model) -> list[Bank]:
-    """The bank of each of `Run.banked`, on this model's device: a multi-GPU clone carries copies of its own."""
-    patcher = model.current_patcher
-    banks = [bank.model for bank in patcher.get_additional_models_with_key(KEY)]
-    return [banks[run.applied[joined.methods[0]].bank] for joined in run.banked]
-
-
-def _routed(run: Run, model, options: dict) -> list[RoutedForwards]:
-    """The routed forwards on a model, installed on first sight."""
-    root = _unwrapped(model.diffusion_model)
-    return run.routed(root, partial(_banks, run, model), partial(read_weight, model.current_patcher),
-                      partial(_compiled, model.diffusion_model, options),
-                      partial(layers_as_in_files, model.current_patcher, root))
-
-
-def _free(patcher) -> Free:
-    """What the host's own batching goes by: under dynamic VRAM it counts weights that make way for activations."""
-    return getattr(patcher, "get_free_memory", comfy.model_management.get_free_memory)
-
-
-def _compiled(module: torch.nn.Module, options: dict) -> bool:
-    """Whether torch.compile sees the model or some of its blocks: by the host's own wrapper, which may be further in,
-    or by what stands in their places."""
-    if "torch.compile" in options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {}):
-        return True
-    return any(type(each).__name__ == "OptimizedModule" or getattr(each, "_compiled_call_impl", None) is not None
-               for each in module.modules())
-
-
-def _unwrapped(module):
-    """The module itself where torch.compile has put a shell around it."""
-    return getattr(module, "_orig_mod", module)
 
 
 def _to_read(run: Run, combos):

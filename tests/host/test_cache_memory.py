@@ -30,7 +30,7 @@ def free(monkeypatch, *values: float) -> list[torch.device]:
         asked.append(device)
         return values[min(len(asked), len(values)) - 1]
 
-    monkeypatch.setattr(wrappers, "_free", lambda patcher: left)
+    monkeypatch.setattr(wrappers, "free_of", lambda patcher: left)
     return asked
 
 

@@ -9,8 +9,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from lora_ensemble.host.compose.applied import Applied
 from lora_ensemble.host.compose.composition import KEY, Composition
-from lora_ensemble.host.compose.run import Applied
 from lora_ensemble.host.look.layermap import GAP, LABELS, LINE, MAP, MARGIN, RATIOS, SHARES, LayerMap, draw, layer_map
 from lora_ensemble.host.look.theme import DARK, LIGHT, rgb
 from lora_ensemble.host.look.vision import similarity
