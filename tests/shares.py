@@ -8,8 +8,8 @@ from types import MappingProxyType
 
 import pytest
 
-EVERY_CASE = dict.fromkeys(("test_example_workflows", "test_nodes", "test_server::test_example_misses_only_its_models"),
-                           1)
+EVERY_CASE = dict.fromkeys(("test_ensembles", "test_example_workflows", "test_nodes",
+                            "test_server::test_example_misses_only_its_models"), 1)
 """Files and tests with a case for each node or example; none stands for another."""
 SHOWN_ELSEWHERE = {
     # More of the same, by other seeds: thousands of them are runs of their own in `--all`.
@@ -87,7 +87,8 @@ above them names; `--all` takes all."""
 OURS = frozenset((
     "test_always", "test_banks", "test_by_steps", "test_cache_budget", "test_compile", "test_control", "test_fused",
     "test_guidance", "test_guidance_extrapolated", "test_guidance_extrapolated_nodes", "test_guidance_guiders",
-    "test_guided_step", "test_hazards", "test_kept", "test_lasting", "test_leave_one_out", "test_live", "test_marked",
+    "test_guided_step", "test_hazards", "test_kept", "test_lasting", "test_leave_one_out",
+    "test_leave_one_out_batches", "test_live", "test_marked",
     "test_masks", "test_multigpu", "test_muted", "test_neighbours", "test_neighbours_routed",
     "test_neighbours_skipping", "test_nested", "test_prepared_texts", "test_prompt_node", "test_routed",
     "test_routed_probes", "test_routed_texts", "test_row_order", "test_scenarios", "test_server_routed",
