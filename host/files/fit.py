@@ -69,6 +69,12 @@ def check_alpha(key: str, alpha: Tensor | None) -> None:
                      f"{named_type(alpha.dtype)}, and alpha is one number. Use another version")
 
 
+def scales(patch) -> bool:
+    """Whether a patch of the host's goes by its alpha. A LoKr of two whole matrices does not: ai-toolkit writes 1e10
+    there, which is infinite in fp16."""
+    return not isinstance(patch, tuple) and (patch.name != "lokr" or any(half is None for half in patch.weights[:2]))
+
+
 def check_result(patch, shape: Shape, span: Span, peaks: Iterable[float]) -> None:
     """Refuse finite values whose product is not, or is more than any weight can take. `peaks`: of the tensors."""
     if math.prod(max(1.0, peak) for peak in peaks) < SUSPICIOUS:

@@ -33,6 +33,7 @@ from .fit import (
     is_old_glora,
     narrowed,
     plain_magnitude,
+    scales,
 )
 from .formats import HEAD, with_aliases
 
@@ -148,6 +149,7 @@ def _check(file: LoRAFile, used: Collection[str], patch, shape: Shape | None, sp
     """Raises Misfit, Broken, or _Nothing."""
     if shape is None:
         raise Misfit("the model has no such layer, or the layer no bias")
+    used = [tensor for tensor in used if scales(patch) or not tensor.endswith(".alpha")]
     for tensor in used:
         check_values(file, tensor)
     check(patch, shape, span)

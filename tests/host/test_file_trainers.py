@@ -15,9 +15,10 @@ from lora_ensemble.host.files.formats import other_kind
 from lora_ensemble.host.files.parse import load, parse
 
 from .builders import Rand, lora, merge, same, sample, shapes, stock
+from .kinds import EVERYWHERE
 from .models import base
 from .test_keymaps import MODELS, build, older
-from .test_kinds import diffusers_targets
+from .test_kinds import LINEAR, diffusers_targets, file_of, weights
 
 PEFT = {"down": "lora_A.weight", "up": "lora_B.weight"}
 DIFFSYNTH = {"down": "lora_A.default.weight", "up": "lora_B.default.weight"}
@@ -153,6 +154,29 @@ def test_rows_of_minimax_h3_in_diffsynths_order(loras):
         one, two, three = (ops[layer][0].on_weight(torch.zeros(shape), 1.0) for ops in (ours, wanted, as_it_is))
         assert torch.allclose(one, two)
         assert not torch.allclose(one, three)  # as the host's loader reads it
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_the_alpha_of_a_lokr_of_whole_matrices_is_not_asked(dtype, loras, monkeypatch):
+    """ai-toolkit writes 9999999999, which is infinite in fp16; nothing is computed for fear of it either."""
+    model = base("SD15")
+    made = file_of(weights(LINEAR), EVERYWHERE["LoKr w1 w2"])
+    file = {key: torch.tensor(9999999999).to(dtype) if key.endswith(".alpha") else value.to(dtype)
+            for key, value in made.items()}
+    assert dtype != torch.float16 or any(value.isinf().any() for value in file.values())
+    with monkeypatch.context() as patched:
+        patched.setattr(comfy.lora, "calculate_weight", None)
+        ours = merge(model, [spec := LoRASpec(loras(file), 0.7, 0)])
+    same(sample(ours), sample(stock(model, [spec])), sample(model))
+    assert ours.get_attachment(KEY).applied[0].problems == ()
+
+
+@pytest.mark.parametrize("kind", ["LoKr w1 w2a", "LoKr w1a w2", "LoKr w1a w2a", "LoHa alpha", "LoRA alpha", "GLoRA"])
+def test_an_alpha_that_is_asked_has_to_be_a_number(kind, loras):
+    made = file_of(weights(LINEAR), EVERYWHERE[kind])
+    file = {key: torch.tensor(float("inf")) if key.endswith(".alpha") else value for key, value in made.items()}
+    with pytest.raises(ValueError, match="not numbers .*\\.alpha' for one"):
+        merge(base("SD15"), [LoRASpec(loras(file), 0.7, 0)])
 
 
 # --- kinds that the host cannot load, on layers that it knows ---------------------------------------------------------
