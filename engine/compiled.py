@@ -39,11 +39,12 @@ class Traced:
               weight, (down, the shares of its outputs, None); None where the opaque operator is needed
     gains     per stack [rows, 1, R], for convolutions [rows, R, 1, ..]; empty where the opaque operator has to see to
               it; None where no adapter acts on the batch
+    order     how the layer has several entries per row (layout.py)
     uniform   whether all rows are of one branch, so that a layer may have any number of entries
     """
 
-    def __init__(self, site: Site, geometry: Geometry, handle: Tensor):
-        self.handle, self.geometry, self.uniform = handle, geometry, False
+    def __init__(self, site: Site, geometry: Geometry, handle: Tensor, order: str | None):
+        self.handle, self.geometry, self.order, self.uniform = handle, geometry, order, False
         self.stacks: list | None = None
         self.gains: Sequence[Tensor] | None = ()
         self._site = site
@@ -65,16 +66,14 @@ class Traced:
 
     def add_(self, y: Tensor, x: Tensor) -> Tensor:
         """y with what the adapters add, as the compiler sees it."""
-        gains = self.gains
-        if gains is None:
+        if self.gains is None:
             return y
-        if not gains or self.stacks is None or y.shape[0] != x.shape[0] or not self._fits(x, gains[0]):
+        gains = self._of_entries(y, x)
+        if gains is None:
             route_(y, x, self.handle)
             return y
         geometry, x = self.geometry, x.to(y.dtype)
         for (down, up, span), gain in zip(self.stacks, gains, strict=True):
-            if x.shape[0] != gain.shape[0]:
-                gain = gain[:1]
             down, gain = down.to(x), gain.to(x)
             if isinstance(up, list):
                 into, of = (t if t.ndim <= 3 else t.flatten(1, -2) for t in (y, x))
@@ -92,8 +91,20 @@ class Traced:
                 tokens(down, up.expand(into.shape[0], -1, -1), gain)(into, of)
         return y
 
-    def _fits(self, x: Tensor, gain: Tensor) -> bool:
-        return x.shape[0] == gain.shape[0] or self.uniform
+    def _of_entries(self, y: Tensor, x: Tensor) -> Sequence[Tensor] | None:
+        """The gains of a layer's entries, from those of the rows; None where the opaque operator has to see to it."""
+        gains = self.gains
+        if not gains or self.stacks is None or y.shape[0] != x.shape[0] or y.ndim < 2 + self.geometry.spatial:
+            return None
+        entries, rows = x.shape[0], gains[0].shape[0]
+        if entries == rows:
+            return gains
+        fold = entries // rows
+        if fold * rows == entries and self.order == "repeat":
+            return [gain.unsqueeze(1).expand(-1, fold, *gain.shape[1:]).flatten(0, 1) for gain in gains]
+        if fold * rows == entries and self.order == "tile":
+            return [gain.unsqueeze(0).expand(fold, *gain.shape).flatten(0, 1) for gain in gains]
+        return [gain[:1] for gain in gains] if self.uniform else None
 
 
 class TracedGains:

@@ -210,7 +210,8 @@ class RoutedForwards:
         """The new forward of the k-th layer, what the compiler sees of it, and what its handle does."""
         layer, state, programs = self._layers[k], self._state, self._programs
         base, compiling = layer.base, torch.compiler.is_dynamo_compiling
-        traced = Traced(layer.site, layer.geometry, handle_of(layer.module, self.position))
+        traced = Traced(layer.site, layer.geometry, handle_of(layer.module, self.position),
+                        self.order(layer.site.name, 4, 2))
 
         def add(y: Tensor, x: Tensor) -> Tensor:
             layout = state.current

@@ -252,15 +252,40 @@ def test_a_recorded_graph_is_right_for_every_later_batch(net, whole):
     assert all(sum(not fixed(t) for t in recorded) == 1 for recorded in backend.recordings)
 
 
-def test_entries_that_are_folded_into_the_batch(net):
-    call = compile_(net, Counted(), True)
+@pytest.mark.parametrize("order", ["repeat", "tile"])
+def test_entries_that_are_folded_into_the_batch(net, order):
+    """They are part of the graph as well, and of a recording of it."""
+    backend, counted = Recorded(), Counted()
     bank, changes = bank_of(net)
-    x = torch.randn(12, 5, 16)
-    routed = RoutedForwards(net, bank, compiled=True)
+    x = torch.randn(6, 3, 5, 16)
+    if order == "tile":
+        into, back = (lambda t: t.transpose(0, 1).flatten(0, 1)), (lambda t: t.unflatten(0, (3, 6)).transpose(0, 1))
+    else:
+        into, back = (lambda t: t.flatten(0, 1)), (lambda t: t.unflatten(0, (6, 3)))
+    routed = RoutedForwards(net, bank, compiled=True,
+                            order=lambda layer, entries, rows: "rows" if entries == rows else order)
     routed.install()
     with torch.no_grad():
-        agrees(call, routed, net, changes, x)
+        for each in (backend, counted):
+            call = compile_(net, each, True)
+            for branches in LAYOUTS.values():
+                with routed.rows(branches):
+                    y = back(call(into(x)))
+                assert close(y.flatten(0, 1), expected(fresh(net), changes, branches, x.flatten(0, 1)))
     routed.remove()
+    assert len(backend.recordings) == len(counted.graphs) == 1 and not counted.operators()
+
+
+@pytest.mark.parametrize("rows", [6, 16])
+def test_without_a_batch(net, rows):
+    """A vector, in a run of one branch, as many rows as it is long or not."""
+    bank, changes = bank_of(net)
+    x, routed = torch.randn(16), RoutedForwards(net, bank, compiled=True)
+    routed.install()
+    with torch.no_grad(), routed.rows([ALL] * rows):
+        y = compile_(net, Counted(), True)(x)
+    routed.remove()
+    assert close(y, expected(net, changes, [ALL], x[None])[0])
 
 
 def fresh(net: Net) -> Net:

@@ -8,13 +8,18 @@ from dataclasses import replace
 import pytest
 import torch
 from lora_ensemble.host.compose.composition import places_of, record_of
+from lora_ensemble.host.files.ensemble import LoRASpec
 from lora_ensemble.methods.composite import Composite
 from lora_ensemble.methods.merge import Merge
 from lora_ensemble.methods.switch import Switch
 
-from .builders import composite, merge, method, same, sample, stock, three
+from .any_model import any_model
+from .builders import composite, lora, merge, method, same, sample, stock, three
 from .compiled import compiled
+from .disturbed import skipped_where_older
 from .models import FAMILIES, base
+from .small_video import SMALL
+from .test_parity_families import NAME, drawn, layers_of
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -75,6 +80,25 @@ def test_no_more_graphs_than_the_plain_model_has(name, keys, loras, monkeypatch)
         assert len(graphs) - alone <= alone * (2 if make is Composite else 1)
     same(plain, sample(model, name), sample(stock(model, ensemble), name), 1e-4)
     assert not [node for graph in graphs for node in graph.graph.nodes if "route_" in str(node.target)]
+
+
+@pytest.mark.parametrize("name", ["Wan 2.2", "Flux 2 timestep zero"])
+def test_layers_with_several_entries_for_each_row(name, loras):
+    """A time for every frame, the batch over and over: Composite is in one graph there, too, with nothing opaque."""
+    with skipped_where_older(name):
+        model = any_model(SMALL[name])
+        layers = layers_of(model)
+    graphs = []
+
+    def counted(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    ensemble = [LoRASpec(loras(lora(layers, seed, seed, **NAME)), 0.8, 0.0) for seed in (1, 2)]
+    found = drawn(composite(compiled(model, counted), ensemble), 1, 3.0)
+    same(found, drawn(composite(model, ensemble), 1, 3.0), drawn(model, 1, 3.0))
+    assert len(graphs) == 1 and not [node for node in graphs[0].graph.nodes if "route_" in str(node.target)]
 
 
 def test_routed_loras_in_a_compiled_model(loras):

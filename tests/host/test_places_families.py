@@ -13,7 +13,7 @@ from lora_ensemble.host.files.ensemble import LoRASpec, Mask
 
 from .any_model import any_model
 from .builders import lora, merge, same, stock
-from .disturbed import skipped_where_older, watching
+from .disturbed import newest, skipped_where_older, watching
 from .moved import WITHOUT
 from .small_video import SMALL
 from .test_parity_families import NAME, ONE_ROW, drawn, layers_of
@@ -49,6 +49,8 @@ def last_layer(model) -> str:
 @pytest.mark.parametrize("name", [name for name in SMALL if name not in WITHOUT | OPEN])
 def test_each_lora_in_its_half(name, loras):
     kind = SMALL[name]
+    if name == "Wan references" and not newest():
+        pytest.skip("older releases know no context latents")
     with skipped_where_older(name):
         model = any_model(kind)
         layer = last_layer(model)
