@@ -219,7 +219,7 @@ class CMLoRASession(Session):
         self._fresh: tuple[bool, ...] = ()
         self._share = 1.0 if context.left is None else context.left
         self._sent: Sent | None = None
-        self._bins: Tensor | None = None
+        self._bins: dict[tuple, Tensor] = {}  # per size of the latent, which a sampler may change, and device
         self._notes: dict[str, object] = {}
 
     def observe(self, step: Step, x: Tensor) -> None:
@@ -326,10 +326,10 @@ class CMLoRASession(Session):
         """Read the share of the step before, and send this step's on its way."""
         if self._sent is not None:
             self._share = self._sent.read()
-        if self._bins is None or self._bins.device != x.device:
-            h, w = (1, *x.shape[2:])[-2:]
-            self._bins = radial_bins(h, w, x.device)
-        share = high_share(radial_amplitude(x, self._bins)).mean()
+        size = (1, *x.shape[2:])[-2:]
+        if (size, x.device) not in self._bins:
+            self._bins[size, x.device] = radial_bins(*size, x.device)
+        share = high_share(radial_amplitude(x, self._bins[size, x.device])).mean()
         self._sent = Sent(step.index, share)
         self._notes["high_share"] = share
 

@@ -160,6 +160,15 @@ def held(maps: Tensor, window: Window, dimensions: int) -> Tensor:
     return maps if window is not None and window[0] and maps.ndim != dimensions else within(maps, window)
 
 
+def for_call(mask: Tensor, window: Window, x: Tensor) -> Tensor:
+    """A mask of the run (`RunContext.masks`) for a call with this latent: of the frames of its window, with ones for
+    those that guide its film, and in its size, which a sampler may change on its way (SamplerLCMUpscale)."""
+    mask = held(mask, window, x.ndim)
+    more = x.shape[2] - mask.shape[2] if mask.ndim == 5 else 0
+    mask = F.pad(mask, (0, 0, 0, 0, 0, more), value=1.0) if more > 0 else mask
+    return resized(mask, tuple(x.shape[2 - mask.ndim:]))
+
+
 def crop(maps: Tensor, area: Area) -> Tensor:
     """The part of maps [..., height, width] that an area holds, in place."""
     if area is None:

@@ -12,7 +12,6 @@ from uuid import UUID, uuid4
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ...engine.bank import Bank
 from ...engine.forwards import RoutedForwards
@@ -36,7 +35,7 @@ from .kept import KeptBetweenCalls
 from .merging import Merging
 from .neighbours import APART
 from .parts import LOST, inside
-from .places import Area, held, values_by_name
+from .places import Area, for_call, values_by_name
 from .routes import RoutedLoRAs, regions_of
 from .steps import StepTracker
 from .summary import BY_ITSELF, begun, idle, missed, note_acting, sum_up, unplaced
@@ -153,18 +152,11 @@ class Run:
             parts = [self.mix(plan, [None if p is None else p[i] for p in split], sides, depth + 1)
                      for i in range(len(branches))]
             predictions = [None if one[0] is None else torch.stack(one) for one in zip(*parts, strict=True)]
-        masks = None if self.window is None else tuple(
-            mask if mask is None else self._held(mask, plan) for mask in self.contexts[depth].masks)
+        context, x = self.contexts[depth], unpack(plan.x, plan.parts)[0]
+        masks = None if self.window is None and x.shape[2:] == context.shape[2:] else tuple(
+            mask if mask is None else for_call(mask, self.window, x) for mask in context.masks)
         return self.sessions[depth].mix(plan.step, Call(plan.x, plan.sigma, branches, predictions, sides, plan.parts,
                                                         self.window, masks))
-
-    def _held(self, mask: Tensor, plan: Plan) -> Tensor:
-        """A mask of the run (`RunContext.masks`) for the window that a call has, with ones for the frames that guide
-        its film."""
-        x = unpack(plan.x, plan.parts)[0]
-        mask = held(mask, self.window, x.ndim)
-        more = x.shape[2] - mask.shape[2] if mask.ndim == 5 else 0
-        return F.pad(mask, (0, 0, 0, 0, 0, more), value=1.0) if more > 0 else mask
 
     def tag(self, cond: UUID, combo: Combo) -> UUID:
         """An identity for a cond under one combination of branches: what caches keyed by cond must tell apart."""

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import comfy.samplers
 import pytest
 import torch
 from lora_ensemble.host.compose.composition import KEY
+from lora_ensemble.host.files.ensemble import LoRASpec, Mask
+from lora_ensemble.methods.cmlora import CMLoRA
+from lora_ensemble.methods.merge import Merge
 from lora_ensemble.methods.switch import Switch
+from torch import Tensor
+from torch.nn import functional as F
 
-from .builders import composite, guided, hooked, merge, method, same, sample, schedule, stock, three
+from .builders import composite, guided, hooked, lora, merge, method, same, sample, schedule, shapes, stock, three
 from .models import FAMILIES, base
+from .runs import MAKES
+from .started import node
+from .test_routed import prompt, routed
 
 SD15 = FAMILIES["SD15"]
 
@@ -104,3 +114,66 @@ def test_an_empty_schedule(loras):
     latent = SD15.noise(seed=4)
     out = guided(cfg(model, lambda cond: cond), torch.tensor([]), latent=latent)
     assert torch.equal(out, latent) and not model.get_attachment(KEY).runs
+
+
+# --- a sampler that changes the size of its latent on the way ---------------------------------------------------------
+
+
+LEFT = torch.zeros(1, 8, 8)
+LEFT[..., :4] = 1
+
+
+def drawn(model, sampler, sigmas: Tensor, positive: list | None = None) -> Tensor:
+    guider, noise = comfy.samplers.CFGGuider(model), SD15.noise()
+    guider.set_conds(SD15.cond(11) if positive is None else positive, SD15.cond(12))
+    guider.set_cfg(3.0)
+    torch.manual_seed(1)
+    with torch.inference_mode():
+        return guider.sample(noise, torch.zeros_like(noise), sampler, sigmas, disable_pbar=True, seed=1)
+
+
+def by_masks(model, loras, make):
+    masks = LEFT, 1 - LEFT, LEFT
+    return method(model, [replace(spec, mask=Mask(mask)) for spec, mask in
+                          zip(three(model, loras), masks, strict=True)], make)
+
+
+def by_words(model, loras, make):
+    ensemble = [replace(spec, words=words) for spec, words in
+                zip(three(model, loras), ("ohwx", "sks", "field"), strict=True)]
+    return routed(model, ensemble, make, mode="every step")
+
+
+METHODS = {**{name: MAKES[name] for name in ("Switch", "CMLoRA online", "LoRAtorio", "Composite")}, "Merge": Merge,
+           "CMLoRA, cached": lambda strengths: CMLoRA(strengths, (True, False, True))}
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("placed", [by_masks, by_words])
+def test_a_latent_that_grows(placed, name, loras):
+    """Nothing that is of one size meets the next one."""
+    model = base("SD15")
+    ours, sigmas = placed(model, loras, METHODS[name]), schedule(model, 5)
+    (sampler,) = node("nodes_advanced_samplers", "SamplerLCMUpscale", scale_ratio=2.0, scale_steps=-1,
+                      upscale_method="bilinear")
+    out = drawn(ours, sampler, sigmas, prompt())
+    record = ours.get_attachment(KEY).record
+    assert out.shape[-2:] == (16, 16) and out.isfinite().all() and [step.index for step in record.steps] == [*range(5)]
+    assert [line for line in record.problems if "turn" not in line and "led" not in line] == []
+    assert not torch.equal(out, drawn(model, sampler, sigmas, prompt()))
+
+
+@pytest.mark.parametrize("parts", ["layers", "predictions"])
+def test_masks_grow_with_it(parts, loras):
+    """The last layer of all acts where it is called."""
+    model, large = base("SD15"), SD15.noise(size=16, seed=5)
+
+    def once(inner, x, sigmas, extra_args=None, callback=None, disable=None):
+        return inner(large, sigmas[0] * large.new_ones(1), **extra_args)
+
+    sampler, sigmas = comfy.samplers.KSAMPLER(once), schedule(model, 1)
+    spec = LoRASpec(loras(lora(shapes(model, lambda layer: layer == "out.2"), 1)), 0.8, 0)
+    plain, alone = (drawn(each, sampler, sigmas) for each in (model, stock(model, [spec])))
+    ours = (merge if parts == "layers" else composite)(model, [replace(spec, mask=Mask(LEFT))])
+    mask = F.interpolate(LEFT[None], (16, 16), mode="bilinear")
+    same(drawn(ours, sampler, sigmas), plain + mask * (alone - plain), plain, 1e-4)
