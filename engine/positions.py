@@ -28,6 +28,11 @@ class Segment:
     grid: tuple[int, ...] = ()
     source: str = ""
 
+    @property
+    def places(self) -> tuple[int, ...]:
+        """The grid of a picture without frames of its own: those of a film may be entries (`Places.on_grid`)."""
+        return self.grid if self.grid[0] > 1 else self.grid[1:]
+
 
 Segments = tuple[Segment, ...]
 Make = Callable[["Tensor | None"], Tensor]
@@ -119,8 +124,7 @@ class Places:
         return found if out is None else out.copy_(found)
 
     def _of_picture(self, segment: Segment, rows: tuple[int, ...]) -> Tensor:
-        grid = segment.grid if segment.grid[0] > 1 else segment.grid[1:]
-        return self.on_grid(grid, rows).flatten(2).mT
+        return self.on_grid(segment.places, rows).flatten(2).mT
 
     def _on_tokens(self, segments: Segments, rows: tuple[int, ...], out: Tensor | None) -> Tensor:
         parts = []

@@ -79,8 +79,7 @@ class Reach:
         found, at = [], 0
         for segment in self.locate(site.name, y[0].numel() // y.shape[-1]) or ():
             if segment.kind == "picture":
-                grid = segment.grid if segment.grid[0] > 1 else segment.grid[1:]
-                found.append((grid, slice(at, at + segment.count)))
+                found.append((segment.places, slice(at, at + segment.count)))
             at += segment.count
         return found
 

@@ -74,6 +74,12 @@ def make_ops(kind: str, shape: Sequence[int], seed: int, dtype: torch.dtype = to
     if kind in ("lora", "lora wide"):
         op, delta = lowrank(3 if kind == "lora" else 7)
         return [op], lambda w, b, g: (w + g * delta, b)
+    if kind == "lora parts":  # of a weight that a model fuses of two
+        (first, one), (second, two) = lowrank(3), lowrank(2)
+        half = out // 2
+        ops = [LowRank(first.up[:half], first.down, 0.5, (0, 0, half)),
+               LowRank(second.up[half:], second.down, 0.5, (0, half, out - half))]
+        return ops, lambda w, b, g: (w + g * torch.cat([one[:half], two[half:]]), b)
     if kind == "lora+bias":
         op, delta = lowrank(3)
         vector = random(out)
@@ -81,6 +87,11 @@ def make_ops(kind: str, shape: Sequence[int], seed: int, dtype: torch.dtype = to
     if kind == "dense":
         delta = random(*shape)
         return [Dense(given, [delta], tuple(shape), 0.7)], lambda w, b, g: (w + g * 0.7 * delta.double(), b)
+    if kind == "dense in":  # of the last inputs alone
+        delta, whole = random(out, inputs // 2, *shape[2:]), torch.zeros(shape, dtype=torch.float64)
+        whole[:, -(inputs // 2):] = 0.7 * delta.double()
+        span = (1, inputs - inputs // 2, inputs // 2)
+        return [Dense(given, [delta], tuple(delta.shape), 0.7, span)], lambda w, b, g: (w + g * whole, b)
     if kind == "kron":
         left, right = random(4, 2), random(out // 4, *([inputs // 2, *shape[2:]] if len(shape) > 1 else []))
         delta = torch.zeros(shape, dtype=torch.float64)

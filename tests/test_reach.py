@@ -14,33 +14,36 @@ from lora_ensemble.tests.reference import make_ops
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-KINDS = ["lora", "lora wide", "kron", "dense", "lora+bias", "dora out"]
+KINDS = ["lora", "lora wide", "lora parts", "kron", "dense", "dense in", "lora+bias", "dora out"]
 BASE = Branch((0.0,) * len(KINDS))
-SEGMENTS = (Segment("text", 3), Segment("picture", 16, (1, 4, 4)), Segment("other", 2))
+SEGMENTS = (Segment("text", 3), Segment("picture", 16, (1, 4, 4)), Segment("other", 1))
 
 
 class Net(nn.Module):
-    """A convolution on a picture, layers on tokens with the picture among them, on its text, and on vectors."""
+    """A convolution on a picture, two layers on tokens with the picture among them, others on its text, on
+    vectors and along a line."""
 
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
         self.conv, self.tokens = nn.Conv2d(8, 16, 3, padding=1), nn.Linear(24, 32)
-        self.text, self.vector = nn.Linear(24, 16), nn.Linear(24, 32)
+        self.again, self.text, self.vector = nn.Linear(24, 40), nn.Linear(24, 16), nn.Linear(24, 32)
+        self.line = nn.Conv1d(24, 20, 1)
 
     def forward(self, picture: Tensor, tokens: Tensor) -> list[Tensor]:
-        return [self.conv(picture), self.tokens(tokens), self.text(tokens[:, :3]), self.vector(tokens[:, 0])]
+        return [self.conv(picture), self.tokens(tokens), self.again(tokens), self.text(tokens[:, :3]),
+                self.vector(tokens[:, 0]), self.line(tokens.mT)]
 
 
 def locate(layer: str, tokens: int) -> tuple[Segment, ...]:
-    return SEGMENTS if tokens == 21 else (Segment("text", tokens),)
+    return SEGMENTS if tokens == 20 else (Segment("text", tokens),)
 
 
 def made() -> tuple[Net, Bank, list[Tensor]]:
-    net, names = Net(), ("conv", "tokens", "text", "vector")
+    net, names = Net(), ("conv", "tokens", "again", "text", "vector", "line")
     bank = Bank([{name: make_ops(kind, getattr(net, name).weight.shape, seed)[0] for name in names}
                  for seed, kind in enumerate(KINDS)])
-    return net, bank, [torch.randn(2, 8, 6, 6), torch.randn(2, 21, 24)]
+    return net, bank, [torch.randn(2, 8, 6, 6), torch.randn(2, 20, 24)]
 
 
 def listened() -> tuple[Net, list[Tensor], Reach, list[Tensor], list[Tensor]]:
@@ -63,13 +66,12 @@ def energies(weight: Tensor, change, columns: Tensor) -> Tensor:
 @torch.no_grad()
 def share_by_loops(net: Net, inputs: list[Tensor], maps: Tensor, row: int, adapter: int,
                    outputs: list[Tensor] | None = None) -> float:
-    conv, linear = (outputs or net(*inputs))[:2]
-    picture, tokens = inputs[0][row:row + 1], inputs[1][row]
+    conv, *linear = (each[row] for each in (outputs or net(*inputs))[:3])
+    patches, tokens = F.unfold(inputs[0][row:row + 1], 3, padding=1)[0], inputs[1][row, 3:19].T
     outside = inside = 0.0
-    patches = F.unfold(picture, 3, padding=1)[0]
-    for name, columns, grid in (("conv", patches, (6, 6)), ("tokens", tokens[3:19].T, (4, 4))):
-        layer = getattr(net, name)
-        out = (conv[row].flatten(1) if name == "conv" else linear[row, 3:19].T).double()
+    for name, out, columns, grid in (("conv", conv.flatten(1), patches, (6, 6)), *(
+            (name, each[3:19].T, tokens, (4, 4)) for name, each in zip(("tokens", "again"), linear, strict=True))):
+        layer, out = getattr(net, name), out.double()
         found = energies(layer.weight.detach(), make_ops(KINDS[adapter], layer.weight.shape, adapter)[1], columns)
         gain = F.adaptive_avg_pool2d(maps[row, adapter][None], grid)[0].flatten().double()
         scale = out.square().sum(0).mean()
@@ -79,8 +81,8 @@ def share_by_loops(net: Net, inputs: list[Tensor], maps: Tensor, row: int, adapt
 
 
 def test_energy_outside_over_energy_inside():
-    """Layers of the picture count, those of the text and of vectors do not; nothing is added to any; what depends on
-    the weight (DoRA) is left out, and not let out of its place."""
+    """Layers of the picture count, those of the text, of vectors and of lines do not; nothing is added to any; what
+    depends on the weight (DoRA) is left out, and not let out of its place."""
     net, inputs, reach, before, after = listened()
     assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
     maps = torch.rand(2, len(KINDS), 6, 6, generator=torch.Generator().manual_seed(3))
@@ -123,19 +125,32 @@ def test_what_is_always_on_acts_and_is_not_heard(compiled):
         assert share[0, :-1].tolist() == pytest.approx(want, rel=1e-4)
 
 
-def test_frames_that_are_entries_of_their_own():
-    """A row's frames are summed, each with its own map."""
-    layer = nn.Conv2d(8, 16, 1, bias=False)
-    bank = Bank([{"0": make_ops("lora", layer.weight.shape, 0)[0]}])
-    routed, reach = RoutedForwards(nn.Sequential(layer), bank), Reach(locate, range(1))
-    x = torch.randn(6, 8, 4, 4)
+def test_norms_are_not_heard():
+    """What is added to the weight of a norm says nothing of places."""
+    layer = nn.LayerNorm(24)
+    routed = RoutedForwards(nn.Sequential(layer), Bank([{"0": make_ops("dense", layer.weight.shape, 0)[0]}]))
+    reach = Reach(locate, range(1))
     routed.install()
     with torch.no_grad(), routed.rows([Branch((0.0,))] * 2, None, reach):
-        y = layer(x)
+        layer(torch.randn(2, 20, 24))
+    routed.remove()
+    assert reach.share(Places(torch.rand(2, 1, 4, 4), (0, 1))) is None
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+def test_frames_that_are_entries_of_their_own(tokens):
+    """A row's frames are summed, each with its own map; in layers on tokens as well."""
+    layer = nn.Linear(8, 16, bias=False) if tokens else nn.Conv2d(8, 16, 1, bias=False)
+    bank = Bank([{"0": make_ops("lora", layer.weight.shape, 0)[0]}])
+    reach = Reach(lambda layer, tokens: (Segment("picture", 16, (1, 4, 4)),), range(1))
+    routed, x = RoutedForwards(nn.Sequential(layer), bank), torch.randn(6, 8, 4, 4)
+    routed.install()
+    with torch.no_grad(), routed.rows([Branch((0.0,))] * 2, None, reach):
+        y = layer(x.flatten(2).mT).mT if tokens else layer(x).flatten(2)
     routed.remove()
     maps = torch.rand(2, 1, 3, 4, 4)
     found = energies(layer.weight.detach(), make_ops("lora", layer.weight.shape, 0)[1], x.transpose(0, 1).flatten(1))
-    found = (found.unflatten(0, (6, 16)) / y.double().square().sum(1).flatten(1).mean(1)[:, None]).unflatten(0, (2, 3))
+    found = (found.unflatten(0, (6, 16)) / y.double().square().sum(1).mean(1)[:, None]).unflatten(0, (2, 3))
     gain = maps[:, 0].flatten(2).double()
     want = [((1 - g) * e).sum() / (1 - g).sum() / ((g * e).sum() / g.sum()) for g, e in zip(gain, found, strict=True)]
     assert torch.allclose(reach.share(Places(maps, (0, 1)))[:, 0].double(), torch.stack(want), rtol=1e-4)

@@ -53,8 +53,10 @@ def test_half_of_all_directions_are_left():
     assert torch.linalg.matrix_rank(found) == 5
 
 
-def low(out: int, inputs: tuple[int, ...], rank: int, seed: int, span=None, dtype=torch.float32) -> LowRank:
-    return LowRank(rand(out, rank, seed=seed).to(dtype), rand(rank, *inputs, seed=seed + 50).to(dtype), 0.5, span)
+def low(out: int, inputs: tuple[int, ...], rank: int, seed: int, span=None, dtype=torch.float32, scale: float = 0.5,
+        of: int | None = None) -> LowRank:
+    up, down = rand(out, rank, seed=seed).to(dtype), rand(rank, *inputs, seed=seed + 50).to(dtype)
+    return LowRank(up, down, scale, span, of)
 
 
 def dense(op: LowRank) -> Tensor:
@@ -62,23 +64,26 @@ def dense(op: LowRank) -> Tensor:
 
 
 def test_adapters_that_yield():
-    """By layer: of a Linear, of a convolution, of a layer that one of them lacks."""
-    adapters = [{"linear": [low(8, (20,), 2, 1)], "conv": [low(8, (6, 3, 3), 2, 2)], "alone": [low(8, (20,), 2, 3)]},
-                {"linear": [low(8, (20,), 3, 4)], "conv": [low(8, (6, 3, 3), 3, 5)]},
-                {"linear": [low(8, (20,), 1, 6)], "conv": [low(8, (6, 3, 3), 1, 7)]}]
+    """By layer: of a Linear, of a convolution, of one in which others see more than half of all directions and act with
+    other strengths, of one that an adapter lacks."""
+    adapters = [{"linear": [low(8, (20,), 2, 1, of=3)], "conv": [low(8, (6, 3, 3), 2, 2, of=3)],
+                 "narrow": [low(8, (6,), 2, 8, of=3)], "alone": [low(8, (20,), 2, 3)]},
+                {"linear": [low(8, (20,), 3, 4)], "conv": [low(8, (6, 3, 3), 3, 5)], "narrow": [low(8, (6,), 3, 9)]},
+                {"linear": [low(8, (20,), 1, 6)], "conv": [low(8, (6, 3, 3), 1, 7)],
+                 "narrow": [low(8, (6,), 3, 10, scale=0.05)]}]
     found, changed = yield_to(adapters, [0], [1, 2])
-    assert changed == 2 and found[1:] == adapters[1:] and found[0]["alone"][0] is adapters[0]["alone"][0]
-    for name in ("linear", "conv"):
+    assert changed == 3 and found[1:] == adapters[1:] and found[0]["alone"][0] is adapters[0]["alone"][0]
+    for name in ("linear", "conv", "narrow"):
         own, *others = (dense(each[name][0]) for each in adapters)
         new = found[0][name][0]
-        assert new.down.shape == adapters[0][name][0].down.shape and (new.scale, new.rank) == (0.5, 2)
+        assert new.down.shape == adapters[0][name][0].down.shape and (new.scale, new.rank) == (0.5, 3)
         assert close(dense(new).float(), own - own @ seen_by(others, own.shape[1] // 2))
     assert yield_to(adapters, [], [1])[0] == adapters and yield_to(adapters, [0], [])[1] == 0
 
 
 @pytest.mark.parametrize(("own", "other", "meet"), [
-    (None, (0, 0, 4), True), ((0, 4, 4), (0, 0, 4), False), ((0, 2, 4), (0, 0, 4), True), ((0, 0, 4), None, True),
-    ((1, 0, 4), None, False), ((1, 0, 4), (1, 0, 4), True), ((1, 0, 4), (1, 4, 4), False)])
+    (None, (0, 0, 4), True), ((0, 4, 4), (0, 0, 4), False), ((0, 0, 4), (0, 4, 4), False), ((0, 2, 4), (0, 0, 4), True),
+    ((0, 0, 4), None, True), ((1, 0, 4), None, False), ((1, 0, 4), (1, 0, 4), True), ((1, 0, 4), (1, 4, 4), False)])
 def test_slices_of_a_layer_that_several_are_fused_in(own, other, meet):
     """Where both add to the same outputs from the same inputs, and nowhere else."""
     def op(span, seed: int) -> LowRank:

@@ -147,3 +147,61 @@ def test_latents_that_a_node_goes_over_one_by_one(loras):
     for _ in range(2):
         sample(ours, latent=FAMILIES["SD15"].noise(), denoise=0.3)
         assert record_of(ours).problems == [], "no node draws it"
+
+
+PICTURE = torch.randint(3, (2, 3, 6, 6), generator=torch.Generator().manual_seed(0)).float()  # no value is alone
+
+
+def told(wrapper: Callable, aside: bool = False, placed: bool = True) -> tuple[list, Tensor]:
+    """What a model is told of the parts in each call that a function wrapper makes of it for PICTURE, whose prediction
+    is its input; and what comes out."""
+    calls = []
+
+    def model(x: Tensor, timestep: Tensor, **conds) -> Tensor:
+        calls.append(conds.get("transformer_options", {}).get(parts.PARTS))
+        return x
+
+    given = {"input": PICTURE, "timestep": torch.ones(2), "c": {"transformer_options": {}}}
+    return calls, parts.with_parts(wrapper, lambda: aside, placed)(model, given)
+
+
+def by(make: Callable[[Tensor], Tensor]) -> Callable:
+    """A function wrapper that calls the model once, with what is made of the picture, and triples what comes out."""
+    return lambda apply, args: 3 * apply(make(args["input"]), args["timestep"], **args["c"])
+
+
+@pytest.mark.parametrize("make", [lambda x: x, lambda x: torch.cat([x, x[:, :1]], 1)[..., :4], lambda x: x[:1, ..., :4],
+                                  lambda x: x[:, :, None]], ids=["whole", "other channels", "fewer rows", "a film"])
+@pytest.mark.parametrize("aside", [False, True])
+def test_what_is_no_part_of_the_picture_is_left_to_the_wrapper(make, aside):
+    calls, out = told(by(make), aside)
+    assert calls == [None] and torch.equal(out, 3 * make(PICTURE))
+
+
+def test_places_of_parts():
+    """By all of their values, of each row of a batch the same, in each corner."""
+    for y, x in ((0, 0), (0, 3), (2, 0), (2, 3), (1, 1)):
+        calls, out = told(by(lambda picture, y=y, x=x: picture[..., y:y + 4, x:x + 3]))
+        assert calls == [((4, 3, y, x),)] and torch.equal(out, 3 * PICTURE[..., y:y + 4, x:x + 3])
+    two = by(lambda picture: torch.cat([picture[..., :3], picture[..., 3:]]))
+    assert told(two)[0] == [((6, 3, 0, 0), (6, 3, 0, 3))] and told(two, placed=False)[0] == [(None, None)]
+    assert told(by(lambda picture: picture[..., :4] + 1))[0] == [(None,)]
+
+
+def test_in_an_evaluation_aside_the_picture_is_evaluated_once_and_as_a_whole():
+    calls, out = told(lambda apply, args: torch.cat([apply(args["input"][..., k:k + 3], args["timestep"], **args["c"])
+                                                     for k in (0, 3)], -1), aside=True)
+    assert calls == [None] and torch.equal(out, PICTURE)
+
+
+def test_pictures_that_are_there_twice_are_not_looked_for(monkeypatch):
+    monkeypatch.setattr(parts, "_area", None)
+    assert told(by(lambda picture: picture.repeat(2, 1, 1, 1)))[0] == [(None, None)]
+
+
+def test_parts_of_areas():
+    """Of each part all areas, wherever on the latent these lie."""
+    areas, found = [None, (4, 4, 1, 2)] * 3, [(2, 2, 0, 0), (2, 2, 0, 2), (2, 2, 2, 1)]
+    assert parts.inside(areas, found) == [(2, 2, 0, 0), (2, 2, 1, 2), (2, 2, 0, 2), (2, 2, 1, 4), (2, 2, 2, 1),
+                                          (2, 2, 3, 3)]
+    assert parts.inside(areas, []) == parts.inside(areas, [(2, 2, 0, 0), None, None]) == areas
