@@ -4,7 +4,7 @@ lacks."""
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -112,7 +112,8 @@ def lora_format(keys: Collection[str]) -> tuple[str, str] | None:
 def with_aliases(key_map: Mapping, keys: Collection[str], head: int = 0) -> Mapping:
     """The host's key map, with names of formats that it lacks where a file uses them: with another tool's prefix before
     the model's or diffusers' names, without any, diffusers' of today, without `processor`, and diffusers' of families
-    that the host knows by their own names alone. The host's names win.
+    that the host knows by their own names alone. The host's names win. Of a prefix with which most is foreign there are
+    none.
 
     head   how wide a head of MiniMax H3 is; 0 for other models
     """
@@ -136,7 +137,22 @@ def with_aliases(key_map: Mapping, keys: Collection[str], head: int = 0) -> Mapp
             aliases |= {prefix + own + plain: target for prefix in dotted}
             if by_head and _BY_HEAD.match(plain):
                 aliases[plain] = (target, None, partial(_rows_by_kind, head))
-    return {**aliases, **key_map}
+    names = {**aliases, **key_map}
+    foreign = tuple(prefix for prefix in (*dotted, *joined) if not _at_home(prefix, keys, names))
+    return {**{name: target for name, target in aliases.items() if not name.startswith(foreign)}, **key_map}
+
+
+def _at_home(prefix: str, keys: Iterable[str], names: Collection[str]) -> bool:
+    """Whether at least a third of the keys with a prefix are of a layer that is here: families have names in common,
+    and a file for another one would change some layers (Qwen-Image's attention is as large as that of Flux)."""
+    mine = [key for key in keys if key.startswith(prefix)]
+    return 3 * sum(any(layer in names for layer in _layers_of(key)) for key in mine) >= len(mine)
+
+
+def _layers_of(key: str) -> Iterator[str]:
+    """The names of which a key may be a tensor."""
+    while key := key.rpartition(".")[0]:
+        yield key.removesuffix("_lora")
 
 
 def _renamed(layer: str, table: Iterable[tuple[str, str]]) -> str:

@@ -105,6 +105,20 @@ def test_names_of_diffusers_behind_the_hosts_prefix(family, loras):
     same_patches(model, foreign, loras(file))
 
 
+@pytest.mark.parametrize("prefix", ["diffusion_model.", "base_model.model.", "lora_unet_"])
+def test_layers_that_two_families_have_in_common_are_no_place_for_the_rest(prefix, loras):
+    """Qwen-Image has 60 blocks of a width that Flux has too, and names its attention alike: the host finds none of
+    these layers in Flux by such names."""
+    model = base("Flux")
+    layers = {f"transformer_blocks.{block}.{end}": torch.Size((64, 64)) for block in range(3) for end in (
+        "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj",
+        "attn.to_add_out", "img_mlp.net.2", "txt_mlp.net.2", "img_mod.1", "txt_mod.1")}
+    name = loras(lora(layers, 1, name=lambda layer: prefix + (layer.replace(".", "_") if prefix[-1] == "_" else layer)))
+    assert not stock_finds(model, name)
+    with pytest.raises(ValueError, match="matches no layer of this model .*another architecture, or by a tool"):
+        merge(model, [LoRASpec(name, 1.0, 0)])
+
+
 def test_the_prefix_of_ideograms_trainers(loras):
     model = base("SD15")
     file = lora(shapes(model), 1, 2, name="diffusion_model.{}".format, **PEFT)
