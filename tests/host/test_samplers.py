@@ -7,8 +7,9 @@ from dataclasses import replace
 import comfy.samplers
 import pytest
 import torch
-from lora_ensemble.host.compose.composition import KEY
+from lora_ensemble.host.compose.composition import KEY, record_of
 from lora_ensemble.host.files.ensemble import LoRASpec, Mask
+from lora_ensemble.host.guidance.apply import guidance_record_of
 from lora_ensemble.methods.cmlora import CMLoRA
 from lora_ensemble.methods.merge import Merge
 from lora_ensemble.methods.switch import Switch
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .builders import composite, guided, hooked, lora, merge, method, same, sample, schedule, shapes, stock, three
+from .guidance_tools import ag
 from .models import FAMILIES, base
 from .runs import MAKES
 from .started import node
@@ -108,12 +110,14 @@ def test_part_of_a_schedule(loras):
     assert [step.sigma for step in record.steps] == pytest.approx(schedule(model, 6)[3:-1].tolist(), rel=1e-4)
 
 
-def test_an_empty_schedule(loras):
-    """Denoise 0: nothing is sampled, and nothing breaks."""
-    model = composite(base("SD15"), three(base("SD15"), loras))
+@pytest.mark.parametrize("sigmas", [[], [0.0]])
+def test_an_empty_schedule(sigmas, loras):
+    """Denoise 0, or a split behind the last step: nothing is sampled, nothing breaks, and nothing is to be said."""
+    model = ag(composite(base("SD15"), three(base("SD15"), loras)), 2.0)
     latent = SD15.noise(seed=4)
-    out = guided(cfg(model, lambda cond: cond), torch.tensor([]), latent=latent)
-    assert torch.equal(out, latent) and not model.get_attachment(KEY).runs
+    out = guided(cfg(model, lambda cond: cond), torch.tensor(sigmas), latent=latent)
+    assert torch.allclose(out, latent, atol=1e-6) and not model.get_attachment(KEY).runs
+    assert all(not record.problems for record in (record_of(model), guidance_record_of(model)) if record is not None)
 
 
 # --- a sampler that changes the size of its latent on the way ---------------------------------------------------------
