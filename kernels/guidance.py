@@ -6,7 +6,9 @@ c and u stand for the prediction with the prompt and with the negative one, in n
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Collection, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -93,18 +95,25 @@ def threshold_for(gamma: Tensor, saving: float, min_steps: int = 0, ramp_steps: 
     """The threshold whose mean saving over the paths is nearest to `saving`, a share of all evaluations (two per step,
     so at most 0.5). It lies in the middle between two similarities that were seen.
 
-    gamma: [paths, steps].
+    gamma: [paths, steps].  Savings fall as the threshold rises, so few of all that lie between two are tried.
     """
     gamma = gamma.double()
     values = gamma.flatten().unique()
     candidates = torch.cat([values[:1] - 1e-6, (values[1:] + values[:-1]) / 2, values[-1:] + 1e-6]).tolist()
     steps = gamma.shape[1]
 
-    def miss(threshold: float) -> float:
-        unguided = steps - guided_steps(gamma, threshold, min_steps, ramp_steps).double()
-        return abs(float(unguided.mean()) / (2 * steps) - saving)
+    @cache
+    def saved(k: int) -> float:
+        unguided = steps - guided_steps(gamma, candidates[k], min_steps, ramp_steps).double()
+        return float(unguided.mean()) / (2 * steps)
 
-    return min(candidates, key=miss)
+    def first(share: float) -> int:
+        """The lowest of them that saves no more than a share."""
+        return bisect_left(range(len(candidates) - 1), -share, key=lambda k: -saved(k))
+
+    less = first(saving)
+    more = first(saved(less - 1)) if less else less
+    return candidates[min(more, less, key=lambda k: abs(saved(k) - saving))]
 
 
 def line(d0: Tensor, d1: Tensor, t0: Tensor, t1: Tensor, t: Tensor) -> Tensor:

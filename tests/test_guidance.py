@@ -124,6 +124,26 @@ def test_threshold_for_a_saving(saving):
     assert miss(found) < 0.01
 
 
+@pytest.mark.parametrize(("min_steps", "ramp"), [(0, 0), (3, 0), (2, 4), (9, 0)])
+@pytest.mark.parametrize("digits", [1, 2, 9])
+def test_it_is_the_nearest_of_all_thresholds(digits, min_steps, ramp):
+    """The lowest of those equally near, as in a search of all; of curves that rise and fall, with equal values."""
+    gamma = (rand(6, 8, seed=digits).double().sigmoid() * 10**digits).round() / 10**digits
+    values = gamma.unique()
+    every = torch.cat([values[:1] - 1e-6, (values[1:] + values[:-1]) / 2, values[-1:] + 1e-6]).tolist()
+    for saving in torch.linspace(0, 0.5, 41).tolist():
+        missed = [abs(float((8 - guided_steps(gamma, each, min_steps, ramp)).double().mean()) / 16 - saving)
+                  for each in every]
+        assert threshold_for(gamma, saving, min_steps, ramp) == every[missed.index(min(missed))]
+
+
+def test_thousands_of_paths_do_not_take_the_square_of_their_steps(monkeypatch):
+    tried = []
+    monkeypatch.setattr(kernels, "guided_steps", lambda *given: tried.append(given[1]) or guided_steps(*given))
+    kernels.threshold_for(rand(2000, 20).double(), 0.2)
+    assert 0 < len(tried) < 50
+
+
 # --- the policy ---
 
 

@@ -137,7 +137,7 @@ def shares_of(conds: Mapping[str, Sequence[Mapping]], asked: Asked | None) -> tu
 
 
 def _mean(cond: Tensor) -> Tensor:
-    return cond[0].double().mean(dim=0)
+    return cond.cpu()[0].double().mean(dim=0)  # not every accelerator has float64
 
 
 def _words(text: PromptTokens, loras: Sequence[LoRAClauses]) -> Tensor:

@@ -187,18 +187,18 @@ class _Study:
         """(shares, parts), per LoRA and step."""
         if not self.steps:
             return [[] for _ in range(self.count)], [[] for _ in range(self.count)]
-        own, whole = torch.stack(self.own).mean(dim=(-2, -1)), torch.stack(self.whole)
+        own, whole = torch.stack(self.own).mean(dim=(-2, -1)).cpu(), torch.stack(self.whole).cpu()
         shares = (own / whole[:, None]).sqrt().nan_to_num(0.0)
         parts = (own / own[:, -1:]).sqrt().nan_to_num(0.0, 0.0, 0.0)
-        return tuple(each[:, :self.count].T.double().cpu().tolist() for each in (shares, parts))
+        return tuple(each[:, :self.count].T.double().tolist() for each in (shares, parts))
 
     def map_of_each(self) -> Tensor:
         """`Found.maps`"""
         if not self.steps:
             return torch.zeros(self.count, 1, 1)
-        own = torch.stack(self.own)
+        own = torch.stack(self.own).cpu()
         typical = own[:, -1:].mean(dim=(-2, -1), keepdim=True)
-        return (own / typical).sqrt().nan_to_num(0.0, 0.0, 0.0).mean(dim=0)[:self.count].float().cpu()
+        return (own / typical).sqrt().nan_to_num(0.0, 0.0, 0.0).mean(dim=0)[:self.count]
 
 
 def measured_steps(total: int) -> set[int]:

@@ -23,6 +23,7 @@ from lora_ensemble.nodes.cache import LoRAEnsembleBranchCache
 from lora_ensemble.nodes.cmlora import LoRAEnsembleCMLoRA
 from lora_ensemble.nodes.klora import LoRAEnsembleKLoRA
 from lora_ensemble.nodes.loratorio import LoRAEnsembleLoRAtorio
+from lora_ensemble.tests.devices import Plain
 from lora_ensemble.tests.workflows import ROOT
 
 from .builders import composite, sample, three
@@ -184,6 +185,10 @@ def test_what_a_prompt_says_by_words_is_the_text_encoders(loras):
     want = [1 - torch.cosine_similarity(whole, mean(rest), dim=0).item()
             for rest in ("a small dog, old house", "ohwx woman, old house")]
     assert found == pytest.approx(want, abs=1e-5) and min(want) > 1e-4
+    # A text encoder that leaves its conditionings on a device without float64 (--gpu-only).
+    there = [Plain(entry[0]), entry[1] | {WITHOUT: [(span, [Plain(cond), more]) for span, (cond, more) in
+                                                    entry[1][WITHOUT]]}]
+    assert shares_of({"positive": convert_cond([there])}, composed.get_attachment(KEY).applied[-1].asked) == found
 
 
 def test_a_class_without_a_lead_is_named(loras):

@@ -25,6 +25,7 @@ from lora_ensemble.methods.switch import Switch
 from lora_ensemble.nodes.guidance import LoRAEnsembleAdaptiveGuidance
 from lora_ensemble.nodes.klora import LoRAEnsembleKLoRA
 from lora_ensemble.nodes.leave_one_out import LoRAEnsembleLeaveOneOut
+from lora_ensemble.tests.devices import Plain
 
 from .builders import lora, merge, method, shapes, three
 from .models import FAMILIES, base
@@ -226,6 +227,15 @@ def test_shares_are_those_of_the_definition(make, loras):
             own = (whole - without).square().mean().sqrt()
             assert found.shares[i][step] == pytest.approx(float(own / (x - whole).square().mean().sqrt()), rel=1e-3)
             assert found.parts[i][step] == pytest.approx(float(own / (whole - none).square().mean().sqrt()), rel=1e-3)
+
+
+def test_on_a_device_without_float64(loras, monkeypatch):
+    model = base("SD15")
+    ours = merge(model, three(model, loras))
+    found, square = leave_one_out(ours, how()), looking._square
+    monkeypatch.setattr(looking, "_square", lambda difference: Plain(square(difference)))
+    there = leave_one_out(ours, how())
+    assert there.shares == found.shares and torch.equal(there.maps, found.maps)
 
 
 def test_the_map_is_where_the_lora_acts(loras):
