@@ -70,8 +70,9 @@ def read_ensemble(model, clip, ensemble: Ensemble, node: str, on_weights: bool) 
         comfy.model_management.throw_exception_if_processing_interrupted()
         file = read(spec.name, base)
         try:
-            patches = load(file, model_keys, base, enlarged)
-            text = load(file, clip_keys, clip.cond_stage_model, {}) if clip is not None else Patches()
+            patches = load(file, model_keys, base, enlarged, spec.strength_model != 0)
+            text = Patches() if clip is None else load(file, clip_keys, clip.cond_stage_model, {},
+                                                       spec.strength_clip != 0)
             lasting = on_its_weights(spec, on_weights)
             _check_enlarged(model, patches, text, lasting)
         except Broken as reason:

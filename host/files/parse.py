@@ -83,12 +83,14 @@ class _Nothing(Exception):
     """It changes nothing: a layer that a tool has cut down to rank 0."""
 
 
-def load(file: LoRAFile, key_map: Mapping, root: nn.Module, enlarged: Mapping[str, Shape]) -> Patches:
+def load(file: LoRAFile, key_map: Mapping, root: nn.Module, enlarged: Mapping[str, Shape],
+         acts: bool = True) -> Patches:
     """Let the host's loader read a file for one model, layer by layer, and check what it makes of each.
 
     key_map    the host's: names in files -> keys of the model's weights, or (key, span[, function of rows])
     root       the model that these keys belong to
     enlarged   shapes of weights that other patches have made larger
+    acts       whether any of it is to be applied; of what is not, no value is read
     Only tensors that have a place in the model are read. Raises `fit.Broken` for a file that the loader stops at.
     """
     patches, keys, sorted_keys = Patches(), {id(tensor): key for key, tensor in file.items()}, sorted(file)
@@ -112,7 +114,7 @@ def load(file: LoRAFile, key_map: Mapping, root: nn.Module, enlarged: Mapping[st
             try:
                 if place != target and span is not None:
                     raise Misfit("a bias for a slice of a layer")
-                _check(file, used, patch, shape, span)
+                _check(file, used, patch, shape, span, acts)
             except Misfit as reason:
                 patches.misfits.append((place if span is None else key, reason))
             except _Nothing:
@@ -145,11 +147,11 @@ def _read(file: LoRAFile, name: str, target, shape: Shape | None) -> dict:
     return {place: peft.as_it_means(file, name, patch) for place, patch in found.items()}
 
 
-def _check(file: LoRAFile, used: Collection[str], patch, shape: Shape | None, span: Span) -> None:
+def _check(file: LoRAFile, used: Collection[str], patch, shape: Shape | None, span: Span, acts: bool) -> None:
     """Raises Misfit, Broken, or _Nothing."""
     if shape is None:
         raise Misfit("the model has no such layer, or the layer no bias")
-    used = [tensor for tensor in used if scales(patch) or not tensor.endswith(".alpha")]
+    used = [tensor for tensor in used if acts and (scales(patch) or not tensor.endswith(".alpha"))]
     for tensor in used:
         check_values(file, tensor)
     check(patch, shape, span)

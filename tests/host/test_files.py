@@ -26,8 +26,8 @@ from lora_ensemble.methods.merge import Merge
 from lora_ensemble.nodes.ensembles import LoRAEnsembleFromStack, LoRAEnsembleLoRA
 from safetensors.torch import save
 
-from .builders import composite, file_of, kohya, lora, merge, plain, same, sample, shapes, stock
-from .models import base
+from .builders import composite, file_of, kohya, lora, merge, plain, same, sample, shapes, stock, text_layers
+from .models import base, small_clip
 
 
 def small() -> dict:
@@ -123,6 +123,21 @@ def test_values_that_are_not_numbers(value, dtype, loras):
     tensors[worst] = tensors[worst].clone()
     tensors[worst].view(-1)[3] = value
     refused(loras(tensors), "not numbers", worst, "use another version")
+
+
+def test_values_that_nothing_uses_are_not_read(loras):
+    """Strength 0 on the text encoder is what helps where that part of a file is damaged."""
+    model, clip = base("SD15"), small_clip()
+    text = lora(text_layers(clip), 1, name=lambda layer: "lora_te_text_model_" + layer.replace(".", "_"))
+    broken = {key: torch.full_like(value, float("nan")) for key, value in text.items()}
+    good = lora(shapes(model), 1)
+    name = loras(good | broken)
+    ours = apply_method(model, clip, (LoRASpec(name, 0.8, 0),), plain(Merge), "Merge LoRAs")[0]
+    assert not any(key.startswith("lora_te") for key in read(name)._peaks)
+    same(sample(ours), sample(stock(model, [LoRASpec(loras(good), 0.8, 0)])), sample(model))
+    for strengths in ((0.8, 0.5), (0.0, 0.5)):
+        with pytest.raises(ValueError, match="not numbers .*lora_te"):
+            apply_method(model, clip, (LoRASpec(name, *strengths),), plain(Merge), "Merge LoRAs")
 
 
 def test_another_architecture(loras):
