@@ -80,8 +80,8 @@ def _ways(call: Call, stack: Stack, slots: Sequence[Slot], numbers: Numbers) -> 
             groups.setdefault(row, []).append(entry)
     by_group = _groups(call, stack, slots, groups)
     choices = [_all_of(by_group)]
-    if len(by_group) > 1:
-        within = [entry for entry, row in enumerate(numbers) if any(row)]
+    within = [entry for entry, row in enumerate(numbers) if any(row)]
+    if len(by_group) > 1 or within[-1] - within[0] + 1 != len(within):
         choices += [_masked(call, stack, slots, numbers, stretch)
                     for stretch in ((within[0], within[-1] + 1), (0, len(numbers)))]
     if len(groups) > 1:

@@ -137,14 +137,16 @@ def test_merge_takes_two_products_per_layer_however_many_loras():
 
 
 @LAYERS
-@pytest.mark.parametrize("layout", ["runs", "scattered", "two branches on several", "with base rows"])
+@pytest.mark.parametrize("layout", ["runs", "scattered", "two branches on several", "with base rows",
+                                    "one of them, scattered"])
 @pytest.mark.parametrize("kinds", [("lora", "lora wide", "lora"), ("lora wide", "none", "lora")], ids="-".join)
 def test_any_mixture_takes_three_operations(layer, kinds, layout, monkeypatch):
     """Where starting an operation is dear: unequal ranks, LoRAs that lack the layer, base rows, rows in any order."""
     monkeypatch.setitem(products.RATES, "cpu", DEAR)
     branches = {"runs": ALONE, "scattered": [ALONE[2], ALONE[0], ALONE[2], ALONE[1], ALONE[0]],
                 "two branches on several": [Branch((0.7, 0.9, 0.0)), Branch((0.0, 0.4, 1.1)), Branch((1.0, 1.0, 1.0))],
-                "with base rows": [BASE, ALONE[0], BASE, ALONE[2], ALONE[1], BASE]}[layout]
+                "with base rows": [BASE, ALONE[0], BASE, ALONE[2], ALONE[1], BASE],
+                "one of them, scattered": [ALONE[2], BASE, ALONE[2], BASE]}[layout]
     product = {"convolution": 1} if layer == "conv" else {"bmm": 1}
     assert +cost(layer, kinds, branches).ops == Counter({**product, "mul": 1, "baddbmm": 1})
 
