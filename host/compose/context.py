@@ -19,6 +19,7 @@ from ..families.film import ahead_of_film, end_of_film, in_frames
 from .applied import Applied
 from .earlier import Earlier, names_of
 from .prompts import shares_of
+from .variants import own_conds
 
 SIDES = {"positive": POSITIVE, "negative": UNCONDITIONAL, "empty_negative_prompt": UNCONDITIONAL}
 """Names that ComfyUI's guiders give their conds; `middle` of DualCFG and unknown ones are OTHER."""
@@ -91,7 +92,7 @@ def guidance_context(context: RunContext, guider, sampler, before: int | None = 
     sampling = guider.model_patcher.get_model_object("model_sampling")
     before, whole = _of_whole(sampling, context.sigmas, before)
     return replace(context, sampler=sampler_name(sampler), cfg=None if cfg is None else float(cfg),
-                   negatives=len(guider.conds) - 1, before=before, whole=whole)
+                   negatives=len(own_conds(guider.conds)) - 1, before=before, whole=whole)
 
 
 def is_flow(model) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
+from typing import TypeVar
 from uuid import uuid4
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from ...methods.prompt import PromptTokens
 from ..words.marked import PROBE, PROMPT, WITHOUT
 
+Value = TypeVar("Value")
 CONTRAST = "lora_ensemble_contrast"
 """Prefix of the names under which a guider holds what its prompts bring to be compared with: a name of their own."""
 OF_TOKENS = ("attention_mask", "attention_mask_img_shape")
@@ -37,6 +39,11 @@ def with_variants(conds: dict[str, list[dict]]) -> list[str]:
                 added.append(variant_of(entry, key))
                 conds[added[-1]] = [_instead(entry, cross, options)]
     return added
+
+
+def own_conds(conds: Mapping[str, Value]) -> dict[str, Value]:
+    """A guider's conds without those that `with_variants` has added: these are on no side of guidance."""
+    return {name: entries for name, entries in conds.items() if not name.startswith(CONTRAST)}
 
 
 def _instead(entry: dict, cross: Tensor, options: dict) -> dict:

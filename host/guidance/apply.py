@@ -18,7 +18,7 @@ from ..compose.composition import TOLD
 from ..compose.context import guidance_context, run_context
 from ..compose.earlier import Left, bare, mark_of, marks
 from ..compose.steps import tracked
-from ..compose.variants import CONTRAST
+from ..compose.variants import own_conds
 from .identity import describe_model
 from .left import Guided, GuidedRuns
 from .run import GuidedRun
@@ -116,8 +116,7 @@ def sample_guided(executor, noise, latent_image, sampler, sigmas, denoise_mask=N
 
 def _prompts(conds: Mapping[str, Sequence[Mapping]]) -> tuple:
     """What a guider's conds ask for: equal for equal prompts, whichever node made them."""
-    return tuple((name, *map(_prompt, entries or ())) for name, entries in conds.items()
-                 if not name.startswith(CONTRAST))
+    return tuple((name, *map(_prompt, entries or ())) for name, entries in own_conds(conds).items())
 
 
 def _prompt(entry: Mapping) -> tuple:

@@ -23,6 +23,7 @@ from ...methods.schedule import Schedule
 from ..compose.composition import KEY as COMPOSITION
 from ..compose.rows import narrowed, sides_together, whole_only
 from ..compose.steps import StepTracker
+from ..compose.variants import own_conds
 from .call import UNGUIDED, GuidedCall, added, completed, faded, guarded, put_in
 
 
@@ -202,7 +203,7 @@ class GuidedRun:
         outs = executor(model, conds, x, timestep, options)
         if positive is not None and call.c is None:
             call.c = outs[positive]
-            left_out = 0 if call.need.guided else len(self.guider.conds) - 1
+            left_out = 0 if call.need.guided else len(own_conds(self.guider.conds)) - 1
             self._count(x.shape[0], x.shape[0] * left_out, 0)
             if not call.need.guided:
                 outs = [out if cond is not None else call.c.clone() for cond, out in zip(conds, outs, strict=True)]
@@ -213,7 +214,8 @@ class GuidedRun:
         """
         if self.roles is None:
             # First entries first: behind its own ones a cond may have the other sides' areas, copied with their names.
-            entries = [(k, name, entry) for name, cond in self.guider.conds.items() for k, entry in enumerate(cond)]
+            entries = [(k, name, entry) for name, cond in own_conds(self.guider.conds).items()
+                       for k, entry in enumerate(cond)]
             self.roles = {}
             for _, name, entry in sorted(entries, key=lambda each: each[0] > 0):
                 self.roles.setdefault(entry.get("uuid"), name)

@@ -6,8 +6,9 @@ import pytest
 import torch
 from lora_ensemble.host.compose.apply import apply_method
 from lora_ensemble.host.compose.composition import places_of, record_of
-from lora_ensemble.host.guidance.apply import guidance_record_of
+from lora_ensemble.host.guidance.apply import Guidance, apply_guidance, guidance_record_of
 from lora_ensemble.methods.composite import Composite
+from lora_ensemble.methods.guidance.adaptive import AdaptiveGuidance, AdaptiveSession
 from lora_ensemble.methods.merge import Merge
 from lora_ensemble.methods.switch import Switch
 
@@ -15,7 +16,7 @@ from .builders import plain, same, sample, schedule
 from .caches import cached
 from .guidance_tools import ag
 from .models import FAMILIES, base
-from .test_routed import prompt, routed, specs
+from .test_routed import MARKS, prompt, rests, routed, specs
 
 
 @pytest.mark.parametrize("family", ["SD15", "Flux"])
@@ -40,6 +41,28 @@ def test_adaptive_guidance(loras):
     assert record.problems == [] and guidance_record_of(ours) is not None
     assert [step.rows for step in record.steps][-1] == 1
     assert len({tuple(step.notes["Merge"]["places"]) for step in record.steps}) == 5
+
+
+@pytest.mark.parametrize("ours_first", [True, False])
+@pytest.mark.parametrize("key", ["without", "probe"])
+def test_guidance_counts_the_guiders_own_conds(key, ours_first, loras):
+    """Not what a prompt brings for its places to be found: LinearAG took it for further negatives and stopped, and what
+    was saved was told as more."""
+    model, contexts = base("SD15"), []
+
+    def begin(model, context, tell) -> AdaptiveSession:
+        contexts.append(context)
+        return AdaptiveSession(AdaptiveGuidance(-2.0, min_steps=1), tell=tell)
+
+    ours = apply_guidance(model, Guidance("", begin)) if not ours_first else model
+    ours = routed(ours, specs(model, loras), mode="contrast" if key == "without" else "every step")
+    ours = apply_guidance(ours, Guidance("", begin)) if ours_first else ours
+    others = [prompt("SD15", None, 20 + k)[0] for k in range(3)]
+    more = {"lora_ensemble_without": rests(MARKS, others)} if key == "without" else \
+        {"lora_ensemble_probe": [others[0][0], {"lora_ensemble_prompt": MARKS}]}
+    sample(ours, "SD15", prompt(**more), steps=4, cfg=3.0)
+    record = guidance_record_of(ours)
+    assert contexts[0].negatives == 1 and record.full == 8 and record.evaluations == 6
 
 
 def test_pictures_that_are_guided_one_by_one_come_all_together(loras):
