@@ -235,7 +235,7 @@ def _problems(spec: LoRASpec, misfits: Sequence[tuple[object, Misfit]], unused: 
     out = _lines(spec, [(key, str(reason)) for key, reason in misfits], "left out")
     if unused:
         other = other_kind(unused)
-        note = f" (as in {other.what})" if other is not None else ""
+        note = f" (as in {other.what}: {other.remedy})" if other is not None else ""
         out.append(f"LoRA '{spec.name}': {len(unused)} of its {counted(total, 'key')} {verb(len(unused), 'have')} no "
                    f"place in this model{note}, '{unused[0]}' for one")
     return out

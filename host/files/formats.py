@@ -94,6 +94,9 @@ HEAD = "diffusion_model.blocks.0.attn.q_norm.weight"
 
 def other_kind(keys: Collection[str]) -> Kind | None:
     """What a file is that is no LoRA, or of a kind that ComfyUI cannot load; None for all that may be a LoRA."""
+    if keys and all(key.startswith("bundle_emb.") for key in keys):  # beside the layers of a LoRA, or alone
+        return Kind("an embedding that came with a LoRA",
+                    "put a copy of the file into models/embeddings, too, and name it in the prompt")
     for pattern, kind in _OTHERS:
         if any(re.search(pattern, key) for key in keys):
             return kind

@@ -212,6 +212,15 @@ def test_layers_that_are_here_and_what_nobody_can_load(end, prefix, what, loras)
     assert "architecture" not in text and "whole model" not in text, text
 
 
+def test_embeddings_in_the_file_of_a_lora_are_called_so(loras):
+    """As OneTrainer puts them there. ComfyUI reads them where the file is an embedding, too."""
+    model = base("SD15")
+    file = lora(shapes(model), 1)
+    name = loras({**file, "bundle_emb.ohwx.clip_l": torch.ones(2, 32)})
+    (line,) = merge(model, [LoRASpec(name, 1.0, 0)]).get_attachment(KEY).applied[0].problems
+    assert f"1 of its {len(file) + 1} keys has no place" in line and "models/embeddings, too" in line
+
+
 def test_a_whole_model_has_weights():
     names = [f"blocks.{k}.fourierft_spectrum" for k in range(20)]
     assert other_kind(names) is None and other_kind([*names, "blocks.0.weight"]) is not None

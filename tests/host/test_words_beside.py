@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from lora_ensemble.host.compose.apply import apply_method
+from lora_ensemble.host.compose.auto import best_method
 from lora_ensemble.host.compose.composition import KEY
 from lora_ensemble.host.compose.placing import Placing
 from lora_ensemble.host.files.beside import MOST_BYTES, paths_beside, read_beside
@@ -20,6 +21,7 @@ from lora_ensemble.host.words.known import lora_words, report
 from lora_ensemble.methods.merge import Merge
 from lora_ensemble.methods.prompt import PromptTokens, find_clauses
 from lora_ensemble.nodes.ensembles import LoRAEnsembleLoRA
+from lora_ensemble.nodes.stack import _lines
 from lora_ensemble.nodes.unused import unused
 from safetensors.torch import save
 
@@ -179,6 +181,18 @@ def test_where_words_are_from_is_said(beside, loras):
     assert "(trigger words of one.v2.civitai.info)" in lines[0] and "(its words)" in lines[1]
     other = find_clauses(PromptTokens("a cat", 2), words[:1]).loras[0]
     assert other.reason == 'the trigger words of one.v2.civitai.info, "zwx style", are not in the prompt'
+
+
+def test_rows_and_auto_go_by_them(beside):
+    name = beside(".civitai.info", HELPER)
+    beside(".metadata.json", b"{")
+    ensemble = (LoRASpec(name, 1, 1), LoRASpec(name, 0.5, 0.5, words="typed"))
+    lines = _lines(ensemble, True)
+    assert lines[0].endswith("trigger words of one.v2.civitai.info: zwx style") and lines[1].endswith("words typed")
+    assert "'one.v2.metadata.json' beside it cannot be read" in lines[0] and "cannot be read" not in lines[1]
+    assert best_method(ensemble, True).method == "Routed"
+    beside(".civitai.info", {})
+    assert best_method(ensemble, True).method == "Merge"
 
 
 def test_a_method_that_goes_by_words_says_what_it_could_not_read(loras, lora_folder):
