@@ -7,15 +7,11 @@ grow to the whole clause that holds them: a trigger alone rarely means anything 
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from .prompt_text import Range, blanked, parse_loras, parse_marks, pieces, replaced, spoken, unweighted, without
-
-__all__ = ["Clause", "Found", "LoRAClauses", "LoRAWords", "PromptTokens", "find_clauses", "parse_loras", "parse_marks",
-           "stand_in", "without", "words_of"]
+from .prompt_search import Mention, Search
+from .prompt_text import Range, blanked, pieces, replaced, spoken, unweighted
 
 
 @dataclass(frozen=True)
@@ -129,134 +125,6 @@ class Found:
         return tuple(dict.fromkeys(clause.span for clause in clauses))
 
 
-_PLACES = (
-    r"(?:to|on|at|in|from) the (?:far )?(?:left|right|top|bottom|side|back|front|middle|cent(?:er|re)|background"
-    r"|foreground|distance|corner)(?: (?:side|corner|half))?(?: of)?",
-    r"in front of|on top of|next to|close to|far from|left of|right of|from (?:behind|above|below|the side)",
-    r"in|inside|within|into|on|onto|upon|at|by|beside|besides|near|behind|under|underneath|beneath|below|above|over"
-    r"|atop|between|among|amongst|amid|against|around|across|along|alongside|through|outside|opposite|beyond",
-)
-_PLACE = "|".join(_PLACES).replace(" ", r"\s+")
-_BOUNDARY = re.compile(r"[,;\n|!?，。；、！？：]|\.(?=\s|$)|:(?=\s|$)|(?<=\s)[-–—]+(?=\s)|[–—]|<[^<>\n]*>"
-                       rf"|\b(?-i:BREAK|AND)\b|(?<![\w-])(?:{_PLACE})(?![\w-])", re.IGNORECASE)
-_WORD = re.compile(r"[\w'’-]+|&")
-_ARTICLES = (r"a|an|the|another|one|two|three|four|five|his|her|their|its|my|your|our|some|this|that|these|those|each"
-             r"|several|many")
-_ARTICLE = re.compile(_ARTICLES, re.IGNORECASE)
-_LINK = re.compile(r"and|or|with|but|plus|of|&", re.IGNORECASE)
-_EMPTY = re.compile(rf"{_ARTICLES}|{_LINK.pattern}|is|are|was|were|be|has|have|it|he|she|they|there|who|which|to|as",
-                    re.IGNORECASE)
-
-_SIDE = re.compile(r"left|right|middle|cent(?:er|re)", re.IGNORECASE)
-
-
-@dataclass
-class _Mention:
-    start: int
-    end: int
-    lora: int
-    exact: bool = False
-
-
-@dataclass
-class _Search:
-    """One look at a prompt: `text` has blanks for weights, `mentions` never overlap but for marks."""
-
-    text: str
-    mentions: list[_Mention] = field(default_factory=list)
-
-    def spans(self, phrase: str) -> Iterator[Range]:
-        """Every mention of a phrase, whatever its case; blanks and underscores are one. The parentheses of a tag, `a
-        (b)`, may have backslashes or not: a prompt without them means weights, which are blanks here."""
-        phrase = re.sub(r"\\([()])", r"\1", phrase)
-        blank = r"\s_()" if any(map(str.isalnum, phrase)) else r"\s_"
-        parts = re.split(rf"([{blank}]+)", phrase.strip(" _()" if "(" in blank else " _"))
-        if any(parts):
-            first, last, gaps = parts[0][0], parts[-1][-1], "".join(parts[1::2])
-            edges = [r"(?<![^\W_])" if first.isascii() else "", r"(?![^\W_])" if last.isascii() else ""]
-            parts[::2] = map(re.escape, parts[::2])
-            parts[1::2] = [rf"[{blank}]+" if {"(", ")"} & {*gap} else r"[\s_]+" for gap in parts[1::2]]
-            pattern = edges[0] * first.isalnum() + "".join(parts) + edges[1] * last.isalnum()
-            pattern += r"(?:\s?\))?" * ("(" in gaps)  # the blank is a backslash's
-            yield from (found.span() for found in re.finditer(pattern, self.text, re.IGNORECASE))
-
-    def taken(self, start: int, end: int) -> _Mention | None:
-        return next((other for other in self.mentions if other.start < end and other.end > start), None)
-
-    def segments(self) -> Iterator[Range]:
-        """The parts of the text between boundaries; a boundary inside a mention is none."""
-        at = 0
-        inner = [found.span() for found in _BOUNDARY.finditer(self.text) if not self.taken(*found.span())]
-        for start, end in [*sorted(inner + list(self._ands(inner))), (len(self.text), len(self.text))]:
-            if start > at:
-                yield at, start
-            at = max(at, end)
-
-    def _ands(self, boundaries: list[Range]) -> Iterator[Range]:
-        """The last "and" between the words of two LoRAs that no boundary parts."""
-        for one, other in pairwise(sorted(self.mentions, key=lambda mention: mention.start)):
-            if one.lora != other.lora and not any(one.end <= start < other.start for start, _ in boundaries):
-                between = [one.end + found.start() for found in
-                           re.finditer(r"(?<![\w-])(?:and|&)(?![\w-])", self.text[one.end:other.start], re.IGNORECASE)]
-                if between:
-                    yield between[-1], between[-1] + (1 if self.text[between[-1]] == "&" else 3)
-
-    def cut(self, one: _Mention, other: _Mention) -> int:
-        """Where the clause of one LoRA ends and another's begins: at the last article, else in the middle."""
-        if one.exact or other.exact:
-            return one.end if one.exact else other.start
-        words = [found for found in _WORD.finditer(self.text, one.end, other.start)]
-        articles = [word.start() for word in words if _ARTICLE.fullmatch(word[0])]
-        if articles:
-            return articles[-1]
-        nearer = [word.start() for at, word in enumerate(words) if at > len(words) - 1 - at]
-        return nearer[0] if nearer else other.start
-
-    def trimmed(self, start: int, end: int) -> Range:
-        """The range without blanks and linking words at its ends."""
-        while True:
-            while start < end and self.text[start].isspace():
-                start += 1
-            while start < end and self.text[end - 1].isspace():
-                end -= 1
-            words = list(_WORD.finditer(self.text, start, end))
-            if words and words[0].start() == start and _LINK.fullmatch(words[0][0]):
-                start = words[0].end()
-            elif words and words[-1].end() == end and _LINK.fullmatch(words[-1][0]):
-                end = words[-1].start()
-            else:
-                return start, end
-
-    def grown(self) -> tuple[dict[int, list[Range]], list[Range]]:
-        """({LoRA: its clauses}, the clauses of none)."""
-        own: dict[int, list[Range]] = {}
-        others = []
-        for start, end in self.segments():
-            inside = sorted((mention for mention in self.mentions if start <= mention.start < end),
-                            key=lambda mention: (mention.start, -mention.end))
-            edge = start
-            for at, mention in enumerate(inside):
-                after = inside[at + 1] if at + 1 < len(inside) else None
-                if mention.exact:
-                    others.append((edge, mention.start))
-                    own.setdefault(mention.lora, []).append((mention.start, mention.end))
-                    edge = max(edge, mention.end)
-                elif after is None or after.lora != mention.lora or after.exact:
-                    border = self.cut(mention, after) if after else end
-                    own.setdefault(mention.lora, []).append(self.trimmed(edge, border))
-                    edge = border
-            others.append((edge, end))
-        return own, [span for span in (self.trimmed(*span) for span in others) if self.says_something(*span)]
-
-    def says_something(self, start: int, end: int, but: Sequence[Range] = ()) -> bool:
-        """Whether a range holds a word that means something; with `but` one that says more than what is in those ranges
-        and on which side it is."""
-        words = _WORD.finditer(self.text, start, end) if start < end else ()
-        return any(not _EMPTY.fullmatch(word[0]) and any(map(str.isalnum, word[0]))
-                   and not (but and _SIDE.fullmatch(word[0]))
-                   and not any(first <= word.start() < last for first, last in but) for word in words)
-
-
 def find_clauses(prompt: PromptTokens, loras: Sequence[LoRAWords]) -> Found:
     """The clauses of a prompt: whose they are, and those of no LoRA, which compete for places in the picture.
 
@@ -265,14 +133,14 @@ def find_clauses(prompt: PromptTokens, loras: Sequence[LoRAWords]) -> Found:
     line break, preposition of place, "and" before another LoRA's words, or another LoRA's words. No token belongs to
     two LoRAs unless both were marked.
     """
-    search = _Search(blanked(prompt.text))
+    search = Search(blanked(prompt.text))
     sources: dict[int, str] = {}
     reasons: dict[int, str] = {}
     notes = []
     for start, end, row in prompt.rows:
         if row <= len(loras):
             sources[row - 1] = "marked"
-            search.mentions.append(_Mention(start, end, row - 1, exact=True))
+            search.mentions.append(Mention(start, end, row - 1, exact=True))
         else:
             notes.append(f"[{row}: {spoken(prompt.text, start, end)}] names row {row}, and the ensemble has "
                          f"{len(loras)}: the mark belongs to no LoRA.")
@@ -286,7 +154,7 @@ def find_clauses(prompt: PromptTokens, loras: Sequence[LoRAWords]) -> Found:
     for _, index, start, end in sorted(wanted):
         other = search.taken(start, end)
         if other is None:
-            search.mentions.append(_Mention(start, end, index))
+            search.mentions.append(Mention(start, end, index))
         elif other.lora != index:
             reasons[index] = (f"its words \"{spoken(prompt.text, start, end)}\" belong to {loras[other.lora].name}: "
                               f"mark in the prompt what is whose, as in [{index + 1}: ...]")
@@ -294,7 +162,7 @@ def find_clauses(prompt: PromptTokens, loras: Sequence[LoRAWords]) -> Found:
     return _resolved(prompt, search, loras, own, rest, sources, reasons, notes)
 
 
-def _mentions(search: _Search, lora: LoRAWords) -> tuple[str, list[Range], str]:
+def _mentions(search: Search, lora: LoRAWords) -> tuple[str, list[Range], str]:
     """(source, mentions, the reason if there are none)."""
     typed = [phrase for phrase, _ in lora.phrases]
     for source, phrases in (("typed", typed), ("trigger", lora.triggers)):
@@ -308,7 +176,7 @@ def _mentions(search: _Search, lora: LoRAWords) -> tuple[str, list[Range], str]:
     return "", [], "no words were typed on it, nothing is marked for it, and its file names no trigger words"
 
 
-def _resolved(prompt: PromptTokens, search: _Search, loras: Sequence[LoRAWords], own: dict[int, list[Range]],
+def _resolved(prompt: PromptTokens, search: Search, loras: Sequence[LoRAWords], own: dict[int, list[Range]],
               rest: list[Range], sources: dict[int, str], reasons: dict[int, str], notes: list[str]) -> Found:
     """Ranges become clauses with tokens, each token one LoRA's."""
     owner: dict[int, int] = {}
@@ -339,7 +207,7 @@ def _resolved(prompt: PromptTokens, search: _Search, loras: Sequence[LoRAWords],
     return Found(tuple(found[index] for index in range(len(loras))), tuple(others), tuple(notes))
 
 
-def _instead(search: _Search, loras: Sequence[LoRAWords], index: int,
+def _instead(search: Search, loras: Sequence[LoRAWords], index: int,
              clauses: Sequence[Clause]) -> tuple[tuple[str, str], ...]:
     """(phrase, what stands in for it) of a LoRA: as typed; else its usual words for a trigger of one word, if its
     clauses say nothing else and no other LoRA has the same usual words, which could not be told apart."""
@@ -364,7 +232,7 @@ def stand_in(prompt: PromptTokens, loras: Sequence[LoRAWords]) -> tuple[str, tup
     `woman with red hair`. Without typed ones a LoRA's usual words stand in for a trigger that is all its clause says.
     """
     found = find_clauses(prompt, loras)
-    search = _Search(blanked(prompt.text))
+    search = Search(blanked(prompt.text))
     changes = []
     for lora in found.loras:
         for phrase, other in lora.instead:

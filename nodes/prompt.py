@@ -11,7 +11,8 @@ from ..host.files.files import changes, check_file
 from ..host.files.names import resolved
 from ..host.words.known import lora_words, report
 from ..host.words.marked import PROMPT, marked
-from ..methods.prompt import find_clauses, parse_loras, parse_marks
+from ..methods.prompt import find_clauses
+from ..methods.prompt_text import parse_loras, parse_marks
 from .chain import check_chain
 from .said import say
 from .sockets import HIDDEN, earlier_ensemble_input, ensemble_output, schema

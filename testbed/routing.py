@@ -13,7 +13,8 @@ from ..engine.positions import Places
 from ..engine.reach import Reach
 from ..kernels.branch import Step
 from ..kernels.routing import clause_attention, clause_shares, clause_values, contrast
-from ..methods.prompt import Found, LoRAWords, PromptTokens, find_clauses, stand_in, without
+from ..methods.prompt import Found, LoRAWords, PromptTokens, find_clauses, stand_in
+from ..methods.prompt_text import without
 from ..methods.routed import Clauses, Routes, Routing, clauses_of, loosened, trusted
 from .body import Body
 

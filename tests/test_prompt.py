@@ -6,17 +6,8 @@ from random import Random
 
 import pytest
 from lora_ensemble.methods import prompt_text
-from lora_ensemble.methods.prompt import (
-    LoRAWords,
-    PromptTokens,
-    find_clauses,
-    parse_loras,
-    parse_marks,
-    stand_in,
-    without,
-    words_of,
-)
-from lora_ensemble.methods.prompt_text import letters
+from lora_ensemble.methods.prompt import LoRAWords, PromptTokens, find_clauses, stand_in, words_of
+from lora_ensemble.methods.prompt_text import letters, parse_loras, parse_marks, without
 
 A, B, S = "ohwx", "sks", "ghibli style"
 

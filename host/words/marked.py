@@ -21,7 +21,8 @@ from typing import Any
 
 import comfy.sd
 
-from ...methods.prompt import LoRAWords, find_clauses, parse_marks, stand_in, without
+from ...methods.prompt import LoRAWords, find_clauses, stand_in
+from ...methods.prompt_text import parse_marks, without
 from .notes import Note, NotedTokens, Texts, prompt_tokens
 from .own import OWN, SCHEDULED, OwnDelta, on_own_words
 from .spelling import by_encoder
