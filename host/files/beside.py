@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import NamedTuple
 
-from .files import Stamp, noted
+from .files import Stamp, noted, stamp_of
 
 MOST_BYTES = 2**20
 
@@ -36,8 +36,13 @@ def paths_beside(path: str) -> tuple[str, ...]:
 
 
 def read_beside(path: str) -> Beside:
-    """The words of the first file beside a LoRA that names any."""
-    return _read(tuple((each, noted(each)) for each in paths_beside(path)))
+    """The words of the first file beside a LoRA that names any. Where they change, this counts as a change of the LoRA;
+    what else programs write there does not."""
+    return noted(path, _look)
+
+
+def _look(path: str) -> Beside:
+    return _read(tuple((each, stamp_of(each)) for each in paths_beside(path)))
 
 
 @lru_cache(maxsize=64)

@@ -13,8 +13,9 @@ import json
 import math
 import os
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from functools import partial
+from typing import TypeVar
 from unicodedata import normalize
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
@@ -31,6 +32,7 @@ _OBJECT_BYTES = 1024  # what a tensor costs beside its data: files of very many 
 _SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2, "I32": 4,
           "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8, "C64": 8}
 
+Seen = TypeVar("Seen", bound=Hashable)
 Stamp = tuple[int, int] | None
 """Size and time of change of a file, or None where there is none."""
 
@@ -57,7 +59,7 @@ class LoRAFile(dict[str, Tensor]):
 
 _known: WeakValueDictionary[str, LoRAFile] = WeakValueDictionary()
 _held: WeakKeyDictionary[nn.Module, OrderedDict[str, LoRAFile]] = WeakKeyDictionary()
-_seen: dict[str, Stamp] = {}
+_seen: dict[tuple[str, Callable], Hashable] = {}
 _changes = 0
 
 
@@ -98,14 +100,14 @@ def _spellings(name: str) -> list[str]:
 def fingerprint(name: str) -> str:
     """Changes whenever the file does, so that a replaced file is read again."""
     path = path_of(name)
-    return repr((path, _stamp(path)))
+    return repr((path, stamp_of(path)))
 
 
 def changes() -> int:
-    """How often a file has changed on disk after it was read or looked for: the fingerprint of a node whose files come
-    over a link, which it does not know before it runs."""
-    for path in list(_seen):
-        noted(path)
+    """How often what was seen of a file has changed on disk: the fingerprint of a node whose files come over a link,
+    which it does not know before it runs."""
+    for path, look in list(_seen):
+        noted(path, look)
     return _changes
 
 
@@ -222,7 +224,8 @@ def _is_sizes(value: object) -> bool:
     return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
 
 
-def _stamp(path: str) -> Stamp:
+def stamp_of(path: str) -> Stamp:
+    """By which a file is known to be the same as before."""
     try:
         stat = os.stat(path)
     except OSError:
@@ -230,13 +233,14 @@ def _stamp(path: str) -> Stamp:
     return stat.st_size, stat.st_mtime_ns
 
 
-def noted(path: str) -> Stamp:
-    """The file's stamp; counts a change where it was another one before."""
+def noted(path: str, look: Callable[[str], Seen] = stamp_of) -> Seen:
+    """What is seen of a path, the stamp of its file if nothing else is asked for; counts a change where it was another
+    before."""
     global _changes
-    stamp = _stamp(path)
-    _changes += _seen.get(path, stamp) != stamp
-    _seen[path] = stamp
-    return stamp
+    seen = look(path)
+    _changes += _seen.get((path, look), seen) != seen
+    _seen[path, look] = seen
+    return seen
 
 
 def _truncated(name: str, size: int, expected: int) -> str:

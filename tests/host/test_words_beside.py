@@ -149,8 +149,8 @@ def test_only_files_of_these_names_beside_it(beside):
 
 
 def test_a_change_of_the_words_is_noticed(beside):
-    """By a node that has the name, and by one to which it comes over a link; a change that is none of words is none to
-    the first."""
+    """By a node that has the name, and by one to which it comes over a link. A change that is none of words is none:
+    managers write there what people do with their pages."""
     name = beside()
     seen, counted = [], []
 
@@ -169,7 +169,7 @@ def test_a_change_of_the_words_is_noticed(beside):
     assert len(set(seen)) == 3 and len(set(counted)) == 3
     beside(".civitai.info", {"trainedWords": ["zwx"], "favorite": True})
     look()
-    assert seen[-1] == seen[-2]
+    assert seen[-1] == seen[-2] and counted[-1] == counted[-2]
 
 
 def test_where_words_are_from_is_said(beside, loras):
