@@ -45,9 +45,10 @@ class RunContext:
     left     what this method's session of the run before left of the same picture (`Session.left`); None: nothing
     film     of a film, how many of its latent's frames it has itself, from the first on, where others behind them guide
              it (LTX-Video); None: all
+    ahead    how many of them are references, which stand before it (Wan VACE, Animate)
 
-    `times`, `span`, `masks`, `gains`, `shares`, `left` and `film` are known to composition methods alone; to guidance
-    alone:
+    `times`, `span`, `masks`, `gains`, `shares`, `left`, `film` and `ahead` are known to composition methods
+    alone; to guidance alone:
 
     sampler      name of the sampler's function, with its options where it has any
     cfg          scale of guidance; None where a guider has no single one
@@ -68,6 +69,7 @@ class RunContext:
     whole: int = 0
     left: object = None
     film: int | None = None
+    ahead: int = 0
 
     @property
     def total(self) -> int:

@@ -74,14 +74,14 @@ def method_contexts(context: RunContext, model, applied: Sequence[Applied], cond
     """A `timed` context per method applied to a MODEL: with the masks, the windows and the shares in a guider's conds
     of that method's LoRAs, and what was left of the method in the run before."""
     device, film = model.load_device, end_of_film(context.shape, conds)
-    several = any(mask is not None and len(mask) > 1 for each in applied for mask in each.masks)
-    ahead = ahead_of_film(model.model.diffusion_model, conds) if several and len(context.shape) == 5 else 0
+    ahead = ahead_of_film(model.model.diffusion_model, conds) if len(context.shape) == 5 else 0
     placed = [[on_latent(mask, context.shape, film, ahead) for mask in each.masks] for each in applied]
     windowed = any(each.windows for each in applied)
     known = earlier.sigmas if earlier is not None else ()
     times = _schedule(model.get_model_object("model_sampling"), context.sigmas, context, known) if windowed else ()
     left, names = earlier.left if earlier is not None else {}, names_of([each.method for each in applied])
-    return [replace(context, film=film, masks=tuple(mask if mask is None else mask.to(device) for mask in masks),
+    context = replace(context, film=film, ahead=ahead)
+    return [replace(context, masks=tuple(mask if mask is None else mask.to(device) for mask in masks),
                     gains=gains_of(each.windows, times), shares=shares_of(conds, each.asked), left=left.get(name))
             for masks, each, name in zip(placed, applied, names, strict=True)]
 

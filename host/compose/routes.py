@@ -34,17 +34,18 @@ class RoutedLoRAs(MaskedLoRAs):
     shape    of the latent, [pictures, channels, (frames,) height, width]
     device   where predictions are mixed
     film     `RunContext.film`: maps are the film's alone, and LoRAs act everywhere in what guides it
+    ahead    `RunContext.ahead`
     """
 
     def __init__(self, routed: Routed, masks: Sequence[Tensor | None], shape: Sequence[int], device: torch.device,
-                 tell: Callable[[str], None], first: int = 0, film: int | None = None):
+                 tell: Callable[[str], None], first: int = 0, film: int | None = None, ahead: int = 0):
         count = len(routed.active)
         self._whole = torch.ones(shape[0], count, *shape[2:], device=device)
         maps = of_film(self._whole, film)
         grid = tuple(maps.shape[2:])
         super().__init__([maps[:, i:i + 1] for i in range(count)], tell, first)
         self.maps = maps  # a view, of which `masks` are the whole
-        self.routed, self.routes = routed, Routes(routed.routing)
+        self.routed, self.routes, self.ahead = routed, Routes(routed.routing), ahead
         self._masks = [None if mask is None else on_grid(of_film(mask, film).to(device), grid)[:, 0] for mask in masks]
         self._prompts: dict[UUID, Prompt] = {}
         self._instead: dict[UUID, tuple[UUID, Prompt]] = {}
@@ -176,7 +177,7 @@ class RoutedLoRAs(MaskedLoRAs):
     def see(self, uuid: UUID, attention: Tensor) -> None:
         """Attention to a cond's clauses [pictures, clauses or more, frames, height, width], used from `commit` on."""
         uuid, prompt = self._instead.get(uuid) or (uuid, self._prompts[uuid])
-        found = prompt.clauses.places(attention[:, :len(prompt.clauses.members)], self.routes.routing.gamma)
+        found = self._compete(prompt, attention[:, :len(prompt.clauses.members)])
         part = within(self.maps, self.window)
         grid = tuple(crop(part, prompt.area).shape[2:])
         found = found[:, :, 0] if len(grid) == 2 else found
@@ -194,6 +195,18 @@ class RoutedLoRAs(MaskedLoRAs):
             self._frames.update(own)
         self._pending[uuid] = found
         self._looked.add((uuid, self.window))
+
+    def _compete(self, prompt: Prompt, attention: Tensor) -> Tensor:
+        """Where the LoRAs act, [pictures, LoRAs, frames, height, width]. References ahead of a film are pictures of
+        their own: what is most attended to in one of them is no measure of the film."""
+        gamma, (dim, index, _) = self.routes.routing.gamma, self.window or (2, range(attention.shape[2]), 0)
+        sides = [[k for k, frame in enumerate(index) if (frame < self.ahead) == ahead] for ahead in (True, False)]
+        if dim != 2 or not all(sides) or len(index) != attention.shape[2]:
+            return prompt.clauses.places(attention, gamma)
+        frames = [on_device(each, attention.device, torch.int64) for each in sides]
+        found = [prompt.clauses.places(attention.index_select(2, each), gamma) for each in frames]
+        whole = found[0].new_empty(*found[0].shape[:2], *attention.shape[2:])
+        return whole.index_copy_(2, frames[0], found[0]).index_copy_(2, frames[1], found[1])
 
     def listen(self, uuids: Sequence[UUID | None], places: Places, pictures: int, adapters: range) -> Reach | None:
         """For an evaluation of these conds without the LoRAs: what is told what they would do there, so that `commit`
@@ -366,7 +379,8 @@ def regions_of(applied, context: RunContext, device: torch.device, tell: Callabl
     if not context.masks:  # no LoRA acts
         return None
     if applied.routed is not None and len(context.shape) > 3:
-        return RoutedLoRAs(applied.routed, context.masks, context.shape, device, tell, applied.first, context.film)
+        return RoutedLoRAs(applied.routed, context.masks, context.shape, device, tell, applied.first, context.film,
+                           context.ahead)
     if applied.routed is not None:
         tell("this latent has no height and width, so LoRAs act everywhere")
     if any(mask is not None for mask in context.masks) and getattr(applied.method, "masks", "") == "layers":

@@ -1,4 +1,5 @@
-"""Masks of a film's frames, where the host's nodes put a reference before the film: each frame has its own."""
+"""Films whose reference stands before them in the latent, as the host's nodes put it there: each frame has its own
+mask, and words are sought in the film by itself."""
 
 from __future__ import annotations
 
@@ -6,16 +7,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from lora_ensemble.host.compose.composition import record_of
+from lora_ensemble.host.compose.composition import places_of, record_of
 from lora_ensemble.host.compose.neighbours import APART
+from lora_ensemble.host.compose.routes import RoutedLoRAs
 from lora_ensemble.host.families.film import ahead_of_film, in_frames
 from lora_ensemble.host.files.ensemble import LoRASpec, Mask
+from torch.nn import functional as F
 
 from .builders import composite, lora, merge, same, stock
 from .disturbed import skipped_where_older
 from .models import base
 from .started import STARTED, WAN, Started, pixels, seen, tiny, wan
 from .test_context_windows import windowed
+from .test_routed import MARKS, routed
 from .test_started_films import NAME
 
 LAST = "diffusion_model.head.head"
@@ -100,3 +104,33 @@ def test_other_numbers_of_masks_go_by_equal_parts():
     given = torch.rand(6, 1, 2, 2)
     assert torch.allclose(in_frames(given, 3)[0, 0], given[:, 0].unflatten(0, (3, 2)).mean(1))
     assert torch.allclose(in_frames(given, 1)[0, 0], given[:, 0].mean(0, keepdim=True))
+
+
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize("name", ["VACE", "Animate"])
+def test_words_are_sought_in_the_film_and_in_its_reference_by_themselves(name, cut, loras, monkeypatch):
+    """A reference may be attended to far more than any frame of the film. Nothing else is compared with its places."""
+    case, seen, see = CASES[name], [], RoutedLoRAs.see
+
+    def note(self, uuid, attention):
+        seen.append((self._prompts[uuid].clauses, self.window, attention.clone()))
+        see(self, uuid, attention)
+
+    monkeypatch.setattr(RoutedLoRAs, "see", note)
+    model = case.model()
+    shape = model.model.diffusion_model.head.head.weight.shape
+    ensemble = [LoRASpec(loras(lora({LAST: shape}, seed, **NAME)), 0.8, 0.0, words=words)
+                for seed, words in ((1, "ohwx"), (2, "sks"))]
+    ours = routed(model, ensemble, mode="once", trust=False)
+    with skipped_where_older(name):
+        case.drawn(windowed(ours, "Wan") if cut else ours, lora_ensemble_prompt=MARKS)
+    want = {}
+    for clauses, window, attention in seen:
+        frames, anchored = (range(attention.shape[2]), 0) if window is None else window[1:]
+        attention = attention[:, :len(clauses.members)]
+        for own in ([k for k, frame in enumerate(frames) if bool(frame) == film] for film in (False, True)):
+            places = clauses.places(attention[:, :, own], 2.0) if own else ()
+            want |= {frames[k]: places[:, :, i] for i, k in enumerate(own) if k >= anchored}
+    (placed,), want = places_of(ours), torch.stack([want[frame] for frame in range(4)], dim=2)
+    assert placed.maps.std() > 1e-2
+    assert torch.allclose(placed.maps, F.interpolate(want, placed.maps.shape[2:], mode="trilinear"), atol=1e-5)
