@@ -27,7 +27,12 @@ if not __package__:  # started as a file: run it as a module of the pack
     pack = sys.modules["lora_ensemble"] = types.ModuleType("lora_ensemble")
     pack.__path__ = [str(Path(__file__).resolve().parents[1])]
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
-    runpy.run_module("lora_ensemble.examples.sweep", run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module("lora_ensemble.examples.sweep", run_name="__main__", alter_sys=True)
+    except ModuleNotFoundError as missing:
+        if missing.name != "PIL":
+            raise
+        sys.exit(f"This draws its sheets with Pillow, which is not there: {sys.executable} -m pip install pillow")
     sys.exit()
 
 import argparse

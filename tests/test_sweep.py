@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import subprocess
 import sys
 import threading
 from collections import Counter
@@ -29,6 +30,31 @@ WORKFLOW = {
     "11": {"class_type": "KSampler", "inputs": {"seed": 1, "steps": 20}},
     "12": {"class_type": "SaveImage", "inputs": {"filename_prefix": "cat", "images": ["11", 0]}},
 }
+
+
+LACKING = """
+import runpy, sys
+
+class Lacking:
+    def find_spec(name, path=None, target=None):
+        if name.partition(".")[0] in {lacking}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name.partition(".")[0])
+
+sys.meta_path.insert(0, Lacking)
+sys.argv = ["sweep.py", "--help"]
+runpy.run_path({path!r}, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("lacking", [("torch", "numpy", "safetensors", "comfy", "folder_paths", "ray"), ("PIL",)])
+def test_it_needs_python_and_pillow_alone(lacking):
+    """As the page says; where Pillow is missing, what to do."""
+    code = LACKING.format(lacking=set(lacking), path=str(Path(sweep.__file__)))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    if "PIL" in lacking:
+        assert done.returncode == 1 and done.stderr.strip().endswith("-m pip install pillow")
+    else:
+        assert done.returncode == 0 and "--vary" in done.stdout, done.stderr
 
 
 def test_messages_of_other_packs_are_passed_over():

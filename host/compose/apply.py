@@ -14,7 +14,8 @@ from ...engine.yielding import yield_to
 from ...methods import Method
 from ...methods.merge import Merge
 from ...methods.windows import Window
-from ..files.ensemble import ALWAYS, Ensemble, LoRASpec, file_of, told_apart
+from ..files.called import file_of
+from ..files.ensemble import ALWAYS, Ensemble, LoRASpec, told_apart
 from ..files.header_alphas import passed_over
 from ..files.injected import as_in_files
 from ..files.metadata import is_proposed, unread_beside

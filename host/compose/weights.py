@@ -18,7 +18,8 @@ from dataclasses import replace
 import comfy.model_management
 
 from ...methods.merge import Merge
-from ..files.ensemble import LoRASpec, file_of
+from ..files.called import file_of
+from ..files.ensemble import LoRASpec
 from .applied import Applied
 from .composition import KEY, Composition
 from .reading import read_ensemble

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
 from ...methods.windows import Window
+from .called import in_row
 
 ALWAYS = "always"
 """The role of a LoRA that is no part of the composition but of the model: it acts in all of it, in every step. Such
@@ -71,10 +71,5 @@ Ensemble = tuple[LoRASpec, ...]
 def told_apart(ensemble: Ensemble) -> Ensemble:
     """The same, with the number of its row behind the name of each LoRA whose file acts in several."""
     files = [spec.name for spec in ensemble if spec.acts]
-    return tuple(replace(spec, label=f"{spec.name} (row {spec.row or k})") if files.count(spec.name) > 1 else spec
+    return tuple(replace(spec, label=in_row(spec.name, spec.row or k)) if files.count(spec.name) > 1 else spec
                  for k, spec in enumerate(ensemble, 1))
-
-
-def file_of(called: str) -> str:
-    """The file of a LoRA by what it is called."""
-    return re.sub(r" \(row \d+\)$", "", called)

@@ -10,7 +10,7 @@ from unicodedata import combining, normalize
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ..files.ensemble import file_of
+from ..files.called import file_of
 
 
 def font(size: int) -> ImageFont.ImageFont:
