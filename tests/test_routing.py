@@ -35,13 +35,14 @@ def attention_by_loops(q, k, members, text, mask=None, scale=None):
     return out
 
 
-@pytest.mark.parametrize("clauses", [1, 3, 19], ids=lambda n: f"{n} clauses")
+@pytest.mark.parametrize("clauses", [1, 3, 8, 19], ids=lambda n: f"{n} clauses")
 @pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2)])
 def test_attention_to_clauses(clauses, heads, groups):
-    """19 clauses are more than a head has channels: they are read in parts."""
+    """19 clauses are more than a head has channels: they are read in parts, and in no more than it takes."""
     q, k = rand(2, heads, 6, 8), rand(2, groups, 11, 8, seed=1)
     members = (torch.rand(2, clauses, 5, generator=torch.Generator().manual_seed(2)) > 0.5).float()
     for text in (slice(0, 5), slice(3, 8)):
+        assert clause_values(members, 11, text, q).shape == (2, 1, 11, 24 if clauses > 8 else 8)
         found = attention(q, k, members, text)
         assert found.dtype is torch.float32 and found.shape == (2, clauses, 6)
         assert close(found, attention_by_loops(q, k, members, text))
