@@ -75,6 +75,16 @@ def test_whole_windows_are_none():
     assert InTime(gains)(Step(4, STEPS, 4.0), branches) == (Branch((1.0, 0.0)),)
 
 
+def test_shut_in_the_steps_of_one_run():
+    """Of a picture that several runs sample, those of the runs before and after do not count."""
+    gains = ((0.0, 1.0), (0.0, 1.0), (1.0, 0.0), (0.0, 0.0))
+    for before, steps, shut in ((0, 2, (True, False)), (1, 1, (True, False)), (2, 1, (False, True)),
+                                (2, None, (False, True)), (3, None, (True, True)), (0, None, (False, False))):
+        in_time = InTime(gains, before, steps)
+        assert (in_time.shut(0), in_time.shut(1)) == shut, (before, steps)
+    assert not InTime(()).shut(0)
+
+
 def test_gains_of_layers_follow_too():
     branch = Branch((0.5, 0.0), (("a", (0.0, 0.8)), ("b", (0.5, 0.8))))
     in_time = InTime(((0.5, 0.25),))
