@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import comfy.hooks
 import comfy.model_management
 import comfy.sd
@@ -10,9 +12,10 @@ import torch
 from lora_ensemble.host.compose.prompts import search
 from lora_ensemble.host.files.ensemble import LoRASpec
 from lora_ensemble.host.look.report import Placed, _words
+from lora_ensemble.host.words import own as own_words
 from lora_ensemble.host.words.marked import PROBE, PROMPT, WITHOUT, marked
 from lora_ensemble.host.words.own import OWN, OwnDelta, OwnTold, add_patches, mixed
-from lora_ensemble.methods.prompt import LoRAWords, find_clauses
+from lora_ensemble.methods.prompt import LoRAWords, PromptTokens, find_clauses
 from lora_ensemble.nodes.prompt import LoRAEnsemblePrompt
 from lora_ensemble.nodes.routed import LoRAEnsembleRouted
 
@@ -79,6 +82,14 @@ def tokens(entry: list, words=WORDS) -> dict[int, tuple[int, ...]]:
     return {at + 1: own.tokens for at, own in enumerate(find_clauses(entry[1][PROMPT], words).loras) if own.tokens}
 
 
+def test_a_change_is_what_was_added_for_it():
+    """In layers that another has changed before, and in none but its own; clones hold the same."""
+    merged, (key, patch) = made().clone(), next(iter(change("SD1", 2).items()))
+    merged.add_patches(change("SD1", 1), 1.0)
+    (own,) = add_patches(merged, {key: patch}, 0.5)
+    assert own[0] == 0.5 and own[1] is patch and merged.clone().patcher.patches[key][1] is own
+
+
 @ENCODERS
 def test_each_lora_s_words_have_its_change_alone(name):
     """The third LoRA has no words here, and changes nothing. The pooled output has all."""
@@ -128,11 +139,12 @@ def test_marks_count_and_a_token_of_two_loras_is_their_mean():
 @ENCODERS
 @pytest.mark.parametrize("text", ["", "a red woman", "blurry, bad hands"])
 def test_a_prompt_without_words_has_no_change(name, text):
-    """But the pooled output, as that of the prompts with words."""
-    entry, merged = encoded(owning(name), text), encoded(patched(name, 1, 2, 3), text)
-    assert torch.equal(entry[0], encoded(patched(name), text)[0]) and not torch.equal(entry[0], merged[0])
-    assert torch.equal(entry[1]["pooled_output"], merged[1]["pooled_output"])
-    assert entry[1][OWN] == OwnTold(left_out=("x", "y", "z"))
+    """But the pooled output, as that of the prompts with words. Of one LoRA alone as of several."""
+    for which in ((1, 2, 3), (1,)):
+        entry, merged = encoded(owning(name, which), text), encoded(patched(name, *which), text)
+        assert torch.equal(entry[0], encoded(patched(name), text)[0]) and not torch.equal(entry[0], merged[0])
+        assert torch.equal(entry[1]["pooled_output"], merged[1]["pooled_output"])
+        assert entry[1][OWN] == OwnTold(left_out=tuple("xyz"[seed - 1] for seed in which))
 
 
 def test_unknown_tokens_and_schedules_of_hooks_are_merged_and_told():
@@ -210,6 +222,29 @@ def test_ensemble_prompt_and_a_second_node_keep_it():
     found = LoRAEnsemblePrompt.execute(owning(), TEXT).args[0][0]
     assert torch.equal(found[0], wanted) and found[1][OWN].names == ("x", "y")
     assert torch.equal(encoded(marked(owning().clone()), TEXT)[0], wanted)
+
+
+def test_further_texts_of_a_prompt_have_it_too(monkeypatch):
+    """As HiDream's, of whose tokens there is one per layer; numbers of tokens (Anima's) stay numbers."""
+    spans, numbers_ = ((0, 4), (5, 8), (10, 13)), torch.arange(6)[None]
+
+    def at(length: int, *tokens: int) -> PromptTokens:
+        return PromptTokens("ohwx cat, dog", length, tuple((*span, (token,)) for span, token in zip(
+            spans, tokens, strict=True)))
+
+    prompt = replace(at(4, 0, 1, 3), beside=(("layers", at(6, 2, 3, 5)), ("ids", at(6, 2, 3, 5))))
+    deltas = [OwnDelta(WORDS, index, ()) for index in (0, 1)]
+    monkeypatch.setattr(own_words, "without", lambda clip, gone: sum(3 - delta.index for delta in gone))
+    monkeypatch.setattr(comfy.model_management, "load_models_gpu", lambda *_, **__: None)
+
+    def encode(gone: int) -> dict:
+        return {"cond": torch.full((1, 4, 2), float(gone)), "layers": torch.full((1, 3, 6, 2), float(gone)),
+                "ids": numbers_.clone()}
+
+    found = own_words.on_own_words(made(), deltas, encode(0), prompt, encode)
+    assert found["cond"][0, :, 0].tolist() == [2, 2, 5, 3]  # without the second, without both, without the first
+    assert found["layers"][0, :, :, 1].tolist() == [[5, 5, 2, 2, 5, 3]] * 3
+    assert torch.equal(found["ids"], numbers_) and found["ids"].dtype == numbers_.dtype
 
 
 def test_the_report_says_whose_words_were_encoded_so():
