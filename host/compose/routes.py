@@ -177,7 +177,7 @@ class RoutedLoRAs(MaskedLoRAs):
     def see(self, uuid: UUID, attention: Tensor) -> None:
         """Attention to a cond's clauses [pictures, clauses or more, frames, height, width], used from `commit` on."""
         uuid, prompt = self._instead.get(uuid) or (uuid, self._prompts[uuid])
-        found = self._compete(prompt, attention[:, :len(prompt.clauses.members)])
+        found = self._compete(prompt, attention)
         part = within(self.maps, self.window)
         grid = tuple(crop(part, prompt.area).shape[2:])
         found = found[:, :, 0] if len(grid) == 2 else found
