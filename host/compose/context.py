@@ -125,13 +125,14 @@ def parts_of(conds: Sequence[list[dict] | None]) -> Parts:
 
 def on_latent(mask: Tensor | None, shape: Sequence[int], film: int | None = None, ahead: int = 0) -> Tensor | None:
     """A MASK [B, H, W] or [H, W] in pixels -> [pictures or 1, 1, h, w] in fp32 on the latent's grid; None for latents
-    without height and width. Of one film, several masks are those of its frames (`RunContext.film`), behind those that
-    stand ahead of it: [1, 1, frames, h, w], with ones for the frames that guide it or stand ahead."""
+    without height and width. Of films, more masks than there are films are those of the frames of each
+    (`RunContext.film`), behind those that stand ahead of it: [1, 1, frames, h, w], with ones for the frames that guide
+    it or stand ahead."""
     if mask is None or len(shape) < 4:
         return None
     mask = mask.detach().float().reshape(-1, 1, *mask.shape[-2:])
     mask = torch.nn.functional.interpolate(mask, size=tuple(shape[-2:]), mode="area").clamp(0, 1)
-    if len(mask) > 1 and len(shape) == 5 and shape[0] == 1:
+    if len(shape) == 5 and len(mask) > shape[0]:
         end = shape[2] if film is None else film
         mask = in_frames(mask, end - ahead)
         return torch.nn.functional.pad(mask, (0, 0, 0, 0, ahead, shape[2] - end), value=1.0)

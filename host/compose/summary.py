@@ -53,6 +53,9 @@ def unplaced(applied: Sequence, contexts: Sequence[RunContext]) -> Iterator[str]
             if placed is None:
                 yield f"the mask of LoRA '{name}' is not used: this latent has no height and width"
                 continue
+            if mask.ndim > 2 and len(mask) > context.shape[0] and len(context.shape) == 4:
+                yield (f"LoRA '{name}' has {len(mask)} masks for {counted(context.shape[0], 'picture')}: those behind "
+                       "are not used")
             (high, wide), (rows, columns) = mask.shape[-2:], context.shape[-2:]
             other = abs(math.log(wide * rows / high / columns)) > FORM
             if other and bool(mask.min() < mask.max()):  # one that is the same everywhere has no form

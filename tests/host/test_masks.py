@@ -69,7 +69,7 @@ def test_a_black_mask_is_told(make, loras):
     model = base("SD15")
     first, second = pair(model, loras, masks=(LEFT, torch.zeros(2, 8, 8)))
     ours = method(model, [first, second], make)
-    sample(ours, steps=2)
+    sample(ours, steps=2, batch=2)
     assert record_of(ours).problems == [f"the mask of LoRA '{second.name}' is black all over: it acts at no place of "
                                         "the picture"]
 
@@ -97,6 +97,28 @@ def test_one_mask_per_picture(family, loras):
     same(found[0, ..., :4], alone[0, ..., :4], plain[0, ..., :4], 1e-4)
     same(found[1, ..., 4:], alone[1, ..., 4:], plain[1, ..., 4:], 1e-4)
     assert torch.equal(found[0, ..., 4:], plain[0, ..., 4:]) and torch.equal(found[1, ..., :4], plain[1, ..., :4])
+
+
+def test_one_mask_per_frame_of_every_film(loras):
+    """More masks than films are no masks of films."""
+    model = base("Wan")
+    masks = torch.zeros(9, 16, 16)
+    masks[0], masks[5:, :, :8] = 1, 1  # nine frames are three of the latent's: one, four and four
+    (spec, _) = pair(model, loras, LAST["Wan"], (masks, None))
+    found, plain, alone = (sample(each, "Wan", batch=2, steps=1)
+                           for each in (merge(model, [spec]), model, stock(model, bare([spec]))))
+    where = torch.nn.functional.adaptive_avg_pool2d(torch.stack([masks[0], masks[1], masks[5]]), 8)
+    same(found, plain + where * (alone - plain), plain, 1e-4)
+
+
+def test_masks_without_a_picture_are_told(loras):
+    model = base("SD15")
+    spec, other = pair(model, loras, masks=(torch.cat([LEFT, 1 - LEFT, LEFT]), LEFT))
+    ours = merge(model, [spec, other])
+    sample(ours, batch=2, steps=1)
+    assert record_of(ours).problems == [f"LoRA '{spec.name}' has 3 masks for 2 pictures: those behind are not used"]
+    sample(ours, batch=4, steps=1)
+    assert record_of(ours).problems == []
 
 
 def test_the_area_of_a_cond_takes_its_part_of_the_mask(loras):
