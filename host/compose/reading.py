@@ -17,7 +17,7 @@ from ...methods.counted import counted, verb
 from ..files.ensemble import ALWAYS, Ensemble, LoRASpec
 from ..files.files import LoRAFile, fingerprint, read
 from ..files.fit import Broken, Misfit, Shape, Torn, named, reshape_of
-from ..files.formats import lora_format, other_kind
+from ..files.formats import host_names, lora_format, other_kind
 from ..files.parse import PREFIX, ParsedLoRA, Patches, load, parse, shape_of
 from .banks import layers_of
 from .composition import KEY
@@ -61,7 +61,7 @@ def read_ensemble(model, clip, ensemble: Ensemble, node: str, on_weights: bool) 
     """
     check_some(ensemble, node)
     base = model.model
-    model_keys = comfy.lora.model_lora_keys_unet(base, {})
+    model_keys = host_names(base)
     clip_keys = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {}) if clip is not None else {}
     enlarged, found, texts, problems = dict(_enlarged_before(model)), [], [], []
     for spec in ensemble:

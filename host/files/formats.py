@@ -8,7 +8,10 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import partial
 from typing import NamedTuple
 
-from torch import Tensor
+import comfy.lora
+import comfy.model_base
+import comfy.utils
+from torch import Tensor, nn
 
 
 class Kind(NamedTuple):
@@ -82,6 +85,10 @@ _DIFFUSERS: dict[str, tuple[tuple[str, str], ...]] = {
         (r"^blocks\.", "transformer_blocks."))}
 """A name in ComfyUI's key map by which a family is known -> what diffusers calls its layers, which are the same ones,
 layer for layer, and which ComfyUI does not know by these names."""
+_APART = ((r"^transformer\.transformer_blocks\.(\d+)\.attn\.to_([qkv])$", r"transformer.double_blocks.\1.img_attn_\2"),
+          (r"^transformer\.transformer_blocks\.(\d+)\.attn\.add_([qkv])_proj$",
+           r"transformer.double_blocks.\1.txt_attn_\2"))
+"""q, k and v of HunyuanVideo in diffusers' names -> in those of musubi-tuner."""
 _DIFFUSERS_FILE = re.compile(r"(^|[._])blocks[._]\d+[._]attn[12][._]to_q")
 
 _BY_HEAD = re.compile(r"^(token_refiner\.)?blocks\.\d+\.attn\.qkv_proj$")
@@ -110,6 +117,20 @@ def lora_format(keys: Collection[str]) -> tuple[str, str] | None:
     """(what, prefix) of the format that most keys are in; None for one that is not known here."""
     count, what, prefix = max((sum(key.startswith(prefix) for key in keys), what, prefix) for prefix, what in _PREFIXES)
     return (what, prefix) if 2 * count >= max(len(keys), 1) else None
+
+
+def host_names(model: nn.Module) -> dict:
+    """The host's key map of a model (its base model), and for HunyuanVideo the names of diffusers, which are those of
+    Flux, as its blocks are made of the same layers, and musubi-tuner's for q, k and v, which it has apart."""
+    key_map = comfy.lora.model_lora_keys_unet(model, {})
+    if isinstance(model, comfy.model_base.HunyuanVideo):
+        names = comfy.utils.flux_to_diffusers(model.model_config.unet_config, output_prefix="diffusion_model.")
+        there = model.state_dict().keys()
+        theirs = {f"transformer.{name.removesuffix('.weight')}": target for name, target in names.items()
+                  if name.endswith(".weight") and (target if isinstance(target, str) else target[0]) in there}
+        apart = {re.sub(own, name, layer): target for layer, target in theirs.items() for own, name in _APART}
+        return {**theirs, **apart, **key_map}
+    return key_map
 
 
 def with_aliases(key_map: Mapping, keys: Collection[str], head: int = 0) -> Mapping:

@@ -105,6 +105,70 @@ def test_names_of_diffusers_behind_the_hosts_prefix(family, loras):
     same_patches(model, foreign, loras(file))
 
 
+HUNYUAN = {
+    "transformer_blocks.{}.": ("double_blocks.{}.", {
+        "attn.to_q": ("img_attn.qkv", 0, 64), "attn.to_k": ("img_attn.qkv", 64, 64),
+        "attn.to_v": ("img_attn.qkv", 128, 64), "attn.to_out.0": ("img_attn.proj", 0, 64),
+        "attn.add_q_proj": ("txt_attn.qkv", 0, 64), "attn.add_k_proj": ("txt_attn.qkv", 64, 64),
+        "attn.add_v_proj": ("txt_attn.qkv", 128, 64), "attn.to_add_out": ("txt_attn.proj", 0, 64),
+        "ff.net.0.proj": ("img_mlp.0", 0, 256), "ff.net.2": ("img_mlp.2", 0, 64),
+        "ff_context.net.0.proj": ("txt_mlp.0", 0, 256), "ff_context.net.2": ("txt_mlp.2", 0, 64),
+        "norm1.linear": ("img_mod.lin", 0, 384), "norm1_context.linear": ("txt_mod.lin", 0, 384)}),
+    "single_transformer_blocks.{}.": ("single_blocks.{}.", {
+        "attn.to_q": ("linear1", 0, 64), "attn.to_k": ("linear1", 64, 64), "attn.to_v": ("linear1", 128, 64),
+        "proj_mlp": ("linear1", 192, 256), "proj_out": ("linear2", 0, 64), "norm.linear": ("modulation.lin", 0, 192)}),
+}
+"""Block of diffusers -> (the host's, {layer: (the host's, first row in it, rows)})."""
+
+
+@pytest.mark.parametrize("prefix", ["transformer.", "base_model.model.", "lora_unet_"])
+@pytest.mark.parametrize("family", ["HunyuanVideo", "HunyuanVideo 1.5"])
+def test_hunyuan_video_in_the_names_of_diffusers(family, prefix, loras):
+    """Of finetrainers and of FramePack, whose layers are the same; the host knows none of them. Each to the rows of the
+    host's weight that its name says."""
+    model, rand, file, changes = unsized(family), Rand(1), {}, {}
+    state = model.model.state_dict()
+    for number in range(2):
+        for theirs, (own, layers) in HUNYUAN.items():
+            for name, (layer, first, rows) in layers.items():
+                key, place = f"{theirs}{name}".format(number), f"{own}{layer}".format(number)
+                weight = state[f"diffusion_model.{place}.weight"]
+                up, down = rand(rows, 2), rand(2, weight.shape[1])
+                key = prefix + (key.replace(".", "_") if prefix == "lora_unet_" else key)
+                file |= {f"{key}.lora_up.weight": up, f"{key}.lora_down.weight": down}
+                changes.setdefault(place, torch.zeros(weight.shape))[first:first + rows] += up @ down
+    name = loras(file)
+    assert not stock_finds(model, name)
+    reading = read_ensemble(model, None, (LoRASpec(name, 1.0, 0),), "Merge LoRAs", False)
+    (part,) = reading.parts
+    assert not reading.problems and part.parsed.layers.keys() == changes.keys()
+    for layer, change in changes.items():
+        made = torch.zeros_like(change)
+        for op in part.parsed.layers[layer]:
+            made = op.on_weight(made, 1.0)
+        assert torch.allclose(made, change, atol=1e-4), layer
+
+
+def test_hunyuan_video_in_the_names_of_musubi_tuner(loras):
+    """As it comes out of training, before it is converted."""
+    model = unsized("HunyuanVideo 1.5")
+    ends = {"attn.to_q": "img_attn_q", "attn.to_k": "img_attn_k", "attn.to_v": "img_attn_v",
+            "attn.to_out.0": "img_attn_proj", "attn.add_q_proj": "txt_attn_q", "attn.add_k_proj": "txt_attn_k",
+            "attn.add_v_proj": "txt_attn_v", "attn.to_add_out": "txt_attn_proj", "ff.net.0.proj": "img_mlp_fc1",
+            "ff.net.2": "img_mlp_fc2", "norm1.linear": "img_mod_linear"}
+    shape = {"ff.net.0.proj": (256, 64), "ff.net.2": (64, 256), "norm1.linear": (384, 64)}
+    made = {(number, end): torch.Size(shape.get(end, (64, 64))) for number in range(2) for end in ends}
+    known = lora(made, 1, 2, 1.0, name=lambda key: "transformer.transformer_blocks.{}.{}".format(*key))
+    foreign = lora(made, 1, 2, 1.0, name=lambda key: f"lora_unet_double_blocks_{key[0]}_{ends[key[1]]}")
+    ours, wanted = (read_ensemble(model, None, (LoRASpec(loras(file), 1.0, 0),), "Merge LoRAs", False)
+                    for file in (foreign, known))
+    assert not ours.problems and not wanted.problems
+    (ours,), (wanted,) = ours.parts, wanted.parts
+    assert ours.patches.found.keys() == wanted.patches.found.keys() and len(ours.patches.found) == len(made)
+    for key, patch in wanted.patches.found.items():
+        assert torch.equal(patch.weights[0], ours.patches.found[key].weights[0]), key
+
+
 @pytest.mark.parametrize("prefix", ["diffusion_model.", "base_model.model.", "lora_unet_"])
 def test_layers_that_two_families_have_in_common_are_no_place_for_the_rest(prefix, loras):
     """Qwen-Image has 60 blocks of a width that Flux has too, and names its attention alike: the host finds none of
