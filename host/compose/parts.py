@@ -3,7 +3,7 @@ several in a batch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,21 +14,24 @@ PARTS = "lora_ensemble_parts"
 """What transformer options say of a call: for each part of the batch its area in the latent that the host gave."""
 LOST = ("a node hands parts of the picture to the model, and where they are in it cannot be told: the places of LoRAs "
         "are stretched to each of them")
+Known = dict[Hashable, tuple[Area, ...]]
+"""The areas of the parts of a call, by its number in an evaluation and its shapes."""
 Wrapper = Callable[[Callable, dict], Tensor]
 """A function wrapper, as the host calls it: (the model, what to call it with) -> prediction."""
 
 
-def with_parts(wrapper: Wrapper, aside: Callable[[], bool], placed: bool) -> Wrapper:
+def with_parts(wrapper: Wrapper, aside: Callable[[], bool], placed: bool, known: Known) -> Wrapper:
     """A function wrapper whose calls of the model say which parts of the picture they bring.
 
     aside    whether the evaluation is none of the sampler's: then the picture is evaluated as a whole
     placed   whether it matters where the parts are: they are found by their values, which waits for the device
+    known    what was found in the evaluations before: there they are looked for first, once for all parts of a call
     """
     def wrapped(model: Callable, args: dict) -> Tensor:
         given, whole, cut = args["input"], aside(), []
 
         def call(x: Tensor, timestep: Tensor, **conds) -> Tensor:
-            parts = _parts(x, given, placed)
+            parts = _parts(x, given, placed, known, len(cut))
             if parts is None:
                 return model(x, timestep, **conds)
             cut.append(parts)
@@ -51,15 +54,26 @@ def inside(areas: Sequence[Area], parts: Sequence[Area]) -> list[Area]:
         for k, area in enumerate(areas) for part in (parts[k // each],)]
 
 
-def _parts(x: Tensor, given: Tensor, placed: bool) -> tuple[Area, ...] | None:
-    """The areas in `given` of what a call brings, all rows of one part after those of another; None where it brings
-    what was given, or something else altogether. An area is None where it is not found, or not asked for."""
+def _parts(x: Tensor, given: Tensor, placed: bool, known: Known, number: int) -> tuple[Area, ...] | None:
+    """The areas in `given` of what the call of this number brings, all rows of one part after those of another; None
+    where it brings what was given, or something else altogether. An area is None where it is not found, or not asked
+    for."""
     times, rest = divmod(len(x), len(given))
     if rest or not times or x.ndim != given.ndim or x.shape[1:-2] != given.shape[1:-2] or x.shape == given.shape:
         return None
     if not placed or x.shape[1:] == given.shape[1:]:
         return (None,) * times
-    return tuple(_area(x[k * len(given)], given[0]) for k in range(times))
+    key, parts = (number, x.shape, given.shape), x[::len(given)]
+    if not _there(parts, given[0], known.get(key, ())):
+        known[key] = tuple(_area(part, given[0]) for part in parts)
+    return known[key]
+
+
+def _there(parts: Tensor, picture: Tensor, areas: Sequence[Area]) -> bool:
+    """Whether all parts are where they are said to be."""
+    if not areas or None in areas:
+        return False
+    return torch.equal(parts, torch.stack([picture[..., y:y + high, x:x + wide] for high, wide, y, x in areas]))
 
 
 def _area(part: Tensor, picture: Tensor) -> Area:

@@ -34,7 +34,7 @@ from .earlier import Mark
 from .kept import KeptBetweenCalls
 from .merging import Merging
 from .neighbours import APART
-from .parts import LOST, inside
+from .parts import LOST, Known, inside
 from .places import Area, for_call, values_by_name
 from .routes import RoutedLoRAs, regions_of
 from .steps import StepTracker
@@ -88,6 +88,7 @@ class Run:
         self._apart: dict[nn.Module, bool] = {}
         self._since = time.perf_counter()
         self.areas: dict[UUID | None, Area] = {}
+        self.cuts: Known = {}  # where other nodes have cut the picture
         self.origins: dict[UUID | None, UUID | None] = {}
         self.banked = together(applied)
         self.regions = [regions_of(each, context, device, self._tell)

@@ -137,7 +137,8 @@ def calc_cond_batch(executor, model, conds, x_in, timestep, model_options):
     run.controls.as_they_are = OWN_CONTROLS in model_options
     if (wrapper := model_options.get("model_function_wrapper")) is not None:
         placed = any(regions is not None for regions in run.regions)
-        model_options = {**model_options, "model_function_wrapper": with_parts(wrapper, lambda: run.probing, placed)}
+        wrapper = with_parts(wrapper, lambda: run.probing, placed, run.cuts)
+        model_options = {**model_options, "model_function_wrapper": wrapper}
     plan, sides = run.plan(x_in, timestep, parts_of(conds)), run.sides(conds)
     _in_window(run, model_options.get("transformer_options", {}))
     run.areas.update({entry.get("uuid"): entry.get("area") for cond in conds for entry in cond or ()})

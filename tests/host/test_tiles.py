@@ -152,7 +152,8 @@ def test_latents_that_a_node_goes_over_one_by_one(loras):
 PICTURE = torch.randint(3, (2, 3, 6, 6), generator=torch.Generator().manual_seed(0)).float()  # no value is alone
 
 
-def told(wrapper: Callable, aside: bool = False, placed: bool = True) -> tuple[list, Tensor]:
+def told(wrapper: Callable, aside: bool = False, placed: bool = True, known: dict | None = None
+         ) -> tuple[list, Tensor]:
     """What a model is told of the parts in each call that a function wrapper makes of it for PICTURE, whose prediction
     is its input; and what comes out."""
     calls = []
@@ -162,7 +163,8 @@ def told(wrapper: Callable, aside: bool = False, placed: bool = True) -> tuple[l
         return x
 
     given = {"input": PICTURE, "timestep": torch.ones(2), "c": {"transformer_options": {}}}
-    return calls, parts.with_parts(wrapper, lambda: aside, placed)(model, given)
+    known = {} if known is None else known
+    return calls, parts.with_parts(wrapper, lambda: aside, placed, known)(model, given)
 
 
 def by(make: Callable[[Tensor], Tensor]) -> Callable:
@@ -186,6 +188,35 @@ def test_places_of_parts():
     two = by(lambda picture: torch.cat([picture[..., :3], picture[..., 3:]]))
     assert told(two)[0] == [((6, 3, 0, 0), (6, 3, 0, 3))] and told(two, placed=False)[0] == [(None, None)]
     assert told(by(lambda picture: picture[..., :4] + 1))[0] == [(None,)]
+
+
+def test_parts_are_sought_where_they_were(monkeypatch):
+    """Guard: to seek one anywhere reads the device twice. Here all of a call are read at once, and those that have
+    moved are sought again."""
+    sought, known, equal, area = [], {}, torch.equal, parts._area
+    monkeypatch.setattr(torch, "equal", lambda *pair: sought.append("all of them") or equal(*pair))
+
+    def seek(part, picture):
+        sought.append("anywhere")
+        return area(part, picture)
+
+    monkeypatch.setattr(parts, "_area", seek)
+
+    def tiles(first: int) -> Callable:
+        def wrapper(apply: Callable, args: dict) -> Tensor:
+            for k in (first, first + 1):  # two calls of two tiles
+                apply(torch.cat([args["input"][..., k:k + 3], args["input"][..., 3 - k:6 - k]]), args["timestep"])
+            return args["input"]
+        return wrapper
+
+    def at(first: int) -> list:
+        sought.clear()
+        calls, _ = told(tiles(first), known=known)
+        return [tuple(x for *_, x in call) for call in calls]
+
+    assert at(0) == [(0, 3), (1, 2)] and sought.count("anywhere") == 4
+    assert at(0) == [(0, 3), (1, 2)] and sought == ["all of them"] * 2
+    assert at(1) == [(1, 2), (2, 1)] and sought.count("anywhere") == 4
 
 
 def test_in_an_evaluation_aside_the_picture_is_evaluated_once_and_as_a_whole():
