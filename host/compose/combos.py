@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import product
 from math import prod
 
+from ...engine.adapters import Decomposed
+from ...engine.bank import Bank
 from ...kernels.branch import Branch
 
 MOST = 4096
@@ -72,3 +74,17 @@ def together(applied: Sequence) -> list[Joined]:
 def any_of(flags: Sequence[Sequence[bool]]) -> tuple[bool, ...]:
     """For every combination, whether one of its branches has its flag up."""
     return tuple(any(each) for each in product(*flags))
+
+
+def magnitudes_above(banked: Sequence[Joined], banks: Sequence[Bank]) -> Iterator[tuple[str, str]]:
+    """(adapter, layer) of each DoRA on a layer that an earlier method changes: its magnitudes are worked out from the
+    weight as the host has it."""
+    beneath: set[str] = set()
+    for joined, bank in zip(banked, banks, strict=True):
+        own = {a for adapters in joined.adapters for a in adapters}
+        changed = {name: own & site.adapters for name, site in bank.sites.items()}
+        for name, found in changed.items():
+            for a in found if name in beneath else ():
+                if any(isinstance(op, Decomposed) for op in bank.sites[name].ops(a)):
+                    yield bank.names[a], name
+        beneath |= {name for name, found in changed.items() if found}

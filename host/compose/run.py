@@ -28,7 +28,7 @@ from ..families.row_order import one_row_only, row_order
 from ..families.token_order import token_order
 from .applied import Applied
 from .cache import BranchCache, CacheSpec, Combo
-from .combos import Joined, any_of, combinations, together
+from .combos import Joined, any_of, combinations, magnitudes_above, together
 from .control import Controls
 from .earlier import Mark
 from .kept import KeptBetweenCalls
@@ -175,8 +175,12 @@ class Run:
         if root not in self._routed:
             order, seen = row_order(root) or (lambda layer, entries, rows: None), compiled()
             flat = (tokens := token_order(root)) is not None and tokens.axis == 0
+            found = banks()
+            for adapter, layer in magnitudes_above(self.banked, found):
+                self._problem(adapter, layer, "a DoRA goes by the weight without the LoRAs of the method before it; "
+                                              "in one ensemble with them it counts them in, as a chain of loaders does")
             forwards = [RoutedForwards(root, bank, reader, self._problem, k, order, seen, lasting, layers, flat)
-                        for k, bank in enumerate(banks())]
+                        for k, bank in enumerate(found)]
             self._routed[root] = forwards
             for routed in forwards:
                 routed.install()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lora_ensemble.host.compose.composition import KEY
+from lora_ensemble.host.compose.composition import KEY, record_of
 from lora_ensemble.host.files.ensemble import LoRASpec
 
 from .builders import Rand, composite, hooked, kohya, lora, merge, same, sample, shapes, stock
@@ -256,3 +256,18 @@ def test_diffusers_keys_of_unets(loras):
         assert len(targets) > 10
         check([LoRASpec(loras(lora(targets, 1, name=str, down="lora_A.weight", up="lora_B.weight")), 0.8, 0)],
               model, family)
+
+
+def test_a_dora_of_a_second_method_says_what_it_goes_by(loras):
+    """In one ensemble, or below the other method, it is the chain of loaders."""
+    model = base("SD15")
+    low, high = (LoRASpec(loras(file_of(weights(LINEAR), EVERYWHERE[kind], seed)), 0.7, 0)
+                 for seed, kind in ((1, "LoRA"), (2, "DoRA")))
+    plain = sample(model, steps=1)
+    for ours, order in ((merge(model, [low, high]), [low, high]), (merge(merge(model, [high]), [low]), [high, low])):
+        same(sample(ours, steps=1), sample(stock(model, order), steps=1), plain)
+        assert record_of(ours).problems == []
+    ours = merge(merge(model, [low]), [high])
+    sample(ours, steps=1)
+    (found,) = record_of(ours).problems
+    assert found.startswith(f"{high.name}: ") and "in one ensemble" in found
