@@ -33,6 +33,7 @@ from .reading import (
     Part,
     Patches,
     Reading,
+    check_some,
     facts_of,
     left_out,
     on_its_weights,
@@ -271,6 +272,7 @@ def _shared(model, clip, ensemble: Ensemble, node: str, on_weights: bool, yields
     """(what the ensemble's files do, the bank as a model of its own): as `read_ensemble` and a new bank would give
     them, but read and built only where no node has done so. What is kept of the files has no tensors but those that the
     bank lacks. `yields`: styles yield to backgrounds."""
+    check_some(ensemble, node)  # here too: what is kept of an ensemble without effect is kept of none
     used = [spec for spec in ensemble if spec.acts]
 
     def make() -> tuple[Bank, Reading, int]:
