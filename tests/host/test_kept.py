@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from weakref import ref
 
 import comfy.model_management
 import pytest
@@ -286,3 +287,17 @@ def test_only_a_few_calls_are_in_vain():
         assert ("store" in outs[-1]) is used
         guard.close()
     assert ["made anew 3 times" in told[0], "made anew 1 time " in told[1], "not used" in told[2]] == [True] * 3
+
+
+def test_rows_that_all_have_the_same_are_one_whatever_their_number():
+    """A guider evaluates its sides in one call or in two, as memory allows. Nothing leads back to the model at the end.
+    """
+    forgot, guard, root = [], KeptBetweenCalls(pytest.fail), nn.Linear(1, 1)
+    store = SimpleNamespace(free=lambda: forgot.append(1), slots=[])
+    for rows in (("a",), ("a", "a"), ("a",)):
+        guard.arrange(root, {"store": store}, rows, 1, (None,) * len(rows))
+    assert len(forgot) == 1, "before the first call alone"
+    guard.close()
+    known = ref(root)
+    del root
+    assert len(forgot) == 2 and known() is None

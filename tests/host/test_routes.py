@@ -9,6 +9,7 @@ import pytest
 import torch
 from lora_ensemble.engine.positions import Places
 from lora_ensemble.host.compose.placing import Routed
+from lora_ensemble.host.compose.probe import Reading
 from lora_ensemble.host.compose.routes import RoutedLoRAs
 from lora_ensemble.host.words.marked import PROMPT
 from lora_ensemble.kernels.branch import Branch, Step
@@ -224,6 +225,22 @@ def test_there_is_nothing_to_look_for():
     ours, _ = regions(masks=(LEFT, None))
     called(ours, [cond(BOTH)])
     assert not ours.idle and ours.probes(Step(0, 4, 1.0))
+
+
+def test_of_an_evaluation_that_left_blocks_out_nothing_is_taken(monkeypatch):
+    """A cache's: what its other blocks attend to is not what all of them do. Each model has its own number of them."""
+    ours, root, names, seen = regions()[0], nn.Module(), [uuid4(), uuid4()], []
+    monkeypatch.setattr(ours, "see", lambda name, found: seen.append((name, float(found.mean()))))
+    found = torch.cat([torch.ones(2, 3, 1, 8, 8), 2 * torch.ones(2, 3, 1, 8, 8)])
+
+    def done(count: int, root: nn.Module = root, found: Tensor | None = found) -> list:
+        seen.clear()
+        Reading(ours, root, SimpleNamespace(count=count, found=[], mean=lambda wanted: found), names, 2).done()
+        return list(seen)
+
+    both = [(names[0], 1.0), (names[1], 2.0)]
+    assert done(4) == both and done(3) == [] and done(0) == [] and done(4) == both
+    assert done(3, nn.Module()) == both and done(4, found=None) == []
 
 
 def test_rows_that_are_read():
