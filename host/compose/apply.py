@@ -29,7 +29,6 @@ from .composition import KEY, Composition
 from .placing import Placing, Routed
 from .prompts import Asked
 from .reading import (
-    ParsedLoRA,
     Part,
     Patches,
     Reading,
@@ -37,6 +36,7 @@ from .reading import (
     facts_of,
     left_out,
     on_its_weights,
+    otherwise,
     read_ensemble,
     without_effect,
 )
@@ -155,7 +155,7 @@ def _on_weights(model, parts: list[Part], rest_on_weights: bool, problems: list[
     new_model = model.clone()
     for part in parts:
         on_weights = on_its_weights(part.spec, rest_on_weights)
-        problems += left_out(part, on_weights)
+        problems += left_out(part, on_weights) + otherwise(part)
         if on_weights and part.parsed.left_out:
             rest = {key: part.patches.found[key] for key, _ in part.parsed.left_out}
             new_model.add_patches(rest, part.spec.strength_model)
@@ -280,7 +280,7 @@ def _shared(model, clip, ensemble: Ensemble, node: str, on_weights: bool, yields
         names = tuple(part.spec.name for part in reading.parts)
         bank = Bank(_yielding(reading) if yields else [part.parsed.layers for part in reading.parts], names,
                     compute_dtype(model))
-        notes = Reading([Part(_index(used, part.spec), _rest(part), ParsedLoRA(left_out=part.parsed.left_out))
+        notes = Reading([Part(_index(used, part.spec), _rest(part), replace(part.parsed, layers={}))
                          for part in reading.parts],
                         [(_index(used, spec), text) for spec, text in reading.texts], reading.problems)
         tensors = [part.patches for part in notes.parts] + [text for _, text in notes.texts]

@@ -142,6 +142,11 @@ def left_out(part: Part, on_weights: bool) -> list[str]:
     return _lines(part.spec, part.parsed.left_out, done)
 
 
+def otherwise(part: Part) -> list[str]:
+    """One line per reason for what a LoRA does otherwise than by ComfyUI's loader."""
+    return _lines(part.spec, part.parsed.otherwise, "applied as trained")
+
+
 _FIRST_LAYERS: dict[str, tuple[int, ...] | None] = {
     "diffusion_model.img_in.weight": (2, 6),  # Flux: a picture, or a picture and its mask in full resolution
     "diffusion_model.img_in.proj.weight": None,  # HunyuanVideo

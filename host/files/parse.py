@@ -69,10 +69,12 @@ class ParsedLoRA:
 
     layers     layer name (below the diffusion model) -> ops
     left_out   (loader key, reason) for each patch that no forward can express
+    otherwise  (loader key, reason) for each that is not what the host's loader makes of it
     """
 
     layers: dict[str, list[Op]] = field(default_factory=dict)
     left_out: list[tuple[object, str]] = field(default_factory=list)
+    otherwise: list[tuple[object, str]] = field(default_factory=list)
 
 
 class _Inexpressible(Exception):
@@ -192,6 +194,9 @@ def parse(patches: Patches, model: nn.Module, on_weights: Collection[str] = ()) 
                 raise _Inexpressible("another LoRA enlarges the layer")
             layer, op = _op(name, span, rows, patch, model)
             parsed.layers.setdefault(layer, []).append(op)
+            if not isinstance(patch, tuple) and patch.name == "lokr" and _scrambled(patch.weights[1]):
+                parsed.otherwise.append((key, "a LoKr of a convolution in one or three dimensions, whose values "
+                                              "ComfyUI's own loader puts in other places than trainers do"))
         except _Inexpressible as reason:
             parsed.left_out.append((key, str(reason)))
     return parsed
@@ -310,6 +315,12 @@ def _halves(w1, w1_a, w1_b, w2, w2_a, w2_b, t2) -> tuple[Tensor, Tensor]:
     if w2 is None:
         w2 = w2_a @ w2_b if t2 is None else tucker(t2, w2_a, w2_b)
     return w1, w2
+
+
+def _scrambled(w2: Tensor | None) -> bool:
+    """Whether the host's loader lays out a LoKr otherwise than LyCORIS and the host's own trainer: it multiplies a
+    matrix by a kernel without giving it the kernel's dimensions, but for two."""
+    return w2 is not None and w2.ndim in (3, 5)
 
 
 def _lokr(values, shape, geometry: Geometry, span: Span, rows: Callable | None) -> Op:

@@ -7,6 +7,7 @@ import torch
 from lora_ensemble.host.compose.composition import KEY, record_of
 from lora_ensemble.host.files.ensemble import LoRASpec
 
+from .any_model import any_model
 from .builders import Rand, composite, hooked, kohya, lora, merge, same, sample, shapes, stock
 from .kinds import (
     CONVOLUTIONS,
@@ -22,6 +23,8 @@ from .kinds import (
     replacement,
 )
 from .models import FAMILIES, base
+from .small_video import SMALL
+from .test_parity_families import drawn, layers_of
 
 LINEAR = ("attn1.to_q", "attn2.to_k", "attn1.to_out.0", "ff.net.0.proj", "time_embed.0", "emb_layers.1")
 POINTWISE = ("proj_in", "proj_out", "skip_connection")
@@ -271,3 +274,20 @@ def test_a_dora_of_a_second_method_says_what_it_goes_by(loras):
     sample(ours, steps=1)
     (found,) = record_of(ours).problems
     assert found.startswith(f"{high.name}: ") and "in one ensemble" in found
+
+
+@pytest.mark.parametrize("name", ["Stable Audio", "Wan"])
+def test_lokr_of_convolutions_in_one_and_three_dimensions(name, loras):
+    """As trained (LyCORIS' make_kron, and the host's own trainer), where the host's loader scrambles it; and said."""
+    model, rand = any_model(SMALL[name]), Rand(1)
+    layers = {layer: shape for layer, shape in layers_of(model).items() if len(shape) in (3, 5)}
+    made, dense = {}, {}
+    for layer, shape in layers.items():
+        values = lokr(torch.empty(shape), rand)
+        made |= {f"{layer}.{end}": value for end, value in values.items()}
+        small, large = values["lokr_w1"], values["lokr_w2"]
+        dense[f"{layer}.diff"] = torch.einsum("pq,st...->psqt...", small, large).reshape(shape)
+    ours = merge(model, [LoRASpec(loras(made), 0.7, 0)])
+    same(drawn(ours, 1, 1.0), drawn(stock(model, [LoRASpec(loras(dense), 0.7, 0)]), 1, 1.0), drawn(model, 1, 1.0), 1e-4)
+    (problem,) = record_of(ours).problems
+    assert "LoKr" in problem and "applied as trained" in problem
