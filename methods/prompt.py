@@ -7,6 +7,7 @@ grow to the whole clause that holds them: a trigger alone rarely means anything 
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,7 +21,8 @@ class PromptTokens:
 
     text     without marks; weights are still in it, and all places are places in this text
     length   tokens of the conditioning
-    words    (start, end, tokens): a word or sign, and the positions of its tokens, none where it was cut off
+    words    (start, end, tokens), in the order of the text: a word or sign, and the positions of its tokens, none where
+             it was cut off
     rows     (start, end, row): what the user marked, row 1 being the first LoRA
     reason   why the positions are not known, a sentence; then there are no words
     beside   the same for other tensors of the conditioning that hold tokens, by their key in its dict
@@ -35,8 +37,9 @@ class PromptTokens:
 
     def tokens(self, start: int, end: int) -> tuple[int, ...]:
         """The sorted positions of all words that a range touches."""
-        return tuple(sorted({token for first, last, tokens in self.words if first < end and last > start
-                             for token in tokens}))
+        touched = range(bisect_right(self.words, start, key=lambda word: word[1]),
+                        bisect_left(self.words, end, key=lambda word: word[0]))
+        return tuple(sorted({token for at in touched for token in self.words[at][2]}))
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from unicodedata import normalize
 
-from .prompt_text import Range
+from .prompt_text import TOUCHING, Range
 
 _PLACES = (
     r"(?:to|on|at|in|from) the (?:far )?(?:left|right|top|bottom|side|back|front|middle|cent(?:er|re)|background"
@@ -28,6 +29,12 @@ _EMPTY = re.compile(rf"{_ARTICLES}|{_LINK.pattern}|is|are|was|were|be|has|have|i
                     re.IGNORECASE)
 
 _SIDE = re.compile(r"left|right|middle|cent(?:er|re)", re.IGNORECASE)
+
+
+def _either(char: str) -> str:
+    """A pattern for a letter with an accent, in one character or two, as some systems write it; else for itself."""
+    apart = normalize("NFD", char)
+    return re.escape(char) if apart == char else f"(?:{re.escape(char)}|{re.escape(apart)})"
 
 
 @dataclass
@@ -51,15 +58,17 @@ class Search:
     mentions: list[Mention] = field(default_factory=list)
 
     def spans(self, phrase: str) -> Iterator[Range]:
-        """Every mention of a phrase, whatever its case; blanks and underscores are one. The parentheses of a tag, `a
-        (b)`, may have backslashes or not: a prompt without them means weights, which are blanks here."""
+        """Every mention of a phrase, whatever its case; blanks and underscores are one. It is no part of a longer word,
+        but may touch letters of scripts that put no spaces between words, or particles at their ends. The parentheses
+        of a tag, `a (b)`, may have backslashes or not: a prompt without them means weights, which are blanks here."""
         phrase = re.sub(r"\\([()])", r"\1", phrase)
         blank = r"\s_()" if any(map(str.isalnum, phrase)) else r"\s_"
         parts = re.split(rf"([{blank}]+)", phrase.strip(" _()" if "(" in blank else " _"))
         if any(parts):
             first, last, gaps = parts[0][0], parts[-1][-1], "".join(parts[1::2])
-            edges = [r"(?<![^\W_])" if first.isascii() else "", r"(?![^\W_])" if last.isascii() else ""]
-            parts[::2] = map(re.escape, parts[::2])
+            edges = [rf"(?<![^\W_{TOUCHING}])" if first.isascii() else "",
+                     rf"(?![^\W_{TOUCHING}]|[\u0300-\u036f])" if last.isascii() else ""]
+            parts[::2] = ["".join(map(_either, normalize("NFC", part))) for part in parts[::2]]
             parts[1::2] = [rf"[{blank}]+" if {"(", ")"} & {*gap} else r"[\s_]+" for gap in parts[1::2]]
             pattern = edges[0] * first.isalnum() + "".join(parts) + edges[1] * last.isalnum()
             pattern += r"(?:\s?\))?" * ("(" in gaps)  # the blank is a backslash's

@@ -11,6 +11,10 @@ _LORA = re.compile(r"<lora\b[^<>]*>?", re.IGNORECASE)
 _EMPTY = re.compile(r"(?<!\\)\((?:\s*|\s*:\s*[-+\d.eE]+\s*)(?<!\\)\)")
 _WEIGHTED = re.compile(r"(?<!\\)\(([^()]*):\s*[-+]?(?:\d+\.?\d*|\.\d+)\s*(?<!\\)\)")
 _EAST = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"  # scripts that put no spaces between words
+TOUCHING = f"{_EAST}\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\uac00-\ud7a3"
+"""Letters, for a pattern's brackets, that may stand at a Latin word with no space between: of scripts that put none,
+and Korean, which puts particles at the ends of words."""
+
 _PIECE = re.compile(rf"(?<!\S)embedding:[^\s<\[,]+|[^\W{_EAST}]+|\S")
 
 Range = tuple[int, int]

@@ -100,6 +100,35 @@ def test_clauses(text, words, own, others):
         assert clause.tokens == prompt.tokens(clause.start, clause.end) != ()
 
 
+@pytest.mark.parametrize(("text", "typed", "clause"), [
+    ("一个ohwx女人，蓝色的狗", "ohwx", "一个ohwx女人"), ("赤い髪のohwxの女性、青い犬", "ohwx", "赤い髪のohwxの女性"),
+    ("ohwx를 입은 여자, 개", "ohwx", "ohwx를 입은 여자"), ("ผู้หญิงohwxสวย, หมา", "ohwx", "ผู้หญิงohwxสวย"),
+    ("a cafe\u0301 woman, dog", "caf\u00e9 woman", "a cafe\u0301 woman"),
+    ("a caf\u00e9 woman, dog", "cafe\u0301 woman", "a caf\u00e9 woman"),
+])
+def test_a_trigger_is_found_beside_scripts_without_spaces_and_however_accents_are_written(text, typed, clause):
+    found = find_clauses(prompt_of(text), loras_of((typed,)))
+    assert [own.text for own in found.loras[0].clauses] == [clause] and len(found.others) == 1
+
+
+@pytest.mark.parametrize(("text", "typed"), [("ohwxes, xohwx, ohwx1", "ohwx"), ("a cafe\u0301", "cafe")])
+def test_a_trigger_is_no_part_of_a_longer_word(text, typed):
+    assert not find_clauses(prompt_of(text), loras_of((typed,))).loras[0].clauses
+
+
+def test_tokens_of_a_range_are_those_of_the_words_that_it_touches():
+    random, words, at = Random(4), [], 0
+    for k in range(40):
+        start = at + random.randrange(3)
+        at = start + random.randint(1, 4)
+        words.append((start, at, tuple(random.sample(range(50), k % 4))))
+    prompt = PromptTokens("x" * at, 50, tuple(words))
+    for start in range(at + 2):
+        for end in range(start, at + 2):
+            touched = {token for first, last, own in words if first < end and last > start for token in own}
+            assert prompt.tokens(start, end) == tuple(sorted(touched))
+
+
 def test_marks_beat_typed_words_and_those_beat_the_files():
     prompt = prompt_of("[1: a woman], ohwx person, trg dog")
     lora = LoRAWords("x", "ohwx", ("trg",))

@@ -15,9 +15,10 @@ from numbers import Integral
 from typing import Any
 
 from ...methods.prompt_text import Letter, Range, letters, pieces
+from .beginnings import spans_of_beginnings
 
 _STAND_IN = "qzxjkv"  # stands for the user's text, to see what a template puts around it
-_NEWLINE = re.compile(r"\s*\n\s*")
+_NEWLINE = re.compile(r"\n\s*")
 _UNKNOWN = "the text encoder changes the prompt before it is tokenized"
 
 Place = tuple[int, int]
@@ -43,22 +44,9 @@ class _Asked:
             offsets = self.by(self.text, **self.arguments, return_offsets_mapping=True)["offset_mapping"]
             if len(offsets) == len(self.ids):
                 return [(start, end) for start, end in offsets]
-        return self._spans_of_beginnings()
-
-    def _spans_of_beginnings(self) -> list[Range]:
-        """The tokens of a text's beginning are the beginning of its tokens, as far as they agree."""
-        spans: list[Range] = [(0, 0)] * self._agree("")
         edges = {end for _, end in pieces(self.text)} | {found.end() for found in _NEWLINE.finditer(self.text)}
-        before = 0
-        for edge in sorted(edges):
-            spans += [(before, edge)] * (self._agree(self.text[:edge]) - len(spans))
-            before = edge
-        return spans + [(before, len(self.text))] * (len(self.ids) - len(spans))
-
-    def _agree(self, beginning: str) -> int:
-        ids = self.by(beginning, **self.arguments)["input_ids"]
-        return next((at for at, (one, other) in enumerate(zip(ids, self.ids, strict=False)) if one != other),
-                    min(len(ids), len(self.ids)))
+        return spans_of_beginnings(lambda text: self.by(text, **self.arguments)["input_ids"], self.text, self.ids,
+                                   sorted(edges))
 
 
 class _Token(int):
@@ -198,10 +186,10 @@ def _placed(asked: Sequence[_Asked], before: str, after: str, text: str) -> dict
             end = len(whole) - len(after)
             characters, whole = characters[len(head):end], whole[len(head):end]
             break
-    readings = [[letter for segment in letters(text) for letter in segment], letters(text, weights=False)[0],
-                [Letter(char, at) for at, char in enumerate(text)]]
+    readings = (lambda: [letter for segment in letters(text) for letter in segment],
+                lambda: letters(text, weights=False)[0], lambda: [Letter(char, at) for at, char in enumerate(text)])
     for reading in readings:
-        places = _matched(whole, reading)
+        places = _matched(whole, reading())
         if places is not None:
             return {characters[at]: place for at, place in places}
     return None

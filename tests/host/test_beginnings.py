@@ -1,0 +1,54 @@
+"""Where tokens stand in a text whose tokenizer does not say it: long texts in parts, against one look at the whole."""
+
+from __future__ import annotations
+
+from random import Random
+
+import pytest
+from lora_ensemble.host.words import beginnings
+from lora_ensemble.host.words.beginnings import spans_of_beginnings
+from lora_ensemble.methods.prompt_text import pieces
+
+KNOWN = sorted(("_red", "_woman", "_dog", "_a", "_", "red", "wo", "man", "dog", ", ", "_,", "红色", "的", "狗", "红",
+                "___"), key=len, reverse=True)
+PARTS = ("red", " woman", " dog", " a", ",", " ", "  ", "\n", "红色", "的", "狗", "x", "woman", "é",
+         "\U0001f469\u200d\U0001f469")
+
+
+class Tokenizer:
+    """As sentencepiece: a blank before the text, the longest word that is known, an end; `read` counts characters."""
+
+    def __init__(self, begins: int, ends: int):
+        self.begins, self.ends, self.read = begins, ends, 0
+
+    def __call__(self, text: str) -> list[int]:
+        self.read += len(text)
+        text, ids = "_" + text.replace(" ", "_").replace("\n", "_") if text else "", [1] * self.begins
+        while text:
+            found = next((word for word in KNOWN if text.startswith(word)), text[0])
+            ids.append(hash(found))
+            text = text[len(found):]
+        return ids + [2] * self.ends
+
+
+def spans(text: str, tokenizer: Tokenizer) -> list:
+    edges = sorted({end for _, end in pieces(text)})
+    return spans_of_beginnings(tokenizer, text, tokenizer(text), edges)
+
+
+@pytest.mark.parametrize(("begins", "ends"), [(0, 0), (1, 0), (0, 1), (1, 1)])
+def test_parts_say_what_the_whole_says(begins, ends, monkeypatch):
+    random, tokenizer = Random(1), Tokenizer(begins, ends)
+    texts = ["", " ", "red", "red woman" * 20, *("".join(random.choices(PARTS, k=60)) for _ in range(200))]
+    whole = [spans(text, tokenizer) for text in texts]
+    read = tokenizer.read
+    monkeypatch.setattr(beginnings, "LONG", 16)
+    assert [spans(text, tokenizer) for text in texts] == whole
+    assert tokenizer.read - read < read / 2, "no text was read in parts"
+
+
+@pytest.mark.parametrize("text", ["a red woman, " * 1500, "红色的狗，" * 4000], ids=["words", "without blanks"])
+def test_a_long_text_is_not_read_from_its_beginning_for_every_word(text):
+    tokenizer = Tokenizer(1, 1)
+    found = spans(text, tokenizer)
+    assert len(found) == len(tokenizer(text)) and tokenizer.read < 500 * len(text)
