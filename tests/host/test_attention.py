@@ -9,6 +9,7 @@ from lora_ensemble.host.compose.attention import OVERRIDE, AttentionReader
 from lora_ensemble.host.families.attention import MOST, chosen, joint
 from lora_ensemble.host.families.token_order import token_order
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .blocks import Transformer
 from .disturbed import newest, skipped_where_older
@@ -175,6 +176,24 @@ def test_words_that_no_attention_tells(name):
 
     kind.call(model, {OVERRIDE: override}, rows=1)
     assert not [size for size in sizes if joint(model, seen.tokens.streams, *size)]
+
+
+@pytest.mark.parametrize("film", [False, True])
+def test_calls_of_several_sizes_count_alike(film):
+    """On the finest grid, whichever came first; as one by one, so summed by their size."""
+    grids = [(2 * film + 1, n, n) for n in (4, 8, 2)]
+    calls = [torch.rand(2, 3, *grids[k], generator=torch.Generator().manual_seed(seed))
+             for seed, k in enumerate((0, 1, 1, 2, 0, 0, 2))]
+    wide = [F.interpolate(call, grids[1], mode="trilinear") for call in calls]
+    reader = AttentionReader(nn.Module(), None, slice(0, 2), torch.zeros(2, 3, 5))
+    assert reader.mean() is None
+    reader.found = list(calls)
+    for some in (range(7), (0, 1), (3, 1), (6, 3, 0, 2)):
+        assert torch.allclose(reader.mean(some), torch.stack([wide[k] for k in some]).mean(0), atol=1e-6), some
+    reader.found = []
+    for some in ((0, 4, 5), (3, 6), (1, 2)):
+        reader._means.append((len(some), torch.stack([calls[k] for k in some]).mean(0)))
+    assert torch.allclose(reader.mean(), torch.stack(wide).mean(0), atol=1e-6)
 
 
 def test_which_calls_are_read():
