@@ -6,7 +6,7 @@ import pytest
 import torch
 from lora_ensemble.host.compose import attention
 from lora_ensemble.host.compose.attention import OVERRIDE, AttentionReader
-from lora_ensemble.host.families.attention import MOST, chosen, joint
+from lora_ensemble.host.families.attention import MOST, Joint, chosen, joint
 from lora_ensemble.host.families.token_order import token_order
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -194,6 +194,19 @@ def test_calls_of_several_sizes_count_alike(film):
     for some in ((0, 4, 5), (3, 6), (1, 2)):
         reader._means.append((len(some), torch.stack([calls[k] for k in some]).mean(0)))
     assert torch.allclose(reader.mean(), torch.stack(wide).mean(0), atol=1e-6)
+
+
+def test_calls_that_lack_rows_are_passed_over_and_few_are_held(monkeypatch):
+    """Sums are made when so many bytes are held, and then anew from none."""
+    q, k = torch.randn(2, 2, 16, 8), torch.randn(2, 2, 5, 8)
+    monkeypatch.setattr(attention, "joint", lambda *_: Joint((0, 16), (0, 5), (1, 4, 4)))
+    monkeypatch.setattr(attention, "HELD", int(2.5 * q.nbytes))
+    reader = AttentionReader(nn.Module(), None, slice(0, 2), torch.ones(2, 1, 5), range(99))
+    override = reader.options({})[OVERRIDE]
+    for rows in (2, 2, 2, 1, 2, 2, 2, 2):
+        override(lambda *_, **__: None, q[:rows], k[:rows], k[:rows], 2, skip_reshape=True)
+    assert [calls for calls, _ in reader._means] == [3, 3] and reader.count == 8
+    assert torch.allclose(reader.mean(), torch.ones(2, 1, 1, 4, 4)) and [n for n, _ in reader._means] == [3, 3, 1]
 
 
 def test_which_calls_are_read():
