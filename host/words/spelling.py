@@ -215,13 +215,16 @@ def _matched(whole: str, reading: Sequence[Letter]) -> list[tuple[int, int]] | N
 def _ranges(sections: Sequence[Sequence[tuple]], places: Mapping[tuple[int, int], int]
             ) -> Iterator[tuple[Place, Range]]:
     spans: dict[int, list[Range]] = {}
+    found: dict[tuple[int, int, int], Range | None] = {}  # thousands of tokens may stand for one stretch of blanks
     for section, entries in enumerate(sections):
         for index, (token, *_) in enumerate(entries):
             if isinstance(token, (_Token, _Embedding)):
                 asked = token.asked
                 if asked.at not in spans:
                     spans[asked.at] = asked.spans()
-                start, end = spans[asked.at][token.index]
-                found = [places[asked.at, at] for at in range(start, end) if (asked.at, at) in places]
-                if found:
-                    yield (section, index), (min(found), max(found) + 1)
+                stretch = (asked.at, *spans[asked.at][token.index])
+                if stretch not in found:
+                    at = [places[asked.at, at] for at in range(*stretch[1:]) if (asked.at, at) in places]
+                    found[stretch] = (min(at), max(at) + 1) if at else None
+                if found[stretch] is not None:
+                    yield (section, index), found[stretch]

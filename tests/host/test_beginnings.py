@@ -7,6 +7,7 @@ from random import Random
 import pytest
 from lora_ensemble.host.words import beginnings
 from lora_ensemble.host.words.beginnings import spans_of_beginnings
+from lora_ensemble.host.words.spelling import _Asked, _ranges, _Token
 from lora_ensemble.methods.prompt_text import pieces
 
 KNOWN = sorted(("_red", "_woman", "_dog", "_a", "_", "red", "wo", "man", "dog", ", ", "_,", "红色", "的", "狗", "红",
@@ -52,3 +53,23 @@ def test_a_long_text_is_not_read_from_its_beginning_for_every_word(text):
     tokenizer = Tokenizer(1, 1)
     found = spans(text, tokenizer)
     assert len(found) == len(tokenizer(text)) and tokenizer.read < 500 * len(text)
+
+
+class Counted(dict):
+    """Counts how often it is asked."""
+
+    asked = 0
+
+    def __contains__(self, key: object) -> bool:
+        self.asked += 1
+        return super().__contains__(key)
+
+
+def test_a_stretch_of_thousands_of_tokens_is_looked_at_once():
+    text = f"red{chr(10) * 3000}dog"
+    numbers = [ord(char) for char in text]
+    asked = _Asked(text, 0, lambda text: {"input_ids": [ord(char) for char in text]}, numbers)
+    places = Counted({(0, at): at for at in range(len(text))})
+    found = dict(_ranges([[(_Token.of(number, asked, at), 1.0) for at, number in enumerate(numbers)]], places))
+    assert found[0, 0] == (0, 3) and found[0, 3] == found[0, 3002] == (3, 3003) and found[0, 3005] == (3003, 3006)
+    assert len(found) == len(text) == places.asked

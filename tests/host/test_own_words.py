@@ -9,6 +9,7 @@ import comfy.model_management
 import comfy.sd
 import pytest
 import torch
+from comfy_extras.nodes_model_merging import CLIPMergeSimple
 from lora_ensemble.host.compose.prompts import search
 from lora_ensemble.host.files.ensemble import LoRASpec
 from lora_ensemble.host.look.report import Placed, _words
@@ -165,6 +166,19 @@ def test_without_a_dict_it_is_merged():
     """Such a conditioning brings no words along, so that no LoRA has a place of its own either."""
     one = owning()
     assert torch.equal(one.encode_from_tokens(one.tokenize(TEXT)), encoded(patched("SD1", 1, 2, 3), TEXT)[0])
+
+
+def test_weights_that_are_saved_and_merged_into_another_text_encoder_have_all_changes():
+    merged, other = patched("SD1", 1, 2, 3), patched("SD1", 4)
+    owns, whole = (encoded(CLIPMergeSimple().merge(other, each, 0.3)[0], TEXT) for each in (owning(), merged))
+    assert torch.equal(owns[0], whole[0]) and OWN not in owns[1]
+    assert not torch.equal(whole[0], encoded(CLIPMergeSimple().merge(other, made(), 0.3)[0], TEXT)[0])
+    saved = []
+    for one in (owning(), merged, made()):  # as CLIPSave does
+        comfy.model_management.load_models_gpu([one.load_model()], force_patch_weights=True)
+        saved.append({key: value.clone() for key, value in one.get_sd().items()})
+    assert all(torch.equal(saved[0][key], saved[1][key]) for key in saved[1])
+    assert any(not torch.equal(saved[2][key], saved[1][key]) for key in saved[1])
 
 
 @pytest.mark.host_api
