@@ -40,7 +40,7 @@ from .sockets import (
     model_output,
     schema,
 )
-from .unused import unused
+from .unused import unused, unused_of
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -166,7 +166,7 @@ def composed(model: ModelPatcher, clip: CLIP | None, ensemble: Ensemble, method:
     if reason and model.get_attachment(KEY) is not None:
         model = with_reason(model, f"{NODE} took {name}: {reason}")
     head = [f"auto: {name}, {reason}"] if reason else [name, *unused(node.define_schema(), given)]
-    return model, clip, "\n".join([*head, *_lines(ensemble, name == "Routed")])
+    return model, clip, "\n".join([*head, *_lines(ensemble, name == "Routed", clip is not None)])
 
 
 def defaults(node: type[io.ComfyNode]) -> dict[str, Any]:
@@ -174,9 +174,10 @@ def defaults(node: type[io.ComfyNode]) -> dict[str, Any]:
     return {part.id: part.default for part in node.define_schema().inputs if getattr(part, "default", None) is not None}
 
 
-def _lines(ensemble: Ensemble, by_words: bool) -> list[str]:
-    """A line per LoRA: its number, which prompts count by, its strength, and what it is placed by."""
-    return [f"{number}  {lora.name}: {_about(lora, words, by_words)}"
+def _lines(ensemble: Ensemble, by_words: bool, with_clip: bool) -> list[str]:
+    """A line per LoRA: its number, which prompts count by, its strength, what it is placed by, what is set in vain."""
+    return [f"{number}  {lora.name}: " + ", ".join([_about(lora, words, by_words),
+                                                    *(unused_of(lora, by_words, with_clip) if lora.acts else ())])
             for number, (lora, words) in enumerate(zip(ensemble, lora_words(ensemble), strict=True), 1)]
 
 

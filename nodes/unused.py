@@ -10,10 +10,11 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..host.compose.composition import KEY, Composition
-from ..host.files.ensemble import ALWAYS, Ensemble
+from ..host.files.ensemble import ALWAYS, Ensemble, LoRASpec
 from ..host.files.header_alphas import passed_over
 from ..host.files.metadata import proposal, unread_beside
 from ..host.guidance.apply import KEY as GUIDANCE
+from ..host.guidance.apply import Guidance
 from ..methods.cmlora import LOW_FREQUENCY
 from ..methods.selection import sides
 from .said import say
@@ -97,8 +98,7 @@ def unused(schema: io.Schema, given: Given) -> list[str]:
     """
     defaults = {part.id: getattr(part, "default", None) for part in schema.inputs}
     given = {**defaults, **given}
-    out = [f"{name} is not used: {why.format(**given)}" for names, used, why in _RULES.get(schema.node_id, ())
-           for name in names if not _same(given[name], defaults[name]) and not used(given)]
+    out = _in_vain(_RULES.get(schema.node_id, ()), given, defaults)
     if schema.node_id in ("LoRAEnsembleAdaptiveGuider", "LoRAEnsembleKSampler") and given["cfg"] == 1:
         out.append("at cfg 1 no negative is evaluated, so there is nothing to save")
     if schema.node_id == "LoRAEnsembleLoRA" and given["strength_model"] == given["strength_clip"] == 0:
@@ -111,6 +111,28 @@ def unused(schema: io.Schema, given: Given) -> list[str]:
     return out + (_of_loras(schema, given["ensemble"]) if "model" in given and given.get("ensemble") else [])
 
 
+def unused_of(lora: LoRASpec, words: bool, clip: bool) -> list[str]:
+    """The same of one LoRA in a row of LoRA Ensemble.
+
+    words   whether the method goes by words
+    clip    whether a CLIP is connected
+    """
+    given = {"role": lora.role, "mask": lora.mask, "start": lora.start, "end": lora.end, "fade": lora.fade}
+    out = _in_vain(_RULES["LoRAEnsembleLoRA"], given, {"mask": None, "fade": 0.0})
+    if lora.words and lora.role == ALWAYS:
+        out.append("words are not used: role is always: it acts everywhere")
+    elif lora.words and not words:
+        out.append("words are not used: this method does not go by them")
+    if lora.strength_clip != lora.strength_model and not clip:
+        out.append("clip is not used: no CLIP is connected")
+    return out
+
+
+def _in_vain(rules: Sequence[Rule], given: Given, defaults: Given) -> list[str]:
+    return [f"{name} is not used: {why.format(**given)}" for names, used, why in rules
+            for name in names if not _same(given[name], defaults[name]) and not used(given)]
+
+
 def _replaced(schema: io.Schema, given: Given) -> list[str]:
     """What an earlier node has put on the MODEL, and this one takes the place of."""
     attached = getattr(given.get("model"), "get_attachment", lambda key: None)
@@ -119,8 +141,9 @@ def _replaced(schema: io.Schema, given: Given) -> list[str]:
         schema.node_id == "LoRAEnsembleCMLoRA" and given["cache_depth"] > 0 and given["order"] != "Switch-A")
     out = ["the cache that an earlier node has put on this MODEL is not used: that of this node takes its place"] \
         if caches and before is not None and before.cache is not None else []
-    return out + (["the Adaptive Guidance of an earlier node is not used: that of this node takes its place"]
-                  if _RULES.get(schema.node_id) is _GUIDANCE and attached(GUIDANCE) is not None else [])
+    guided: Guidance | None = attached(GUIDANCE) if _RULES.get(schema.node_id) is _GUIDANCE else None
+    return out + ([f"the Adaptive Guidance of an earlier node ({guided.policy}) is not used, nor anything set on it: "
+                   "this node takes its place and decides alone"] if guided is not None else [])
 
 
 def _of_loras(schema: io.Schema, ensemble: Ensemble) -> list[str]:

@@ -44,6 +44,9 @@ from .weights import follow_weights
 from .wrappers import install_wrappers
 
 log = logging.getLogger("lora_ensemble")
+BAKED = "lora_ensemble_baked"
+"""The attachment of a MODEL with the names of the LoRAs that `bake` has put into its weights."""
+BAKED_BEFORE = "in the weights, where Merge LoRAs in mode 'baked' before has put them"
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ def apply_method(model, clip, ensemble: Ensemble, make: Callable[[Active], Metho
     place = next((k for k, other in enumerate(banks) if other.model is bank), len(banks))
     new_model.set_additional_models(KEY, banks if place < len(banks) else [*banks, shared.clone()])
     called = tuple(part.spec.called for part in reading.parts)
-    problems += _again(called, before)
+    problems += _again(called, model)
     method, routed, asked = Merge(tuple(spec.strength_model for spec in lasting)), None, None
     applied = [Applied(method, called[:first], (), (None,) * first, place, windows=_windows(lasting), always=True,
                        node=_executed())] if lasting or not rest else []
@@ -142,12 +145,17 @@ def apply_method(model, clip, ensemble: Ensemble, make: Callable[[Active], Metho
     return new_model, new_clip
 
 
-def _again(called: tuple[str, ...], before: Composition | None) -> list[str]:
-    """What there is to say of LoRAs that a method before this one has, too."""
-    there = {file_of(name) for applied in (before.applied if before is not None else ()) for name in applied.names}
-    twice = ", ".join(f"'{name}'" for name in called if file_of(name) in there)
-    return [f"acting twice, here and in the method before: {twice}. Give each method LoRAs of its own, or connect this "
-            "one to the model's loader"] if twice else []
+def _again(called: Sequence[str], model) -> list[str]:
+    """What there is to say of LoRAs that a node of this pack before this one has put on a MODEL, too."""
+    before: Composition | None = model.get_attachment(KEY)
+    routed = [name for applied in (before.applied if before is not None else ()) for name in applied.names]
+    out = []
+    for names, where in ((routed, "in the method before"), (model.get_attachment(BAKED) or (), BAKED_BEFORE)):
+        there = set(map(file_of, names))
+        if twice := ", ".join(f"'{name}'" for name in called if file_of(name) in there):
+            out.append(f"acting twice, here and {where}: {twice}. Give each method LoRAs of its own, or connect this one "
+                       "to the model's loader")
+    return out
 
 
 def _on_weights(model, parts: list[Part], rest_on_weights: bool, problems: list[str]):
@@ -222,7 +230,10 @@ def bake(model, clip, ensemble: Ensemble, node: str):
         reading = read_ensemble(model, clip, ensemble, node, on_weights=True)
         for part in reading.parts:
             new_model.add_patches(part.patches.found, part.spec.strength_model)
-    problems = [*reading.problems, *without_effect(reading, ensemble, True), *_without_alphas(ensemble)]
+    called = [part.spec.called for part in reading.parts]
+    new_model.set_attachments(BAKED, (*(model.get_attachment(BAKED) or ()), *called))
+    problems = [*reading.problems, *_again(called, model), *without_effect(reading, ensemble, True),
+                *_without_alphas(ensemble)]
     for part in reading.parts:
         if part.spec.mask is not None:
             problems.append(f"the mask of LoRA '{part.spec.called}' is not used: what is in the weights acts "

@@ -41,9 +41,10 @@ class Earlier:
 
 
 class Mark(NamedTuple):
-    """By what a latent is recognised: the shapes of its parts, and some of its values, on the CPU."""
+    """By what a latent is recognised: its shape, and some of its values, on the CPU. Equal for a latent of several parts
+    and for what a sampler makes of it, which has them side by side in one tensor."""
 
-    shapes: tuple[torch.Size, ...]
+    shape: torch.Size
     values: Tensor
 
     @property
@@ -54,9 +55,10 @@ class Mark(NamedTuple):
 
 def mark_of(latent: Tensor) -> Mark:
     """A look at a latent, which waits for its device."""
-    parts = parts_of_latent(latent)
-    flat = torch.cat([part.flatten() for part in parts])
-    return Mark(tuple(part.shape for part in parts), flat[_spread(len(flat), SAMPLES).to(flat.device)].float().cpu())
+    if latent.is_nested:
+        latent = torch.cat([part.flatten(1).unsqueeze(1) for part in latent.unbind()], dim=-1)
+    flat = latent.flatten()
+    return Mark(latent.shape, flat[_spread(len(flat), SAMPLES).to(flat.device)].float().cpu())
 
 
 class Left(Generic[Value]):
@@ -81,7 +83,7 @@ class Left(Generic[Value]):
         mark = mark_of(latent)
         with self._lock:
             # Some nodes keep latents in half precision.
-            return next((value for known, value in reversed(self._runs) if known.shapes == mark.shapes
+            return next((value for known, value in reversed(self._runs) if known.shape == mark.shape
                          and torch.allclose(known.values, mark.values, rtol=1e-2, atol=1e-3)), None)
 
 

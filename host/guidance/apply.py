@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from weakref import ref
 
 from comfy.model_patcher import ModelPatcher, create_model_options_clone
@@ -36,6 +36,7 @@ class Guidance:
     """The attachment of a MODEL with guidance on it. A later node replaces an earlier one's.
 
     policy   the decision in words, for the record
+    instead  that of an earlier node, whose place it takes; "": there is none
     begin    the rule's session for a run of a MODEL, and what tells problems; raises ValueError where the run is not
              what coefficients were calibrated on
     record   what guidance did in the last run
@@ -44,6 +45,7 @@ class Guidance:
 
     policy: str
     begin: Callable[[ModelPatcher, RunContext, Tell], GuidanceSession]
+    instead: str = ""
     record: GuidanceRecord | None = None
     told: Left[GuidanceRecord] = field(default_factory=lambda: Left(TOLD))
 
@@ -58,11 +60,17 @@ def apply_guidance(model: ModelPatcher, guidance: Guidance) -> ModelPatcher:
     The wrappers that do it are put in place when a run begins, around or inside those of all other nodes, whatever the
     order of the nodes: see run.py.
     """
-    new_model = model.clone()
-    new_model.set_attachments(KEY, guidance)
+    new_model, before = model.clone(), model.get_attachment(KEY)
+    new_model.set_attachments(KEY, replace(guidance, instead=before.policy) if before is not None else guidance)
     if not new_model.get_wrappers(WrappersMP.OUTER_SAMPLE, KEY):
         new_model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, sample_guided)
     return new_model
+
+
+def replaced(earlier: str, policy: str) -> str:
+    """What is said where a node takes the place of an earlier one, by the rules of both in words."""
+    return (f"Adaptive Guidance is on this MODEL twice, and the last node alone decides ({policy}): nothing that is set "
+            f"on the earlier one is used ({earlier})")
 
 
 def guidance_record_of(model: ModelPatcher, latent: Tensor | None = None) -> GuidanceRecord | None:
@@ -82,6 +90,8 @@ def sample_guided(executor, noise, latent_image, sampler, sigmas, denoise_mask=N
         return executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, *args, **kwargs)
     record = GuidanceRecord(guidance.policy)
     tell = into(record.problems)
+    if guidance.instead:
+        tell(replaced(guidance.instead, guidance.policy))
     noisy, model, prompts = bare(noise), guider.model_patcher, _prompts(guider.conds)
     earlier = GUIDED.before(latent_image) if noisy else None
     context = guidance_context(run_context(sigmas, noise, kwargs.get("latent_shapes")), guider, sampler,

@@ -8,12 +8,16 @@ import torch
 from torch import Tensor
 
 from ..compose.composition import KEY
+from ..compose.earlier import marks
+from ..compose.run import Applied
 
 SAMPLED = 16  # tensors whose values are looked at
+MASKED = 4096  # values by which a mask is recognised
 
 
 def describe_model(model) -> str:
-    """Equal for equal predictions, short enough to show. Another checkpoint, dtype, LoRA or strength changes it.
+    """Equal for equal predictions, short enough to show. Another checkpoint, dtype, LoRA or strength changes it, and so
+    do windows in time, masks and how places are found by words.
 
     Only small unquantized tensors are read, as they are without patches; nothing is moved or loaded.
     """
@@ -33,8 +37,19 @@ def _described(model, strengths: bool) -> str:
     for applied in composition.applied if composition is not None else ():
         known = getattr(applied.method, "strengths", ())
         loras = [f"{name} {s:g}" if strengths else name for name, s in zip(applied.names, known, strict=False)]
-        parts.append(f"{type(applied.method).__name__} ({', '.join(loras) or 'no LoRA'})")
+        where = "".join(f" {name} {_digest(found)}" for name, found in _confined(applied) if found)
+        parts.append(f"{type(applied.method).__name__} ({', '.join(loras) or 'no LoRA'}){where}")
     return " + ".join(parts)
+
+
+def _confined(applied: Applied) -> list[tuple[str, list[bytes]]]:
+    """What says when and where a method's LoRAs act; nothing of those that always act everywhere."""
+    masks = [(k, mask) for k, mask in enumerate(applied.masks) if mask is not None]
+    routed = applied.routed
+    return [("windows", [repr(window).encode() for window in applied.windows]),
+            ("masks", [repr((k, *marks(mask, MASKED))).encode() for k, mask in masks]),
+            ("words", [] if routed is None else [repr((routed.routing, routed.words, routed.active, routed.everywhere,
+                                                       routed.blocks)).encode()])]
 
 
 def _digest(parts: list[bytes]) -> str:

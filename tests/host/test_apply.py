@@ -160,6 +160,27 @@ def test_a_lora_of_two_methods_in_a_row_is_named(loras):
     assert method(first, (LoRASpec(two, 0.8, 0.0),), Merge).get_attachment(KEY).applied[-1].problems == ()
 
 
+def test_a_lora_that_was_baked_before_is_named(loras, monkeypatch):
+    """What is in the weights acts beside what a method does: as a line of its record, and on a second node that bakes."""
+    model, told = base("SD15"), []
+    one, two = (loras(lora(shapes(model), seed)) for seed in (1, 2))
+    first, second = (LoRASpec(one, 0.8, 0.0),), (LoRASpec(two, 0.8, 0.0),)
+    monkeypatch.setattr(baselines, "tell", lambda schema, lines: told.extend(lines))
+    baked = baselines.LoRAEnsembleMerge.execute(model, first, "baked").args[0]
+    assert told == []
+    (line,) = method(baked.clone(), first + second, Merge).get_attachment(KEY).applied[-1].problems
+    assert line.startswith("acting twice, here and in the weights, where Merge LoRAs in mode 'baked' before has put "
+                           f"them: '{one}'.")
+    assert method(baked, second, Merge).get_attachment(KEY).applied[-1].problems == ()
+    twice = baselines.LoRAEnsembleMerge.execute(baked, second, "baked").args[0]
+    assert told == []
+    baselines.LoRAEnsembleMerge.execute(twice, first, "baked")
+    baselines.LoRAEnsembleMerge.execute(method(model, first, Merge), first, "baked")
+    assert [line.partition(": '")[0] for line in told] == [
+        "acting twice, here and in the weights, where Merge LoRAs in mode 'baked' before has put them",
+        "acting twice, here and in the method before"]
+
+
 @pytest.mark.parametrize("numbered", [True, False])
 def test_two_rows_of_one_file_are_told_apart(numbered, loras):
     """By their numbers on the node that they come from, else as they are counted; rows that are off have no name to be

@@ -8,6 +8,7 @@ import comfy.samplers
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
+from lora_ensemble.host.files.ensemble import Mask
 from lora_ensemble.host.guidance.apply import apply_guidance, guidance_record_of
 from lora_ensemble.host.guidance.calibrate import Paths, calibrate
 from lora_ensemble.host.guidance.identity import describe_model
@@ -15,7 +16,9 @@ from lora_ensemble.host.guidance.options import GuidanceOptions, guidance_of, sa
 from lora_ensemble.host.look.calibration import plot, summary
 from lora_ensemble.kernels.guidance import guided_steps
 from lora_ensemble.methods.guidance.adaptive import AdaptiveGuidance
+from lora_ensemble.nodes.baselines import LoRAEnsembleMerge
 from lora_ensemble.nodes.klora import LoRAEnsembleESTLoRA, LoRAEnsembleKLoRA
+from lora_ensemble.nodes.routed import LoRAEnsembleRouted
 
 from .builders import composite, guided, merge, schedule, three
 from .guidance_tools import SD15, Spy, ag, dual, same, sample
@@ -259,6 +262,27 @@ def test_the_loras_of_a_choice_are_noticed(node, loras):
     names = [describe_model(node.execute(base("SD15"), ensemble, **options).args[0])
              for ensemble in ((a, b), (a, c), (a, replace(b, strength_model=0.3)))]
     assert len(set(names)) == 3 and all(a.name in name for name in names)
+
+
+def test_when_and_where_loras_act_is_noticed(loras):
+    """Windows, masks and words; the same ones again are the same model. Names of models without them stay."""
+    model = base("SD15")
+    one, other = three(model, loras)[:2]
+    half, rest = torch.zeros(1, 8, 8), torch.zeros(1, 8, 8)
+    half[..., :4] = rest[..., 4:] = 1
+
+    def named(node=LoRAEnsembleMerge, **changes) -> str:
+        options = {part.id: part.default for part in node.GET_SCHEMA().inputs
+                   if getattr(part, "default", None) is not None}
+        options |= {name: changes.pop(name) for name in list(changes) if name in options and name != "start"}
+        return describe_model(node.execute(model, (replace(one, **changes), other), **options).args[0])
+
+    assert named().endswith(f"Merge ({one.name} {one.strength_model:g}, {other.name} {other.strength_model:g})")
+    ways = [lambda: named(), lambda: named(start=0.5), lambda: named(end=0.5), lambda: named(mask=Mask(half.clone())),
+            lambda: named(mask=Mask(rest.clone())), lambda: named(LoRAEnsembleRouted),
+            lambda: named(LoRAEnsembleRouted, gamma=4.0), lambda: named(LoRAEnsembleRouted, words="vexa")]
+    names = [way() for way in ways]
+    assert names == [way() for way in ways] and len(set(names)) == len(names)
 
 
 def test_a_guider_with_two_negatives(found):

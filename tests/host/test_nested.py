@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import comfy.context_windows
 import pytest
 import torch
-from lora_ensemble.host.compose.composition import KEY, record_of
+from lora_ensemble.host.compose.composition import KEY, record_of, told_of
 from lora_ensemble.host.files.ensemble import LoRASpec, Mask
 from lora_ensemble.host.guidance.apply import guidance_record_of
 from lora_ensemble.host.look.spectrum import Sampling, profiles
@@ -235,3 +235,13 @@ def test_guidance_is_calibrated(film):
                                                   coeffs=alone).args[0]
     sample(guided, "LTXAV", steps=4, latent=kind.noise(), seed=1)
     assert [step.predicted for step in guidance_record_of(guided).steps] == [0, 1, 0, 0]
+
+
+def test_the_report_is_that_of_the_run_that_made_the_latent(film, loras):
+    """Each of two runs of one MODEL is told of by its own latent, of methods and of guidance."""
+    kind = FAMILIES["LTXAV"]
+    ours = LoRAEnsembleAdaptiveGuidance.execute(
+        merge(film, files(film, loras)), "threshold", 1.1, 0.3, "noise", "per picture", 1, 0, "late").args[0]
+    first, second = (sample(ours, "LTXAV", steps=steps, latent=kind.noise(2), seed=steps, batch=2) for steps in (2, 3))
+    for latent, steps in ((first, 2), (second, 3)):
+        assert len(told_of(ours, latent).record.steps) == len(guidance_record_of(ours, latent).steps) == steps

@@ -331,6 +331,24 @@ def test_routed_names_the_loras_whose_words_nobody_knows(two):
     assert told("Merge")[1] == "2  b.safetensors: 1"
 
 
+def test_what_is_set_in_vain_is_told_with_its_row(two):
+    """Settings of a row that do nothing beside the others, the method, and what is connected."""
+    given = nested(lora_1=two[0], fade_1=0.25, clip_1=0.5, lora_2=two[1], words_2="ohwx", role_2="always", mask_2=1,
+                   lora_3=two[0], words_3="sks", start_3=0.25, fade_3=0.25)
+
+    def told(method: str, **sockets) -> list[str]:
+        out = NODE.execute(base("SD15"), method, **given, masks=torch.ones(1, 8, 8), **sockets)
+        return [line.partition(": ")[2] for line in out.ui.as_dict()["text"][0].splitlines() if line[0].isdigit()]
+
+    fade, clip = "fade is not used: start is 0 and end is 1: the LoRA always acts", "clip is not used: no CLIP is connected"
+    always, words = "role is always: it acts everywhere", "words are not used: this method does not go by them"
+    assert told("Merge") == [f"1, {fade}, {clip}",
+                             f"1, always, mask, words ohwx, mask is not used: {always}, words are not used: {always}",
+                             f"1, from 0.25 to 1, words sks, {words}"]
+    first, _, third = told("Routed", clip=small_clip())
+    assert first.endswith(f", {fade}") and third == "1, from 0.25 to 1, words sks"
+
+
 # --- auto ---
 
 

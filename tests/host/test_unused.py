@@ -13,6 +13,8 @@ import torch
 from comfy_api.latest import io
 from comfy_execution.utils import CurrentNodeContext
 from lora_ensemble.host.files.ensemble import LoRASpec
+from lora_ensemble.host.guidance.apply import KEY as GUIDANCE
+from lora_ensemble.host.guidance.apply import guidance_record_of
 from lora_ensemble.nodes.baselines import LoRAEnsembleComposite, LoRAEnsembleMerge, LoRAEnsembleSwitch
 from lora_ensemble.nodes.cache import LoRAEnsembleBranchCache
 from lora_ensemble.nodes.cmlora import LoRAEnsembleCMLoRA
@@ -159,6 +161,22 @@ def test_what_takes_the_place_of_an_earlier_node_says_so(loras):
         assert lines(LoRAEnsembleCMLoRA, before, cache_depth=0) == lines(LoRAEnsembleSwitch, before) == []
         assert lines(LoRAEnsembleAdaptiveGuidance, before) == []
     assert lines(LoRAEnsembleBranchCache, guided) == lines(LoRAEnsembleBranchCache, model) == []
+
+
+def test_two_guidance_nodes_in_a_row_say_which_one_decides():
+    """On the second node, with what the first was to do, and in the record, with both."""
+    node, model = LoRAEnsembleAdaptiveGuidance, base("SD15")
+    first = node.execute(model, **defaults(node) | {"mode": "threshold", "threshold": 0.75}).args[0]
+    (line,) = unused(node.define_schema(), {"model": first} | defaults(node))
+    policy = first.get_attachment(GUIDANCE).policy
+    assert "0.75" in policy and f"({policy})" in line and "decides alone" in line
+    second = node.execute(first, **defaults(node)).args[0]
+    sample(second, steps=2)
+    told = guidance_record_of(second)
+    (line,) = [line for line in told.problems if "twice" in line]
+    assert f"({policy})" in line and f"({told.policy})" in line and told.policy != policy
+    sample(first, steps=2)
+    assert not [line for line in guidance_record_of(first).problems if "twice" in line]
 
 
 def test_a_lora_by_itself():
