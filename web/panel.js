@@ -7,6 +7,7 @@ const EVENT = 'lora_ensemble.run'
 const SETTING = 'LoRAEnsemble.Panel'
 const NAME = 'lora_ensemble_panel'
 const ROW = 20
+const KEPT = 'lora_ensemble' // below which a node's output has what it shows of its run
 const MOST = 10 // rows that are seen without scrolling
 const NOTE = 50 // three lines, with the space below them
 const JOINED = ', '
@@ -86,13 +87,49 @@ function draw(element, parts) {
   if (parts[0].more.length) put(element, 'p', sayAll(parts[0].more))
 }
 
+const root = () => app.rootGraph ?? app.graph
+const isOurs = (node) => node?.comfyClass?.startsWith('LoRAEnsemble')
+
 /** The node of an id as the server has it: "12", or "3:12" for node 12 inside the subgraph of node 3. */
 function nodeOf(id) {
   const path = String(id).split(':')
   const last = path.pop()
   const find = (graph, part) => graph?.getNodeById(part) ?? graph?.getNodeById(Number(part))
-  const graph = path.reduce((outer, part) => find(outer, part)?.subgraph, app.rootGraph ?? app.graph)
+  const graph = path.reduce((outer, part) => find(outer, part)?.subgraph, root())
   return find(graph, last)
+}
+
+/** The name of a node among the outputs that the host keeps for the workflow of each tab. */
+const place = (node) => node.graph === root() ? String(node.id) : `${node.graph.id}:${node.id}`
+
+/** Puts more into what is kept of a node: {parts, text}. */
+function keep(outputs, name, more) {
+  outputs[name] = { ...outputs[name], [KEPT]: { ...outputs[name]?.[KEPT], ...more } }
+}
+
+/** Keeps panels with the workflow that they are of, in a tab that is not in sight. */
+function keepAway(workflow, panels) {
+  for (const other of app.extensionManager?.workflow?.openWorkflows ?? []) {
+    if (!other.changeTracker || other.activeState?.id !== workflow) continue
+    other.changeTracker.nodeOutputs ??= {} // by the server's ids, as the host puts pictures there
+    for (const { node } of panels)
+      keep(other.changeTracker.nodeOutputs, node, { parts: panels.filter((part) => part.node === node) })
+  }
+}
+
+/** What is kept of the workflow in sight is on its nodes again, which were made anew: the host calls this where it has
+ * pictures come back, and after an undo. */
+function restore(outputs = app.nodeOutputs) {
+  const seen = root()
+  for (const graph of seen ? [seen, ...(seen.subgraphs?.values() ?? [])] : []) {
+    for (const node of graph.nodes.filter(isOurs)) {
+      const { parts, text } = outputs?.[place(node)]?.[KEPT] ?? {}
+      const again = () => parts && app.extensionManager?.setting?.get(SETTING) && show(node, parts)
+      again() // first, and once more with the text, as in a run: a panel knows the height before both, and with both
+      if (text && graph === app.canvas?.graph) api.dispatchCustomEvent('progress_text', { nodeId: String(node.id), text })
+      again()
+    }
+  }
 }
 
 /** The widget of a node's panel, made where there is none. Its element knows how high it is to be. */
@@ -126,15 +163,19 @@ function show(node, parts) {
   draw(panel.element, parts)
   const least = window.LiteGraph?.vueNodesMode ? 0 : node.computeSize()[1] // Nodes 2.0 makes room by itself
   if (least > node.size[1]) node.setSize([node.size[0], least])
-  panel.element.dataset.grown = node.size[1]
+  const grown = () => { panel.element.dataset.grown = node.size[1] }
+  grown()
+  if (window.LiteGraph?.vueNodesMode) setTimeout(grown, 200) // by then it has made the room
   node.setDirtyCanvas?.(true, true)
 }
 
 function showAll() {
   for (const id of new Set(latest.map((part) => part.node))) {
     const node = nodeOf(id)
-    if (node?.addDOMWidget && node.comfyClass?.startsWith('LoRAEnsemble'))
-      show(node, latest.filter((part) => part.node === id))
+    if (!node?.addDOMWidget || !isOurs(node)) continue
+    const parts = latest.filter((part) => part.node === id)
+    show(node, parts)
+    keep(app.nodeOutputs, place(node), { parts })
   }
 }
 
@@ -142,11 +183,18 @@ function told({ detail: { panels, workflow } }) {
   const settings = app.extensionManager?.setting
   if (!settings?.get(SETTING)) return
   // Another workflow, in another tab, has nodes of the same numbers.
-  const here = (app.rootGraph ?? app.graph)?.id
+  const here = root()?.id
   latest = !workflow || !here || workflow === here ? panels : []
+  if (latest !== panels) keepAway(workflow, panels)
   showAll() // at once, since a panel remembers the height that its node had before
   const wanted = settings.get('Comfy.Locale') ?? 'en'
   if (wanted !== language) learn(wanted).then(showAll)
+}
+
+/** The text of a node of ours is kept with the panel. */
+function said({ detail: { nodeId, text } }) {
+  const node = nodeOf(nodeId)
+  if (isOurs(node)) keep(app.nodeOutputs, place(node), { text })
 }
 
 app.registerExtension({
@@ -161,5 +209,8 @@ app.registerExtension({
   setup() {
     put(document.head, 'style', STYLE)
     api.addEventListener(EVENT, told)
-  }
+    api.addEventListener('progress_text', said)
+  },
+  afterConfigureGraph: () => restore(),
+  onNodeOutputsUpdated: restore
 })

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from lora_ensemble.tests.front_end import SETTLED, FrontEnd
+from lora_ensemble.tests.front_end import RUN, SETTLED, FrontEnd
 
 from .test_front_end import page, routed  # noqa: F401  (fixtures)
 
@@ -82,3 +82,49 @@ def test_the_panel_speaks_the_language_of_the_page(page: FrontEnd, routed: dict,
         assert seen["over"] == "success" and words in seen["panels"][-1] and "steps" not in seen["panels"][-1]
     finally:
         page.set("Comfy.Locale", "en")  # seen by the page that is loaded next
+
+
+COMMAND = "app.extensionManager.command.execute(%s).then(() => true)"
+TEXT = """JSON.stringify(app.graph._nodes.filter(node => node.type === 'LoRAEnsembleRouted')
+  .flatMap(node => node.widgets.filter(widget => widget.name.includes('text-preview')).map(widget => widget.value)))"""
+RENAMED = "(app.graph._nodes.find(node => node.type === 'LoRAEnsembleRouted').title = 'mine', true)"
+
+
+def command(page: FrontEnd, name: str) -> None:  # noqa: F811
+    page.browser.evaluate(COMMAND % json.dumps(name))
+    page.browser.evaluate(SETTLED)
+
+
+def test_the_panel_comes_back_with_its_tab(page: FrontEnd, routed: dict):  # noqa: F811
+    """As pictures do: to the tab of its workflow, and to no other one; of a run that ends meanwhile, too. The workflow
+    is saved as it is without."""
+    said = len(page.complaints())
+    page.open_graph(routed, "tabs")
+    before = page.saved()
+    assert page.run()["over"] == "success"
+    (shown,), text = panels(page), json.loads(page.browser.evaluate(TEXT))
+    assert len(text) == 1 and "6 of 6 steps" in shown and "6 of 6 steps in" in text[0]
+    page.open_graph(routed | {"id": "00000000-0000-4000-8000-000000000001"}, "another")
+    assert panels(page) == []
+    command(page, "Workspace.PreviousOpenedWorkflow")
+    assert panels(page) == [shown] and json.loads(page.browser.evaluate(TEXT)) == text
+    page.browser.pause(0.5)
+    assert page.saved() == before
+    page.browser.evaluate(RUN)
+    command(page, "Workspace.NextOpenedWorkflow")
+    page.browser.wait_for("seen.over")
+    assert panels(page) == []
+    command(page, "Workspace.PreviousOpenedWorkflow")
+    (again,) = panels(page)
+    assert "6 of 6 steps" in again and page.saved() == before
+    assert page.complaints()[said:] == []
+
+
+def test_the_panel_stays_through_an_undo(page: FrontEnd, routed: dict):  # noqa: F811
+    page.open_graph(routed, "undone")
+    assert page.run()["over"] == "success"
+    shown, text = panels(page), page.browser.evaluate(TEXT)
+    page.browser.evaluate(f"(app.canvas.emitBeforeChange(), {RENAMED}, app.canvas.emitAfterChange(), true)")
+    command(page, "Comfy.Undo")
+    assert page.browser.evaluate("app.graph._nodes.every(node => node.title !== 'mine')")
+    assert panels(page) == shown and page.browser.evaluate(TEXT) == text
