@@ -26,6 +26,7 @@ Rule = tuple[tuple[str, ...], Callable[[Given], bool], str]
 
 _CACHED = "order is {order}, which has no cache and no weights"
 _MODE = "mode is {mode}"
+_ONE = "top_k is 1: the LoRA that is picked has all the weight"
 _GUIDANCE: list[Rule] = [
     (("threshold",), lambda given: given["mode"] == "threshold", _MODE),
     (("saving",), lambda given: given["mode"] in ("extrapolate", "saving"), _MODE),
@@ -52,7 +53,8 @@ _RULES: dict[str, list[Rule]] = {
         (("blocks",), lambda given: given["mode"] != "contrast", "mode is {mode}, which reads no attention"),
     ],
     "LoRAEnsembleCMLoRA": [
-        (("boundary",), lambda given: given["order"] in ("offline", "Switch-A"), "order is {order}"),
+        (("boundary",), lambda given: given["order"] in ("offline", "Switch-A") or (
+            given["order"] == "online" and not given["c1"] * given["c2"]), "order is {order}"),  # open ones go by it
         (("boundary", "threshold"), lambda given: not given["ensemble"] or any(
             spec.role in LOW_FREQUENCY for spec in given["ensemble"]), "no LoRA has the role background"),
         (("decay",), lambda given: not 0 < given["dominance"] <= 1, "dominance is {dominance:g}, which does not fall"),
@@ -67,6 +69,10 @@ _RULES: dict[str, list[Rule]] = {
     "LoRAEnsembleLoRAtorio": [
         (("selection", "recheck_every"), lambda given: given["top_k"] > 0, "top_k is 0: all LoRAs take part"),
         (("temperature_unit",), lambda given: given["temperature"] > 0, "temperature is 0: all LoRAs weigh alike"),
+        (("patch_size", "upsampling", "similarity"), lambda given: given["temperature"] > 0 or given["top_k"] > 0,
+         "temperature is 0: all LoRAs weigh alike"),
+        (("temperature", "temperature_unit"), lambda given: given["top_k"] != 1, _ONE),
+        (("upsampling", "reweigh_every"), lambda given: given["top_k"] != 1 or given["selection"] == "patch", _ONE),
     ],
     "LoRAEnsembleBranchCache": [
         (("interval", "depth"), lambda given: given["budget"] == 0, "budget is {budget:g}, which chooses it"),

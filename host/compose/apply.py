@@ -153,8 +153,8 @@ def _again(called: Sequence[str], model) -> list[str]:
     for names, where in ((routed, "in the method before"), (model.get_attachment(BAKED) or (), BAKED_BEFORE)):
         there = set(map(file_of, names))
         if twice := ", ".join(f"'{name}'" for name in called if file_of(name) in there):
-            out.append(f"acting twice, here and {where}: {twice}. Give each method LoRAs of its own, or connect this one "
-                       "to the model's loader")
+            out.append(f"acting twice, here and {where}: {twice}. Give each method LoRAs of its own, or connect this "
+                       "one to the model's loader")
     return out
 
 

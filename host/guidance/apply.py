@@ -69,8 +69,8 @@ def apply_guidance(model: ModelPatcher, guidance: Guidance) -> ModelPatcher:
 
 def replaced(earlier: str, policy: str) -> str:
     """What is said where a node takes the place of an earlier one, by the rules of both in words."""
-    return (f"Adaptive Guidance is on this MODEL twice, and the last node alone decides ({policy}): nothing that is set "
-            f"on the earlier one is used ({earlier})")
+    return (f"Adaptive Guidance is on this MODEL twice, and the last node alone decides ({policy}): nothing that is "
+            f"set on the earlier one is used ({earlier})")
 
 
 def guidance_record_of(model: ModelPatcher, latent: Tensor | None = None) -> GuidanceRecord | None:

@@ -161,7 +161,7 @@ def test_a_lora_of_two_methods_in_a_row_is_named(loras):
 
 
 def test_a_lora_that_was_baked_before_is_named(loras, monkeypatch):
-    """What is in the weights acts beside what a method does: as a line of its record, and on a second node that bakes."""
+    """What is in the weights acts beside what a method does: a line of its record, and of a second node that bakes."""
     model, told = base("SD15"), []
     one, two = (loras(lora(shapes(model), seed)) for seed in (1, 2))
     first, second = (LoRASpec(one, 0.8, 0.0),), (LoRASpec(two, 0.8, 0.0),)

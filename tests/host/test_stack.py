@@ -340,7 +340,8 @@ def test_what_is_set_in_vain_is_told_with_its_row(two):
         out = NODE.execute(base("SD15"), method, **given, masks=torch.ones(1, 8, 8), **sockets)
         return [line.partition(": ")[2] for line in out.ui.as_dict()["text"][0].splitlines() if line[0].isdigit()]
 
-    fade, clip = "fade is not used: start is 0 and end is 1: the LoRA always acts", "clip is not used: no CLIP is connected"
+    fade = "fade is not used: start is 0 and end is 1: the LoRA always acts"
+    clip = "clip is not used: no CLIP is connected"
     always, words = "role is always: it acts everywhere", "words are not used: this method does not go by them"
     assert told("Merge") == [f"1, {fade}, {clip}",
                              f"1, always, mask, words ohwx, mask is not used: {always}, words are not used: {always}",
