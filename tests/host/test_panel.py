@@ -25,6 +25,10 @@ SHOWN = """JSON.stringify([...document.querySelectorAll('.lora-ensemble-panel')]
 SAVED = """JSON.stringify((app.graph.serialize().definitions?.subgraphs ?? []).flatMap(graph => graph.nodes)
   .filter(node => node.type.startsWith('LoRAEnsemble'))
   .map(node => [node.id, [...node.size].map(Math.round), node.widgets_values, node.properties]))"""
+COMMAND = "app.extensionManager.command.execute(%s).then(() => true)"
+TEXT = """JSON.stringify(app.graph._nodes.filter(node => node.type === 'LoRAEnsembleRouted')
+  .flatMap(node => node.widgets.filter(widget => widget.name.includes('text-preview')).map(widget => widget.value)))"""
+RENAMED = "(app.graph._nodes.find(node => node.type === 'LoRAEnsembleRouted').title = 'mine', true)"
 
 
 def panels(page: FrontEnd) -> list[str]:  # noqa: F811
@@ -71,25 +75,6 @@ def test_what_could_not_be_done_stays_on_the_node(page: FrontEnd, routed: dict):
     assert low <= 1
 
 
-@pytest.mark.parametrize(("page", "language", "words"), [
-    ("classic", "ja", "6 ステップ中 6"), ("nodes_2", "zh", "第 6 / 6 步")], indirect=["page"], scope="module")
-def test_the_panel_speaks_the_language_of_the_page(page: FrontEnd, routed: dict, language: str, words: str):  # noqa: F811
-    page.set("Comfy.Locale", language)
-    try:
-        page.load()
-        page.open_graph(routed, language)
-        seen = page.run()
-        assert seen["over"] == "success" and words in seen["panels"][-1] and "steps" not in seen["panels"][-1]
-    finally:
-        page.set("Comfy.Locale", "en")  # seen by the page that is loaded next
-
-
-COMMAND = "app.extensionManager.command.execute(%s).then(() => true)"
-TEXT = """JSON.stringify(app.graph._nodes.filter(node => node.type === 'LoRAEnsembleRouted')
-  .flatMap(node => node.widgets.filter(widget => widget.name.includes('text-preview')).map(widget => widget.value)))"""
-RENAMED = "(app.graph._nodes.find(node => node.type === 'LoRAEnsembleRouted').title = 'mine', true)"
-
-
 def command(page: FrontEnd, name: str) -> None:  # noqa: F811
     page.browser.evaluate(COMMAND % json.dumps(name))
     page.browser.evaluate(SETTLED)
@@ -128,3 +113,16 @@ def test_the_panel_stays_through_an_undo(page: FrontEnd, routed: dict):  # noqa:
     command(page, "Comfy.Undo")
     assert page.browser.evaluate("app.graph._nodes.every(node => node.title !== 'mine')")
     assert panels(page) == shown and page.browser.evaluate(TEXT) == text
+
+
+@pytest.mark.parametrize(("page", "language", "words"), [
+    ("classic", "ja", "6 ステップ中 6"), ("nodes_2", "zh", "第 6 / 6 步")], indirect=["page"], scope="module")
+def test_the_panel_speaks_the_language_of_the_page(page: FrontEnd, routed: dict, language: str, words: str):  # noqa: F811
+    page.set("Comfy.Locale", language)
+    try:
+        page.load()
+        page.open_graph(routed, language)
+        seen = page.run()
+        assert seen["over"] == "success" and words in seen["panels"][-1] and "steps" not in seen["panels"][-1]
+    finally:
+        page.set("Comfy.Locale", "en")  # seen by the page that is loaded next
