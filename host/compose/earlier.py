@@ -41,8 +41,8 @@ class Earlier:
 
 
 class Mark(NamedTuple):
-    """By what a latent is recognised: its shape, and some of its values, on the CPU. Equal for a latent of several parts
-    and for what a sampler makes of it, which has them side by side in one tensor."""
+    """By what a latent is recognised: its shape, and some of its values, on the CPU. Equal for one of several parts and
+    for what a sampler makes of it, which has them side by side in one tensor."""
 
     shape: torch.Size
     values: Tensor

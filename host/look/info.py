@@ -191,12 +191,24 @@ def _lines(info: Info) -> list[str]:
     where = f" (in {words.where})" if said and words.where != Wording.where else ""
     lines.append(f"   trigger words: {said or 'not said in the file'}{where}{tags}")
     lines += [f"   {words.unread}"] * bool(words.unread)
+    lines += [f"   set on it: {given}" for given in (_given(spec),) if given]
     if info.whole is not None:
         most = sorted(info.changes.items(), key=lambda entry: -entry[1])[:MOST_BLOCKS]
         strongest = ", ".join(f"{block} {_percent(change)}" for block, change in most)
         lines.append(f"   at strength {spec.strength_model or 1:g} it changes these weights by {_percent(info.whole)} "
                      f"of their size, most in {strongest}")
     return lines + [f"   left out: {line}" for line in info.out]
+
+
+def _given(spec: LoRASpec) -> str:
+    """When and where a LoRA is to act, as far as that was said of it: what its file does not know."""
+    parts = [f"role {spec.role}"] * (spec.role != "auto") + [f"words {spec.words}"] * bool(spec.words)
+    if not spec.window.whole:
+        fade = f", fading over {spec.fade:g}" * bool(spec.fade)
+        parts.append(f"acts from {spec.start:g} to {spec.end:g} of the run{fade}")
+    if spec.mask is not None:
+        parts.append(f"a mask of {100 * float(spec.mask.tensor.float().mean()):.0f} % of the picture")
+    return "; ".join(parts)
 
 
 def _encoder(info: Info) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import comfy.lora
 import pytest
 import torch
-from lora_ensemble.host.files.ensemble import LoRASpec
+from lora_ensemble.host.files.ensemble import LoRASpec, Mask
 from lora_ensemble.host.files.metadata import wording_of
 from lora_ensemble.host.look.info import block_of, draw, infos, told
 from lora_ensemble.host.look.sheet import WIDTH
@@ -72,6 +72,17 @@ def test_blocks_come_in_the_order_of_the_model(loras):
 ])  # fmt: skip
 def test_blocks(layer, block):
     assert block_of(layer) == block
+
+
+def test_it_says_when_and_where_a_lora_is_to_act(loras):
+    """What is set on it and not in its file; nothing of one that is as it comes."""
+    name, mask = made(loras), torch.zeros(1, 8, 8)
+    mask[..., :2] = 1
+    spec = LoRASpec(name, 0.8, 1.0, role="style", mask=Mask(mask), words="ohwx", start=0.25, end=0.75, fade=0.125)
+    text = told(infos(base("SD15"), None, (spec, LoRASpec(name, 0.8, 1.0)), NODE), "SD15")
+    assert [line.strip() for line in text.splitlines() if "set on it" in line] == [
+        "set on it: role style; words ohwx; acts from 0.25 to 0.75 of the run, fading over 0.125; "
+        "a mask of 25 % of the picture"]
 
 
 def test_it_says_what_a_file_says_of_itself(loras):
