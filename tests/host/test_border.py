@@ -145,3 +145,16 @@ def test_a_node_that_takes_all_inputs_checks_them_itself():
     assert Whole.execute(base("SD15"), a=1).args == (1,)
     with pytest.raises(ValueError, match="Whole: model is 5"):
         Whole.execute(5)
+
+
+@each_node
+def test_half_a_character_is_refused_in_words(node):
+    """JSON can hold half of an emoji, and tokenizers and files end at it with words that nobody understands."""
+    texts = [part for part in node.define_schema().inputs if isinstance(part, io.String.Input)]
+    good = {part.id: GOOD[str(part.io_type)]() for part in node.define_schema().inputs
+            if str(part.io_type) in SOCKETS and not part.optional}
+    for part in texts:
+        with pytest.raises(ValueError) as refused:
+            node.execute(**plain(node) | good | {part.id: "a dog \ud83d"})
+        assert str(refused.value).startswith(f"{node.GET_SCHEMA().display_name}: {part.id} holds half of a character")
+        assert "U+D83D" in str(refused.value) and str(refused.value).encode()
