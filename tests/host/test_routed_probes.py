@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import comfy.samplers
 import pytest
 import torch
 from lora_ensemble.host.compose.composition import places_of, record_of
 from lora_ensemble.host.compose.probe import OTHER_WORDS
+from lora_ensemble.host.words.marked import PROBE, PROMPT, Marked
 from lora_ensemble.methods.prompt import LoRAWords, PromptTokens, find_clauses
 from node_helpers import conditioning_set_values
 from torch.nn import functional as F
@@ -201,3 +204,13 @@ def test_what_a_text_has_none_of_is_not_anothers(loras):
     guided(guider, schedule(guider.model_patcher, 1))
     (instead,) = seen[2]
     assert "concat_mask" in instead and {"conditioning_byt5small", "attention_mask"}.isdisjoint(instead)
+
+
+def test_a_text_says_what_it_has_none_of():
+    """What the encoder says of a prompt and not of the text that stands in for it is None there, so that it does not
+    stay the prompt's."""
+    words = (LoRAWords("x", "ohwx = green cat"),)
+    clip = SimpleNamespace(lora_ensemble_contrast=False, lora_ensemble_words=words, _tokenized=None)
+    encoded = {"cond": 0, "pooled_output": 1, "attention_mask": 2, PROMPT: MARKS}
+    told = Marked._told(clip, {}, encoded, True, lambda tokens, pooled: {"cond": 3, "pooled_output": 4})
+    assert told == {PROBE: [3, {"pooled_output": 4, "attention_mask": None, PROMPT: None}]}
