@@ -170,7 +170,7 @@ class Programs:
                     runs.append(on_entries(in_turn(added), entries, call.y))
                     text += lines
                 continue
-            ops, biases = self._in_order(site, row, call.x.device)
+            ops, biases = self._in_order(call, site, row)
             ops = [each for each in ops if each[0] >= count]
             links = [self._link(call, entries, *each) for each in ops]
             base = _with(layer.base, self._added(inner, site, below[:len(entries)])[0])
@@ -229,14 +229,15 @@ class Programs:
         return self._once(("factors", id(stack), like.dtype, like.device),
                           lambda: (stack.down.to(like), stack.up.to(like)))
 
-    def _in_order(self, site: Site, gains: tuple[float, ...], device: torch.device) -> tuple[list, list]:
+    def _in_order(self, call: Call, site: Site, gains: tuple[float, ...]) -> tuple[list, list]:
         """The active ops of a site in the order of the adapters, (adapter, gain, op, magnitude factors of a DoRA), and
-        apart from them the biases, (adapter, gain, op). The weight is read here and nowhere else."""
+        apart from them the biases, (adapter, gain, op). The weight is read here and nowhere else: one for all places.
+        """
         active = [(a, op) for a, gain in enumerate(gains) if gain for op in site.all_ops(a)]
         weight = None
         if any(isinstance(op, Decomposed) for _, op in active):
             weight = self._reader(f"{site.name}.weight")
-            weight = None if weight is None else weight.to(device)
+            weight = None if weight is None else weight.to(call.x.device)
         ops, biases = [], []
         for a, op in active:
             scales = None
@@ -248,6 +249,9 @@ class Programs:
                     self._tell(self.bank.names[a], site.name, "DoRA needs the base weight, which is unreadable; left "
                                                               "out")
                     continue
+                if any(below != a and not call.everywhere(below) for below, *_ in ops):
+                    self._tell(self.bank.names[a], site.name, "a DoRA goes by the weight with the LoRAs before it; of "
+                               "those that act at some places alone, as if they did everywhere")
                 scales = op.scales(weight)
             ops.append((a, gains[a], op, scales))
             weight = None if weight is None else op.on_weight(weight, gains[a])

@@ -71,6 +71,21 @@ def test_tokens_of_a_picture(layout):
     assert close(routed_output(layer, LORAS, branches, x, places), want)
 
 
+@pytest.mark.parametrize(("kinds", "branch", "beneath", "said"), [
+    (("lora", "dora out", "lora"), ALL, 0, ["1"]), (("dora out", "lora", "lora"), ALL, 0, []),
+    (("lora", "dora out", "lora"), ALONE[1], 0, []), (("lora", "dora out", "lora"), ALL, 1, [])],
+    ids=["before it", "behind it", "alone", "everywhere"])
+def test_a_dora_over_loras_at_places_is_told(kinds, branch, beneath, said):
+    """Its magnitudes are those of one weight, which holds what is before it."""
+    torch.manual_seed(0)
+    told: list = []
+    places = Places(maps()[:, beneath:], (0,), locate=lambda name, tokens: (Segment("picture", 16, (1, 4, 4)),),
+                    beneath=beneath)
+    routed_output(nn.Linear(6, 8), kinds, [branch], torch.randn(1, 16, 6), places, told=told)
+    assert [(adapter, layer) for adapter, layer, _ in told] == [(adapter, "0") for adapter in said]
+    assert all("as if they did everywhere" in reason for *_, reason in told)
+
+
 @pytest.mark.parametrize("first", ["text", "picture"])
 def test_text_and_picture_in_one_stream(first):
     """Each row has a picture and a text of its own; tokens that are neither get all."""
