@@ -94,8 +94,8 @@ def check(node: str, part: io.Input, value: object) -> None:
         if not isinstance(value, str):
             raise ValueError(f"{node}: {part.id} is {_brief(value)}. It must be a text.")
         if half := next((char for char in value if "\ud800" <= char <= "\udfff"), None):
-            raise ValueError(f"{node}: {part.id} holds half of a character (U+{ord(half):X}), which no text encoder "
-                             "reads: a program has cut an emoji in two. Take that character out, or type it again.")
+            raise ValueError(f"{node}: {part.id} holds half of a character (U+{ord(half):X}), which nothing can read "
+                             "or save: a program has cut an emoji in two. Take that character out, or type it again.")
     elif isinstance(part, io.Boolean.Input):
         if not isinstance(value, Integral):
             raise ValueError(f"{node}: {part.id} is {_brief(value)}. It must be true or false.")

@@ -105,7 +105,8 @@ def randomize(model: torch.nn.Module, seed: int = 0) -> None:
             else:
                 p.copy_(0.1 * torch.randn(p.shape, generator=g))
         for name, buffer in model.named_buffers():
-            if name.endswith(("pos_embed", "inv_freq")):  # SD3's, Stable Audio's: a checkpoint fills them
+            # SD3's, Stable Audio's, SeedVR2's: a checkpoint fills them.
+            if name.endswith(("pos_embed", "inv_freq", "_conditioning")):
                 buffer.copy_(torch.randn(buffer.shape, generator=g))
 
 

@@ -97,7 +97,8 @@ def test_names_that_no_system_or_not_every_one_takes(found, folder, name):
     with pytest.raises(ValueError, match="not a name for a file") as refused:
         files.save(found, name)
     assert len(str(refused.value)) < 500 and sorted(folder.parent.rglob("*")) == before
-    assert "not a name for a file" in LoRAEnsembleSaveCoeffs.validate_inputs(filename=name)
+    said = "half of a character" if name == "\ud800" else "not a name for a file"
+    assert said in LoRAEnsembleSaveCoeffs.validate_inputs(filename=name)
 
 
 @pytest.mark.parametrize("name", ["x", " x ", "sd15_dpmpp_2m_karras_20_cfg7.5", "v1.5/Größe 20", "a/b/c/d/e/f/g/h/i",

@@ -187,7 +187,7 @@ def test_rows_and_auto_go_by_them(beside):
     name = beside(".civitai.info", HELPER)
     beside(".metadata.json", b"{")
     ensemble = (LoRASpec(name, 1, 1), LoRASpec(name, 0.5, 0.5, words="typed"))
-    lines = _lines(ensemble, True)
+    lines = _lines(ensemble, by_words=True, with_clip=True)
     assert lines[0].endswith("trigger words of one.v2.civitai.info: zwx style") and lines[1].endswith("words typed")
     assert "'one.v2.metadata.json' beside it cannot be read" in lines[0] and "cannot be read" not in lines[1]
     assert best_method(ensemble, True).method == "Routed"
