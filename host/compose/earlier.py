@@ -57,8 +57,7 @@ def mark_of(latent: Tensor) -> Mark:
     """A look at a latent, which waits for its device."""
     if latent.is_nested:
         latent = torch.cat([part.flatten(1).unsqueeze(1) for part in latent.unbind()], dim=-1)
-    flat = latent.flatten()
-    return Mark(latent.shape, flat[_spread(len(flat), SAMPLES).to(flat.device)].float().cpu())
+    return Mark(latent.shape, _some(latent, SAMPLES))
 
 
 class Left(Generic[Value]):
@@ -121,10 +120,12 @@ def bare(noise: Tensor) -> bool:
 
 def marks(tensor: Tensor, count: int) -> tuple:
     """The shape of a tensor and so many of its values, spread over it, as numbers."""
+    return tuple(tensor.shape), tuple(_some(tensor, count).tolist())
+
+
+def _some(tensor: Tensor, count: int) -> Tensor:
+    """So many values of a tensor at equal distances, on the CPU, where the places are made: not every device has
+    float64."""
     flat = tensor.detach().flatten()
-    return tuple(tensor.shape), tuple(flat[_spread(len(flat), count).to(flat.device)].float().tolist())
-
-
-def _spread(length: int, count: int) -> Tensor:
-    """So many places at equal distances, made on the CPU: not every device has float64."""
-    return torch.linspace(0, max(length - 1, 0), min(count, length), dtype=torch.float64).long()
+    places = torch.linspace(0, max(len(flat) - 1, 0), min(count, len(flat)), dtype=torch.float64).long()
+    return flat[places.to(flat.device)].float().cpu()

@@ -235,8 +235,8 @@ def marked(shape: tuple[int, ...], seed: int) -> earlier.Mark:
 def test_a_latent_is_looked_at_once(fresh, loras, monkeypatch):
     """Whether it holds numbers, whose report is of it and which run goes on with it is one look, which waits for the
     device; a run that goes on has looked at the one it got."""
-    looks, spread = [], earlier._spread
-    monkeypatch.setattr(earlier, "_spread", lambda length, count: looks.append(count) or spread(length, count))
+    looks, some = [], earlier._some
+    monkeypatch.setattr(earlier, "_some", lambda tensor, count: looks.append(count) or some(tensor, count))
     model = base("SD15")
     half = part(method(model, three(model, loras), Composite), 0, 3)
     assert looks == [earlier.SAMPLES]
