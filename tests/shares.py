@@ -85,7 +85,8 @@ SHOWN_ELSEWHERE = {
 """Tests of which the normal run takes one of so many cases, since what the others would show is shown by what the line
 above them names; `--all` takes all."""
 OURS = frozenset((
-    "test_always", "test_banks", "test_by_steps", "test_cache_budget", "test_compile", "test_control", "test_fused",
+    "test_always", "test_auto", "test_banks", "test_by_steps", "test_cache_budget", "test_compile", "test_control",
+    "test_fused",
     "test_guidance", "test_guidance_extrapolated", "test_guidance_extrapolated_nodes", "test_guidance_guiders",
     "test_guided_step", "test_hazards", "test_kept", "test_lasting", "test_leave_one_out",
     "test_leave_one_out_batches", "test_live", "test_marked",

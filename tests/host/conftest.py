@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lora_ensemble.tests.browser import Browser
 
 COMFYUI = os.environ.get("COMFYUI_UNDER_TEST")
-HOST_API = {"test_always", "test_animated", "test_apply", "test_attention", "test_banks", "test_border",
+HOST_API = {"test_always", "test_animated", "test_apply", "test_attention", "test_auto", "test_banks", "test_border",
             "test_by_steps", "test_cache_budget", "test_compile", "test_control", "test_enlarged", "test_ensembles",
             "test_example_workflows", "test_files", "test_film", "test_fused", "test_golden", "test_guidance",
             "test_guidance_extrapolated", "test_guidance_extrapolated_nodes", "test_guidance_guiders",

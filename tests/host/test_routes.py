@@ -14,9 +14,12 @@ from lora_ensemble.host.compose.routes import RoutedLoRAs
 from lora_ensemble.host.words.marked import PROMPT
 from lora_ensemble.kernels.branch import Branch, Step
 from lora_ensemble.kernels.routing import compete
-from lora_ensemble.methods.prompt import LoRAWords, PromptTokens, words_of
+from lora_ensemble.methods.prompt import LoRAWords
 from lora_ensemble.methods.routed import Routing
 from torch import Tensor, nn
+
+from .test_prompts import cond as marked
+from .test_prompts import tokens
 
 WORDS = (LoRAWords("x", "ohwx"), LoRAWords("y", "sks"))
 BOTH, FIRST, SECOND = "ohwx cat, sks dog, a field", "ohwx cat, a field", "sks dog, a field"
@@ -32,9 +35,7 @@ def regions(shape=PICTURE, masks=(None, None), everywhere=(False, False), **opti
 
 
 def cond(text: str, area=None) -> dict:
-    words = tuple((*span, (token,)) for token, span in enumerate(words_of(text)))
-    return {"uuid": uuid4(), "cross_attn": torch.zeros(1, len(words), 4), "area": area,
-            PROMPT: PromptTokens(text, len(words), words)}
+    return marked(tokens(text), area=area)
 
 
 def attention(clauses: int, *grid: int, seed: int = 0) -> Tensor:
