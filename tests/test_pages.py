@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,20 @@ def in_archive(path: Path) -> bool:
     return not any(name == entry.rstrip("/") or name.startswith(f"{entry.rstrip('/')}/") for entry in LEFT_OUT)
 
 
+def folder_of(page: Path) -> Path:
+    """Where a page's pictures lie: ComfyUI shows help pages of all languages as if they lay in web/docs."""
+    help_pages = ROOT / "web" / "docs"
+    return help_pages if help_pages in page.parents else page.parent
+
+
+@each_page
+def test_tables_are_whole(page):
+    """A `|` in a cell, in code too, ends the cell."""
+    rows = re.findall(r"^\|.*|^(?!\|)", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    for above, row in pairwise(rows):
+        assert not (above and row) or row.count("|") == above.count("|"), row
+
+
 @each_page
 def test_links_lead_somewhere_in_a_clone_and_in_an_archive(page):
     for target in links(page.read_text(encoding="utf-8")):
@@ -37,7 +52,7 @@ def test_links_lead_somewhere_in_a_clone_and_in_an_archive(page):
         elif re.match(r"[a-z]+:", path):
             continue
         else:
-            file = page.parent / path if path else page
+            file = folder_of(page) / path if path else page
             assert in_archive(file) or not in_archive(page), f"{target} is not in the archive"
         assert file.exists(), target
         if anchor:

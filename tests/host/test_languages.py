@@ -96,14 +96,55 @@ def test_the_host_serves_them(server: Server):
 HELP = sorted((FOLDER.parent / "web" / "docs").glob("*/*.md"))
 
 
-@pytest.mark.parametrize("page", HELP, ids=lambda page: f"{page.parent.name}-{page.stem}")
+each_help_page = pytest.mark.parametrize("page", HELP, ids=lambda page: f"{page.parent.name}-{page.stem}")
+
+
+@each_help_page
 def test_translated_help_pages_name_every_input(page):
-    """They stand where the front end looks for them, under the name that the node has in their language."""
+    """They stand where the front end looks for them, under the name that the node has in their language, and call each
+    input as the node shows it, with the name that workflows and messages have for it."""
     node, language, text = page.parent.name, page.stem, page.read_text(encoding="utf-8")
     assert language in LANGUAGES and text.startswith(f"# {read(language)[node]['display_name']}\n")
     _, _, table = text.partition("| --- | --- |\n")
-    rows = re.findall(r"^\| (\w+) \|", table.partition("\n\n")[0], flags=re.MULTILINE)
-    assert rows == [part.id for part in next(schema for schema in SCHEMAS if schema.node_id == node).inputs]
+    rows = re.findall(r"^\| (.+?) \|", table.partition("\n\n")[0], flags=re.MULTILINE)
+    assert rows == [key if key == words["name"] else f"{words['name']}（{key}）"
+                    for key, words in read(language)[node]["inputs"].items() if "name" in words]
+
+
+@each_help_page
+def test_translated_help_pages_call_nodes_by_their_names(page):
+    """Those of the language; a name may be without what it has in parentheses."""
+    theirs, text = read(page.stem), page.read_text(encoding="utf-8")
+    for node, words in NEW.items():
+        if f"**{words['display_name']}**" in text:
+            assert words["display_name"] == theirs[node]["display_name"].partition("（")[0]
+
+
+@each_help_page
+def test_translated_help_pages_have_the_pictures_of_the_english_one(page):
+    pictures = [re.findall(r"!\[.+\]\((.+)\)", path.read_text(encoding="utf-8"))
+                for path in (page, FOLDER.parent / "web" / "docs" / f"{page.parent.name}.md")]
+    assert pictures[0] == pictures[1]
+
+
+@each_help_page
+def test_emphasis_of_translated_help_pages_is_seen_as_such(page):
+    """Markdown does not end it between a full-width mark and a letter: a blank has to stand there."""
+    text = re.sub(r"`[^`\n]*`", "x", page.read_text(encoding="utf-8"))
+    for found in re.finditer(r"(\*{1,2})([^*\s][^*\n]*)\1", text):
+        inner, before, after = found[2], text[found.start() - 1], text[found.end()]
+        assert inner[0].isalnum() or not before.isalnum(), found[0]
+        assert inner[-1].isalnum() or not after.isalnum(), found[0]
+
+
+@each_language
+def test_marks_are_those_of_the_language(language):
+    """Full-width ones beside its letters, as in ComfyUI's own texts."""
+    pages = [page.read_text(encoding="utf-8") for page in HELP if page.stem == language]
+    files = [path.read_text(encoding="utf-8") for path in (FOLDER / language).glob("*.json")]
+    text = re.sub(r"```.*?```|`[^`\n]*`|\]\([^)]*\)", "", "\n".join(pages + files), flags=re.DOTALL)
+    marks = "(:;!?" + ("," if language == "zh" else "")
+    assert re.findall(rf".*(?:[\u3040-\u9fff][{re.escape(marks)}]|[:;)][\u3040-\u9fff]).*", text) == []
 
 
 def test_every_node_has_a_help_page_in_japanese():
