@@ -224,7 +224,28 @@ def beyond(times: Sequence[float], reference: Sequence[float]) -> Spread:
     return spread([time - other for time, other in zip(times, reference, strict=True)])
 
 
-def step_arms(model, files: list[Path]) -> dict[str, tuple[str, object]]:
+def bare_products(model, name: str, rank: int):
+    """The MODEL with two bare products in each of its linear layers, without any wrapping, in ComfyUI's own object
+    patches: what one LoRA of this rank takes at least."""
+    patched = model.clone()
+
+    def added(base: Callable[[Tensor], Tensor], down: Tensor, up: Tensor) -> Callable[[Tensor], Tensor]:
+        def forward(x: Tensor) -> Tensor:
+            y = base(x)
+            y.view(-1, y.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]) @ down, up)
+            return y
+
+        return forward
+
+    for layer, weight in models.targets(name, model, "linear"):
+        down, up = (torch.zeros(shape, device=weight.device) for shape in ((weight.shape[1], rank),
+                                                                           (rank, weight.shape[0])))
+        forward = model.get_model_object(f"diffusion_model.{layer}.forward")
+        patched.add_object_patch(f"diffusion_model.{layer}.forward", added(forward, down, up))
+    return patched
+
+
+def step_arms(model, name: str, files: list[Path]) -> dict[str, tuple[str, object]]:
     """Name -> (what it is compared with, MODEL); a MODEL of None is one that this ComfyUI cannot make."""
     *files, further = files
 
@@ -234,6 +255,7 @@ def step_arms(model, files: list[Path]) -> dict[str, tuple[str, object]]:
     return {
         "no LoRA, 2 rows": ("", model), "no LoRA, 10 rows": ("", model),
         "ComfyUI's loaders, 5 LoRAs in the weights": ("no LoRA, 2 rows", models.stock(model, files)),
+        "two bare products per layer": ("no LoRA, 2 rows", bare_products(model, name, sum(UNEQUAL))),
         BYPASS: ("no LoRA, 2 rows", models.stock(model, files[:1], bypass=True)),
         "Merge of 1": ("no LoRA, 2 rows", merge(1)), "Merge of 5": ("no LoRA, 2 rows", merge(5)),
         "Merge of 5, one more always on": ("no LoRA, 2 rows", merge(5, [further])),
@@ -250,7 +272,7 @@ def bench_step(tell: Results, name: str, rounds: int, steps: int, scale: float, 
     five = one.repeat(5, 1, 1, 1)
     with tempfile.TemporaryDirectory() as folder:
         files = models.write_loras(Path(folder), name, model, (*UNEQUAL, 2))
-        arms = {arm: made for arm, made in step_arms(model, files).items() if made[1] is not None}
+        arms = {arm: made for arm, made in step_arms(model, name, files).items() if made[1] is not None}
         times: dict[str, list[float]] = {arm: [] for arm in arms}
         for round_ in range(-1, rounds):
             for arm in list(arms)[::1 if round_ % 2 else -1]:

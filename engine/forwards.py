@@ -169,9 +169,9 @@ class RoutedForwards:
             self._trace(before)
 
     def _unmet(self, branches: Sequence[Branch], places: Places | None, reach: Reach | None = None) -> Layout:
-        """A layout that no layer has met yet."""
+        """A layout that no layer has met yet, with the programs that are known."""
         layout = Layout(branches, places, self.order, reach)
-        layout.programs = [_UNMET] * len(self._layers)
+        layout.programs = [self._programs.latest(layer, layout) or _UNMET for layer in self._layers]
         return layout
 
     def explain(self) -> list[str]:

@@ -65,12 +65,26 @@ class Programs:
         self.seen: dict[str, set[int]] = {}  # layer -> the adapters that acted in a batch which came to it
         self._reader, self._tell, self._lasting = reader, tell, lasting
         self._programs: dict[Hashable, Program] = {}
+        self._latest: dict[tuple[str, tuple[float, ...]], Program] = {}  # (layer, gains of all rows)
         self._made: dict[Hashable, object] = {}
 
     def forget(self) -> None:
         """Let go of everything: the host has moved the bank's factors, or the run is over."""
         self._programs.clear()
+        self._latest.clear()
         self._made.clear()
+
+    def latest(self, layer: Layer, layout: Layout) -> Program | None:
+        """What the layer did when it last had these gains, which is what it does for an input of that program's shape
+        and dtype. None where that is not known, or depends on more than one branch.
+
+        A method that chooses anew at each step for each layer meets few programs, but in layouts that are all new.
+        """
+        name = layer.site.name
+        if not layout.uniform or layout.places is not None or layout.reach is not None:
+            return None
+        found = self._latest.get((name, layout.rows[0].at(name)))
+        return found if found is not None and layout.acting <= self.seen[name] else None
 
     def program(self, layer: Layer, layout: Layout, y: Tensor, x: Tensor) -> Program:
         """The program of a layer for calls like this one, y its own output at x.
@@ -90,6 +104,8 @@ class Programs:
             with self._lasting():
                 program = self._program(layer, gains, y, x, places, owners)
                 self._programs[key] = Program(shape, x.dtype, _flat(program.run), program.text) if flat else program
+        if owners is None and places is None:
+            self._latest[name, gains[0]] = self._programs[key]
         if layout.reach is None:
             return self._programs[key]
         tell = self._told(layer, layout, y, x)

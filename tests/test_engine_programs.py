@@ -11,7 +11,9 @@ from lora_ensemble.engine import program as program_module
 from lora_ensemble.engine import ways as ways_module
 from lora_ensemble.engine.bank import Bank
 from lora_ensemble.engine.forwards import RoutedForwards
+from lora_ensemble.engine.positions import Places, Segment
 from lora_ensemble.engine.products import Rates
+from lora_ensemble.engine.reach import Reach
 from lora_ensemble.kernels.branch import Branch
 from lora_ensemble.tests.reference import close, expected, make_ops
 from lora_ensemble.tests.test_engine_rows import ALONE, LAYOUTS, Small, adapters, model_without
@@ -65,6 +67,47 @@ def test_programs_are_chosen_once(model, monkeypatch):
                     model(x)
     routed.remove()
     assert len(made) == 4
+
+
+def test_a_choice_per_layer_that_is_new_finds_what_the_layers_did_before(model, monkeypatch):
+    """A method that chooses anew at each step has a new layout at each, of the programs of old ones: none is looked up
+    for an input as it was. They are not taken for another size, several branches, places, a reach, moved factors."""
+    asked = []
+    real = program_module.Programs.program
+    monkeypatch.setattr(program_module.Programs, "program",
+                        lambda self, layer, *call: asked.append(layer.site.name) or real(self, layer, *call))
+    bank, changes = adapters(model)
+    x = {size: torch.randn(2, 4, size, 6) for size in (5, 7)}
+    first, second, third = (branch.gains for branch in ALONE)
+    routed = RoutedForwards(model, bank)
+    routed.install()
+
+    def lookups(rows: list[Branch], size: int = 5, times: float = 1, **how) -> list[str]:
+        asked.clear()
+        scaled = [{name: (lambda w, b, g, change=change: change(w, b, times * g)) for name, change in layers.items()}
+                  for layers in changes]
+        with torch.no_grad(), routed.rows(rows, **how):
+            assert close(model(x[size]), expected(model_without(model, []), scaled, rows, x[size]))
+        return asked.copy()
+
+    def segments(layer: str, tokens: int) -> tuple[Segment, ...]:
+        return (Segment("picture", tokens, (1, 5, 6)),)
+
+    both = ["conv", "linear"]
+    assert lookups([Branch(first, (("linear", second),))] * 2) == both
+    assert lookups([Branch(second, (("linear", first),))] * 2) == both
+    assert lookups([Branch(first)] * 2) == lookups([Branch(first, (("conv", second),))] * 2) == []
+    assert lookups([Branch(second, (("linear", third),))] * 2) == both
+    assert routed.unseen([{2}]) == []  # that one adapter more acted is known of both layers
+    assert lookups([Branch(second)] * 2, size=7) == both
+    assert lookups([Branch(second), Branch(first)], size=7) == both
+    assert lookups([Branch(first)] * 2, times=0.5, places=Places(torch.full((1, 3, 5, 6), 0.5), (0, 0), locate=segments)
+                   ) == both
+    assert lookups([Branch(first)] * 2, reach=Reach(segments, range(3))) == both
+    for parameter in bank.parameters():
+        parameter.data = parameter.data * 2
+    assert lookups([Branch(first, (("linear", third),))] * 2, times=4) == both
+    routed.remove()
 
 
 def test_layers_of_one_shape_share_the_choice_and_what_is_copied_to_the_device(monkeypatch):
