@@ -133,7 +133,7 @@ def find_places(run: Run, positive: list[list[dict]], evaluate: Callable[[list[l
 def _base(regions: object, branches: Sequence[Branch], applied) -> Branch:
     """The branch of a method in which words are looked for: without its LoRAs, where it confines them or takes turns;
     as it is where it has one branch at all times, as LoRAs have that are always on."""
-    constant = len(branches) == 1 and isinstance(applied.method, Merge) and not isinstance(regions, RoutedLoRAs)
+    constant = isinstance(applied.method, Merge) and not isinstance(regions, RoutedLoRAs)
     return branches[0] if constant else Branch((0.0,) * len(applied.names))
 
 

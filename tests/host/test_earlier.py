@@ -12,6 +12,8 @@ from lora_ensemble.methods.session import RunContext
 from lora_ensemble.methods.switch import Switch
 from torch import Tensor
 
+from ..devices import Plain
+
 
 def latent(seed: int = 0, *shape: int) -> Tensor:
     return torch.randn(*(shape or (1, 4, 8, 8)), generator=torch.Generator().manual_seed(seed))
@@ -60,14 +62,14 @@ def test_latents_of_several_parts():
 
 def test_what_a_run_hands_on():
     """Its steps and noise levels behind those of the runs before, where these are known; its places, on the CPU."""
-    runs, places = Runs(), {"asked": torch.ones(1, 2)}
+    runs, places = Runs(), {"asked": Plain(torch.ones(1, 2))}
     first, more = RunContext((8.0, 4.0, 2.0)), RunContext((2.0, 1.0, 0.5, 0.25), before=2, whole=7)
     routes = [SimpleNamespace(answers=lambda: places), SimpleNamespace(answers=lambda: {"other": torch.zeros(1, 2)})]
     session = SimpleNamespace(left=lambda: "left")
     runs.left(mark_of(latent(0)), first, routes, None, {"name": session})
     before = runs.before(latent(0))
     assert before == Earlier(2, (), (8.0, 4.0), before.maps, {"name": "left"})
-    assert before.maps.keys() == {"asked", "other"}
+    assert before.maps.keys() == {"asked", "other"} and before.maps["asked"].device.type == "cpu"
     runs.left(mark_of(latent(1)), more, [], before)
     after = runs.before(latent(1))
     assert (after.steps, after.sigmas, after.maps, after.left) == (5, (8.0, 4.0, 2.0, 1.0, 0.5), {}, {})
