@@ -32,7 +32,7 @@ HOST_API = {"test_always", "test_animated", "test_apply", "test_attention", "tes
             "test_leave_one_out_batches", "test_lifecycle", "test_live",
             "test_marked", "test_masks", "test_memory", "test_models", "test_multigpu", "test_muted", "test_neighbours",
             "test_neighbours_routed", "test_neighbours_skipping", "test_nested", "test_nodes", "test_parity",
-            "test_parity_families", "test_prepared_texts", "test_prompt_node", "test_quantized", "test_routed",
+            "test_parity_families", "test_prepared_texts", "test_prompt_node", "test_quantized", "test_read_weight", "test_routed",
             "test_routed_probes", "test_routed_texts", "test_row_order", "test_samplers", "test_scenarios",
             "test_server", "test_server_errors", "test_server_routed", "test_server_stack", "test_server_two_runs",
             "test_sessions", "test_spectrum_node", "test_split_points", "test_stack", "test_started_films",
