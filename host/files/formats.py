@@ -32,7 +32,7 @@ _OTHERS: tuple[tuple[str, Kind], ...] = (
      Kind("a list of OFT blocks", "ComfyUI cannot load OFT in this form; use a version that is a LoRA")),
     (r"^oft_(unet|te\d*)_", Kind("an OFT file of kohya's scripts",
                                 "ComfyUI cannot load OFT in this form; use a version that is a LoRA")),
-    (r"\.vera_lambda_[bd]|\.boft_[RsS](\.|$)|\.hra_u(\.|$)",
+    (r"\.vera_lambda_[bd]|\.boft_[Rs](\.|$)|\.hra_u(\.|$)",
      Kind("a PEFT file of a kind other than LoRA", "ComfyUI cannot load this kind; use a version that is a LoRA")),
     (r"^(single_)?transformer_blocks\.\d+\.(qkv_proj|mlp_fc[12])\.lora_(down|up)$",
      Kind("a LoRA that was converted for Nunchaku", "use the version before its conversion")),
