@@ -24,8 +24,8 @@ class LoRAEnsembleBranchCache(io.ComfyNode):
             node_id="LoRAEnsembleBranchCache",
             display_name="Branch Cache",
             description="Computes the deep layers of every branch only each few steps and foretells them from the last "
-            "two in between. Makes Composite, LoRAtorio and other methods with many branches two times as fast or "
-            "more, at a small loss of exactness.",
+            "two in between. Makes Composite, LoRAtorio and other methods with many branches about two times as "
+            "fast, at a small loss of exactness.",
             search_aliases=["deepcache", "feature cache", "speed up", "faster sampling", "teacache"],
             inputs=[
                 model_input(),

@@ -14,13 +14,16 @@ from ..host.guidance.calibrate import Paths, calibrate
 from ..host.look.calibration import plot, summary
 from ..host.look.latent import latent_of
 from ..host.look.theme import THEMES
-from .guidance import GuidanceCoeffs, latent_input, negative_input, schedule_inputs
+from .guidance import GuidanceCoeffs, latent_input, schedule_inputs
 from .sockets import model_input, schema, theme_input
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
     from ..host.guidance.coeffs import GuidanceCoeffs as Coeffs
+
+
+SAMPLER = "As in the sampler that the calibration is for."
 
 
 class LoRAEnsembleCalibrateGuidance(io.ComfyNode):
@@ -36,7 +39,7 @@ class LoRAEnsembleCalibrateGuidance(io.ComfyNode):
                 model_input(),
                 io.Conditioning.Input("positive", tooltip="The prompts. Each entry is one: join several with "
                                       "Conditioning (Combine). Five to ten of the kind that you will use are enough."),
-                negative_input(),
+                io.Conditioning.Input("negative", tooltip="The negative prompt."),
                 latent_input(),
                 io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
                              tooltip="The first path's seed; the others count on."),
@@ -46,9 +49,8 @@ class LoRAEnsembleCalibrateGuidance(io.ComfyNode):
                 io.Int.Input("batch_size", default=1, min=1, max=4096,
                              tooltip="Paths sampled at the same time, as many as memory allows. The result is the "
                              "same."),
-                *schedule_inputs(),
-                io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01,
-                               tooltip="As in the sampler that the calibration is for."),
+                *schedule_inputs(SAMPLER),
+                io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip=SAMPLER),
                 io.Boolean.Input("second_round", default=False,
                                  tooltip="For LinearAG: sample all paths once more as it does, and fit its predictions "
                                  "to these. Twice the work, closer pictures."),

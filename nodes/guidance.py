@@ -95,11 +95,11 @@ def negative_input() -> io.Input:
     return io.Conditioning.Input("negative", tooltip="What it should not show. Evaluated only where it matters.")
 
 
-def cfg_input() -> io.Input:
+def cfg_input(like: str = "") -> io.Input:
     """The scale of guidance."""
     return io.Float.Input("cfg", default=8.0, min=0.0, max=100.0, step=0.1, round=0.01,
-                          tooltip="How strongly the prompt guides while guidance is on. At 1 there is no guidance and "
-                          "nothing to save.")
+                          tooltip=like or "How strongly the prompt guides while guidance is on. At 1 there is no "
+                          "guidance and nothing to save.")
 
 
 class LoRAEnsembleAdaptiveGuidance(io.ComfyNode):
@@ -193,16 +193,19 @@ class LoRAEnsembleKSampler(io.ComfyNode):
         return io.NodeOutput(latent, record.text() if record is not None else "nothing was sampled")
 
 
-def schedule_inputs() -> list[io.Input]:
-    """KSampler's steps, cfg, sampler and scheduler."""
+def schedule_inputs(like: str = "") -> list[io.Input]:
+    """KSampler's steps, cfg, sampler and scheduler.
+
+    like   of a node that does not draw the picture itself: what it says of each
+    """
     return [
-        io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Sampling steps."),
-        cfg_input(),
+        io.Int.Input("steps", default=20, min=1, max=10000, tooltip=like or "Sampling steps."),
+        cfg_input(like),
         io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS,
-                       tooltip="The algorithm that removes the noise. Those that evaluate the model several times per "
-                       "step are decided once per step."),
+                       tooltip=like or "The algorithm that removes the noise. Those that evaluate the model several "
+                       "times per step are decided once per step."),
         io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS,
-                       tooltip="How the noise level falls from step to step."),
+                       tooltip=like or "How the noise level falls from step to step."),
     ]  # fmt: skip
 
 

@@ -34,7 +34,7 @@ class LoRAEnsembleNoiseLevels(io.ComfyNode):
                 LoRAEnsemble.Input(
                     "low_noise",
                     optional=True,
-                    tooltip="The LoRAs for low noise, where you chain them yourself; `ensemble` is that for high noise "
+                    tooltip="The LoRAs for low noise, where you chain them yourself; ensemble is that for high noise "
                     "then, and no file is looked for.",
                 ),
             ],

@@ -137,6 +137,17 @@ def test_emphasis_of_translated_help_pages_is_seen_as_such(page):
         assert inner[-1].isalnum() or not after.isalnum(), found[0]
 
 
+@each_help_page
+def test_rows_of_numbers_are_those_of_the_english_page(page):
+    """Steps, thresholds and strengths that were measured again are in all languages."""
+    def rows(text: str) -> set[str]:
+        return {",".join(re.findall(r"[\d.]+", row)) for row in re.findall(
+            r"\d[\d.]*(?:(?:, and |, | and |、|，| 和 )\d[\d.]*){3,}", text)}
+
+    english_page = FOLDER.parent / "web" / "docs" / f"{page.parent.name}.md"
+    assert rows(page.read_text(encoding="utf-8")) <= rows(english_page.read_text(encoding="utf-8"))
+
+
 @each_language
 def test_marks_are_those_of_the_language(language):
     """Full-width ones beside its letters, as in ComfyUI's own texts."""
