@@ -141,7 +141,7 @@ class SwitchSession(PlainSession):
         method, out, steps = self.method, [], counted(self._total, "step")
         if not method.steps_per_lora:
             out.append(f"{steps}, {counted(len(names), 'LoRA')}: steps_per_lora is {method.turn(self._total)}")
-        if method.by_prompt and self._shares:
+        if method.by_prompt and any(self._shares):
             out.append("turns by the prompt: " + ", ".join(f"{name} {length}" for name, length in zip(
                 names, method.lengths(self._total, self._shares), strict=True)))
         if method.last is not None:
@@ -152,7 +152,14 @@ class SwitchSession(PlainSession):
         return out
 
     def missed(self, names: Sequence[str]) -> list[str]:
-        """Turns by a prompt that does not say what it would be without words."""
-        return [] if not self.method.by_prompt or any(self._shares) else [
-            "turns have one length: no prompt says what it would be without a LoRA's words. Connect clip, encode the "
-            "prompts with the CLIP of this node, and use the LoRAs' words in them"]
+        """Turns by a prompt that does not say what it would be without words, and LoRAs that have none in it."""
+        if not self.method.by_prompt:
+            return []
+        if not any(self._shares):
+            return ["turns have one length: no prompt says what it would be without a LoRA's words. Connect clip, "
+                    "encode the prompts with the CLIP of this node, and use the LoRAs' words in them"]
+        without = [f"'{name}'" for name, share in zip(names, self._shares, strict=True) if not share]
+        if not without or self.method.turn(self._total) == 1:
+            return []
+        return [f"no prompt has words of LoRA {', '.join(without)}: each turn is then 1 step. "
+                "Use the LoRA's words in the prompt, mark some for it, or set lengths to 'equal'"]

@@ -114,7 +114,9 @@ def unused(schema: io.Schema, given: Given) -> list[str]:
         out += filter(None, (proposal(name, given["role"]), passed_over(name),
                             "" if given["words"] else unread_beside(name)))
     out += _replaced(schema, given)
-    return out + (_of_loras(schema, given["ensemble"]) if "model" in given and given.get("ensemble") else [])
+    if "model" in given and given.get("ensemble"):
+        out += [*_of_loras(schema, given["ensemble"]), *_of_place(given["ensemble"], given.get("place"))]
+    return out
 
 
 def unused_of(lora: LoRASpec, words: bool, clip: bool) -> list[str]:
@@ -168,6 +170,16 @@ def _of_loras(schema: io.Schema, ensemble: Ensemble) -> list[str]:
     if schema.node_id in _SIDES and len(found) == 1:
         there, missing = ("subjects", "style") if found == {True} else ("styles", "subject")
         return [f"all LoRAs are {there}, so there is nothing to choose: set the role of one to a {missing}"]
+    return []
+
+
+def _of_place(ensemble: Ensemble, place: str | None) -> list[str]:
+    active = [spec for spec in ensemble if spec.strength_model != 0]
+    composed = [spec for spec in active if spec.role != ALWAYS]
+    if place == "everywhere" and composed and all(spec.mask is None for spec in composed):
+        return ["place is not used: no LoRA has a mask, so they act everywhere in any case"]
+    if place == "words" and active and not composed:
+        return ["place is not used: LoRAs of the role always act everywhere"]
     return []
 
 

@@ -90,10 +90,14 @@ def test_turns_by_the_prompt(total, tau, shares, lengths):
     assert [acting(session, Step(j, total, 1.0)) for j in range(total)] == (circle * total)[:total]
     names = NAMES[:3]
     if any(shares):
-        assert session.missed(names) == [] and "turns by the prompt: " + ", ".join(
+        assert session.missed(names) == [f"no prompt has words of LoRA '{names[0]}': each turn is then 1 step. Use the "
+                                         "LoRA's words in the prompt, mark some for it, or set lengths to 'equal'"
+                                         ] * (0 in shares)
+        assert "turns by the prompt: " + ", ".join(
             f"{name} {n}" for name, n in zip(names, lengths, strict=True)) in session.chosen(names)
     else:
         assert "turns have one length" in session.missed(names)[0]
+        assert not [line for line in session.chosen(names) if "by the prompt" in line]
     plain = begin(Switch((1.0,) * 3, tau), context(total, shares=shares))
     assert plain.missed(names) == [] and [acting(plain, Step(j, total, 1.0)) for j in range(total)] == [
         Switch((1.0,) * 3, tau).active(Step(j, total, 1.0)) for j in range(total)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import lora_ensemble
@@ -12,7 +13,7 @@ import pytest
 import torch
 from comfy_api.latest import io
 from comfy_execution.utils import CurrentNodeContext
-from lora_ensemble.host.files.ensemble import LoRASpec
+from lora_ensemble.host.files.ensemble import LoRASpec, Mask
 from lora_ensemble.host.guidance.apply import KEY as GUIDANCE
 from lora_ensemble.host.guidance.apply import guidance_record_of
 from lora_ensemble.nodes.baselines import LoRAEnsembleComposite, LoRAEnsembleMerge, LoRAEnsembleSwitch
@@ -28,7 +29,7 @@ from lora_ensemble.nodes.unused import _RULES, unused
 
 from .builders import lora, sample, three
 from .models import base
-from .test_routed import MARKS, prompt, rests, specs
+from .test_routed import HALF, MARKS, prompt, rests, specs
 
 NODES = {node.__name__: node for node in asyncio.run(asyncio.run(lora_ensemble.comfy_entrypoint()).get_node_list())}
 
@@ -134,6 +135,29 @@ def test_loras_that_leave_a_method_nothing_to_do():
         same = [LoRASpec(name, 1.0, 1.0, role) for name in "ab"]
         assert f"set the role of one to a {missing}" in lines(LoRAEnsembleKLoRA, *same)
         assert lines(LoRAEnsembleSwitch, *same) == ""
+
+
+@pytest.mark.parametrize("node", [LoRAEnsembleMerge, LoRAEnsembleSwitch, LoRAEnsembleComposite])
+def test_a_place_that_changes_nothing_is_named(node, loras):
+    """Everywhere without a mask is where LoRAs act by themselves, and those that are always on act there in any case.
+    """
+    def lines(ensemble: list[LoRASpec], place: str) -> list[str]:
+        given = defaults(node) | {"model": model, "ensemble": tuple(ensemble)}
+        names = [line for line in unused(node.define_schema(), given | {"place": place}) if "place is not used" in line]
+        one, other = (sample(node.execute(**given | {"place": each}).args[0], positive=prompt(), steps=2)
+                      for each in (place, "masks"))
+        assert torch.equal(one, other) is bool(names)
+        return names
+
+    model = base("SD15")
+    ensemble = specs(model, loras)
+    (line,) = lines(ensemble, "everywhere")
+    assert line == "place is not used: no LoRA has a mask, so they act everywhere in any case"
+    assert lines(ensemble, "words") == []
+    assert lines([replace(ensemble[0], mask=Mask(HALF)), ensemble[1]], "everywhere") == []
+    always = [replace(spec, role="always") for spec in ensemble]
+    assert lines(always, "words") == ["place is not used: LoRAs of the role always act everywhere"]
+    assert lines([*always[:1], ensemble[1]], "words") == []
 
 
 @pytest.mark.parametrize(("settings", "name", "value"), [
