@@ -116,7 +116,7 @@ def other_kind(keys: Collection[str]) -> Kind | None:
 def lora_format(keys: Collection[str]) -> tuple[str, str] | None:
     """(what, prefix) of the format that most keys are in; None for one that is not known here."""
     count, what, prefix = max((sum(key.startswith(prefix) for key in keys), what, prefix) for prefix, what in _PREFIXES)
-    return (what, prefix) if 2 * count >= max(len(keys), 1) else None
+    return (what, prefix) if 2 * count >= len(keys) else None
 
 
 def host_names(model: nn.Module) -> dict:

@@ -1,9 +1,10 @@
-"""What a file is that is no LoRA, or of a kind that ComfyUI cannot load, told by a name of one of its tensors."""
+"""What a file is, told by the names of its tensors: of a kind that is no LoRA, or that ComfyUI cannot load, by one of
+them; of a format by most of them."""
 
 from __future__ import annotations
 
 import pytest
-from lora_ensemble.host.files.formats import other_kind
+from lora_ensemble.host.files.formats import lora_format, other_kind
 
 KINDS = {
     "an IA3 file": ("lora_unet_mid.on_input", "base_model.model.mid.ia3_l", "mid.ia3_l.default"),
@@ -40,3 +41,9 @@ def test_one_name_says_what_a_file_is(key, what):
 
 def test_names_of_loras_are_of_no_other_kind():
     assert [key for key in LORAS if other_kind([key]) is not None] == [] and other_kind([]) is None
+
+
+@pytest.mark.parametrize("others", [0, 1, 2])
+def test_a_format_is_that_of_at_least_half_of_the_names(others):
+    keys = ["lora_unet_mid.alpha", *(f"strange_{k}" for k in range(others))]
+    assert lora_format(keys) == (("a kohya file", "lora_unet_") if others < 2 else None)
