@@ -89,12 +89,11 @@ _APART = ((r"^transformer\.transformer_blocks\.(\d+)\.attn\.to_([qkv])$", r"tran
           (r"^transformer\.transformer_blocks\.(\d+)\.attn\.add_([qkv])_proj$",
            r"transformer.double_blocks.\1.txt_attn_\2"))
 """q, k and v of HunyuanVideo in diffusers' names -> in those of musubi-tuner."""
-_DIFFUSERS_FILE = re.compile(r"(^|[._])blocks[._]\d+[._]attn[12][._]to_q")
 
 _BY_HEAD = re.compile(r"^(token_refiner\.)?blocks\.\d+\.attn\.qkv_proj$")
 """Layers of MiniMax H3 whose rows DiffSynth has as they lie in the original checkpoint, q, k and v of one head after
 those of another. ComfyUI, as all others, has q of all heads, then k, then v."""
-_H3, _DIFFSYNTH = "diffusion_model.blocks.0.attn.qkv_proj", ".attn.qkv_proj.lora_B.default.weight"
+_DIFFSYNTH = ".attn.qkv_proj.lora_B.default.weight"
 HEAD = "diffusion_model.blocks.0.attn.q_norm.weight"
 """A weight of MiniMax H3 that is as long as one head is wide."""
 
@@ -144,9 +143,8 @@ def with_aliases(key_map: Mapping, keys: Collection[str], head: int = 0) -> Mapp
     bare = [""] if lora_format(keys) is None else []
     dotted = bare + [prefix for prefix in _DOTTED if any(key.startswith(prefix) for key in keys)]
     joined = [prefix for prefix in _JOINED if any(key.startswith(prefix) for key in keys)]
-    in_diffusers = any(map(_DIFFUSERS_FILE.search, keys))
-    renames = [table for layer, table in _DIFFUSERS.items() if in_diffusers and layer in key_map]
-    by_head = head and bare and _H3 in key_map and any(key.endswith(_DIFFSYNTH) for key in keys)
+    renames = [table for layer, table in _DIFFUSERS.items() if layer in key_map]
+    by_head = head and bare and any(key.endswith(_DIFFSYNTH) for key in keys)
     aliases = {}
     for name, target in key_map.items() if dotted or joined else ():
         own = next((own for own in (*_OWN, *_JOINED) if str(name).startswith(own)), None)

@@ -272,6 +272,14 @@ def test_wan_in_the_names_of_diffusers(prefix, kind, loras):
         same(sample(ours, "Wan"), sample(stock(model, [reference]), "Wan"), sample(model, "Wan"))
 
 
+def test_wan_in_the_names_of_diffusers_whatever_layers_were_trained(loras):
+    model = base("Wan")
+    layers = shapes(model, lambda layer: ".ffn." in layer)
+    spec = LoRASpec(loras(lora(layers, 1, name=diffusers_wan, **PEFT)), 0.8, 0)
+    assert {key.removeprefix("diffusion_model.") for key in patches_of(model, spec)} == {
+        f"{layer}.weight" for layer in layers}
+
+
 def patches_of(model, spec: LoRASpec) -> dict:
     return load(read(spec.name, model.model), comfy.lora.model_lora_keys_unet(model.model, {}), model.model, {}).found
 

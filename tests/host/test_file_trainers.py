@@ -11,7 +11,7 @@ from lora_ensemble.host.compose.composition import KEY
 from lora_ensemble.host.compose.reading import read_ensemble
 from lora_ensemble.host.files.ensemble import LoRASpec
 from lora_ensemble.host.files.files import read
-from lora_ensemble.host.files.formats import other_kind
+from lora_ensemble.host.files.formats import host_names, other_kind
 from lora_ensemble.host.files.parse import load, parse
 
 from .builders import Rand, lora, merge, same, sample, shapes, stock
@@ -149,6 +149,16 @@ def test_hunyuan_video_in_the_names_of_diffusers(family, prefix, loras):
         assert torch.allclose(made, change, atol=1e-4), layer
 
 
+@pytest.mark.parametrize("family", ["HunyuanVideo", "HunyuanVideo 1.5"])
+def test_names_are_added_of_layers_that_are_here_alone(family):
+    """And none in the place of the host's own."""
+    model = unsized(family).model
+    own, names, there = comfy.lora.model_lora_keys_unet(model, {}), host_names(model), model.state_dict().keys()
+    added = [names[name] for name in names.keys() - own.keys()]
+    assert added and {target if isinstance(target, str) else target[0] for target in added} <= there
+    assert {name: names[name] for name in own} == own
+
+
 def test_hunyuan_video_in_the_names_of_musubi_tuner(loras):
     """As it comes out of training, before it is converted."""
     model = unsized("HunyuanVideo 1.5")
@@ -232,6 +242,8 @@ def test_rows_of_minimax_h3_in_diffsynths_order(loras):
         one, two, three = (ops[layer][0].on_weight(torch.zeros(shape), 1.0) for ops in (ours, wanted, as_it_is))
         assert torch.allclose(one, two)
         assert not torch.allclose(one, three)  # as the host's loader reads it
+    plain = lora(layers, 1, 2, name=str)  # of another tool
+    same_patches(model, loras(plain), loras({f"diffusion_model.{key}": value for key, value in plain.items()}))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

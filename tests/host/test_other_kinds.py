@@ -4,7 +4,7 @@ them; of a format by most of them."""
 from __future__ import annotations
 
 import pytest
-from lora_ensemble.host.files.formats import lora_format, other_kind
+from lora_ensemble.host.files.formats import lora_format, other_kind, with_aliases
 
 KINDS = {
     "an IA3 file": ("lora_unet_mid.on_input", "base_model.model.mid.ia3_l", "mid.ia3_l.default"),
@@ -47,3 +47,13 @@ def test_names_of_loras_are_of_no_other_kind():
 def test_a_format_is_that_of_at_least_half_of_the_names(others):
     keys = ["lora_unet_mid.alpha", *(f"strange_{k}" for k in range(others))]
     assert lora_format(keys) == (("a kohya file", "lora_unet_") if others < 2 else None)
+
+
+@pytest.mark.parametrize("others", [3, 4, 5])
+def test_of_a_prefix_with_which_most_is_of_another_model_nothing_is_taken(others):
+    """Most are more than two thirds. Diffusers' old names, whose layers end in `_lora`, are of this model, too."""
+    keys = ["unet.mid.attn1.to_q.lora_A.weight", "unet.mid.attn1.processor.to_q_lora.up.weight",
+            *(f"unet.strange.{k}.lora_A.weight" for k in range(others))]
+    key_map = {"unet.mid.attn1.processor.to_q": "weight", "diffusion_model.mid.to_q": "weight"}
+    names = with_aliases(key_map, keys)
+    assert key_map.items() <= names.items() and ("unet.mid.attn1.to_q" in names) == (others <= 4)
