@@ -46,7 +46,7 @@ class GuidanceCoeffs:
             raise ValueError("it has more steps than its schedule")
 
     def other_strengths(self, model: ModelPatcher) -> bool:
-        """Whether a MODEL has the LoRAs that this was calibrated with, at other strengths."""
+        """Whether a MODEL has the LoRAs that this was calibrated with, at other strengths or settings."""
         return bool(self.kind) and describe_model(model) != self.model and describe_kind(model) == self.kind
 
     def begins(self, run: RunContext) -> int | None:
@@ -58,8 +58,8 @@ class GuidanceCoeffs:
                     None)
 
     def differences(self, model: ModelPatcher, run: RunContext) -> list[str]:
-        """How a run of a MODEL differs from what this was calibrated on, in words, other strengths of its LoRAs left
-        out; empty where it does not."""
+        """How a run of a MODEL differs from what this was calibrated on, in words, other strengths and settings of
+        its LoRAs left out; empty where it does not."""
         out = []
         if (here := describe_model(model)) != self.model and not self.other_strengths(model):
             out.append(f"model '{self.model}', here '{here}'")
@@ -78,10 +78,11 @@ class GuidanceCoeffs:
 
     def check(self, model: ModelPatcher, run: RunContext, nearest: bool, tell: Tell) -> None:
         """Raises ValueError where it does not fit a run of a MODEL; `nearest`: tells what differs and lets it pass, as
-        it does with other strengths of the same LoRAs in any case."""
+        it does with other strengths and settings of the same LoRAs in any case."""
         if self.other_strengths(model):
-            tell(f"the guidance coefficients were calibrated with other strengths of the LoRAs: '{self.model}', here "
-                 f"'{describe_model(model)}'. They fit less well; calibrate again if the difference is large")
+            tell("the guidance coefficients were calibrated with other strengths of the LoRAs, or other settings: "
+                 f"'{self.model}', here '{describe_model(model)}'. They fit less well; calibrate again if the "
+                 "difference is large")
         differences = self.differences(model, run)
         if not differences:
             return

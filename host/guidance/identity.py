@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import MISSING, fields
+from math import isfinite
 
 import torch
 from torch import Tensor
 
+from ...methods.selection import Contest
 from ..compose.composition import KEY
 from ..compose.earlier import marks
 from ..compose.run import Applied
@@ -17,29 +20,46 @@ MASKED = 4096  # values by which a mask is recognised
 
 def describe_model(model) -> str:
     """Equal for equal predictions, short enough to show. Another checkpoint, dtype, LoRA or strength changes it, and so
-    do windows in time, masks and how places are found by words.
+    do windows in time, masks, how places are found by words, and what else is set on a method or a Branch Cache.
 
     Only small unquantized tensors are read, as they are without patches; nothing is moved or loaded.
     """
-    return _described(model, strengths=True)
+    return _described(model, whole=True)
 
 
 def describe_kind(model) -> str:
-    """As `describe_model`, but equal for the same LoRAs at any strengths."""
-    return _described(model, strengths=False)
+    """As `describe_model`, but equal for the same LoRAs at any strengths and with any settings of their method."""
+    return _described(model, whole=False)
 
 
-def _described(model, strengths: bool) -> str:
+def _described(model, whole: bool) -> str:
     parts = [f"{type(model.model).__name__} {_digest(_weights(model))}"]
     if model.patches:
-        parts.append(f"patches {_digest(_patches(model, strengths))}")
+        parts.append(f"patches {_digest(_patches(model, whole))}")
     composition = model.get_attachment(KEY)
     for applied in composition.applied if composition is not None else ():
         known = getattr(applied.method, "strengths", ())
-        loras = [f"{name} {s:g}" if strengths else name for name, s in zip(applied.names, known, strict=False)]
+        loras = [f"{name} {s:g}" if whole else name for name, s in zip(applied.names, known, strict=False)]
         where = "".join(f" {name} {_digest(found)}" for name, found in _confined(applied) if found)
-        parts.append(f"{type(applied.method).__name__} ({', '.join(loras) or 'no LoRA'}){where}")
+        said = "".join(f", {line}" for line in _settings(applied.method)) if whole else ""
+        parts.append(f"{type(applied.method).__name__} ({', '.join(loras) or 'no LoRA'}{said}){where}")
+    if whole and composition is not None and composition.cache is not None:
+        parts.append(f"Branch Cache ({', '.join(_settings(composition.cache))})")
     return " + ".join(parts)
+
+
+def _settings(of: object) -> list[str]:
+    """What is set on a method or a cache besides the strengths of its LoRAs, as far as it is not how it comes."""
+    out = []
+    for field in fields(of):
+        value = getattr(of, field.name)
+        if isinstance(value, Contest):
+            finite = [ratio for ratio in value.ratios if isfinite(ratio)]
+            out += [f"subjects {[i + 1 for i, one in enumerate(value.sides) if one]}", f"ties {value.subject_ties}",
+                    f"mean ratio {sum(finite) / max(len(finite), 1):.3g}"]
+        elif field.name != "strengths" and (field.default is MISSING or value != field.default):
+            out.append(f"{field.name} {value}")
+    return out
 
 
 def _confined(applied: Applied) -> list[tuple[str, list[bytes]]]:

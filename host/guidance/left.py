@@ -46,7 +46,7 @@ class Guided:
         if self.model() is not model.model:
             return "it goes on with the picture of another model"
         if describe_model(model) != self.name:
-            return "the model goes on with other LoRAs"
+            return "the model goes on with other LoRAs or settings"
         if self.policy != policy:
             return "the rule is another one"
         if self.prompts != prompts:

@@ -8,16 +8,21 @@ import comfy.samplers
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
+from lora_ensemble.host.compose.apply import with_cache
+from lora_ensemble.host.compose.cache import CacheSpec
 from lora_ensemble.host.files.ensemble import Mask
 from lora_ensemble.host.guidance.apply import apply_guidance, guidance_record_of
 from lora_ensemble.host.guidance.calibrate import Paths, calibrate
-from lora_ensemble.host.guidance.identity import describe_model
+from lora_ensemble.host.guidance.identity import describe_kind, describe_model
 from lora_ensemble.host.guidance.options import GuidanceOptions, guidance_of, saving_threshold
 from lora_ensemble.host.look.calibration import plot, summary
 from lora_ensemble.kernels.guidance import guided_steps
 from lora_ensemble.methods.guidance.adaptive import AdaptiveGuidance
-from lora_ensemble.nodes.baselines import LoRAEnsembleMerge
+from lora_ensemble.methods.schedule import Uniform
+from lora_ensemble.nodes.baselines import LoRAEnsembleMerge, LoRAEnsembleSwitch
+from lora_ensemble.nodes.cmlora import LoRAEnsembleCMLoRA
 from lora_ensemble.nodes.klora import LoRAEnsembleESTLoRA, LoRAEnsembleKLoRA
+from lora_ensemble.nodes.loratorio import LoRAEnsembleLoRAtorio
 from lora_ensemble.nodes.routed import LoRAEnsembleRouted
 
 from .builders import composite, guided, merge, schedule, three
@@ -283,6 +288,37 @@ def test_when_and_where_loras_act_is_noticed(loras):
             lambda: named(LoRAEnsembleRouted, gamma=4.0), lambda: named(LoRAEnsembleRouted, words="vexa")]
     names = [way() for way in ways]
     assert names == [way() for way in ways] and len(set(names)) == len(names)
+
+
+def test_what_is_set_on_a_method_is_noticed(loras):
+    """Guard: coefficients of one Switch were used with any other, and with a Branch Cache, and nothing was said. Of the
+    same LoRAs they still fit, if less well."""
+    model = base("SD15")
+    pair = three(model, loras)[:2]
+
+    def made(node, **changes):
+        options = {part.id: part.default for part in node.GET_SCHEMA().inputs
+                   if getattr(part, "default", None) is not None}
+        return node.execute(model, pair, **options | changes).args[0]
+
+    ways = [lambda: made(LoRAEnsembleMerge), lambda: with_cache(made(LoRAEnsembleMerge), CacheSpec(Uniform(2))),
+            lambda: with_cache(made(LoRAEnsembleMerge), CacheSpec(Uniform(3))), lambda: made(LoRAEnsembleSwitch),
+            lambda: made(LoRAEnsembleSwitch, order="2,1"), lambda: made(LoRAEnsembleSwitch, steps_per_lora=2),
+            lambda: made(LoRAEnsembleSwitch, ending="subject"), lambda: made(LoRAEnsembleCMLoRA),
+            lambda: made(LoRAEnsembleCMLoRA, dominance=3.0), lambda: made(LoRAEnsembleCMLoRA, cache_depth=0),
+            lambda: made(LoRAEnsembleLoRAtorio), lambda: made(LoRAEnsembleLoRAtorio, temperature=3.0),
+            lambda: made(LoRAEnsembleLoRAtorio, top_k=1), lambda: made(LoRAEnsembleKLoRA),
+            lambda: made(LoRAEnsembleKLoRA, alpha=1.0), lambda: made(LoRAEnsembleKLoRA, k=5),
+            lambda: made(LoRAEnsembleKLoRA, gamma="released code")]
+    names = [describe_model(way()) for way in ways]
+    assert names == [describe_model(way()) for way in ways] and len(set(names)) == len(names)
+    assert len({describe_kind(way()) for way in ways}) == 5  # methods
+    coeffs = calibrate(made(LoRAEnsembleSwitch, steps_per_lora=2), paths(seeds=1, positive=SD15.cond(11)))
+    for steps, told in ((2, 0), (1, 1)):
+        ours = guide(made(LoRAEnsembleSwitch, steps_per_lora=steps), coeffs)
+        sample(ours, steps=STEPS)
+        assert sum("or other settings" in line and "steps_per_lora 1" in line
+                   for line in guidance_record_of(ours).problems) == told
 
 
 def test_a_guider_with_two_negatives(found):
