@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 
 from torch import Tensor
 
@@ -121,7 +122,8 @@ def product(call: Call, stack: Stack, slots: Sequence[Slot], entries: Entries, n
         gain = None
         if needed is not None:
             gain = call.where(entries, slots, needed) if call.where is not None else gain_tensor(
-                slots, needed, call.geometry.spatial, min(call.x.ndim - 2, 1), call.x, call.once)
+                slots, needed, call.geometry.spatial, min(call.x.ndim - 2, 1), call.x, call.once,
+                _sized(call, n, ranks.stop - ranks.start))
             if gain.ndim > 3 and not call.geometry.spatial:  # a view, which is brought up to date with its tensor
                 gain = gain.flatten(1, -2)
         if columns:
@@ -172,20 +174,16 @@ def apart(call: Call, stack: Stack, ranks: slice, entries: Entries, alpha: float
     return Choice(build, seconds + _reaching(call, entries))
 
 
-def batched(down: Tensor, up: Tensor, gain: Tensor | None, alpha: float, stretch: tuple[int, int] | None,
-            span: Span) -> Run:
+def batched(down: Tensor, up: Tensor, gain: Tensor | None, alpha: float, span: Span) -> Run:
+    """Groups of entries, one after the other, with a pair of factors each."""
     count = down.shape[0]
     inputs, outputs = (count, -1, down.shape[1]), (count, -1, up.shape[2])
 
     def run(y: Tensor, x: Tensor) -> Tensor:
         if not y.is_contiguous():
             return y.copy_(run(y.contiguous(), x))
-        y_part = y
-        if stretch is not None:
-            y_part, x = y.narrow(0, *stretch), x.narrow(0, *stretch)
-        if span is not None:
-            y_part, x = part(y_part, span, -1, 0), part(x, span, -1, 1)
-        add_batched_(y_part.view(outputs), x.reshape(inputs), down, up, gain, alpha)
+        own, x = (y, x) if span is None else (part(y, span, -1, 0), part(x, span, -1, 1))
+        add_batched_(own.view(outputs), x.reshape(inputs), down, up, gain, alpha)
         return y
 
     return run
@@ -246,8 +244,10 @@ def on_entries(add: Run, entries: Entries, like: Tensor) -> Run:
     if n == like.shape[0]:
         return add
     if entries[-1] - first + 1 == n:
+        stretch = slice(first, first + n)  # two thirds of the time that `narrow` takes
+
         def run(y: Tensor, x: Tensor) -> Tensor:
-            add(y.narrow(0, first, n), x.narrow(0, first, n))
+            add(y[stretch], x[stretch])
             return y
     else:
         index = on_device(entries, like.device)
@@ -274,19 +274,29 @@ def _gains(call: Call, numbers: Numbers) -> tuple[float, Numbers | None]:
     return alpha, numbers
 
 
-def gain_tensor(slots: Sequence[Slot], numbers: Numbers, spatial: int, dimensions: int, like: Tensor, once: Once
-                ) -> Tensor:
+def gain_tensor(slots: Sequence[Slot], numbers: Numbers, spatial: int, dimensions: int, like: Tensor, once: Once,
+                size: Sequence[int] = ()) -> Tensor:
     """Numbers [rows of numbers, slots] as gains that broadcast over hidden values: [rows, R, 1, ..] for convolutions,
-    [rows, 1, .., R] for layers with so many token dimensions. Layers share them: each is a copy to the device."""
+    [rows, 1, .., R] for layers with so many token dimensions; with `size`, in that size. Layers share them: each is a
+    copy to the device."""
     widths, device, dtype = tuple(slot.width for slot in slots), like.device, like.dtype
 
     def make() -> Tensor:
         ranks = [number for row in numbers for number, width in zip(row, widths, strict=True) for _ in range(width)]
         ones = [1] * (spatial or dimensions)
         gain = on_device(ranks, device, dtype).view(len(numbers), -1)
-        return gain.reshape(len(numbers), -1, *ones) if spatial else gain.reshape(len(numbers), *ones, -1)
+        gain = gain.reshape(len(numbers), -1, *ones) if spatial else gain.reshape(len(numbers), *ones, -1)
+        return gain.expand(size).contiguous() if size else gain
 
-    return once(("gain", widths, numbers, spatial, dimensions, dtype, device), make)
+    return once(("gain", widths, numbers, spatial, dimensions, dtype, device, size), make)
+
+
+def _sized(call: Call, n: int, ranks: int) -> tuple[int, ...]:
+    """The size that gains of the hidden values of n entries of tokens are kept in; () for one that broadcasts. To
+    broadcast takes the host about as long again as a view, and more memory is read otherwise."""
+    size = (n, call.places, ranks) if call.x.ndim > 2 else (n, ranks)
+    broadcasts = call.geometry.spatial or prod(size) > call.rates.view * call.rates.values
+    return () if broadcasts else size
 
 
 def in_turn(runs: Sequence[Run]) -> Run:

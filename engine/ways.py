@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from .products import Built, Call, Choice, Numbers, apart, batched, in_words, product
+from .products import Built, Call, Choice, Numbers, apart, batched, in_words, on_entries, product
 from .stack import Slot, Stack
 from .transfer import on_device
 
@@ -140,8 +140,7 @@ def _batched(call: Call, stack: Stack, slots: Sequence[Slot], groups: dict[tuple
     each = stack.slices[k]
     if slots[columns[-1]].stop > each.ranks.stop:
         return None
-    at, n, rates, same = entries[0], len(entries), call.rates, len(set(gains)) == 1
-    whole = n == call.y.shape[0]
+    n, rates, same = len(entries), call.rates, len(set(gains)) == 1
 
     def build(call: Call, stack: Stack) -> list[Built]:
         down, up = call.factors(stack)
@@ -151,10 +150,10 @@ def _batched(call: Call, stack: Stack, slots: Sequence[Slot], groups: dict[tuple
         gain = None if same else call.once(
             ("gains", tuple(gains), call.x.dtype, call.x.device),
             lambda: on_device(gains, call.x.device, call.x.dtype).reshape(-1, 1, 1))
-        run = batched(down, up, gain, alpha, None if whole else (at, n), each.span)
+        run = on_entries(batched(down, up, gain, alpha, each.span), tuple(entries), call.y)
         return [(run, f"{count} groups of {n // count} entries, rank {width} each" + in_words(each.span))]
 
-    seconds = (2 if same else 3) * rates.launch + (2 if whole else 4) * rates.view
+    seconds = (2 if same else 3) * rates.launch + (2 if n == call.y.shape[0] else 4) * rates.view
     seconds += (0 if each.span is None else rates.view) + call.work(stack, n, [(width, each.out)])
     return Choice(build, seconds)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from math import prod
 
 import pytest
 import torch
@@ -48,6 +49,35 @@ def test_the_ways_to_serve_several_branches_agree(model, monkeypatch):
     assert ["3 groups of 2 entries" in line for line in taken["batched"]] == [True]
     assert ["6 of 6 entries, rank 9, gains 6x1x9" in line for line in taken["masked"]] == [True]
     assert ["2 of 6 entries, rank 3" in line for line in taken["groups"]] == [True] * 3
+
+
+@pytest.mark.parametrize("size", [(), (5,), (2, 5)], ids=str)
+@pytest.mark.parametrize("layout", ["composite", "some of the stack", "merged", "merged beside single"])
+def test_gains_lie_in_the_size_of_few_hidden_values_and_broadcast_over_many(layout, size, monkeypatch):
+    """Guard: the host's time for an operation that broadcasts, at each layer; and more memory read where it is worth
+    the host's time."""
+    torch.manual_seed(0)
+    model, made = nn.Sequential(nn.Linear(24, 32)), [make_ops("lora", (32, 24), seed) for seed in range(3)]
+    bank, changes = Bank([{"0": ops} for ops, _ in made]), [{"0": change} for _, change in made]
+    rows = LAYOUTS[layout]
+    x = torch.randn(len(rows), *size, 24)
+    want = expected(model, changes, rows, x)
+    monkeypatch.setattr(ways_module, "_batched", lambda *call: None)
+    found = {}
+    for few, rates in {True: Rates(1e9, 1.0, 1.0, 1e9), False: Rates(1e9, 1.0, 1.0, 1.0)}.items():
+        monkeypatch.setitem(products_module.RATES, "cpu", rates)
+        routed = RoutedForwards(model, bank)
+        routed.install()
+        with torch.no_grad(), routed.rows(rows):
+            assert close(model(x), want)
+            assert not size or close(model(torch.cat([x, x], 1)), torch.cat([want, want], 1))
+            assert close(model(x), want)
+        (line,) = routed.explain()
+        found[few] = [int(number) for number in line.rpartition("gains ")[2].split("x")]
+        routed.remove()
+    entries, *places, ranks = found[True]
+    assert (entries, ranks) == (len(rows), found[False][-1]) and places == ([prod(size)] if size else [])
+    assert found[False][1:-1] == [1] * len(places) and prod(found[False]) < prod(found[True]) or not size
 
 
 def test_programs_are_chosen_once(model, monkeypatch):
