@@ -35,6 +35,6 @@ class ESTLoRA(Selection):
         if balance == "energy":
             units = mean_sizes(sizes, len(strengths), lambda size: size.energy)
         else:
-            units = released_gamma(sizes, subjects) if balance == "l1" else (1.0,) * len(strengths)
+            units = released_gamma(sizes, subjects, "EST-LoRA") if balance == "l1" else (1.0,) * len(strengths)
         contest = Contest.between(sizes, strengths, subjects, lambda size: size.energy, units, subject_ties=False)
         return cls(contest, alpha, 1.0 - style_discrepancy)

@@ -26,7 +26,8 @@ class KLoRA(Selection):
 
     def __post_init__(self) -> None:
         if self.star and self.alpha <= 0:
-            raise ValueError(f"K-LoRA: pattern s* needs an alpha above 0, got {self.alpha}")
+            raise ValueError(f"K-LoRA: alpha is {self.alpha:g}, and pattern s* needs one above 0. Raise alpha (the "
+                             "paper's is 1.5), or choose pattern s.")
 
     @property
     def rule(self) -> str:
@@ -49,7 +50,7 @@ class KLoRA(Selection):
         if not raw:
             sizes = at_strengths(sizes, strengths)
         if released:
-            units = released_gamma(sizes, subjects)
+            units = released_gamma(sizes, subjects, "K-LoRA")
         else:
             units = mean_sizes(sizes, len(strengths), lambda size: size.total)
         contest = Contest.between(sizes, strengths, subjects, lambda size: size.top, units, not released)

@@ -71,12 +71,13 @@ def mean_sizes(sizes: Sizes, count: int, what: Callable[[Size], float]) -> tuple
     return tuple(sum(each) / len(each) if any(each) else 1.0 for each in found)
 
 
-def released_gamma(sizes: Sizes, subjects: Sequence[bool]) -> tuple[float, ...]:
+def released_gamma(sizes: Sizes, subjects: Sequence[bool], node: str) -> tuple[float, ...]:
     """The balance of the released code: the mean over layers of L1_c / L1_s, without ratios of 3 times the mean of all
-    or more. Raises ValueError for anything but one subject and one style, between which alone it is defined."""
+    or more. Raises ValueError, in the name of a node, for anything but one subject and one style, between which alone
+    it is defined."""
     if sorted(subjects) != [False, True]:
         have = sum(subjects)
-        raise ValueError("the balance of the released code is defined for one subject and one style alone, and these "
+        raise ValueError(f"{node}: the balance of the released code is for one subject and one style alone, and these "
                          f"LoRAs are subjects: {have}, styles: {len(subjects) - have}. Change their roles, or choose "
                          "the balance of the paper (gamma 'paper' of K-LoRA, balance 'energy' of EST-LoRA).")
     c, s = subjects.index(True), subjects.index(False)

@@ -79,7 +79,8 @@ def test_klora_is_the_released_code(make, star):
 
 def test_the_released_balance_leaves_out_ratios_of_three_times_the_mean_or_more():
     def gamma(*ratios: float) -> float:
-        return released_gamma({str(i): {0: Size(total=r), 1: Size(total=1.0)} for i, r in enumerate(ratios)}, PAIR)[0]
+        sizes = {str(i): {0: Size(total=r), 1: Size(total=1.0)} for i, r in enumerate(ratios)}
+        return released_gamma(sizes, PAIR, "K-LoRA")[0]
 
     assert gamma(1.0, 1.0, 1.0, 1.0, 1.0, 20.0) == 1.0
     assert gamma(1.0, 1.0, 1.0, 1.0, 1.0, 4.9) == pytest.approx(9.9 / 6)

@@ -64,15 +64,18 @@ def test_k_of_several_is_the_product_of_the_sides_largest_ranks():
     assert subjects_only["q"][0].top == pytest.approx(top(loras[0].dense("q"), 64), rel=1e-6)
 
 
-@pytest.mark.parametrize("make", [lambda loras, sides: klora(loras, (1.0,) * 3, sides, released=True),
-                                  lambda loras, sides: est(loras, (1.0,) * 3, sides, balance="l1")])
-def test_the_released_balance_is_for_two(make):
-    with pytest.raises(ValueError, match="one subject and one style .* subjects: 1, styles: 2. Change their roles"):
+@pytest.mark.parametrize(("name", "make"), [
+    ("K-LoRA", lambda loras, sides: klora(loras, (1.0,) * 3, sides, released=True)),
+    ("EST-LoRA", lambda loras, sides: est(loras, (1.0,) * 3, sides, balance="l1"))])
+def test_the_released_balance_is_for_two(name, make):
+    said = f"^{name}: .*one subject and one style .* subjects: 1, styles: 2. Change their roles"
+    with pytest.raises(ValueError, match=said):
         make([Lora.random(s, 4) for s in range(3)], (True, False, False))
 
 
 @pytest.mark.parametrize(("make", "message"), [
-    (lambda sizes: KLoRA.of(sizes, (1.0, 1.0), PAIR, alpha=0.0, star=True), "alpha above 0, got 0"),
+    (lambda sizes: KLoRA.of(sizes, (1.0, 1.0), PAIR, alpha=0.0, star=True),
+     "alpha is 0, and pattern s. needs one above 0. Raise alpha"),
     (lambda sizes: ESTLoRA.of(sizes, (1.0, 1.0), PAIR, balance="l2"), "balance is 'l2', choose one of energy"),
 ])
 def test_settings_that_make_no_sense(make, message):

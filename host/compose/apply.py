@@ -274,7 +274,7 @@ def _own_words(ensemble: Ensemble, texts: list[tuple[LoRASpec, tuple]], routed: 
     """The LoRAs that change the text encoder for their own words alone: all but those that are always on."""
     used = [(spec, entries) for spec, entries in texts if entries and spec.role != ALWAYS]
     if not used:
-        problems.append("text is 'own words', and no LoRA changes the text encoder")
+        problems.append("text is 'own words', which does nothing here: no LoRA changes the text encoder")
     numbers = _numbers(ensemble, [spec for spec, _ in used])
     return [OwnDelta(routed.words, number, entries) for number, (_, entries) in zip(numbers, used, strict=True)]
 
@@ -317,7 +317,7 @@ def _yielding(reading: Reading) -> list[dict]:
     if who and to and not changed:
         style, ground = (reading.parts[each[0]].spec.name for each in (who, to))
         reading.problems.append(f"LoRA '{style}' cannot yield to LoRA '{ground}': no layer has plain low-rank changes "
-                                "of both")
+                                "of both; the style acts as its file has it")
     return layers
 
 

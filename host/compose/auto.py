@@ -6,14 +6,16 @@ price of a merge; no other method shows more than Merge.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+from ...methods.counted import verb
 from ..files.ensemble import ALWAYS, Ensemble
 from ..words.known import lora_words
 
 
 class Choice(NamedTuple):
-    """The name of a method, and why, as a clause that begins with a small letter."""
+    """The name of a method, and why, as a clause that goes on after a comma or a colon."""
 
     method: str
     reason: str
@@ -33,11 +35,17 @@ def best_method(ensemble: Ensemble, has_clip: bool) -> Choice:
     masked = [lora.name for lora, _ in acting if lora.mask is not None]
     worded = [lora.name for lora, words in acting if lora.mask is None and words.known]
     if has_clip and worded and len(worded) + len(masked) > 1:
-        places = " and ".join([f"{len(worded)} have words", *([f"{len(masked)} a mask"] if masked else [])])
-        return Choice("Routed", f"of {len(acting)} LoRAs {places}, so each can act where it belongs")
+        places = " and ".join([f"{_of(worded, acting)} words", *([f"{len(masked)} a mask"] if masked else [])])
+        return Choice("Routed", f"{places}, so each can act where it belongs")
     if masked:
-        return Choice("Merge", f"of {len(acting)} LoRAs {len(masked)} have a mask, in which it keeps them")
+        kept = "it" if len(masked) == 1 else "them"
+        return Choice("Merge", f"{_of(masked, acting)} a mask, in which it keeps {kept}")
     if worded and not has_clip:
         return Choice("Merge", "no clip is connected, so the places of the LoRAs' words cannot be found")
-    return Choice("Merge", f"of {len(acting)} LoRAs {len(worded)} have known words: type those of at least two, and "
-                           "each acts where its own are")
+    return Choice("Merge", f"{_of(worded, acting)} known words: type those of at least two, and each acts where its "
+                           "own are")
+
+
+def _of(some: Sequence, everyone: Sequence) -> str:
+    """`2 of 3 LoRAs have`, `1 of 3 LoRAs has`, `none of 3 LoRAs has`."""
+    return f"{len(some) or 'none'} of {len(everyone)} LoRAs {verb(max(len(some), 1), 'have')}"

@@ -215,7 +215,8 @@ class RoutedLoRAs(MaskedLoRAs):
         if not self.routed.routing.trust or not any(prompt is not None and prompt.free is None for prompt in prompts):
             return None
         if self.window is not None and self.window[0] == 0:
-            self.tell("context windows over a batch: how far LoRAs may leave their places is not measured")
+            self.tell("context windows over a batch: how far LoRAs may leave their places is not measured, so "
+                      "trust does nothing, and each keeps to its own")
             return None
         self._heard.append((Reach(places.locate, adapters), prompts, pictures, self.window))
         return self._heard[-1][0]

@@ -38,7 +38,7 @@ from .parts import LOST, Known, inside
 from .places import Area, for_call, values_by_name
 from .routes import RoutedLoRAs, regions_of
 from .steps import StepTracker
-from .summary import BY_ITSELF, begun, idle, missed, note_acting, sum_up, unplaced
+from .summary import BY_ITSELF, begun, idle, missed, note_acting, sum_up, uncalled, unplaced
 from .without import Without
 
 log = logging.getLogger("lora_ensemble")
@@ -296,8 +296,7 @@ class Run:
         """Name layers that were never called while adapters acted: the model uses them in another way, or earlier."""
         missed = routed.unseen(self.banked[routed.position].adapters)
         if missed and self.record.finished:
-            self._problem("all", missed[0], f"layers that were never called in this run: {len(missed)}; their LoRA "
-                                            "keys had no effect")
+            self._tell(uncalled(missed))
 
     def tell(self, lines: Iterable[str]) -> None:
         """Lines for the record, each once."""

@@ -148,6 +148,12 @@ def carried(record: RunRecord, contexts: Sequence[RunContext], earlier: Earlier 
                "run they would hold up to half of the free memory, and save a step")
 
 
+def uncalled(layers: Sequence[str]) -> str:
+    """What is said of layers with LoRAs that a run has not called."""
+    return (f"{counted(len(layers), 'layer')}, {layers[0]} for one, {verb(len(layers), 'were')} never called in this "
+            "run: what LoRAs change there had no effect")
+
+
 def sum_up(layers: Mapping[tuple[str, str], Sequence[str]], problems: list[str]) -> None:
     """Say in each line of a (LoRA, reason) how many layers it is true of besides the first, which it names."""
     for (adapter, reason), (first, *others) in layers.items():

@@ -52,7 +52,8 @@ def guidance_of(options: GuidanceOptions) -> Guidance:
                         lambda model, context, tell: AdaptiveSession(options.policy, options.exact, tell))
     if options.coeffs is None:
         raise ValueError(f"Adaptive Guidance: mode '{options.mode}' needs guidance coefficients. Connect Load "
-                          "Guidance Coefficients or Calibrate Guidance to 'coeffs', or choose mode 'threshold'.")
+                          "Guidance Coefficients or Calibrate Guidance to 'coeffs', or choose mode 'extrapolate', "
+                          "which needs none.")
     return _saving(options) if options.mode == "saving" else _linear(options)
 
 

@@ -220,7 +220,8 @@ class GuidedRun:
             for _, name, entry in sorted(entries, key=lambda each: each[0] > 0):
                 self.roles.setdefault(entry.get("uuid"), name)
             if "positive" not in self.guider.conds:
-                self.tell(f"Adaptive Guidance: {type(self.guider).__name__} has no 'positive'; it is left alone")
+                self.tell(f"Adaptive Guidance: {type(self.guider).__name__} has no positive prompt, so nothing is "
+                          "saved")
         names = [self.roles.get(cond[0].get("uuid")) if cond else None for cond in conds]
         positive = names.index("positive") if "positive" in names else None
         return positive, {i: name for i, name in enumerate(names) if name not in (None, "positive")}

@@ -16,17 +16,17 @@ def specs(names, words=(), masks=(), strengths=None, roles=None) -> tuple[LoRASp
 
 
 @pytest.mark.parametrize(("options", "clip", "method", "why"), [
-    ({"words": (0, 1)}, True, "Routed", "of 3 LoRAs 2 have words"),
-    ({"words": (0,), "masks": (1,)}, True, "Routed", "of 3 LoRAs 1 have words and 1 a mask"),
+    ({"words": (0, 1)}, True, "Routed", "2 of 3 LoRAs have words"),
+    ({"words": (0,), "masks": (1,)}, True, "Routed", "1 of 3 LoRAs has words and 1 a mask"),
     ({"words": (0, 1)}, False, "Merge", "no clip is connected"),
-    ({"words": (0,)}, True, "Merge", "of 3 LoRAs 1 have known words: type"),
-    ({}, True, "Merge", "of 3 LoRAs 0 have known words: type"),
-    ({}, False, "Merge", "of 3 LoRAs 0 have known words: type"),
-    ({"masks": (0, 1)}, True, "Merge", "of 3 LoRAs 2 have a mask"),
-    ({"masks": (0,)}, False, "Merge", "of 3 LoRAs 1 have a mask"),
-    ({"masks": (0,), "words": (0,)}, True, "Merge", "of 3 LoRAs 1 have a mask"),
-    ({"words": (0, 1), "strengths": (1.0, 0.0, 1.0)}, True, "Merge", "of 2 LoRAs 1 have"),
-    ({"words": (0, 1), "roles": ("auto", "always", "auto")}, True, "Merge", "of 2 LoRAs 1 have"),
+    ({"words": (0,)}, True, "Merge", "1 of 3 LoRAs has known words: type"),
+    ({}, True, "Merge", "none of 3 LoRAs has known words: type"),
+    ({}, False, "Merge", "none of 3 LoRAs has known words: type"),
+    ({"masks": (0, 1)}, True, "Merge", "2 of 3 LoRAs have a mask"),
+    ({"masks": (0,)}, False, "Merge", "1 of 3 LoRAs has a mask"),
+    ({"masks": (0,), "words": (0,)}, True, "Merge", "1 of 3 LoRAs has a mask"),
+    ({"words": (0, 1), "strengths": (1.0, 0.0, 1.0)}, True, "Merge", "1 of 2 LoRAs has"),
+    ({"words": (0, 1), "roles": ("auto", "always", "auto")}, True, "Merge", "1 of 2 LoRAs has"),
     ({"words": (0, 1, 2), "strengths": (1.0, 0.0, 0.0)}, True, "Merge", "one LoRA has nobody"),
     ({"roles": ("always",) * 3}, True, "Merge", "no LoRA takes turns"),
 ])  # fmt: skip

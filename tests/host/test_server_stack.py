@@ -88,7 +88,7 @@ def test_it_says_what_it_took_and_did(server: Server):
     prompt = example("auto")
     (own,) = find(prompt, STACK)
     (text,) = server.run(prompt)["outputs"][own]["text"]
-    assert text.splitlines() == ["auto: Routed, of 4 LoRAs 3 have words, so each can act where it belongs",
+    assert text.splitlines() == ["auto: Routed, 3 of 4 LoRAs have words, so each can act where it belongs",
                                  "1  one.safetensors: 1, trigger words of its file: ohwx",
                                  "2  two.safetensors: 1, trigger words of its file: sks",
                                  "3  three.safetensors: 1, trigger words of its file: zwx",

@@ -298,13 +298,13 @@ def test_it_says_what_it_took(two, caplog):
     with caplog.at_level(logging.INFO, logger="lora_ensemble"):
         out = NODE.execute(base("SD15"), AUTO, **given, clip=small_clip())
     (told,) = out.ui.as_dict()["text"]
-    assert told.splitlines() == ["auto: Routed, of 2 LoRAs 2 have words, so each can act where it belongs",
+    assert told.splitlines() == ["auto: Routed, 2 of 2 LoRAs have words, so each can act where it belongs",
                                  "1  a.safetensors: 0.5, words ohwx woman", "2  b.safetensors: off",
                                  "3  b.safetensors: 1, object, words sks"]
     assert "auto took Routed" in caplog.text
     sample(out.args[0])
     record = json.loads(json.dumps(record_of(out.args[0]).as_dict()))
-    assert record["reasons"] == ["LoRA Ensemble took Routed: of 2 LoRAs 2 have words, so each can act where it belongs"]
+    assert record["reasons"] == ["LoRA Ensemble took Routed: 2 of 2 LoRAs have words, so each can act where it belongs"]
 
 
 def test_it_says_what_the_node_of_the_method_would(two):

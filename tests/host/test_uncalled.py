@@ -184,7 +184,7 @@ def test_a_run_says_whose_keys_had_no_effect(name, loras):
     layers = {f"diffusion_model.{layer}": shape for layer, shape in shapes(model).items() if layer in never | cannot}
     ours = merge(model, [LoRASpec(loras(lora(layers, 1, size=1.0, **NAME)), 0.8, 0.0)])
     assert len(layers) == len(never | cannot) and torch.equal(drawn(ours, 1, 1.0), plain)
-    said = [f"layers that were never called in this run: {len(never)}; their LoRA keys had no effect"] if never else []
+    said = [f"{counted(len(never), 'layer')}, ", "never called in this run: what LoRAs change there"] if never else []
     if cannot:
         said += [f"{counted(len(cannot), 'key')} such as", "of a kind that has no routed forward; left out"]
     lines = record_of(ours).problems
