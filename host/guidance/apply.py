@@ -6,14 +6,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from weakref import ref
 
+from comfy.controlnet import ControlBase
 from comfy.model_patcher import ModelPatcher, create_model_options_clone
 from comfy.patcher_extension import WrappersMP
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...engine.tell import into
 from ...methods.guidance.record import GuidanceRecord
 from ...methods.guidance.session import GuidanceSession, Tell
 from ...methods.session import RunContext
+from ..compose.composition import KEY as OURS
 from ..compose.composition import TOLD
 from ..compose.context import guidance_context, run_context
 from ..compose.earlier import Left, bare, mark_of, marks
@@ -26,7 +28,9 @@ from .run import GuidedRun
 KEY = "lora_ensemble_guidance"
 PROMPT_MARKS = 64
 """Values by which a prompt is recognised."""
-
+CONTROL = ("control_model", "t2i_model", "control_weights", "cond_hint_original", "strength", "timestep_percent_range",
+           "extra_args", "extra_concat_orig", "previous_controlnet")
+"""What tells the host's ControlNets from each other, and what is set on them."""
 
 GUIDED = GuidedRuns()
 
@@ -130,6 +134,24 @@ def _prompts(conds: Mapping[str, Sequence[Mapping]]) -> tuple:
 
 
 def _prompt(entry: Mapping) -> tuple:
-    tensors = [entry.get(key) for key in ("cross_attn", "pooled_output", "mask")]
-    return (*(entry.get(key) for key in ("area", "strength", "start_percent", "end_percent")), "control" in entry,
-            *(None if tensor is None else marks(tensor, PROMPT_MARKS) for tensor in tensors))
+    """All that nodes have put on a prompt: a ControlNet, a start picture or a reference say as much as the text."""
+    return tuple((key, _told(entry[key])) for key in sorted(entry)
+                 if key not in ("uuid", "model_conds") and not key.startswith(OURS))
+
+
+def _told(value: object) -> object:
+    """Equal for equal values, and for one and the same model. Of objects of other kinds the tensors count."""
+    if isinstance(value, Tensor):
+        return marks(value, PROMPT_MARKS)
+    if isinstance(value, Mapping):
+        return tuple((key, _told(each)) for key, each in value.items())
+    if isinstance(value, list | tuple):
+        return tuple(map(_told, value))
+    if isinstance(value, nn.Module):
+        return ref(value)
+    if isinstance(value, ControlBase):
+        return (type(value).__name__, *(_told(getattr(value, name, None)) for name in CONTROL))
+    if value is None or isinstance(value, str | int | float):
+        return value
+    return type(value).__name__, *(_told(each) for each in getattr(value, "__dict__", {}).values()
+                                   if isinstance(each, Tensor))

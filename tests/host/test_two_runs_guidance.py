@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import gc
+from copy import deepcopy
+from types import SimpleNamespace
 from weakref import ref
 
 import pytest
 import torch
+from comfy.controlnet import ControlNet
 from lora_ensemble.host.compose import earlier
 from lora_ensemble.host.guidance import apply as guided
 from lora_ensemble.host.guidance import left
@@ -22,6 +25,7 @@ from .guidance_tools import extrapolated
 from .models import FAMILIES, base, build, patcher
 from .runs import MAKES, ROUNDING, STEPS, no_runs, part, two_models
 from .test_calibration import guide, paths
+from .test_scenarios import control_model  # noqa: F401  (a fixture)
 
 
 @pytest.fixture(autouse=True)
@@ -124,6 +128,30 @@ def test_a_term_of_something_else_is_not_taken(go_on, why, loras):
     go_on(ours, half)
     assert negatives(ours)[:2] == [1, 1] and guidance_record_of(ours).carried == []
     assert [line for line in guidance_record_of(ours).problems if why in line and "begins anew" in line]
+
+
+def test_a_term_under_another_control_net_is_not_taken(control_model):  # noqa: F811
+    """Guard: two ControlNets on one prompt were taken for one, and the second run went on along the line of the first,
+    another picture than one that looks at its own negative."""
+    ours, kind = extrapolated(base("SD15"), saving=0.5), FAMILIES["SD15"]
+    hints = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(3)).split(1)
+    twin = deepcopy(control_model)
+
+    def under(net=control_model, hint=hints[0], strength=0.8, span=(0.0, 1.0), before=None, **options) -> list:
+        made = ControlNet(net, load_device=torch.device("cpu")).set_cond_hint(hint, strength, span)
+        if before is not None:
+            made.set_previous_controlnet(ControlNet(before, load_device=torch.device("cpu")).set_cond_hint(hints[1]))
+        return kind.cond(11, control=made, control_apply_to_uncond=False, **options)
+
+    half = part(ours, 0, 4, cfg=12.0, positive=under())
+    part(ours, 4, STEPS, half, cfg=12.0, positive=under())
+    assert guidance_record_of(ours).carried == GOES_ON
+    for change in ({"hint": hints[1]}, {"strength": 0.3}, {"span": (0.0, 0.6)}, {"net": twin}, {"before": twin},
+                   {"concat_latent_image": torch.ones(1, 4, 8, 8)}, {"reference_latents": [torch.ones(1, 4, 8, 8)]},
+                   {"guidance": 3.0}, {"clip_vision_output": SimpleNamespace(image_embeds=torch.ones(1, 4))}):
+        part(ours, 4, STEPS, half, cfg=12.0, positive=under(**change))
+        assert negatives(ours)[:2] == [1, 1] and guidance_record_of(ours).carried == [], change
+        assert [line for line in guidance_record_of(ours).problems if "the prompts are others" in line], change
 
 
 def test_a_term_of_another_model_or_rule_is_not_taken():
