@@ -235,6 +235,7 @@ def bake(model, clip, ensemble: Ensemble, node: str):
     problems = [*reading.problems, *_again(called, model), *without_effect(reading, ensemble, True),
                 *_without_alphas(ensemble)]
     for part in reading.parts:
+        problems += otherwise(part, baked=True)
         if part.spec.mask is not None:
             problems.append(f"the mask of LoRA '{part.spec.called}' is not used: what is in the weights acts "
                             "everywhere")

@@ -142,9 +142,10 @@ def left_out(part: Part, on_weights: bool) -> list[str]:
     return _lines(part.spec, part.parsed.left_out, done)
 
 
-def otherwise(part: Part) -> list[str]:
-    """One line per reason for what a LoRA does otherwise than by ComfyUI's loader."""
-    return _lines(part.spec, part.parsed.otherwise, "applied as trained")
+def otherwise(part: Part, baked: bool = False) -> list[str]:
+    """One line per reason for what a LoRA does otherwise than by ComfyUI's loader; `baked`: than as it was trained."""
+    done = "baked in as the loader has them (mode 'runtime' has them as trained)" if baked else "applied as trained"
+    return _lines(part.spec, part.parsed.otherwise, done)
 
 
 _FIRST_LAYERS: dict[str, tuple[int, ...] | None] = {

@@ -17,7 +17,7 @@ from ...engine.bank import Bank
 from ...engine.sizes import measure
 from ...methods.counted import counted
 from ..compose.read_weight import read_weight
-from ..compose.reading import TEXT_ENCODER, Part, Reading, left_out, read_ensemble
+from ..compose.reading import TEXT_ENCODER, Part, Reading, left_out, otherwise, read_ensemble
 from ..files.ensemble import Ensemble, LoRASpec
 from ..files.files import known, read
 from ..files.header_alphas import passed_over
@@ -48,6 +48,7 @@ class Info:
               that is off), as ||change|| / ||weights|| over all layers of the block that any of the LoRAs changes
     whole     the same over all blocks; None where no weight can be read
     out       why something of it is left out, a line each
+    other     what it does otherwise than by ComfyUI's loader, a line each
     nothing   why it does nothing at all; empty: it does something
     """
 
@@ -61,6 +62,7 @@ class Info:
     changes: dict[str, float] = field(default_factory=dict)
     whole: float | None = None
     out: list[str] = field(default_factory=list)
+    other: list[str] = field(default_factory=list)
     nothing: str = ""
 
 
@@ -100,6 +102,7 @@ def _read_facts(info: Info, reading: Reading, base: nn.Module, has_clip: bool) -
     info.encoder = (keys, bool(texts) if has_clip else None)
     for part in reading.parts:
         info.out += [line.removeprefix(start) for line in left_out(part, False)]
+        info.other += [line.removeprefix(start) for line in otherwise(part)]
         info.layers = len(part.parsed.layers)
         info.kinds = _kinds(part)
         info.ranks = tuple(sorted({rank for ops in part.parsed.layers.values() for op in ops if (rank := _rank(op))}))
@@ -197,7 +200,7 @@ def _lines(info: Info) -> list[str]:
         strongest = ", ".join(f"{block} {_percent(change)}" for block, change in most)
         lines.append(f"   at strength {spec.strength_model or 1:g} it changes these weights by {_percent(info.whole)} "
                      f"of their size, most in {strongest}")
-    return lines + [f"   left out: {line}" for line in info.out]
+    return lines + [f"   {line}" for line in info.other] + [f"   left out: {line}" for line in info.out]
 
 
 def _given(spec: LoRASpec) -> str:

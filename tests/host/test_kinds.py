@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from lora_ensemble.host.compose.apply import bake
 from lora_ensemble.host.compose.composition import KEY, record_of
 from lora_ensemble.host.files.ensemble import LoRASpec
+from lora_ensemble.host.look.info import infos, told
 
 from .any_model import any_model
 from .builders import Rand, composite, hooked, kohya, lora, merge, same, sample, shapes, stock
@@ -291,3 +293,8 @@ def test_lokr_of_convolutions_in_one_and_three_dimensions(name, loras):
     same(drawn(ours, 1, 1.0), drawn(stock(model, [LoRASpec(loras(dense), 0.7, 0)]), 1, 1.0), drawn(model, 1, 1.0), 1e-4)
     (problem,) = record_of(ours).problems
     assert "LoKr" in problem and "applied as trained" in problem
+    file = LoRASpec(loras(made), 0.7, 0)
+    baked, _, (said,) = bake(model, None, (file,), "Merge LoRAs")
+    same(drawn(baked, 1, 1.0), drawn(stock(model, [file]), 1, 1.0), drawn(model, 1, 1.0), 1e-4)
+    assert "LoKr" in said and "as the loader has them" in said and "'runtime'" in said
+    assert "applied as trained" in told(infos(model, None, (file,), "LoRA Info"), name)
