@@ -249,7 +249,7 @@ def _boft(values, shape: Shape) -> None:
 
 
 def _diff(values, shape: Shape) -> None:
-    if tuple(values[0].shape) != tuple(shape) and len(values) == 1:
+    if tuple(values[0].shape) != tuple(shape):
         raise Misfit(f"a difference of shape {tuple(values[0].shape)} for a weight of shape {tuple(shape)}")
 
 

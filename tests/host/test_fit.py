@@ -100,6 +100,7 @@ CASES = [
     (patch("boft", (2, 2, 2, 2), None, None, None), LINEAR, Torn),
     (patch("diff", LINEAR), LINEAR, FITS), (patch("diff", (6, 4)), LINEAR, Misfit),
     (patch("diff", (5, 6), {"pad_weight": True}), LINEAR, FITS),
+    (patch("diff", (5, 6), {"pad_weight": False}), LINEAR, Misfit),
     (patch("set", (6,)), (1, 6), FITS), (patch("set", (6,)), LINEAR, Broken), (patch("set", (4,)), (4, 1), Broken),
     *((lora((4, 2), (2, 6), magnitude=size), LINEAR, want) for size, want in (
         ((4, 1), FITS), ((1, 6), FITS), ((1,), FITS), ((1, 1), FITS), ((), Torn), ((4,), Torn), ((6, 1), Torn))),
