@@ -12,7 +12,8 @@ from lora_ensemble.host.compose.apply import apply_method
 from lora_ensemble.host.compose.auto import best_method
 from lora_ensemble.host.compose.composition import KEY
 from lora_ensemble.host.compose.placing import Placing
-from lora_ensemble.host.files.beside import MOST_BYTES, paths_beside, read_beside
+from lora_ensemble.host.files import beside as reader
+from lora_ensemble.host.files.beside import paths_beside, read_beside
 from lora_ensemble.host.files.ensemble import LoRASpec
 from lora_ensemble.host.files.files import changes, path_of
 from lora_ensemble.host.files.metadata import LETTERS, WORDS, Wording, wording
@@ -28,6 +29,7 @@ from safetensors.torch import save
 from .builders import lora, plain, shapes
 from .models import base
 
+MB = 2**20
 MANAGER = {"file_name": "one", "civitai": {"trainedWords": ["ohwx woman, red hair", "ohwx"], "images": [{"url": "x"}]}}
 RGTHREE = {"trainedWords": [{"word": "sks", "civitai": True}, {"word": "1girl", "count": 20, "metadata": True},
                             {"word": "dog", "metadata": True, "count": 3, "user": True}, {"word": "typed"}]}
@@ -73,8 +75,9 @@ def test_the_first_that_names_words_is_asked(beside):
         assert wording(name).trigger == FOUND[end]
     beside(".metadata.json", {"civitai": {"trainedWords": []}, "trainedWords": ["own"]})
     assert wording(name).trigger == ("own",)
-    beside(".metadata.json", {"civitai": None})
-    assert wording(name).trigger == FOUND[ENDS[1]] and not wording(name).unread
+    for table in ({"civitai": None}, {"civitai": {"trainedWords": [" ", ""]}, "trainedWords": "\n"}):
+        beside(".metadata.json", table)
+        assert wording(name).trigger == FOUND[ENDS[1]] and not wording(name).unread
 
 
 def test_words_of_the_file_itself_win(raw, beside):
@@ -94,15 +97,16 @@ def test_no_table_is_too_strange(table, beside):
 @pytest.mark.parametrize("table", [
     {"trainedWords": 3}, {"trainedWords": [3, None, "sks", {"word": 3}, {"word": None}, {}, {"word": ["x", 3]}]},
     {"trainedWords": {"word": "sks"}}, {"civitai": ["trainedWords"]}])
-@pytest.mark.parametrize("end", ENDS[:3])
-def test_no_list_is_too_strange(table, end, beside):
-    found = wording(beside(end, table))
-    assert found.trigger in ((), ("sks",), ("x",)) and not found.unread
+def test_no_list_is_too_strange(table, beside):
+    for end in ENDS[:3]:
+        found = wording(beside(end, table))
+        assert found.trigger in ((), ("sks",), ("x",)) and not found.unread
+        beside(end, {})
 
 
 @pytest.mark.parametrize(("content", "reason"), [
     (b"{", "Expecting"), (b"", "Expecting value"), (b"\xff\xfe\x00", "codec"), (b"[" * 100_000, "recursion"),
-    (b'{"activation text": "' + b"x" * MOST_BYTES + b'"}', "larger than 1 MB")])
+    (b'{"activation text": "' + b"x" * MB + b'"}', "larger than 1 MB")])
 def test_what_cannot_be_read_is_said_and_stops_nothing(content, reason, beside):
     name = beside(".metadata.json", content)
     found = wording(name)
@@ -117,13 +121,26 @@ def test_what_cannot_be_read_is_said_and_stops_nothing(content, reason, beside):
     assert wording(name).trigger == FOUND[".json"] and wording(name).unread == found.unread
 
 
+def test_a_file_that_nobody_may_open_is_said_and_the_next_one_is_asked(beside, monkeypatch):
+    def refuse(path: str, mode: str):
+        if path.endswith(".metadata.json"):
+            raise PermissionError(13, "Permission denied")
+        return open(path, mode)
+
+    monkeypatch.setattr(reader, "open", refuse, raising=False)
+    beside(".metadata.json", MANAGER)
+    found = wording(beside(".json", WEB_UI))
+    assert found.trigger == FOUND[".json"]
+    assert "'one.v2.metadata.json' beside it cannot be read (" in found.unread and "Permission denied" in found.unread
+
+
 def test_sizes_are_bounded(beside):
     words = [f"word {k}" for k in range(1000)]
     found = wording(beside(".metadata.json", {"trainedWords": ["y" * (LETTERS + 1), *words]}))
     assert found.trigger == tuple(words[:WORDS])
     content = json.dumps({"trainedWords": ["z"]}).encode()
-    assert wording(beside(".metadata.json", content.ljust(MOST_BYTES))).trigger == ("z",)
-    assert "larger" in wording(beside(".metadata.json", content.ljust(MOST_BYTES + 1))).unread
+    assert wording(beside(".metadata.json", content.ljust(MB))).trigger == ("z",)
+    assert "larger" in wording(beside(".metadata.json", content.ljust(MB + 1))).unread
 
 
 @pytest.mark.skipif(os.sep == "\\", reason="links need rights there")
