@@ -29,6 +29,8 @@ from ..kernels.orthogonal import block_rotate, butterfly_rotate
 from .geometry import Geometry
 
 Span = tuple[int, int, int] | None
+Reader = Callable[[str], "Tensor | None"]
+"""(parameter name) -> the base model's tensor in fp32, or None where it cannot be read."""
 Scales = tuple[Tensor, bool] | None
 """DoRA's magnitude factors, and whether they act on outputs (`Decomposed.scales`)."""
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels.lowrank import Run
+from ..kernels.lowrank import Update
 from .adapters import Op, Scales, part
 from .geometry import Geometry, no_bias
 
@@ -25,8 +25,8 @@ class Link(NamedTuple):
 
 
 def chain(links: Sequence[Link], biases: Sequence[Link], base: Callable[[Tensor], Tensor], bias: Tensor | None,
-          geometry: Geometry) -> Run:
-    """A run that changes y, the layer's output with its bias, into that of the weight with all ops.
+          geometry: Geometry) -> Update:
+    """An update that changes y, the layer's output with its bias, into that of the weight with all ops.
 
     base   the layer as it was; called once more where an op acts on inputs, however many do
     bias   the layer's own, None where it has none or it cannot be read
@@ -61,19 +61,19 @@ def chain(links: Sequence[Link], biases: Sequence[Link], base: Callable[[Tensor]
         op.add_(out, here, gain, geometry, scales)
         return out if places is None else torch.lerp(before, out, places)
 
-    def run(y: Tensor, x: Tensor) -> Tensor:
+    def update(y: Tensor, x: Tensor) -> Tensor:
         out = value(len(links), x, None, y)
         y.copy_(out if bias is None else out + geometry.per_channel(bias, out))
         return add(y, x)
 
     add = additions(biases, geometry)
-    return run
+    return update
 
 
-def additions(links: Sequence[Link], geometry: Geometry) -> Run:
-    """A run of additive ops that are in no stack."""
+def additions(links: Sequence[Link], geometry: Geometry) -> Update:
+    """An update by additive ops that are in no stack."""
 
-    def run(y: Tensor, x: Tensor) -> Tensor:
+    def update(y: Tensor, x: Tensor) -> Tensor:
         for gain, op, _, places in links:
             if places is None:
                 op.add_(y, x, gain, geometry)
@@ -83,4 +83,4 @@ def additions(links: Sequence[Link], geometry: Geometry) -> Run:
                 y.addcmul_(delta, places)
         return y
 
-    return run
+    return update

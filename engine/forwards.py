@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.branch import Branch
+from .adapters import Reader
 from .bank import Bank
 from .compiled import Traced, TracedGains, connect, disconnect, handle_of
 from .geometry import forward_of, geometry_of, in_container
 from .layout import Layout, Order, folded
 from .positions import Places
-from .program import Layer, Program, Programs, Reader, nothing
+from .program import Layer, Program, Programs, nothing
 from .reach import Reach
-from .tell import Once
+from .tell import Once, Report
 
 _UNMET = Program(torch.Size((-1,)), torch.bool, nothing)
 """The program of a layer that no batch of the layout has come to yet."""
@@ -50,7 +51,7 @@ class RoutedForwards:
     routed layer is exactly the layer it was. Installing twice or removing twice is harmless; a layer that somebody
     else has wrapped meanwhile keeps that wrapping, and ours inside it turns into a plain call.
 
-    report     called as report(adapter name, layer, reason) for what cannot be expressed; once per case
+    report     told what cannot be expressed, once per case
     position   tells banks on the same model apart, outermost last
     order      how the rows of a batch lie in the entries of a layer (layout.py)
     compiled   whether torch.compile sees the model: gains are then tensors that stay where they are (compiled.py).
@@ -64,7 +65,7 @@ class RoutedForwards:
     """
 
     def __init__(self, root: nn.Module, bank: Bank, reader: Reader | None = None,
-                 report: Callable[[str, str, str], None] | None = None, position: int = 0, order: Order = folded,
+                 report: Report | None = None, position: int = 0, order: Order = folded,
                  compiled: bool = False, lasting: Callable[[], AbstractContextManager] = nullcontext,
                  layers: Callable[[], Mapping[str, nn.Module]] | None = None, flat: bool = False):
         self.root, self.bank, self.position, self.order, self.compiled = root, bank, position, order, compiled

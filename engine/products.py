@@ -8,10 +8,10 @@ from math import prod
 
 from torch import Tensor
 
-from ..kernels.lowrank import Run, Share, add_batched_, add_pointwise_, rows, shares, shares_apart, tokens
+from ..kernels.lowrank import Share, Update, add_batched_, add_pointwise_, rows, shares, shares_apart, tokens
 from .adapters import Span, part
 from .geometry import Geometry
-from .stack import Part, Slot, Stack
+from .stack import SlicePart, Slot, Stack
 from .transfer import on_device
 
 Numbers = tuple[tuple[float, ...], ...]
@@ -21,7 +21,7 @@ Where = Callable[[Entries, Sequence[Slot], Numbers], Tensor]
 """(entries, slots, numbers) -> gains of hidden values [entries, .., ranks of the slots]: the number of an entry's slot
 (one row of numbers: of all entries) times how much of the adapter acts at each place. The same tensor for as long as
 places are only updated."""
-Once = Callable[[Hashable, Callable[[], object]], object]
+MakeOnce = Callable[[Hashable, Callable[[], object]], object]
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ ACCELERATOR = Rates(5e-6, 1e-6, 1e14, 1e12)
 
 
 @dataclass(frozen=True)
-class Call:
-    """A call of a layer as far as a program depends on it.
+class LayerCall:
+    """A call of a layer, as far as a program depends on it.
 
     y, x       output and input, of which only shapes, strides, dtypes and devices count
     geometry   the layer's
@@ -64,12 +64,12 @@ class Call:
     factors: Callable[[Stack], tuple[Tensor, Tensor]]
     where: Where | None = None
     beneath: int = 0
-    once: Once = lambda key, make: make()
+    once: MakeOnce = lambda key, make: make()
 
     def everywhere(self, adapter: int) -> bool:
         return self.where is None or adapter < self.beneath
 
-    def narrowed(self, entries: Entries) -> Call:
+    def narrowed(self, entries: Entries) -> LayerCall:
         """The call for some of its entries alone."""
         where = self.where
         return replace(self, y=self.y[:len(entries)], x=self.x[:len(entries)], where=None if where is None else
@@ -90,23 +90,23 @@ class Call:
         return entries * self.places * sum(width * (inputs + out) for width, out in widths) / self.rates.madds
 
 
-Built = tuple[Run, str]
+Built = tuple[Update, str]
 """A product, and the same in words."""
 
 
 @dataclass(frozen=True)
-class Choice:
+class Way:
     """One way to do what a stack has to do, for all layers of one shape.
 
     build     (call, stack) -> its products, with the tensors that they need
     seconds   expected time
     """
 
-    build: Callable[[Call, Stack], list[Built]]
+    build: Callable[[LayerCall, Stack], list[Built]]
     seconds: float
 
 
-def product(call: Call, stack: Stack, slots: Sequence[Slot], entries: Entries, numbers: Numbers) -> Choice:
+def product(call: LayerCall, stack: Stack, slots: Sequence[Slot], entries: Entries, numbers: Numbers) -> Way:
     """The neighbouring `slots` of a stack on some entries, `numbers` with one gain per entry and slot."""
     ranks, n, rates = slice(slots[0].start, slots[-1].stop), len(entries), call.rates
     alpha, needed = _gains(call, numbers)
@@ -117,7 +117,7 @@ def product(call: Call, stack: Stack, slots: Sequence[Slot], entries: Entries, n
     # for a BLAS.
     columns = not lone or (span is not None and span[0] == 0 and not call.geometry.spatial)
 
-    def build(call: Call, stack: Stack) -> list[Built]:
+    def build(call: LayerCall, stack: Stack) -> list[Built]:
         down, up = call.factors(stack)
         gain = None
         if needed is not None:
@@ -143,10 +143,10 @@ def product(call: Call, stack: Stack, slots: Sequence[Slot], entries: Entries, n
                                     for _ in range(count)])
     if needed is not None and call.where is not None:  # a gain for every place
         seconds += n * call.places * width / rates.values
-    return Choice(build, seconds + _reaching(call, entries))
+    return Way(build, seconds + _reaching(call, entries))
 
 
-def _views(stack: Stack, parts: Sequence[Part], ranks: int, outputs: int) -> int:
+def _views(stack: Stack, parts: Sequence[SlicePart], ranks: int, outputs: int) -> int:
     """How many views a product into columns takes: of outputs and hidden values as rows of one matrix, and of those the
     columns of each part, as matrices where it is several slices."""
     views = 2
@@ -156,40 +156,40 @@ def _views(stack: Stack, parts: Sequence[Part], ranks: int, outputs: int) -> int
     return views
 
 
-def apart(call: Call, stack: Stack, ranks: slice, entries: Entries, alpha: float) -> Choice:
+def apart(call: LayerCall, stack: Stack, ranks: slice, entries: Entries, alpha: float) -> Way:
     """Some ranks of the first slice and the same of those that follow it, on some entries."""
     (one, *_), count, n, rates = stack.slices, len(stack.slices), len(entries), call.rates
     width = ranks.stop - ranks.start
 
-    def build(call: Call, stack: Stack) -> list[Built]:
+    def build(call: LayerCall, stack: Stack) -> list[Built]:
         down, up = call.factors(stack)
         down = down.unflatten(0, (count, one.width))[:, ranks].mT
-        run = shares_apart(down, Share(one.span[1], 0, up.view(count, one.out, one.width)[..., ranks].mT),
+        update = shares_apart(down, Share(one.span[1], 0, up.view(count, one.out, one.width)[..., ranks].mT),
                            call.y.shape[-1], alpha)
         text = f"{n} of {call.y.shape[0]} entries, {count} slices, rank {width} each"
-        return [(on_entries(run, entries, call.y), text)]
+        return [(on_entries(update, entries, call.y), text)]
 
     seconds = 2 * rates.launch + 4 * rates.view + call.work(stack, n, [(width, one.out)] * count)
     seconds += (count - 1) * n / call.y.shape[0] * call.x.numel() / rates.values
-    return Choice(build, seconds + _reaching(call, entries))
+    return Way(build, seconds + _reaching(call, entries))
 
 
-def batched(down: Tensor, up: Tensor, gain: Tensor | None, alpha: float, span: Span) -> Run:
+def batched(down: Tensor, up: Tensor, gain: Tensor | None, alpha: float, span: Span) -> Update:
     """Groups of entries, one after the other, with a pair of factors each."""
     count = down.shape[0]
     inputs, outputs = (count, -1, down.shape[1]), (count, -1, up.shape[2])
 
-    def run(y: Tensor, x: Tensor) -> Tensor:
+    def update(y: Tensor, x: Tensor) -> Tensor:
         if not y.is_contiguous():
-            return y.copy_(run(y.contiguous(), x))
+            return y.copy_(update(y.contiguous(), x))
         own, x = (y, x) if span is None else (part(y, span, -1, 0), part(x, span, -1, 1))
         add_batched_(own.view(outputs), x.reshape(inputs), down, up, gain, alpha)
         return y
 
-    return run
+    return update
 
 
-def _reaching(call: Call, entries: Entries) -> float:
+def _reaching(call: LayerCall, entries: Entries) -> float:
     """Seconds until a product has its entries, where they are not all."""
     n, rates = len(entries), call.rates
     if entries[-1] - entries[0] + 1 != n:  # scattered
@@ -203,42 +203,42 @@ def in_words(span: Span) -> str:
 
 
 def _added(geometry: Geometry, ndim: int, n: int, down: Tensor, up: Tensor, gain: Tensor | None, alpha: float,
-           span: Span) -> Run:
+           span: Span) -> Update:
     """The product for inputs of `ndim` dimensions and n entries."""
     if geometry.spatial:
-        def run(y: Tensor, x: Tensor) -> Tensor:
+        def update(y: Tensor, x: Tensor) -> Tensor:
             hidden = geometry.apply(part(x, span, 1, 1), down)
             add_pointwise_(part(y, span, 1, 0), hidden, up, gain, alpha)
             return y
 
-        return run
+        return update
     if ndim == 2:
         return _on_inputs(rows(down, up, gain, alpha), span)
     add = _on_inputs(tokens(down, up.expand(n, -1, -1), gain, alpha), span)
     return add if ndim == 3 else _flat(add)
 
 
-def _flat(add: Run) -> Run:
+def _flat(add: Update) -> Update:
     """For layers with several token dimensions."""
-    def run(y: Tensor, x: Tensor) -> Tensor:
+    def update(y: Tensor, x: Tensor) -> Tensor:
         flat = add(y.flatten(1, -2), x.flatten(1, -2))
         return y if flat.data_ptr() == y.data_ptr() else y.copy_(flat.view(y.shape))
 
-    return run
+    return update
 
 
-def _on_inputs(add: Run, span: Span) -> Run:
+def _on_inputs(add: Update, span: Span) -> Update:
     if span is None:
         return add
 
-    def run(y: Tensor, x: Tensor) -> Tensor:
+    def update(y: Tensor, x: Tensor) -> Tensor:
         return add(y, part(x, span, -1, 1))
 
-    return run
+    return update
 
 
-def on_entries(add: Run, entries: Entries, like: Tensor) -> Run:
-    """What changes y in place, as a run on some entries of outputs such as `like`: all, a stretch of them, or copies of
+def on_entries(add: Update, entries: Entries, like: Tensor) -> Update:
+    """An update in place, for some entries alone of outputs such as `like`: all, a stretch of them, or copies of
     scattered ones that are written back."""
     first, n = entries[0], len(entries)
     if n == like.shape[0]:
@@ -246,21 +246,21 @@ def on_entries(add: Run, entries: Entries, like: Tensor) -> Run:
     if entries[-1] - first + 1 == n:
         stretch = slice(first, first + n)  # two thirds of the time that `narrow` takes
 
-        def run(y: Tensor, x: Tensor) -> Tensor:
+        def update(y: Tensor, x: Tensor) -> Tensor:
             add(y[stretch], x[stretch])
             return y
     else:
         index = on_device(entries, like.device)
 
-        def run(y: Tensor, x: Tensor) -> Tensor:
+        def update(y: Tensor, x: Tensor) -> Tensor:
             picked = y.index_select(0, index)
             add(picked, x.index_select(0, index))
             y[index] = picked
             return y
-    return run
+    return update
 
 
-def _gains(call: Call, numbers: Numbers) -> tuple[float, Numbers | None]:
+def _gains(call: LayerCall, numbers: Numbers) -> tuple[float, Numbers | None]:
     """(alpha, what a gain tensor has to hold, None: no tensor is needed). Where all entries have the same numbers, and
     all but zeros are equal, they are alpha, exactly, and the tensor holds ones, zeros and places: a map of ones changes
     no bit."""
@@ -274,7 +274,7 @@ def _gains(call: Call, numbers: Numbers) -> tuple[float, Numbers | None]:
     return alpha, numbers
 
 
-def gain_tensor(slots: Sequence[Slot], numbers: Numbers, spatial: int, dimensions: int, like: Tensor, once: Once,
+def gain_tensor(slots: Sequence[Slot], numbers: Numbers, spatial: int, dimensions: int, like: Tensor, once: MakeOnce,
                 size: Sequence[int] = ()) -> Tensor:
     """Numbers [rows of numbers, slots] as gains that broadcast over hidden values: [rows, R, 1, ..] for convolutions,
     [rows, 1, .., R] for layers with so many token dimensions; with `size`, in that size. Layers share them: each is a
@@ -291,7 +291,7 @@ def gain_tensor(slots: Sequence[Slot], numbers: Numbers, spatial: int, dimension
     return once(("gain", widths, numbers, spatial, dimensions, dtype, device, size), make)
 
 
-def _sized(call: Call, n: int, ranks: int) -> tuple[int, ...]:
+def _sized(call: LayerCall, n: int, ranks: int) -> tuple[int, ...]:
     """The size that gains of the hidden values of n entries of tokens are kept in; () for one that broadcasts. To
     broadcast takes the host about as long again as a view, and more memory is read otherwise."""
     size = (n, call.places, ranks) if call.x.ndim > 2 else (n, ranks)
@@ -299,15 +299,15 @@ def _sized(call: Call, n: int, ranks: int) -> tuple[int, ...]:
     return () if broadcasts else size
 
 
-def in_turn(runs: Sequence[Run]) -> Run:
-    """The runs one after the other."""
-    if len(runs) == 1:
-        return runs[0]
+def in_turn(updates: Sequence[Update]) -> Update:
+    """The updates one after the other."""
+    if len(updates) == 1:
+        return updates[0]
 
-    def run(y: Tensor, x: Tensor) -> Tensor:
-        for each in runs:
+    def update(y: Tensor, x: Tensor) -> Tensor:
+        for each in updates:
             y = each(y, x)
         return y
 
-    return run
+    return update
 

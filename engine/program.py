@@ -12,19 +12,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..kernels.lowrank import Run
-from .adapters import Bias, Decomposed, Op
+from ..kernels.lowrank import Update
+from .adapters import Bias, Decomposed, Op, Reader
 from .bank import Bank, Site
 from .chain import Link, additions, chain
 from .geometry import Geometry, plain
 from .layout import Layout, NotRows
 from .positions import Places, of_text
-from .products import Call, Entries, Numbers, Where, gain_tensor, in_turn, on_entries
+from .products import Entries, LayerCall, Numbers, Where, gain_tensor, in_turn, on_entries
 from .stack import Slot, Stack
+from .tell import Report
 from .ways import stack_products
 
-Reader = Callable[[str], "Tensor | None"]
-"""(parameter name) -> the base model's tensor in fp32, or None where it cannot be read."""
 Gains = tuple[tuple[float, ...], ...]
 """Per entry of a layer, one gain per adapter of the bank."""
 
@@ -38,7 +37,7 @@ class Program:
 
     shape: torch.Size
     dtype: torch.dtype
-    run: Run
+    run: Update
     text: tuple[str, ...] = ()
 
 
@@ -54,12 +53,12 @@ class Layer(NamedTuple):
 class Programs:
     """Makes the programs of one bank's layers, and keeps them and what they are made of, for one run.
 
-    tell     called as tell(adapter name, layer, reason) for what cannot be expressed
+    tell     told what cannot be expressed
     lasting  a context for tensors that are kept beyond the layer that runs
     flat     layers have no dimension for entries: the model takes one row, and its tokens are their first dimension
     """
 
-    def __init__(self, bank: Bank, reader: Reader, tell: Callable[[str, str, str], None],
+    def __init__(self, bank: Bank, reader: Reader, tell: Report,
                  lasting: Callable[[], AbstractContextManager] = nullcontext, flat: bool = False):
         self.bank, self._tokens_first = bank, flat
         self.seen: dict[str, set[int]] = {}  # layer -> the adapters that acted in a batch which came to it
@@ -111,7 +110,7 @@ class Programs:
         tell = self._told(layer, layout, y, x)
         return replace(self._programs[key], run=in_turn([self._programs[key].run, _flat(tell) if flat else tell]))
 
-    def _told(self, layer: Layer, layout: Layout, y: Tensor, x: Tensor) -> Run:
+    def _told(self, layer: Layer, layout: Layout, y: Tensor, x: Tensor) -> Update:
         """What adds nothing and tells the layout's `reach` what adapters would; nothing where it is not known whose
         the entries are."""
         owners = layout.owners(layer.site.name, y.shape[0]) if x.shape[0] == y.shape[0] else None
@@ -146,58 +145,58 @@ class Programs:
             plainly, x = partial(_plainly, dtype=y.dtype), x.to(y.dtype)
         if owners is None:
             gains *= y.shape[0]
-        call = Call(y, x, layer.geometry, lambda stack: self._factors(stack, x),
+        call = LayerCall(y, x, layer.geometry, lambda stack: self._factors(stack, x),
                     self._where(layer, y, places, owners) if places is not None else None,
                     places.beneath if places is not None else 0, self._once)
         in_any_order = not len(site.others) or all(_additive(site, row) for row in set(gains))
-        runs, text = self._added(call, site, gains) if in_any_order else self._chained(call, layer, gains)
-        run = in_turn(runs) if runs else nothing
-        return Program(shape, dtype, run if plainly is None else plainly(run), text)
+        updates, text = self._added(call, site, gains) if in_any_order else self._chained(call, layer, gains)
+        update = in_turn(updates) if updates else nothing
+        return Program(shape, dtype, update if plainly is None else plainly(update), text)
 
-    def _added(self, call: Call, site: Site, gains: Gains) -> tuple[list[Run], tuple]:
+    def _added(self, call: LayerCall, site: Site, gains: Gains) -> tuple[list[Update], tuple]:
         """The products of a layer on which nothing depends on the order."""
-        runs, text = [], ()
+        updates, text = [], ()
         others: dict[Entries, list[tuple[int, float, Op]]] = {}
         for stack in site.stacks:
-            for run, line in stack_products(call, stack, stack.numbers(gains)):
-                runs.append(run)
+            for update, line in stack_products(call, stack, stack.numbers(gains)):
+                updates.append(update)
                 text += (line,)
         for a in map(int, site.others):
             for gain, entries in _alike(tuple(row[a] for row in gains)).items():
                 if gain:
                     others.setdefault(entries, []).extend((a, gain, op) for op in site.ops(a))
         for entries, ops in others.items():
-            run = additions([self._link(call, entries, *each) for each in ops], call.geometry)
-            runs.append(on_entries(run, entries, call.y))
+            update = additions([self._link(call, entries, *each) for each in ops], call.geometry)
+            updates.append(on_entries(update, entries, call.y))
             text += tuple(f"{len(entries)} of {len(gains)} entries, {type(op).__name__}" for *_, op in ops)
-        return runs, text
+        return updates, text
 
-    def _chained(self, call: Call, layer: Layer, gains: Gains) -> tuple[list[Run], tuple]:
+    def _chained(self, call: LayerCall, layer: Layer, gains: Gains) -> tuple[list[Update], tuple]:
         """Groups of entries one by one: some have ops whose order matters. What all have alike beneath these comes
         first, for all of them together."""
         site, count = layer.site, _beneath(call, layer.site, gains)
         below = tuple(row[:count] + (0.0,) * (len(row) - count) for row in gains)
-        runs, text = self._added(call, site, below)
+        updates, text = self._added(call, site, below)
         for row, entries in _alike(gains).items():
             inner = call.narrowed(entries)
             if _additive(site, row):
                 added, lines = self._added(inner, site, ((0.0,) * count + row[count:],) * len(entries))
                 if added:
-                    runs.append(on_entries(in_turn(added), entries, call.y))
+                    updates.append(on_entries(in_turn(added), entries, call.y))
                     text += lines
                 continue
             ops, biases = self._in_order(call, site, row)
             ops = [each for each in ops if each[0] >= count]
             links = [self._link(call, entries, *each) for each in ops]
             base = _with(layer.base, self._added(inner, site, below[:len(entries)])[0])
-            run = chain(links, [self._link(call, entries, *each) for each in biases], base,
+            update = chain(links, [self._link(call, entries, *each) for each in biases], base,
                         self._bias(layer, call.x), call.geometry)
-            runs.append(on_entries(run, entries, call.y))
+            updates.append(on_entries(update, entries, call.y))
             text += (f"{len(entries)} of {len(gains)} entries, in order: "
                      + ", ".join(type(op).__name__ for _, _, op, *_ in ops),)
-        return runs, text
+        return updates, text
 
-    def _link(self, call: Call, entries: Entries, adapter: int, gain: float, op: Op, scales=None) -> Link:
+    def _link(self, call: LayerCall, entries: Entries, adapter: int, gain: float, op: Op, scales=None) -> Link:
         if call.everywhere(adapter):
             return Link(gain, op, scales)
         return Link(gain, op, scales, call.where(entries, (Slot(adapter, 0, 1),), ((1.0,),)))
@@ -245,7 +244,7 @@ class Programs:
         return self._once(("factors", id(stack), like.dtype, like.device),
                           lambda: (stack.down.to(like), stack.up.to(like)))
 
-    def _in_order(self, call: Call, site: Site, gains: tuple[float, ...]) -> tuple[list, list]:
+    def _in_order(self, call: LayerCall, site: Site, gains: tuple[float, ...]) -> tuple[list, list]:
         """The active ops of a site in the order of the adapters, (adapter, gain, op, magnitude factors of a DoRA), and
         apart from them the biases, (adapter, gain, op). The weight is read here and nowhere else: one for all places.
         """
@@ -303,7 +302,7 @@ def _additive(site: Site, gains: Sequence[float]) -> bool:
     return all(op.additive for a in map(int, site.others) if gains[a] for op in site.ops(a))
 
 
-def _beneath(call: Call, site: Site, gains: Gains) -> int:
+def _beneath(call: LayerCall, site: Site, gains: Gains) -> int:
     """How many adapters of a bank, its first ones, act alike in all entries and at all places of them, by changes of
     the weight alone that do not depend on it."""
     def fits(a: int, column: Sequence[float]) -> bool:
@@ -313,21 +312,21 @@ def _beneath(call: Call, site: Site, gains: Gains) -> int:
     return sum(1 for _ in takewhile(lambda each: fits(*each), enumerate(zip(*gains, strict=True))))
 
 
-def _with(base: Callable, runs: Sequence[Run]) -> Callable:
+def _with(base: Callable, updates: Sequence[Update]) -> Callable:
     """A layer with what is beneath an op on its inputs."""
-    return (lambda x: in_turn(runs)(base(x), x)) if runs else base
+    return (lambda x: in_turn(updates)(base(x), x)) if updates else base
 
 
 def nothing(y: Tensor, x: Tensor) -> Tensor:
-    """The run of a layer on which no adapter acts."""
+    """The update of a layer on which no adapter acts."""
     return y
 
 
-def _flat(run: Run) -> Run:
+def _flat(update: Update) -> Update:
     """For a layer without a dimension for entries, which are one."""
-    return lambda y, x: run(y.unsqueeze(0), plain(x).unsqueeze(0)).squeeze(0)
+    return lambda y, x: update(y.unsqueeze(0), plain(x).unsqueeze(0)).squeeze(0)
 
 
-def _plainly(run: Run, dtype: torch.dtype | None = None) -> Run:
+def _plainly(update: Update, dtype: torch.dtype | None = None) -> Update:
     """For inputs that the host has quantized on the way into the layer, or of another dtype than outputs."""
-    return lambda y, x: run(y, plain(x).to(dtype or x.dtype))
+    return lambda y, x: update(y, plain(x).to(dtype or x.dtype))

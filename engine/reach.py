@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable
 import torch
 from torch import Tensor
 
-from ..kernels.lowrank import Run
+from ..kernels.lowrank import Update
 from ..kernels.routing import outside
 from .adapters import Bias, part
 from .bank import Site
@@ -33,8 +33,9 @@ class Reach:
         self._sums: dict[Hashable, Tensor] = {}
 
     def listen(self, site: Site, geometry: Geometry, owners: tuple[int, ...], y: Tensor,
-               factors: Factors) -> Run | None:
-        """The run of a layer in this evaluation, which changes nothing; None for one that has no places of the picture.
+               factors: Factors) -> Update | None:
+        """The update of a layer in this evaluation, which changes nothing; None for one without places of the
+        picture.
 
         owners    the row of each entry
         factors   down and up of a stack, in the dtype of the layer's input
@@ -43,7 +44,7 @@ class Reach:
         if not stretches:
             return None
 
-        def run(y: Tensor, x: Tensor) -> Tensor:
+        def update(y: Tensor, x: Tensor) -> Tensor:
             energies = self._energies(site, geometry, y, plain(x), factors)
             size = torch.linalg.vector_norm(y, dim=geometry.channel, dtype=torch.float32).square().flatten(1)
             for grid, tokens in stretches:
@@ -52,7 +53,7 @@ class Reach:
                 self._sums[key] = self._sums[key] + here if key in self._sums else here
             return y
 
-        return run
+        return update
 
     def share(self, places: Places) -> Tensor | None:
         """[rows, adapters]: the mean energy outside an adapter's places over that inside; 0 for an adapter that acts

@@ -14,14 +14,13 @@ from torch import Tensor
 
 from ..kernels.energy import energy
 from ..kernels.size import Size
-from ..kernels.topk import LARGEST_TILE, Part, sums_on_device, top_and_total
-from .adapters import Bias, Decomposed, GLoRA, Op, Span
+from ..kernels.topk import LARGEST_TILE, MatrixPart, sums_on_device, top_and_total
+from .adapters import Bias, Decomposed, GLoRA, Op, Reader, Span
 from .bank import Bank, Site
 from .stack import StackOp
+from .tell import Report
 from .transfer import on_device
 
-Reader = Callable[[str], "Tensor | None"]
-Report = Callable[[str, str, str], None]
 Made = TypeVar("Made")
 
 AT_ONCE = 2**27  # entries of dense deltas, half a gigabyte, that wait or are measured at a time
@@ -44,7 +43,7 @@ def measure(bank: Bank, subjects: Sequence[bool], k: int = 0, raw: bool = False,
                BOFT, GLoRA, replaced weights): the size is that of W' - W. Where there is none, only the part that
                does not depend on the weight counts
     visit      called as visit(layers done, layers) after each layer; may raise to stop
-    report     called as report(adapter name, layer, reason) where a size is not the whole truth
+    report     told where a size is not the whole truth
     strengths  per adapter, the strength at which W' - W is taken, to be divided by it: not all such changes are
                proportional to it. None: 1
     device     a GPU to compute on, wherever the bank is: one that has float64. None: the processor, in threads. Both
@@ -92,7 +91,7 @@ def _on_device(bank: Bank, jobs: Iterable[tuple[str, dict[int, Job | None]]], to
     return sizes
 
 
-def _sums(parts: Sequence[Part], k: int, top: bool, device: torch.device, most: int) -> Tensor:
+def _sums(parts: Sequence[MatrixPart], k: int, top: bool, device: torch.device, most: int) -> Tensor:
     """Of one delta [top, total, energy], or [energy], in float64 on the device."""
     parts = [on_device(part, device) if isinstance(part, Tensor) else tuple(on_device(each, device) for each in part)
              for part in parts]
@@ -104,7 +103,7 @@ def _sums(parts: Sequence[Part], k: int, top: bool, device: torch.device, most: 
     return torch.stack([torch.zeros((), dtype=torch.float64, device=device), *squares]).sum(dim=0, keepdim=True)
 
 
-Job = tuple[list[Part], int]
+Job = tuple[list[MatrixPart], int]
 """The parts of a delta, and K."""
 
 
@@ -165,7 +164,7 @@ def _ahead(items: Iterable[tuple[Made, int]], count: int) -> Iterator[Made]:
 
 
 @torch.inference_mode()
-def _size(parts: Sequence[Part], k: int, top: bool) -> Size:
+def _size(parts: Sequence[MatrixPart], k: int, top: bool) -> Size:
     square = 0.0
     for part in parts:
         if isinstance(part, Tensor):
@@ -196,7 +195,7 @@ def _rank_of(op: Op) -> int:
 
 
 def _parts(adapter: str, site: Site, ops: Sequence[Op], raw: bool, reader: Reader | None,
-           report: Report | None, strength: float) -> list[Part]:
+           report: Report | None, strength: float) -> list[MatrixPart]:
     """The delta of one adapter at one layer, in disjoint parts: one per slice of the weight."""
     ops = [op for op in ops if not isinstance(op, Bias)]
     if not all(op.additive for op in ops):
@@ -222,7 +221,7 @@ def _parts(adapter: str, site: Site, ops: Sequence[Op], raw: bool, reader: Reade
     return [_part(each, raw) for each in slices.values()]
 
 
-def _part(ops: Sequence[Op], raw: bool) -> Part:
+def _part(ops: Sequence[Op], raw: bool) -> MatrixPart:
     """The delta of the ops of one slice: factors as they are, everything else added up."""
     if len(ops) == 1 and isinstance(ops[0], StackOp):
         down, up = ops[0].factors()

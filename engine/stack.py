@@ -65,7 +65,7 @@ class Slices(tuple):
         return super().__hash__()
 
 
-class Part(NamedTuple):
+class SlicePart(NamedTuple):
     """Ranks of a stack's `k`-th slice, and of how many slices in a row, all of them, where those that follow are like
     it: they are one product."""
 
@@ -134,7 +134,7 @@ class Stack(nn.Module):
             count += 1
         return count
 
-    def parts(self, ranks: slice) -> list[Part]:
+    def parts(self, ranks: slice) -> list[SlicePart]:
         """Neighbouring ranks, as few parts of slices as can be."""
         found, k = [], 0
         while k < len(self.slices):
@@ -143,11 +143,11 @@ class Stack(nn.Module):
                                if ranks.start <= own.start and each.ranks.stop <= ranks.stop))
             own = slice(max(own.start, ranks.start), min(own.stop, ranks.stop))
             if own.start < own.stop:
-                found.append(Part(k, own, count))
+                found.append(SlicePart(k, own, count))
             k += count
         return found
 
-    def share(self, up: Tensor, ranks: slice, part: Part) -> Share:
+    def share(self, up: Tensor, ranks: slice, part: SlicePart) -> Share:
         """A part of what neighbouring ranks give to outputs."""
         k, own, count = part
         each = self.slices[k]

@@ -6,6 +6,8 @@ import logging
 from collections.abc import Callable, Hashable
 
 log = logging.getLogger("lora_ensemble")
+Report = Callable[[str, str, str], None]
+"""(adapter name or `all`, layer, reason): what of an adapter is not done there as asked."""
 
 
 class Once:

@@ -18,25 +18,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from operator import attrgetter
 
-from .products import Built, Call, Choice, Numbers, apart, batched, in_words, on_entries, product
+from .products import Built, LayerCall, Numbers, Way, apart, batched, in_words, on_entries, product
 from .stack import Slot, Stack
 from .transfer import on_device
 
+_seconds = attrgetter("seconds")
 
-def stack_products(call: Call, stack: Stack, numbers: Numbers) -> list[Built]:
+
+def stack_products(call: LayerCall, stack: Stack, numbers: Numbers) -> list[Built]:
     """The products that add a stack's deltas in the least time; none where nothing acts. `numbers` has one gain per
-    entry and slot, in the order of the slots. Layers of one shape share the choice, which takes longer than to build
-    what was chosen."""
+    entry and slot, in the order of the slots. Layers of one shape share the way, since to choose one takes longer than
+    to build it."""
     if not any(map(any, numbers)):
         return []
     y, x, geometry = call.y, call.x, call.geometry
     shapes = y.shape, x.shape, geometry.spatial, geometry.channel, x.device, stack.down.shape
-    key = "choice", shapes, stack.slices, call.where is None, call.beneath, numbers
+    key = "way", shapes, stack.slices, call.where is None, call.beneath, numbers
     return call.once(key, lambda: _chosen(call, stack, numbers)).build(call, stack)
 
 
-def _chosen(call: Call, stack: Stack, numbers: Numbers) -> Choice:
+def _chosen(call: LayerCall, stack: Stack, numbers: Numbers) -> Way:
     alike = [len(set(column)) == 1 and call.everywhere(slot.adapter)
              for slot, column in zip(stack.slots, zip(*numbers, strict=True), strict=True)]
     common, rest = (tuple(tuple(number if same is one else 0.0 for number, same in zip(row, alike, strict=True))
@@ -45,12 +48,12 @@ def _chosen(call: Call, stack: Stack, numbers: Numbers) -> Choice:
     if not (any(common[0]) and any(map(any, rest))):
         return whole
     below, above = _least(replace(call, where=None), stack, common), _least(call, stack, rest)
-    two = Choice(lambda call, stack: below.build(replace(call, where=None), stack) + above.build(call, stack),
-                 below.seconds + above.seconds)
+    two = Way(lambda call, stack: below.build(replace(call, where=None), stack) + above.build(call, stack),
+              below.seconds + above.seconds)
     return min(whole, two, key=_seconds)
 
 
-def _least(call: Call, stack: Stack, numbers: Numbers) -> Choice:
+def _least(call: LayerCall, stack: Stack, numbers: Numbers) -> Way:
     """The way that takes the least time; something has to act."""
     if len(stack.slices) == 1:
         return min(_ways(call, stack, stack.slots, numbers), key=_seconds)
@@ -63,39 +66,34 @@ def _least(call: Call, stack: Stack, numbers: Numbers) -> Choice:
     return min(_ways(call, stack, stack.slots, numbers) + [_all_of(by_slice)], key=_seconds)
 
 
-def _seconds(choice: Choice) -> float:
-    return choice.seconds
+def _all_of(ways: Sequence[Way]) -> Way:
+    return Way(lambda *layer: [built for way in ways for built in way.build(*layer)], sum(map(_seconds, ways)))
 
 
-def _all_of(choices: Sequence[Choice]) -> Choice:
-    return Choice(lambda *layer: [built for choice in choices for built in choice.build(*layer)],
-                  sum(map(_seconds, choices)))
-
-
-def _ways(call: Call, stack: Stack, slots: Sequence[Slot], numbers: Numbers) -> list[Choice]:
+def _ways(call: LayerCall, stack: Stack, slots: Sequence[Slot], numbers: Numbers) -> list[Way]:
     """The ways to do what neighbouring slots of a stack have to do."""
     groups: dict[tuple[float, ...], list[int]] = {}
     for entry, row in enumerate(numbers):
         if any(row):
             groups.setdefault(row, []).append(entry)
     by_group = _groups(call, stack, slots, groups)
-    choices = [_all_of(by_group)]
+    ways = [_all_of(by_group)]
     within = [entry for entry, row in enumerate(numbers) if any(row)]
     if len(by_group) > 1 or within[-1] - within[0] + 1 != len(within):
-        choices += [_masked(call, stack, slots, numbers, stretch)
-                    for stretch in ((within[0], within[-1] + 1), (0, len(numbers)))]
+        ways += [_masked(call, stack, slots, numbers, stretch)
+                 for stretch in ((within[0], within[-1] + 1), (0, len(numbers)))]
     if len(groups) > 1:
-        choices.append(_batched(call, stack, slots, groups))
+        ways.append(_batched(call, stack, slots, groups))
     if len(by_group) > len(groups):
-        choices.append(_strided(call, stack, slots, groups))
-    return [choice for choice in choices if choice is not None]
+        ways.append(_strided(call, stack, slots, groups))
+    return [way for way in ways if way is not None]
 
 
 # --- the three ways ---
 
 
-def _groups(call: Call, stack: Stack, slots: Sequence[Slot], groups: dict[tuple[float, ...], list[int]]
-            ) -> list[Choice]:
+def _groups(call: LayerCall, stack: Stack, slots: Sequence[Slot], groups: dict[tuple[float, ...], list[int]]
+            ) -> list[Way]:
     products = []
     for row, entries in groups.items():
         at = 0
@@ -110,15 +108,15 @@ def _groups(call: Call, stack: Stack, slots: Sequence[Slot], groups: dict[tuple[
     return products
 
 
-def _masked(call: Call, stack: Stack, slots: Sequence[Slot], numbers: Numbers, stretch: tuple[int, int]) -> Choice:
+def _masked(call: LayerCall, stack: Stack, slots: Sequence[Slot], numbers: Numbers, stretch: tuple[int, int]) -> Way:
     columns = [column for column in range(len(slots)) if any(row[column] for row in numbers)]
     first, last = columns[0], columns[-1] + 1
     within = tuple(range(*stretch))
     return product(call, stack, slots[first:last], within, tuple(numbers[entry][first:last] for entry in within))
 
 
-def _batched(call: Call, stack: Stack, slots: Sequence[Slot], groups: dict[tuple[float, ...], list[int]]
-             ) -> Choice | None:
+def _batched(call: LayerCall, stack: Stack, slots: Sequence[Slot], groups: dict[tuple[float, ...], list[int]]
+             ) -> Way | None:
     """Needs groups of equal length one after the other, each with one adapter of the same rank, in the order of the
     stack: what Composite's batch looks like."""
     if call.geometry.spatial or call.where is not None:
@@ -142,7 +140,7 @@ def _batched(call: Call, stack: Stack, slots: Sequence[Slot], groups: dict[tuple
         return None
     n, rates, same = len(entries), call.rates, len(set(gains)) == 1
 
-    def build(call: Call, stack: Stack) -> list[Built]:
+    def build(call: LayerCall, stack: Stack) -> list[Built]:
         down, up = call.factors(stack)
         ranks = slice(slots[first].start, slots[columns[-1]].stop)
         down, up = down[ranks].unflatten(0, (count, width)).mT, stack.up_of(k, up, ranks).unflatten(0, (count, width))
@@ -150,16 +148,16 @@ def _batched(call: Call, stack: Stack, slots: Sequence[Slot], groups: dict[tuple
         gain = None if same else call.once(
             ("gains", tuple(gains), call.x.dtype, call.x.device),
             lambda: on_device(gains, call.x.device, call.x.dtype).reshape(-1, 1, 1))
-        run = on_entries(batched(down, up, gain, alpha, each.span), tuple(entries), call.y)
-        return [(run, f"{count} groups of {n // count} entries, rank {width} each" + in_words(each.span))]
+        update = on_entries(batched(down, up, gain, alpha, each.span), tuple(entries), call.y)
+        return [(update, f"{count} groups of {n // count} entries, rank {width} each" + in_words(each.span))]
 
     seconds = (2 if same else 3) * rates.launch + (2 if n == call.y.shape[0] else 4) * rates.view
     seconds += (0 if each.span is None else rates.view) + call.work(stack, n, [(width, each.out)])
-    return Choice(build, seconds)
+    return Way(build, seconds)
 
 
-def _strided(call: Call, stack: Stack, slots: Sequence[Slot], groups: dict[tuple[float, ...], list[int]]
-             ) -> Choice | None:
+def _strided(call: LayerCall, stack: Stack, slots: Sequence[Slot], groups: dict[tuple[float, ...], list[int]]
+             ) -> Way | None:
     """A product for each branch, for all slices of a stack, which have to be neighbours of equal size with the same
     adapters: its ranks of a slice and those of the next are matrices that lie apart."""
     (one, *_), count = stack.slices, len(stack.slices)

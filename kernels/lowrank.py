@@ -19,24 +19,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Run = Callable[[Tensor, Tensor], Tensor]
+Update = Callable[[Tensor, Tensor], Tensor]
+"""(y, x) -> y with what is added to it, in place where that can be: y a layer\'s output, x its input."""
 
 
-def rows(down: Tensor, up: Tensor, gain: Tensor | None = None, alpha: float = 1.0) -> Run:
+def rows(down: Tensor, up: Tensor, gain: Tensor | None = None, alpha: float = 1.0) -> Update:
     """For vectors. Shape: y [n, out], x [n, in], down [R, in], up [R, out], gain like [n, R].
 
     y may be a column slice of a wider tensor.
     """
     mm, down = torch.mm, down.T
 
-    def run(y: Tensor, x: Tensor) -> Tensor:
+    def update(y: Tensor, x: Tensor) -> Tensor:
         hidden = mm(x, down)
         return y.addmm_(hidden if gain is None else hidden.mul_(gain), up, alpha=alpha)
 
-    return run
+    return update
 
 
-def tokens(down: Tensor, up: Tensor, gain: Tensor | None = None, alpha: float = 1.0) -> Run:
+def tokens(down: Tensor, up: Tensor, gain: Tensor | None = None, alpha: float = 1.0) -> Update:
     """For tokens. Shape: y [n, T, out], x [n, T, in], down [R, in], up [n, R, out], gain like [n, T, R].
 
     `up` is one matrix expanded over the rows, a view: so neither y nor the hidden values need a view of their own.
@@ -88,7 +89,7 @@ class Share(NamedTuple):
 
 
 def shares(down: Tensor, parts: Sequence[Share], entries: int | None, outputs: int, gain: Tensor | None = None,
-           alpha: float = 1.0) -> Run:
+           alpha: float = 1.0) -> Update:
     """For a layer that is several in one weight (q, k and v): one product for what all of them need of the input, and
     one for each of `parts`.
 
@@ -138,11 +139,11 @@ def _pieces(cuts: Sequence[tuple[int, int]], width: int) -> Callable[[Tensor], S
     if order == list(range(len(found))):
         return lambda matrix: split(matrix, sizes, 1)
 
-    def run(matrix: Tensor) -> Sequence[Tensor]:
+    def pieces(matrix: Tensor) -> Sequence[Tensor]:
         parts = (*split(matrix, sizes, 1), matrix)
         return [parts[k] for k in order]
 
-    return run
+    return pieces
 
 
 def _slices(rows: Tensor, count: int, width: int) -> Tensor:
@@ -159,21 +160,21 @@ def _add_apart_(y: Tensor, hidden: Tensor, parts: Sequence[Share], alpha: float)
     return y
 
 
-def shares_apart(down: Tensor, part: Share, outputs: int, alpha: float = 1.0) -> Run:
+def shares_apart(down: Tensor, part: Share, outputs: int, alpha: float = 1.0) -> Update:
     """The same for one part, where what a slice needs of the input does not lie beside what the next one needs.
 
     Shape: down [slices, in, ranks of a slice].
     """
     (count, _, out), up, cut = part.up.shape, part.up, None if part.outputs == (0, outputs) else part.outputs
 
-    def run(y: Tensor, x: Tensor) -> Tensor:
+    def update(y: Tensor, x: Tensor) -> Tensor:
         hidden = torch.bmm(x.reshape(1, -1, x.shape[-1]).expand(count, -1, -1), down)
         if not y.is_contiguous():
             return _add_apart_(y, hidden.transpose(0, 1).reshape(*y.shape[:-1], -1), [part._replace(rank=0)], alpha)
         _slices(y if cut is None else y.narrow(-1, *cut), count, out).baddbmm_(hidden, up, alpha=alpha)
         return y
 
-    return run
+    return update
 
 
 def add_batched_(y: Tensor, x: Tensor, down: Tensor, up: Tensor, gain: Tensor | None = None,

@@ -7,13 +7,13 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-Part = Tensor | tuple[Tensor, Tensor]
+MatrixPart = Tensor | tuple[Tensor, Tensor]
 """A dense matrix of any shape, or the factors (down [r, in, *kernel], up [out, r]) of a product up @ down."""
 
 FIRST_TILE, LARGEST_TILE = 2**16, 2**19  # entries; the largest still lies in a processor's cache
 
 
-def top_and_total(parts: Sequence[Part], k: int) -> tuple[float, float]:
+def top_and_total(parts: Sequence[MatrixPart], k: int) -> tuple[float, float]:
     """(sum of the k largest |entries|, sum of all |entries|) of a matrix given in disjoint parts.
 
     Semantics: (sum(topk(x, min(k, numel))), sum(x)) with x the concatenation of |dense| and |up @ down| of all parts.
@@ -43,7 +43,7 @@ def top_and_total(parts: Sequence[Part], k: int) -> tuple[float, float]:
     return 0.0 if best is None else best.double().sum().item(), total
 
 
-def sums_on_device(parts: Sequence[Part], k: int, device: torch.device, most: int) -> Tensor:
+def sums_on_device(parts: Sequence[MatrixPart], k: int, device: torch.device, most: int) -> Tensor:
     """[sum of the k largest |entries|, sum of all |entries|, sum of squares] of a matrix given in disjoint parts.
 
     Semantics: those of `top_and_total`, and of `energy` for what is no product as well. parts: on `device`. Returns [3]
@@ -66,7 +66,7 @@ def sums_on_device(parts: Sequence[Part], k: int, device: torch.device, most: in
     return torch.cat([top[None], total])
 
 
-def _wide_tiles(part: Part, most: int) -> Iterator[Tensor]:
+def _wide_tiles(part: MatrixPart, most: int) -> Iterator[Tensor]:
     """One part in float64, in tiles of about `most` entries."""
     if isinstance(part, Tensor):
         yield from (tile.double() for tile in part.flatten().split(most))
@@ -75,7 +75,7 @@ def _wide_tiles(part: Part, most: int) -> Iterator[Tensor]:
     yield from (rows @ down for rows in up.split(max(most // down.shape[1], 1)))
 
 
-def _tiles(part: Part, k: int) -> Iterator[tuple[Tensor, float]]:
+def _tiles(part: MatrixPart, k: int) -> Iterator[tuple[Tensor, float]]:
     """(|entries| [rows, columns], an upper limit of them) of one part, tile by tile. A tile is valid until the next."""
     if isinstance(part, Tensor):
         x = part.to(torch.promote_types(part.dtype, torch.float32))

@@ -101,8 +101,8 @@ class BySteps:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """What a budget has come to.
+class CachePlan:
+    """The schedule and depth that a budget has come to, and what they cost.
 
     schedule, depth   of the cache
     whole             steps of the run that are computed whole
@@ -122,7 +122,7 @@ def schedules(of: BySteps) -> tuple[Uniform | NonUniform, ...]:
     return tuple(Uniform(k, of.first) for k in range(2, LONGEST + 1)) if of.uniform else (NonUniform(),)
 
 
-def within(budget: float, total: int, rests: Mapping[int, float], choices: Sequence[Uniform | NonUniform]) -> Choice:
+def within(budget: float, total: int, rests: Mapping[int, float], choices: Sequence[Uniform | NonUniform]) -> CachePlan:
     """The first of the schedules with which a run of `total` steps takes no more than `budget` of its operations at
     some depth, and the greatest such depth; where there is none, whatever takes least.
 
@@ -130,12 +130,12 @@ def within(budget: float, total: int, rests: Mapping[int, float], choices: Seque
 
     The shortest interval first: errors grow three times and more from interval 2 to 4 (testbed/README.md).
     """
-    def choice(schedule: Uniform | NonUniform, depth: int) -> Choice:
+    def plan(schedule: Uniform | NonUniform, depth: int) -> CachePlan:
         whole = sum(schedule.refreshes(Step(index, total, 0.0)) for index in range(total))
-        return Choice(schedule, depth, whole, rests[depth], (whole + (total - whole) * rests[depth]) / total)
+        return CachePlan(schedule, depth, whole, rests[depth], (whole + (total - whole) * rests[depth]) / total)
 
     if not rests:
         raise ValueError("within: a model without a depth to cut it at has nothing to choose")
-    found = [[choice(schedule, depth) for depth in sorted(rests, reverse=True)] for schedule in choices]
+    found = [[plan(schedule, depth) for depth in sorted(rests, reverse=True)] for schedule in choices]
     every = [each for one in found for each in one]
     return next((each for each in every if each.share <= budget), None) or min(every, key=lambda each: each.share)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import comfy.model_management
 from comfy_api.latest import io, ui
 
-from ..host.compose.reading import check_some
+from ..host.compose.loading import check_some
 from ..host.files.ensemble import Ensemble
 from ..host.files.files import changes
 from ..host.look.info import draw, infos, told

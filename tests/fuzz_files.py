@@ -27,7 +27,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..host.compose.apply import apply_method, bake
-from ..host.compose.reading import Reading, read_ensemble
+from ..host.compose.loading import LoadedEnsemble, load_ensemble
 from ..host.files.ensemble import LoRASpec
 from ..host.files.fit import plain_magnitude
 from ..methods.composite import Composite
@@ -240,14 +240,14 @@ class Fuzz:
 
     def compare(self, spec: LoRASpec, tensors: Tensors, made: list) -> str:
         """Pictures and text encoders against those of the host's loader."""
-        reading = read_ensemble(self.model, self.clip, (spec,), "LoRAs", on_weights=True)
-        named = [key for key, _ in reading.parts[0].patches.misfits] if reading.parts else []
-        named += [key for _, patches in reading.texts for key, _ in patches.misfits]
-        if named and not reading.problems:
+        loaded = load_ensemble(self.model, self.clip, (spec,), "LoRAs", on_weights=True)
+        named = [key for key, _ in loaded.loras[0].patches.misfits] if loaded.loras else []
+        named += [key for _, patches in loaded.texts for key, _ in patches.misfits]
+        if named and not loaded.problems:
             raise Failure(f"left out without a word: {named}")
         (merged, merged_clip), (baked, baked_clip, _), (composed, _), (switched, _) = made
-        unexpressed = [key for part in reading.parts for key, _ in part.parsed.left_out]
-        kept = self.without(tensors, reading)
+        unexpressed = [key for lora in loaded.loras for key, _ in lora.parsed.left_out]
+        kept = self.without(tensors, loaded)
         whole = self.stock(tensors, STRENGTH)
         rest = self.stock(kept, STRENGTH) if kept.keys() != tensors.keys() else whole
         if rest[0] is None:
@@ -260,14 +260,14 @@ class Fuzz:
         self.same("merged", self.sampled(merged), first, *others)
         self.same("good beside it, in turns", self.sampled(switched), self.good_alone)
         if unexpressed:
-            first = self.picture(self.stock(self.without(tensors, reading, unexpressed), STRENGTH)[0])
-        mean = (self.good_alone + first) / 2 if reading.parts else self.good_alone
+            first = self.picture(self.stock(self.without(tensors, loaded, unexpressed), STRENGTH)[0])
+        mean = (self.good_alone + first) / 2 if loaded.loras else self.good_alone
         self.same("composed with a good one", self.sampled(composed), mean)
         for clip in (merged_clip, baked_clip):
             found = self.patched(clip.patcher, self.text)
             if differ(found, whole[1], self.text) and differ(found, rest[1], self.text):
                 raise Failure("the text encoder differs from the stock one")
-        return "left out by name" if reading.problems else "works"
+        return "left out by name" if loaded.problems else "works"
 
     def sampled(self, model) -> Tensor:
         picture = sample(model, steps=1, cfg=1.0)
@@ -317,11 +317,11 @@ class Fuzz:
                 twin.get_parameter(key).copy_(self.state[key])
         return found
 
-    def without(self, tensors: Tensors, reading: Reading, further: list | None = None) -> Tensors:
+    def without(self, tensors: Tensors, loaded: LoadedEnsemble, further: list | None = None) -> Tensors:
         """The file without the layers that are named as left out."""
-        named = {key for part in reading.parts for key, _ in part.patches.misfits} | {*(further or [])}
+        named = {key for lora in loaded.loras for key, _ in lora.patches.misfits} | {*(further or [])}
         kept = {key: value for key, value in tensors.items() if not self.belongs(key, self.key_map, named)}
-        text = {key for _, patches in reading.texts for key, _ in patches.misfits}
+        text = {key for _, patches in loaded.texts for key, _ in patches.misfits}
         text_map = comfy.lora.model_lora_keys_clip(self.clip.cond_stage_model, {})
         return {key: value for key, value in kept.items() if not self.belongs(key, text_map, text)
                 and not self.cut_to_nothing(key, kept)}

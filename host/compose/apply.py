@@ -26,20 +26,20 @@ from .applied import Applied
 from .banks import compute_dtype, shared_bank
 from .cache import CacheSpec
 from .composition import KEY, Composition
-from .placing import Placing, Routed
-from .prompts import Asked
-from .reading import (
-    Part,
+from .loading import (
+    LoadedEnsemble,
+    LoadedLoRA,
     Patches,
-    Reading,
     check_some,
     facts_of,
     left_out,
+    load_ensemble,
     on_its_weights,
     otherwise,
-    read_ensemble,
     without_effect,
 )
+from .placing import Placing, Routed
+from .prompts import Asked
 from .weights import follow_weights
 from .wrappers import install_wrappers
 
@@ -97,20 +97,20 @@ def apply_method(model, clip, ensemble: Ensemble, make: Callable[[Active], Metho
     placing = placing or Placing()
     yields = placing.where == "words" and placing.routing.yields
     with as_in_files(model):
-        reading, shared = _shared(model, clip, ordered, node, rest_on_weights, yields)
-    bank, problems = shared.model, list(reading.problems)
-    if not reading.parts:
+        loaded, shared = _shared(model, clip, ordered, node, rest_on_weights, yields)
+    bank, problems = shared.model, list(loaded.problems)
+    if not loaded.loras:
         problems.append("no LoRA acts on the model: each has strength_model 0 or changes the text encoder alone")
-    lasting, active = ([part.spec for part in reading.parts if (part.spec.role == ALWAYS) is one]
+    lasting, active = ([lora.spec for lora in loaded.loras if (lora.spec.role == ALWAYS) is one]
                        for one in (True, False))
     first, before = len(lasting), model.get_attachment(KEY)
-    model = _on_weights(model, reading.parts[:first], rest_on_weights, problems)
-    new_model = _on_weights(model, reading.parts[first:], rest_on_weights, problems)
+    model = _on_weights(model, loaded.loras[:first], rest_on_weights, problems)
+    new_model = _on_weights(model, loaded.loras[first:], rest_on_weights, problems)
     # Methods in a row may have one bank: it is on the MODEL once, or the host would load and count it twice.
     banks = list(new_model.get_additional_models_with_key(KEY))
     place = next((k for k, other in enumerate(banks) if other.model is bank), len(banks))
     new_model.set_additional_models(KEY, banks if place < len(banks) else [*banks, shared.clone()])
-    called = tuple(part.spec.called for part in reading.parts)
+    called = tuple(lora.spec.called for lora in loaded.loras)
     problems += _again(called, model)
     method, routed, asked = Merge(tuple(spec.strength_model for spec in lasting)), None, None
     applied = [Applied(method, called[:first], (), (None,) * first, place, windows=_windows(lasting), always=True,
@@ -124,9 +124,9 @@ def apply_method(model, clip, ensemble: Ensemble, make: Callable[[Active], Metho
                          if not spec.words and (line := unread_beside(spec.name))]
         applied.append(Applied(method, called[first:], (), masks, place, routed, _windows(active), asked=asked,
                                node=_executed(), first=first))
-    new_clip, texts = merge_clip(clip, reading)
+    new_clip, texts = merge_clip(clip, loaded)
     own = _own_words(ensemble, texts, routed, problems) if placing.own_words and routed is not None else ()
-    problems += without_effect(reading, ensemble, isinstance(method, Merge))
+    problems += without_effect(loaded, ensemble, isinstance(method, Merge))
     if not isinstance(method, Merge) or routed is not None:
         problems += [f"LoRA '{spec.called}' looks like one for few steps: with the role '{ALWAYS}' it would be part of "
                      "the model; now it is composed as the others are" for spec in active
@@ -158,15 +158,15 @@ def _again(called: Sequence[str], model) -> list[str]:
     return out
 
 
-def _on_weights(model, parts: list[Part], rest_on_weights: bool, problems: list[str]):
+def _on_weights(model, loras: list[LoadedLoRA], rest_on_weights: bool, problems: list[str]):
     """A copy of a MODEL, with what no forward can express of these LoRAs on its weights where it may be there."""
     new_model = model.clone()
-    for part in parts:
-        on_weights = on_its_weights(part.spec, rest_on_weights)
-        problems += left_out(part, on_weights) + otherwise(part)
-        if on_weights and part.parsed.left_out:
-            rest = {key: part.patches.found[key] for key, _ in part.parsed.left_out}
-            new_model.add_patches(rest, part.spec.strength_model)
+    for lora in loras:
+        on_weights = on_its_weights(lora.spec, rest_on_weights)
+        problems += left_out(lora, on_weights) + otherwise(lora)
+        if on_weights and lora.parsed.left_out:
+            rest = {key: lora.patches.found[key] for key, _ in lora.parsed.left_out}
+            new_model.add_patches(rest, lora.spec.strength_model)
     return new_model
 
 
@@ -227,19 +227,19 @@ def bake(model, clip, ensemble: Ensemble, node: str):
                              "its start to 0 and its end to 1.")
     new_model = model.clone()
     with as_in_files(model):
-        reading = read_ensemble(model, clip, ensemble, node, on_weights=True)
-        for part in reading.parts:
-            new_model.add_patches(part.patches.found, part.spec.strength_model)
-    called = [part.spec.called for part in reading.parts]
+        loaded = load_ensemble(model, clip, ensemble, node, on_weights=True)
+        for lora in loaded.loras:
+            new_model.add_patches(lora.patches.found, lora.spec.strength_model)
+    called = [lora.spec.called for lora in loaded.loras]
     new_model.set_attachments(BAKED, (*(model.get_attachment(BAKED) or ()), *called))
-    problems = [*reading.problems, *_again(called, model), *without_effect(reading, ensemble, True),
+    problems = [*loaded.problems, *_again(called, model), *without_effect(loaded, ensemble, True),
                 *_without_alphas(ensemble)]
-    for part in reading.parts:
-        problems += otherwise(part, baked=True)
-        if part.spec.mask is not None:
-            problems.append(f"the mask of LoRA '{part.spec.called}' is not used: what is in the weights acts "
+    for lora in loaded.loras:
+        problems += otherwise(lora, baked=True)
+        if lora.spec.mask is not None:
+            problems.append(f"the mask of LoRA '{lora.spec.called}' is not used: what is in the weights acts "
                             "everywhere")
-    return new_model, merge_clip(clip, reading)[0], problems
+    return new_model, merge_clip(clip, loaded)[0], problems
 
 
 def with_reason(model, reason: str):
@@ -262,12 +262,12 @@ def with_cache(model, spec: CacheSpec):
     return new_model
 
 
-def merge_clip(clip, reading: Reading) -> tuple[object, list[tuple[LoRASpec, tuple]]]:
+def merge_clip(clip, loaded: LoadedEnsemble) -> tuple[object, list[tuple[LoRASpec, tuple]]]:
     """(the CLIP with every LoRA's text-encoder delta at its clip strength, (LoRA, what it holds of it) of each). None
     stays None."""
     new_clip = clip.clone() if clip is not None else None
     return new_clip, [] if clip is None else [(spec, add_patches(new_clip, patches.found, spec.strength_clip))
-                                              for spec, patches in reading.texts]
+                                              for spec, patches in loaded.texts]
 
 
 def _own_words(ensemble: Ensemble, texts: list[tuple[LoRASpec, tuple]], routed: Routed, problems: list[str]
@@ -280,29 +280,30 @@ def _own_words(ensemble: Ensemble, texts: list[tuple[LoRASpec, tuple]], routed: 
     return [OwnDelta(routed.words, number, entries) for number, (_, entries) in zip(numbers, used, strict=True)]
 
 
-def _shared(model, clip, ensemble: Ensemble, node: str, on_weights: bool, yields: bool) -> tuple[Reading, object]:
-    """(what the ensemble's files do, the bank as a model of its own): as `read_ensemble` and a new bank would give
+def _shared(model, clip, ensemble: Ensemble, node: str, on_weights: bool, yields: bool
+            ) -> tuple[LoadedEnsemble, object]:
+    """(what the ensemble's files do, the bank as a model of its own): as `load_ensemble` and a new bank would give
     them, but read and built only where no node has done so. What is kept of the files has no tensors but those that the
     bank lacks. `yields`: styles yield to backgrounds."""
     check_some(ensemble, node)  # here too: what is kept of an ensemble without effect is kept of none
     used = [spec for spec in ensemble if spec.acts]
 
-    def make() -> tuple[Bank, Reading, int]:
-        reading = read_ensemble(model, clip, ensemble, node, on_weights)
-        names = tuple(part.spec.name for part in reading.parts)
-        bank = Bank(_yielding(reading) if yields else [part.parsed.layers for part in reading.parts], names,
+    def make() -> tuple[Bank, LoadedEnsemble, int]:
+        loaded = load_ensemble(model, clip, ensemble, node, on_weights)
+        names = tuple(lora.spec.name for lora in loaded.loras)
+        bank = Bank(_yielding(loaded) if yields else [lora.parsed.layers for lora in loaded.loras], names,
                     compute_dtype(model))
-        notes = Reading([Part(_index(used, part.spec), _rest(part), replace(part.parsed, layers={}))
-                         for part in reading.parts],
-                        [(_index(used, spec), text) for spec, text in reading.texts], reading.problems)
-        tensors = [part.patches for part in notes.parts] + [text for _, text in notes.texts]
+        notes = LoadedEnsemble([LoadedLoRA(_index(used, lora.spec), _rest(lora), replace(lora.parsed, layers={}))
+                                for lora in loaded.loras],
+                               [(_index(used, spec), text) for spec, text in loaded.texts], loaded.problems)
+        tensors = [lora.patches for lora in notes.loras] + [text for _, text in notes.texts]
         return bank, notes, sum(patches.nbytes for patches in tensors)
 
     facts = facts_of(model, clip, used, on_weights), yields and tuple(_side(spec) for spec in used)
     shared, kept = shared_bank(model, facts, compute_dtype(model), make)
-    reading = Reading([part._replace(spec=used[part.spec]) for part in kept.parts],
-                      [(used[k], text) for k, text in kept.texts], kept.problems)
-    return reading, shared
+    loaded = LoadedEnsemble([lora._replace(spec=used[lora.spec]) for lora in kept.loras],
+                            [(used[k], text) for k, text in kept.texts], kept.problems)
+    return loaded, shared
 
 
 def _side(spec: LoRASpec) -> str:
@@ -310,15 +311,15 @@ def _side(spec: LoRASpec) -> str:
     return spec.role if spec.role in ("background", "style") else ""
 
 
-def _yielding(reading: Reading) -> list[dict]:
+def _yielding(loaded: LoadedEnsemble) -> list[dict]:
     """What the LoRAs do to each layer, styles without their part in the directions of backgrounds."""
-    who, to = ([k for k, part in enumerate(reading.parts) if part.spec.role == role]
+    who, to = ([k for k, lora in enumerate(loaded.loras) if lora.spec.role == role]
                for role in ("style", "background"))
-    layers, changed = yield_to([part.parsed.layers for part in reading.parts], who, to)
+    layers, changed = yield_to([lora.parsed.layers for lora in loaded.loras], who, to)
     if who and to and not changed:
-        style, ground = (reading.parts[each[0]].spec.name for each in (who, to))
-        reading.problems.append(f"LoRA '{style}' cannot yield to LoRA '{ground}': no layer has plain low-rank changes "
-                                "of both; the style acts as its file has it")
+        style, ground = (loaded.loras[each[0]].spec.name for each in (who, to))
+        loaded.problems.append(f"LoRA '{style}' cannot yield to LoRA '{ground}': no layer has plain low-rank changes "
+                               "of both; the style acts as its file has it")
     return layers
 
 
@@ -327,6 +328,6 @@ def _index(specs: Sequence[LoRASpec], spec: LoRASpec) -> int:
     return next(k for k, one in enumerate(specs) if one is spec)
 
 
-def _rest(part: Part) -> Patches:
+def _rest(lora: LoadedLoRA) -> Patches:
     """The patches that only the weights can take."""
-    return Patches(found={key: part.patches.found[key] for key, _ in part.parsed.left_out})
+    return Patches(found={key: lora.patches.found[key] for key, _ in lora.parsed.left_out})

@@ -41,8 +41,8 @@ class Placed:
 
 
 @dataclass(frozen=True)
-class Told:
-    """What is told of a run: its record, and where its LoRAs acted, per method that confines them."""
+class Outcome:
+    """What came of a run: its record, and where its LoRAs acted, per method that confines them."""
 
     record: RunRecord | None
     places: tuple[Placed, ...]
@@ -62,7 +62,7 @@ class Composition:
     cache: CacheSpec | None = None
     record: RunRecord | None = None
     places: tuple[Placed, ...] = ()
-    told: Left[Told] = field(default_factory=lambda: Left(TOLD))
+    told: Left[Outcome] = field(default_factory=lambda: Left(TOLD))
     without: Without = Without()
     runs: list[Run] = field(default_factory=list)
     sampled: tuple | None = None  # the node that sampled last, as the host executes it, and the shape of its latent
@@ -114,7 +114,7 @@ class Composition:
         finally:  # a failed accelerator raises there
             run.close(left)
         if left is not None:
-            self.told.keep(left, Told(self.record, self.places))
+            self.told.keep(left, Outcome(self.record, self.places))
 
 
 def places_of(model) -> tuple[Placed, ...]:
@@ -129,9 +129,9 @@ def record_of(model) -> RunRecord | None:
     return composition.record if composition is not None else None
 
 
-def told_of(model, latent: Tensor) -> Told:
-    """What is told of the run of a MODEL that left this latent, since a graph may sample a MODEL several times; of its
+def outcome_of(model, latent: Tensor) -> Outcome:
+    """What came of the run of a MODEL that left this latent, since a graph may sample a MODEL several times; of its
     last run where none is known to have."""
     composition = model.get_attachment(KEY)
     found = composition.told.before(latent) if composition is not None else None
-    return found or Told(record_of(model), places_of(model))
+    return found or Outcome(record_of(model), places_of(model))

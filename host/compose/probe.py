@@ -34,7 +34,7 @@ OTHER_WORDS = ("a prompt was encoded with the words of other LoRAs than this met
 
 
 @dataclass
-class Reading:
+class AttentionReading:
     """The attention of one method's LoRAs in one evaluation: conds of the batch that are read, by their own names."""
 
     regions: RoutedLoRAs
@@ -59,7 +59,7 @@ class Reading:
 
 
 def readings(regions: Sequence[RoutedLoRAs], root: nn.Module, x: Tensor, conds: Mapping[str, object],
-             uuids: Sequence[UUID | None]) -> list[Reading]:
+             uuids: Sequence[UUID | None]) -> list[AttentionReading]:
     """What is to be read of a batch in which `uuids` names the conds to read, None those to pass over."""
     context = conds.get("context")
     if not isinstance(context, Tensor) or not any(uuids):
@@ -77,7 +77,7 @@ def readings(regions: Sequence[RoutedLoRAs], root: nn.Module, x: Tensor, conds: 
         wanted = None if known is None else chosen(root, known, each.routed.blocks)
         rows, members, made = each.rows_to_read(found, pictures, x.device)
         reader = AttentionReader(root, tokens.streams, rows, members, wanted, made)
-        out.append(Reading(each, root, reader, [uuid for _, uuid, _ in found], pictures))
+        out.append(AttentionReading(each, root, reader, [uuid for _, uuid, _ in found], pictures))
     return out
 
 

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 from ...engine.record import RunRecord
 
-Told = Callable[[bool], None]
+Listener = Callable[[bool], None]
 """Called after every step, and with True when the run is over, however it ended."""
-Watcher = Callable[[object, RunRecord, int], Told | None]
-"""(MODEL, record as it grows, number of steps) -> what is told of the run; None: nobody looks at this one."""
+Watcher = Callable[[object, RunRecord, int], Listener | None]
+"""(MODEL, record as it grows, number of steps) -> who is told of the run; None: nobody looks at this one."""
 _watchers: list[Watcher] = []
 
 
@@ -19,6 +19,6 @@ def watch(watcher: Watcher) -> None:
         _watchers.append(watcher)
 
 
-def watching(model, record: RunRecord, total: int) -> list[Told]:
+def watching(model, record: RunRecord, total: int) -> list[Listener]:
     """Those who are told of a run."""
-    return [told for watcher in _watchers if (told := watcher(model, record, total)) is not None]
+    return [listener for watcher in _watchers if (listener := watcher(model, record, total)) is not None]

@@ -22,7 +22,7 @@ from ..files.called import file_of
 from ..files.ensemble import LoRASpec
 from .applied import Applied
 from .composition import KEY, Composition
-from .reading import read_ensemble
+from .loading import load_ensemble
 
 log = logging.getLogger("lora_ensemble")
 SCALED = ("the weights were merged with another model's or scaled behind this method: its LoRAs act at full strength "
@@ -131,10 +131,10 @@ def put_into_weights(model) -> None:
         specs = tuple(LoRASpec(file_of(name), strength, 0.0)
                       for name, strength in zip(each.names, each.method.strengths, strict=True) if strength) \
             if each.names else ()
-        for part in read_ensemble(bare, None, specs, "Merge LoRAs", on_weights=True).parts if specs else ():
-            already = {key for key, _ in part.parsed.left_out}  # no forward can express them: they are there
-            found = {key: patch for key, patch in part.patches.found.items() if key not in already}
-            model.add_patches(found, part.spec.strength_model)
+        for lora in load_ensemble(bare, None, specs, "Merge LoRAs", on_weights=True).loras if specs else ():
+            already = {key for key, _ in lora.parsed.left_out}  # no forward can express them: they are there
+            found = {key: patch for key, patch in lora.patches.found.items() if key not in already}
+            model.add_patches(found, lora.spec.strength_model)
     rest = tuple(each for each in composition.applied if not _is_plain(each))
     if rest or composition.cache is not None:
         model.set_attachments(KEY, Composition(rest, composition.cache))

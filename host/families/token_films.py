@@ -7,12 +7,12 @@ import math
 from torch import Tensor, nn
 
 from ...engine.positions import Segment
-from .token_streams import ROW, Call, Family, Streams, Tokens, joined, other, picture
+from .token_streams import ROW, Family, ModelInputs, Streams, Tokens, joined, other, picture
 
 # --- text beside the film, seen by cross-attention --------------------------------------------------------------------
 
 
-def _wan(root: nn.Module, call: Call) -> Streams:
+def _wan(root: nn.Module, call: ModelInputs) -> Streams:
     """In the film's stream: a reference picture, the film, further frames, further references."""
     patch, target = root.patch_size, picture(call.shape(), root.patch_size)
     more = call.others("time_dim_concat", patch)
@@ -22,12 +22,12 @@ def _wan(root: nn.Module, call: Call) -> Streams:
             "parts": ((target, *more), *((latent,) for latent in behind)), "ahead": (ahead,)}
 
 
-def _wan_text(call: Call) -> Streams:
+def _wan_text(call: ModelInputs) -> Streams:
     """The attention to a picture's CLIP tokens, where there are none, is one more to the text."""
     return {"txt": ((call.text(),),), "clip": (other(call.length("clip_fea")) or (call.text(),),)}
 
 
-def _wan_behind(root: nn.Module, call: Call) -> Streams:
+def _wan_behind(root: nn.Module, call: ModelInputs) -> Streams:
     """Wan with sound: the reference picture comes after the film, and then what goes before it in time, in few tokens.
     """
     target, refs = picture(call.shape(), root.patch_size), call.others("reference_latent", root.patch_size)
@@ -45,7 +45,7 @@ def _packed(root: nn.Module, motion: Tensor | None) -> Tokens:
                      for t, h, w in [layer.kernel_size]))
 
 
-def _wan_scail(root: nn.Module, call: Call) -> Streams:
+def _wan_scail(root: nn.Module, call: ModelInputs) -> Streams:
     """Reference frames, the film, and a smaller film of poses."""
     target, patch = picture(call.shape(), root.patch_size), root.patch_size
     film = (*call.others("reference_latent", patch), target)
@@ -62,7 +62,7 @@ WAN_LAYERS = (
 WAN, WAN_BEHIND, WAN_SCAIL = (Family(streams, WAN_LAYERS) for streams in (_wan, _wan_behind, _wan_scail))
 
 
-def _ltx(root: nn.Module, call: Call) -> Streams:
+def _ltx(root: nn.Module, call: ModelInputs) -> Streams:
     """Guiding frames stand after the film; of those that are smaller than it, only the places that they have. These
     the host tells by their masks, and reads in every call itself."""
     size, guides = call.shape(), call.conds.get("keyframe_idxs")
@@ -89,7 +89,7 @@ LTX = Family(_ltx, (
     ("img", r"patchify_proj|norm_out|proj_out|transformer_blocks\..*")))
 
 
-def _cosmos(root: nn.Module, call: Call) -> Streams:
+def _cosmos(root: nn.Module, call: ModelInputs) -> Streams:
     target = picture(call.shape(), (root.patch_temporal, root.patch_spatial, root.patch_spatial))
     streams = {"img": ((target,),)}  # Anima makes its text of ids where it gets any
     return streams if call.conds.get("t5xxl_ids") is not None else {**streams, "txt": ((call.text(),),)}
@@ -100,7 +100,7 @@ COSMOS = Family(_cosmos, (
     ("txt", r".*\.cross_attn\.(k_proj|v_proj|k_norm)"), ("img", r"x_embedder\..*|blocks\..*|final_layer\..*")))
 
 
-def _kandinsky(root: nn.Module, call: Call) -> Streams:
+def _kandinsky(root: nn.Module, call: ModelInputs) -> Streams:
     return joined((call.text(),), (picture(call.shape(), root.patch_size),))
 
 
@@ -112,7 +112,7 @@ KANDINSKY = Family(_kandinsky, (
 # --- text and film in one attention -----------------------------------------------------------------------------------
 
 
-def _hunyuan(root: nn.Module, call: Call) -> Streams:
+def _hunyuan(root: nn.Module, call: ModelInputs) -> Streams:
     """Vision tokens first; signs (ByT5) before the prompt in version 1.5 and after it elsewhere; a reference before the
     film. Releases that tell patches where the film lies have the text before it, older ones behind."""
     prompt = call.text()
@@ -135,7 +135,7 @@ HUNYUAN = Family(_hunyuan, (
     ("target", r"final_layer\..*")))
 
 
-def _mochi(root: nn.Module, call: Call) -> Streams:
+def _mochi(root: nn.Module, call: ModelInputs) -> Streams:
     return joined((call.text(),), (picture(call.shape(), root.patch_size),))
 
 
@@ -145,7 +145,7 @@ MOCHI = Family(_mochi, (
     ("img", r"blocks\..*|final_layer\..*")))
 
 
-def _cogvideo(root: nn.Module, call: Call) -> Streams:
+def _cogvideo(root: nn.Module, call: ModelInputs) -> Streams:
     target = picture(call.shape(), (root.patch_size_t or 1, root.patch_size, root.patch_size))
     streams = joined((call.text(),), (target,))
     return {**streams, "parts": streams["txt"] + streams["img"]}
@@ -156,7 +156,7 @@ COGVIDEO = Family(_cogvideo, (
     ("parts", r"blocks\.\d+\.norm\d\.norm"), ("joint", r"blocks\..*"), ("img", r"norm_final|norm_out\.norm|proj_out")))
 
 
-def _minimax(root: nn.Module, call: Call) -> Streams:
+def _minimax(root: nn.Module, call: ModelInputs) -> Streams:
     """Text, references, sound and film in one run of tokens; the host works the order out once per sampling."""
     target = picture(call.shape(), tuple(root.patch_size))
     sound, text = 2 * call.shape(1)[-1], call.text()

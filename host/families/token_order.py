@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .row_order import family_entry
 from .token_films import FILMS
 from .token_pictures import PICTURES
-from .token_streams import ROW, Call, Family, Streams, Tokens, resized
+from .token_streams import ROW, Family, ModelInputs, Streams, Tokens, resized
 
 FAMILIES = {**PICTURES, **FILMS}
 
@@ -72,7 +72,7 @@ class TokenOrder:
     def begin(self, x: Tensor | list[Tensor], conds: Mapping[str, object]) -> CallTokens:
         """The tokens of a call. `x` and `conds` are what the diffusion model is called with: the latent, or several,
         and all that it takes by name (context, ref_latents and the like)."""
-        return CallTokens(self, self._family.streams(self._root, Call(x, conds)))
+        return CallTokens(self, self._family.streams(self._root, ModelInputs(x, conds)))
 
 
 def token_order(diffusion_model: nn.Module) -> TokenOrder | None:

@@ -9,12 +9,12 @@ from __future__ import annotations
 from torch import nn
 
 from ...engine.positions import Segment
-from .token_streams import ANY_SIZE, ROW, Call, Family, Streams, Tokens, joined, other, padded, picture
+from .token_streams import ANY_SIZE, ROW, Family, ModelInputs, Streams, Tokens, joined, other, padded, picture
 
 # --- U-Nets -----------------------------------------------------------------------------------------------------------
 
 
-def _unet(root: nn.Module, call: Call) -> Streams:
+def _unet(root: nn.Module, call: ModelInputs) -> Streams:
     """A level is half as large as the one above, rounded up. In the x4 upscaler some layers for the picture's attention
     to itself see the text."""
     sizes, size = [], call.shape()
@@ -34,7 +34,7 @@ UNET = Family(_unet, ((ROW, r"time_embed\..*|label_emb\..*|.*\.emb_layers\..*"),
 # --- text and picture in streams of their own, then in one ------------------------------------------------------------
 
 
-def _flux(root: nn.Module, call: Call) -> Streams:
+def _flux(root: nn.Module, call: ModelInputs) -> Streams:
     patch = root.patch_size
     target = picture(call.shape(), patch)
     streams = joined((call.text(),), (target, *call.others("ref_latents", patch)))
@@ -47,7 +47,7 @@ FLUX = Family(_flux, (
     ("txt", r"txt_in|txt_norm|double_blocks\.\d+\.txt_.*"), ("joint", r"single_blocks\..*")))
 
 
-def _qwen(root: nn.Module, call: Call) -> Streams:
+def _qwen(root: nn.Module, call: ModelInputs) -> Streams:
     patch = getattr(root, "patch_size", 1)
     return joined((call.text(),), (picture(call.shape(), patch), *call.others("ref_latents", patch)))
 
@@ -58,7 +58,7 @@ QWEN = Family(_qwen, (
     ("img", r"img_in|norm_out\.norm|proj_out|transformer_blocks\..*")))
 
 
-def _joy(root: nn.Module, call: Call) -> Streams:
+def _joy(root: nn.Module, call: ModelInputs) -> Streams:
     target, refs = picture(call.shape(), root.patch_size), call.others("ref_latents", root.patch_size)
     return {**joined((call.text(),), (target, *refs)), "target": ((target,),),
             "parts": ((target,), *((ref,) for ref in refs))}
@@ -69,7 +69,7 @@ JOY = Family(_joy, ((ROW, r"condition_embedder\.time_.*"), ("parts", r"img_in"),
                     ("img", r"double_blocks\..*")))
 
 
-def _sd3(root: nn.Module, call: Call) -> Streams:
+def _sd3(root: nn.Module, call: ModelInputs) -> Streams:
     text = other(getattr(root, "register_length", 0)) + (call.text(),)
     return {**joined(text, (picture(call.shape(), root.patch_size),)), "prompt": ((call.text(),),)}
 
@@ -79,7 +79,7 @@ SD3 = Family(_sd3, ((ROW, r"[ty]_embedder\..*|.*adaLN_modulation\..*"), ("prompt
                     ("img", r"x_embedder\.proj|joint_blocks\.\d+\.x_block\..*|final_layer\..*")))
 
 
-def _aura(root: nn.Module, call: Call) -> Streams:
+def _aura(root: nn.Module, call: ModelInputs) -> Streams:
     text = other(root.register_tokens.shape[1]) + (call.text(),)
     return {**joined(text, (picture(call.shape(), root.patch_size),)), "prompt": ((call.text(),),)}
 
@@ -89,7 +89,7 @@ AURA = Family(_aura, ((ROW, r"t_embedder\..*|.*\.mod(C|X|CX)\.1|modF\.1"), ("pro
                       ("img", r"init_x_linear|final_linear|double_layers\..*"), ("joint", r"single_layers\..*")))
 
 
-def _hunyuan_dit(root: nn.Module, call: Call) -> Streams:
+def _hunyuan_dit(root: nn.Module, call: ModelInputs) -> Streams:
     text = call.text(), call.text("encoder_hidden_states_t5")
     return joined(text, (picture(call.shape(), root.patch_size),))
 
@@ -102,7 +102,7 @@ HUNYUAN_DIT = Family(_hunyuan_dit, (
 LLAMA = "encoder_hidden_states_llama3"
 
 
-def _hidream(root: nn.Module, call: Call) -> Streams:
+def _hidream(root: nn.Module, call: ModelInputs) -> Streams:
     """The picture stands first; the text three times, once by T5 and twice by Llama."""
     target, t5 = picture(call.shape(), root.patch_size), call.text()
     llama = Segment("text", call.conds[LLAMA].shape[2], source=LLAMA)
@@ -116,7 +116,7 @@ HIDREAM = Family(_hidream, (
     ("img", r"x_embedder\.proj|double_stream_blocks\..*|final_layer\..*"), ("joint", r"single_stream_blocks\..*")))
 
 
-def _pixeldit(root: nn.Module, call: Call) -> Streams:
+def _pixeldit(root: nn.Module, call: ModelInputs) -> Streams:
     text = Segment("text", min(call.length("context"), root.txt_max_length))
     patch = root.patch_size
     return {**joined((text,), (picture(call.shape(), patch),)),
@@ -132,7 +132,7 @@ PIXELDIT = Family(_pixeldit, (
 # --- one stream -------------------------------------------------------------------------------------------------------
 
 
-def _lumina(root: nn.Module, call: Call) -> Streams:
+def _lumina(root: nn.Module, call: ModelInputs) -> Streams:
     """Prompts of references and the prompt, then their vision tokens, then references and the picture, all padded."""
     pad = getattr(root, "pad_tokens_multiple", None) or 1
 
@@ -162,7 +162,7 @@ LUMINA = Family(_lumina, (
     ("img", r"noise_refiner\..*"), ("joint", r"layers\..*|final_layer\..*")))
 
 
-def _krea(root: nn.Module, call: Call) -> Streams:
+def _krea(root: nn.Module, call: ModelInputs) -> Streams:
     target, refs = picture(call.shape(), root.patch), ()
     if call.conds.get("ref_latents_method", root.default_ref_method) is not None:
         refs = call.others("ref_latents", root.patch)
@@ -173,7 +173,7 @@ KREA = Family(_krea, ((ROW, r"tmlp\..*|tproj\..*"), ("img", r"first"), ("joint",
                       ("txt", r"txtfusion\.refiner_blocks\..*|txtmlp\..*")))
 
 
-def _ernie(root: nn.Module, call: Call) -> Streams:
+def _ernie(root: nn.Module, call: ModelInputs) -> Streams:
     target = picture(call.shape(), root.patch_size)
     return {"img": ((target,),), "txt": ((call.text(),),), "joint": ((target, call.text()),)}
 
@@ -182,7 +182,7 @@ ERNIE = Family(_ernie, ((ROW, r"time_embedding\..*|adaLN_modulation\.1|final_nor
                         ("img", r"x_embedder\.proj"), ("joint", r"layers\..*|final_norm\.norm|final_linear")))
 
 
-def _ideogram(root: nn.Module, call: Call) -> Streams:
+def _ideogram(root: nn.Module, call: ModelInputs) -> Streams:
     """The first layer sees nothing where the text stands."""
     text, target = (call.text(),) if call.length("context") else (), picture(call.shape(), 1)
     return {**joined(text, (target,)), "input": ((*other(call.length("context")), target),)}
@@ -193,7 +193,7 @@ IDEOGRAM = Family(_ideogram, ((ROW, r"t_embedding\..*|.*adaln_(proj|modulation)"
                               ("joint", r"layers\..*|final_layer\..*")))
 
 
-def _omnigen(root: nn.Module, call: Call) -> Streams:
+def _omnigen(root: nn.Module, call: ModelInputs) -> Streams:
     """References stand between text and picture."""
     target, refs = picture(call.shape(), root.patch_size), call.others("ref_latents", root.patch_size)
     return {**joined((call.text(),), (*refs, target)), "target": ((target,),), "refs": (refs,)}
@@ -207,7 +207,7 @@ OMNIGEN = Family(_omnigen, (
     ("img", r"double_stream_layers\.\d+\.img_.*")))
 
 
-def _pixart(root: nn.Module, call: Call) -> Streams:
+def _pixart(root: nn.Module, call: ModelInputs) -> Streams:
     return joined((call.text(),), (picture(call.shape(), root.patch_size),))
 
 

@@ -22,7 +22,7 @@ shrink it for a while (PatchModelAddDownscale). No layer is named for it."""
 
 
 @dataclass(frozen=True)
-class Call:
+class ModelInputs:
     """The inputs of a diffusion model: its latent or latents, and what it takes by name."""
 
     x: Tensor | list[Tensor]
@@ -54,7 +54,7 @@ class Family:
     axis        see `TokenOrder`
     """
 
-    streams: Callable[[nn.Module, Call], Streams]
+    streams: Callable[[nn.Module, ModelInputs], Streams]
     layers: tuple[tuple[str, str], ...]
     axis: int = 1
 

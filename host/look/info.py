@@ -16,8 +16,8 @@ from ...engine.adapters import Decomposed, Op
 from ...engine.bank import Bank
 from ...engine.sizes import measure
 from ...methods.counted import counted
+from ..compose.loading import TEXT_ENCODER, LoadedEnsemble, LoadedLoRA, left_out, load_ensemble, otherwise
 from ..compose.read_weight import read_weight
-from ..compose.reading import TEXT_ENCODER, Part, Reading, left_out, otherwise, read_ensemble
 from ..files.ensemble import Ensemble, LoRASpec
 from ..files.files import known, read
 from ..files.header_alphas import passed_over
@@ -74,7 +74,7 @@ def infos(model, clip, ensemble: Ensemble, node: str, tick: Tick = lambda: None)
     Raises ValueError for a name that is in none of the `loras` folders, unless the LoRA is off. What is wrong inside a
     file is told.
     """
-    found, parts = [], {}
+    found, loras = [], {}
     for number, spec in enumerate(ensemble, 1):
         if not (spec.acts or known(spec.name)):
             found.append(Info(number, spec, nothing="is in none of the 'loras' folders."))
@@ -82,38 +82,38 @@ def infos(model, clip, ensemble: Ensemble, node: str, tick: Tick = lambda: None)
         info = Info(number, spec, wording(spec.name))
         found.append(info)
         try:
-            reading = read_ensemble(model, clip, (replace(spec, strength_model=1.0, strength_clip=1.0),), node, False)
+            loaded = load_ensemble(model, clip, (replace(spec, strength_model=1.0, strength_clip=1.0),), node, False)
         except ValueError as error:
             said = str(error).removeprefix(f"{node}: ").removeprefix(f"LoRA '{spec.name}' ")
             info.nothing = said.removesuffix(", or remove it from the ensemble.").removesuffix(".") + "."
             continue
-        _read_facts(info, reading, model.model, clip is not None)
-        if reading.parts:
-            parts[number] = reading.parts[0]
-    _measure(found, parts, model, tick)
+        _read_facts(info, loaded, model.model, clip is not None)
+        if loaded.loras:
+            loras[number] = loaded.loras[0]
+    _measure(found, loras, model, tick)
     return found
 
 
-def _read_facts(info: Info, reading: Reading, base: nn.Module, has_clip: bool) -> None:
+def _read_facts(info: Info, loaded: LoadedEnsemble, base: nn.Module, has_clip: bool) -> None:
     start = f"LoRA '{info.spec.name}': "
-    info.out = [*filter(None, [passed_over(info.spec.name)]), *(line.removeprefix(start) for line in reading.problems)]
+    info.out = [*filter(None, [passed_over(info.spec.name)]), *(line.removeprefix(start) for line in loaded.problems)]
     keys = sum(key.startswith(TEXT_ENCODER) for key in read(info.spec.name, base))
-    texts = sum(len(patches.found) for _, patches in reading.texts)
+    texts = sum(len(patches.found) for _, patches in loaded.texts)
     info.encoder = (keys, bool(texts) if has_clip else None)
-    for part in reading.parts:
-        info.out += [line.removeprefix(start) for line in left_out(part, False)]
-        info.other += [line.removeprefix(start) for line in otherwise(part)]
-        info.layers = len(part.parsed.layers)
-        info.kinds = _kinds(part)
-        info.ranks = tuple(sorted({rank for ops in part.parsed.layers.values() for op in ops if (rank := _rank(op))}))
+    for lora in loaded.loras:
+        info.out += [line.removeprefix(start) for line in left_out(lora, False)]
+        info.other += [line.removeprefix(start) for line in otherwise(lora)]
+        info.layers = len(lora.parsed.layers)
+        info.kinds = _kinds(lora)
+        info.ranks = tuple(sorted({rank for ops in lora.parsed.layers.values() for op in ops if (rank := _rank(op))}))
     if not info.layers and not texts:
         info.nothing = "none of what it holds can act beside the weights of this model."
 
 
-def _kinds(part: Part) -> tuple[str, ...]:
-    names = [patch[0] if isinstance(patch, tuple) else patch.name for patch in part.patches.found.values()]
+def _kinds(lora: LoadedLoRA) -> tuple[str, ...]:
+    names = [patch[0] if isinstance(patch, tuple) else patch.name for patch in lora.patches.found.values()]
     kinds = [KINDS.get(name, name) for name in sorted(set(names), key=lambda name: (-names.count(name), name))]
-    dora = any(isinstance(op, Decomposed) for ops in part.parsed.layers.values() for op in ops)
+    dora = any(isinstance(op, Decomposed) for ops in lora.parsed.layers.values() for op in ops)
     return (*kinds, *(["DoRA"] if dora else []))
 
 
@@ -125,9 +125,9 @@ def _rank(op: Op) -> int:
 
 
 @torch.inference_mode()
-def _measure(found: Sequence[Info], parts: Mapping[int, Part], model, tick: Tick) -> None:
+def _measure(found: Sequence[Info], loras: Mapping[int, LoadedLoRA], model, tick: Tick) -> None:
     """Fill in `changes` and `whole`."""
-    touched = {layer for part in parts.values() for layer in part.parsed.layers}
+    touched = {layer for lora in loras.values() for layer in lora.parsed.layers}
     order = [name for name, _ in model.model.diffusion_model.named_modules() if name in touched]
     weights = {}
     for layer in order:
@@ -135,9 +135,9 @@ def _measure(found: Sequence[Info], parts: Mapping[int, Part], model, tick: Tick
         weights[layer] = None if weight is None else torch.linalg.vector_norm(weight).item() ** 2
         tick()
     for info in found:
-        if info.number in parts:
+        if info.number in loras:
             strength = info.spec.strength_model or 1.0
-            energies = _energies(info, parts[info.number], model, strength, tick)
+            energies = _energies(info, loras[info.number], model, strength, tick)
             squares: dict[str, tuple[float, float]] = {}
             for layer in order:
                 if weights[layer]:
@@ -148,11 +148,11 @@ def _measure(found: Sequence[Info], parts: Mapping[int, Part], model, tick: Tick
             info.whole = abs(strength) * sqrt(sum(change for change, _ in squares.values()) / size) if size else None
 
 
-def _energies(info: Info, part: Part, model, strength: float, tick: Tick) -> dict[str, float]:
+def _energies(info: Info, lora: LoadedLoRA, model, strength: float, tick: Tick) -> dict[str, float]:
     """Layer -> squared Frobenius norm of the LoRA's change of it, by its strength."""
     told: dict[str, list[str]] = {}
     try:
-        sizes = measure(Bank([part.parsed.layers], [info.spec.name]), (True,), top=False,
+        sizes = measure(Bank([lora.parsed.layers], [info.spec.name]), (True,), top=False,
                         reader=partial(read_weight, model), visit=lambda done, count: tick(),
                         report=lambda name, layer, reason: told.setdefault(reason, []).append(layer),
                         strengths=(strength,), alone=True)

@@ -15,7 +15,7 @@ from comfy_execution.utils import get_executing_context
 
 from ...engine.record import RunRecord
 from ..compose.composition import KEY
-from ..compose.watch import Told
+from ..compose.watch import Listener
 from ..guidance.apply import guidance_record_of
 from .panel import shown
 from .story import costs_of, line, titles
@@ -29,7 +29,7 @@ and `panels`, what `panel.shown` gives."""
 log = logging.getLogger("lora_ensemble")
 
 
-def on_the_node(model, record: RunRecord, total: int) -> Told | None:
+def on_the_node(model, record: RunRecord, total: int) -> Listener | None:
     """A watcher (compose/watch.py) that tells the client of the node that is executed."""
     server, context = _server(), get_executing_context()
     if server is None or context is None or not record.methods:

@@ -14,7 +14,7 @@ from ...engine.record import RunRecord
 from ...methods import method_title
 from ...methods.counted import counted, verb
 from ...methods.guidance.record import GuidanceRecord
-from ..compose.composition import KEY, Placed, told_of
+from ..compose.composition import KEY, Placed, outcome_of
 from ..guidance.apply import guidance_record_of
 from .heat import overlay
 from .letters import labels
@@ -63,8 +63,8 @@ def report(model, latent: Tensor, images: Tensor | None = None, theme: Theme = L
     found of each LoRA's in each prompt; with `evaluations`, of which some were saved (`Costs.as_dict`); and with
     `guidance`, what adaptive guidance did. Where there was no run, both say so.
     """
-    told, guidance = told_of(model, latent), guidance_record_of(model, latent)
-    record, places = told.record, told.places
+    outcome, guidance = outcome_of(model, latent), guidance_record_of(model, latent)
+    record, places = outcome.record, outcome.places
     if record is None and guidance is None:
         reason = NEVER if model.get_attachment(KEY) is not None else WITHOUT
         return as_image(draw(None, [], reason, theme)), json.dumps({"problems": [reason]})

@@ -11,7 +11,7 @@ import comfy.model_management
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
-from lora_ensemble.host.compose import apply, banks, measure, reading
+from lora_ensemble.host.compose import apply, banks, loading, measure
 from lora_ensemble.host.compose.composition import KEY
 from lora_ensemble.host.files.ensemble import LoRASpec
 from lora_ensemble.host.look.layermap import layer_map
@@ -82,8 +82,8 @@ def forgotten():
 @pytest.fixture
 def parsed(monkeypatch) -> list:
     """Grows with every file that is parsed."""
-    calls, parse = [], reading.parse
-    monkeypatch.setattr(reading, "parse", lambda *arguments: calls.append(1) or parse(*arguments))
+    calls, parse = [], loading.parse
+    monkeypatch.setattr(loading, "parse", lambda *arguments: calls.append(1) or parse(*arguments))
     return calls
 
 
@@ -296,7 +296,7 @@ def test_files_are_not_held_by_what_was_made_of_them(loras):
     (shared,) = ours.get_additional_models_with_key(KEY)
     kept, size = shared.get_attachment(banks.NOTES)
     assert size == 0
-    assert len(kept.parts) == 3 and not any(part.parsed.layers or part.patches.found for part in kept.parts)
+    assert len(kept.loras) == 3 and not any(lora.parsed.layers or lora.patches.found for lora in kept.loras)
     assert shared.load_device == CPU and shared.model_size() == bank_of(ours).nbytes()
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
 from lora_ensemble.host.compose.composition import KEY
-from lora_ensemble.host.compose.reading import read_ensemble
+from lora_ensemble.host.compose.loading import load_ensemble
 from lora_ensemble.host.files.ensemble import LoRASpec
 from lora_ensemble.host.files.files import read
 from lora_ensemble.host.files.formats import host_names, other_kind
@@ -139,9 +139,9 @@ def test_hunyuan_video_in_the_names_of_diffusers(family, prefix, loras):
                 changes.setdefault(place, torch.zeros(weight.shape))[first:first + rows] += up @ down
     name = loras(file)
     assert not stock_finds(model, name)
-    reading = read_ensemble(model, None, (LoRASpec(name, 1.0, 0),), "Merge LoRAs", False)
-    (part,) = reading.parts
-    assert not reading.problems and part.parsed.layers.keys() == changes.keys()
+    loaded = load_ensemble(model, None, (LoRASpec(name, 1.0, 0),), "Merge LoRAs", False)
+    (part,) = loaded.loras
+    assert not loaded.problems and part.parsed.layers.keys() == changes.keys()
     for layer, change in changes.items():
         made = torch.zeros_like(change)
         for op in part.parsed.layers[layer]:
@@ -170,10 +170,10 @@ def test_hunyuan_video_in_the_names_of_musubi_tuner(loras):
     made = {(number, end): torch.Size(shape.get(end, (64, 64))) for number in range(2) for end in ends}
     known = lora(made, 1, 2, 1.0, name=lambda key: "transformer.transformer_blocks.{}.{}".format(*key))
     foreign = lora(made, 1, 2, 1.0, name=lambda key: f"lora_unet_double_blocks_{key[0]}_{ends[key[1]]}")
-    ours, wanted = (read_ensemble(model, None, (LoRASpec(loras(file), 1.0, 0),), "Merge LoRAs", False)
+    ours, wanted = (load_ensemble(model, None, (LoRASpec(loras(file), 1.0, 0),), "Merge LoRAs", False)
                     for file in (foreign, known))
     assert not ours.problems and not wanted.problems
-    (ours,), (wanted,) = ours.parts, wanted.parts
+    (ours,), (wanted,) = ours.loras, wanted.loras
     assert ours.patches.found.keys() == wanted.patches.found.keys() and len(ours.patches.found) == len(made)
     for key, patch in wanted.patches.found.items():
         assert torch.equal(patch.weights[0], ours.patches.found[key].weights[0]), key
@@ -282,7 +282,7 @@ def test_layers_that_are_here_and_what_nobody_can_load(end, prefix, what, loras)
     model, rand = base("SD15"), Rand(1)
     name = loras({f"{prefix}{layer}.{end}": rand(4, 4) for layer in shapes(model)})
     with pytest.raises(ValueError) as caught:
-        read_ensemble(model, None, (LoRASpec(name, 1.0, 0),), "Merge LoRAs", False)
+        load_ensemble(model, None, (LoRASpec(name, 1.0, 0),), "Merge LoRAs", False)
     text = str(caught.value)
     assert what in text and f".{end}' for one" in text and "kind or named in a way" in text, text
     assert "architecture" not in text and "whole model" not in text, text

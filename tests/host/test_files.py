@@ -15,7 +15,7 @@ import comfy.utils
 import folder_paths
 import pytest
 import torch
-from lora_ensemble.host.compose import reading
+from lora_ensemble.host.compose import loading
 from lora_ensemble.host.compose.apply import apply_method, bake
 from lora_ensemble.host.compose.composition import KEY
 from lora_ensemble.host.files import files
@@ -232,7 +232,7 @@ def test_a_file_is_read_once(loras, lora_folder, monkeypatch):
 
 
 def test_reading_many_files_can_be_interrupted(loras, monkeypatch):
-    """Guard: `read_ensemble`. The next node is as ever."""
+    """Guard: `load_ensemble`. The next node is as ever."""
     model, found = base("SD15"), []
 
     def reads(name, holder):
@@ -242,7 +242,7 @@ def test_reading_many_files_can_be_interrupted(loras, monkeypatch):
 
     ensemble = [LoRASpec(loras(lora(shapes(model), seed)), 0.8, 0) for seed in (1, 2, 3)]
     with monkeypatch.context() as patched:
-        patched.setattr(reading, "read", reads)
+        patched.setattr(loading, "read", reads)
         with pytest.raises(comfy.model_management.InterruptProcessingException):
             merge(model, ensemble)
     assert found == [ensemble[0].name]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import comfy.context_windows
 import pytest
 import torch
-from lora_ensemble.host.compose.composition import KEY, record_of, told_of
+from lora_ensemble.host.compose.composition import KEY, outcome_of, record_of
 from lora_ensemble.host.files.ensemble import LoRASpec, Mask
 from lora_ensemble.host.guidance.apply import guidance_record_of
 from lora_ensemble.host.look.spectrum import Sampling, profiles
@@ -244,4 +244,4 @@ def test_the_report_is_that_of_the_run_that_made_the_latent(film, loras):
         merge(film, files(film, loras)), "threshold", 1.1, 0.3, "noise", "per picture", 1, 0, "late").args[0]
     first, second = (sample(ours, "LTXAV", steps=steps, latent=kind.noise(2), seed=steps, batch=2) for steps in (2, 3))
     for latent, steps in ((first, 2), (second, 3)):
-        assert len(told_of(ours, latent).record.steps) == len(guidance_record_of(ours, latent).steps) == steps
+        assert len(outcome_of(ours, latent).record.steps) == len(guidance_record_of(ours, latent).steps) == steps

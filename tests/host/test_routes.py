@@ -9,7 +9,7 @@ import pytest
 import torch
 from lora_ensemble.engine.positions import Places
 from lora_ensemble.host.compose.placing import Routed
-from lora_ensemble.host.compose.probe import Reading
+from lora_ensemble.host.compose.probe import AttentionReading
 from lora_ensemble.host.compose.routes import RoutedLoRAs
 from lora_ensemble.host.words.marked import PROMPT
 from lora_ensemble.kernels.branch import Branch, Step
@@ -236,7 +236,7 @@ def test_of_an_evaluation_that_left_blocks_out_nothing_is_taken(monkeypatch):
 
     def done(count: int, root: nn.Module = root, found: Tensor | None = found) -> list:
         seen.clear()
-        Reading(ours, root, SimpleNamespace(count=count, found=[], mean=lambda wanted: found), names, 2).done()
+        AttentionReading(ours, root, SimpleNamespace(count=count, found=[], mean=lambda wanted: found), names, 2).done()
         return list(seen)
 
     both = [(names[0], 1.0), (names[1], 2.0)]

@@ -25,7 +25,7 @@ from .composition import KEY
 TEXT_ENCODER = ("lora_te", "lora_prior_te_", "text_encoder", "clip_")  # how keys of text encoders begin
 
 
-class Part(NamedTuple):
+class LoadedLoRA(NamedTuple):
     """One LoRA that changes the diffusion model.
 
     patches   the host's patches, for its weights
@@ -37,20 +37,20 @@ class Part(NamedTuple):
     parsed: ParsedLoRA
 
 
-class Reading(NamedTuple):
+class LoadedEnsemble(NamedTuple):
     """What an ensemble's files do to a MODEL and a CLIP.
 
-    parts      the LoRAs that change the diffusion model, as the user listed them
+    loras      the LoRAs that change the diffusion model, as the user listed them
     texts      (LoRA, what it does to the text encoder), for those with a strength there
     problems   what is left out of a file, whatever the method
     """
 
-    parts: list[Part]
+    loras: list[LoadedLoRA]
     texts: list[tuple[LoRASpec, Patches]]
     problems: list[str]
 
 
-def read_ensemble(model, clip, ensemble: Ensemble, node: str, on_weights: bool) -> Reading:
+def load_ensemble(model, clip, ensemble: Ensemble, node: str, on_weights: bool) -> LoadedEnsemble:
     """Read all files of an ensemble for a MODEL and a CLIP or None.
 
     node         display name of the node, for messages
@@ -89,8 +89,8 @@ def read_ensemble(model, clip, ensemble: Ensemble, node: str, on_weights: bool) 
             texts.append((spec, text))
         applied = [part for part, strength in ((patches, spec.strength_model), (text, spec.strength_clip)) if strength]
         problems += _problems(spec, [misfit for part in applied for misfit in part.misfits], unused, len(file))
-    parts = [Part(spec, patches, parse(patches, base, enlarged)) for spec, patches in found]
-    return Reading(parts, texts, problems)
+    loras = [LoadedLoRA(spec, patches, parse(patches, base, enlarged)) for spec, patches in found]
+    return LoadedEnsemble(loras, texts, problems)
 
 
 def on_its_weights(spec: LoRASpec, on_weights: bool) -> bool:
@@ -107,7 +107,7 @@ def check_some(ensemble: Ensemble, node: str) -> None:
 
 
 def facts_of(model, clip, specs: Sequence[LoRASpec], on_weights: bool) -> Hashable:
-    """What `read_ensemble` goes by besides the layers of the model: equal facts, equal reading."""
+    """What `load_ensemble` goes by besides the layers of the model: equal facts, equal reading."""
     files = tuple((spec.name, fingerprint(spec.name), spec.strength_model != 0, spec.strength_clip != 0,
                    on_its_weights(spec, on_weights)) for spec in specs)
     routed = frozenset(_FIRST_LAYERS) & _routed(model)
@@ -115,12 +115,12 @@ def facts_of(model, clip, specs: Sequence[LoRASpec], on_weights: bool) -> Hashab
             frozenset(_enlarged_before(model).items()), routed)
 
 
-def without_effect(reading: Reading, ensemble: Ensemble, merged: bool) -> list[str]:
+def without_effect(loaded: LoadedEnsemble, ensemble: Ensemble, merged: bool) -> list[str]:
     """A line for each LoRA that was to act on the model and changes the text encoder alone, where that is less than was
     asked for: where it has no strength there either, or the method does more than merge."""
     out = []
     for spec in ensemble:
-        if spec.strength_model == 0 or any(spec is part.spec for part in reading.parts):
+        if spec.strength_model == 0 or any(spec is lora.spec for lora in loaded.loras):
             continue
         if spec.strength_clip == 0:
             out.append(f"LoRA '{spec.called}' does nothing: it changes the text encoder alone, and its strength there "
@@ -131,21 +131,21 @@ def without_effect(reading: Reading, ensemble: Ensemble, merged: bool) -> list[s
     return out
 
 
-def left_out(part: Part, on_weights: bool) -> list[str]:
+def left_out(lora: LoadedLoRA, on_weights: bool) -> list[str]:
     """One line per reason for what no forward can express of a LoRA, with what is done instead."""
     if on_weights:
         done = "merged into the weight instead"
-    elif part.spec.window.whole:
+    elif lora.spec.window.whole:
         done = "left out (Merge in mode 'baked' can apply it)"
     else:
         done = "left out, since it could not follow this LoRA's window in time"
-    return _lines(part.spec, part.parsed.left_out, done)
+    return _lines(lora.spec, lora.parsed.left_out, done)
 
 
-def otherwise(part: Part, baked: bool = False) -> list[str]:
+def otherwise(lora: LoadedLoRA, baked: bool = False) -> list[str]:
     """One line per reason for what a LoRA does otherwise than by ComfyUI's loader; `baked`: than as it was trained."""
     done = "baked in as the loader has them (mode 'runtime' has them as trained)" if baked else "applied as trained"
-    return _lines(part.spec, part.parsed.otherwise, done)
+    return _lines(lora.spec, lora.parsed.otherwise, done)
 
 
 _FIRST_LAYERS: dict[str, tuple[int, ...] | None] = {
