@@ -94,7 +94,8 @@ def bench_kind(tell: Results, kind: str, size: int, tokens: int, rank: int, coun
     import comfy.lora
 
     from ..host.files.files import LoRAFile
-    from ..host.files.parse import load, parse
+    from ..host.files.parse import parse
+    from ..host.files.patches import load
 
     generator = torch.Generator().manual_seed(0)
     layer, alone = (nn.Linear(size, size, bias=False).requires_grad_(False) for _ in range(2))

@@ -19,6 +19,7 @@ from ..files.ensemble import ALWAYS, Ensemble, LoRASpec, told_apart
 from ..files.header_alphas import passed_over
 from ..files.injected import as_in_files
 from ..files.metadata import is_proposed, unread_beside
+from ..files.patches import Patches
 from ..words.known import lora_words
 from ..words.marked import marked
 from ..words.own import OwnDelta, add_patches
@@ -29,7 +30,6 @@ from .composition import KEY, Composition
 from .loading import (
     LoadedEnsemble,
     LoadedLoRA,
-    Patches,
     check_some,
     facts_of,
     left_out,

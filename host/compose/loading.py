@@ -18,7 +18,8 @@ from ..files.ensemble import ALWAYS, Ensemble, LoRASpec
 from ..files.files import LoRAFile, fingerprint, read
 from ..files.fit import Broken, Misfit, Shape, Torn, named, reshape_of
 from ..files.formats import host_names, lora_format, other_kind
-from ..files.parse import PREFIX, ParsedLoRA, Patches, load, parse, shape_of
+from ..files.parse import PREFIX, ParsedLoRA, parse
+from ..files.patches import Patches, load, shape_of
 from .banks import layers_of
 from .composition import KEY
 

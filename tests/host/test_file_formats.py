@@ -13,7 +13,8 @@ from lora_ensemble.host.compose.composition import KEY
 from lora_ensemble.host.files.ensemble import LoRASpec
 from lora_ensemble.host.files.files import read
 from lora_ensemble.host.files.formats import lora_format, other_kind
-from lora_ensemble.host.files.parse import load, parse
+from lora_ensemble.host.files.parse import parse
+from lora_ensemble.host.files.patches import load
 from lora_ensemble.methods.merge import Merge
 
 from .builders import composite, lora, merge, plain, same, sample, shapes, stock, text_layers

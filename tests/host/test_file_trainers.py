@@ -12,7 +12,8 @@ from lora_ensemble.host.compose.loading import load_ensemble
 from lora_ensemble.host.files.ensemble import LoRASpec
 from lora_ensemble.host.files.files import read
 from lora_ensemble.host.files.formats import host_names, other_kind
-from lora_ensemble.host.files.parse import load, parse
+from lora_ensemble.host.files.parse import parse
+from lora_ensemble.host.files.patches import load
 
 from .builders import Rand, lora, merge, same, sample, shapes, stock
 from .kinds import EVERYWHERE

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from lora_ensemble.host.files import parse
+from lora_ensemble.host.files import patches
 from lora_ensemble.tests.fuzz_files import Fuzz
 
 COUNT = 200
@@ -23,7 +23,7 @@ def test_damaged_files(first, fuzz):
 
 
 def test_the_judge_sees_files_that_nobody_checks(fuzz, monkeypatch):
-    monkeypatch.setattr(parse, "_check", lambda *_: None)
+    monkeypatch.setattr(patches, "_check", lambda *_: None)
     with pytest.raises(Exception):  # noqa: B017  (in the bank, in the sampler, or a picture that differs)
         for seed in range(30):
             fuzz.check(seed)

@@ -9,7 +9,8 @@ import comfy.lora
 import comfy.supported_models
 import pytest
 import torch
-from lora_ensemble.host.files.parse import _layer, weight_shape
+from lora_ensemble.host.files.parse import _layer
+from lora_ensemble.host.files.patches import weight_shape
 
 from .models import FAMILIES
 

@@ -11,7 +11,8 @@ from lora_ensemble.engine.forwards import RoutedForwards
 from lora_ensemble.host.compose.composition import KEY
 from lora_ensemble.host.files.ensemble import LoRASpec
 from lora_ensemble.host.files.files import LoRAFile
-from lora_ensemble.host.files.parse import load, parse
+from lora_ensemble.host.files.parse import parse
+from lora_ensemble.host.files.patches import load
 from lora_ensemble.kernels.branch import Branch
 from torch import nn
 
