@@ -52,13 +52,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..methods.cmlora import AgeBySteps, CMLoRA
+from ..methods.cmlora import CMLoRA
 from ..methods.composite import Composite
 from ..methods.guidance.adaptive import AdaptiveGuidance
 from ..methods.loratorio import LoRAtorio
 from ..methods.merge import Merge
 from ..methods.routed import Routing
-from ..methods.schedule import Uniform
+from ..methods.schedule import AgeBySteps, Uniform
 from . import models
 from .measure import Peak, Results, Seconds, median, parser_of, total
 from .models import STRENGTH

@@ -26,7 +26,7 @@ import torch
 
 from ..kernels.branch import Branch
 from ..kernels.spectrum import high_share, late_change, radial_amplitude, radial_bins
-from ..methods.cmlora import LOW_FREQUENCY, frequency_class
+from ..methods.frequency import LOW_FREQUENCY, frequency_class
 from ..methods.session import Session
 from ..testbed.model import LATENT
 from ..testbed.protocol import alone_set

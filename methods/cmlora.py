@@ -19,54 +19,9 @@ from ..kernels.nested import Parts, pack_weights, unpack
 from ..kernels.patches import stacked
 from ..kernels.spectrum import high_share, radial_amplitude, radial_bins
 from .counted import counted, verb
+from .schedule import PAPER, AgeBySteps, oldest, refresh_steps
 from .session import Call, RunContext, Sent, Session, masks_among
 from .switch import own_turn
-
-LOW_FREQUENCY = ("background",)
-"""Roles whose LoRAs change low frequencies; all others count as high, as in the paper."""
-MARGIN = 0.1
-"""A LoRA that alone changes the latent's high-frequency share by less than this, relative to the base model and over
-the second half of a run, says nothing about its class. Ours: on the testbed's clean LoRAs backgrounds lower it by a
-third or more, and so do styles, which the paper counts as high (benchmarks/spectrum.py)."""
-PAPER = 2, 3
-"""c1 and c2."""
-SHARE = 0.15
-"""Share of a run over which deep features may serve: 3 in 20 steps, which the testbed knows, and none in 9 and fewer,
-whose steps differ too much."""
-FIRST, SECOND = 0.375, 0.875
-"""Progress at which the refresh interval goes from c1 to c2 and back."""
-
-
-def frequency_class(change: float, error: float = 0.0) -> str:
-    """"low", "high" or "unsure", from a LoRA's change of the high-frequency share and its standard error: beyond both
-    MARGIN and two errors it counts."""
-    if abs(change) <= max(MARGIN, 2 * error):
-        return "unsure"
-    return "low" if change < 0 else "high"
-
-
-def refresh_steps(total: int, c1: int = 2, c2: int = 3) -> frozenset[int]:
-    """The steps at which the lead passes on: every c1-th, in the middle of the run every c2-th."""
-    first, second = math.ceil(FIRST * total), math.ceil(SECOND * total)
-    return frozenset((*range(0, first, c1), *range(first, second, c2), *range(second, total, c1)))
-
-
-def oldest(count: int, c1: int = 0, c2: int = 0) -> int:
-    """Age in steps at which cached features are no longer used: what it would be if all LoRAs took turns. c1 or c2 0:
-    at most, whatever the number of steps."""
-    return max(count, 1) * max(c1 or PAPER[0], c2 or PAPER[1])
-
-
-@dataclass(frozen=True)
-class AgeBySteps:
-    """`oldest` in a run of so many steps, see `at`: no more than SHARE of them, which is the paper's in its 200."""
-
-    count: int
-    c1: int = 0
-    c2: int = 0
-
-    def at(self, total: int) -> int:
-        return min(oldest(self.count, self.c1, self.c2), max(round(SHARE * total), 1))
 
 
 def dominance(start: float, refreshes: int, decay: Literal["none", "halving", "linear"]) -> float:

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from ..kernels.branch import Step
-from .cmlora import PAPER, SHARE, refresh_steps
+
+PAPER = 2, 3
+"""CMLoRA's c1 and c2."""
+SHARE = 0.15
+"""Share of a run over which deep features may serve: 3 in 20 steps, which the testbed knows, and none in 9 and fewer,
+whose steps differ too much."""
+LONGEST = 5
+"""Most steps over which deep features serve, however long the run: DeepCache's in 50."""
+FIRST, SECOND = 0.375, 0.875
+"""Progress at which CMLoRA's refresh interval goes from c1 to c2 and back."""
 
 
 class Schedule(Protocol):
@@ -22,13 +32,38 @@ class Schedule(Protocol):
     def refreshes(self, step: Step) -> bool: ...
 
 
-LONGEST = 5
-"""Most steps over which deep features serve, however long the run: DeepCache's in 50."""
+def served(total: int) -> int:
+    """Steps over which deep features may serve in a run of so many; 1: their own."""
+    return max(round(SHARE * total), 1)
 
 
 def own_interval(total: int) -> int:
     """Steps from one full computation to the next, by the number of steps of the run. 1: all of them."""
-    return min(max(round(SHARE * total), 1), LONGEST)
+    return min(served(total), LONGEST)
+
+
+def refresh_steps(total: int, c1: int = 2, c2: int = 3) -> frozenset[int]:
+    """CMLoRA's, at which the lead passes on: every c1-th, in the middle of the run every c2-th."""
+    first, second = math.ceil(FIRST * total), math.ceil(SECOND * total)
+    return frozenset((*range(0, first, c1), *range(first, second, c2), *range(second, total, c1)))
+
+
+def oldest(count: int, c1: int = 0, c2: int = 0) -> int:
+    """Age in steps at which cached features of CMLoRA are no longer used: what it would be if all LoRAs took turns. c1
+    or c2 0: at most, whatever the number of steps."""
+    return max(count, 1) * max(c1 or PAPER[0], c2 or PAPER[1])
+
+
+@dataclass(frozen=True)
+class AgeBySteps:
+    """`oldest` in a run of so many steps, see `at`: no more than SHARE of them, which is the paper's in its 200."""
+
+    count: int
+    c1: int = 0
+    c2: int = 0
+
+    def at(self, total: int) -> int:
+        return min(oldest(self.count, self.c1, self.c2), served(total))
 
 
 @dataclass(frozen=True)
@@ -56,7 +91,7 @@ class Uniform:
 
 @dataclass(frozen=True)
 class NonUniform:
-    """CMLoRA's schedule (`cmlora.refresh_steps`): every c1-th step at the start and the end, every c2-th between."""
+    """CMLoRA's schedule (`refresh_steps`): every c1-th step at the start and the end, every c2-th between."""
 
     c1: int = PAPER[0]
     c2: int = PAPER[1]

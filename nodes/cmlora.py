@@ -11,7 +11,9 @@ from ..host.compose.cache import CacheSpec
 from ..host.compose.composition import KEY
 from ..host.compose.placing import Placing
 from ..host.files.ensemble import Ensemble
-from ..methods.cmlora import LOW_FREQUENCY, AgeBySteps, CMLoRA, oldest
+from ..methods.cmlora import CMLoRA
+from ..methods.frequency import LOW_FREQUENCY
+from ..methods.schedule import AgeBySteps, oldest
 from .sockets import method_schema
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from ..host.files.header_alphas import passed_over
 from ..host.files.metadata import proposal, unread_beside
 from ..host.guidance.apply import KEY as GUIDANCE
 from ..host.guidance.apply import Guidance
-from ..methods.cmlora import LOW_FREQUENCY
+from ..methods.frequency import LOW_FREQUENCY
 from ..methods.selection import sides
 from .said import say
 

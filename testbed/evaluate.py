@@ -14,9 +14,10 @@ from torch import Tensor
 from ..engine.bank import Bank
 from ..engine.sizes import measure
 from ..methods import Method
-from ..methods.cmlora import LOW_FREQUENCY, CMLoRA
+from ..methods.cmlora import CMLoRA
 from ..methods.composite import Composite
 from ..methods.est import ESTLoRA
+from ..methods.frequency import LOW_FREQUENCY
 from ..methods.klora import KLoRA
 from ..methods.loratorio import LoRAtorio
 from ..methods.merge import Merge

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from lora_ensemble.kernels.branch import Step
-from lora_ensemble.methods.cmlora import CMLoRA, oldest, refresh_steps
+from lora_ensemble.methods.cmlora import CMLoRA
 from lora_ensemble.methods.counted import counted
 from lora_ensemble.methods.loratorio import LoRAtorio
-from lora_ensemble.methods.schedule import BySteps, NonUniform, Uniform, own_interval
+from lora_ensemble.methods.schedule import BySteps, NonUniform, Uniform, oldest, own_interval, refresh_steps
 from lora_ensemble.methods.selection import Contest, Selection, main_subject
 from lora_ensemble.methods.session import RunContext, begin
 from lora_ensemble.methods.switch import Switch

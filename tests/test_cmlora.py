@@ -9,8 +9,9 @@ import pytest
 import torch
 from lora_ensemble.kernels.branch import Branch, Step
 from lora_ensemble.kernels.spectrum import high_share, radial_amplitude, radial_bins
-from lora_ensemble.methods.cmlora import AgeBySteps, CMLoRA, dominance, refresh_steps
+from lora_ensemble.methods.cmlora import CMLoRA, dominance
 from lora_ensemble.methods.composite import Composite
+from lora_ensemble.methods.schedule import AgeBySteps, refresh_steps
 from lora_ensemble.methods.session import POSITIVE, UNCONDITIONAL, Call, RunContext
 
 ORDERS = ("offline", "online", "async", "switch-a")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from lora_ensemble.kernels.spectrum import high_share, late_change, radial_amplitude, radial_bins
-from lora_ensemble.methods.cmlora import frequency_class
+from lora_ensemble.methods.frequency import frequency_class
 
 TOLERANCE = 2e-5
 """The kernel computes in fp32; the reference reads the same, possibly rounded, input."""

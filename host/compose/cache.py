@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from ...engine.cache import FeatureCache, Home
 from ...engine.tell import Once
 from ...kernels.branch import Branch, Step
-from ...methods.cmlora import AgeBySteps
 from ...methods.counted import counted
-from ...methods.schedule import BySteps, Schedule, schedules, within
+from ...methods.schedule import AgeBySteps, BySteps, Schedule, schedules, within
 from ..families.lasting import lasting
 from ..families.split_points import SplitPoint, split_point_of
 from ..families.work import Work

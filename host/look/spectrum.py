@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...kernels.nested import unpack
 from ...kernels.spectrum import high_share, late_change, radial_amplitude, radial_bins
-from ...methods.cmlora import LOW_FREQUENCY, frequency_class
+from ...methods.frequency import LOW_FREQUENCY, frequency_class
 from ...methods.merge import Merge
 from ..compose.apply import apply_method
 from ..files.ensemble import ALWAYS, Ensemble
