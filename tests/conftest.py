@@ -26,7 +26,7 @@ if "lora_ensemble" not in sys.modules:
     run.load_pack()
 
 
-LONG = ("test_front_end", "test_panel", "test_benchmarks", "test_accelerator", "test_server", "test_sweep",
+LONG = ("test_front_end", "test_panel", "test_help", "test_benchmarks", "test_accelerator", "test_server", "test_sweep",
         "test_words", "test_app", "test_interop_server", "test_server_routed", "test_rows_pages", "test_golden_pages",
         "test_blueprints", "test_leave_one_out", "test_composlora", "test_two_runs", "test_always", "test_weights",
         "test_split_points", "test_windows", "test_guidance_extrapolated", "test_parity_families", "test_multigpu",

@@ -73,6 +73,7 @@ SHOWN_ELSEWHERE = {
     "test_panel::test_the_panel_is_on_the_node_inside_its_subgraph": 2,
     "test_panel::test_the_panel_speaks_the_language_of_the_page": 2,
     "test_panel::test_what_could_not_be_done_stays_on_the_node": 2,
+    "test_help::test_the_panel_shows_the_page_of_the_language": 2,
     "test_rows_pages::test_rows_are_saved_reloaded_muted_and_bypassed_whole": 2,
     "test_blueprints::test_blueprints_are_queued_from_the_page": 4,
     # The host's own dialog, the same over either canvas.

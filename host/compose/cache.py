@@ -129,7 +129,8 @@ class BranchCache:
         few = self._few(step)
         if few:
             self._report(f"Branch Cache: a run of {counted(step.total, 'step')} is too short for a forecast, its "
-                         "features differ too much; every branch ran whole. Those that are held can be used.")
+                         "features differ too much; every branch ran whole. Schedule uniform, which holds them (of "
+                         "CMLoRA: features held), can be used.")
         for combo, asked in zip(combos, fresh, strict=True):
             due = few or (asked if self.spec.schedule is None else self.spec.schedule.refreshes(step))
             self._whole[combo] = self._whole.get(combo, False) or due or any(
