@@ -14,7 +14,7 @@ from ..host.files.ensemble import ALWAYS, Ensemble, LoRASpec
 from ..host.files.header_alphas import passed_over
 from ..host.files.metadata import proposal, unread_beside
 from ..host.guidance.apply import KEY as GUIDANCE
-from ..host.guidance.apply import Guidance
+from ..host.guidance.apply import Guidance, replaced
 from ..methods.frequency import LOW_FREQUENCY
 from ..methods.selection import sides
 from .said import say
@@ -150,8 +150,7 @@ def _replaced(schema: io.Schema, given: Given) -> list[str]:
     out = ["the cache that an earlier node has put on this MODEL is not used: that of this node takes its place"] \
         if caches and before is not None and before.cache is not None else []
     guided: Guidance | None = attached(GUIDANCE) if _RULES.get(schema.node_id) is _GUIDANCE else None
-    return out + ([f"the Adaptive Guidance of an earlier node ({guided.policy}) is not used, nor anything set on it: "
-                   "this node takes its place and decides alone"] if guided is not None else [])
+    return out + ([replaced(guided.policy)] if guided is not None else [])
 
 
 def _of_loras(schema: io.Schema, ensemble: Ensemble) -> list[str]:

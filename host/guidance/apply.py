@@ -71,10 +71,11 @@ def apply_guidance(model: ModelPatcher, guidance: Guidance) -> ModelPatcher:
     return new_model
 
 
-def replaced(earlier: str, policy: str) -> str:
-    """What is said where a node takes the place of an earlier one, by the rules of both in words."""
-    return (f"Adaptive Guidance is on this MODEL twice, and the last node alone decides ({policy}): nothing that is "
-            f"set on the earlier one is used ({earlier})")
+def replaced(earlier: str) -> str:
+    """What is said, on the node and in the record, where a node takes the place of one before it; `earlier`: the rule
+    of that one in words."""
+    return (f"Adaptive Guidance is on this MODEL twice, and the last node alone decides: nothing that is set on the "
+            f"earlier one is used ({earlier})")
 
 
 def guidance_record_of(model: ModelPatcher, latent: Tensor | None = None) -> GuidanceRecord | None:
@@ -95,7 +96,7 @@ def sample_guided(executor, noise, latent_image, sampler, sigmas, denoise_mask=N
     record = GuidanceRecord(guidance.policy)
     tell = into(record.problems)
     if guidance.instead:
-        tell(replaced(guidance.instead, guidance.policy))
+        tell(replaced(guidance.instead))
     noisy, model, prompts = bare(noise), guider.model_patcher, _prompts(guider.conds)
     earlier = GUIDED.before(latent_image) if noisy else None
     context = guidance_context(run_context(sigmas, noise, kwargs.get("latent_shapes")), guider, sampler,
