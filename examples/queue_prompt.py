@@ -47,7 +47,7 @@ def speaking_to(server: str, timeout: float) -> Iterator[None]:
         raise Unreachable(f"Nothing heard from {server} for {timeout:.0f} s.") from None
     except (OSError, ValueError) as error:
         raise Unreachable(f"No ComfyUI reachable at {server}: {error}. "
-                          "Start it, or name it with --server HOST:PORT.") from None
+                          "Start it, or name another HOST:PORT where one runs.") from None
 
 
 class WebSocket:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -286,6 +287,16 @@ def test_a_worker_starts_a_lost_server_anew(monkeypatch):
     assert worker.draw(cell)[1]["facts"]["worker"] == "worker 1"
     worker.stop()
     assert not worker.server.runs
+
+
+def test_what_to_do_where_no_server_answers_names_no_other_program_s_option(tmp_path):
+    """Guard: the hint named an option of queue_prompt.py, and here it is another."""
+    (tmp_path / "workflow.json").write_text(json.dumps(WORKFLOW))
+    command = [sys.executable, sweep.__file__, "workflow.json", "--vary", "11.seed=1", "--servers", "127.0.0.1:9",
+               "--tries", "1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and "No ComfyUI reachable at 127.0.0.1:9" in done.stdout
+    assert set(re.findall(r"--[a-z-]+", done.stdout + done.stderr)) <= {"--servers", "--comfyui"}
 
 
 def test_a_comfyui_that_does_not_start(tmp_path):
