@@ -4,13 +4,15 @@ mask, and words are sought in the film by itself."""
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from comfy.latent_formats import Wan21
 from lora_ensemble.host.compose.composition import places_of, record_of
 from lora_ensemble.host.compose.neighbours import APART
 from lora_ensemble.host.compose.routes import RoutedLoRAs
-from lora_ensemble.host.families.film import ahead_of_film, in_frames
+from lora_ensemble.host.families.film import ahead_of_film, end_of_film, in_frames
 from lora_ensemble.host.files.ensemble import LoRASpec, Mask
 from torch.nn import functional as F
 
@@ -91,6 +93,38 @@ def test_a_start_picture_of_vace_is_no_reference():
 
     assert [ahead_of_film(model, begun(**more)) for more in ({}, {"reference_image": pixels()})] == [0, 1]
     assert ahead_of_film(model, {"positive": [{}], "negative": None}) == 0
+
+
+def control(references: int, frames: int = 4) -> torch.Tensor:
+    """A control film of VACE with so many references before it."""
+    film = torch.rand(1, 32, frames, 2, 2)
+    film[:, 16:, :references] = Wan21().process_out(torch.zeros(1, 16, references, 2, 2))
+    return film
+
+
+def test_references_are_those_of_the_prompt_that_has_most():
+    """Counted from the first frame on: a frame of the film in which nothing is to be drawn anew is none."""
+    model, later = base("Wan").model.diffusion_model, control(1)
+    later[:, 16:, 3] = later[:, 16:, 0]
+    conds = {"positive": [{"vace_frames": [control(2)]}, {"vace_frames": [control(0)]}, {}],
+             "negative": [{"vace_frames": [later]}, {"vace_frames": []}]}
+    assert ahead_of_film(model, conds) == 2
+    assert ahead_of_film(model, {"negative": conds["negative"]}) == 1
+
+
+def test_a_model_counts_its_own_reference_off_whether_it_is_compiled_or_not():
+    model = CASES["Animate"].model().model.diffusion_model
+    conds = {"positive": [{"vace_frames": [control(2)]}]}
+    assert ahead_of_film(model, conds) == ahead_of_film(SimpleNamespace(_orig_mod=model), conds) == 1
+
+
+def test_where_guides_of_ltx_stand_behind_the_film():
+    """By the prompt with most of them; places are counted as tokens."""
+    guide = {"keyframe_idxs": torch.zeros(1, 3, 2 * 12, 2)}
+    more = {"keyframe_idxs": torch.zeros(1, 3, 3 * 12, 2)}
+    assert end_of_film((1, 128, 9, 3, 4), {"positive": [guide, more, {"keyframe_idxs": None}], "negative": None}) == 6
+    assert end_of_film((1, 128, 9, 3, 4), {"positive": [{}]}) is None
+    assert end_of_film((1, 128, 9), {"positive": [guide]}) is None
 
 
 @pytest.mark.parametrize(("masks", "frames", "together"), [(81, 21, 4), (25, 4, 8), (7, 2, 6), (3, 3, 1)])
