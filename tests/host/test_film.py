@@ -96,9 +96,10 @@ def test_a_start_picture_of_vace_is_no_reference():
 
 
 def control(references: int, frames: int = 4) -> torch.Tensor:
-    """A control film of VACE with so many references before it."""
-    film = torch.rand(1, 32, frames, 2, 2)
-    film[:, 16:, :references] = Wan21().process_out(torch.zeros(1, 16, references, 2, 2))
+    """A control film of VACE with so many references before it; in its own first frame one place has nothing."""
+    film, nothing = torch.rand(1, 32, frames, 2, 2), Wan21().process_out(torch.zeros(1, 16, 1, 2, 2))
+    film[:, 16:, :references] = nothing
+    film[:, 16:, references, 0, 0] = nothing[:, :, 0, 0, 0]
     return film
 
 

@@ -21,7 +21,7 @@ VALUES = {"coeffs": object(), "blocks": "0.2-0.6"}
 CASES = [
     *((node, settings, names) for node in ("AdaptiveGuidance", "AdaptiveGuider", "KSampler") for settings, names in (
         ({"mode": "threshold"}, "coeffs if_different saving tolerance"),
-        ({"mode": "saving"}, "threshold tolerance"),
+        ({"mode": "saving"}, "threshold tolerance"), ({"mode": "saving", "tolerance": 0.1}, "threshold"),
         ({"mode": "LinearAG"}, f"threshold saving tolerance decision min_guided_steps {OF_A_CURVE}"),
         ({"mode": "extrapolate"}, f"threshold coeffs if_different decision {OF_A_CURVE}"),
         ({"mode": "extrapolate", "tolerance": 0.1}, f"threshold coeffs if_different saving {OF_A_CURVE}"))),
