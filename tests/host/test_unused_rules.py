@@ -28,6 +28,8 @@ CASES = [
     ("CMLoRA", {"order": "offline"}, "threshold steps_per_lora"),
     ("CMLoRA", {"order": "online"}, "steps_per_lora"),
     ("CMLoRA", {"order": "online", "c1": 2, "c2": 3}, "boundary steps_per_lora"),
+    ("CMLoRA", {"order": "online", "c1": 2}, "steps_per_lora"),
+    ("CMLoRA", {"order": "online", "c2": 3}, "steps_per_lora"),
     ("CMLoRA", {"order": "offline", "c1": 2, "c2": 3}, "threshold steps_per_lora"),
     ("CMLoRA", {"order": "async"}, "boundary threshold steps_per_lora"),
     ("CMLoRA", {"order": "Switch-A"}, f"threshold dominance decay c1 c2 cache_depth {OF_CACHES}"),
