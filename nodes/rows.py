@@ -91,8 +91,9 @@ def _more(number: int) -> list[io.Input]:
             default=ROLES[0],
             optional=True,
             tooltip="What the LoRA depicts. For K-LoRA and EST-LoRA, characters, clothing and objects are subjects, "
-            "styles and backgrounds styles. With words, styles act everywhere. always: part of the model, in every "
-            "step and at every place; for LoRAs that make few steps do (Lightning, Turbo, LCM).",
+            "styles and backgrounds styles. For CMLoRA, backgrounds lead late. With words, styles act everywhere. "
+            "always: part of the model, in every step and at every place; for LoRAs that make few steps do (Lightning, "
+            "Turbo, LCM).",
         ),
         io.Int.Input(f"mask_{number}", default=0, min=0, max=4096, optional=True,
                      tooltip="Which mask of the batch at the input masks says where the LoRA may act, the first being "

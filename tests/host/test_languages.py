@@ -10,6 +10,7 @@ import lora_ensemble
 import pytest
 from lora_ensemble.host.look.panel import SAID
 from lora_ensemble.nodes import menu
+from lora_ensemble.nodes.border import FILES
 from lora_ensemble.tests.server import Server
 from lora_ensemble.tools.languages import FOLDER, LANGUAGES, english, flat, nested, read, translated
 
@@ -93,7 +94,7 @@ def test_the_host_serves_them(server: Server):
     assert served["ja"]["settings"]["LoRAEnsemble_Panel"]["name"]
 
 
-HELP = sorted((FOLDER.parent / "web" / "docs").glob("*/*.md"))
+HELP, ENGLISH = (sorted((FOLDER.parent / "web" / "docs").glob(pages)) for pages in ("*/*.md", "*.md"))
 
 
 each_help_page = pytest.mark.parametrize("page", HELP, ids=lambda page: f"{page.parent.name}-{page.stem}")
@@ -109,6 +110,18 @@ def test_translated_help_pages_name_every_input(page):
     rows = re.findall(r"^\| (.+?) \|", table.partition("\n\n")[0], flags=re.MULTILINE)
     assert rows == [key if key == words["name"] else f"{words['name']}（{key}）"
                     for key, words in read(language)[node]["inputs"].items() if "name" in words]
+
+
+@pytest.mark.parametrize("page", [*HELP, *ENGLISH], ids=lambda page: f"{page.parent.name}-{page.stem}")
+def test_help_pages_name_every_choice(page):
+    """In the row of the input, but for lists of files and of the host's samplers."""
+    node, text = page.parent.name if page in HELP else page.stem, page.read_text(encoding="utf-8").replace("\\*", "*")
+    for part in next(schema for schema in SCHEMAS if schema.node_id == node).inputs:
+        options = [option for option in getattr(part, "options", None) or () if isinstance(option, str)]
+        if part.id in (*FILES, "sampler_name", "scheduler") or not options:
+            continue
+        (row,) = re.findall(rf"^\| (?:[^|]+（)?{part.id}(?:）)? \|.*", text, flags=re.MULTILINE)
+        assert [option for option in options if option not in row] == []
 
 
 @each_help_page
