@@ -13,7 +13,7 @@ from ..kernels.branch import Branch
 from .adapters import Reader
 from .bank import Bank
 from .compiled import Traced, TracedGains, connect, disconnect, handle_of
-from .geometry import forward_of, geometry_of, in_container
+from .geometry import ForwardOf, geometry_of, own_forward
 from .layout import Layout, Order, folded
 from .positions import Places
 from .program import Layer, Program, Programs, nothing
@@ -60,6 +60,7 @@ class RoutedForwards:
     layers     all layers by the names that the bank has of them, asked where there is none of a name: others may have
                put modules of their own between them, which gives those behind another name
     flat       see `Programs`
+    forward_of which forward of a layer is called, and how another takes its place
 
     `acted` are the adapters that acted in any batch.
     """
@@ -67,9 +68,10 @@ class RoutedForwards:
     def __init__(self, root: nn.Module, bank: Bank, reader: Reader | None = None,
                  report: Report | None = None, position: int = 0, order: Order = folded,
                  compiled: bool = False, lasting: Callable[[], AbstractContextManager] = nullcontext,
-                 layers: Callable[[], Mapping[str, nn.Module]] | None = None, flat: bool = False):
+                 layers: Callable[[], Mapping[str, nn.Module]] | None = None, flat: bool = False,
+                 forward_of: ForwardOf = own_forward):
         self.root, self.bank, self.position, self.order, self.compiled = root, bank, position, order, compiled
-        self._named = layers
+        self._named, self._forward_of = layers, forward_of
         say = Once(report or (lambda adapter, layer, reason: None))
         # Not a method: programs hold it, and a circle would keep the model of a run that is over.
         self._tell = lambda adapter, layer, reason: say(adapter, layer, reason, about=(adapter, layer))
@@ -117,14 +119,14 @@ class RoutedForwards:
         for name, site in self.bank.sites.items():
             module = found[name]
             geometry = None if module is None else geometry_of(module)
-            base, contained = (None, False) if geometry is None else forward_of(module)
+            base, fitted = (None, None) if geometry is None else self._forward_of(module)
             if base is None:
                 self._tell("all", name, "the model has no such layer that can be routed; left out")
                 continue
             before = module.__dict__.get("forward")
             self._layers.append(Layer(site, geometry, base, module))
             forward, traced, route = self._routed(len(self._layers) - 1)
-            module.forward = in_container(forward) if contained else forward
+            module.forward = fitted(forward)
             self._installed.append(_Installed(module, before, module.forward, traced, route))
 
     def remove(self) -> None:

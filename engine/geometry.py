@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -59,22 +58,14 @@ def geometry_of(module: nn.Module) -> Geometry | None:
     return None
 
 
-def forward_of(module: nn.Module) -> tuple[Callable | None, bool]:
-    """(a layer's forward on tensors, whether it takes and gives them in containers), as Trellis 2's sparse layers do;
-    no forward where somebody else has replaced that of such a one."""
-    if type(module).__name__ != "_SparseLinear":
-        return module.forward, False
-    own = vars(module).get("forward")
-    return partial(type(module).__mro__[1].forward, module) if own is None else getattr(own, "of_tensors", None), True
+ForwardOf = Callable[[nn.Module], "tuple[Callable | None, Callable[[Callable], Callable]]"]
+"""(layer) -> its forward on tensors, None where it has none that can be called; and what makes of another forward on
+tensors one for the layer, which may take them inside something else."""
 
 
-def in_container(forward: Callable) -> Callable:
-    """The forward of a layer that takes its tensor in a container, given that on tensors."""
-    def contained(x):
-        return x.replace(forward(x.feats))
-
-    contained.of_tensors = forward
-    return contained
+def own_forward(layer: nn.Module) -> tuple[Callable, Callable[[Callable], Callable]]:
+    """`ForwardOf` of a layer that takes and gives tensors."""
+    return layer.forward, lambda forward: forward
 
 
 def _conv(module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:

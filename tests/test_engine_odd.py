@@ -14,6 +14,7 @@ from lora_ensemble.engine.bank import Bank
 from lora_ensemble.engine.forwards import RoutedForwards
 from lora_ensemble.engine.layout import NotRows
 from lora_ensemble.engine.products import Rates
+from lora_ensemble.host.families.containers import forward_of
 from lora_ensemble.kernels.branch import Branch, one_hot
 from lora_ensemble.tests.reference import close, expected, make_ops, relative_error
 from lora_ensemble.tests.test_engine_ops import One, routed_output
@@ -177,7 +178,8 @@ def test_a_layer_that_takes_its_tensor_in_a_container(kinds, banks):
     torch.manual_seed(0)
     layer, x = _SparseLinear(24, 24).requires_grad_(False), torch.randn(7, 24)
     made, root = [make_ops(kind, layer.weight.shape, seed) for seed, kind in enumerate(kinds)], nn.Sequential(layer)
-    forwards = [RoutedForwards(root, Bank([{"0": ops} for ops, _ in made]), position=k) for k in range(banks)]
+    forwards = [RoutedForwards(root, Bank([{"0": ops} for ops, _ in made]), position=k, forward_of=forward_of)
+                for k in range(banks)]
     weight, bias = layer.weight.double(), layer.bias.double()
     for _ in range(banks):
         for (_, change), gain in zip(made, BOTH.gains, strict=True):

@@ -23,6 +23,7 @@ from ...kernels.branch import Branch, Step
 from ...kernels.nested import Parts, unpack
 from ...methods.session import OTHER, POSITIVE, UNCONDITIONAL, Call, RunContext, begin
 from ...methods.windows import InTime
+from ..families.containers import forward_of
 from ..families.lasting import lasting
 from ..families.row_order import one_row_only, row_order
 from ..families.token_order import token_order
@@ -179,7 +180,8 @@ class Run:
             for adapter, layer in magnitudes_above(self.banked, found):
                 self._problem(adapter, layer, "a DoRA goes by the weight without the LoRAs of the method before it; "
                                               "in one ensemble with them it counts them in, as a chain of loaders does")
-            forwards = [RoutedForwards(root, bank, reader, self._problem, k, order, seen, lasting, layers, flat)
+            forwards = [RoutedForwards(root, bank, reader, self._problem, k, order, seen, lasting, layers, flat,
+                                       forward_of)
                         for k, bank in enumerate(found)]
             self._routed[root] = forwards
             for routed in forwards:
