@@ -76,7 +76,7 @@ _RULES: dict[str, list[Rule]] = {
     ],
     "LoRAEnsembleBranchCache": [
         (("interval", "depth"), lambda given: given["budget"] == 0, "budget is {budget:g}, which chooses it"),
-        (("interval",), lambda given: given["budget"] > 0 or given["schedule"] != "CMLoRA" or given["interval"] == 0,
+        (("interval",), lambda given: given["budget"] > 0 or given["schedule"] != "CMLoRA",
          "schedule is {schedule}, which has intervals of its own; 0 alone shortens them"),
         (("depth",), lambda given: given["budget"] > 0 or given["schedule"] == "CMLoRA" or given["interval"] != 1,
          "interval is 1: nothing is cached"),
