@@ -27,6 +27,7 @@ def specs(names, words=(), masks=(), strengths=None, roles=None) -> tuple[LoRASp
     ({"masks": (0,), "words": (0,)}, True, "Merge", "1 of 3 LoRAs has a mask"),
     ({"words": (0, 1), "strengths": (1.0, 0.0, 1.0)}, True, "Merge", "1 of 2 LoRAs has"),
     ({"words": (0, 1), "roles": ("auto", "always", "auto")}, True, "Merge", "1 of 2 LoRAs has"),
+    ({"words": (0, 1), "strengths": (1.0, -0.5, 0.0)}, True, "Routed", "2 of 2 LoRAs have words"),
     ({"words": (0, 1, 2), "strengths": (1.0, 0.0, 0.0)}, True, "Merge", "one LoRA has nobody"),
     ({"roles": ("always",) * 3}, True, "Merge", "no LoRA takes turns"),
 ])  # fmt: skip
