@@ -212,6 +212,7 @@ def test_a_lora_by_itself():
     schema = LoRAEnsembleLoRA.define_schema()
     given = {"lora_name": "x", "strength_model": 0.0, "strength_clip": 0.0}
     assert unused(schema, given) == ["both strengths are 0: this LoRA does nothing"]
+    assert unused(schema, {"lora_name": "x", "ensemble": (LoRASpec("y", 0.0, 1.0),)}) == [], "it has no MODEL"
     assert unused(schema, given | {"strength_clip": 0.5}) == unused(schema, given | {"strength_model": 0.5}) == []
     assert unused(schema, {"lora_name": "x", "role": "always", "mask": torch.ones(1, 8, 8)}) == [
         "mask is not used: role is always: it acts everywhere"]
