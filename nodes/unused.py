@@ -24,6 +24,16 @@ Given = Mapping[str, Any]
 Rule = tuple[tuple[str, ...], Callable[[Given], bool], str]
 """(inputs, whether they are used, why they are not)"""
 
+
+def composed(ensemble: Ensemble) -> list[LoRASpec]:
+    """The LoRAs that a method works with: those that act on the model and are no part of it."""
+    return [spec for spec in ensemble if spec.strength_model != 0 and spec.role != ALWAYS]
+
+
+def _roles(given: Given) -> set[str]:
+    return {spec.role for spec in composed(given["ensemble"] or ())}
+
+
 _CACHED = "order is {order}, which has no cache and no weights"
 _MODE = "mode is {mode}"
 _ONE = "top_k is 1: the LoRA that is picked has all the weight"
@@ -51,12 +61,17 @@ _RULES: dict[str, list[Rule]] = {
     "LoRAEnsembleRouted": [
         (("mode", "blocks", "trust"), lambda given: given["gamma"] > 0, "gamma is 0: every LoRA acts everywhere"),
         (("blocks",), lambda given: given["mode"] != "contrast", "mode is {mode}, which reads no attention"),
+        (("mode", "gamma", "blocks", "trust"), lambda given: not _roles(given) or any(
+            spec.mask is None and spec.role != "style" for spec in composed(given["ensemble"])),
+         "no LoRA is placed by its words, since each has a mask or is a style"),
+        (("style_yields",), lambda given: not _roles(given) or {"style", "background"} <= _roles(given),
+         "there is no style together with a background"),
     ],
     "LoRAEnsembleCMLoRA": [
         (("boundary",), lambda given: given["order"] in ("offline", "Switch-A") or (
             given["order"] == "online" and not given["c1"] * given["c2"]), "order is {order}"),  # open ones go by it
-        (("boundary", "threshold"), lambda given: not given["ensemble"] or any(
-            spec.role in LOW_FREQUENCY for spec in given["ensemble"]), "no LoRA has the role background"),
+        (("boundary", "threshold"), lambda given: not _roles(given) or any(
+            role in LOW_FREQUENCY for role in _roles(given)), "no LoRA has the role background"),
         (("decay",), lambda given: not 0 < given["dominance"] <= 1, "dominance is {dominance:g}, which does not fall"),
         (("threshold",), lambda given: given["order"] == "online", "order is {order}"),
         (("steps_per_lora",), lambda given: given["order"] == "Switch-A", "order is {order}"),
@@ -154,18 +169,17 @@ def _replaced(schema: io.Schema, given: Given) -> list[str]:
 
 
 def _of_loras(schema: io.Schema, ensemble: Ensemble) -> list[str]:
-    active = [spec for spec in ensemble if spec.strength_model != 0]
-    composed = [spec for spec in active if spec.role != ALWAYS]
+    loras = composed(ensemble)
     if schema.node_id in _TELL:
         return []
-    if not active:
+    if not any(spec.strength_model for spec in ensemble):
         return ["all model strengths are 0: no LoRA acts on the model"]
-    if schema.node_id in _COMPOSE and not composed:
+    if schema.node_id in _COMPOSE and not loras:
         return [f"all LoRAs that act have the role always: they are part of the model, and {schema.display_name} has "
                 "no other to work with"]
-    if schema.node_id in _ALONE and len(composed) == 1:
-        return [f"{composed[0].name} is the only LoRA to compose: {schema.display_name} does what Merge LoRAs does"]
-    found = set(sides([spec.role for spec in composed]))
+    if schema.node_id in _ALONE and len(loras) == 1:
+        return [f"{loras[0].name} is the only LoRA to compose: {schema.display_name} does what Merge LoRAs does"]
+    found = set(sides([spec.role for spec in loras]))
     if schema.node_id in _SIDES and len(found) == 1:
         there, missing = ("subjects", "style") if found == {True} else ("styles", "subject")
         return [f"all LoRAs are {there}, so there is nothing to choose: set the role of one to a {missing}"]
@@ -173,11 +187,10 @@ def _of_loras(schema: io.Schema, ensemble: Ensemble) -> list[str]:
 
 
 def _of_place(ensemble: Ensemble, place: str | None) -> list[str]:
-    active = [spec for spec in ensemble if spec.strength_model != 0]
-    composed = [spec for spec in active if spec.role != ALWAYS]
-    if place == "everywhere" and composed and all(spec.mask is None for spec in composed):
+    loras = composed(ensemble)
+    if place == "everywhere" and loras and all(spec.mask is None for spec in loras):
         return ["place is not used: no LoRA has a mask, so they act everywhere in any case"]
-    if place == "words" and active and not composed:
+    if place == "words" and not loras and any(spec.strength_model for spec in ensemble):
         return ["place is not used: LoRAs of the role always act everywhere"]
     return []
 

@@ -380,6 +380,9 @@ def regions_of(applied, context: RunContext, device: torch.device, tell: Callabl
     if not context.masks:  # no LoRA acts
         return None
     if applied.routed is not None and len(context.shape) > 3:
+        start = applied.routed.routing.start
+        if start and not applied.routed.routing.first(context.total):
+            tell(f"start is {start:g}, less than half a step of {context.total}: the LoRAs act from the first one on")
         return RoutedLoRAs(applied.routed, context.masks, context.shape, device, tell, applied.first, context.film,
                            context.ahead)
     if applied.routed is not None:

@@ -152,6 +152,17 @@ def test_before_the_start_the_base_draws(loras):
     assert torch.equal(seen[0], want[0]) and not torch.allclose(seen[1], want[1], atol=1e-3)
 
 
+def test_a_start_that_is_no_step_is_said(loras):
+    """0.04 of ten steps is none, and the LoRAs act from the first one on; of twenty it is one."""
+    model = base("SD15")
+    ours = routed(model, specs(model, loras), start=0.04)
+    at_once = sample(ours, steps=10, positive=prompt())
+    assert [line for line in record_of(ours).problems if "start is 0.04, less than half a step of 10" in line]
+    assert torch.equal(at_once, sample(routed(model, specs(model, loras)), steps=10, positive=prompt()))
+    sample(ours, steps=20, positive=prompt())
+    assert record_of(ours).problems == []
+
+
 @pytest.mark.parametrize("mode", ["every step", "once"])
 def test_pictures_have_places_of_their_own(mode, loras):
     model = base("SD15")

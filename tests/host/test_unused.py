@@ -137,6 +137,37 @@ def test_loras_that_leave_a_method_nothing_to_do():
         assert lines(LoRAEnsembleSwitch, *same) == ""
 
 
+@pytest.mark.parametrize(("change", "names"), [
+    ({"mask": Mask(HALF)}, {"mode": "contrast", "gamma": 5.0, "blocks": "0.2-0.6", "trust": False}),
+    ({"role": "style"}, {"mode": "once", "gamma": 5.0, "blocks": "0.2-0.6", "trust": False, "style_yields": False}),
+    ({"role": "background"}, {"style_yields": False})])
+def test_what_loras_that_no_word_places_leave_unused(change, names, loras):
+    """How words are looked for, where each LoRA has a mask or acts everywhere; and a style that has nobody to yield to.
+    """
+    model = base("SD15")
+    fixed = {"model": model, "ensemble": tuple(specs(model, loras, **change)), **defaults(LoRAEnsembleRouted)}
+    conds = prompt("SD15", lora_ensemble_without=rests(MARKS, [prompt("SD15", None, 20 + k)[0] for k in range(3)]))
+    assert unused(LoRAEnsembleRouted.define_schema(), fixed) == []
+    reference = sample(LoRAEnsembleRouted.execute(**fixed).args[0], positive=conds, steps=2)
+    for name, value in names.items():
+        (line,) = unused(LoRAEnsembleRouted.define_schema(), fixed | {name: value})
+        assert line.startswith(f"{name} is not used")
+        other = LoRAEnsembleRouted.execute(**fixed | {name: value}).args[0]
+        assert torch.equal(sample(other, positive=conds, steps=2), reference), name
+    one, other = fixed["ensemble"]
+    both = replace(one, role="style"), replace(other, role="background")
+    assert unused(LoRAEnsembleRouted.define_schema(), fixed | {"ensemble": both, "style_yields": False}) == []
+
+
+def test_a_background_that_is_off_leads_nobody(loras):
+    pair = specs(base("SD15"), loras)
+    given = defaults(LoRAEnsembleCMLoRA) | {"model": None, "boundary": 0.2}
+    for change, told in (({}, 0), ({"strength_model": 0.0}, 1)):
+        ensemble = (pair[0], replace(pair[1], role="background", **change), pair[0])
+        lines = unused(LoRAEnsembleCMLoRA.define_schema(), given | {"ensemble": ensemble})
+        assert sum("no LoRA has the role background" in line for line in lines) == told
+
+
 @pytest.mark.parametrize("node", [LoRAEnsembleMerge, LoRAEnsembleSwitch, LoRAEnsembleComposite])
 def test_a_place_that_changes_nothing_is_named(node, loras):
     """Everywhere without a mask is where LoRAs act by themselves, and those that are always on act there in any case.
