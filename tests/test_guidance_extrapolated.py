@@ -336,7 +336,8 @@ def test_what_is_asked_for_and_not_there():
 
 
 @pytest.mark.parametrize(("steps", "evaluated", "saving", "words"), [
-    (8, 5, 0.3, "19% were saved and not 30%"), (20, 8, 0.3, None), (21, 9, 0.3, None), (4, 4, 0.3, "nothing was saved"),
+    (8, 5, 0.3, "19 % were saved and not 30 %"), (20, 8, 0.3, None), (21, 9, 0.3, None),
+    (4, 4, 0.3, "nothing was saved"),
     (4, 0, 0.3, None)])
 def test_what_is_said_of_the_saving(steps, evaluated, saving, words):
     told = []

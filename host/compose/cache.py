@@ -228,8 +228,9 @@ class BranchCache:
             self.spec = replace(self.spec, schedule=found.schedule, depth=found.depth)
             least = "" if found.share <= spec.budget else "; less than that cannot be had"
             self.chosen(f"Branch Cache: budget {spec.budget:g}, {counted(total, 'step')}: {found.schedule.words}, "
-                        f"depth {found.depth}; {counted(found.whole, 'step')} whole, the others {found.rest:.0%} of "
-                        f"their operations each, together {found.share:.0%} of a run without a cache{least}")
+                        f"depth {found.depth}; {counted(found.whole, 'step')} whole, the others "
+                        f"{100 * found.rest:.0f} % of their operations each, together {100 * found.share:.0f} % of a "
+                        f"run without a cache{least}")
         self.store = FeatureCache(self.spec.oldest, self.spec.forecast)
 
     def _keep(self, uuids: Sequence[UUID | None], keys: list, caught: dict[Hashable, tuple],

@@ -82,12 +82,13 @@ def search(entry: Mapping[str, object], words: Sequence[LoRAWords], active: Sequ
     shape, own_words = getattr(entry.get("cross_attn"), "shape", None), told_of(entry)
     texts = [own_words.why] if own_words.why else []
     if not isinstance(marks, PromptTokens) or not marks.words:
-        reason = (marks.reason or "it has none") if isinstance(marks, PromptTokens) else (
-            "it was not encoded with the CLIP of this pack's method node or its Ensemble Prompt, or another node "
-            "dropped the mark")
+        reason, remedy = (marks.reason or "it has none", "") if isinstance(marks, PromptTokens) else (
+            "it was encoded neither with the CLIP that the method node gives nor by Ensemble Prompt, or another node "
+            "has dropped what these add", ". Connect clip to the method node, and its CLIP to the prompts")
         length = shape[1] if shape is not None else 1
         return (Prompt(clauses_of(length, [()] * len(active), [], everywhere), length, area),
-                [f"a prompt does not say where its words are: {reason}; LoRAs act everywhere for it", *texts])
+                [f"a prompt does not say where its words are: {reason}; LoRAs act everywhere for it{remedy}",
+                 *texts])
     found, told = find_clauses(marks, words), texts
     length = marks.length if shape is None else shape[1]
     if length > marks.length:

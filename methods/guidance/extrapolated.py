@@ -290,9 +290,9 @@ class ExtrapolatedSession(GuidanceSession):
             self.tell("Extrapolated guidance: nothing was saved, and the picture is that of full guidance")
         elif policy.tolerance is None and record.evaluations > (1 - policy.saving + 0.5 / len(record.steps)) * full:
             moved = "" if self.whole is None else ", moved to where the Branch Cache runs whole"
-            self.tell(f"Extrapolated guidance: {1 - record.evaluations / full:.0%} were saved and not "
-                      f"{policy.saving:.0%}: the first two steps need the negative, also after a restart, and so do "
-                      f"the last and one of every few{moved}; saving more than that, fewer steps are better")
+            self.tell(f"Extrapolated guidance: {100 * (1 - record.evaluations / full):.0f} % were saved and not "
+                      f"{100 * policy.saving:.0f} %: the first two steps need the negative, also after a restart, and "
+                      f"so do the last and one of every few{moved}; to save more, take fewer steps")
 
     # --- what the line has missed ---
 

@@ -97,7 +97,7 @@ def test_a_run_takes_what_was_expected(name, schedule):
     assert torch.equal(sample(budget(model, 0.6, schedule, 4, 1), name, steps=20), outs[-1]), "they are not used"
     (line,) = record_of(ours).chosen
     words = line.split()
-    depth, expected = int(words[words.index("depth") + 1].rstrip(";")), float(words[words.index("together") + 1][:-1])
+    depth, expected = int(words[words.index("depth") + 1].rstrip(";")), float(words[words.index("together") + 1])
     assert spent / plain == pytest.approx(expected / 100, abs=0.02) and expected <= 60
     interval = int(line.partition("interval is ")[2][0]) if schedule != "CMLoRA" else 9
     given = LoRAEnsembleBranchCache.execute(model, schedule, interval, depth).args[0]

@@ -71,7 +71,7 @@ def test_a_saving_that_is_not_reached_is_told():
     ours = extrapolated(base("SD15"), 0.45)
     sample(ours, steps=20)
     (problem,) = record_of(ours).problems
-    assert "32% were saved and not 45%" in problem and record_of(ours).evaluations == 27
+    assert "32 % were saved and not 45 %" in problem and record_of(ours).evaluations == 27
     ours = extrapolated(base("SD15"), 0.3)
     sample(ours, steps=20)
     assert record_of(ours).problems == []

@@ -197,7 +197,8 @@ def test_prompts_of_another_clip_are_said(server: Server, files):
     for node in find(prompt, "CLIPTextEncode"):
         prompt[node]["inputs"]["clip"] = ["small", 1]
     found, _, _ = run(server, prompt)
-    assert any("does not say where its words are" in problem for problem in found["problems"])
+    assert any("does not say where its words are" in problem and "Connect clip to the method node" in problem
+               for problem in found["problems"])
     assert [step["notes"]["Merge"]["places"] for step in found["steps"]][-1] == [1, 1, 1]
 
 
