@@ -6,11 +6,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from math import prod
+from uuid import UUID
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...engine.transfer import on_device
 from ...kernels.routing import clause_attention, clause_shares, clause_values
 from ..families.attention import Joint, joint
 from ..families.lasting import lasting
@@ -134,6 +136,29 @@ class AttentionReader:
             members = self._members[..., :count]
             self._made[key] = clause_values(F.pad(members, (0, count - members.shape[-1])), count, slice(0, count), q)
         return self._made[key]
+
+
+class RowsToRead:
+    """Which rows of a batch are read, and what is sent to its device for that: once for all batches that are alike."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple, tuple[slice | Tensor, Tensor, dict[Hashable, Tensor]]] = {}
+
+    def __call__(self, found: Sequence[tuple[int, UUID, Tensor]], pictures: int, device: torch.device
+                 ) -> tuple[slice | Tensor, Tensor, dict[Hashable, Tensor]]:
+        """`rows`, `members` and `made` of an AttentionReader.
+
+        found   (place in the batch, name, members of its clauses) of the conds that are read
+        """
+        key = tuple((k, uuid, members.shape) for k, uuid, members in found), pictures, device
+        if key not in self._known:
+            most = max(len(members) for _, _, members in found)
+            members = torch.stack([F.pad(members, (0, 0, 0, most - len(members))) for _, _, members in found])
+            rows = [k * pictures + p for k, _, _ in found for p in range(pictures)]
+            succession = rows == list(range(rows[0], rows[0] + len(rows)))
+            self._known[key] = (slice(rows[0], rows[-1] + 1) if succession else on_device(rows, device),
+                                on_device(members.repeat_interleave(pictures, dim=0), device), {})
+        return self._known[key]
 
 
 def _mask(args: tuple, kwargs: dict) -> Tensor | None:

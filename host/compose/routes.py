@@ -7,7 +7,6 @@ from uuid import UUID
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ...engine.positions import Places
 from ...engine.reach import Reach
@@ -15,11 +14,13 @@ from ...engine.transfer import on_device
 from ...kernels.branch import Branch, Step
 from ...methods.prompt import LoRAWords
 from ...methods.prompt_text import Range
-from ...methods.routed import Routes, loosened, trusted
+from ...methods.routed import Routes, loosened
 from ...methods.session import RunContext
-from .places import MaskedLoRAs, Window, crop, of_film, on_grid, resized, within
+from .attention import RowsToRead
+from .places import MaskedLoRAs, crop, of_film, on_grid, resized, within
 from .placing import Routed
 from .prompts import BESIDE, Prompt, fitted, search
+from .trust import Trust
 
 TRUST = "trust"
 
@@ -50,13 +51,12 @@ class RoutedLoRAs(MaskedLoRAs):
         self._prompts: dict[UUID, Prompt] = {}
         self._instead: dict[UUID, tuple[UUID, Prompt]] = {}
         self._pending: dict[UUID, Tensor] = {}
-        self._heard: list[tuple[Reach, list[Prompt | None], int, Window]] = []
         self._looked, self._frames = set(), set()  # (cond, window) seen in this evaluation; frames with known places
         self._branches: dict[tuple, Branch] = {}
-        self._reading: dict[tuple, tuple[slice | Tensor, Tensor, dict[Hashable, Tensor]]] = {}
+        self.rows_to_read = RowsToRead()
         self._members: dict[tuple, Tensor] = {}
         self._shown: dict[UUID, Tensor] = {}  # the maps of each cond as they are used
-        self._free: Tensor | None = None  # how far LoRAs may leave their places, over all prompts
+        self.trust = Trust(tell)
         self._acted: bool | None = None
         self._evaluation: object = None
         self._anywhere = [False] * count  # per LoRA whether some prompt has its words
@@ -157,23 +157,6 @@ class RoutedLoRAs(MaskedLoRAs):
             self._members[uuid, root, tokens] = fitted(prompt.clauses.members, prompt.length, root, tokens, 0.0)
         return self._members[uuid, root, tokens]
 
-    def rows_to_read(self, found: Sequence[tuple[int, UUID, Tensor]], pictures: int, device: torch.device
-                     ) -> tuple[slice | Tensor, Tensor, dict[Hashable, Tensor]]:
-        """(the rows of a batch, the members of their clauses [rows, clauses, tokens]) on its device, sent there once,
-        and a place for what is made of them.
-
-        found   (place in the batch, name, members) of the conds that are read
-        """
-        key = tuple((k, uuid, members.shape) for k, uuid, members in found), pictures, device
-        if key not in self._reading:
-            most = max(len(members) for _, _, members in found)
-            members = torch.stack([F.pad(members, (0, 0, 0, most - len(members))) for _, _, members in found])
-            rows = [k * pictures + p for k, _, _ in found for p in range(pictures)]
-            succession = rows == list(range(rows[0], rows[0] + len(rows)))
-            self._reading[key] = (slice(rows[0], rows[-1] + 1) if succession else on_device(rows, device),
-                                  on_device(members.repeat_interleave(pictures, dim=0), device), {})
-        return self._reading[key]
-
     def see(self, uuid: UUID, attention: Tensor) -> None:
         """Attention to a cond's clauses [pictures, clauses or more, frames, height, width], used from `commit` on."""
         uuid, prompt = self._instead.get(uuid) or (uuid, self._prompts[uuid])
@@ -212,14 +195,8 @@ class RoutedLoRAs(MaskedLoRAs):
         """For an evaluation of these conds without the LoRAs: what is told what they would do there, so that `commit`
         learns how far each may leave its place. None where that is known, or nobody asks."""
         prompts = [self._prompts.get((self._instead.get(uuid) or (uuid,))[0]) for uuid in uuids]
-        if not self.routed.routing.trust or not any(prompt is not None and prompt.free is None for prompt in prompts):
-            return None
-        if self.window is not None and self.window[0] == 0:
-            self.tell("context windows over a batch: how far LoRAs may leave their places is not measured, so "
-                      "trust does nothing, and each keeps to its own")
-            return None
-        self._heard.append((Reach(places.locate, adapters), prompts, pictures, self.window))
-        return self._heard[-1][0]
+        trusts = self.routed.routing.trust
+        return self.trust.listen(prompts, places, pictures, adapters, self.window) if trusts else None
 
     def spans(self, uuid: UUID) -> tuple[Range, ...]:
         """`Prompt.spans` of a cond."""
@@ -234,29 +211,14 @@ class RoutedLoRAs(MaskedLoRAs):
         """What was seen holds from now on."""
         self._looked.clear()
         if not self._pending:
-            self._heard.clear()
+            self.trust.forget()
             return
         for uuid, maps in self._pending.items():
             self._prompts[uuid].maps = maps
         self._pending.clear()
-        for heard in self._heard:
-            self._trust(*heard)
-        self._heard.clear()
+        self.trust.learn()
         self.routes.found = all(prompt.maps is not None for prompt in self._prompts.values() if prompt.fixed)
         self._show()
-
-    def _trust(self, reach: Reach, prompts: Sequence[Prompt | None], pictures: int, window: Window) -> None:
-        """How far LoRAs may leave their places, by what they would have done in one evaluation of these conds."""
-        maps = [None if prompt is None or prompt.maps is None else
-                crop(within(prompt.maps[:pictures], window), prompt.area) for prompt in prompts]
-        like = next((each for each in maps if each is not None), None)
-        if like is None:
-            return
-        batch = torch.cat([torch.ones_like(like) if each is None else each for each in maps])
-        share = reach.share(Places(batch, range(len(batch))))
-        for prompt, each, own in zip(prompts, maps, share.split(pictures) if share is not None else (), strict=False):
-            if each is not None and prompt.free is None:
-                prompt.free, self._free = trusted(own).to(self.maps), None
 
     def give_up(self, reason: str, nowhere: bool = False) -> None:
         """Places cannot be found: LoRAs act everywhere, on their own words. nowhere: the model's layers have none."""
@@ -318,16 +280,14 @@ class RoutedLoRAs(MaskedLoRAs):
             if each is not None:
                 maps[:, i] = self.known[each].to(maps)
                 free[:, i] = self.known.get((TRUST, each), free[:, i]).to(maps)
-        prompt.free, self._free = free if self.routed.routing.trust else None, None
+        if self.routed.routing.trust:
+            self.trust.give(prompt, free)
         return maps
 
     def notes(self) -> dict[str, object]:
         """places: per LoRA the share of the picture that it acts on; trust: how far it may leave its place."""
-        free = [prompt.free.mean(dim=0) for prompt in self._prompts.values() if prompt.free is not None] \
-            if self._free is None else []
-        self._free = torch.stack(free).mean(dim=0) if free else self._free
-        found = {"places": self.maps.flatten(2).mean(dim=(0, 2))}
-        return found | ({} if self._free is None else {"trust": self._free})
+        found, free = {"places": self.maps.flatten(2).mean(dim=(0, 2))}, self.trust.mean(self._prompts.values())
+        return found if free is None else found | {"trust": free}
 
     def _has_words(self, prompt: Prompt) -> bool:
         """Of a LoRA without a mask of its own, which acts where they are."""

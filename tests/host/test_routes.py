@@ -193,15 +193,15 @@ def test_how_far_a_lora_may_leave_the_place_that_a_call_has():
     ours.commit()
     prompts = [ours._prompts[entry["uuid"]] for entry in (one, other)]
     for prompt, area in zip(prompts, (slice(None), slice(2, 6)), strict=True):
-        ours._trust(SimpleNamespace(share=share), [None, prompt], 1, (2, (1, 2), 0))
+        ours.trust._learn(SimpleNamespace(share=share), [None, prompt], 1, (2, (1, 2), 0))
         assert torch.equal(heard[-1][1:], prompt.maps[:, :, 1:3, area, area]) and (heard[-1][0] == 1).all()
         assert prompt.free.tolist() == [[1.0, 0.0]]
     prompts[0].free, prompts[1].free = torch.zeros(1, 2), None
     prompts[1].area = None
-    ours._trust(SimpleNamespace(share=share), prompts, 1, None)
+    ours.trust._learn(SimpleNamespace(share=share), prompts, 1, None)
     assert prompts[0].free.tolist() == [[0.0, 0.0]] and prompts[1].free.tolist() == [[1.0, 0.0]]
-    ours._trust(SimpleNamespace(share=None), [None], 1, None)  # nobody's places
-    ours._trust(SimpleNamespace(share=lambda places: None), prompts, 1, None)  # no layer was heard
+    ours.trust._learn(SimpleNamespace(share=None), [None], 1, None)  # nobody's places
+    ours.trust._learn(SimpleNamespace(share=lambda places: None), prompts, 1, None)  # no layer was heard
 
 
 def test_before_its_start_no_lora_acts():
@@ -310,7 +310,7 @@ def test_who_is_heard():
         assert ours.listen([uuid4()], places, 1, range(2)) is None
         assert (ours.listen([one["uuid"]], places, 1, range(2)) is not None) == trust
     ours.commit()
-    assert not ours._heard
+    assert not ours.trust._heard
     ours.window = (0, (0,), 0)
     assert ours.listen([one["uuid"]], places, 1, range(2)) is None and "not measured" in told[-1]
     ours.window, ours._prompts[one["uuid"]].free = None, torch.zeros(1, 2)
