@@ -8,6 +8,7 @@ import torch
 from lora_ensemble.kernels.branch import Step
 from lora_ensemble.kernels.guidance import line, relative_size, spread_steps, steps_among
 from lora_ensemble.methods.guidance import extrapolated
+from lora_ensemble.methods.guidance import line as line_of
 from lora_ensemble.methods.guidance.extrapolated import ExtrapolatedSession, Extrapolation, widest
 from lora_ensemble.methods.guidance.record import GuidanceRecord, GuidanceStep
 from lora_ensemble.methods.guidance.session import FULL, REPLACED, Need
@@ -204,7 +205,7 @@ def test_a_turn_makes_up_for_what_the_line_has_missed(calls, flow, options, monk
     """If for all of it, the terms that guidance went by from turn to turn add up, each times the length of its step, to
     those on the line through both turns. Steps of unequal lengths, a picture on a line and one on a curve, each with
     its turns."""
-    monkeypatch.setattr(extrapolated, "PART", 1.0)
+    monkeypatch.setattr(line_of, "PART", 1.0)
     a, b = rand(6, seed=3), rand(6, seed=4)
     levels = [(1 - i / 20) ** 1.3 * (1 if flow else 14) for i in range(21)]
 

@@ -5,6 +5,7 @@ A rule is a frozen dataclass of numbers with a session beside it, which lives as
     session.py       what every session answers to; the run asks nothing else and never which rule it has
     adaptive.py      Adaptive Guidance: the negative is left out once it is like the conditional prediction
     extrapolated.py  the term of guidance moves on along a line between evaluations of the negative
+    line.py          that line, and what is made up for where it has missed
     linear.py        LinearAG: the negative is foretold from all predictions before
     calibration.py   paths along which thresholds and coefficients are found
     record.py        what guidance did in a run

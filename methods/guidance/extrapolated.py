@@ -30,19 +30,14 @@ import torch
 from torch import Tensor
 
 from ...kernels.branch import Step
-from ...kernels.guidance import line, relative_size, spread_steps, steps_among
+from ...kernels.guidance import relative_size, spread_steps, steps_among
 from ..session import Sent
+from .line import Astray, Line
 from .record import GuidanceRecord, known
 from .session import FULL, REPLACED, GuidanceSession, Need, Rows, Tell
 
 WIDEST = 4
 """Steps from one evaluation to the next at most. In short runs fewer: see `widest`."""
-PART = 0.75
-"""Of what went astray, how much a step makes up for. Less than all, since the model answers to a picture that has gone
-astray; from a half to all is much the same (testbed/README.md)."""
-SHORT = 0.5
-"""A step makes up for others as if it were no shorter than this share of their mean: what it makes up for is divided by
-its length."""
 FEW = 8
 """Runs of fewer steps evaluate the first three: their first two are so far apart that the line through them may lead
 anywhere."""
@@ -90,39 +85,6 @@ class Extrapolation:
         return (*range(head), *(head + index for index in spread))
 
 
-@dataclass
-class Line:
-    """The last two terms of a negative and their times, per picture: d0, d1 [B, ...] in fp32; t0, t1 [B]."""
-
-    d0: Tensor
-    d1: Tensor
-    t0: Tensor
-    t1: Tensor
-
-    def to(self, device: torch.device) -> Line:
-        """The same on a device."""
-        return Line(*(each.to(device) for each in (self.d0, self.d1, self.t0, self.t1)))
-
-    def at(self, t: Tensor) -> Tensor:
-        """The term at time t [B]."""
-        return line(self.d0, self.d1, self.t0, self.t1, t)
-
-    def move(self, d: Tensor, t: Tensor, rows: Rows | None, later: bool) -> None:
-        """Take in a new term for some rows, or all; it takes the last one's place unless its time is `later`."""
-        if rows is None:
-            if later:
-                self.d0, self.t0 = self.d1, self.t1
-            self.d1, self.t1 = d, t
-            return
-        known = torch.zeros_like(t, dtype=torch.bool)
-        for row in rows:
-            known[row] = True
-        wide = (len(t), *[1] * (d.ndim - 1))
-        if later:
-            self.d0, self.t0 = torch.where(known.view(wide), self.d1, self.d0), torch.where(known, self.t1, self.t0)
-        self.d1, self.t1 = torch.where(known.view(wide), d, self.d1), torch.where(known, t, self.t1)
-
-
 class ExtrapolatedSession(GuidanceSession):
     """Extrapolated guidance in one run. A decision is taken once per step, for all its model calls; a line goes through
     the first calls of its two steps.
@@ -145,15 +107,12 @@ class ExtrapolatedSession(GuidanceSession):
         self.policy, self.flow = policy, flow
         self._before, self._whole = before, whole
         self._end: tuple = ()
-        times = [self._time_of(sigma) for sigma in sigmas]
-        self._lengths = [t - end for t, end in zip(times, times[1:], strict=False)]  # of the steps of this run
+        self._astray = Astray([self._time_of(sigma) for sigma in sigmas], before)
         self.misses: dict[int, list[float | None]] = {}  # step -> relative error per picture, None where not known
         self._lines: dict[str, Line] = {}
         self._missed: dict[str, Tensor] = {}  # by how much the line did in this step, [B, ...], if it makes up for that
         self._weights: list[float] = []  # of what was missed, per picture
         self._now = 0.0  # time of this call
-        self._seen: dict[int, float] = {}  # step -> time of its first call with negatives, since the lines begin
-        self._stood: dict[int, tuple[float, list[float]]] = {}  # step -> its length, times of calls that lines stood in
         self._step: Step | None = None  # with the noise level of its first call
         self._need, self._parts = FULL, False
         self._kept = False  # whether this step's terms are in the lines
@@ -174,10 +133,10 @@ class ExtrapolatedSession(GuidanceSession):
                 self.tell(f"Extrapolated guidance: begins anew in this run of the picture, since {why}; its first two "
                           "steps need the negative")
             return ""
-        lines, self._last, self._gaps, self._origin, self._newest, self._sent, self._seen, self._stood = left
+        lines, self._last, self._gaps, self._origin, self._newest, self._sent, astray = left
         self._lines = {name: line.to(device) for name, line in lines.items()}
         self._last, self._gaps, self._sent = list(self._last), list(self._gaps), list(self._sent)
-        self._seen, self._stood = dict(self._seen), dict(self._stood)
+        self._astray.go_on(*astray)
         self._plan(self._whole)
         return "Extrapolated guidance: the term goes on along the line of the earlier run"
 
@@ -219,10 +178,8 @@ class ExtrapolatedSession(GuidanceSession):
 
     def replace(self, name: str, x: Tensor, c: Tensor, sigma: Tensor) -> Tensor:
         """c less the extrapolated term."""
-        t, index = self._time(sigma), self._step.index
-        _, calls = self._stood.setdefault(index, (self._length(index), []))
-        if calls[-1:] != [self._now]:  # once for all negatives of a call
-            calls.append(self._now)
+        t = self._time(sigma)
+        self._astray.stood_in(self._step.index, self._now)
         return torch.addcmul(c.float(), self._lines[name].at(t), _wide(t, c)).to(c.dtype)
 
     def keep(self, x: Tensor, c: Tensor, negatives: Mapping[str, Tensor], sigma: Tensor) -> None:
@@ -232,7 +189,7 @@ class ExtrapolatedSession(GuidanceSession):
         rows, t = self._need.rows, self._time(sigma)
         later = abs(self._step.sigma - self._newest) > NEAR * self._newest
         self._newest = self._step.sigma
-        self._seen[self._step.index] = self._now
+        self._astray.evaluated(self._step.index, self._now)
         for name, u in negatives.items():
             d = (u.float() - c.float()) / _wide(t, c)  # e(c) - e(u), since e = (x - x0) / t
             known = self._lines.get(name)
@@ -274,8 +231,8 @@ class ExtrapolatedSession(GuidanceSession):
     def summary(self, record: GuidanceRecord) -> None:
         """By how much the extrapolated terms missed, where that was seen; and what there was to save."""
         # before all that was sent is looked at
-        self._end = (tuple(self._last), tuple(self._gaps), self._origin, self._newest, tuple(self._sent), self._seen,
-                     self._stood)
+        self._end = (tuple(self._last), tuple(self._gaps), self._origin, self._newest, tuple(self._sent),
+                     self._astray.left())
         self._read(None)
         for step in record.steps:
             step.missed = known(self.misses.get(step.index + self._before, ()))
@@ -299,26 +256,15 @@ class ExtrapolatedSession(GuidanceSession):
     def _weigh_misses(self, rows: Rows | None) -> list[float]:
         """PART W of each picture: 0 where it is not its turn, or was in the step before."""
         now = self._step.index
-        return [self._weight(last, now) if rows is None or row in rows else 0.0 for row, last in enumerate(self._last)]
-
-    def _weight(self, last: int, now: int) -> float:
-        between = [self._stood[step] for step in range(last + 1, now) if step in self._stood]
-        if not between or not self._seen[last] > self._seen[now]:
-            return 0.0
-        astray = sum(length * (self._seen[last] - sum(calls) / len(calls)) for length, calls in between)
-        length = max(self._length(now), SHORT * sum(length for length, _ in between) / len(between))
-        return PART * astray / (length * (self._seen[last] - self._seen[now])) if length > 0 else 0.0
-
-    def _length(self, index: int) -> float:
-        own = index - self._before
-        return self._lengths[own] if 0 <= own < len(self._lengths) else 0.0
+        return [self._astray.weight(last, now) if rows is None or row in rows else 0.0
+                for row, last in enumerate(self._last)]
 
     # --- whose turn it is ---
 
     def _begin_anew(self, step: Step, pictures: int) -> None:
         self._origin, self._need = step.index, FULL
         self._lines, self._last, self._gaps = {}, [], [2] * pictures
-        self._seen, self._stood = {}, {}
+        self._astray.begin_anew()
         self._plan(step.total)
 
     def _plan(self, total: int) -> None:
