@@ -31,13 +31,14 @@ def composed() -> Composition:
                         SimpleNamespace(names=("a", "b"), masks=(None, torch.ones(1, 4, 4)))))
 
 
-def test_the_innermost_run_samples_and_any_of_them_may_end_first():
-    ours, one, two = composed(), run(1.0), run(2.0)
-    ours.runs += [one, two]
-    assert ours.run is two
-    ours.end(one, None)
-    assert ours.run is two and ours.runs == [two]
-    ours.end(two, None)
+@pytest.mark.parametrize("first", [0, 1])
+def test_the_innermost_run_samples_and_any_of_them_may_end_first(first):
+    ours, both = composed(), [run(1.0), run(2.0)]
+    ours.runs += both
+    assert ours.run is both[1]
+    ours.end(both[first], None)
+    assert ours.run is both[1 - first] and ours.runs == [both[1 - first]]
+    ours.end(both[1 - first], None)
     assert ours.run is None
 
 
@@ -48,7 +49,9 @@ def test_places_are_kept_on_the_cpu_and_outcome_of_by_the_latent_that_was_left()
     for value, latent in enumerate(latents):
         ours.runs.append(one := run(float(value)))
         ours.record = value
-        ours.end(one, mark_of(latent) if value != 1 else None)
+        left = mark_of(latent) if value != 1 else None
+        ours.end(one, left)
+        assert one.left is left
         (placed,) = ours.places
         assert placed.maps.device.type == "cpu" and placed.maps.unique().tolist() == [value]
         assert placed == Placed(("a", "b"), placed.maps, ({"lora": "a"},), (False, True))
