@@ -12,18 +12,17 @@ from lora_ensemble.host.compose.earlier import mark_of
 from ..devices import Plain
 
 
-class Ended(SimpleNamespace):
-    """A run with places on an accelerator; `fail` is what ending it raises."""
+class Ending:
+    """A run with places on an accelerator; its end may fail."""
+
+    def __init__(self, value: float, fail: bool = False):
+        maps = Plain(torch.full((1, 2, 4, 4), value))
+        self.regions, self.fail = [None, SimpleNamespace(maps=maps, found=({"lora": "a"},))], fail
 
     def close(self, left):
         self.left = left
         if self.fail:
             raise RuntimeError("the device is gone")
-
-
-def run(value: float, fail: bool = False) -> Ended:
-    return Ended(regions=[None, SimpleNamespace(maps=Plain(torch.full((1, 2, 4, 4), value)), found=({"lora": "a"},))],
-                 fail=fail)
 
 
 def composed() -> Composition:
@@ -33,7 +32,7 @@ def composed() -> Composition:
 
 @pytest.mark.parametrize("first", [0, 1])
 def test_the_innermost_run_samples_and_any_of_them_may_end_first(first):
-    ours, both = composed(), [run(1.0), run(2.0)]
+    ours, both = composed(), [Ending(1.0), Ending(2.0)]
     ours.runs += both
     assert ours.run is both[1]
     ours.end(both[first], None)
@@ -47,7 +46,7 @@ def test_places_are_kept_on_the_cpu_and_outcome_of_by_the_latent_that_was_left()
     ours, latents = composed(), [torch.rand(1, 4, 8, 8) for _ in range(3)]
     model = SimpleNamespace(get_attachment=lambda key: ours)
     for value, latent in enumerate(latents):
-        ours.runs.append(one := run(float(value)))
+        ours.runs.append(one := Ending(float(value)))
         ours.record = value
         left = mark_of(latent) if value != 1 else None
         ours.end(one, left)
@@ -61,7 +60,7 @@ def test_places_are_kept_on_the_cpu_and_outcome_of_by_the_latent_that_was_left()
 
 
 def test_a_run_is_over_also_where_its_end_fails():
-    ours, one = composed(), run(1.0, fail=True)
+    ours, one = composed(), Ending(1.0, fail=True)
     ours.runs.append(one)
     with pytest.raises(RuntimeError, match="the device is gone"):
         ours.end(one, None)
