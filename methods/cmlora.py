@@ -143,8 +143,8 @@ class CMLoRA:
             turn = step.index // self.steps_per_lora
         elif self.order == "switch-a":
             low, first = self.classes[1], math.floor(self.boundary * step.total) + 1  # the low class's first step
-            turn, late = step.index, step.index >= first and set(low) & set(group) != set(group)
-            if late:  # its turns begin anew, with the low class
+            turn, there = step.index, set(low) & set(group)
+            if step.index >= first and there and there != set(group):  # its turns begin anew, with the low class
                 turn, group = step.index - first, sorted(group, key=lambda i: i not in low)
             turn //= own_turn(step.total, len(self.strengths))
         elif self.order == "async":

@@ -34,6 +34,12 @@ def _roles(given: Given) -> set[str]:
     return {spec.role for spec in composed(given["ensemble"] or ())}
 
 
+def _two_classes(given: Given) -> bool:
+    """Of CMLoRA."""
+    return len({role in LOW_FREQUENCY for role in _roles(given)}) == 2
+
+
+_ONE_CLASS = "none of the LoRAs, or each, has the role background"
 _CACHED = "order is {order}, which has no cache and no weights"
 _MODE = "mode is {mode}"
 _ONE = "top_k is 1: the LoRA that is picked has all the weight"
@@ -70,13 +76,16 @@ _RULES: dict[str, list[Rule]] = {
     "LoRAEnsembleCMLoRA": [
         (("boundary",), lambda given: given["order"] in ("offline", "Switch-A") or (
             given["order"] == "online" and not given["c1"] * given["c2"]), "order is {order}"),  # open ones go by it
-        (("boundary", "threshold"), lambda given: not _roles(given) or any(
-            role in LOW_FREQUENCY for role in _roles(given)), "no LoRA has the role background"),
+        (("boundary", "threshold"), lambda given: not _roles(given) or _two_classes(given), _ONE_CLASS),
+        (("order",), lambda given: given["order"] != "online" or not _roles(given) or _two_classes(given),
+         f"{_ONE_CLASS}, so that it is as offline"),
         (("decay",), lambda given: not 0 < given["dominance"] <= 1, "dominance is {dominance:g}, which does not fall"),
         (("threshold",), lambda given: given["order"] == "online", "order is {order}"),
         (("steps_per_lora",), lambda given: given["order"] == "Switch-A", "order is {order}"),
         (("dominance", "decay", "c1", "c2", "cache_depth", "dominant_full", "features", "cache_age"),
          lambda given: given["order"] != "Switch-A", _CACHED),
+        (("cache_depth", "dominant_full", "features"),
+         lambda given: given["order"] == "Switch-A" or given["cache_age"] != 1, "cache_age is 1: nothing is reused"),
         (("dominant_full", "features", "cache_age"),
          lambda given: given["order"] == "Switch-A" or given["cache_depth"] > 0,
          "cache_depth is 0: every LoRA is computed whole"),
@@ -105,6 +114,8 @@ _ALONE = {"LoRAEnsembleSwitch", "LoRAEnsembleComposite", "LoRAEnsembleCMLoRA", "
 """Methods that have nothing to do with one LoRA alone."""
 _COMPOSE = {*_ALONE, "LoRAEnsembleRouted", "LoRAEnsembleLoRAtorio", "LoRAEnsembleSpectrum"}
 """Those that work with LoRAs that are not always on."""
+_PREDICT = {"LoRAEnsembleComposite", "LoRAEnsembleLoRAtorio"}
+"""Those that mix predictions, so that words say nothing there of what LoRAs do to a prompt."""
 _SIDES = {"LoRAEnsembleKLoRA", "LoRAEnsembleESTLoRA"}
 _TELL = {"LoRAEnsembleInfo", "LoRAEnsembleStack"}
 """Those that say of every LoRA what it does; the second has LoRAs of its own besides."""
@@ -130,7 +141,7 @@ def unused(schema: io.Schema, given: Given) -> list[str]:
                             "" if given["words"] else unread_beside(name)))
     out += _replaced(schema, given)
     if "model" in given and given.get("ensemble"):
-        out += [*_of_loras(schema, given["ensemble"]), *_of_place(given["ensemble"], given.get("place"))]
+        out += [*_of_loras(schema, given["ensemble"]), *_of_place(schema, given["ensemble"], given.get("place"))]
     return out
 
 
@@ -186,12 +197,15 @@ def _of_loras(schema: io.Schema, ensemble: Ensemble) -> list[str]:
     return []
 
 
-def _of_place(ensemble: Ensemble, place: str | None) -> list[str]:
+def _of_place(schema: io.Schema, ensemble: Ensemble, place: str | None) -> list[str]:
     loras = composed(ensemble)
     if place == "everywhere" and loras and all(spec.mask is None for spec in loras):
         return ["place is not used: no LoRA has a mask, so they act everywhere in any case"]
     if place == "words" and not loras and any(spec.strength_model for spec in ensemble):
         return ["place is not used: LoRAs of the role always act everywhere"]
+    if place == "words" and schema.node_id in _PREDICT and all(
+            spec.mask is not None or spec.role == "style" for spec in loras):
+        return ["place is not used: each LoRA has a mask or is a style, so none is placed by its words"]
     return []
 
 

@@ -187,6 +187,14 @@ def test_switch_a_lets_backgrounds_begin_after_the_boundary(total, count):
     assert begin(given, context(total)).chosen(NAMES[:count]) == []
 
 
+@pytest.mark.parametrize("high", [True, False])
+def test_switch_a_of_one_class_knows_no_boundary(high):
+    """Guard: without a background, turns began anew at the boundary, though a node said that it is not used."""
+    for boundary in (0.2, 0.6):
+        method = CMLoRA((1.0, 1.0), (high, high), order="switch-a", boundary=boundary)
+        assert led(method, 8, acting) == [0, 0, 1, 1, 0, 0, 1, 1]
+
+
 # --- the Branch Cache ---
 
 

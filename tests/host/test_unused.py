@@ -54,11 +54,13 @@ def test_no_setting_is_named_that_stands_as_it_comes(name):
 
 CASES = [
     (LoRAEnsembleCMLoRA, {"order": "async"}, ("boundary", "threshold", "steps_per_lora")),
+    (LoRAEnsembleCMLoRA, {}, ("order",)),
     (LoRAEnsembleCMLoRA, {"order": "Switch-A"},
-     ("threshold", "dominance", "decay", "c1", "c2", "cache_depth", "dominant_full", "features",
+     ("boundary", "threshold", "dominance", "decay", "c1", "c2", "cache_depth", "dominant_full", "features",
       "cache_age")),
     (LoRAEnsembleCMLoRA, {"order": "offline", "cache_depth": 0},
      ("threshold", "steps_per_lora", "dominant_full", "features", "cache_age")),
+    (LoRAEnsembleCMLoRA, {"cache_age": 1}, ("cache_depth", "dominant_full", "features")),
     (LoRAEnsembleCMLoRA, {"order": "online"}, ("boundary", "steps_per_lora")),
     (LoRAEnsembleCMLoRA, {"dominance": 1.0}, ("boundary", "decay")),
     (LoRAEnsembleLoRAtorio, {"temperature": 0.0}, ("temperature_unit", "patch_size", "upsampling", "similarity")),
@@ -165,7 +167,7 @@ def test_a_background_that_is_off_leads_nobody(loras):
     for change, told in (({}, 0), ({"strength_model": 0.0}, 1)):
         ensemble = (pair[0], replace(pair[1], role="background", **change), pair[0])
         lines = unused(LoRAEnsembleCMLoRA.define_schema(), given | {"ensemble": ensemble})
-        assert sum("no LoRA has the role background" in line for line in lines) == told
+        assert sum("boundary is not used: none of the LoRAs, or each" in line for line in lines) == told
 
 
 @pytest.mark.parametrize("node", [LoRAEnsembleMerge, LoRAEnsembleSwitch, LoRAEnsembleComposite])
@@ -189,6 +191,9 @@ def test_a_place_that_changes_nothing_is_named(node, loras):
     always = [replace(spec, role="always") for spec in ensemble]
     assert lines(always, "words") == ["place is not used: LoRAs of the role always act everywhere"]
     assert lines([*always[:1], ensemble[1]], "words") == []
+    masked = [replace(ensemble[0], mask=Mask(HALF)), replace(ensemble[1], role="style")]
+    found = lines(masked, "words")  # the others' LoRAs act on their own words in the prompt, too
+    assert ["each LoRA has a mask or is a style" in line for line in found] == [True] * (node is LoRAEnsembleComposite)
 
 
 @pytest.mark.parametrize(("settings", "name", "value"), [
