@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Any
 
 from torch import Tensor
 
@@ -21,7 +22,7 @@ Where = Callable[[Entries, Sequence[Slot], Numbers], Tensor]
 """(entries, slots, numbers) -> gains of hidden values [entries, .., ranks of the slots]: the number of an entry's slot
 (one row of numbers: of all entries) times how much of the adapter acts at each place. The same tensor for as long as
 places are only updated."""
-MakeOnce = Callable[[Hashable, Callable[[], object]], object]
+MakeOnce = Callable[[Hashable, Callable[[], Any]], Any]
 
 
 @dataclass(frozen=True)

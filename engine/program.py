@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import takewhile
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from .stack import Slot, Stack
 from .tell import Report
 from .ways import stack_products
 
+Value = TypeVar("Value", bound=Hashable)
 Gains = tuple[tuple[float, ...], ...]
 """Per entry of a layer, one gain per adapter of the bank."""
 
@@ -153,9 +154,10 @@ class Programs:
         update = in_turn(updates) if updates else nothing
         return Program(shape, dtype, update if plainly is None else plainly(update), text)
 
-    def _added(self, call: LayerCall, site: Site, gains: Gains) -> tuple[list[Update], tuple]:
+    def _added(self, call: LayerCall, site: Site, gains: Gains) -> tuple[list[Update], tuple[str, ...]]:
         """The products of a layer on which nothing depends on the order."""
-        updates, text = [], ()
+        updates: list[Update] = []
+        text: tuple[str, ...] = ()
         others: dict[Entries, list[tuple[int, float, Op]]] = {}
         for stack in site.stacks:
             for update, line in stack_products(call, stack, stack.numbers(gains)):
@@ -171,7 +173,7 @@ class Programs:
             text += tuple(f"{len(entries)} of {len(gains)} entries, {type(op).__name__}" for *_, op in ops)
         return updates, text
 
-    def _chained(self, call: LayerCall, layer: Layer, gains: Gains) -> tuple[list[Update], tuple]:
+    def _chained(self, call: LayerCall, layer: Layer, gains: Gains) -> tuple[list[Update], tuple[str, ...]]:
         """Groups of entries one by one: some have ops whose order matters. What all have alike beneath these comes
         first, for all of them together."""
         site, count = layer.site, _beneath(call, layer.site, gains)
@@ -289,9 +291,9 @@ class Programs:
         return self._made[key]
 
 
-def _alike(values: Sequence[Hashable]) -> dict[Hashable, Entries]:
+def _alike(values: Sequence[Value]) -> dict[Value, Entries]:
     """Value -> the entries that have it, in order."""
-    found: dict[Hashable, list[int]] = {}
+    found: dict[Value, list[int]] = {}
     for entry, value in enumerate(values):
         found.setdefault(value, []).append(entry)
     return {value: tuple(entries) for value, entries in found.items()}

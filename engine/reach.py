@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ class Reach:
 
     def __init__(self, locate: Locate, adapters: range):
         self.locate, self.adapters = locate, adapters
-        self._sums: dict[Hashable, Tensor] = {}
+        self._sums: dict[tuple[tuple[int, ...], tuple[int, ...]], Tensor] = {}  # by (grid, owners)
 
     def listen(self, site: Site, geometry: Geometry, owners: tuple[int, ...], y: Tensor,
                factors: Factors) -> Update | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from math import isfinite
@@ -127,7 +127,7 @@ def _dense_entries(jobs: dict[int, Job | None]) -> int:
     return sum(part.numel() for job in jobs.values() if job for part in job[0] if isinstance(part, Tensor))
 
 
-def _check(bank: Bank, layer: str, sizes: dict[int, Size], measured: dict[int, object], first: int) -> None:
+def _check(bank: Bank, layer: str, sizes: dict[int, Size], measured: Mapping[int, object], first: int) -> None:
     for adapter, size in sizes.items():
         if measured[adapter] and not isfinite(size.energy):
             raise ValueError(f"LoRA '{bank.names[first + adapter]}': its change of the layer '{layer}' holds "

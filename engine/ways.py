@@ -77,7 +77,7 @@ def _ways(call: LayerCall, stack: Stack, slots: Sequence[Slot], numbers: Numbers
         if any(row):
             groups.setdefault(row, []).append(entry)
     by_group = _groups(call, stack, slots, groups)
-    ways = [_all_of(by_group)]
+    ways: list[Way | None] = [_all_of(by_group)]
     within = [entry for entry, row in enumerate(numbers) if any(row)]
     if len(by_group) > 1 or within[-1] - within[0] + 1 != len(within):
         ways += [_masked(call, stack, slots, numbers, stretch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -48,9 +49,15 @@ def one_hot(strengths: tuple[float, ...], i: int) -> Branch:
 
 def scaled(branch: Branch, shares: tuple[float, ...]) -> Branch:
     """The branch with each adapter's gains times its share."""
-    def of(gains: tuple[float, ...]) -> tuple[float, ...]:
-        return tuple(gain * share for gain, share in zip(gains, shares, strict=True))
+    return _changed(branch, lambda gains: tuple(gain * share for gain, share in zip(gains, shares, strict=True)))
 
+
+def without(branch: Branch, adapters: Collection[int]) -> Branch:
+    """The branch in which some adapters do nothing."""
+    return _changed(branch, lambda gains: tuple(0.0 if i in adapters else gain for i, gain in enumerate(gains)))
+
+
+def _changed(branch: Branch, of: Callable[[tuple[float, ...]], tuple[float, ...]]) -> Branch:
     return Branch(of(branch.gains), tuple((module, of(gains)) for module, gains in branch.per_module))
 
 

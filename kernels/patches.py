@@ -105,6 +105,12 @@ def stacked(masks: Sequence[Tensor | None]) -> Tensor:
     return torch.stack([given[0].new_ones(size) if mask is None else next(rest).expand(*size) for mask in masks])
 
 
+def stacked_like(masks: Sequence[Tensor | None], like: Tensor) -> Tensor:
+    """`stacked` for values [N, B, C, (frames,) h, w], on their device: [N, 1 or B, 1, (frames or 1,) h, w]."""
+    found = stacked(masks).to(like.device)
+    return found.unsqueeze(3) if found.ndim < like.ndim else found
+
+
 def confine(weights: Tensor, masks: Tensor) -> Tensor:
     """Weights times masks, renormalised over the LoRAs; 0 for all of them where no mask lets any act.
 

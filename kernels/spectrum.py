@@ -15,6 +15,9 @@ import math
 import torch
 from torch import Tensor
 
+HIGH = 0.2
+"""h: from this share of the largest radius on frequencies are high."""
+
 
 def radial_bins(h: int, w: int, device: torch.device | None = None) -> Tensor:
     """The averages over rings as one matrix: |rfft2(X)| [..., h (w // 2 + 1)] @ it -> A [..., bins], fp32.
@@ -53,10 +56,10 @@ def _transformed(plane: Tensor) -> Tensor:
         return torch.fft.rfft2(plane.cpu(), norm="ortho").abs().to(plane.device)
 
 
-def high_share(amplitude: Tensor, h: float = 0.2) -> Tensor:
-    """H_h: the mean of A^ [..., bins] over the radii from h R_max on -> [...]."""
+def high_share(amplitude: Tensor) -> Tensor:
+    """H_h: the mean of A^ [..., bins] over the radii from h R_max on, h = HIGH -> [...]."""
     last = amplitude.shape[-1] - 1
-    return amplitude[..., min(math.ceil(h * last), last):].mean(dim=-1)
+    return amplitude[..., min(math.ceil(HIGH * last), last):].mean(dim=-1)
 
 
 def late_change(own: Tensor, ground: Tensor) -> tuple[float, float]:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ..kernels.branch import Branch, Step, one_hot
-from ..kernels.nested import Parts, pack_weights, unpack
-from ..kernels.patches import stacked
+from ..kernels.nested import Parts, spread, unpack
+from ..kernels.patches import stacked_like
 from ..kernels.spectrum import high_share, radial_amplitude, radial_bins
 from .counted import counted, verb
 from .schedule import PAPER, AgeBySteps, oldest, refresh_steps
@@ -257,25 +257,17 @@ class CMLoRASession(Session):
     def _where(self, predictions: Tensor, lead: int, masks: list[Tensor | None], parts: Parts) -> Tensor:
         """lambda_i m_i / sum_j lambda_j m_j: LoRAs that act nowhere at a place, where their branches are the base's,
         have no say there. Where none acts all branches are the base's, and the leader speaks for them."""
-        first, *others = unpack(predictions, parts)
-        masks = stacked(masks).to(predictions.device)
-        masks = masks if masks.ndim == first.ndim else masks.unsqueeze(3)
-        weights = masks.expand(len(masks), first.shape[1], *masks.shape[2:]).clone()
+        latents = unpack(predictions, parts)
+        confined = stacked_like(masks, latents[0])
+        weights = confined.expand(len(confined), latents[0].shape[1], *confined.shape[2:]).clone()
         weights[lead] *= self.weight
         total = weights.sum(dim=0)
         leads = torch.zeros_like(weights)
         leads[lead] = 1
         weights = torch.where(total > 0, weights / total.clamp_min(torch.finfo(torch.float32).tiny), leads)
-        if not parts:
-            return weights
-        size = (*first.shape[:2], 1, *first.shape[3:])
-        rest = []
-        for part in others:  # masks are the first part's
-            whole = torch.full((*part.shape[:2], 1, *part.shape[3:]), 1 / (self.weight + len(self.open) - 1),
-                               device=part.device)
-            whole[lead] *= self.weight
-            rest.append(whole)
-        return pack_weights([weights.expand(size), *rest], parts)
+        each = 1 / (self.weight + len(self.open) - 1)
+        shares = [self.weight * each if i == lead else each for i in range(len(weights))]
+        return spread(weights, shares, latents, parts)
 
     def _measure(self, step: Step, x: Tensor) -> None:
         """Read the share of the step before, and send this step's on its way."""

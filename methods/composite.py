@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ..kernels.branch import Branch, Step, one_hot
-from ..kernels.nested import Parts, pack_weights, unpack
-from ..kernels.patches import stacked, weighted
+from ..kernels.nested import Parts, spread, unpack
+from ..kernels.patches import stacked_like, weighted
 from .session import Call, PlainSession, RunContext, Session, masks_among
 
 
@@ -64,13 +63,6 @@ class ConfinedComposite(Session):
 
     def _like(self, predictions: Tensor, masks: list[Tensor | None], parts: Parts) -> Tensor:
         """Weights that broadcast over the LoRAs' predictions. Of latents of several parts masks are the first's."""
-        first, *others = unpack(predictions[:-1], parts)
-        masks = stacked(masks).to(predictions.device)
-        weights = masks / masks.sum(dim=0).clamp_min(1)
-        weights = weights if first.ndim == weights.ndim else weights.unsqueeze(3)
-        if not parts:
-            return weights
-        size = (*first.shape[:2], 1, *first.shape[3:])
-        whole = [torch.full((*part.shape[:2], 1, *part.shape[3:]), 1 / len(first), device=part.device)
-                 for part in others]
-        return pack_weights([weights.expand(size), *whole], parts)
+        latents = unpack(predictions[:-1], parts)
+        confined = stacked_like(masks, latents[0])
+        return spread(confined / confined.sum(dim=0).clamp_min(1), [1 / len(confined)] * len(confined), latents, parts)

@@ -8,9 +8,9 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}" + "s" * (number != 1)
 
 
-def of_all(number: int, noun: str) -> str:
+def any_step(number: int) -> str:
     """`the only step`, `any of the 20 steps`: for what happened in none of them."""
-    return f"the only {noun}" if number == 1 else f"any of the {counted(number, noun)}"
+    return "the only step" if number == 1 else f"any of the {counted(number, 'step')}"
 
 
 def verb(number: int, many: str) -> str:

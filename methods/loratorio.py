@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..kernels.branch import Branch, Step, one_hot
 from ..kernels.nested import pack_weights, unpack
-from ..kernels.patches import confine, most_divergent, patch_cosine, softmin, stacked, upsample, weighted
-from .counted import counted, of_all
+from ..kernels.patches import confine, most_divergent, patch_cosine, softmin, stacked_like, upsample, weighted
+from .counted import any_step, counted
 from .session import POSITIVE, UNCONDITIONAL, Call, RunContext, Sent, Session
 
 ENOUGH = 8
@@ -152,7 +152,7 @@ class LoRAtorioSession(Session):
                 for i, weight in zip(active, part.tolist(), strict=True) if weight > 0}
         if self.context.whole:
             return []  # they do in another run of the picture
-        return [f"{names[i]} had no weight in {of_all(self.context.total, 'step')}: the {self.method.top_k} that "
+        return [f"{names[i]} had no weight in {any_step(self.context.total)}: the {self.method.top_k} that "
                 "depart most from the base model were others" for i in sorted(met - took)]
 
     def _weights_for(self, step: Step, call: Call) -> Tensor:
@@ -209,10 +209,8 @@ class LoRAtorioSession(Session):
 
     def _masks_like(self, weights: Tensor, masks: Sequence[Tensor | None]) -> Tensor:
         """Masks of the active LoRAs, [N, 1 or B, 1, (frames or 1,) h, w] on the weights' device."""
-        masks = stacked(masks).to(weights.device)
-        if len(self._active) < len(self.pool):
-            masks = torch.stack([masks[i] for i in self._active])
-        return masks.unsqueeze(3) if masks.ndim < weights.ndim else masks
+        found = stacked_like(masks, weights)
+        return found if len(self._active) == len(self.pool) else torch.stack([found[i] for i in self._active])
 
     def _members(self, step: Step) -> tuple[int, ...]:
         """Those whose windows are open, at every re-check and when they are others than before; between two, those

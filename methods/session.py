@@ -12,6 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -200,8 +201,8 @@ class Sent:
             # Of the device that copies: it need not be the current one.
             self._arrived.record(torch.cuda.current_stream(value.device))
 
-    def read(self) -> list:
-        """The values as numbers; waits until they have arrived."""
+    def read(self) -> Any:
+        """The values as numbers, in lists as the tensor has dimensions; waits until they have arrived."""
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._copy.tolist()

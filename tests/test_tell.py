@@ -8,7 +8,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 from lora_ensemble.engine.tell import Once, into
-from lora_ensemble.methods.counted import counted, of_all, verb
+from lora_ensemble.methods.counted import any_step, counted, verb
 from lora_ensemble.tests.test_architecture import ROOT
 
 
@@ -57,7 +57,7 @@ def test_problems_of_a_run(caplog):
 def test_numbers_have_their_nouns():
     assert [counted(number, "more layer") for number in (0, 1, 2, 1000)] == [
         "0 more layers", "1 more layer", "2 more layers", "1,000 more layers"]
-    assert [of_all(number, "step") for number in (1, 4)] == ["the only step", "any of the 4 steps"]
+    assert [any_step(number) for number in (1, 4)] == ["the only step", "any of the 4 steps"]
     assert [verb(number, many) for number in (1, 2) for many in ("have", "were", "are", "leave")] == [
         "has", "was", "is", "leaves", "have", "were", "are", "leave"]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ...methods.counted import verb
+from ...methods.counted import counted, verb
 from ..files.ensemble import ALWAYS, Ensemble
 from ..words.known import lora_words
 
@@ -48,4 +48,4 @@ def best_method(ensemble: Ensemble, has_clip: bool) -> Choice:
 
 def _of(some: Sequence, everyone: Sequence) -> str:
     """`2 of 3 LoRAs have`, `1 of 3 LoRAs has`, `none of 3 LoRAs has`."""
-    return f"{len(some) or 'none'} of {len(everyone)} LoRAs {verb(max(len(some), 1), 'have')}"
+    return f"{len(some) or 'none'} of {counted(len(everyone), 'LoRA')} {verb(max(len(some), 1), 'have')}"

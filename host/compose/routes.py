@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ...engine.positions import Places
 from ...engine.reach import Reach
 from ...engine.transfer import on_device
-from ...kernels.branch import Branch, Step
+from ...kernels.branch import Branch, Step, without
 from ...methods.prompt import LoRAWords
 from ...methods.prompt_text import Range
 from ...methods.routed import Routes, loosened
@@ -237,11 +237,7 @@ class RoutedLoRAs(MaskedLoRAs):
         if not any(none) or branch.is_base:
             return branch
         if (none, branch) not in self._branches:
-            def without(gains: tuple[float, ...]) -> tuple[float, ...]:
-                return tuple(0.0 if gone else gain for gain, gone in zip(gains, none, strict=True))
-
-            exceptions = tuple((module, without(gains)) for module, gains in branch.per_module)
-            self._branches[none, branch] = Branch(without(branch.gains), exceptions)
+            self._branches[none, branch] = without(branch, [i for i, gone in enumerate(none) if gone])
         return self._branches[none, branch]
 
     def kind(self, uuid: UUID | None) -> Hashable:

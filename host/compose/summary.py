@@ -10,7 +10,7 @@ from ...engine.forwards import RoutedForwards
 from ...engine.record import RunRecord
 from ...kernels.branch import Branch
 from ...methods import method_title
-from ...methods.counted import counted, of_all, verb
+from ...methods.counted import any_step, counted, verb
 from ...methods.session import RunContext, Session
 from ...methods.windows import InTime
 from .cache import CacheSpec
@@ -85,7 +85,7 @@ def idle(applied: Sequence, acted: Sequence[set[int]], in_time: Sequence[InTime]
     if steps == 1 < record.whole:  # a node that has a run for each step
         return
     part = f" that this model takes of {record.whole}" if record.whole else ""
-    when = f"did not act in {of_all(steps, 'step')}{part}"
+    when = f"did not act in {any_step(steps)}{part}"
     for each, known, windows in zip(applied, acted, in_time, strict=True):
         rest = [i for i in range(len(each.names)) if steps and i not in known]
         for i in filter(windows.shut, rest):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
 
-from ...kernels.branch import Branch
+from ...kernels.branch import Branch, without
 
 Silenced = frozenset[tuple[int, int]]
 """LoRAs that do nothing: (applied method, place in it) each."""
@@ -40,13 +40,7 @@ class Without:
 @lru_cache(maxsize=4096)
 def silent(branch: Branch, left: frozenset[int]) -> Branch:
     """A branch in which some LoRAs do nothing."""
-    if not left:
-        return branch
-
-    def without(gains: tuple[float, ...]) -> tuple[float, ...]:
-        return tuple(0.0 if i in left else gain for i, gain in enumerate(gains))
-
-    return Branch(without(branch.gains), tuple((name, without(gains)) for name, gains in branch.per_module))
+    return without(branch, left) if left else branch
 
 
 class _Run(Protocol):
