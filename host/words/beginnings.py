@@ -59,7 +59,7 @@ def _cut(within: Callable[[int, int], list[int]], edges: Sequence[int], context:
         at, behind = edges[k], edges[k - _CONTEXT]
         left = within(context, at)
         count = len(left) - len(before)
-        if count > 0 and left == before + own[:count] and within(behind, end) == within(behind, at) + own[count:]:
+        if left == before + own[:count] and within(behind, end) == within(behind, at) + own[count:]:
             return behind, at, count
     return None
 

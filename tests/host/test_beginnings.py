@@ -48,6 +48,30 @@ def test_parts_say_what_the_whole_says(begins, ends, monkeypatch):
     assert tokenizer.read - read < read / 2, "no text was read in parts"
 
 
+def test_where_each_token_ends():
+    """What begins every text stands before it, what ends it behind it."""
+    assert spans("red woman,x", Tokenizer(1, 2)) == [(0, 0), (0, 3), (3, 9), (9, 10), (10, 11), (11, 11), (11, 11)]
+
+
+class Numbered(Tokenizer):
+    """What a word becomes depends on how many are before it: no part of a text says what the whole does."""
+
+    def __call__(self, text: str) -> list[int]:
+        return [hash((number, at)) for at, number in enumerate(super().__call__(text))]
+
+
+def test_a_text_without_a_place_for_a_cut_is_looked_at_as_a_whole(monkeypatch):
+    whole = spans("red woman, dog" * 5, Numbered(1, 1))
+    monkeypatch.setattr(beginnings, "LONG", 16)
+    assert spans("red woman, dog" * 5, Numbered(1, 1)) == whole
+
+
+def test_a_beginning_may_have_other_tokens_than_the_text():
+    """As of tokenizers that weigh a text as a whole: a token that was there is there."""
+    known = {"": [], "a": [7], "ab": [1], "abc": [9], "abcd": [1, 2]}
+    assert spans_of_beginnings(known.__getitem__, "abcd", [1, 2], [1, 2, 3, 4]) == [(1, 2), (3, 4)]
+
+
 @pytest.mark.parametrize("text", ["a red woman, " * 1500, "红色的狗，" * 4000], ids=["words", "without blanks"])
 def test_a_long_text_is_not_read_from_its_beginning_for_every_word(text):
     tokenizer = Tokenizer(1, 1)
