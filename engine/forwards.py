@@ -57,8 +57,8 @@ class RoutedForwards:
     compiled   whether torch.compile sees the model: gains are then tensors that stay where they are (compiled.py).
                Where it does although this is False, all that adapters add is an opaque operator
     lasting    a context for tensors that are kept beyond the layer that runs, as a host may ask for
-    layers     all layers by the names that the bank has of them, asked where there is none of a name: others may have
-               put modules of their own between them, which gives those behind another name
+    layers     all layers by the names that the bank knows, asked where the model has none of such a name: others may
+               have put modules of their own between its layers, which gives those behind them other names
     flat       see `Programs`
     forward_of which forward of a layer is called, and how another takes its place
 

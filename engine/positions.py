@@ -51,7 +51,7 @@ class Places:
     pictures  per row of the batch, its index into maps
     words     [texts, adapters, tokens] or None: the same for each token of the text
     texts     per row, its index into words. A text whose tokens were repeated to the length of another is repeated here
-    more      words of further texts of the model, by their source: a text of a source that is not there gets all of the
+    more      words of further texts of the model, by their source; a text whose source is not here gets all of the
               delta
     locate    what the tokens of a layer are
     beneath   how many adapters of the bank, its first ones, act everywhere: maps and words begin with the next one

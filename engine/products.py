@@ -19,9 +19,9 @@ Numbers = tuple[tuple[float, ...], ...]
 """Per entry of a layer, one number per slot of a stack."""
 Entries = tuple[int, ...]
 Where = Callable[[Entries, Sequence[Slot], Numbers], Tensor]
-"""(entries, slots, numbers) -> gains of hidden values [entries, .., ranks of the slots]: the number of an entry's slot
-(one row of numbers: of all entries) times how much of the adapter acts at each place. The same tensor for as long as
-places are only updated."""
+"""(entries, slots, numbers) -> gains of hidden values [entries, .., ranks of the slots]: an entry's number for the slot
+(one row of numbers serves all entries) times how much of the adapter acts at each place. It is always the same tensor:
+an update of the places changes what it holds."""
 MakeOnce = Callable[[Hashable, Callable[[], Any]], Any]
 
 
@@ -55,7 +55,7 @@ class LayerCall:
     geometry   the layer's
     factors    stack -> its down and up, in the dtype and on the device of x
     where      where adapters act inside the entries; None: everywhere
-    beneath    how many adapters of the bank, its first ones, act everywhere in any case
+    beneath    how many adapters, the first of the bank, act everywhere whatever `where` says
     once       (key, make) -> what `make` gave for the key when it was first asked for, in this run
     """
 

@@ -103,17 +103,17 @@ class Programs:
         if key not in self._programs:
             with self._lasting():
                 program = self._program(layer, gains, y, x, places, owners)
-                self._programs[key] = Program(shape, x.dtype, _flat(program.run), program.text) if flat else program
+                self._programs[key] = Program(shape, x.dtype, _of_one(program.run), program.text) if flat else program
         if owners is None and places is None:
             self._latest[name, gains[0]] = self._programs[key]
         if layout.reach is None:
             return self._programs[key]
-        tell = self._told(layer, layout, y, x)
-        return replace(self._programs[key], run=in_turn([self._programs[key].run, _flat(tell) if flat else tell]))
+        tell = self._telling(layer, layout, y, x)
+        return replace(self._programs[key], run=in_turn([self._programs[key].run, _of_one(tell) if flat else tell]))
 
-    def _told(self, layer: Layer, layout: Layout, y: Tensor, x: Tensor) -> Update:
-        """What adds nothing and tells the layout's `reach` what adapters would; nothing where it is not known whose
-        the entries are."""
+    def _telling(self, layer: Layer, layout: Layout, y: Tensor, x: Tensor) -> Update:
+        """An update that adds nothing, and tells the layout's `reach` what the adapters would add; not where it is
+        unknown whose the entries are."""
         owners = layout.owners(layer.site.name, y.shape[0]) if x.shape[0] == y.shape[0] else None
         if owners is None:
             return nothing
@@ -305,8 +305,8 @@ def _additive(site: Site, gains: Sequence[float]) -> bool:
 
 
 def _beneath(call: LayerCall, site: Site, gains: Gains) -> int:
-    """How many adapters of a bank, its first ones, act alike in all entries and at all places of them, by changes of
-    the weight alone that do not depend on it."""
+    """How many adapters, the first of the bank, act alike in all entries and at all their places, by additive changes
+    of the weight alone."""
     def fits(a: int, column: Sequence[float]) -> bool:
         return len(set(column)) == 1 and call.everywhere(a) and all(
             op.additive and not isinstance(op, Bias) for op in site.ops(a) if column[0])
@@ -324,8 +324,8 @@ def nothing(y: Tensor, x: Tensor) -> Tensor:
     return y
 
 
-def _flat(update: Update) -> Update:
-    """For a layer without a dimension for entries, which are one."""
+def _of_one(update: Update) -> Update:
+    """For a layer without a dimension for entries: its tensors are one entry."""
     return lambda y, x: update(y.unsqueeze(0), plain(x).unsqueeze(0)).squeeze(0)
 
 

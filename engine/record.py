@@ -76,6 +76,12 @@ class RunRecord:
                 if device in self.devices:
                     self.devices[device] += rows
 
+    def note_key(self, k: int) -> str:
+        """Under which the notes of a step have those of the k-th method: its name; the second of a kind has its place
+        as well."""
+        kind = self.methods[k]
+        return f"{kind} {k + 1}" if kind in self.methods[:k] else kind
+
     def note(self, key: str, value: object) -> None:
         """Record something about the current step: a JSON value, or a tensor, which is read when the run is over."""
         with self._lock:

@@ -66,8 +66,8 @@ class Slices(tuple):
 
 
 class SlicePart(NamedTuple):
-    """Ranks of a stack's `k`-th slice, and of how many slices in a row, all of them, where those that follow are like
-    it: they are one product."""
+    """Some ranks of a stack's `k`-th slice; or, with a count above 1, all ranks of so many equal slices from the k-th
+    on, which are one product."""
 
     k: int
     ranks: slice

@@ -8,7 +8,8 @@ There are three ways to serve several branches, and `stack_products` takes the o
 
 Of a layer that is several in one weight (q, k and v) each slice has these three ways for itself. Or all slices share
 what they need of the input, one product, and each, or a row of slices of equal size, has one more for its outputs.
-Ranks of different slices that do not lie side by side, as those of one adapter beside others, are matrices of one.
+Where an adapter's ranks of one slice do not lie beside those of the next, since other adapters' lie between, they are
+the matrices of one batched product.
 
 Adapters that act alike in all entries, as a LoRA for few steps does beneath every branch, are in these products where
 that takes the least time, and have one of their own before them where it does not: two operations more at the most.

@@ -56,7 +56,8 @@ def oldest(count: int, c1: int = 0, c2: int = 0) -> int:
 
 @dataclass(frozen=True)
 class AgeBySteps:
-    """`oldest` in a run of so many steps, see `at`: no more than SHARE of them, which is the paper's in its 200."""
+    """The age at which CMLoRA's cached features are no longer used, by the number of steps (`at`): `oldest`, as the
+    paper has it in its 200, but no more than SHARE of the steps."""
 
     count: int
     c1: int = 0

@@ -30,9 +30,9 @@ class RunContext:
     sigmas   the schedule in the model's own units, noisiest first, with the final 0
     times    per step, those before this run included: the model's own time, 1 at its highest noise level and 0 at its
              lowest
-    span     how far a run over all noise levels would be at this run's first and at its last step, 0 to 1: other than
-             that where a picture is only partly noised, or sampled in several runs. By the noise level, since the
-             schedule of that whole run is not known: exact where its steps are equal parts of the model's time
+    span     how far a run over all noise levels would be at this run's first and at its last step: (0, 1), unless a
+             picture is only partly noised, or sampled in several runs. It goes by the noise level, since the schedule
+             of that whole run is not known: exact where its steps are equal parts of the model's time
     before   steps that earlier runs took of the picture, where it is sampled in several (Wan 2.2's two models)
     whole    steps of all these runs together; 0: those of this one
     shape    of the latent, [pictures, channels, ..., height, width]; of the first part where it has several
@@ -179,8 +179,8 @@ class Session(ABC):
         return []
 
     def left(self) -> object:
-        """The run is over and its picture is not: what was measured of the picture, whatever model goes on with it, for
-        the context of the next run."""
+        """Of a run that hands on an unfinished picture: what was measured of the picture, for the context of the next
+        run, whatever model that has; None: nothing."""
         return None
 
 
@@ -194,7 +194,7 @@ class Sent:
     def __init__(self, step: int, value: Tensor):
         self.step, self.value, self.far = step, value, value.device.type != "cpu"
         self._copy, self._arrived = value, None
-        if value.is_cuda:  # copies of others that nobody waits for are not safe
+        if value.is_cuda:  # from other devices a copy that nobody waits for is not safe
             # Into pinned memory, as torch does for such copies.
             self._copy = value.to("cpu", non_blocking=True)
             self._arrived = torch.cuda.Event()

@@ -32,7 +32,7 @@ class Skipping:
 
     renew     None: it decides before any call of the model is made
     aside     transformer options -> those under which it uses and keeps nothing of a call; None: there are none
-    forget    lets go of all that it keeps of a call aside, where that was in the place of another one
+    forget    lets go of all that it keeps, where it took a call aside for one of the sampler's
     by_conds  whether it tells conds apart, and so the branches; else it tells the sides of guidance
     """
 

@@ -83,7 +83,7 @@ def readings(regions: Sequence[RoutedLoRAs], root: nn.Module, x: Tensor, conds: 
 
 def listening(run: Run, joined: Joined, conds: Sequence[tuple[Combo, UUID | None]], places: Places | None,
               pictures: int) -> Reach | None:
-    """What is told, in an evaluation in which no LoRA of a bank's method acts, what they would do there; None where
+    """What hears, in an evaluation in which no LoRA of a bank's method acts, what each would do there; None where
     nobody asks."""
     k = joined.methods[-1]
     regions = run.regions[k]

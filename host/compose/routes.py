@@ -192,8 +192,8 @@ class RoutedLoRAs(MaskedLoRAs):
         return whole.index_copy_(2, frames[0], found[0]).index_copy_(2, frames[1], found[1])
 
     def listen(self, uuids: Sequence[UUID | None], places: Places, pictures: int, adapters: range) -> Reach | None:
-        """For an evaluation of these conds without the LoRAs: what is told what they would do there, so that `commit`
-        learns how far each may leave its place. None where that is known, or nobody asks."""
+        """What hears, in an evaluation of these conds without the LoRAs, what each would do there, so that `commit`
+        learns how far it may leave its place. None where that is known, or nobody asks."""
         prompts = [self._prompts.get((self._instead.get(uuid) or (uuid,))[0]) for uuid in uuids]
         trusts = self.routed.routing.trust
         return self.trust.listen(prompts, places, pictures, adapters, self.window) if trusts else None

@@ -180,8 +180,8 @@ class Run:
             for adapter, layer in magnitudes_above(self.banked, found):
                 self._problem(adapter, layer, "a DoRA goes by the weight without the LoRAs of the method before it; "
                                               "in one ensemble with them it counts them in, as a chain of loaders does")
-            forwards = [RoutedForwards(root, bank, reader, self._problem, k, order, seen, lasting, layers, flat,
-                                       forward_of)
+            forwards = [RoutedForwards(root, bank, reader, self._problem, position=k, order=order, compiled=seen,
+                                       lasting=lasting, layers=layers, flat=flat, forward_of=forward_of)
                         for k, bank in enumerate(found)]
             self._routed[root] = forwards
             for routed in forwards:
@@ -313,15 +313,15 @@ class Run:
             self._tell(f"{adapter}: {layer}: {reason}")
 
     def _close_step(self) -> None:
-        """The sessions' notes go in under their method's name; the second of a kind has its place as well."""
+        """The last step is over: its time, and what the cache and the sessions note of it, go into the record."""
         now = time.perf_counter()
         if self.record.steps:
             self.record.steps[-1].seconds = now - self._since
             if self.cache is not None:
                 self.record.note("cache", self.cache.notes())
-            for k, (name, session) in enumerate(zip(self.record.methods, self.sessions, strict=True)):
+            for k, session in enumerate(self.sessions):
                 regions = self.regions[k]
                 found = session.notes() | (regions.notes() if isinstance(regions, RoutedLoRAs) else {})
                 if found:
-                    self.record.note(f"{name} {k + 1}" if name in self.record.methods[:k] else name, found)
+                    self.record.note(self.record.note_key(k), found)
         self._since = now

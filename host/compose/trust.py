@@ -28,8 +28,8 @@ class Trust:
 
     def listen(self, prompts: Sequence[Prompt | None], places: Places, pictures: int, adapters: range,
                window: Window) -> Reach | None:
-        """For an evaluation of the conds of these prompts without the LoRAs: what is told what they would do there.
-        None where that is known of all, or cannot be measured."""
+        """What hears, in an evaluation of the conds of these prompts without the LoRAs, what each would do there. None
+        where nothing is left to learn, or it cannot be measured."""
         if not any(prompt is not None and prompt.free is None for prompt in prompts):
             return None
         if window is not None and window[0] == 0:

@@ -75,7 +75,7 @@ def says(record: RunRecord, k: int) -> list[list[float]]:
     """Per LoRA of the k-th method the share of the say that it had in each step: its weight, its layers, or its part of
     the strengths, whichever the method goes by. Of all LoRAs together 1 or, where none acted, 0."""
     count = len(record.adapters[k])
-    steps = [_say(step, k, count, step.notes.get(_key(record, k)) or {}) for step in record.steps]
+    steps = [_say(step, k, count, step.notes.get(record.note_key(k)) or {}) for step in record.steps]
     return [[step[i] for step in steps] for i in range(count)]
 
 
@@ -187,14 +187,8 @@ def _places(record: RunRecord | None) -> list[Block]:
 def places(record: RunRecord, k: int) -> list[list[float] | None]:
     """Per step the share of the picture that each LoRA of the k-th method acts on, where their words confine them and
     it is known."""
-    found = [(step.notes.get(_key(record, k)) or {}).get("places") for step in record.steps]
+    found = [(step.notes.get(record.note_key(k)) or {}).get("places") for step in record.steps]
     return [None if each is None or None in each else each for each in found]
-
-
-def _key(record: RunRecord, k: int) -> str:
-    """Under which the k-th method has its notes; the second of a kind has its place as well."""
-    kind = record.methods[k]
-    return f"{kind} {k + 1}" if kind in record.methods[:k] else kind
 
 
 def _ages(record: RunRecord | None) -> list[Block]:
@@ -256,12 +250,12 @@ def now(record: RunRecord, k: int) -> tuple[list[float] | None, dict]:
     step), as far as the host knows. None: the method's weights are on the device until the run is over."""
     if record.methods[k] in BY_STRENGTH:
         return _say(record.steps[-1], k, len(record.adapters[k]), {}), {}
-    latest = [step for step in record.steps[-2:] if step.notes.get(_key(record, k))]
-    noted = [step for step in latest if _numbers(step.notes[_key(record, k)])]
+    latest = [step for step in record.steps[-2:] if step.notes.get(record.note_key(k))]
+    noted = [step for step in latest if _numbers(step.notes[record.note_key(k)])]
     if latest and not noted:
         return None, {}
     step = (noted or record.steps)[-1]
-    notes = step.notes[_key(record, k)] if noted else {}
+    notes = step.notes[record.note_key(k)] if noted else {}
     return _say(step, k, len(record.adapters[k]), notes), notes
 
 

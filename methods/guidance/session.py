@@ -51,9 +51,9 @@ class GuidanceSession(ABC):
             whatever other nodes make of two equal predictions. Of other rules a row that is left out is predicted
     whole   the steps of this run at which the model runs whole anyway, beside a cache that leaves out its deep layers
             at others; None: it always does. The host sets it before each call
-    tracks  whether it goes by the difference of the two sides, seen at some calls, at the others: the conditional side
-            must then be the same with the negative beside it and without. In context windows of a guider whose whole
-            predictions the host shows, it sees those
+    tracks  whether it goes, at calls without the negative, by a difference of the two sides that it saw at others: the
+            conditional side must then be the same with the negative beside it and without. In context windows of a
+            guider whose whole predictions the host shows, it sees those
     """
 
     fades = False
