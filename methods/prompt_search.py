@@ -84,7 +84,7 @@ class Search:
         for start, end in [*sorted(inner + list(self._ands(inner))), (len(self.text), len(self.text))]:
             if start > at:
                 yield at, start
-            at = max(at, end)
+            at = end
 
     def _ands(self, boundaries: list[Range]) -> Iterator[Range]:
         """The last "and" between the words of two LoRAs that no boundary parts."""
@@ -96,9 +96,10 @@ class Search:
                     yield between[-1], between[-1] + (1 if self.text[between[-1]] == "&" else 3)
 
     def cut(self, one: Mention, other: Mention) -> int:
-        """Where the clause of one LoRA ends and another's begins: at the last article, else in the middle."""
-        if one.exact or other.exact:
-            return one.end if one.exact else other.start
+        """Where the clause of one LoRA, which is not marked, ends and another's begins: at the last article, else in
+        the middle."""
+        if other.exact:
+            return other.start
         words = [found for found in _WORD.finditer(self.text, one.end, other.start)]
         articles = [word.start() for word in words if _ARTICLE.fullmatch(word[0])]
         if articles:
@@ -127,7 +128,7 @@ class Search:
         others = []
         for start, end in self.segments():
             inside = sorted((mention for mention in self.mentions if start <= mention.start < end),
-                            key=lambda mention: (mention.start, -mention.end))
+                            key=lambda mention: mention.start)
             edge = start
             for at, mention in enumerate(inside):
                 after = inside[at + 1] if at + 1 < len(inside) else None
@@ -135,7 +136,7 @@ class Search:
                     others.append((edge, mention.start))
                     own.setdefault(mention.lora, []).append((mention.start, mention.end))
                     edge = max(edge, mention.end)
-                elif after is None or after.lora != mention.lora or after.exact:
+                elif after is None or after.lora != mention.lora:
                     border = self.cut(mention, after) if after else end
                     own.setdefault(mention.lora, []).append(self.trimmed(edge, border))
                     edge = border
@@ -145,7 +146,7 @@ class Search:
     def says_something(self, start: int, end: int, but: Sequence[Range] = ()) -> bool:
         """Whether a range holds a word that means something; with `but` one that says more than what is in those ranges
         and on which side it is."""
-        words = _WORD.finditer(self.text, start, end) if start < end else ()
+        words = _WORD.finditer(self.text, start, end)
         return any(not _EMPTY.fullmatch(word[0]) and any(map(str.isalnum, word[0]))
                    and not (but and _SIDE.fullmatch(word[0]))
                    and not any(first <= word.start() < last for first, last in but) for word in words)
