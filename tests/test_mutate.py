@@ -92,7 +92,7 @@ def test_the_nearest_covering_a_file():
     for changed, test in (("host/compose/routes.py", "routed_trust"), ("host/guidance/apply.py", "two_runs_guidance")):
         assert f"tests/host/test_{test}.py" in covering(ROOT / changed, graph, True, 14), "a like name"
     line = "bank = Bank(_yielding(loaded) if yields else [lora.parsed.layers for lora in loaded.loras], names,"
-    assert "tests/host/test_routed_yields.py" in covering(ROOT / "host/compose/apply.py", graph, True, 4, line)
+    assert "tests/host/test_routed_yields.py" in covering(ROOT / "host/compose/ensemble_bank.py", graph, True, 4, line)
 
 
 @pytest.mark.parametrize(("new", "found"), [("+", False), ("-", True)])

@@ -10,34 +10,22 @@ from comfy_execution.utils import get_executing_context
 from torch import Tensor
 
 from ...engine.bank import Bank
-from ...engine.yielding import yield_to
 from ...methods import Method
 from ...methods.merge import Merge
 from ...methods.windows import Window
 from ..files.called import file_of
-from ..files.ensemble import ALWAYS, Ensemble, LoRASpec, told_apart
+from ..files.ensemble import ALWAYS, Ensemble, LoRASpec, index_of, told_apart
 from ..files.header_alphas import passed_over
 from ..files.injected import as_in_files
 from ..files.metadata import is_proposed, unread_beside
-from ..files.patches import Patches
 from ..words.known import lora_words
 from ..words.marked import marked
 from ..words.own import OwnDelta, add_patches
 from .applied import Applied
-from .banks import compute_dtype, shared_bank
 from .cache import CacheSpec
 from .composition import KEY, Composition
-from .loading import (
-    LoadedEnsemble,
-    LoadedLoRA,
-    check_some,
-    facts_of,
-    left_out,
-    load_ensemble,
-    on_its_weights,
-    otherwise,
-    without_effect,
-)
+from .ensemble_bank import ensemble_bank
+from .loading import LoadedEnsemble, LoadedLoRA, left_out, load_ensemble, on_its_weights, otherwise, without_effect
 from .placing import Placing, Routed
 from .prompts import Asked
 from .weights import follow_weights
@@ -97,7 +85,7 @@ def apply_method(model, clip, ensemble: Ensemble, make: Callable[[Active], Metho
     placing = placing or Placing()
     yields = placing.where == "words" and placing.routing.yields
     with as_in_files(model):
-        loaded, shared = _shared(model, clip, ordered, node, rest_on_weights, yields)
+        loaded, shared = ensemble_bank(model, clip, ordered, node, rest_on_weights, yields)
     bank, problems = shared.model, list(loaded.problems)
     if not loaded.loras:
         problems.append("no LoRA acts on the model: each has strength_model 0 or changes the text encoder alone")
@@ -106,10 +94,7 @@ def apply_method(model, clip, ensemble: Ensemble, make: Callable[[Active], Metho
     first, before = len(lasting), model.get_attachment(KEY)
     model = _on_weights(model, loaded.loras[:first], rest_on_weights, problems)
     new_model = _on_weights(model, loaded.loras[first:], rest_on_weights, problems)
-    # Methods in a row may have one bank: it is on the MODEL once, or the host would load and count it twice.
-    banks = list(new_model.get_additional_models_with_key(KEY))
-    place = next((k for k, other in enumerate(banks) if other.model is bank), len(banks))
-    new_model.set_additional_models(KEY, banks if place < len(banks) else [*banks, shared.clone()])
+    place = _with_bank(new_model, shared)
     called = tuple(lora.spec.called for lora in loaded.loras)
     problems += _again(called, model)
     method, routed, asked = Merge(tuple(spec.strength_model for spec in lasting)), None, None
@@ -170,6 +155,15 @@ def _on_weights(model, loras: list[LoadedLoRA], rest_on_weights: bool, problems:
     return new_model
 
 
+def _with_bank(model, shared) -> int:
+    """Which of a MODEL's banks this one is, put on it if it is not there. Methods in a row may have one bank: it is on
+    the MODEL once, or the host would load and count it twice."""
+    banks = list(model.get_additional_models_with_key(KEY))
+    place = next((k for k, other in enumerate(banks) if other.model is shared.model), len(banks))
+    model.set_additional_models(KEY, banks if place < len(banks) else [*banks, shared.clone()])
+    return place
+
+
 def _executed() -> str:
     """The id of the node that is executed, in whose work this is."""
     context = get_executing_context()
@@ -205,7 +199,7 @@ def _placed(ensemble: Ensemble, active: list[LoRASpec], method: Method, placing:
 
 def _numbers(ensemble: Ensemble, active: list[LoRASpec]) -> tuple[int, ...]:
     """Where the LoRAs that take part are in the ensemble."""
-    return tuple(_index(ensemble, spec) for spec in active)
+    return tuple(index_of(ensemble, spec) for spec in active)
 
 
 def _without_alphas(ensemble: Ensemble) -> list[str]:
@@ -278,56 +272,3 @@ def _own_words(ensemble: Ensemble, texts: list[tuple[LoRASpec, tuple]], routed: 
         problems.append("text is 'own words', which does nothing here: no LoRA changes the text encoder")
     numbers = _numbers(ensemble, [spec for spec, _ in used])
     return [OwnDelta(routed.words, number, entries) for number, (_, entries) in zip(numbers, used, strict=True)]
-
-
-def _shared(model, clip, ensemble: Ensemble, node: str, on_weights: bool, yields: bool
-            ) -> tuple[LoadedEnsemble, object]:
-    """(what the ensemble's files do, the bank as a model of its own): as `load_ensemble` and a new bank would give
-    them, but read and built only where no node has done so. What is kept of the files has no tensors but those that the
-    bank lacks. `yields`: styles yield to backgrounds."""
-    check_some(ensemble, node)  # here too: what is kept of an ensemble without effect is kept of none
-    used = [spec for spec in ensemble if spec.acts]
-
-    def make() -> tuple[Bank, LoadedEnsemble, int]:
-        loaded = load_ensemble(model, clip, ensemble, node, on_weights)
-        names = tuple(lora.spec.name for lora in loaded.loras)
-        bank = Bank(_yielding(loaded) if yields else [lora.parsed.layers for lora in loaded.loras], names,
-                    compute_dtype(model))
-        notes = LoadedEnsemble([LoadedLoRA(_index(used, lora.spec), _rest(lora), replace(lora.parsed, layers={}))
-                                for lora in loaded.loras],
-                               [(_index(used, spec), text) for spec, text in loaded.texts], loaded.problems)
-        tensors = [lora.patches for lora in notes.loras] + [text for _, text in notes.texts]
-        return bank, notes, sum(patches.nbytes for patches in tensors)
-
-    facts = facts_of(model, clip, used, on_weights), yields and tuple(_side(spec) for spec in used)
-    shared, kept = shared_bank(model, facts, compute_dtype(model), make)
-    loaded = LoadedEnsemble([lora._replace(spec=used[lora.spec]) for lora in kept.loras],
-                            [(used[k], text) for k, text in kept.texts], kept.problems)
-    return loaded, shared
-
-
-def _side(spec: LoRASpec) -> str:
-    """Whether a LoRA yields to others, is yielded to, or neither."""
-    return spec.role if spec.role in ("background", "style") else ""
-
-
-def _yielding(loaded: LoadedEnsemble) -> list[dict]:
-    """What the LoRAs do to each layer, styles without their part in the directions of backgrounds."""
-    who, to = ([k for k, lora in enumerate(loaded.loras) if lora.spec.role == role]
-               for role in ("style", "background"))
-    layers, changed = yield_to([lora.parsed.layers for lora in loaded.loras], who, to)
-    if who and to and not changed:
-        style, ground = (loaded.loras[each[0]].spec.name for each in (who, to))
-        loaded.problems.append(f"LoRA '{style}' cannot yield to LoRA '{ground}': no layer has plain low-rank changes "
-                               "of both; the style acts as its file has it")
-    return layers
-
-
-def _index(specs: Sequence[LoRASpec], spec: LoRASpec) -> int:
-    """By identity: two rows may hold the same."""
-    return next(k for k, one in enumerate(specs) if one is spec)
-
-
-def _rest(lora: LoadedLoRA) -> Patches:
-    """The patches that only the weights can take."""
-    return Patches(found={key: lora.patches.found[key] for key, _ in lora.parsed.left_out})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
@@ -73,3 +74,8 @@ def told_apart(ensemble: Ensemble) -> Ensemble:
     files = [spec.name for spec in ensemble if spec.acts]
     return tuple(replace(spec, label=in_row(spec.name, spec.row or k)) if files.count(spec.name) > 1 else spec
                  for k, spec in enumerate(ensemble, 1))
+
+
+def index_of(specs: Sequence[LoRASpec], spec: LoRASpec) -> int:
+    """The place of a LoRA among these. By identity: two rows may hold the same."""
+    return next(k for k, one in enumerate(specs) if one is spec)
