@@ -13,7 +13,7 @@ from ..kernels.branch import Branch
 from .adapters import Reader
 from .bank import Bank
 from .compiled import Traced, TracedGains, connect, disconnect, handle_of
-from .geometry import ForwardOf, geometry_of, own_forward
+from .geometry import ForwardOf, geometry_of, layer_of, own_forward
 from .layout import Layout, Order, folded
 from .positions import Places
 from .program import Layer, Program, Programs, nothing
@@ -112,7 +112,7 @@ class RoutedForwards:
     def install(self) -> None:
         if self._installed:
             return
-        found = {name: _find(self.root, name) for name in self.bank.sites}
+        found = {name: layer_of(self.root, name) for name in self.bank.sites}
         if self._named is not None and None in found.values():
             named = self._named()
             found = {name: named.get(name) for name in found}
@@ -250,15 +250,8 @@ class RoutedForwards:
         return forward, traced, route
 
 
-def _find(root: nn.Module, name: str) -> nn.Module | None:
-    try:
-        return root.get_submodule(name) if name else None
-    except AttributeError:
-        return None
-
-
 def _read(root: nn.Module, name: str) -> Tensor | None:
     """Default reader: the parameter itself in fp32; None where there is none or it is not an ordinary tensor."""
     owner, _, leaf = name.rpartition(".")
-    value = getattr(_find(root, owner), leaf, None)
+    value = getattr(layer_of(root, owner), leaf, None)
     return value.detach().float() if isinstance(value, Tensor) and value.is_floating_point() else None

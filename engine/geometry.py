@@ -37,6 +37,14 @@ class Geometry:
         return vector.to(like.dtype).reshape(-1, *[1] * (like.ndim - 1 - channel))
 
 
+def layer_of(root: nn.Module, name: str) -> nn.Module | None:
+    """The module of a model by its name, "" for the model itself; None where there is none."""
+    try:
+        return root.get_submodule(name)
+    except AttributeError:
+        return None
+
+
 def geometry_of(module: nn.Module) -> Geometry | None:
     """The geometry of a layer, or None for a layer whose weight cannot be routed (embeddings, bare parameters).
 

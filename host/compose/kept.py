@@ -14,6 +14,7 @@ from uuid import UUID
 
 from torch import Tensor, nn
 
+from ...methods.counted import counted
 from .neighbours import Neighbours
 
 IN_VAIN = 2
@@ -99,7 +100,7 @@ class KeptBetweenCalls:
             for keeper in kept.keepers.values():
                 keeper.forget()
                 if kept.changes and not (kept.off and keeper.off is not None):
-                    self._tell(f"{keeper.name}: made anew {kept.changes} time{'s' * (kept.changes > 1)} in this run, "
+                    self._tell(f"{keeper.name}: made anew {counted(kept.changes, 'time')} in this run, "
                                "since other LoRAs acted; it holds for one combination of LoRAs")
         self._found.clear()
 

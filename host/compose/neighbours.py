@@ -15,6 +15,8 @@ from uuid import UUID
 import comfy.hooks
 from torch import nn
 
+from ...methods.counted import counted
+
 Renew = Callable[[dict, Sequence["UUID | None"]], dict]
 """(transformer options, conds of a call) -> options under which nothing earlier is used in the call."""
 SWITCHES = {"TeaCache": ("rel_l1_thresh", "enable_teacache"), "MagCache": ("magcache_thresh", "enable_magcache")}
@@ -111,7 +113,7 @@ class Neighbours:
 
     def close(self) -> None:
         for each, count in self._anew.values():
-            self._tell(f"{each.name}: {count} call{'s' * (count > 1)} of the model computed anew, since other LoRAs "
+            self._tell(f"{each.name}: {counted(count, 'call')} of the model computed anew, since other LoRAs "
                        "acted than in what it keeps" if each.renew is not None else
                        f"{each.name}: leaves out whole steps, whatever LoRAs were to act in them; EasyCache heeds them")
         self._acted.clear()

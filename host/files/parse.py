@@ -12,7 +12,7 @@ from math import prod
 from torch import Tensor, nn
 
 from ...engine.adapters import BOFT, OFT, Bias, Decomposed, Dense, GLoRA, Kron, LowRank, Op, Replace, Span, given
-from ...engine.geometry import Geometry, geometry_of
+from ...engine.geometry import Geometry, geometry_of, layer_of
 from ...kernels.deltas import balanced, hadamard, hadamard_factors, kronecker, tucker, tucker_down
 from ...kernels.orthogonal import cayley
 from . import peft
@@ -61,7 +61,8 @@ def parse(patches: Patches, model: nn.Module, on_weights: Collection[str] = ()) 
 
 def _op(key: str, span: Span, rows: Callable | None, patch, model: nn.Module) -> tuple[str, Op]:
     layer, _, leaf = key.removeprefix(PREFIX).rpartition(".")
-    module, geometry = _layer(model, layer) if key.startswith(PREFIX) else (None, None)
+    module = layer_of(model.diffusion_model, layer) if key.startswith(PREFIX) else None
+    geometry = None if module is None else geometry_of(module)
     if geometry is None:
         raise _Inexpressible("the layer is a bare parameter or of a kind that has no routed forward")
     if leaf == "bias":
@@ -91,14 +92,6 @@ def _crosses_groups(op: Op, out: int, groups: int) -> bool:
     if isinstance(op, Decomposed):
         return op.magnitude.shape[0] != out
     return isinstance(op, (BOFT, GLoRA))
-
-
-def _layer(model: nn.Module, layer: str) -> tuple[nn.Module | None, Geometry | None]:
-    try:
-        module = model.diffusion_model.get_submodule(layer)
-    except AttributeError:
-        return None, None
-    return module, geometry_of(module)
 
 
 def _bias(patch) -> Op:

@@ -14,7 +14,7 @@ import comfy.lora
 from torch import Tensor, nn
 
 from ...engine.adapters import Span
-from ...engine.geometry import geometry_of
+from ...engine.geometry import geometry_of, layer_of
 from . import peft
 from .files import LoRAFile
 from .fit import (
@@ -147,10 +147,7 @@ def _values(patch) -> Iterator[Tensor]:
 def shape_of(root: nn.Module, key: str) -> Shape | None:
     """The shape of a model's weight; None where the model has no weight of this name."""
     layer, _, leaf = key.rpartition(".")
-    try:
-        module = root.get_submodule(layer)
-    except AttributeError:
-        return None
+    module = layer_of(root, layer)
     tensor = getattr(module, leaf, None)
     if tensor is None:
         return None

@@ -202,7 +202,7 @@ def _ages(record: RunRecord | None) -> list[Block]:
             branches.setdefault(name, [None] * len(ages))[number] = age
     oldest = max(max(each, default=0) for each in ages)
     return [HeatRows("Age of the deep features that were used", [Series(*each) for each in branches.items()],
-                     highest=oldest, ends=("made anew", f"{oldest} step{'s' * (oldest > 1)} old"))]
+                     highest=oldest, ends=("made anew", f"{counted(oldest, 'step')} old"))]
 
 
 def _branch(record: RunRecord, gains: Sequence[Sequence[float]]) -> str:

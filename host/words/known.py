@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ...methods.counted import counted
 from ...methods.prompt import Clause, Found, LoRAWords
 from ..files.ensemble import Ensemble
 from ..files.files import known
@@ -49,5 +50,4 @@ def report(found: Found) -> str:
 
 
 def _list(clauses: Sequence[Clause]) -> str:
-    return ", ".join(f"\"{clause.text}\" {len(clause.tokens)} token{'s' * (len(clause.tokens) != 1)}"
-                     for clause in clauses)
+    return ", ".join(f"\"{clause.text}\" {counted(len(clause.tokens), 'token')}" for clause in clauses)

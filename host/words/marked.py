@@ -115,9 +115,6 @@ def _marked(kind: type) -> type:
     return type("MarkedCLIP", (Marked, kind), {"__doc__": "A CLIP that tells where words are; see `marked`."})
 
 
-MarkedCLIP = _marked(comfy.sd.CLIP)
-
-
 def marked(clip: comfy.sd.CLIP, words: Sequence[LoRAWords] = (), contrast: bool = False,
            own: Sequence[OwnDelta] = ()) -> Any:
     """A clone of a CLIP that tells where words are, and so do its clones. The CLIP itself does not change.

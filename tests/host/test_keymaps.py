@@ -9,7 +9,7 @@ import comfy.lora
 import comfy.supported_models
 import pytest
 import torch
-from lora_ensemble.host.files.parse import _layer
+from lora_ensemble.engine.geometry import geometry_of, layer_of
 from lora_ensemble.host.files.patches import weight_shape
 
 from .models import FAMILIES
@@ -134,8 +134,8 @@ def test_every_target_is_a_routable_layer(family):
     unrouted = set()
     for name in weights:
         layer = name.removeprefix("diffusion_model.").removesuffix(".weight")
-        module, geometry = _layer(model, layer)
-        if geometry is None:
+        module = layer_of(model.diffusion_model, layer)
+        if module is None or geometry_of(module) is None:
             unrouted.add(layer)
         else:
             assert tuple(weight_shape(module)) == tuple(state[name].shape), layer

@@ -13,7 +13,7 @@ import pytest
 import torch
 from lora_ensemble.host.files.ensemble import LoRASpec
 from lora_ensemble.host.words.known import lora_words, report
-from lora_ensemble.host.words.marked import PROBE, PROMPT, WITHOUT, MarkedCLIP, NotedTokens, marked
+from lora_ensemble.host.words.marked import PROBE, PROMPT, WITHOUT, Marked, NotedTokens, marked
 from lora_ensemble.methods.prompt import LoRAWords, find_clauses
 from safetensors.torch import save_file
 
@@ -66,11 +66,11 @@ def test_clones_stay_marked_and_the_clip_does_not_change():
     plain = made("SD1")
     before = dict(vars(plain))
     one = marked(plain, [LoRAWords("x", "ohwx")], contrast=True)
-    assert isinstance(one, MarkedCLIP) and isinstance(one, comfy.sd.CLIP)
+    assert isinstance(one, Marked) and isinstance(one, comfy.sd.CLIP)
     two = run(nodes.CLIPSetLastLayer, clip=one, stop_at_clip_layer=-2)
-    assert isinstance(two, MarkedCLIP) and two.layer_idx == -2 and one.layer_idx is None
+    assert isinstance(two, Marked) and two.layer_idx == -2 and one.layer_idx is None
     assert two.lora_ensemble_words == one.lora_ensemble_words and two.lora_ensemble_contrast
-    assert isinstance(marked(two), MarkedCLIP) and not marked(two).lora_ensemble_contrast
+    assert isinstance(marked(two), Marked) and not marked(two).lora_ensemble_contrast
     assert two.lora_ensemble_contrast and marked(two).layer_idx == -2
     assert type(plain) is comfy.sd.CLIP and vars(plain) == before
     assert one.cond_stage_model is plain.cond_stage_model and one.tokenizer is plain.tokenizer
