@@ -62,6 +62,19 @@ def test_choices_and_names_of_other_inputs_are_those_of_the_node(language):
 
 
 @each_language
+def test_tooltips_call_other_inputs_as_the_node_shows_them(language):
+    """A name that is a choice as well, and the alpha of a file, are no names of inputs."""
+    texts = read(language)
+    for schema in SCHEMAS:
+        entry = texts[schema.node_id]
+        other = {key for key, words in entry["inputs"].items() if words.get("name", key) != key}
+        other -= {"alpha", *(str(option) for part in schema.inputs for option in getattr(part, "options", None) or ())}
+        for key, words in (*entry["inputs"].items(), *entry["outputs"].items()):
+            found = other & set(re.findall(r"[a-z_]+", words.get("tooltip", "")))
+            assert not found, f"{language}: {schema.node_id}.{key} says {found}"
+
+
+@each_language
 def test_the_shelves_of_the_menu_are_translated(language):
     """All of them and none that is gone, in words of the language; `LoRA` is a name."""
     found = json.loads((FOLDER / language / "main.json").read_text(encoding="utf-8"))
