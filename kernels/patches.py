@@ -112,12 +112,14 @@ def stacked_like(masks: Sequence[Tensor | None], like: Tensor) -> Tensor:
 
 
 def confine(weights: Tensor, masks: Tensor) -> Tensor:
-    """Weights times masks, renormalised over the LoRAs; 0 for all of them where no mask lets any act.
+    """Weights times masks, renormalised over the LoRAs; what their masks do not cover together is nobody's: grey
+    borders fade into the base model, and where no mask lets any act all weights are 0.
 
     weights [N, B, 1, *size], masks [N, 1 or B, 1, ...] that broadcasts to it
     """
     allowed = weights * masks
-    return allowed / allowed.sum(dim=0, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    covered = masks.sum(dim=0).clamp_max(1)
+    return allowed * (covered / allowed.sum(dim=0).clamp_min(torch.finfo(torch.float32).tiny))
 
 
 def weighted(base: Tensor, loras: Tensor, weights: Tensor, share: float = 1.0) -> Tensor:

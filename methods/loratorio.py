@@ -102,6 +102,7 @@ class LoRAtorioSession(Session):
         self._weights: Tensor | None = None
         self._given: list[tuple[tuple[int, ...], list[Tensor]]] = []  # mean weights of the LoRAs, where some have none
         self._notes: dict[str, object] = {}
+        self._guided = False  # whether there was an unconditional prediction
 
     @property
     def dynamic(self) -> bool:
@@ -120,11 +121,12 @@ class LoRAtorioSession(Session):
     def mix(self, step: Step, call: Call) -> list[Tensor | None]:
         """Each cond's predictions by the weights per place of the positive side; an unconditional one re-centred on
         the base."""
+        recentred = UNCONDITIONAL in (side for side, p in zip(call.sides, call.predictions, strict=True)
+                                      if p is not None)
+        self._guided = self._guided or recentred
         if not self._active:
             return [None if p is None else p[0] for p in call.predictions]
         weights = self._weights_for(step, call)
-        recentred = UNCONDITIONAL in (side for side, p in zip(call.sides, call.predictions, strict=True)
-                                      if p is not None)
         self._notes["recentred"] = self._notes.get("recentred", False) or (
             recentred and self.method.recenter_lambda < 1)
         shares = {UNCONDITIONAL: self.method.recenter_lambda}
@@ -146,14 +148,18 @@ class LoRAtorioSession(Session):
         return [f"{counted(total, 'step')}: the inverse temperature rises to {last:g}"]
 
     def missed(self, names: Sequence[str]) -> list[str]:
-        """LoRAs of a pool that never were among those that take part."""
+        """LoRAs of a pool that never were among those that take part; a re-centring that was set and had nothing to do.
+        """
+        own, lines = self.method.recenter_lambda, []
+        if own != LoRAtorio.recenter_lambda and not self._guided and names:
+            lines.append(f"recenter_lambda {own:g} did nothing, since no negative was evaluated, as at cfg 1")
         met = {i for active, _ in self._given for i in active}
         took = {i for active, means in self._given for part in means
                 for i, weight in zip(active, part.tolist(), strict=True) if weight > 0}
         if self.context.whole:
-            return []  # they do in another run of the picture
-        return [f"{names[i]} had no weight in {any_step(self.context.total)}: the {self.method.top_k} that "
-                "depart most from the base model were others" for i in sorted(met - took)]
+            return lines  # they do in another run of the picture
+        return lines + [f"{names[i]} had no weight in {any_step(self.context.total)}: the {self.method.top_k} that "
+                        "depart most from the base model were others" for i in sorted(met - took)]
 
     def _weights_for(self, step: Step, call: Call) -> Tensor:
         """Weights per pixel [N, B, 1, *size] of this call, packed as the latent is. Only a positive side defines them;

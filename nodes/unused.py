@@ -190,6 +190,9 @@ def _of_loras(schema: io.Schema, ensemble: Ensemble) -> list[str]:
                 "no other to work with"]
     if schema.node_id in _ALONE and len(loras) == 1:
         return [f"{loras[0].name} is the only LoRA to compose: {schema.display_name} does what Merge LoRAs does"]
+    if schema.node_id == "LoRAEnsembleLoRAtorio" and len(loras) == 1:
+        return [f"{loras[0].name} is the only LoRA to compose and has all the weight: of the settings "
+                "recenter_lambda and place alone change anything"]
     found = set(sides([spec.role for spec in loras]))
     if schema.node_id in _SIDES and len(found) == 1:
         there, missing = ("subjects", "style") if found == {True} else ("styles", "subject")

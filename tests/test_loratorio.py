@@ -307,6 +307,18 @@ def test_masks_confine_loras_and_leave_the_base_where_none_may_act():
     assert torch.equal(positive[..., 7:], world.base[POSITIVE][..., 7:])
 
 
+@pytest.mark.parametrize(("share", "sides", "said"), [
+    (0.5, (POSITIVE,), 0), (0.2, (POSITIVE,), 1), (1.0, (POSITIVE,), 1), (0.2, (POSITIVE, UNCONDITIONAL), 0)])
+def test_a_share_of_the_base_that_is_set_in_vain(share, sides, said):
+    """At cfg 1 there is no prediction that could be re-centred; what nobody has set is not named."""
+    world, x = World(2), random(*SHAPE, seed=9)
+    session = LoRAtorio((1.0, 1.0), recenter_lambda=share).begin(FACTS)
+    branches = session.branches(step(0))
+    session.mix(step(0), Call(x, SIGMA, branches,
+                              [torch.stack([world.predict(b, side) for b in branches]) for side in sides], sides))
+    assert [f"recenter_lambda {share:g} did nothing" in line for line in session.missed(["a", "b"])] == [True] * said
+
+
 def test_masks_of_white_and_masks_on_video():
     world, x = World(2), random(*SHAPE, seed=99)
     white = RunContext(FACTS.sigmas, FACTS.times, SHAPE, (torch.ones(1, 1, 9, 8), None))
@@ -324,7 +336,7 @@ def test_masks_of_white_and_masks_on_video():
 
 @pytest.mark.parametrize(("options", "masks", "most"), [
     ({}, (), 23), ({"upsampling": "bilinear"}, (), 23), ({"space": "x0"}, (), 22), ({"top_k": 2}, (), 30),
-    ({"top_k": 2, "recheck_every": 3}, (), 30), ({}, (torch.ones(1, 1, 8, 8), None, None), 30)])
+    ({"top_k": 2, "recheck_every": 3}, (), 30), ({}, (torch.ones(1, 1, 8, 8), None, None), 33)])
 def test_operations_of_a_step(options, masks, most):
     """On a fast GPU the weights take as long as the host needs to ask for their operations, some 15 us each. Eight of
     them mix the two sides, one is for the record; once a re-check has arrived none chooses among those left."""

@@ -217,6 +217,16 @@ def test_masks_confine_and_the_rest_is_renormalised():
     torch.testing.assert_close(confine(weights, torch.ones_like(masks)), weights)
 
 
+def test_grey_masks_leave_the_base_its_share():
+    """Guard: the least grey of a soft border let a LoRA act whole."""
+    weights = softmin(random(2, 1, 4, 4, seed=4), 1.0).unsqueeze(2)
+    for masks, covered in (((0.3, 0.0), 0.3), ((0.3, 0.2), 0.5), ((0.6, 0.7), 1.0), ((0.3, 1.0), 1.0)):
+        got = confine(weights, torch.tensor(masks).reshape(2, 1, 1, 1, 1).expand_as(weights))
+        torch.testing.assert_close(got.sum(dim=0), torch.full_like(weights[0], covered))
+        if all(masks):
+            torch.testing.assert_close(got[0] / got[1], weights[0] / weights[1] * masks[0] / masks[1])
+
+
 @pytest.mark.parametrize("share", [1.0, 0.5, 0.0])
 def test_the_mix_is_the_weighted_sum_with_the_base_beside_it(share):
     base, loras = random(2, 4, 6, 6, seed=1).double(), random(3, 2, 4, 6, 6, seed=2).double()

@@ -27,7 +27,7 @@ from lora_ensemble.nodes.loratorio import LoRAEnsembleLoRAtorio
 from lora_ensemble.nodes.routed import LoRAEnsembleRouted
 from lora_ensemble.nodes.unused import _RULES, unused
 
-from .builders import lora, sample, three
+from .builders import lora, same, sample, three
 from .models import base
 from .test_routed import HALF, MARKS, prompt, rests, specs
 
@@ -129,7 +129,9 @@ def test_loras_that_leave_a_method_nothing_to_do():
     for node in (LoRAEnsembleSwitch, LoRAEnsembleRouted, LoRAEnsembleLoRAtorio):
         assert lines(node, off, always) == ("all LoRAs that act have the role always: they are part of the model, and "
                                             f"{node.define_schema().display_name} has no other to work with")
-    assert lines(LoRAEnsembleMerge, always) == lines(LoRAEnsembleMerge, one) == lines(LoRAEnsembleLoRAtorio, one) == ""
+    assert lines(LoRAEnsembleMerge, always) == lines(LoRAEnsembleMerge, one) == ""
+    assert "recenter_lambda and place alone change anything" in lines(LoRAEnsembleLoRAtorio, one, off, always)
+    assert lines(LoRAEnsembleLoRAtorio, one, two) == ""
     assert "all model strengths are 0" in lines(LoRAEnsembleMerge, off)
     for node in filter(None, map(NODES.get, ("LoRAEnsembleInfo", "LoRAEnsembleStack"))):
         assert lines(node, off) == "", "it has a line for each LoRA, and LoRA Ensemble may have others in its rows"
@@ -159,6 +161,21 @@ def test_what_loras_that_no_word_places_leave_unused(change, names, loras):
     one, other = fixed["ensemble"]
     both = replace(one, role="style"), replace(other, role="background")
     assert unused(LoRAEnsembleRouted.define_schema(), fixed | {"ensemble": both, "style_yields": False}) == []
+
+
+def test_one_lora_in_loratorio(loras):
+    """All weight is its own whatever is set, and the base's where its mask is grey: there it is as in Composite."""
+    model, (one, _) = base("SD15"), specs(base("SD15"), loras)
+    one = replace(one, mask=Mask(torch.linspace(0, 1, 64).expand(1, 64, 64)))
+    given = defaults(LoRAEnsembleLoRAtorio) | {"model": model, "ensemble": (one,)}
+    reference = sample(LoRAEnsembleLoRAtorio.execute(**given).args[0], steps=4)
+    for changes in ({"patch_size": 4}, {"temperature": 1.0}, {"temperature_unit": "progress"}, {"top_k": 1},
+                    {"upsampling": "bilinear"}, {"similarity": "x0"}, {"reweigh_every": 3}):
+        found = sample(LoRAEnsembleLoRAtorio.execute(**given | changes).args[0], steps=4)
+        same(found, reference, sample(model, steps=4), 1e-4)
+    ours = sample(LoRAEnsembleLoRAtorio.execute(**given | {"recenter_lambda": 1.0}).args[0], steps=4)
+    same(ours, sample(LoRAEnsembleComposite.execute(model, (one,)).args[0], steps=4), sample(model, steps=4), 1e-4)
+    assert not torch.allclose(ours, reference, atol=1e-3)
 
 
 def test_a_background_that_is_off_leads_nobody(loras):
