@@ -8,6 +8,7 @@ import pytest
 import torch
 from lora_ensemble.host.compose.composition import Composition, Outcome, Placed, outcome_of
 from lora_ensemble.host.compose.earlier import mark_of
+from lora_ensemble.host.compose.sampled import run_of
 
 from ..devices import Plain
 
@@ -39,6 +40,18 @@ def test_the_innermost_run_samples_and_any_of_them_may_end_first(first):
     assert ours.run is both[1 - first] and ours.runs == [both[1 - first]]
     ours.end(both[1 - first], None)
     assert ours.run is None
+
+
+def test_a_model_that_is_evaluated_although_no_run_of_it_began_is_said_once(caplog):
+    ours = composed()
+    model = SimpleNamespace(current_patcher=SimpleNamespace(get_attachment=lambda key: ours))
+    for _ in range(2):
+        assert run_of(model) is None
+    assert ["its LoRAs have no effect there" in line for line in caplog.messages] == [True]
+    ours.runs.append(one := Ending(1.0))
+    assert run_of(model) is one
+    assert run_of(SimpleNamespace(current_patcher=SimpleNamespace(get_attachment=lambda key: None))) is None
+    assert run_of(SimpleNamespace()) is None
 
 
 def test_places_are_kept_on_the_cpu_and_outcome_of_by_the_latent_that_was_left():
