@@ -190,7 +190,7 @@ def _resolved(prompt: PromptTokens, search: Search, loras: Sequence[LoRAWords], 
             tokens = prompt.tokens(start, end)
             if sources[index] != "marked":
                 tokens = tuple(token for token in tokens if owner.get(token, index) == index)
-            owner |= {token: index for token in tokens if token not in owner}
+            owner |= dict.fromkeys(tokens, index)
             if tokens:
                 clauses.append(Clause(spoken(prompt.text, start, end), tokens, start, end))
         reason = ""
