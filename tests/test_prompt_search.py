@@ -78,7 +78,8 @@ def test_a_token_of_a_loras_words_is_no_other_clauses():
 @pytest.mark.parametrize(("text", "typed", "instead"), [
     ("[1: cat], a cat", "cat = tiger", "tiger, a cat"),  # the other one is nobody's
     ("ohwx woman, dog", "ohwx = cat, ohwx woman = girl", "girl, dog"),
-    ("ohwx woman, dog", "ohwx woman = girl, ohwx = cat", "girl, dog")])
+    ("ohwx woman, dog", "ohwx woman = girl, ohwx = cat", "girl, dog"),
+    ("ohwx woman red", "ohwx woman = girl, woman red = boy", "ohwx boy")])
 def test_what_stands_in_for_which_words(text, typed, instead):
     assert stand_in(prompt_of(text), [LoRAWords("x", typed)])[0] == instead
 
@@ -86,3 +87,9 @@ def test_what_stands_in_for_which_words(text, typed, instead):
 def test_nothing_stands_in_for_words_that_are_not_there():
     (lora,) = find_clauses(prompt_of("a dog"), [LoRAWords("x", "", (A,), "cat")]).loras
     assert lora.instead == ()
+
+
+def test_clauses_of_a_text_with_stand_ins_are_in_its_order_and_each_is_known_once():
+    loras = [LoRAWords("x", f"{A} = cat"), LoRAWords("y", B)]
+    assert stand_in(prompt_of("sks dog, ohwx"), loras) == ("sks dog, cat", ((0, 7, 2), (9, 12, 1)))
+    assert find_clauses(prompt_of("[1: [2: cat]], dog"), loras).spans == ((0, 3), (5, 8))
