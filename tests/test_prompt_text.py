@@ -47,7 +47,7 @@ def test_weights_that_are_written_out(text, bare):
     ("a, ", ", b", "a, b"), ("a ", " b", "a b"), ("a, ", "", "a"), ("a, ", "  ", "a"), (", ", ",, b", ", b"),
     ("", ", , b", "b"), ("(a, ", ":1.2)", "(a:1.2)"), ("(a, ", ")", "(a)"), ("a\n", ", b", "a\nb"),
     ("(", ", b)", "(b)"), ("[", " b", "[b"), ("a ", "]", "a]"), ("a ", ". b", "a. b"), ("a ", "! b", "a! b"),
-    ("a ", "(b", "a (b")])
+    ("a ", "(b", "a (b"), ("a, ", "\n", "a\n")])
 def test_halves_of_a_text(left, right, whole):
     assert joined(left, right) == whole
 
