@@ -51,7 +51,7 @@ BLOCKS = {
     "stack of nothing": Stack("Head", []),
     "long stack": Stack(LONG, [Series("a", [1.0] * 1000)], tall=60),
     "costs": Stack("Cost", [Series("a", [3, 4]), Series("b", [1, 0])], highest=None, marks=None),
-    "lines": Lines("Head", LAYERS, levels=[(0.5, "threshold"), (1.0, "top")], behind=Series("grey", [0.2, 2, -1, 1])),
+    "lines": Lines("Head", LAYERS, behind=Series("grey", [0.2, 2, -1, 1])),
     "lines of one": Lines(LONG, [Series("a", [0.3]), Series("b", [None])], lowest=None),
     "progress": Lines("Head", LAYERS, ends=True, across=("progress", ((0, "0 %"), (1, "100 %"))),
                       bands=[[(0.1, 0.9)] * 4]),
@@ -162,10 +162,10 @@ def test_a_curve_goes_through_its_points():
 
 
 def test_bars_are_as_long_as_their_values():
-    picture = drawn(Bars("", [Bar("a", 1.0, "t"), Bar("b", 0.25, "t"), Bar("c", 0.0, "t")], 2.0))
+    picture = drawn(Bars("", [Bar("a", 1.0, "t"), Bar("b", 0.25, "t"), Bar("c", 0.0, "t")]))
     long = [where(picture, LIGHT.colour(i)).any(axis=0).sum() for i in range(3)]
     panel = where(picture, LIGHT.panel)[-13].sum()  # the row of the last bar
-    assert long[0] == pytest.approx(panel / 2, abs=3) and long[1] == pytest.approx(panel / 8, abs=3) and long[2] == 0
+    assert long[0] == pytest.approx(panel, abs=3) and long[1] == pytest.approx(panel / 4, abs=3) and long[2] == 0
 
 
 def test_heat_goes_from_the_lowest_to_the_highest():

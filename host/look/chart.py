@@ -155,14 +155,12 @@ class Lines(Chart):
 
     bands     per series a (lowest, highest) per step, () for none
     behind    grey columns from 0 to 1, whatever the scale: a name and its values
-    levels    dashed lines over the whole width: (value, name)
     ends      curves go from edge to edge, as over progress; False: from middle to middle of their steps
     places    where the values stand from left to right, 0 to 1; None: evenly
     """
 
     bands: Sequence[Sequence[tuple[float, float]]] = ()
     behind: Series | None = None
-    levels: Sequence[tuple[float, str]] = ()
     ends: bool = False
     places: Sequence[float] | None = None
 
@@ -187,9 +185,6 @@ class Lines(Chart):
             edge += [(x(i), y(a)) for i, (a, _) in reversed(list(enumerate(band)))]
             if len(band) > 1:
                 pen.polygon(edge, fill=(*rgb(colour), 60))
-        for value, _ in self.levels:
-            for k in range(0, width * FINE, 10 * FINE):
-                pen.line((k, y(value), k + 5 * FINE, y(value)), theme.ink, FINE)
         for colour, one in zip(self.colours(theme), self.series, strict=True):
             for part in parts([None if v is None else (x(i), y(v)) for i, v in enumerate(one.values)]):
                 if len(part) > 1:
@@ -197,12 +192,6 @@ class Lines(Chart):
                 for px, py in part if len(part) == 1 or self.count <= 30 and not self.ends else ():
                     pen.ellipse((px - 7, py - 7, px + 7, py + 7), colour)
         on.paste(tile.reduce(FINE), at)
-        pen = ImageDraw.Draw(on)
-        for value, name in self.levels:
-            level = at[1] + y(value) / FINE
-            above = level - at[1] > 20
-            pen.text((at[0] + width - 6, level + (-3 if above else 3)), name, theme.ink, font(SMALL),
-                     anchor="rd" if above else "ra")
 
     def _legend(self, theme: Theme) -> Legend:
         own = super()._legend(theme).names
@@ -210,21 +199,19 @@ class Lines(Chart):
 
 
 class Bar(NamedTuple):
-    """A name, what it is worth, and what is written behind it. The colour None is that of its place."""
+    """A name, what it is worth, and what is written behind it."""
 
     name: str
     value: float
     text: str
-    colour: str | None = None
 
 
 @dataclass(frozen=True)
 class Bars:
-    """What is compared, a line each, from 0 to `highest`."""
+    """What is compared, a line each, from 0 to the largest."""
 
     head: str
     bars: Sequence[Bar]
-    highest: float | None = None
 
     LINE = 26
 
@@ -237,7 +224,7 @@ class Bars:
         names, texts = (max((pen.textlength(each, font(SMALL)) for each in column), default=0)
                         for column in ([bar.name for bar in self.bars], [bar.text for bar in self.bars]))
         left, right = x + round(min(names, width * 0.35)) + 12, x + width - round(min(texts, width * 0.45)) - 10
-        high = self.highest or max((bar.value for bar in self.bars), default=0) or 1.0
+        high = max((bar.value for bar in self.bars), default=0) or 1.0
         y += 30
         for i, bar in enumerate(self.bars):
             middle = y + self.LINE * i + self.LINE // 2
@@ -246,19 +233,18 @@ class Bars:
             pen.rectangle((left, middle - 8, right, middle + 8), theme.panel)
             if bar.value > 0:
                 end = left + max(round((right - left) * min(bar.value / high, 1)), 1)
-                pen.rectangle((left, middle - 8, end, middle + 8), bar.colour or theme.colour(i))
+                pen.rectangle((left, middle - 8, end, middle + 8), theme.colour(i))
             pen.text((right + 10, middle), fitted(pen, bar.text, x + width - right - 10, SMALL), theme.ink, font(SMALL),
                      anchor="lm")
 
 
 @dataclass(frozen=True)
 class HeatRows:
-    """A row of colours per series and a column per step, from `lowest` to `highest`; None stays blank. `ends` says what
+    """A row of colours per series and a column per step, from 0 to `highest`; None stays blank. `ends` says what
     the two ends of the ramp mean."""
 
     head: str
     rows: Sequence[Series]
-    lowest: float = 0.0
     highest: float | None = None
     ends: tuple[str, str] = ("0", "1")
 
@@ -284,8 +270,7 @@ class HeatRows:
             pen.rectangle((left, top + 1, x + width - 1, top + self.LINE - 2), theme.panel)
             for i, value in enumerate(row.values):
                 if value is not None:
-                    share = (value - self.lowest) / ((high - self.lowest) or 1.0)
-                    colour = tuple(coloured(np.float32(share)).round().astype(int).tolist())
+                    colour = tuple(coloured(np.float32(value / (high or 1.0))).round().astype(int).tolist())
                     gap = edges[i + 1] - edges[i] >= 8
                     right = max(edges[i + 1] - 1 - gap, edges[i])
                     pen.rectangle((edges[i], top + 1, right, top + self.LINE - 2), colour)
