@@ -111,12 +111,7 @@ def apply_method(model, clip, ensemble: Ensemble, make: Callable[[Active], Metho
                                node=_executed(), first=first))
     new_clip, texts = merge_clip(clip, loaded)
     own = _own_words(ensemble, texts, routed, problems) if placing.own_words and routed is not None else ()
-    problems += without_effect(loaded, ensemble, isinstance(method, Merge))
-    if not isinstance(method, Merge) or routed is not None:
-        problems += [f"LoRA '{spec.called}' looks like one for few steps: with the role '{ALWAYS}' it would be part of "
-                     "the model; now it is composed as the others are" for spec in active
-                     if is_proposed(spec.name, spec.role)]
-    problems += _without_alphas(ensemble)
+    problems += _told(ensemble, loaded, active, method, routed)
     for problem in problems:
         log.warning("%s: %s", node, problem)
     applied[-1] = replace(applied[-1], problems=tuple(problems))
@@ -153,6 +148,17 @@ def _on_weights(model, loras: list[LoadedLoRA], rest_on_weights: bool, problems:
             rest = {key: lora.patches.found[key] for key, _ in lora.parsed.left_out}
             new_model.add_patches(rest, lora.spec.strength_model)
     return new_model
+
+
+def _told(ensemble: Ensemble, loaded: LoadedEnsemble, active: Sequence[LoRASpec], method: Method,
+          routed: Routed | None) -> list[str]:
+    """What there is to say of an ensemble's LoRAs beside such a method."""
+    merged = isinstance(method, Merge)
+    out = without_effect(loaded, ensemble, merged)
+    if not merged or routed is not None:
+        out += [f"LoRA '{spec.called}' looks like one for few steps: with the role '{ALWAYS}' it would be part of the "
+                "model; now it is composed as the others are" for spec in active if is_proposed(spec.name, spec.role)]
+    return out + _without_alphas(ensemble)
 
 
 def _with_bank(model, shared) -> int:

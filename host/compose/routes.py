@@ -17,7 +17,7 @@ from ...methods.prompt_text import Range
 from ...methods.routed import Routes, loosened
 from ...methods.session import RunContext
 from .attention import RowsToRead
-from .places import MaskedLoRAs, crop, of_film, on_grid, resized, within
+from .places import MaskedLoRAs, Window, crop, of_film, on_grid, resized, within
 from .placing import Routed
 from .prompts import BESIDE, Prompt, fitted, search
 from .trust import Trust
@@ -51,7 +51,8 @@ class RoutedLoRAs(MaskedLoRAs):
         self._prompts: dict[UUID, Prompt] = {}
         self._instead: dict[UUID, tuple[UUID, Prompt]] = {}
         self._pending: dict[UUID, Tensor] = {}
-        self._looked, self._frames = set(), set()  # (cond, window) seen in this evaluation; frames with known places
+        self._looked: set[tuple[UUID, Window]] = set()  # seen in this evaluation
+        self._frames: set[int] = set()  # whose places are known
         self._branches: dict[tuple, Branch] = {}
         self.rows_to_read = RowsToRead()
         self._members: dict[tuple, Tensor] = {}

@@ -166,8 +166,9 @@ def _evaluated(executor, model, run: Run, plan: Plan, conds, sides, x_in, timest
     combos = plan.combos
     parts, root = [combos], unwrapped(model.diffusion_model)
     if run.cache is not None and not run.probing:
-        mixed = len(combos) > 1 and _mixes(run, model, root, conds, model_options)
-        parts = run.cache.parts(plan.own, combos, plan.fresh, timestep, partial(_identities, run, plan, conds), mixed)
+        together = len(combos) > 1 and _mixes(run, model, root, conds, model_options)
+        parts = run.cache.parts(plan.own, combos, plan.fresh, timestep, partial(_identities, run, plan, conds),
+                                together)
     if len(combos) == 1:
         run.single = combos[0]
         outs = executor(model, conds, x_in, timestep, model_options)
