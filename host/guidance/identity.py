@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ...methods.selection import Contest
+from ..compose.applied import Applied
 from ..compose.composition import KEY
 from ..compose.earlier import marks
-from ..compose.run import Applied
 
 SAMPLED = 16  # tensors whose values are looked at
 MASKED = 4096  # values by which a mask is recognised
