@@ -18,11 +18,9 @@ from .merging import Merging
 
 Area = tuple[int, ...] | None
 """(sizes.., offsets..) of a cond's area on the latent, as the host has them; None: all of it."""
-Window = tuple[int, tuple[int, ...], int] | None
-"""(dimension of the latent, which of it a call has, how many of these stand before the window itself) in context
-windows; None: all."""
-
-
+ContextWindow = tuple[int, tuple[int, ...], int] | None
+"""(dimension of the latent, which of it a call has, how many of these stand before the window itself); None: a call has
+the whole latent."""
 SOURCES = {"encoder_hidden_states_llama3": 2, "encoder_hidden_states_t5": 1}
 """Further texts of a prompt, as models are called with them: which dimension counts their tokens."""
 
@@ -40,7 +38,7 @@ class MaskedLoRAs:
         self.first = first
         self.maps = stacked(masks).squeeze(2).transpose(0, 1)  # [pictures, LoRAs, (frames,) height, width]
         self.tell = tell
-        self.window: Window = None  # of the call that goes on
+        self.window: ContextWindow = None  # of the call that goes on
         self.nowhere = False  # whether the layers of the model have no places for LoRAs that are not masked
         self.version = 0  # of the maps, and
         self.texts = 0  # of the words: what was made of earlier ones is brought up to date
@@ -137,7 +135,7 @@ def _packed(conds: Mapping[str, object]) -> Sequence[Sequence[int]]:
     return shapes if len(shapes) > 1 else ()
 
 
-def window_of(options: Mapping) -> Window:
+def window_of(options: Mapping) -> ContextWindow:
     """The context window of a call, by its transformer options: the host's own, or that of AnimateDiff-Evolved, whose
     frames are a batch."""
     found, other = options.get("context_window"), options.get("ad_params") or {}
@@ -148,19 +146,19 @@ def window_of(options: Mapping) -> Window:
     return (found.dim, (*before, *index), len(before)) if index else None
 
 
-def within(maps: Tensor, window: Window) -> Tensor:
+def of_window(maps: Tensor, window: ContextWindow) -> Tensor:
     """The part of maps [pictures, LoRAs, (frames,) height, width] that a window holds; all where one stands for all."""
     if window is None or maps.shape[window[0]] <= max(window[1]):
         return maps
     return maps.index_select(window[0], on_device(window[1], maps.device, torch.int64))
 
 
-def held(maps: Tensor, window: Window, dimensions: int) -> Tensor:
+def held(maps: Tensor, window: ContextWindow, dimensions: int) -> Tensor:
     """The same of a latent of so many dimensions: of maps without frames there is nothing to take for some of them."""
-    return maps if window is not None and window[0] and maps.ndim != dimensions else within(maps, window)
+    return maps if window is not None and window[0] and maps.ndim != dimensions else of_window(maps, window)
 
 
-def for_call(mask: Tensor, window: Window, x: Tensor) -> Tensor:
+def for_call(mask: Tensor, window: ContextWindow, x: Tensor) -> Tensor:
     """A mask of the run (`RunContext.masks`) for a call with this latent: of the frames of its window, with ones for
     those that guide its film, and in its size, which a sampler may change on its way (SamplerLCMUpscale)."""
     mask = held(mask, window, x.ndim)

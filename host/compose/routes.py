@@ -17,7 +17,7 @@ from ...methods.prompt_text import Range
 from ...methods.routed import Routes, loosened
 from ...methods.session import RunContext
 from .attention import RowsToRead
-from .places import MaskedLoRAs, Window, crop, of_film, on_grid, resized, within
+from .places import ContextWindow, MaskedLoRAs, crop, of_film, of_window, on_grid, resized
 from .placing import Routed
 from .prompts import BESIDE, Prompt, fitted, search
 from .trust import Trust
@@ -51,7 +51,7 @@ class RoutedLoRAs(MaskedLoRAs):
         self._prompts: dict[UUID, Prompt] = {}
         self._instead: dict[UUID, tuple[UUID, Prompt]] = {}
         self._pending: dict[UUID, Tensor] = {}
-        self._looked: set[tuple[UUID, Window]] = set()  # seen in this evaluation
+        self._looked: set[tuple[UUID, ContextWindow]] = set()  # seen in this evaluation
         self._frames: set[int] = set()  # whose places are known
         self._branches: dict[tuple, Branch] = {}
         self.rows_to_read = RowsToRead()
@@ -162,7 +162,7 @@ class RoutedLoRAs(MaskedLoRAs):
         """Attention to a cond's clauses [pictures, clauses or more, frames, height, width], used from `commit` on."""
         uuid, prompt = self._instead.get(uuid) or (uuid, self._prompts[uuid])
         found = self._compete(prompt, attention)
-        part = within(self.maps, self.window)
+        part = of_window(self.maps, self.window)
         grid = tuple(crop(part, prompt.area).shape[2:])
         found = found[:, :, 0] if len(grid) == 2 else found
         found = resized(found.to(self.maps.device), grid)
@@ -205,7 +205,7 @@ class RoutedLoRAs(MaskedLoRAs):
 
     def compare(self, uuid: UUID, whole: Tensor, without: Sequence[Tensor]) -> None:
         """Predictions [pictures, C, ...] for a cond, and without each of its `spans`."""
-        frames = within(self.maps, self.window).shape[2] if whole.ndim == 5 else None
+        frames = of_window(self.maps, self.window).shape[2] if whole.ndim == 5 else None
         self.see(uuid, self._prompts[uuid].lost(of_film(whole, frames), [of_film(each, frames) for each in without]))
 
     def commit(self) -> None:

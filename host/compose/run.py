@@ -36,7 +36,7 @@ from .kept import KeptBetweenCalls
 from .merging import Merging
 from .neighbours import APART
 from .parts import LOST, Known, inside
-from .places import Area, for_call, values_by_name
+from .places import Area, ContextWindow, for_call, values_by_name
 from .routes import RoutedLoRAs, regions_of
 from .steps import StepTracker
 from .summary import BY_ITSELF, begun, idle, missed, note_acting, sum_up, uncalled, unplaced
@@ -105,7 +105,7 @@ class Run:
         self._seen_compiled: dict[nn.Module, bool] = {}
         self.step: Step | None = None
         self.branches: tuple[tuple[Branch, ...], ...] = ()
-        self.window: tuple | None = None  # places.Window of the call that goes on
+        self.window: ContextWindow = None  # of the call that goes on
         self.contexts = [replace(context, masks=regions.masks) if isinstance(regions, RoutedLoRAs) else context
                          for context, regions in zip(contexts, self.regions, strict=True)]
         self.sessions = [begin(each.method, context) for each, context in zip(applied, self.contexts, strict=True)]

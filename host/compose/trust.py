@@ -11,7 +11,7 @@ from torch import Tensor
 from ...engine.positions import Places
 from ...engine.reach import Reach
 from ...methods.routed import trusted
-from .places import Window, crop, within
+from .places import ContextWindow, crop, of_window
 from .prompts import Prompt
 
 
@@ -23,11 +23,11 @@ class Trust:
 
     def __init__(self, tell: Callable[[str], None]):
         self._tell = tell
-        self._heard: list[tuple[Reach, Sequence[Prompt | None], int, Window]] = []
+        self._heard: list[tuple[Reach, Sequence[Prompt | None], int, ContextWindow]] = []
         self._mean: Tensor | None = None  # over all prompts
 
     def listen(self, prompts: Sequence[Prompt | None], places: Places, pictures: int, adapters: range,
-               window: Window) -> Reach | None:
+               window: ContextWindow) -> Reach | None:
         """What hears, in an evaluation of the conds of these prompts without the LoRAs, what each would do there. None
         where nothing is left to learn, or it cannot be measured."""
         if not any(prompt is not None and prompt.free is None for prompt in prompts):
@@ -58,9 +58,9 @@ class Trust:
             self._mean = torch.stack(free).mean(dim=0)
         return self._mean
 
-    def _learn(self, reach: Reach, prompts: Sequence[Prompt | None], pictures: int, window: Window) -> None:
+    def _learn(self, reach: Reach, prompts: Sequence[Prompt | None], pictures: int, window: ContextWindow) -> None:
         maps = [None if prompt is None or prompt.maps is None else
-                crop(within(prompt.maps[:pictures], window), prompt.area) for prompt in prompts]
+                crop(of_window(prompt.maps[:pictures], window), prompt.area) for prompt in prompts]
         like = next((each for each in maps if each is not None), None)
         if like is None:
             return

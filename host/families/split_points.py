@@ -62,7 +62,7 @@ def split_point_of(root: nn.Module, depth: int) -> SplitPoint | str:
         return _shallow(len(blocks) // 2, depth)
     kinds = dict.fromkeys(kind for kind, *_ in deep)
     members = {kind: [i for other, i, _ in deep if other == kind] for kind in kinds}
-    return BlockSplit(tuple(Span(kind, ids[0], ids[-1] + 1) for kind, ids in members.items()),
+    return BlockSplit(tuple(BlockRange(kind, ids[0], ids[-1] + 1) for kind, ids in members.items()),
                       [block for *_, block in deep])
 
 
@@ -254,7 +254,7 @@ sound."""
 
 
 @dataclass(frozen=True)
-class Span:
+class BlockRange:
     """The blocks [start, stop) of one kind."""
 
     kind: str
@@ -271,7 +271,7 @@ class BlockSplit:
     it and is added anew on reuse. It is kept in fp32 while it grows.
     """
 
-    spans: tuple[Span, ...]
+    spans: tuple[BlockRange, ...]
     deep: list[nn.Module] = field(default_factory=list, compare=False)
 
     def complete(self, caught: Mapping) -> bool:
@@ -280,7 +280,7 @@ class BlockSplit:
     def capture(self, options: Options, caught: Caught) -> Options:
         sums: dict[str, dict] = {span.kind: {} for span in self.spans}
 
-        def summing(span: Span, i: int, before: Callable | None) -> Callable:
+        def summing(span: BlockRange, i: int, before: Callable | None) -> Callable:
             def block(args: dict, extra: dict) -> dict:
                 total = sums[span.kind]
                 for name, tensor in _streams(args):
@@ -305,7 +305,7 @@ class BlockSplit:
 
     @contextmanager
     def reuse(self, features: Mapping, control: dict | None, options: Options) -> Iterator[tuple]:
-        def skipping(span: Span, i: int, before: Callable | None) -> Callable:
+        def skipping(span: BlockRange, i: int, before: Callable | None) -> Callable:
             def add(name: str, k: int, tensor):
                 cached = features.get((span.kind, name, k)) if i == span.start else None
                 return tensor if cached is None else tensor + cached
