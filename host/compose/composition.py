@@ -20,7 +20,7 @@ from .earlier import Left, Mark
 from .fused import as_before, call_routed_layers
 from .run import Free, Run
 from .steps import StepTracker
-from .summary import chosen, in_parts
+from .summary import chosen, in_parts, whole
 from .without import Without
 
 KEY = "lora_ensemble"
@@ -92,6 +92,7 @@ class Composition:
         run = Run(self.applied, tracker, contexts, sides, self.cache and self.cache.at(total), free, device)
         run.without = self.without
         run.record.chosen += chosen(run.record, run.sessions, self.cache, total)
+        run.tell(whole(self.cache, total))
         node = get_executing_context()
         sampled = node and (node, contexts[0].shape if contexts else ())
         if sampled and sampled == self.sampled:

@@ -11,6 +11,7 @@ from ...engine.record import RunRecord
 from ...kernels.branch import Branch
 from ...methods import method_title
 from ...methods.counted import any_step, counted, verb
+from ...methods.schedule import BySteps
 from ...methods.session import RunContext, Session
 from ...methods.windows import InTime
 from .cache import CacheSpec
@@ -119,10 +120,16 @@ def chosen(record: RunRecord, sessions: Sequence[Session], cache: CacheSpec | No
     """What was left to the number of steps, and what came of it."""
     for name, adapters, session in zip(record.methods, record.adapters, sessions, strict=True):
         yield from (f"{method_title(name)}: {line}" for line in session.chosen(adapters))
-    if cache is not None and cache.schedule is not None and cache != cache.at(total):
-        schedule = cache.at(total).schedule
-        few = "; so few steps differ too much, nothing is reused" if schedule.max_age == 1 else ""
-        yield f"Branch Cache: {counted(total, 'step')}: {schedule.words}{few}"
+    if cache is not None and cache.schedule is not None and cache != cache.at(total) and not list(whole(cache, total)):
+        yield f"Branch Cache: {counted(total, 'step')}: {cache.at(total).schedule.words}"
+
+
+def whole(cache: CacheSpec | None, total: int) -> Iterator[str]:
+    """A Branch Cache that reuses nothing in a run of so few steps, where that was left to their number."""
+    if cache is not None and isinstance(cache.schedule, BySteps) and cache.at(total).schedule.max_age == 1:
+        kept = f", whatever the budget of {cache.budget:g}" if cache.budget else ""
+        yield (f"Branch Cache: {counted(total, 'step')}: so few differ too much, and nothing is reused{kept}. Set an "
+               "interval and no budget to have it all the same")
 
 
 def carried(record: RunRecord, contexts: Sequence[RunContext], earlier: Earlier | None, known: Sequence[bool],

@@ -8,8 +8,9 @@ from ...engine.record import RunRecord
 
 Listener = Callable[[bool], None]
 """Called after every step, and with True when the run is over, however it ended."""
-Watcher = Callable[[object, RunRecord, int], Listener | None]
-"""(MODEL, record as it grows, number of steps) -> who is told of the run; None: nobody looks at this one."""
+Watcher = Callable[[object, RunRecord | None, int], Listener | None]
+"""(MODEL, record as it grows, None where guidance alone is on the MODEL, number of steps) -> who is told of the run;
+None: nobody looks at this one."""
 _watchers: list[Watcher] = []
 
 
@@ -19,6 +20,6 @@ def watch(watcher: Watcher) -> None:
         _watchers.append(watcher)
 
 
-def watching(model, record: RunRecord, total: int) -> list[Listener]:
+def watching(model, record: RunRecord | None, total: int) -> list[Listener]:
     """Those who are told of a run."""
     return [listener for watcher in _watchers if (listener := watcher(model, record, total)) is not None]

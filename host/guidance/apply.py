@@ -21,6 +21,7 @@ from ..compose.context import guidance_context, run_context
 from ..compose.earlier import Left, bare, mark_of, marks
 from ..compose.steps import tracked
 from ..compose.variants import own_conds
+from ..compose.watch import watching
 from .identity import describe_model
 from .left import Guided, GuidedRuns
 from .run import GuidedRun
@@ -111,6 +112,7 @@ def sample_guided(executor, noise, latent_image, sampler, sigmas, denoise_mask=N
     run = GuidedRun(guider, session, tracker, record, tell)
     guidance.record = record
     options, left = guider.model_options, None
+    watchers = watching(model, None, tracker.total) if model.get_attachment(OURS) is None else []
     guider.model_options = run.installed(create_model_options_clone(options), KEY)
     try:
         out = executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, *args, **kwargs)
@@ -123,6 +125,8 @@ def sample_guided(executor, noise, latent_image, sampler, sigmas, denoise_mask=N
     finally:
         guider.model_options = options
         session.summary(record)
+        for told in watchers:
+            told(True)
         if record.finished and context.handed_on:
             steps = context.steps + (earlier.steps if earlier is not None else 0)
             GUIDED.keep(left, Guided(guidance.policy, ref(model.model, GUIDED.model_gone), describe_model(model),

@@ -18,7 +18,7 @@ from ..compose.composition import KEY
 from ..compose.watch import Listener
 from ..guidance.apply import guidance_record_of
 from .panel import shown
-from .story import costs_of, line, titles
+from .story import costs_of, line, saved, titles
 
 EVERY = 0.25
 """Seconds between two texts of a run, at least."""
@@ -29,14 +29,16 @@ and `panels`, what `panel.shown` gives."""
 log = logging.getLogger("lora_ensemble")
 
 
-def on_the_node(model, record: RunRecord, total: int) -> Listener | None:
+def on_the_node(model, record: RunRecord | None, total: int) -> Listener | None:
     """A watcher (compose/watch.py) that tells the client of the node that is executed."""
     server, context = _server(), get_executing_context()
-    if server is None or context is None or not record.methods:
+    if server is None or context is None:
         return None
     client, node = server.client_id, context.node_id
     if client is None or node is None:
         return None
+    if record is None or not record.methods:
+        return _alone(model, record, total, server, client, node)
     applied, workflow = model.get_attachment(KEY).applied, _workflow(server, context.prompt_id)
     methods, called = [each.node for each in applied], titles(record, [each.routed is not None for each in applied])
     said = [0.0]
@@ -61,6 +63,20 @@ def on_the_node(model, record: RunRecord, total: int) -> Listener | None:
                 server.send_progress_text(text.replace("\n", "  \n"), each, client)  # Nodes 2.0 reads Markdown
         except RuntimeError as error:  # the server is going down
             log.debug("live text: %s", error)
+
+    return told
+
+
+def _alone(model, record: RunRecord | None, total: int, server, client: str, node: str) -> Listener:
+    """Of a run without LoRAs, with guidance or a Branch Cache, whose nodes have no panel: when it is over, on the node
+    that samples."""
+    def told(over: bool) -> None:
+        text = saved(record, guidance_record_of(model), total) if over and client in server.sockets else ""
+        if text:
+            try:
+                server.send_progress_text(text.replace("\n", "  \n"), node, client)
+            except RuntimeError as error:
+                log.debug("live text: %s", error)
 
     return told
 

@@ -236,13 +236,28 @@ def line(record: RunRecord, called: Sequence[str], costs: Costs, total: int, gui
     lines = [f"{record.done} of {counted(record.whole or total, 'step')}"
              + (f" in {seconds:.1f} s" if over else "")]
     lines += [_leader(record, k, name) if not over else name for k, name in enumerate(called)]
-    parts = [counted(round(sum(costs.whole)), "evaluation")]
-    parts += [f"{sum(costs.cached):.0f} on cached features"] * bool(sum(costs.cached))
-    parts += [f"{sum(costs.left_out):.0f} left out by guidance"] * (sum(costs.left_out) >= 0.5)
+    parts = _evaluated(costs)
     told = len(record.problems) + (len(guidance.problems) if guidance is not None else 0)
     if told:
         parts.append(f"{counted(told, 'note')}: see Ensemble Report")
     return "\n".join([f"{lines[0]}: {'; '.join(lines[1:])}", ", ".join(parts)]) if step.calls or over else ""
+
+
+def _evaluated(costs: Costs) -> list[str]:
+    parts = [counted(round(sum(costs.whole)), "evaluation")]
+    parts += [f"{sum(costs.cached):.0f} on cached features"] * bool(sum(costs.cached))
+    return parts + [f"{sum(costs.left_out):.0f} left out by guidance"] * (sum(costs.left_out) >= 0.5)
+
+
+def saved(record: RunRecord | None, guidance: GuidanceRecord | None, total: int) -> str:
+    """A finished run of a Branch Cache (`record`) or guidance or both without LoRAs, and what could not be done as
+    asked; empty where nothing was sampled."""
+    records = [each for each in (record, guidance) if each is not None]
+    done = max((len(each.steps) for each in records), default=0)
+    rules = [*["Branch Cache"] * (record is not None), *([guidance.policy] if guidance is not None else [])]
+    return "\n".join([f"{done} of {counted(total, 'step')}: {'; '.join(rules)}",
+                      ", ".join(_evaluated(costs_of(record, guidance))),
+                      *(problem for each in records for problem in each.problems)]) if done else ""
 
 
 def now(record: RunRecord, k: int) -> tuple[list[float] | None, dict]:

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from comfy.sampler_helpers import convert_cond
+from lora_ensemble.host.compose.apply import with_cache
 from lora_ensemble.host.compose.cache import CacheSpec
 from lora_ensemble.host.compose.composition import KEY, record_of
 from lora_ensemble.host.compose.prompts import shares_of
@@ -229,14 +230,18 @@ def test_the_branch_cache_goes_by_the_steps(schedule, loras):
     cached = LoRAEnsembleBranchCache.execute(composed, schedule, 0, 1).args[0]
     assert cached.get_attachment(KEY).cache.schedule == BySteps(schedule == "uniform")
     assert torch.equal(sample(cached, steps=4), sample(composed, steps=4))
-    (line,) = record_of(cached).chosen
+    (line,) = record_of(cached).problems
     assert line.startswith("Branch Cache: 4 steps: ") and "nothing is reused" in line
+    assert record_of(cached).chosen == []
     given = LoRAEnsembleBranchCache.execute(composed, schedule, 3, 1).args[0]
     assert torch.equal(sample(cached, steps=20), sample(given, steps=20))
     (line,) = record_of(cached).chosen
     assert ("interval is 3" if schedule == "uniform" else "every 2. step, in the middle every 3.") in line
     assert [step["reused"] > 0 for step in steps_of(cached)] == [step["reused"] > 0 for step in steps_of(given)]
-    assert record_of(given).chosen == []
+    assert record_of(given).chosen == [] == record_of(cached).problems
+    off = with_cache(composed, CacheSpec(Uniform(1)))  # nothing is left to the number of steps
+    sample(off, steps=4)
+    assert record_of(off).problems == []
 
 
 def test_at_cfg_1_there_is_nothing_to_save():

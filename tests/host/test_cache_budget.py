@@ -118,8 +118,8 @@ def test_few_steps_have_nothing_to_spend(loras):
     model = composite(base("SD15"), three(base("SD15"), loras))
     ours = budget(model, 0.5)
     assert torch.equal(sample(ours, steps=8), sample(model, steps=8))
-    (line,) = record_of(ours).chosen
-    assert "8 steps" in line and "nothing is reused" in line
+    (line,) = record_of(ours).problems
+    assert "8 steps" in line and "nothing is reused, whatever the budget of 0.5" in line
 
 
 def test_a_model_that_cannot_be_cut():

@@ -16,15 +16,20 @@ import pytest
 import torch
 from comfy_execution.utils import CurrentNodeContext
 from lora_ensemble.engine.record import RunRecord, StepRecord
-from lora_ensemble.host.compose.apply import with_reason
+from lora_ensemble.host.compose.apply import with_cache, with_reason
+from lora_ensemble.host.compose.cache import CacheSpec
 from lora_ensemble.host.compose.composition import record_of
+from lora_ensemble.host.guidance.apply import apply_guidance
+from lora_ensemble.host.guidance.options import GuidanceOptions, guidance_of
 from lora_ensemble.host.look import live
 from lora_ensemble.host.look.live import EVENT, on_the_node
 from lora_ensemble.host.look.panel import shown
-from lora_ensemble.host.look.story import costs_of, line, titles
+from lora_ensemble.host.look.story import costs_of, line, saved, titles
 from lora_ensemble.methods.cmlora import CMLoRA
 from lora_ensemble.methods.composite import Composite
+from lora_ensemble.methods.guidance.adaptive import AdaptiveGuidance
 from lora_ensemble.methods.loratorio import LoRAtorio
+from lora_ensemble.methods.schedule import BySteps, Uniform
 from lora_ensemble.methods.switch import Switch
 from lora_ensemble.tests.server import Server
 from lora_ensemble.tests.workflows import ROOT, load
@@ -264,7 +269,34 @@ def test_notes_of_methods_and_of_guidance_reach_the_panel(loras, monkeypatch):
     assert why == "because" and "Switch gave it no turn" in own and guided == "of guidance"
 
 
+def cached(model, interval: int = 2):
+    return with_cache(model, CacheSpec(Uniform(interval) if interval else BySteps()))
+
+
+def guided(model, **options):
+    return apply_guidance(model, guidance_of(GuidanceOptions("extrapolate", AdaptiveGuidance(), **options)))
+
+
+@pytest.mark.parametrize(("make", "cfg", "parts"), [
+    (lambda model: cached(model), 3.0, ["8 of 8 steps: Branch Cache", "8 evaluations, 8 on cached features"]),
+    (lambda model: cached(model, 0), 3.0, ["16 evaluations", "so few differ too much, and nothing is reused."]),
+    (lambda model: guided(model, saving=0.3), 3.0, ["8 of 8 steps: Extrapolated guidance, to save 30 %",
+                                                    "left out by guidance"]),
+    (lambda model: guided(model, saving=0.3), 1.0, ["8 evaluations", "at cfg 1, so there is nothing to save"]),
+    (lambda model: cached(guided(model, saving=0.3)), 3.0, ["Branch Cache; Extrapolated guidance", "on cached features",
+                                                            "left out by guidance"])])
+def test_what_is_saved_without_loras_is_on_the_node_that_samples(make, cfg, parts, monkeypatch):
+    """Guard: a cache or guidance that did nothing said so in the log and in the report alone."""
+    wire = wired(monkeypatch)
+    ours = make(base("SD15"))
+    with CurrentNodeContext("p", "7"):
+        sample(ours, steps=8, cfg=cfg)
+    (text, node, client), = wire.sent
+    assert all(part in text for part in parts) and (node, client, wire.panels) == ("7", "c", []), text
+
+
 def test_a_run_without_a_step_has_no_text():
     empty = RunRecord(["Merge"], [["a"]])
     assert line(empty, ["Merge"], costs_of(empty, None), 5) == ""
     assert on_the_node(None, RunRecord([], []), 5) is None
+    assert saved(RunRecord([], []), None, 5) == saved(None, None, 5) == ""
