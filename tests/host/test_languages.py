@@ -184,8 +184,9 @@ def test_marks_are_those_of_the_language(language):
     assert re.findall(rf".*(?:[\u3040-\u9fff][{re.escape(marks)}]|[:;)][\u3040-\u9fff]).*", text) == []
 
 
-def test_every_node_has_a_help_page_in_japanese():
-    assert {page.parent.name for page in HELP if page.stem == "ja"} == set(NEW)
+@each_language
+def test_every_node_has_a_help_page(language):
+    assert {page.parent.name for page in HELP if page.stem == language} == set(NEW)
 
 
 def test_no_language_is_left_over():
