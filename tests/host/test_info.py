@@ -51,11 +51,11 @@ def test_sizes_are_those_of_the_stock_loader(family, loras):
         for block, layers in blocks.items():
             change = sum((changed[layer] - plain[layer]).double().square().sum().item() for layer in layers)
             size = sum(plain[layer].double().square().sum().item() for layer in layers)
-            assert info.changes[block] == pytest.approx((change / size) ** 0.5, rel=2e-3, abs=1e-9)
+            assert info.changes[block] == pytest.approx((change / size) ** 0.5, rel=1e-4, abs=1e-9)
         assert set(info.changes) == set(blocks)
         change = sum((changed[layer] - plain[layer]).double().square().sum().item() for layer in touched)
         assert info.whole == pytest.approx((change / sum(plain[layer].double().square().sum().item()
-                                                         for layer in touched)) ** 0.5, rel=2e-3)
+                                                         for layer in touched)) ** 0.5, rel=1e-4)
     assert [info.layers for info in found] == [len(touched), sum("attn" in layer for layer in touched)]
 
 
