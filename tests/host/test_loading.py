@@ -19,7 +19,7 @@ from lora_ensemble.host.compose.loading import (
     without_effect,
 )
 from lora_ensemble.host.files.ensemble import ALWAYS, LoRASpec
-from lora_ensemble.host.files.fit import Misfit, Torn
+from lora_ensemble.host.files.fit import Broken, Misfit, Torn
 from lora_ensemble.host.files.parse import ParsedLoRA
 from lora_ensemble.host.files.patches import Patches
 
@@ -193,3 +193,48 @@ def test_a_lora_enlarges_a_layer_for_those_behind_it_where_it_is_on_the_weight(o
     else:
         with pytest.raises(ValueError, match="does not fit this model"):
             read(model, None, first, other)
+
+
+IMAGE, FILM = "diffusion_model.img_in.weight", "diffusion_model.patch_embedding.weight"
+
+
+@pytest.mark.parametrize(("family", "key", "times", "fine"), [
+    ("Flux", IMAGE, (1, 2), True), ("Flux", IMAGE, (1, 6), True), ("Flux", IMAGE, (1, 3), False),
+    ("Flux", IMAGE, (2, 2), False), ("Flux", "diffusion_model.final_layer.linear.weight", (1, 2), False),
+    ("Wan", FILM, (1, 2, 1, 1, 1), True), ("Wan", FILM, (1, 3, 1, 1, 1), True), ("Wan", FILM, (1, 2, 2, 1, 1), False)])
+def test_which_layers_may_be_enlarged(family, key, times, fine, monkeypatch):
+    """Those that take the picture, by inputs for what else models are given beside it: where nothing acts beside the
+    weight that is enlarged."""
+    model = base(family)
+    old = model.model.get_parameter(key).shape
+    patches = Patches(enlarged={key: tuple(size * n for size, n in zip(old, times, strict=True))})
+    routed: set[str] = set()
+    monkeypatch.setattr(module, "_routed", lambda model: routed)
+
+    def check(on_weights: bool) -> None:
+        module._check_enlarged(model, patches, Patches(), on_weights)
+
+    if not fine:
+        for on_weights in (False, True):
+            with pytest.raises(Broken, match="for which this model has no input"):
+                check(on_weights)
+        return
+    check(True)
+    routed.add(key)
+    check(False)
+    with pytest.raises(Broken, match="beside the weight"):
+        check(True)
+    with pytest.raises(Broken, match="of the text encoder"):
+        module._check_enlarged(model, Patches(), patches, False)
+
+
+def test_slices_enlarge_nothing():
+    """Patches of other nodes, as the host holds them."""
+    large = ("diff", (torch.ones(6, 4), {"pad_weight": True}))
+    patches = {"a": [(1.0, large, 1.0, None, None)], "b": [(1.0, large, 1.0, (0, 0, 2), None)],
+               "c": [(1.0, ("diff", (torch.ones(2, 2),)), 1.0, None, None)]}
+    assert module._enlarged_before(SimpleNamespace(patches=patches)) == {"a": (6, 4)}
+
+
+def test_what_is_unknown_keeps_its_names():
+    assert module._capital("use it with ComfyUI's loader") == "Use it with ComfyUI's loader"
