@@ -67,7 +67,21 @@ class Plan:
 
 
 class Run:
-    """State of one sampling run: fresh at its start, gone at its end."""
+    """State of one sampling run: fresh at its start, gone at its end.
+
+    Per applied method there are `contexts`, `sessions` and `regions`: where its LoRAs may act, None: everywhere. Those
+    of them that words find are `routes`. `banked` has the methods by the bank that serves them.
+
+    Of the call that goes on are `step`, `branches` per method, `window`, and `single`, its combination of branches if
+    it has one alone. `readers` and `read`: see `reading`. `probing`: it is none of the sampler's own. `without`: LoRAs
+    that are left out of it.
+
+    Of conds are `combos` and `origins`, what an identity that `tag` has given stands for, and `areas`. `conds` asks for
+    all that the guider has.
+
+    Beside other nodes there are `controls`, `kept`, `merging`, and `cuts`, where they have cut the picture. `texts` is
+    open while the host prepares conds.
+    """
 
     def __init__(self, applied: Sequence[Applied], tracker: StepTracker, contexts: Sequence[RunContext],
                  sides: Mapping[UUID, str], cache: CacheSpec | None, free: Free, device: torch.device):
@@ -80,7 +94,7 @@ class Run:
         self.cache = BranchCache(cache, self._tell, free) if cache is not None and cache.oldest > 1 else None
         self.combos: dict[UUID, Combo] = {}
         self.single: Combo | None = None
-        self.controls, self.texts = Controls(), ExitStack()  # texts: open while the host prepares conds
+        self.controls, self.texts = Controls(), ExitStack()
         self._sides = sides
         self._tags: dict[tuple[UUID, Combo], UUID] = {}
         self._routed: dict[nn.Module, list[RoutedForwards]] = {}
@@ -89,7 +103,7 @@ class Run:
         self._apart: dict[nn.Module, bool] = {}
         self._since = time.perf_counter()
         self.areas: dict[UUID | None, Area] = {}
-        self.cuts: Known = {}  # where other nodes have cut the picture
+        self.cuts: Known = {}
         self.origins: dict[UUID | None, UUID | None] = {}
         self.banked = together(applied)
         self.regions = [regions_of(each, context, device, self._tell)
@@ -105,7 +119,7 @@ class Run:
         self._seen_compiled: dict[nn.Module, bool] = {}
         self.step: Step | None = None
         self.branches: tuple[tuple[Branch, ...], ...] = ()
-        self.window: ContextWindow = None  # of the call that goes on
+        self.window: ContextWindow = None
         self.contexts = [replace(context, masks=regions.masks) if isinstance(regions, RoutedLoRAs) else context
                          for context, regions in zip(contexts, self.regions, strict=True)]
         self.sessions = [begin(each.method, context) for each, context in zip(applied, self.contexts, strict=True)]
