@@ -25,8 +25,8 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from ..kernels.branch import Step
-from ..kernels.guidance import steps_among
 from ..methods.guidance.extrapolated import Extrapolation, widest
+from ..methods.guidance.turns import steps_among
 from ..methods.schedule import LONGEST, BySteps, Schedule, Uniform, schedules, within
 from . import models
 from .measure import parser_of

@@ -6,12 +6,13 @@ from __future__ import annotations
 import pytest
 import torch
 from lora_ensemble.kernels.branch import Step
-from lora_ensemble.kernels.guidance import line, relative_size, spread_steps, steps_among
+from lora_ensemble.kernels.guidance import line, relative_size
 from lora_ensemble.methods.guidance import extrapolated
 from lora_ensemble.methods.guidance import line as line_of
 from lora_ensemble.methods.guidance.extrapolated import ExtrapolatedSession, Extrapolation, widest
 from lora_ensemble.methods.guidance.record import GuidanceRecord, GuidanceStep
 from lora_ensemble.methods.guidance.session import FULL, REPLACED, Need
+from lora_ensemble.methods.guidance.turns import spread_steps, steps_among
 from lora_ensemble.methods.schedule import Uniform
 from lora_ensemble.tests.devices import Far
 from lora_ensemble.tests.operations import Operations

@@ -12,7 +12,7 @@ from ...engine.bank import Bank
 from ...kernels.branch import Branch
 
 MOST = 4096
-"""Combinations of one model call. Methods in a row multiply theirs, and each is an evaluation of the model."""
+"""Combinations of one model call, at most. Methods in a row multiply theirs, and each is an evaluation of the model."""
 
 
 def combinations(branches: Sequence[Sequence[Branch]], methods: Sequence[str]) -> tuple[tuple[Branch, ...], ...]:

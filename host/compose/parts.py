@@ -47,7 +47,8 @@ def with_parts(wrapper: Wrapper, aside: Callable[[], bool], placed: bool, known:
 
 
 def inside(areas: Sequence[Area], parts: Sequence[Area]) -> list[Area]:
-    """The areas on the latent of parts of areas of it: of each part all areas. Where one is not found, the areas."""
+    """Where the conds of a batch lie on the latent, all of one part after those of another: their areas are areas of
+    the latent, and each part is a piece of its areas. The areas as they are where a part was not found."""
     each = len(areas) // max(len(parts), 1)
     return list(areas) if None in parts or not parts else [
         part if area is None else (*part[:2], *(here + there for here, there in zip(area[-2:], part[2:], strict=True)))

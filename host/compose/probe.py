@@ -153,9 +153,13 @@ def _why_not(regions: RoutedLoRAs, root: nn.Module, placed: bool, compiled: bool
     if not placed:
         return (f"{type(root).__name__}: where its tokens lie in the picture is not known, so that words have no place "
                 "in its layers. Composite and LoRAtorio confine LoRAs by masks there")
-    reason = "torch.compile hides the attention of this model" if compiled else \
-        f"{' and '.join(others)}: computes the blocks of the model in its own way, so that their attention cannot be " \
-        "read" if others else f"{type(root).__name__}: the attention of this kind of model cannot be read"
+    if compiled:
+        reason = "torch.compile hides the attention of this model"
+    elif others:
+        reason = (f"{' and '.join(others)}: computes the blocks of the model in its own way, so that their attention "
+                  "cannot be read")
+    else:
+        reason = f"{type(root).__name__}: the attention of this kind of model cannot be read"
     return f"{reason}. Mode 'contrast' finds places without it"
 
 

@@ -73,8 +73,8 @@ def whole_only(conds: list, options: dict, composition: Composition | None) -> s
 
 
 def sides_together(options: dict) -> str | None:
-    """Why both sides must be evaluated in the same steps: the conditional one is another without the negative beside
-    it, or they would be of unequal age. None where there is no reason."""
+    """Why both sides must be evaluated in the same steps: without the negative beside it the conditional one would be
+    another, or the two would be of unequal age. None where there is no reason."""
     inner = options.get("transformer_options", {})
     if any(name.endswith("output_patch") for name in inner.get("patches", {})):
         return "a patch of attention outputs (NAG) looks at both sides of a batch"

@@ -30,11 +30,12 @@ import torch
 from torch import Tensor
 
 from ...kernels.branch import Step
-from ...kernels.guidance import relative_size, spread_steps, steps_among
+from ...kernels.guidance import relative_size
 from ..session import Sent
 from .line import Astray, Line
 from .record import GuidanceRecord, known
 from .session import FULL, REPLACED, GuidanceSession, Need, Rows, Tell
+from .turns import spread_steps, steps_among
 
 WIDEST = 4
 """Steps from one evaluation to the next at most. In short runs fewer: see `widest`."""

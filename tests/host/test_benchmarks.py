@@ -268,7 +268,7 @@ def test_what_is_told_of_a_run(results):
 def test_steps_of_the_whole_model(results):
     found = results("host_time", "--quick", "--rounds", "1", "--only", "step", "--models", "SD1.5")
     bypass = hasattr(comfy.sd, "load_bypass_lora_for_models")
-    assert len(found) == 6 + bypass and {r["layers"] for r in found} == {160}
+    assert len(found) == 7 + bypass and {r["layers"] for r in found} == {160}
 
 
 def narrow(quick: list[str]):
