@@ -55,6 +55,7 @@ SETS = {
     "linear1": [each(LINEAR1, "lora")] * 3,
     "some slices": [each(QKV, "lora"), each(QKV[::2], "lora"), each(QKV[1:2], "lora")],
     "q, k and v of linear1": [each(QKV, "lora"), each(QKV, "lora wide"), each(QKV, "lora")],
+    "k and v": [each(QKV[1:], "lora")] * 3,
     "a gap": [each([LINEAR1[0], LINEAR1[3]], "lora")] * 3,
     "fused and sliced": [each(QKV, "lora"), {None: "lora"}, each(QKV, "lora")],
     "both in one file": [{**each(QKV, "lora"), None: "lora"}, each(QKV, "lora"), {None: "lora wide"}],

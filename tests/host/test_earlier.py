@@ -43,6 +43,21 @@ def test_the_last_of_the_runs_that_left_it():
     assert left.before(latent(2)) == "again" and left.values() == ["again", 3, 2]
 
 
+def test_the_last_sixteen_runs_are_known():
+    left = Left()
+    for number in range(17):
+        left.keep(mark_of(latent(number)), number)
+    assert left.values() == list(range(16, 0, -1))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_latent_is_whole_where_all_of_it_are_numbers(value):
+    own = latent()
+    assert mark_of(own).whole
+    own[..., 3, 5] = value
+    assert not mark_of(own).whole
+
+
 def several(*parts: Tensor) -> SimpleNamespace:
     """A latent of several parts, as the host's own class has them."""
     return SimpleNamespace(is_nested=True, unbind=lambda: parts)

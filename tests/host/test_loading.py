@@ -23,7 +23,7 @@ from lora_ensemble.host.files.fit import Broken, Misfit, Torn
 from lora_ensemble.host.files.parse import ParsedLoRA
 from lora_ensemble.host.files.patches import Patches
 
-from .builders import kohya, lora
+from .builders import kohya, lora, text_layers
 from .models import base, small_clip
 from .test_apply import with_text
 
@@ -170,6 +170,12 @@ def test_a_file_for_the_text_encoder_alone():
     assert wrong(0, 0, 0, text=2, has_clip=True) is None
     assert "changes the text encoder alone, and none is connected" in wrong(0, 0, 0, text=2)
     assert "matches no layer" in wrong(0, 0, 1, text=0)
+
+
+def test_a_text_encoders_layers_in_a_kind_that_nobody_can_load(clip, loras):
+    names = [f"lora_te_text_model_{layer.replace('.', '_')}.fourierft_spectrum" for layer in text_layers(clip)]
+    with pytest.raises(ValueError, match="for layers of this model .* kind or named in a way"):
+        read(base("SD15"), clip, LoRASpec(loras({name: torch.ones(4) for name in names}), 0.5, 0.5))
 
 
 def test_keys_of_a_text_encoder_are_missed_where_there_is_one(clip, loras):
