@@ -117,16 +117,22 @@ function keepAway(workflow, panels) {
   }
 }
 
+/** What a node has given as its text, in the form in which it says it while it runs. */
+const given = (output) => output?.text?.[0]?.replaceAll('\n', '  \n')
+
+const speak = (node, text) => api.dispatchCustomEvent('progress_text', { nodeId: String(node.id), text })
+
 /** What is kept of the workflow in sight is on its nodes again, which were made anew: the host calls this where it has
  * pictures come back, and after an undo. */
 function restore(outputs = app.nodeOutputs) {
   const seen = root()
   for (const graph of seen ? [seen, ...(seen.subgraphs?.values() ?? [])] : []) {
     for (const node of graph.nodes.filter(isOurs)) {
-      const { parts, text } = outputs?.[place(node)]?.[KEPT] ?? {}
+      const output = outputs?.[place(node)]
+      const { parts, text = given(output) } = output?.[KEPT] ?? {}
       const again = () => parts && app.extensionManager?.setting?.get(SETTING) && show(node, parts)
       again() // first, and once more with the text, as in a run: a panel knows the height before both, and with both
-      if (text && graph === app.canvas?.graph) api.dispatchCustomEvent('progress_text', { nodeId: String(node.id), text })
+      if (text && graph === app.canvas?.graph) speak(node, text)
       again()
     }
   }
@@ -159,6 +165,7 @@ function show(node, parts) {
   const panel = panelOf(node)
   const rows = parts.reduce((count, part) => count + Math.min(part.rows.length, MOST), 0)
   const { notes, more } = parts[0]
+  panel.parts = parts
   panel.element.dataset.height = rows * ROW + (parts.length + 1 + more.length) * 18 + notes.length * NOTE + 30
   draw(panel.element, parts)
   const least = window.LiteGraph?.vueNodesMode ? 0 : node.computeSize()[1] // Nodes 2.0 makes room by itself
@@ -197,6 +204,17 @@ function said({ detail: { nodeId, text } }) {
   if (isOurs(node)) keep(app.nodeOutputs, place(node), { text })
 }
 
+/** What a node gives takes the place of all that the host keeps of it. Where it comes from the server's cache, the node
+ * does not run, and says nothing by itself. */
+function executed({ detail: { node: id, display_node: seen, output } }) {
+  const node = nodeOf(seen ?? id)
+  if (!isOurs(node)) return
+  const widget = (part) => node.widgets?.find(({ name }) => name.includes(part))
+  const { parts } = widget(NAME) ?? {}
+  if (parts) keep(app.nodeOutputs, place(node), { parts })
+  if (given(output) && node.graph === app.canvas?.graph && !widget('text-preview')) speak(node, given(output))
+}
+
 app.registerExtension({
   name: 'LoRAEnsemble.Panel',
   settings: [{
@@ -210,6 +228,7 @@ app.registerExtension({
     put(document.head, 'style', STYLE)
     api.addEventListener(EVENT, told)
     api.addEventListener('progress_text', said)
+    api.addEventListener('executed', executed)
   },
   afterConfigureGraph: () => restore(),
   onNodeOutputsUpdated: restore

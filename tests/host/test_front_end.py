@@ -132,6 +132,16 @@ def test_a_template_that_is_queued_tells_its_story(page: FrontEnd, routed: dict)
     assert page.complaints()[said:] == []
 
 
+@pytest.mark.usefixtures("routed")
+@pytest.mark.parametrize("name", ["sdxl_prompt", "sdxl_lora_info"])
+def test_what_nodes_say_has_its_room_in_the_template(page: FrontEnd, server: Server, name: str):
+    """A node grows with its text in Nodes 2.0."""
+    graph = server.json(f"/api/workflow_templates/lora-ensemble/{name}.json")
+    page.open_graph(opened_on_small(graph, FAMILY, LORAS, steps=1), name)
+    assert page.run()["over"] == "success"
+    assert overlaps(page.nodes()) == []
+
+
 def is_ours(name: str) -> bool:
     return name.startswith("LoRAEnsemble")
 

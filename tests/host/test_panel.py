@@ -6,8 +6,9 @@ import json
 
 import pytest
 from lora_ensemble.tests.front_end import RUN, SETTLED, FrontEnd
+from lora_ensemble.tests.workflows import opened_on_small
 
-from .test_front_end import page, routed  # noqa: F401  (fixtures)
+from .test_front_end import FAMILY, LORAS, page, routed  # noqa: F401  (fixtures)
 
 WRAP = """(() => {
   let inner = app.graph._nodes.filter(node => node.type.startsWith('LoRAEnsemble') && node.type.match(/LoRA$|Routed/))
@@ -26,8 +27,15 @@ SAVED = """JSON.stringify((app.graph.serialize().definitions?.subgraphs ?? []).f
   .filter(node => node.type.startsWith('LoRAEnsemble'))
   .map(node => [node.id, [...node.size].map(Math.round), node.widgets_values, node.properties]))"""
 COMMAND = "app.extensionManager.command.execute(%s).then(() => true)"
-TEXT = """JSON.stringify(app.graph._nodes.filter(node => node.type === 'LoRAEnsembleRouted')
-  .flatMap(node => node.widgets.filter(widget => widget.name.includes('text-preview')).map(widget => widget.value)))"""
+TEXT_OF = """JSON.stringify(app.graph._nodes.filter(node => node.type === '%s').flatMap(node => node.widgets ?? [])
+  .filter(widget => widget.name.includes('text-preview')).map(widget => widget.value))"""
+TEXT = TEXT_OF % "LoRAEnsembleRouted"
+GIVEN = """(async () => {  // as the server says it of a node whose output it has from before
+  const { api } = await import('/scripts/api.js')
+  const node = String(app.graph._nodes.find(node => node.type === 'LoRAEnsembleRouted').id)
+  api.dispatchCustomEvent('executed', {node, display_node: node, output: {text: ['Routed']}, prompt_id: 'of before'})
+  return true
+})()"""
 RENAMED = "(app.graph._nodes.find(node => node.type === 'LoRAEnsembleRouted').title = 'mine', true)"
 
 
@@ -103,6 +111,35 @@ def test_the_panel_comes_back_with_its_tab(page: FrontEnd, routed: dict):  # noq
     (again,) = panels(page)
     assert "6 of 6 steps" in again and page.saved() == before
     assert page.complaints()[said:] == []
+
+
+def test_what_a_node_gives_leaves_its_panel_with_the_tab(page: FrontEnd, routed: dict):  # noqa: F811
+    """The host puts it in the place of all that it keeps of the node."""
+    page.open_graph(routed, "given")
+    assert page.run()["over"] == "success"
+    shown = panels(page)
+    page.browser.evaluate(GIVEN)
+    page.open_graph(routed | {"id": "00000000-0000-4000-8000-000000000002"}, "another")
+    command(page, "Workspace.PreviousOpenedWorkflow")
+    assert len(shown) == 1 and panels(page) == shown
+
+
+def test_what_a_node_found_is_said_on_a_new_page_and_with_its_tab(page: FrontEnd, routed: dict):  # noqa: F811
+    """The server then has the node's output, and does not run it again."""
+    shown, text = opened_on_small(page.server.json("/api/workflow_templates/lora-ensemble/sdxl_lora_info.json"), FAMILY,
+                                  LORAS, steps=1), TEXT_OF % "LoRAEnsembleInfo"
+    page.open_graph(shown, "info")
+    assert page.run()["over"] == "success"
+    (found,) = json.loads(page.browser.evaluate(text))
+    assert "LoRA of rank 4" in found
+    page.open_graph(routed, "another")
+    command(page, "Workspace.PreviousOpenedWorkflow")
+    assert json.loads(page.browser.evaluate(text)) == [found]
+    page.load()
+    page.open_graph(shown, "info")
+    assert json.loads(page.browser.evaluate(text)) == []
+    assert page.run()["over"] == "success"
+    assert json.loads(page.browser.evaluate(text)) == [found]
 
 
 def test_the_panel_stays_through_an_undo(page: FrontEnd, routed: dict):  # noqa: F811
