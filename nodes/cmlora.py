@@ -174,7 +174,8 @@ class LoRAEnsembleCMLoRA(io.ComfyNode):
         if cache_depth > 0 and order != "switch-a" and not last.always:
             count = len(last.names)
             age = AgeBySteps(count, c1, c2) if cache_age == 0 else cache_age or oldest(count, c1, c2)
-            composed = with_cache(composed, CacheSpec(max_age=age, depth=cache_depth, forecast=features == "forecast"))
+            composed = with_cache(composed, CacheSpec(max_age=age, depth=cache_depth, forecast=features == "forecast",
+                                                     whose="The cache of CMLoRA"))
         return io.NodeOutput(composed, merged)
 
 

@@ -44,6 +44,7 @@ class CacheSpec:
                held
     budget     share of the model's operations that a run may take: its first call counts them and chooses schedule and
                depth. 0: they are as given. Needs a schedule that goes by the number of steps
+    whose      what is said of it begins with this: the user may have no Branch Cache node
     """
 
     schedule: Schedule | None = None
@@ -51,6 +52,7 @@ class CacheSpec:
     depth: int = 2
     forecast: bool = False
     budget: float = 0.0
+    whose: str = "Branch Cache"
 
     def __post_init__(self) -> None:
         if not 0 <= self.budget < 1 or (self.budget and not isinstance(self.schedule, BySteps)):
@@ -128,7 +130,7 @@ class BranchCache:
             return [list(combos)]
         few = self._few(step)
         if few:
-            self._report(f"Branch Cache: a run of {counted(step.total, 'step')} is too short for a forecast, its "
+            self._report(f"{self.spec.whose}: a run of {counted(step.total, 'step')} is too short for a forecast, its "
                          "features differ too much; every branch ran whole. Schedule uniform, which holds them (of "
                          "CMLoRA: features held), can be used.")
         for combo, asked in zip(combos, fresh, strict=True):
@@ -248,14 +250,15 @@ class BranchCache:
             self._kept[uuid] = key
             if home != device and home not in self._spilled:
                 self._spilled.add(home)
-                log.info("Branch Cache: %s has no room for all features; the others are kept in main memory.", device)
+                log.info("%s: %s has no room for all features; the others are kept in main memory.", self.spec.whose,
+                         device)
 
     def _give_up(self, limit: int) -> None:
         """From the next call on: what the other batches of this one do must not depend on which of them came first."""
         with self._lock:
             known, self._off = self._off, True
         if not known:
-            self._report("Branch Cache: the features of this run do not fit into half of the free memory "
+            self._report(f"{self.spec.whose}: the features of this run do not fit into half of the free memory "
                          f"({limit >> 20} MB), so from step {self._step.index + 1} on every branch runs whole and "
                          "nothing is cached. With more memory the picture would be another one.")
 
@@ -283,7 +286,7 @@ class BranchCache:
         return self._split_points[root]
 
     def _say(self, reason: str) -> None:
-        self._report(f"Branch Cache: {reason}. What is not cached runs whole, as without the cache.")
+        self._report(f"{self.spec.whose}: {reason}. What is not cached runs whole, as without the cache.")
 
 
 def _patches(options: dict) -> Hashable:

@@ -151,7 +151,7 @@ def carried(record: RunRecord, contexts: Sequence[RunContext], earlier: Earlier 
                             "looked for anew, since " + ("that run is not known" if earlier is None else
                                                          "the earlier run had none for these words"))
     if cache is not None:
-        yield ("Branch Cache: features are those of one run, and the first step is computed whole; kept for a second "
+        yield (f"{cache.whose}: features are those of one run, and the first step is computed whole; kept for a second "
                "run they would hold up to half of the free memory, and save a step")
 
 

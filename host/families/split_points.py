@@ -25,6 +25,7 @@ import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import SpatialVideoTransformer, UNetModel, VideoResBlock
 from torch import Tensor, nn
 
+from ...methods.counted import counted
 from .lasting import lasting
 
 Options = dict
@@ -67,7 +68,7 @@ def split_point_of(root: nn.Module, depth: int) -> SplitPoint | str:
 
 
 def _shallow(blocks: int, depth: int) -> str:
-    return f"the model has {blocks} blocks at either end, and depth {depth} computes them all"
+    return f"the model has {counted(blocks, 'block')} at either end, and depth {depth} computes them all"
 
 
 def _blocks(root: nn.Module, name: str) -> nn.ModuleList | tuple:

@@ -72,6 +72,17 @@ def test_switch_a_has_nothing_to_cache(loras):
     assert cmlora(base("SD15"), three(base("SD15"), loras), 2, order="Switch-A").get_attachment(KEY).cache is None
 
 
+def test_what_is_said_of_a_cache_names_the_node_that_brings_it(loras):
+    model = base("Flux")
+    deepest = len(model.model.diffusion_model.double_blocks) + len(model.model.diffusion_model.single_blocks)
+    own = cmlora(model, three(model, loras), deepest)
+    node = LoRAEnsembleBranchCache.execute(own, "uniform", 4, deepest).args[0]
+    for whose, ours in {"The cache of CMLoRA": own, "Branch Cache": node}.items():
+        sample(ours, "Flux", steps=4)
+        [said] = [line for line in record_of(ours).problems if "computes them all" in line]
+        assert said.startswith(f"{whose}: Flux: the model has 1 block at either end, ")
+
+
 def test_a_branch_cache_behind_cmlora_replaces_its_schedule(loras):
     model = base("SD15")
     ours = LoRAEnsembleBranchCache.execute(cmlora(model, three(model, loras), 3), "uniform", 4, 1).args[0]

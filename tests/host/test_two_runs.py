@@ -17,6 +17,7 @@ from lora_ensemble.methods.composite import Composite
 from lora_ensemble.methods.schedule import Uniform
 
 from .builders import method, same, schedule, three
+from .caches import cmlora
 from .guidance_tools import SD15, extrapolated
 from .models import base
 from .runs import MAKES, ROUNDING, STEPS, k_lora, no_runs, part, two_models
@@ -215,8 +216,16 @@ def test_features_are_of_one_model(loras):
     whole, half = part(ours, 0, STEPS), part(ours, 0, 3)
     assert record_of(ours).carried == []
     same(part(ours, 3, STEPS, half), whole, part(model, 0, STEPS), ROUNDING)
-    assert any("features are those of one run" in line for line in record_of(ours).carried)
+    assert any(line.startswith("Branch Cache: features are those of one run") for line in record_of(ours).carried)
     assert record_of(ours).steps[0].notes["cache"]["reused"] == 0 < record_of(ours).steps[1].notes["cache"]["reused"]
+
+
+def test_the_cache_of_a_method_is_called_its_own(loras):
+    """No Branch Cache is in the graph."""
+    model = base("SD15")
+    ours = cmlora(model, three(model, loras), 1)
+    part(ours, 3, STEPS, part(ours, 0, 3))
+    assert any(line.startswith("The cache of CMLoRA: features are those") for line in record_of(ours).carried)
 
 
 def test_a_latent_in_half_precision_is_recognised(fresh, loras):
