@@ -35,11 +35,11 @@ from .earlier import Mark
 from .kept import KeptBetweenCalls
 from .merging import Merging
 from .neighbours import APART
-from .parts import LOST, Known, inside
 from .places import Area, ContextWindow, for_call, values_by_name
 from .routes import RoutedLoRAs, regions_of
 from .steps import StepTracker
 from .summary import BY_ITSELF, begun, idle, missed, note_acting, sum_up, uncalled, unplaced
+from .tiles import LOST, Known, inside
 from .without import Without
 
 log = logging.getLogger("lora_ensemble")
@@ -220,16 +220,16 @@ class Run:
         self._tell(f"{type(root).__name__}: {reason}; {APART}")
 
     def places(self, joined: Joined, root: nn.Module, x: Tensor, conds: Mapping[str, object],
-               uuids: Sequence[UUID | None], parts: Sequence[Area] = ()) -> Places | None:
-        """Where the LoRAs of the methods of a bank may act in a batch of these conds, of each part of the picture all;
+               uuids: Sequence[UUID | None], tiles: Sequence[Area] = ()) -> Places | None:
+        """Where the LoRAs of the methods of a bank may act in a batch of these conds, of each tile of the picture all;
         None: everywhere."""
         k = joined.methods[-1]  # what is beneath it is always on, everywhere
         regions = self.regions[k]
         if regions is None or regions.nowhere or getattr(self.applied[k].method, "masks", "") == "predictions":
             return None
-        if None in parts and x.shape[-2:] != regions.maps.shape[-2:]:
+        if None in tiles and x.shape[-2:] != regions.maps.shape[-2:]:
             self._tell(LOST)
-        return regions.places(root, x, conds, inside([self.areas.get(uuid) for uuid in uuids], parts),
+        return regions.places(root, x, conds, inside([self.areas.get(uuid) for uuid in uuids], tiles),
                               [self.origins.get(uuid, uuid) for uuid in uuids], self.merging)
 
     def rows(self, joined: Joined, count: int, conds: Sequence[tuple[Combo, UUID | None]], pictures: int

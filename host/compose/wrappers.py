@@ -22,7 +22,6 @@ from .composition import KEY, Composition
 from .context import is_flow, method_contexts, parts_of, run_context, sides_of, timed
 from .control import CALLER_CONDS, OF_WEIGHTS, OWN_CONTROLS, caller_indexes, made_of_weights
 from .earlier import RUNS, bare, mark_of, names_of
-from .parts import PARTS, with_parts
 from .places import window_of
 from .prepared import act_on_prompts
 from .probe import find_places, listening, positives, readings
@@ -31,6 +30,7 @@ from .run import Plan, Run
 from .sampled import free_of, is_compiled, routed_on, run_of, unwrapped
 from .steps import tracked
 from .summary import carried
+from .tiles import TILES, with_tiles
 from .variants import with_variants
 from .watch import watching
 
@@ -137,7 +137,7 @@ def calc_cond_batch(executor, model, conds, x_in, timestep, model_options):
     run.controls.as_they_are = OWN_CONTROLS in model_options
     if (wrapper := model_options.get("model_function_wrapper")) is not None:
         placed = any(regions is not None for regions in run.regions)
-        wrapper = with_parts(wrapper, lambda: run.probing, placed, run.cuts)
+        wrapper = with_tiles(wrapper, lambda: run.probing, placed, run.cuts)
         model_options = {**model_options, "model_function_wrapper": wrapper}
     plan, sides = run.plan(x_in, timestep, parts_of(conds)), run.sides(conds)
     _in_window(run, model_options.get("transformer_options", {}))
@@ -164,11 +164,11 @@ def calc_cond_batch(executor, model, conds, x_in, timestep, model_options):
 def _evaluated(executor, model, run: Run, plan: Plan, conds, sides, x_in, timestep, model_options) -> list[Tensor]:
     """The predictions of one call, every branch for every cond, mixed."""
     combos = plan.combos
-    parts, root = [combos], unwrapped(model.diffusion_model)
+    groups, root = [combos], unwrapped(model.diffusion_model)
     if run.cache is not None and not run.probing:
         together = len(combos) > 1 and _mixes(run, model, root, conds, model_options)
-        parts = run.cache.parts(plan.own, combos, plan.fresh, timestep, partial(_identities, run, plan, conds),
-                                together)
+        groups = run.cache.parts(plan.own, combos, plan.fresh, timestep, partial(_identities, run, plan, conds),
+                                 together)
     if len(combos) == 1:
         run.single = combos[0]
         outs = executor(model, conds, x_in, timestep, model_options)
@@ -177,21 +177,21 @@ def _evaluated(executor, model, run: Run, plan: Plan, conds, sides, x_in, timest
     run.single = None
     options = _caller_options(model_options, len(conds))
 
-    def evaluated(parts) -> dict:
+    def evaluated(groups) -> dict:
         outs = {}
         run.controls.begin(conds, len(combos))
-        for part in parts:
+        for group in groups:
             # The host takes conds from the end of its list: reversed here, rows come out with branches in order and the
             # conds of one branch side by side, which is the layout that the engine computes in the fewest products.
-            wide = [_branch_cond(run, cond, combo) for combo in reversed(part) for cond in conds]
+            wide = [_branch_cond(run, cond, combo) for combo in reversed(group) for cond in conds]
             found = executor(model, wide, x_in, timestep, options)
-            outs.update({combo: found[k * len(conds):(k + 1) * len(conds)] for k, combo in enumerate(reversed(part))})
+            outs.update({combo: found[k * len(conds):(k + 1) * len(conds)] for k, combo in enumerate(reversed(group))})
         return outs
 
     # The base model first: what a node keeps of the last batch (Self-Attention Guidance its attention) is a LoRA's.
-    singles = [(combo,) for combo in sorted((combo for part in parts for combo in part), key=_acting)]
+    singles = [(combo,) for combo in sorted((combo for group in groups for combo in group), key=_acting)]
     try:
-        outs = evaluated(singles if run.apart(root, conds, options["transformer_options"]) else parts)
+        outs = evaluated(singles if run.apart(root, conds, options["transformer_options"]) else groups)
     except NotRows as reason:
         settle(options)
         run.keep_apart(root, reason)
@@ -208,8 +208,8 @@ def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, t
     run = run_of(model)
     if run is None:
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
-    parts = options.get(PARTS, ())
-    uuids = (options.get("uuids") or [None]) * max(len(parts), 1)
+    tiles = options.get(TILES, ())
+    uuids = (options.get("uuids") or [None]) * max(len(tiles), 1)
     combos, root = [run.combos.get(uuid, run.single) for uuid in uuids], unwrapped(model.diffusion_model)
     if None in combos:
         # A node called the model on its own while several branches are open: none of them is meant.
@@ -230,11 +230,11 @@ def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, t
 
     with ExitStack() as stack:
         for joined, routed in forwards:
-            places = run.places(joined, root, x, {"context": c_crossattn, **kwargs}, uuids, parts)
+            places = run.places(joined, root, x, {"context": c_crossattn, **kwargs}, uuids, tiles)
             reach = listening(run, joined, rows, places, per_cond)
             stack.enter_context(routed.rows(run.rows(joined, routed.bank.count, rows, per_cond), places, reach))
         found = readings(run.readers, root, x, {"context": c_crossattn, **kwargs}, run.to_read(uuids, combos)) \
-            if run.readers and not parts else ()
+            if run.readers and not tiles else ()
         for reading in found:
             options = reading.reader.options(options)
         if run.cache is not None and not run.probing:

@@ -10,7 +10,7 @@ import comfy.controlnet
 import pytest
 import torch
 from comfy_execution.utils import CurrentNodeContext
-from lora_ensemble.host.compose import parts
+from lora_ensemble.host.compose import tiles
 from lora_ensemble.host.compose.composition import places_of, record_of
 from torch import Tensor
 
@@ -64,7 +64,7 @@ def test_several_branches_are_the_mean_of_runs_with_one(name, batch, loras):
 @pytest.mark.parametrize("family", ["SD15", "Flux"])
 @pytest.mark.parametrize("name", TILES)
 def test_masks_are_of_the_whole_picture(name, family, loras):
-    """Guard: `with_parts` finds them. In each tile the mask would be one of the tile. `halves` do not overlap, so that
+    """Guard: `with_tiles` finds them. In each tile the mask would be one of the tile. `halves` do not overlap, so that
     the picture of each LoRA alone can be put together."""
     tiles, model = TILES[name], base(family)
     ensemble, where = pair(model, loras, LAST[family]), torch.zeros(1, 1, 8, 8)
@@ -108,7 +108,7 @@ def test_controls_of_tiles(count, control_model, loras):  # noqa: F811
 def test_nothing_waits_for_the_device_where_no_lora_has_a_place(monkeypatch, loras):
     """Guard: parts are looked for where places are. To find one reads the latent."""
     model, searched = base("SD15"), []
-    monkeypatch.setattr(parts, "_area", lambda part, picture: searched.append(part))
+    monkeypatch.setattr(tiles, "_area", lambda part, picture: searched.append(part))
     sample(halves(composite(model, three(model, loras))))
     assert not searched
     sample(halves(merge(model, pair(model, loras))))
@@ -159,12 +159,12 @@ def told(wrapper: Callable, aside: bool = False, placed: bool = True, known: dic
     calls = []
 
     def model(x: Tensor, timestep: Tensor, **conds) -> Tensor:
-        calls.append(conds.get("transformer_options", {}).get(parts.PARTS))
+        calls.append(conds.get("transformer_options", {}).get(tiles.TILES))
         return x
 
     given = {"input": PICTURE, "timestep": torch.ones(2), "c": {"transformer_options": {}}}
     known = {} if known is None else known
-    return calls, parts.with_parts(wrapper, lambda: aside, placed, known)(model, given)
+    return calls, tiles.with_tiles(wrapper, lambda: aside, placed, known)(model, given)
 
 
 def by(make: Callable[[Tensor], Tensor]) -> Callable:
@@ -193,16 +193,16 @@ def test_places_of_parts():
 def test_parts_are_sought_where_they_were(monkeypatch):
     """Guard: to seek one anywhere reads the device twice. Here all of a call are read at once, and those that have
     moved are sought again."""
-    sought, known, equal, area = [], {}, torch.equal, parts._area
+    sought, known, equal, area = [], {}, torch.equal, tiles._area
     monkeypatch.setattr(torch, "equal", lambda *pair: sought.append("all of them") or equal(*pair))
 
     def seek(part, picture):
         sought.append("anywhere")
         return area(part, picture)
 
-    monkeypatch.setattr(parts, "_area", seek)
+    monkeypatch.setattr(tiles, "_area", seek)
 
-    def tiles(first: int) -> Callable:
+    def tiled(first: int) -> Callable:
         def wrapper(apply: Callable, args: dict) -> Tensor:
             for k in (first, first + 1):  # two calls of two tiles
                 apply(torch.cat([args["input"][..., k:k + 3], args["input"][..., 3 - k:6 - k]]), args["timestep"])
@@ -211,7 +211,7 @@ def test_parts_are_sought_where_they_were(monkeypatch):
 
     def at(first: int) -> list:
         sought.clear()
-        calls, _ = told(tiles(first), known=known)
+        calls, _ = told(tiled(first), known=known)
         return [tuple(x for *_, x in call) for call in calls]
 
     assert at(0) == [(0, 3), (1, 2)] and sought.count("anywhere") == 4
@@ -226,13 +226,13 @@ def test_in_an_evaluation_aside_the_picture_is_evaluated_once_and_as_a_whole():
 
 
 def test_pictures_that_are_there_twice_are_not_looked_for(monkeypatch):
-    monkeypatch.setattr(parts, "_area", None)
+    monkeypatch.setattr(tiles, "_area", None)
     assert told(by(lambda picture: picture.repeat(2, 1, 1, 1)))[0] == [(None, None)]
 
 
 def test_parts_of_areas():
     """Of each part all areas, wherever on the latent these lie."""
     areas, found = [None, (4, 4, 1, 2)] * 3, [(2, 2, 0, 0), (2, 2, 0, 2), (2, 2, 2, 1)]
-    assert parts.inside(areas, found) == [(2, 2, 0, 0), (2, 2, 1, 2), (2, 2, 0, 2), (2, 2, 1, 4), (2, 2, 2, 1),
+    assert tiles.inside(areas, found) == [(2, 2, 0, 0), (2, 2, 1, 2), (2, 2, 0, 2), (2, 2, 1, 4), (2, 2, 2, 1),
                                           (2, 2, 3, 3)]
-    assert parts.inside(areas, []) == parts.inside(areas, [(2, 2, 0, 0), None, None]) == areas
+    assert tiles.inside(areas, []) == tiles.inside(areas, [(2, 2, 0, 0), None, None]) == areas

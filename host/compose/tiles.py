@@ -10,34 +10,34 @@ from torch import Tensor
 
 from .places import Area
 
-PARTS = "lora_ensemble_parts"
+TILES = "lora_ensemble_tiles"
 """What transformer options say of a call: for each part of the batch its area in the latent that the host gave."""
 LOST = ("a node hands parts of the picture to the model, and where they are in it cannot be told: the places of LoRAs "
         "are stretched to each of them")
 Known = dict[Hashable, tuple[Area, ...]]
-"""The areas of the parts of a call, by its number in an evaluation and its shapes."""
+"""The areas of the tiles of a call, by its number in an evaluation and its shapes."""
 Wrapper = Callable[[Callable, dict], Tensor]
 """A function wrapper, as the host calls it: (the model, what to call it with) -> prediction."""
 
 
-def with_parts(wrapper: Wrapper, aside: Callable[[], bool], placed: bool, known: Known) -> Wrapper:
-    """A function wrapper whose calls of the model say which parts of the picture they bring.
+def with_tiles(wrapper: Wrapper, aside: Callable[[], bool], placed: bool, known: Known) -> Wrapper:
+    """A function wrapper whose calls of the model say which tiles of the picture they bring.
 
     aside    whether the evaluation is none of the sampler's: then the picture is evaluated as a whole
-    placed   whether it matters where the parts are: they are found by their values, which waits for the device
-    known    what was found in the evaluations before: there they are looked for first, once for all parts of a call
+    placed   whether it matters where the tiles are: they are found by their values, which waits for the device
+    known    what was found in the evaluations before: there they are looked for first, once for all tiles of a call
     """
     def wrapped(model: Callable, args: dict) -> Tensor:
         given, whole, cut = args["input"], aside(), []
 
         def call(x: Tensor, timestep: Tensor, **conds) -> Tensor:
-            parts = _parts(x, given, placed, known, len(cut))
-            if parts is None:
+            tiles = _tiles(x, given, placed, known, len(cut))
+            if tiles is None:
                 return model(x, timestep, **conds)
-            cut.append(parts)
+            cut.append(tiles)
             if whole:
                 return torch.zeros_like(x)
-            options = {**conds.get("transformer_options", {}), PARTS: parts}
+            options = {**conds.get("transformer_options", {}), TILES: tiles}
             return model(x, timestep, **{**conds, "transformer_options": options})
 
         out = wrapper(call, args)
@@ -46,17 +46,17 @@ def with_parts(wrapper: Wrapper, aside: Callable[[], bool], placed: bool, known:
     return wrapped
 
 
-def inside(areas: Sequence[Area], parts: Sequence[Area]) -> list[Area]:
-    """Where the conds of a batch lie on the latent, all of one part after those of another: their areas are areas of
-    the latent, and each part is a piece of its areas. The areas as they are where a part was not found."""
-    each = len(areas) // max(len(parts), 1)
-    return list(areas) if None in parts or not parts else [
-        part if area is None else (*part[:2], *(here + there for here, there in zip(area[-2:], part[2:], strict=True)))
-        for k, area in enumerate(areas) for part in (parts[k // each],)]
+def inside(areas: Sequence[Area], tiles: Sequence[Area]) -> list[Area]:
+    """Where the conds of a batch lie on the latent, all of one tile after those of another: their areas are areas of
+    the latent, and each tile is a piece of its areas. The areas as they are where a tile was not found."""
+    each = len(areas) // max(len(tiles), 1)
+    return list(areas) if None in tiles or not tiles else [
+        tile if area is None else (*tile[:2], *(here + there for here, there in zip(area[-2:], tile[2:], strict=True)))
+        for k, area in enumerate(areas) for tile in (tiles[k // each],)]
 
 
-def _parts(x: Tensor, given: Tensor, placed: bool, known: Known, number: int) -> tuple[Area, ...] | None:
-    """The areas in `given` of what the call of this number brings, all rows of one part after those of another; None
+def _tiles(x: Tensor, given: Tensor, placed: bool, known: Known, number: int) -> tuple[Area, ...] | None:
+    """The areas in `given` of what the call of this number brings, all rows of one tile after those of another; None
     where it brings what was given, or something else altogether. An area is None where it is not found, or not asked
     for."""
     times, rest = divmod(len(x), len(given))
@@ -64,17 +64,17 @@ def _parts(x: Tensor, given: Tensor, placed: bool, known: Known, number: int) ->
         return None
     if not placed or x.shape[1:] == given.shape[1:]:
         return (None,) * times
-    key, parts = (number, x.shape, given.shape), x[::len(given)]
-    if not _there(parts, given[0], known.get(key, ())):
-        known[key] = tuple(_area(part, given[0]) for part in parts)
+    key, tiles = (number, x.shape, given.shape), x[::len(given)]
+    if not _there(tiles, given[0], known.get(key, ())):
+        known[key] = tuple(_area(tile, given[0]) for tile in tiles)
     return known[key]
 
 
-def _there(parts: Tensor, picture: Tensor, areas: Sequence[Area]) -> bool:
-    """Whether all parts are where they are said to be."""
+def _there(tiles: Tensor, picture: Tensor, areas: Sequence[Area]) -> bool:
+    """Whether all tiles are where they are said to be."""
     if not areas or None in areas:
         return False
-    return torch.equal(parts, torch.stack([picture[..., y:y + high, x:x + wide] for high, wide, y, x in areas]))
+    return torch.equal(tiles, torch.stack([picture[..., y:y + high, x:x + wide] for high, wide, y, x in areas]))
 
 
 def _area(part: Tensor, picture: Tensor) -> Area:
