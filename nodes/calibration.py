@@ -16,6 +16,7 @@ from ..host.look.latent import latent_of
 from ..host.look.theme import THEMES
 from .guidance import GuidanceCoeffs, latent_input, schedule_inputs
 from .sockets import model_input, schema, theme_input
+from .unused import tell
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -74,6 +75,12 @@ class LoRAEnsembleCalibrateGuidance(io.ComfyNode):
                 second_round: bool, intercept: bool, theme: str = "light") -> io.NodeOutput:
         colours = THEMES[theme]
         latent = latent_of(model, latent_image)[:1]
+        rest = latent_image["samples"].shape[0] - 1 if denoise < 1 else 0
+        tell("Calibrate Guidance", [
+            *[f"of latent_image the first picture alone is used, not the other {rest}: seeds says how many paths"] * (
+                rest > 0),
+            *["the mask of latent_image is not used: paths are sampled on the whole picture"] * (
+                latent_image.get("noise_mask") is not None)])
         paths = Paths(positive, negative, latent, steps, cfg, sampler_name, scheduler, denoise, seed, seeds, batch_size)
         rounds = len(positive) * math.ceil(seeds / batch_size) * (1 + second_round)
         bar = comfy.utils.ProgressBar(rounds * steps)

@@ -13,6 +13,7 @@ from ..host.look.latent import latent_of
 from ..host.look.spectrum import Sampling, plot, profiles, report, with_measured_roles
 from ..host.look.theme import THEMES
 from .sockets import ensemble_input, ensemble_output, model_input, schema, theme_input
+from .unused import tell
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -75,6 +76,8 @@ class LoRAEnsembleSpectrum(io.ComfyNode):
         pictures = 1 + sum(spec.strength_model != 0 and spec.role != ALWAYS for spec in ensemble)
         bar = comfy.utils.ProgressBar(steps * pictures)
         found = profiles(model, ensemble, how, lambda: bar.update(1))
+        tell("LoRA Spectrum", ["masks are not used here: each LoRA is measured on the whole picture"] * any(
+            spec.mask is not None and spec.strength_model for spec in ensemble))
         return io.NodeOutput(plot(found, colours), report(found), with_measured_roles(ensemble, found))
 
 

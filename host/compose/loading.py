@@ -89,6 +89,8 @@ def load_ensemble(model, clip, ensemble: Ensemble, node: str, on_weights: bool) 
         if spec.strength_clip != 0:
             texts.append((spec, text))
         applied = [part for part, strength in ((patches, spec.strength_model), (text, spec.strength_clip)) if strength]
+        if clip is None and spec.strength_clip != 0:
+            problems += _without_clip(spec, [key for key in file if key not in patches.used])
         problems += _problems(spec, [misfit for part in applied for misfit in part.misfits], unused, len(file))
     loras = [LoadedLoRA(spec, patches, parse(patches, base, enlarged)) for spec, patches in found]
     return LoadedEnsemble(loras, texts, problems)
@@ -189,6 +191,13 @@ def _unused(file: LoRAFile, patches: Patches, text: Patches, has_clip: bool) -> 
     """File keys that neither the diffusion model nor the text encoder has a place for."""
     elsewhere = () if has_clip else TEXT_ENCODER
     return [key for key in file if key not in patches.used and key not in text.used and not key.startswith(elsewhere)]
+
+
+def _without_clip(spec: LoRASpec, keys: Sequence[str]) -> list[str]:
+    """A line for a LoRA that changes the text encoder too, where none is connected."""
+    count = sum(key.startswith(TEXT_ENCODER) for key in keys)
+    return [f"LoRA '{spec.name}': {counted(count, 'key')} for the text encoder {verb(count, 'have')} no effect, since "
+            "no clip is connected. Connect it, or set the LoRA's strength for it to 0"] if count else []
 
 
 def _wrong_kind(file: LoRAFile, patches: Patches, text: Patches, unused: Sequence[str], base: nn.Module,

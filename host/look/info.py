@@ -82,7 +82,8 @@ def infos(model, clip, ensemble: Ensemble, node: str, tick: Tick = lambda: None)
         info = Info(number, spec, wording(spec.name))
         found.append(info)
         try:
-            loaded = load_ensemble(model, clip, (replace(spec, strength_model=1.0, strength_clip=1.0),), node, False)
+            alone = replace(spec, strength_model=1.0, strength_clip=float(clip is not None))
+            loaded = load_ensemble(model, clip, (alone,), node, False)
         except ValueError as error:
             said = str(error).removeprefix(f"{node}: ").removeprefix(f"LoRA '{spec.name}' ")
             info.nothing = said.removesuffix(", or remove it from the ensemble.").removesuffix(".") + "."

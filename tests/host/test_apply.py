@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import comfy.lora
 import comfy.sd
 import pytest
@@ -10,6 +12,8 @@ from lora_ensemble.host.compose.apply import apply_method, bake
 from lora_ensemble.host.compose.composition import KEY, record_of
 from lora_ensemble.host.compose.measure import subjects_of
 from lora_ensemble.host.files.ensemble import ALWAYS, LoRASpec, Mask
+from lora_ensemble.host.look.info import infos
+from lora_ensemble.host.look.info import told as told_of
 from lora_ensemble.host.look.letters import short_names
 from lora_ensemble.methods.composite import Composite
 from lora_ensemble.methods.merge import Merge
@@ -17,6 +21,7 @@ from lora_ensemble.methods.switch import Switch
 from lora_ensemble.nodes import baselines
 from lora_ensemble.nodes.baselines import LoRAEnsembleSwitch
 from lora_ensemble.nodes.cmlora import LoRAEnsembleCMLoRA
+from lora_ensemble.nodes.selection import LoRAEnsembleLayerMap
 
 from .builders import (
     Rand,
@@ -40,6 +45,24 @@ from .models import base, small_clip
 @pytest.fixture(scope="module")
 def clip():
     return small_clip()
+
+
+@pytest.mark.parametrize("mode", ["runtime", "baked"])
+def test_a_part_for_a_text_encoder_that_is_not_connected_is_named(mode, loras, clip, caplog):
+    """Nobody who forgot to connect it hears of it otherwise. Nodes that take none, and look alone, say nothing."""
+    model = base("SD15")
+    spec = LoRASpec(loras(with_text(clip, shapes(model), 1)), 0.8, 1.0)
+    for given, changes, told in ((None, {}, 1), (clip, {}, 0), (None, {"strength_clip": 0.0}, 0)):
+        caplog.clear()
+        baselines.LoRAEnsembleMerge.execute(model, (replace(spec, **changes),), mode, clip=given)
+        lines = [line for line in caplog.messages if "since no clip is connected" in line]
+        assert len(lines) == told and all(f"LoRA '{spec.name}'" in line and "have no effect" in line for line in lines)
+    caplog.clear()
+    text = told_of(infos(model, None, (spec,), "LoRA Info"), "SD15")
+    assert "since no clip" not in text and "which is not connected" in text
+    pair = (replace(spec, role="character"), LoRASpec(loras(lora(shapes(model), 2)), 0.5, 0, "style"))
+    LoRAEnsembleLayerMap.execute(model, pair)
+    assert caplog.messages == []
 
 
 def with_text(clip, layers: dict, seed: int) -> dict:
@@ -79,11 +102,12 @@ def test_text_encoder_deltas_are_merged_as_the_loader_does(how, clip, loras):
 
 
 def test_without_a_clip(clip, loras):
-    """Text-encoder keys are no problem of a model-only node; a file that holds nothing else is one for the model."""
+    """Text-encoder keys are left alone, and named; a file that holds nothing else is refused."""
     model = base("SD15")
     spec = LoRASpec(loras(with_text(clip, shapes(model), 1)), 0.8, 1.0)
     ours, nothing = apply_method(model, None, (spec,), plain(Composite), "Composite LoRAs")
-    assert nothing is None and ours.get_attachment(KEY).applied[0].problems == ()
+    assert nothing is None
+    assert ["since no clip is connected" in line for line in ours.get_attachment(KEY).applied[0].problems] == [True]
     text_only = LoRASpec(loras(with_text(clip, {}, 1)), 0.8, 1.0)
     with pytest.raises(ValueError, match="changes the text encoder alone, .*Connect a CLIP"):
         apply_method(model, None, (text_only,), plain(Composite), "Composite LoRAs")

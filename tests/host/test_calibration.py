@@ -20,6 +20,7 @@ from lora_ensemble.kernels.guidance import guided_steps
 from lora_ensemble.methods.guidance.adaptive import AdaptiveGuidance
 from lora_ensemble.methods.schedule import Uniform
 from lora_ensemble.nodes.baselines import LoRAEnsembleMerge, LoRAEnsembleSwitch
+from lora_ensemble.nodes.calibration import LoRAEnsembleCalibrateGuidance
 from lora_ensemble.nodes.cmlora import LoRAEnsembleCMLoRA
 from lora_ensemble.nodes.klora import LoRAEnsembleESTLoRA, LoRAEnsembleKLoRA
 from lora_ensemble.nodes.loratorio import LoRAEnsembleLoRAtorio
@@ -288,6 +289,20 @@ def test_when_and_where_loras_act_is_noticed(loras):
             lambda: named(LoRAEnsembleRouted, gamma=4.0), lambda: named(LoRAEnsembleRouted, words="vexa")]
     names = [way() for way in ways]
     assert names == [way() for way in ways] and len(set(names)) == len(names)
+
+
+def test_what_of_a_latent_is_not_used_is_said(caplog):
+    """Paths come of one picture, the whole of it; how many there are is said elsewhere."""
+    given = {"model": base("SD15"), "positive": SD15.cond(11), "negative": SD15.cond(12), "seed": 1, "seeds": 1,
+             "batch_size": 1, "steps": 3, "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal",
+             "second_round": False, "intercept": False}
+    three, mask = torch.rand(3, 4, 8, 8), torch.ones(1, 1, 64, 64)
+    for latent, denoise, parts in (({"samples": three}, 0.5, ["not the other 2"]), ({"samples": three}, 1.0, []),
+                                   ({"samples": three[:1], "noise_mask": mask}, 0.5, ["the mask of latent_image"])):
+        caplog.clear()
+        LoRAEnsembleCalibrateGuidance.execute(**given, latent_image=latent, denoise=denoise)
+        lines = [line for line in caplog.messages if "latent_image" in line]
+        assert len(lines) == len(parts) and all(part in line for part, line in zip(parts, lines, strict=True))
 
 
 def test_what_is_set_on_a_method_is_noticed(loras):

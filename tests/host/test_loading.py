@@ -181,7 +181,9 @@ def test_a_text_encoders_layers_in_a_kind_that_nobody_can_load(clip, loras):
 def test_keys_of_a_text_encoder_are_missed_where_there_is_one(clip, loras):
     model, whole = base("SD15"), with_text(clip, shape(), 1)
     odd = {**whole, "lora_te_nowhere.lora_up.weight": torch.ones(2, 2)}
-    assert read(model, None, LoRASpec(loras(odd), 0.5, 0.5)).problems == []
+    (line,) = read(model, None, LoRASpec(loras(odd), 0.5, 0.5)).problems
+    assert "keys for the text encoder have no effect, since no clip is connected" in line
+    assert read(model, None, LoRASpec(loras(odd), 0.5, 0.0)).problems == []
     (line,) = read(model, clip, LoRASpec(loras(odd), 0.5, 0.5)).problems
     assert f"1 of its {len(odd)} keys has no place" in line and "lora_te_nowhere" in line
 

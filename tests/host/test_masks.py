@@ -40,7 +40,8 @@ def test_masks_of_ones_are_the_chain_of_loaders(family, loras):
     ours = merge(model, specs)
     same(sample(ours, family, batch=2), sample(stock(model, bare(specs)), family, batch=2),
          sample(model, family, batch=2), 1e-4)
-    assert record_of(ours).problems == [] and [step.rows for step in record_of(ours).steps] == [4, 4]
+    assert ["white all over" in line for line in record_of(ours).problems] == [True, True]
+    assert [step.rows for step in record_of(ours).steps] == [4, 4]
 
 
 @pytest.mark.parametrize("cfg", [1.0, 3.0])
@@ -72,6 +73,19 @@ def test_a_black_mask_is_told(make, loras):
     sample(ours, steps=2, batch=2)
     assert record_of(ours).problems == [f"the mask of LoRA '{second.name}' is black all over: it acts at no place of "
                                         "the picture"]
+
+
+@pytest.mark.parametrize("make", [Merge, Switch, Composite])
+def test_a_white_mask_is_told(make, loras):
+    """It confines nothing, and was drawn for something."""
+    model = base("SD15")
+    first, second = pair(model, loras, masks=(LEFT, torch.ones(2, 8, 8)))
+    ours = method(model, [first, second], make)
+    found = sample(ours, steps=2, batch=2)
+    assert record_of(ours).problems == [f"the mask of LoRA '{second.name}' is white all over: it acts at every place "
+                                        "of the picture"]
+    same(found, sample(method(model, [first, replace(second, mask=None)], make), steps=2, batch=2),
+         sample(model, steps=2, batch=2))
 
 
 @pytest.mark.parametrize("family", ["SD15", "Flux"])

@@ -250,7 +250,7 @@ def test_a_mask_confines_its_lora(make, loras):
 
 def test_every_method_can_use_a_mask(loras):
     model = base("SD15")
-    spec = LoRASpec(loras(lora(shapes(model), 1, 4)), 0.7, 0, mask=Mask(torch.ones(1, 8, 8)))
+    spec = LoRASpec(loras(lora(shapes(model), 1, 4)), 0.7, 0, mask=Mask(torch.eye(8)[None]))
     for make in (cmlora, composite, loratorio, merge):
         ours = make(model, (spec,))
         sample(ours, steps=1)

@@ -9,7 +9,7 @@ import comfy.utils
 import numpy as np
 import pytest
 import torch
-from lora_ensemble.host.files.ensemble import LoRASpec
+from lora_ensemble.host.files.ensemble import LoRASpec, Mask
 from lora_ensemble.host.look import spectrum
 from lora_ensemble.host.look.spectrum import Profile, Sampling, plot, profiles, report, with_measured_roles
 from lora_ensemble.host.look.theme import LIGHT, rgb
@@ -43,6 +43,19 @@ def test_the_latent_of_each_lora_alone_is_measured(loras):
         late = sum(profile.shares[1:]) / sum(found[0].shares[1:]) - 1
         assert profile.change == pytest.approx(late, abs=1e-6)
     assert len({profile.shares for profile in found}) == 4
+
+
+def test_masks_are_said_to_be_of_no_use(loras, caplog):
+    """Guard: they were taken off, and nothing was said; strengths and windows hold."""
+    model, (one, *_), how = base("SD15"), three(base("SD15"), loras), sampling()
+    given = {"positive": how.positive, "negative": how.negative, "latent_image": {"samples": how.latent}, "seed": 1,
+             "steps": 3, "cfg": 3.0, "sampler_name": "euler", "scheduler": "normal"}
+    tables = []
+    for mask in (None, Mask(torch.zeros(1, 8, 8))):
+        caplog.clear()
+        tables.append(LoRAEnsembleSpectrum.execute(model, (replace(one, mask=mask),), **given).args[1])
+        assert ["masks are not used here" in line for line in caplog.messages] == [True] * (mask is not None)
+    assert tables[0] == tables[1]
 
 
 def test_progress_counts_the_steps_of_all_pictures(loras, monkeypatch):
