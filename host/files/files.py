@@ -78,9 +78,14 @@ def path_of(name: str) -> str:
     path = path_in(FOLDER, name)
     if path is not None:
         return path
-    if name in folder_paths.get_filename_list(FOLDER):
+    names = folder_paths.get_filename_list(FOLDER)
+    if name in names:
         raise ValueError(f"LoRA '{name}' is in the list, but no file is behind the name: it is a link that leads "
                          "nowhere. Mend the link, or choose another one.")
+    within = name.replace("\\", "/") + "/"
+    if inside := next((each for each in names if each.replace("\\", "/").startswith(within)), None):
+        raise ValueError(f"LoRA '{name}' is a folder, such as some programs unpack a download into. Choose the file in "
+                         f"it: '{inside}'.")
     raise ValueError(f"LoRA '{name}' is not in any of the 'loras' folders. Put the file there and refresh the list "
                      "(R), or choose another one.")
 

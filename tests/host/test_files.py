@@ -60,6 +60,20 @@ def test_a_missing_file():
     refused_by_header("nowhere.safetensors", "not in any of the 'loras' folders", "Put the file there")
 
 
+def test_a_folder_with_the_name_of_a_file(lora_folder):
+    folder = lora_folder / "unpacked.safetensors"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(save(small()))
+    folder_paths.filename_list_cache.clear()
+    try:
+        refused_by_header(folder.name, "is a folder", f"'{os.path.join(folder.name, 'model.safetensors')}'")
+        refused_by_header("unpacked", "not in any of the 'loras' folders")
+    finally:
+        (folder / "model.safetensors").unlink()
+        folder.rmdir()
+        folder_paths.filename_list_cache.clear()
+
+
 @pytest.mark.skipif(os.sep == "\\", reason="links need rights there")
 def test_a_link_that_leads_nowhere_is_in_the_list(lora_folder):
     link = lora_folder / "moved away.safetensors"
