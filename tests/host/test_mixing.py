@@ -293,7 +293,8 @@ def test_the_nodes_hand_their_widgets_over(loras):
         dominant_full="on_refresh", steps_per_lora=7)
     assert out.args[0].get_attachment("lora_ensemble").cache is None, "one LoRA at a time has nothing to cache"
     out = LoRAEnsembleCMLoRA.execute(model, ensemble, "offline", *options)
-    assert out.args[0].get_attachment("lora_ensemble").cache == CacheSpec(max_age=15, depth=2)
+    assert out.args[0].get_attachment("lora_ensemble").cache == CacheSpec(
+        max_age=15, depth=2, whose="The cache of CMLoRA")
     with pytest.raises(ValueError, match="CMLoRA \\(Cached Multi-LoRA\\): order is 'sometimes'"):
         LoRAEnsembleCMLoRA.execute(model, ensemble, "sometimes", *options)
     with pytest.raises(ValueError, match="LoRAtorio: the ensemble is empty"):
