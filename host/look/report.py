@@ -14,7 +14,8 @@ from ...engine.record import RunRecord
 from ...methods import method_title
 from ...methods.counted import counted, verb
 from ...methods.guidance.record import GuidanceRecord
-from ..compose.composition import KEY, Placed, outcome_of
+from ..compose.composition import KEY, TOLD, Placed, outcome_of
+from ..guidance.apply import KEY as GUIDANCE
 from ..guidance.apply import guidance_record_of
 from .heat import overlay
 from .letters import labels
@@ -31,6 +32,8 @@ WITHOUT = ("No method of this pack is on this MODEL, so there is nothing to repo
            "got, behind the method node. What Merge writes into the weights in mode 'baked' leaves no record.")
 NOWHERE = ("No LoRA was confined to a place in this run: each acted on the whole picture whenever its method let it. "
            "Routed LoRAs, the input 'place' of the other methods, and masks confine LoRAs.")
+LAST = (f"This MODEL was sampled several times, and no run of it is known to have left this latent: the last {TOLD} "
+        "are known. What is shown here is of the last one. Connect what came out of the sampler itself.")
 
 
 @dataclass(frozen=True)
@@ -70,13 +73,22 @@ def report(model, latent: Tensor, images: Tensor | None = None, theme: Theme = L
         return as_image(draw(None, [], reason, theme)), json.dumps({"problems": [reason]})
     sections = [(f"Where the LoRAs acted at the end of the run ({counted(len(placed.names), 'LoRA')})",
                  maps_of(placed, images)) for placed in places]
-    return (as_image(draw(record, sections, "" if sections or record is None else NOWHERE, theme, guidance)),
-            as_json(record, places, guidance))
+    said = [LAST] * _unknown(model, latent) + [NOWHERE] * (not sections and record is not None)
+    return (as_image(draw(record, sections, "\n".join(said), theme, guidance)),
+            as_json(record, places, guidance, said[:1] if LAST in said else ()))
 
 
-def as_json(record: RunRecord | None, places: Sequence[Placed], guidance: GuidanceRecord | None = None) -> str:
+def _unknown(model, latent: Tensor) -> bool:
+    """Whether a MODEL was sampled several times, and none of these runs is known to have left a latent."""
+    kept = [each.told for each in (model.get_attachment(KEY), model.get_attachment(GUIDANCE)) if each is not None]
+    return any(len(told.values()) > 1 for told in kept) and all(told.before(latent) is None for told in kept)
+
+
+def as_json(record: RunRecord | None, places: Sequence[Placed], guidance: GuidanceRecord | None = None,
+            more_problems: Sequence[str] = ()) -> str:
     """The record and the words that were found, one step per line and names in their own letters."""
     found = record.as_dict() if record is not None else {"steps": []}
+    found["problems"] = [*more_problems, *found.get("problems", ())]
     steps = ",\n  ".join(json.dumps(step) for step in found.pop("steps"))
     more = {"words": [list(placed.found) for placed in places], "evaluations": costs_of(record, guidance).as_dict(),
             "guidance": guidance.as_dict() if guidance is not None else None}

@@ -40,6 +40,24 @@ NAMES = ("a.safetensors", "b.safetensors")
 LATENT = {"samples": torch.zeros(1, 4, 8, 8)}
 
 
+@pytest.mark.parametrize("make", [lambda loras: method(base("SD15"), three(base("SD15"), loras), Merge),
+                                  lambda loras: extrapolated(base("SD15"), saving=0.3)])
+def test_a_latent_of_no_known_run_is_said(make, loras):
+    """Guard: the report was of the last run, whatever latent it got, and did not say so. Where there is one run alone,
+    it is that one's, however its latent was changed."""
+    model = make(loras)
+    left = [sample(model, steps=2 + k) for k in range(2)]
+
+    def said(latent: torch.Tensor) -> bool:
+        text = LoRAEnsembleReport.execute(model, {"samples": latent}).args[2]
+        return any("no run of it is known" in line for line in json.loads(text)["problems"])
+
+    assert [said(each) for each in left] == [False, False] and said(left[0] + 1)
+    once = make(loras)
+    latent, model = sample(once, steps=2), once
+    assert not said(latent) and not said(latent + 1)
+
+
 def halves(pictures: int = 1, frames: int = 0) -> torch.Tensor:
     """The first LoRA on the left, the second everywhere."""
     maps = torch.zeros(pictures, 2, *([frames] if frames else []), 8, 12)
