@@ -25,28 +25,44 @@ class Widening(nn.Linear):
         return super().forward(x.float())
 
 
+class Net(nn.Module):
+    """Layers of a picture and its text, of a text alone, in another dtype, and on two grids."""
+
+    def __init__(self, kind: type[nn.Linear]):
+        super().__init__()
+        self.joint, self.text, self.narrow = kind(6, 8), kind(6, 8), nn.Linear(6, 8).bfloat16()
+        self.fine, self.coarse = nn.Conv2d(6, 8, 1), nn.Conv2d(6, 8, 2, 2)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        planes = x[:, :16].float().mT.unflatten(-1, (4, 4))
+        return [self.joint(x), self.text(x), self.narrow(x.bfloat16()), self.fine(planes), self.coarse(planes)]
+
+
 def placed(seed: int, rows: tuple[int, ...]) -> Places | None:
     """The picture has as many tokens as there are, or stands before a text."""
     if not seed:
         return None
 
     def locate(name: str, tokens: int) -> tuple[Segment, ...]:
+        if name == "text":
+            return (Segment("other", tokens),)
         return Segment("picture", 16, (1, 4, 4)), *([Segment("other", tokens - 16)] if tokens > 16 else [])
 
     return Places(maps(2, seed=seed), rows, locate=locate)
 
 
-def drawn(layer: nn.Module, kinds, calls: list) -> list[Tensor]:
-    """What a layer gives in these calls of one run, in which equal places are one object."""
-    root, out, known = nn.Sequential(layer), [], {}
-    bank = Bank([{"0": make_ops(kind, layer.weight.shape, seed)[0]} for seed, kind in enumerate(kinds)])
-    routed = RoutedForwards(root, bank)
+def drawn(net: Net, kinds, calls: list) -> list[list[Tensor]]:
+    """What the layers give in these calls of one run, in which equal places are one object."""
+    out, known = [], {}
+    bank = Bank([{name: make_ops(kind, layer.weight.shape, seed)[0] for name, layer in net.named_children()}
+                 for seed, kind in enumerate(kinds)])
+    routed = RoutedForwards(net, bank)
     routed.install()
     try:
         for branches, where, x in calls:
             known.setdefault(where, placed(*where))
             with torch.no_grad(), routed.rows(branches, known[where]):
-                out.append(root(x))
+                out.append(net(x))
     finally:
         routed.remove()
     return out
@@ -58,13 +74,14 @@ def drawn(layer: nn.Module, kinds, calls: list) -> list[Tensor]:
 def test_each_call_is_as_in_a_run_of_its_own(kind, kinds):
     """Of other gains, places, orders of rows, numbers of tokens, and dtypes of what comes in."""
     torch.manual_seed(0)
-    random, layer = Random(1), kind(6, 8)
+    random, net = Random(1), Net(kind)
     dtypes = (torch.float32, torch.bfloat16) if kind is Widening else (torch.float32,)
     places = [(0, ()), *((seed, rows) for seed in (1, 2) for rows in ((0, 1), (1, 0)))]
     calls = []
-    for _ in range(60):
+    for _ in range(40):
         x = torch.randn(2, random.choice((16, 32)), 6).to(random.choice(dtypes))
         calls.append(([random.choice(GAINS) for _ in range(2)], random.choice(places), x))
-    for found, call in zip(drawn(layer, kinds, calls), calls, strict=True):
-        (want,) = drawn(layer, kinds, [call])
-        assert found.dtype is want.dtype and torch.equal(found, want)
+    for found, call in zip(drawn(net, kinds, calls), calls, strict=True):
+        (want,) = drawn(net, kinds, [call])
+        for one, other in zip(found, want, strict=True):
+            assert one.dtype is other.dtype and torch.equal(one, other)
