@@ -74,6 +74,5 @@ class Layout:
             return self._gains[owners]
         rows = [branch.at(layer) for branch in self.rows]
         found = tuple(rows[row] for row in owners)
-        if self._alike:
-            self._gains[owners] = found
+        self._gains[owners] = found
         return found
