@@ -93,8 +93,12 @@ def leave_one_out(model, how: Sampling, progress: Callable[[int, int], None] = l
     """Sample and measure.
 
     progress   called after every sampling step: (done, of how many)
-    Raises ValueError for a MODEL without LoRAs of this pack, and whatever stops sampling.
+    Raises ValueError for a MODEL without LoRAs of this pack, where nothing is to be sampled, and whatever stops
+    sampling.
     """
+    if how.denoise <= 0:
+        raise ValueError(f"{NODE}: at denoise 0 nothing is sampled, so there is nothing to compare. Set denoise to the "
+                         "value that you sample with.")
     since, composition = time.perf_counter(), model.get_attachment(KEY)
     loras = [] if composition is None else [(k, i) for k, each in enumerate(composition.applied) if not each.always
                                             for i in range(len(each.names))]

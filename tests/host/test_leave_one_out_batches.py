@@ -108,3 +108,10 @@ def test_models_without_loras_are_refused(loras):
     for other in (model, always):
         with pytest.raises(ValueError, match="has no LoRAs that can be left out. Connect the MODEL output"):
             leave_one_out(other, how())
+
+
+def test_nothing_to_sample_is_refused(loras):
+    """Guard: four equal pictures came out, and shares of 0."""
+    model = merge(base("SD15"), three(base("SD15"), loras))
+    with pytest.raises(ValueError, match="at denoise 0 nothing is sampled.* Set denoise"):
+        leave_one_out(model, how(denoise=0.0))
