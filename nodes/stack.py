@@ -130,7 +130,8 @@ class LoRAEnsembleStack(io.ComfyNode):
             check_file(lora.name)
         ensemble = (*(ensemble or ()), *stacked, *(with_mask(row, masks) for row in rows))
         model, clip, told = composed(model, clip, ensemble, method, rows)
-        told = "\n".join([told, *left_out(lora_stack)])
+        told = "\n".join([told, *left_out(lora_stack), *["masks is not used: no row names one of them (more, mask)"] * (
+            masks is not None and not any(row.mask for row in rows))])
         say(told)
         stack = [(listed(lora.name), lora.strength_model, lora.strength_clip) for lora in ensemble if lora.acts]
         return io.NodeOutput(model, clip, ensemble, stack, ui=ui.PreviewText(told))

@@ -56,7 +56,7 @@ _GUIDANCE: list[Rule] = [
 ]
 _RULES: dict[str, list[Rule]] = {
     "LoRAEnsembleLoRA": [
-        (("mask",), lambda given: given["role"] != ALWAYS, "role is always: it acts everywhere"),
+        (("mask", "words"), lambda given: given["role"] != ALWAYS, "role is always: it acts everywhere"),
         (("fade",), lambda given: given["start"] > 0 or given["end"] < 1,
          "start is 0 and end is 1: the LoRA always acts"),
     ],
@@ -151,11 +151,10 @@ def unused_of(lora: LoRASpec, words: bool, clip: bool) -> list[str]:
     words   whether the method goes by words
     clip    whether a CLIP is connected
     """
-    given = {"role": lora.role, "mask": lora.mask, "start": lora.start, "end": lora.end, "fade": lora.fade}
-    out = _in_vain(_RULES["LoRAEnsembleLoRA"], given, {"mask": None, "fade": 0.0})
-    if lora.words and lora.role == ALWAYS:
-        out.append("words are not used: role is always: it acts everywhere")
-    elif lora.words and not words:
+    given = {"role": lora.role, "mask": lora.mask, "words": lora.words, "start": lora.start, "end": lora.end,
+             "fade": lora.fade}
+    out = _in_vain(_RULES["LoRAEnsembleLoRA"], given, {"mask": None, "words": "", "fade": 0.0})
+    if lora.words and lora.role != ALWAYS and not words:
         out.append("words are not used: this method does not go by them")
     if lora.strength_clip != lora.strength_model and not clip:
         out.append("clip is not used: no CLIP is connected")

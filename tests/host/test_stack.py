@@ -198,6 +198,14 @@ def test_a_row_takes_its_mask_out_of_the_batch(two):
     assert ensemble[1].mask is None
 
 
+def test_masks_that_no_row_names_are_said(two):
+    """Guard: they were connected, and each LoRA acted everywhere."""
+    for mask, said in ((0, True), (1, False)):
+        given = nested(lora_1=two[0], mask_1=mask)
+        out = NODE.execute(base("SD15"), "Merge", **given, masks=torch.eye(4)[None])
+        assert ("masks is not used: no row names one of them" in out.ui.as_dict()["text"][0]) is said
+
+
 @pytest.mark.parametrize("shape", [(6, 4), (1, 1, 6, 4)], ids=["without a batch", "with a channel"])
 def test_a_mask_of_other_dimensions_is_one_mask(two, shape):
     masks = torch.rand(shape)
@@ -343,7 +351,7 @@ def test_what_is_set_in_vain_is_told_with_its_row(two):
     clip = "clip is not used: no CLIP is connected"
     always, words = "role is always: it acts everywhere", "words are not used: this method does not go by them"
     assert told("Merge") == [f"1, {fade}, {clip}",
-                             f"1, always, mask, words ohwx, mask is not used: {always}, words are not used: {always}",
+                             f"1, always, mask, words ohwx, mask is not used: {always}, words is not used: {always}",
                              f"1, from 0.25 to 1, words sks, {words}"]
     first, _, third = told("Routed", clip=small_clip())
     assert first.endswith(f", {fade}") and third == "1, from 0.25 to 1, words sks"

@@ -163,6 +163,13 @@ def test_what_loras_that_no_word_places_leave_unused(change, names, loras):
     assert unused(LoRAEnsembleRouted.define_schema(), fixed | {"ensemble": both, "style_yields": False}) == []
 
 
+def test_words_of_a_lora_that_always_acts():
+    given = defaults(LoRAEnsembleLoRA) | {"lora_name": "", "role": "always"}
+    assert unused(LoRAEnsembleLoRA.define_schema(), given) == []
+    (line,) = unused(LoRAEnsembleLoRA.define_schema(), given | {"words": "ohwx"})
+    assert line == "words is not used: role is always: it acts everywhere"
+
+
 def test_one_lora_in_loratorio(loras):
     """All weight is its own whatever is set, and the base's where its mask is grey: there it is as in Composite."""
     model, (one, _) = base("SD15"), specs(base("SD15"), loras)
