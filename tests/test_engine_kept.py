@@ -15,6 +15,7 @@ from lora_ensemble.kernels.branch import Branch
 from lora_ensemble.tests.reference import make_ops
 from lora_ensemble.tests.test_positions import ALL, ALONE, maps
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 GAINS = (ALL, ALONE[1], Branch((0.7, 0.2, 1.1)), Branch((0.7, 0.2, 0.4)))
 
@@ -24,6 +25,13 @@ class Widening(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.float())
+
+
+class Casting(nn.Linear):
+    """A layer that computes in the dtype of what it gets, as ComfyUI's do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
 
 
 class Net(nn.Module):
@@ -71,12 +79,12 @@ def drawn(net: Net, kinds, calls: list, *names: str) -> list[list[Tensor]]:
 
 
 @pytest.mark.parametrize("kinds", [("lora", "lora wide", "lora"), ("lora", "dora out", "lora")], ids="/".join)
-@pytest.mark.parametrize("kind", [nn.Linear, Widening])
+@pytest.mark.parametrize("kind", [nn.Linear, Widening, Casting])
 def test_each_call_is_as_in_a_run_of_its_own(kind, kinds):
     """Of other gains, places, orders of rows, numbers of tokens, and dtypes of what comes in."""
     torch.manual_seed(0)
     random, net = Random(1), Net(kind)
-    dtypes = (torch.float32, torch.bfloat16) if kind is Widening else (torch.float32,)
+    dtypes = (torch.float32, torch.bfloat16) if kind is not nn.Linear else (torch.float32,)
     places = [(0, ()), *((seed, rows) for seed in (1, 2) for rows in ((0, 1), (1, 0)))]
     calls = []
     for _ in range(24):
