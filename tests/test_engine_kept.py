@@ -84,7 +84,7 @@ def test_each_call_is_as_in_a_run_of_its_own(kind, kinds):
     """Of other gains, places, orders of rows, numbers of tokens, and dtypes of what comes in."""
     torch.manual_seed(0)
     random, net = Random(1), Net(kind)
-    dtypes = (torch.float32, torch.bfloat16) if kind is not nn.Linear else (torch.float32,)
+    dtypes = (torch.float32, torch.bfloat16, torch.float16) if kind is not nn.Linear else (torch.float32,)
     places = [(0, ()), *((seed, rows) for seed in (1, 2) for rows in ((0, 1), (1, 0)))]
     calls = []
     for _ in range(24):
