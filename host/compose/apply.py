@@ -197,8 +197,6 @@ def _placed(ensemble: Ensemble, active: list[LoRASpec], method: Method, placing:
         return masks, None
     problems += [f"the mask of LoRA '{spec.called}' is black all over: it acts at no place of the picture"
                  for spec in active if spec.mask is not None and not (spec.mask.tensor > 0).any()]
-    problems += [f"the mask of LoRA '{spec.called}' is white all over: it acts at every place of the picture"
-                 for spec in active if spec.mask is not None and (spec.mask.tensor >= 1).all()]
     if placing.where == "masks":
         return masks, None
     return masks, Routed(placing.routing, lora_words(ensemble), _numbers(ensemble, active),

@@ -95,7 +95,7 @@ def test_the_age_of_cmloras_cache_goes_by_the_steps(steps, said, loras):
         given = made(LoRAEnsembleCMLoRA, model, ensemble, *values, **later)
         sample(given, steps=steps)
         assert record_of(given).chosen == [] and max(age for step in steps_of(given) for age in step["ages"]) <= oldest
-    assert given.get_attachment(KEY).cache == CacheSpec(max_age=4, depth=1)
+    assert given.get_attachment(KEY).cache == CacheSpec(max_age=4, depth=1, whose="The cache of CMLoRA")
 
 
 def test_values_of_the_first_version_keep_their_meaning(loras):

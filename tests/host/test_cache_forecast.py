@@ -79,7 +79,7 @@ def test_cmlora_holds_as_the_paper_does_and_forecasts_where_asked(family, loras,
     ensemble = three(model, loras)
     saved, held, line = (cmlora(model, ensemble, 1, **later) for later in (
         {}, {"features": "held", "cache_age": 3}, {"features": "forecast", "cache_age": 3}))
-    assert saved.get_attachment("lora_ensemble").cache == CacheSpec(max_age=9, depth=1)
+    assert saved.get_attachment("lora_ensemble").cache == CacheSpec(max_age=9, depth=1, whose="The cache of CMLoRA")
     with monkeypatch.context() as patch:
         watch = Watch(patch)  # every row gets what it caught last
         out = {"held": sample(held, family, steps=12)}
