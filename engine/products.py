@@ -166,7 +166,7 @@ def apart(call: LayerCall, stack: Stack, ranks: slice, entries: Entries, alpha: 
         down, up = call.factors(stack)
         down = down.unflatten(0, (count, one.width))[:, ranks].mT
         update = shares_apart(down, Share(one.span[1], 0, up.view(count, one.out, one.width)[..., ranks].mT),
-                           call.y.shape[-1], alpha)
+                              call.y.shape[-1], alpha)
         text = f"{n} of {call.y.shape[0]} entries, {count} slices, rank {width} each"
         return [(on_entries(update, entries, call.y), text)]
 
@@ -276,7 +276,7 @@ def _gains(call: LayerCall, numbers: Numbers) -> tuple[float, Numbers | None]:
 
 
 def gain_tensor(slots: Sequence[Slot], numbers: Numbers, spatial: int, dimensions: int, like: Tensor, once: MakeOnce,
-                size: Sequence[int] = ()) -> Tensor:
+                size: tuple[int, ...] = ()) -> Tensor:
     """Numbers [rows of numbers, slots] as gains that broadcast over hidden values: [rows, R, 1, ..] for convolutions,
     [rows, 1, .., R] for layers with so many token dimensions; with `size`, in that size. Layers share them: each is a
     copy to the device."""
@@ -293,8 +293,9 @@ def gain_tensor(slots: Sequence[Slot], numbers: Numbers, spatial: int, dimension
 
 
 def _sized(call: LayerCall, n: int, ranks: int) -> tuple[int, ...]:
-    """The size that gains of the hidden values of n entries of tokens are kept in; () for one that broadcasts. To
-    broadcast takes the host about as long again as a view, and more memory is read otherwise."""
+    """The size of all hidden values of n entries of tokens, where gains are to be held in it; (): they broadcast. An
+    operation that broadcasts takes the host about a view longer, one that does not reads more: the larger the size, the
+    longer."""
     size = (n, call.places, ranks) if call.x.ndim > 2 else (n, ranks)
     broadcasts = call.geometry.spatial or prod(size) > call.rates.view * call.rates.values
     return () if broadcasts else size

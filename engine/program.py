@@ -147,8 +147,8 @@ class Programs:
         if owners is None:
             gains *= y.shape[0]
         call = LayerCall(y, x, layer.geometry, lambda stack: self._factors(stack, x),
-                    self._where(layer, y, places, owners) if places is not None else None,
-                    places.beneath if places is not None else 0, self._once)
+                         self._where(layer, y, places, owners) if places is not None else None,
+                         places.beneath if places is not None else 0, self._once)
         in_any_order = not len(site.others) or all(_additive(site, row) for row in set(gains))
         updates, text = self._added(call, site, gains) if in_any_order else self._chained(call, layer, gains)
         update = in_turn(updates) if updates else nothing
@@ -192,7 +192,7 @@ class Programs:
             links = [self._link(call, entries, *each) for each in ops]
             base = _with(layer.base, self._added(inner, site, below[:len(entries)])[0])
             update = chain(links, [self._link(call, entries, *each) for each in biases], base,
-                        self._bias(layer, call.x), call.geometry)
+                           self._bias(layer, call.x), call.geometry)
             updates.append(on_entries(update, entries, call.y))
             text += (f"{len(entries)} of {len(gains)} entries, in order: "
                      + ", ".join(type(op).__name__ for _, _, op, *_ in ops),)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Update = Callable[[Tensor, Tensor], Tensor]
-"""(y, x) -> y with what is added to it, in place where that can be: y a layer\'s output, x its input."""
+"""(y, x) -> y with what is added to it, in place where that can be: y a layer's output, x its input."""
 
 
 def rows(down: Tensor, up: Tensor, gain: Tensor | None = None, alpha: float = 1.0) -> Update:

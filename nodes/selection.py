@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from comfy_api.latest import io
 
-from ..host.files.ensemble import Ensemble
+from ..host.files.ensemble import Ensemble, on_the_model
 from ..host.look.layermap import draw, layer_map
 from ..host.look.sheet import as_image
 from ..host.look.theme import THEMES
@@ -55,7 +54,7 @@ class LoRAEnsembleLayerMap(io.ComfyNode):
     def execute(cls, model: ModelPatcher, ensemble: Ensemble | None = None, theme: str = "light") -> io.NodeOutput:
         colours = THEMES[theme]
         if ensemble is not None:
-            ensemble = tuple(replace(spec, strength_clip=0.0) for spec in ensemble)  # it takes no clip
+            ensemble = on_the_model(ensemble)
             model = LoRAEnsembleKLoRA.execute(model, ensemble, 1.5, -1.0, "s", "paper", 0, "as applied").args[0]
         found = layer_map(model)
         return io.NodeOutput(as_image(draw(found, colours)), found.as_json())

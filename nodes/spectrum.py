@@ -8,7 +8,7 @@ import comfy.samplers
 import comfy.utils
 from comfy_api.latest import io
 
-from ..host.files.ensemble import ALWAYS, Ensemble
+from ..host.files.ensemble import Ensemble
 from ..host.look.latent import latent_of
 from ..host.look.spectrum import Sampling, plot, profiles, report, with_measured_roles
 from ..host.look.theme import THEMES
@@ -73,7 +73,7 @@ class LoRAEnsembleSpectrum(io.ComfyNode):
         colours = THEMES[theme]
         how = Sampling(positive, negative, latent_of(model, latent_image), seed, steps, cfg, sampler_name,
                        scheduler, numbers=latent_image.get("batch_index"))
-        pictures = 1 + sum(spec.strength_model != 0 and spec.role != ALWAYS for spec in ensemble)
+        pictures = 1 + sum(spec.composed for spec in ensemble)
         bar = comfy.utils.ProgressBar(steps * pictures)
         found = profiles(model, ensemble, how, lambda: bar.update(1))
         tell("LoRA Spectrum", ["masks are not used here: each LoRA is measured on the whole picture"] * any(

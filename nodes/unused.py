@@ -27,7 +27,7 @@ Rule = tuple[tuple[str, ...], Callable[[Given], bool], str]
 
 def composed(ensemble: Ensemble) -> list[LoRASpec]:
     """The LoRAs that a method works with: those that act on the model and are no part of it."""
-    return [spec for spec in ensemble if spec.strength_model != 0 and spec.role != ALWAYS]
+    return [spec for spec in ensemble if spec.composed]
 
 
 def _roles(given: Given) -> set[str]:

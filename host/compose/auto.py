@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from ...methods.counted import counted, verb
-from ..files.ensemble import ALWAYS, Ensemble
+from ..files.ensemble import Ensemble
 from ..words.known import lora_words
 
 
@@ -28,8 +28,7 @@ def best_method(ensemble: Ensemble, has_clip: bool) -> Choice:
     has_clip   whether prompts can be encoded with a CLIP that says where their words are
     Raises ValueError for a name that is in none of the `loras` folders.
     """
-    acting = [(lora, words) for lora, words in zip(ensemble, lora_words(ensemble), strict=True)
-              if lora.strength_model != 0 and lora.role != ALWAYS]
+    acting = [(lora, words) for lora, words in zip(ensemble, lora_words(ensemble), strict=True) if lora.composed]
     if len(acting) < 2:
         return Choice("Merge", "one LoRA has nobody to be kept apart from" if acting else "no LoRA takes turns")
     masked = [lora.name for lora, _ in acting if lora.mask is not None]

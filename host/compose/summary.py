@@ -120,7 +120,7 @@ def chosen(record: RunRecord, sessions: Sequence[Session], cache: CacheSpec | No
     """What was left to the number of steps, and what came of it."""
     for name, adapters, session in zip(record.methods, record.adapters, sessions, strict=True):
         yield from (f"{method_title(name)}: {line}" for line in session.chosen(adapters))
-    if cache is not None and cache.schedule is not None and cache != cache.at(total) and not list(whole(cache, total)):
+    if cache is not None and cache.schedule is not None and cache != cache.at(total) and not any(whole(cache, total)):
         yield f"Branch Cache: {counted(total, 'step')}: {cache.at(total).schedule.words}"
 
 

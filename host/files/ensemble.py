@@ -65,6 +65,11 @@ class LoRASpec:
         """Whether it has a strength at all."""
         return self.strength_model != 0 or self.strength_clip != 0
 
+    @property
+    def composed(self) -> bool:
+        """Whether a method has it to work with: it acts on the model, and is no part of it."""
+        return self.strength_model != 0 and self.role != ALWAYS
+
 
 Ensemble = tuple[LoRASpec, ...]
 
@@ -74,6 +79,11 @@ def told_apart(ensemble: Ensemble) -> Ensemble:
     files = [spec.name for spec in ensemble if spec.acts]
     return tuple(replace(spec, label=in_row(spec.name, spec.row or k)) if files.count(spec.name) > 1 else spec
                  for k, spec in enumerate(ensemble, 1))
+
+
+def on_the_model(ensemble: Ensemble) -> Ensemble:
+    """The same without what it changes in the text encoder: for a node that has no clip to be connected."""
+    return tuple(replace(spec, strength_clip=0.0) for spec in ensemble)
 
 
 def index_of(specs: Sequence[LoRASpec], spec: LoRASpec) -> int:

@@ -60,7 +60,7 @@ def on_the_node(model, record: RunRecord | None, total: int) -> Listener | None:
                 server.send_sync(EVENT, {"prompt_id": context.prompt_id, "workflow": workflow, "panels": panels},
                                  client)
             for each in dict.fromkeys((node, *filter(None, methods))):
-                server.send_progress_text(text.replace("\n", "  \n"), each, client)  # Nodes 2.0 reads Markdown
+                _say(server, text, each, client)
         except RuntimeError as error:  # the server is going down
             log.debug("live text: %s", error)
 
@@ -74,11 +74,15 @@ def _alone(model, record: RunRecord | None, total: int, server, client: str, nod
         text = saved(record, guidance_record_of(model), total) if over and client in server.sockets else ""
         if text:
             try:
-                server.send_progress_text(text.replace("\n", "  \n"), node, client)
+                _say(server, text, node, client)
             except RuntimeError as error:
                 log.debug("live text: %s", error)
 
     return told
+
+
+def _say(server, text: str, node: str, client: str) -> None:
+    server.send_progress_text(text.replace("\n", "  \n"), node, client)  # Nodes 2.0 reads Markdown
 
 
 def _workflow(server, prompt_id: str) -> str:

@@ -15,7 +15,7 @@ from ...kernels.spectrum import high_share, late_change, radial_amplitude, radia
 from ...methods.frequency import LOW_FREQUENCY, frequency_class
 from ...methods.merge import Merge
 from ..compose.apply import apply_method
-from ..files.ensemble import ALWAYS, Ensemble
+from ..files.ensemble import ALWAYS, Ensemble, on_the_model
 from .chart import Lines, Series
 from .letters import labels
 from .sheet import as_image, sheet
@@ -76,12 +76,12 @@ def profiles(model, ensemble: Ensemble, how: Sampling, progress: Callable[[], No
     """
     if not ensemble:
         raise ValueError("LoRA Spectrum: the ensemble is empty. Connect at least one 'LoRA (Ensemble)' node to it.")
-    active = [spec for spec in ensemble if spec.strength_model != 0 and spec.role != ALWAYS]
-    always = tuple(replace(spec, strength_clip=0.0) for spec in ensemble if spec.role == ALWAYS)
+    ensemble = on_the_model(ensemble)
+    active, always = [spec for spec in ensemble if spec.composed], tuple(s for s in ensemble if s.role == ALWAYS)
     if always:
         model = apply_method(model, None, always, lambda all_: Merge(all_.strengths), node="LoRA Spectrum")[0]
-    models = [apply_method(model, None, (replace(spec, mask=None, strength_clip=0.0),),
-                           lambda one: Merge(one.strengths), node="LoRA Spectrum")[0] for spec in active]
+    models = [apply_method(model, None, (replace(spec, mask=None),), lambda one: Merge(one.strengths),
+                           node="LoRA Spectrum")[0] for spec in active]
     log.info("LoRA Spectrum: %d pictures of %d steps, one after the other", 1 + len(models), how.steps)
     base = _shares(model, how, progress, "the base model")
     return [_profile("base model", "", base, base),
