@@ -1,4 +1,4 @@
-"""Weights that are read or scaled after a method was put on a MODEL: merges, differences, saves.
+"""Weights that are read, scaled or trained after a method was put on a MODEL: merges, differences, saves.
 
 A method's LoRAs act beside the weights, where nothing that reads these finds them. Those of a plain merge can be told
 from the outside: they are put into the weights of the copy that is read, as ComfyUI's own loader would have done. Those
@@ -16,6 +16,7 @@ import logging
 from dataclasses import replace
 
 import comfy.model_management
+from torch import nn
 
 from ...methods.merge import Merge
 from ..files.called import file_of
@@ -67,6 +68,16 @@ class _Followed:
                 self.set_attachments(KEY, Composition((*composition.applied[:-1], said), composition.cache))
         return super().add_patches(patches, strength_patch, strength_model)
 
+    def add_weight_wrapper(self, name, function):
+        """What is to be trained (Train LoRA) learns beside what is in the weights: torch takes no gradients through
+        tensors that nodes have made, nor does the host's gradient checkpointing know of a run that is over."""
+        if self.get_attachment(KEY) is not None and _learns(function):
+            put_into_weights(self)
+            if (left := self.get_attachment(KEY)) is not None:
+                raise ValueError(f"{_named(left.applied) or 'Branch Cache'}: nothing can be trained through it (Train "
+                                 "LoRA). Connect the MODEL from before that node, or use Merge LoRAs without masks.")
+        return super().add_weight_wrapper(name, function)
+
 
 class _Saved(_Followed):
     """One that makes the tensors of a file itself."""
@@ -93,6 +104,11 @@ class _LoadedToSave(_Followed):
 def _is_a_models(patch: object) -> bool:
     """Whether a patch is what `get_key_patches` gives: a weight with its converter, and the patches on it."""
     return isinstance(patch, list) and bool(patch) and isinstance(patch[0], tuple) and len(patch[0]) == 2
+
+
+def _learns(function) -> bool:
+    """Whether a weight's wrapper is trained; others change weights for a while."""
+    return isinstance(function, nn.Module) and any(each.requires_grad for each in function.parameters())
 
 
 def _composes(model) -> bool:

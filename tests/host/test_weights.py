@@ -18,6 +18,7 @@ from comfy_extras.nodes_model_merging import (
     ModelSubtract,
     save_checkpoint,
 )
+from comfy_extras.nodes_train import TrainLoraNode
 from lora_ensemble.host.compose.apply import apply_method, with_cache
 from lora_ensemble.host.compose.cache import CacheSpec
 from lora_ensemble.host.compose.composition import KEY, record_of
@@ -181,6 +182,69 @@ def test_a_patcher_of_another_class_keeps_it(other, loras):
     made = simple(other, ours.clone().clone())
     assert isinstance(ours.clone(), Rewriting) and type(model) is Rewriting and type(ours).__name__ == "Rewriting"
     same(sample(made), sample(simple(other, stock(model, ensemble))), sample(simple(other, model)), 1e-4)
+
+
+# --- training ---
+
+
+def trained(model) -> dict[str, torch.Tensor]:
+    """The LoRA that ComfyUI's own node trains on a MODEL in two steps."""
+    def loaded(disable_dynamic=False):
+        whole = build(FAMILIES["SD15"])
+        randomize(whole)
+        return patcher(whole)
+
+    model = model.clone()
+    model.cached_patcher_init = loaded, ()  # the node asks the loader for weights of its own
+    latent = {"samples": torch.ones(1, 4, 8, 8)}
+    inputs = dict(model=model, latents=latent, positive=FAMILIES["SD15"].cond(11), batch_size=1,
+                  grad_accumulation_steps=1, steps=2, learning_rate=0.1, rank=2, optimizer="SGD", loss_function="MSE",
+                  seed=1, training_dtype="fp32", lora_dtype="fp32", algorithm="LoRA", gradient_checkpointing=True,
+                  existing_lora="[None]")
+    with torch.inference_mode():  # as in a prompt
+        if not hasattr(TrainLoraNode, "execute"):
+            torch.manual_seed(1)
+            try:
+                return TrainLoraNode().train(**inputs)[1]
+            finally:
+                for module in model.model.modules():  # the node puts back what the class has anyway
+                    module.__dict__.pop("forward", None)
+        new = dict(quantized_backward=False, checkpoint_depth=1, offloading=False, bucket_mode=False, bypass_mode=False)
+        torch.manual_seed(1)
+        return TrainLoraNode.execute(**{name: [value] for name, value in (inputs | new).items()}).result[0]
+
+
+def test_training_on_a_merge_is_training_on_a_chain_of_loaders(loras):
+    model = base("SD15")
+    ensemble = three(model, loras)
+    with torch.inference_mode():
+        ours, reference = merge(model, ensemble), stock(model, ensemble)
+    before = sample(ours)
+    made, wanted, alone = trained(ours), trained(reference), trained(model)
+    assert made.keys() == wanted.keys() and any(not torch.equal(wanted[key], alone[key]) for key in wanted)
+    for key in wanted:
+        torch.testing.assert_close(made[key], wanted[key])
+    assert torch.equal(sample(ours), before) and len(record_of(ours).methods) == 1
+
+
+@pytest.mark.parametrize("kind", [*CHANGING, "Branch Cache"])
+def test_what_cannot_be_trained_through_is_an_error_with_the_remedy(kind, loras):
+    model = base("SD15")
+    with torch.inference_mode():
+        ensemble = three(model, loras)
+        ours = with_cache(merge(model, ensemble), CacheSpec(Uniform(2))) if kind == "Branch Cache" \
+            else CHANGING[kind](model, ensemble)
+    called = "Merge" if kind.startswith("a ") else kind
+    with pytest.raises(ValueError, match=f"^{called}: nothing can be trained through it .*Connect the MODEL"):
+        trained(ours)
+    assert sample(ours).isfinite().all()
+
+
+def test_a_wrapper_that_nobody_trains_is_nobodys_business(loras):
+    model = base("SD15")
+    ours = composite(model, three(model, loras))
+    for wrapper in (lambda weight: weight, torch.nn.Identity()):
+        ours.clone().add_weight_wrapper("diffusion_model.out.2.weight", wrapper)
 
 
 # --- files ---
