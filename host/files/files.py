@@ -25,6 +25,8 @@ import folder_paths
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from .broken import LOOKED_AT, instead, unfinished
+
 FOLDER = "loras"
 KEPT_BYTES = 2**30
 """Of all files that are kept, for all models together; the last one is kept whatever its size."""
@@ -119,7 +121,7 @@ def changes() -> int:
 def check_file(name: str) -> None:
     """Refuse what can be known to be wrong from the header alone; cheap enough for every validation.
 
-    Raises ValueError for a missing file, another format, a damaged header or a truncated file.
+    Raises ValueError for a missing file, another format, a damaged header or a file that is not whole.
     """
     path = path_of(name)
     if not name.lower().endswith((".safetensors", ".sft")):
@@ -128,13 +130,17 @@ def check_file(name: str) -> None:
     try:
         size = os.path.getsize(path)
         with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
+            start = file.read(LOOKED_AT)
+            length = int.from_bytes(start[:8], "little")
+            file.seek(8)
             header = file.read(length) if 2 <= length <= min(size - 8, 100_000_000) else b""
     except OSError as error:
         raise ValueError(f"LoRA '{name}' cannot be opened ({error}). Check its rights and its disk.") from error
+    if (beside := unfinished(path)) is not None:
+        raise ValueError(f"LoRA '{name}' is not downloaded as a whole: beside it is '{beside}', which aria2 keeps "
+                         "until it is. Let the download end; if it has, delete that file.")
     if size < 8 or length < 2 or length > 100_000_000:
-        raise ValueError(f"LoRA '{name}' is not a safetensors file, whatever its name says (often a web page saved by "
-                         "a download that needed a login). Download it again.")
+        raise ValueError(f"LoRA '{name}' {instead(start, size)}")
     if length > size - 8:
         raise ValueError(_truncated(name, size, length + 8))
     try:
