@@ -67,8 +67,6 @@ class GuidedRuns(Left[Guided]):
         super().keep(latent, value)
         held = 0
         for run in self.values():  # the last one first
-            if run.model() is None:
-                run.give_up()
             size = nbytes(run.left)
             if run is not value and held + size > HELD:
                 run.give_up()
@@ -83,9 +81,10 @@ class GuidedRuns(Left[Guided]):
 
 
 def nbytes(held: object) -> int:
-    """Bytes of all tensors in a value of dataclasses, tuples, lists and mappings."""
+    """Bytes that all tensors in a value of dataclasses, tuples, lists and mappings keep: of a view, those of the whole.
+    """
     if isinstance(held, Tensor):
-        return sum(map(nbytes, held.unbind())) if held.is_nested else held.untyped_storage().nbytes()
+        return held.untyped_storage().nbytes()
     if isinstance(held, Mapping):
         return sum(map(nbytes, held.values()))
     if is_dataclass(held):

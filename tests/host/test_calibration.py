@@ -195,6 +195,8 @@ def test_nothing_to_calibrate():
         calibrate(base("SD15"), paths(cfg=1.0))
     with pytest.raises(ValueError, match="at denoise 0 nothing is sampled"):
         calibrate(base("SD15"), paths(denoise=0.0))
+    with pytest.raises(ValueError, match="sampled without evaluating a negative"):
+        calibrate(base("SD15"), paths(negative=[]))
 
 
 def test_a_sampler_that_decides_itself_how_often_it_calls():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import comfy.model_management
 import comfy.sample
+import comfy.samplers
 import pytest
 import torch
 from lora_ensemble.host.guidance import calibrate as made
@@ -26,6 +27,25 @@ def test_seeds_go_on_with_the_first_one_behind_the_last(monkeypatch):
     monkeypatch.setattr(comfy.sample, "prepare_noise", note)
     calibrate(base("SD15"), paths(positive=SD15.cond(11), steps=2, seed=2**64 - 2, seeds=3, batch=2))
     assert seen == [2**64 - 2, 2**64 - 1, 0]
+
+
+@pytest.mark.parametrize("denoise", [1.0, 0.5])
+def test_paths_have_the_schedule_of_a_sampler_with_these_settings(denoise):
+    """Else the coefficients would be refused by the sampler that they were made for."""
+    coeffs = calibrate(base("SD15"), paths(positive=SD15.cond(11), steps=3, seeds=1, denoise=denoise))
+    sampler = comfy.samplers.KSampler(base("SD15"), 3, torch.device("cpu"), "euler", "normal", denoise)
+    assert coeffs.sigmas == tuple(sampler.sigmas.tolist())
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_what_it_takes_is_logged_before_it_begins(rounds, caplog):
+    def begun() -> None:
+        assert f"{rounds * 2 * 2} evaluations of the model" in caplog.text
+        raise comfy.model_management.InterruptProcessingException
+
+    with caplog.at_level("INFO", logger="lora_ensemble"), pytest.raises(
+            comfy.model_management.InterruptProcessingException):
+        calibrate(base("SD15"), paths(positive=SD15.cond(11), steps=2, seeds=1), rounds == 2, progress=begun)
 
 
 @pytest.mark.parametrize(("options", "rounds", "said"), [

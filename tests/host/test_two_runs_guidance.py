@@ -258,3 +258,19 @@ def test_what_a_model_left_goes_with_it():
     gc.collect()
     assert mine.model() is None and mine.left is None and mine.given_up and held() is None
     assert guided.GUIDED.values()[0].left is not None and other
+
+
+def test_a_run_that_left_nothing_has_given_nothing_up(monkeypatch):
+    """At cfg 1 no negative is seen: what goes on with that picture begins, and not anew."""
+    monkeypatch.setattr(left, "HELD", 0)
+    ours = extrapolated(base("SD15"), saving=0.5)
+    half = part(ours, 0, 4, cfg=1.0)
+    term(base("SD15"), 1)
+    assert [run.left is None for run in guided.GUIDED.values()] == [False, True]
+    part(ours, 4, STEPS, half, cfg=12.0)
+    assert not any("anew" in line for line in guidance_record_of(ours).problems)
+
+
+def test_what_a_view_keeps_counts():
+    view = torch.zeros(100)[:1]
+    assert left.nbytes(view) == 400 and left.nbytes(({"negative": [view, torch.zeros(3)]}, 7, None)) == 412
