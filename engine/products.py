@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ..kernels.lowrank import Share, Update, add_batched_, add_pointwise_, rows, shares, shares_apart, tokens
+from ..kernels.lowrank import Share, Update, add_pointwise_, grouped, rows, shares, shares_apart, tokens
 from .adapters import Span, part
 from .geometry import Geometry
-from .stack import SlicePart, Slot, Stack
+from .stack import SlicePart, Slot, Stack, together
 from .transfer import on_device
 
 Numbers = tuple[tuple[float, ...], ...]
@@ -109,11 +109,13 @@ class Way:
 
 def product(call: LayerCall, stack: Stack, slots: Sequence[Slot], entries: Entries, numbers: Numbers) -> Way:
     """The neighbouring `slots` of a stack on some entries, `numbers` with one gain per entry and slot."""
+    slots = together(slots)
     ranks, n, rates = slice(slots[0].start, slots[-1].stop), len(entries), call.rates
     alpha, needed = _gains(call, numbers)
     parts = stack.parts(ranks)
     (first, own, count), span, outputs = parts[0], stack.slices[parts[0].k].span, call.y.shape[-1]
-    lone = len(parts) == count == 1
+    lone, width = len(parts) == count == 1, ranks.stop - ranks.start
+    size = () if call.geometry.spatial else sized(call, (n, call.places, width) if call.x.ndim > 2 else (n, width))
     # Slices of outputs are columns of one matrix of all rows: a product into one of a batch of matrices is no product
     # for a BLAS.
     columns = not lone or (span is not None and span[0] == 0 and not call.geometry.spatial)
@@ -123,8 +125,7 @@ def product(call: LayerCall, stack: Stack, slots: Sequence[Slot], entries: Entri
         gain = None
         if needed is not None:
             gain = call.where(entries, slots, needed) if call.where is not None else gain_tensor(
-                slots, needed, call.geometry.spatial, min(call.x.ndim - 2, 1), call.x, call.once,
-                _sized(call, n, ranks.stop - ranks.start))
+                slots, needed, call.geometry.spatial, min(call.x.ndim - 2, 1), call.x, call.once, size)
             if gain.ndim > 3 and not call.geometry.spatial:  # a view, which is brought up to date with its tensor
                 gain = gain.flatten(1, -2)
         if columns:
@@ -133,11 +134,10 @@ def product(call: LayerCall, stack: Stack, slots: Sequence[Slot], entries: Entri
             add = add if call.x.ndim <= 3 else _flat(add)
         else:
             add = _added(call.geometry, call.x.ndim, n, down[ranks], stack.up_of(first, up, own), gain, alpha, span)
-        text = f"{n} of {call.y.shape[0]} entries, rank {ranks.stop - ranks.start}"
+        text = f"{n} of {call.y.shape[0]} entries, rank {width}"
         text += "" if gain is None else f", gains {'x'.join(map(str, gain.shape))}"
         return [(on_entries(add, entries, call.y), text + (in_words(span) if lone else f", {len(parts)} for slices"))]
 
-    width = ranks.stop - ranks.start
     seconds = (1 + len(parts) + (needed is not None)) * rates.launch
     seconds += (_views(stack, parts, width, outputs) if columns else 0 if span is None else 1) * rates.view
     seconds += call.work(stack, n, [(own.stop - own.start, stack.slices[k].out) for k, own, count in parts
@@ -177,14 +177,14 @@ def apart(call: LayerCall, stack: Stack, ranks: slice, entries: Entries, alpha: 
 
 def batched(down: Tensor, up: Tensor, gain: Tensor | None, alpha: float, span: Span) -> Update:
     """Groups of entries, one after the other, with a pair of factors each."""
-    count = down.shape[0]
-    inputs, outputs = (count, -1, down.shape[1]), (count, -1, up.shape[2])
+    add = grouped(down, up, gain, alpha)
 
     def update(y: Tensor, x: Tensor) -> Tensor:
         if not y.is_contiguous():
             return y.copy_(update(y.contiguous(), x))
-        own, x = (y, x) if span is None else (part(y, span, -1, 0), part(x, span, -1, 1))
-        add_batched_(own.view(outputs), x.reshape(inputs), down, up, gain, alpha)
+        if span is None:
+            return add(y, x)
+        add(part(y, span, -1, 0), part(x, span, -1, 1))
         return y
 
     return update
@@ -292,13 +292,10 @@ def gain_tensor(slots: Sequence[Slot], numbers: Numbers, spatial: int, dimension
     return once(("gain", widths, numbers, spatial, dimensions, dtype, device, size), make)
 
 
-def _sized(call: LayerCall, n: int, ranks: int) -> tuple[int, ...]:
-    """The size of all hidden values of n entries of tokens, where gains are to be held in it; (): they broadcast. An
-    operation that broadcasts takes the host about a view longer, one that does not reads more: the larger the size, the
-    longer."""
-    size = (n, call.places, ranks) if call.x.ndim > 2 else (n, ranks)
-    broadcasts = call.geometry.spatial or prod(size) > call.rates.view * call.rates.values
-    return () if broadcasts else size
+def sized(call: LayerCall, size: tuple[int, ...]) -> tuple[int, ...]:
+    """The size of all hidden values, where gains are to be held in it; (): they broadcast. An operation that broadcasts
+    takes the host about a view longer, one that does not reads more: the larger the size, the longer."""
+    return () if prod(size) > call.rates.view * call.rates.values else size
 
 
 def in_turn(updates: Sequence[Update]) -> Update:

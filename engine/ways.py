@@ -21,8 +21,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from operator import attrgetter
 
-from .products import Built, LayerCall, Numbers, Way, apart, batched, in_words, on_entries, product
-from .stack import Slot, Stack
+from .products import Built, LayerCall, Numbers, Way, apart, batched, in_words, on_entries, product, sized
+from .stack import Slot, Stack, together
 from .transfer import on_device
 
 _seconds = attrgetter("seconds")
@@ -119,7 +119,7 @@ def _masked(call: LayerCall, stack: Stack, slots: Sequence[Slot], numbers: Numbe
 def _batched(call: LayerCall, stack: Stack, slots: Sequence[Slot], groups: dict[tuple[float, ...], list[int]]
              ) -> Way | None:
     """Needs groups of equal length one after the other, each with one adapter of the same rank, in the order of the
-    stack: what Composite's batch looks like."""
+    stack, the last of which may be followed by zeros: what Composite's batch looks like."""
     if call.geometry.spatial or call.where is not None:
         return None
     columns, gains, entries = [], [], []
@@ -133,22 +133,24 @@ def _batched(call: LayerCall, stack: Stack, slots: Sequence[Slot], groups: dict[
     count, width, first = len(groups), slots[columns[0]].width, columns[0]
     if entries != list(range(entries[0], entries[0] + len(entries))) or len({len(m) for m in groups.values()}) > 1:
         return None
-    if columns != list(range(first, first + count)) or any(slots[column].width != width for column in columns):
+    if columns != list(range(first, first + count)) or any(slots[column].width != width for column in columns[:-1]):
         return None
-    k = stack.slice_of(slots[first])
+    last, k = slots[columns[-1]], stack.slice_of(slots[first])
     each = stack.slices[k]
-    if slots[columns[-1]].stop > each.ranks.stop:
+    if last.stop > each.ranks.stop or not last.width - last.empty <= width <= last.width:
         return None
     n, rates, same = len(entries), call.rates, len(set(gains)) == 1
+    size = sized(call, (count, n // count * call.places, width))
 
     def build(call: LayerCall, stack: Stack) -> list[Built]:
         down, up = call.factors(stack)
-        ranks = slice(slots[first].start, slots[columns[-1]].stop)
+        ranks = slice(slots[first].start, last.start + width)
         down, up = down[ranks].unflatten(0, (count, width)).mT, stack.up_of(k, up, ranks).unflatten(0, (count, width))
         alpha = gains[0] if same else 1.0
+        dtype, device = call.x.dtype, call.x.device
         gain = None if same else call.once(
-            ("gains", tuple(gains), call.x.dtype, call.x.device),
-            lambda: on_device(gains, call.x.device, call.x.dtype).reshape(-1, 1, 1))
+            ("gains", tuple(gains), size, dtype, device),
+            lambda: on_device(gains, device, dtype).view(-1, 1, 1).expand(size or (-1, -1, -1)).contiguous())
         update = on_entries(batched(down, up, gain, alpha, each.span), tuple(entries), call.y)
         return [(update, f"{count} groups of {n // count} entries, rank {width} each" + in_words(each.span))]
 
@@ -173,6 +175,6 @@ def _strided(call: LayerCall, stack: Stack, slots: Sequence[Slot], groups: dict[
         first, last = active[0], active[-1]
         if active != list(range(first, last + 1)):
             return None
-        products.append(apart(call, stack, slice(one.slots[first].start, one.slots[last].stop), tuple(entries),
-                              own[first]))
+        ranks = slice(one.slots[first].start, together(one.slots[first:last + 1])[-1].stop)
+        products.append(apart(call, stack, ranks, tuple(entries), own[first]))
     return _all_of(products)

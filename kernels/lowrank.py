@@ -177,14 +177,20 @@ def shares_apart(down: Tensor, part: Share, outputs: int, alpha: float = 1.0) ->
     return update
 
 
-def add_batched_(y: Tensor, x: Tensor, down: Tensor, up: Tensor, gain: Tensor | None = None,
-                 alpha: float = 1.0) -> Tensor:
-    """One adapter per group of rows: two launches however many groups.
+def grouped(down: Tensor, up: Tensor, gain: Tensor | None = None, alpha: float = 1.0) -> Update:
+    """One adapter per group of rows, groups of equal length one after the other: two products however many groups.
 
-    Shape: y [g, n, out], x [g, n, in], down [g, in, r], up [g, r, out], gain like [g, n, r].
+    Shape: y [g groups, .., out], x [g groups, .., in], down [g, in, r], up [g, r, out], gain like [g, n, r] with n rows
+    and tokens of a group. y is contiguous, or a column slice of what is.
     """
-    hidden = torch.bmm(x, down)
-    return y.baddbmm_(hidden if gain is None else hidden.mul_(gain), up, alpha=alpha)
+    multiply, (count, inputs, _), outputs = torch.bmm, down.shape, up.shape[2]
+
+    def update(y: Tensor, x: Tensor) -> Tensor:
+        hidden = multiply(x.reshape(count, -1, inputs), down)
+        y.view(count, -1, outputs).baddbmm_(hidden if gain is None else hidden.mul_(gain), up, alpha=alpha)
+        return y
+
+    return update
 
 
 def add_pointwise_(y: Tensor, hidden: Tensor, up: Tensor, gain: Tensor | None = None, alpha: float = 1.0) -> Tensor:

@@ -47,7 +47,7 @@ def test_the_ways_to_serve_several_branches_agree(model, monkeypatch):
         taken[way] = [line for line in routed.explain() if "linear" in line]
         routed.remove()
     assert ["3 groups of 2 entries" in line for line in taken["batched"]] == [True]
-    assert ["6 of 6 entries, rank 9, gains 6x1x9" in line for line in taken["masked"]] == [True]
+    assert ["6 of 6 entries, rank 16, gains 6x1x16" in line for line in taken["masked"]] == [True]
     assert ["2 of 6 entries, rank 3" in line for line in taken["groups"]] == [True] * 3
 
 

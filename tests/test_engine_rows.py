@@ -351,9 +351,9 @@ def test_any_autograd_mode_and_no_factor_asks_for_a_gradient(model, context):
 
 def test_bank_counts_its_bytes_and_moves_as_a_module(model):
     bank, _ = adapters(model)
-    per_adapter = 3 * (8 + 4 * 9) + 3 * (16 + 8)
-    assert bank.nbytes() == 3 * per_adapter * 4
-    assert bank.to(torch.bfloat16).nbytes() == 3 * per_adapter * 2
+    numbers = 16 * (8 + 4 * 9) + 16 * (16 + 8)  # three of rank 3, filled up
+    assert bank.nbytes() == numbers * 4
+    assert bank.to(torch.bfloat16).nbytes() == numbers * 2
 
 
 @pytest.mark.parametrize(("device", "waits"), [("cuda", False), ("mps", True), ("xpu", True), ("cpu", True)])

@@ -7,7 +7,7 @@ import torch
 from lora_ensemble.kernels.branch import Branch, Step, one_hot
 from lora_ensemble.kernels.decompose import magnitude_scale
 from lora_ensemble.kernels.deltas import balanced, hadamard, hadamard_factors, kronecker, tucker, tucker_down
-from lora_ensemble.kernels.lowrank import Share, add_batched_, add_pointwise_, rows, shares, shares_apart, tokens
+from lora_ensemble.kernels.lowrank import Share, add_pointwise_, grouped, rows, shares, shares_apart, tokens
 from lora_ensemble.kernels.orthogonal import block_rotate, butterfly_rotate, cayley
 from lora_ensemble.tests.reference import TOLERANCE, butterfly_matrix, close
 from lora_ensemble.tests.test_engine_cost import Spy
@@ -86,14 +86,14 @@ def test_a_number_in_front(alpha, gain, kernel):
 @pytest.mark.parametrize("gain", ["number", "per group"])
 @pytest.mark.parametrize(("g", "n", "inputs", "out", "rank"), [(1, 1, 1, 1, 1), (2, 7, 24, 40, 4), (5, 1, 16, 8, 1),
                                                                (3, 0, 4, 4, 2)])
-def test_add_batched(g, n, inputs, out, rank, gain, dtype):
+def test_grouped(g, n, inputs, out, rank, gain, dtype):
     x, y = rand(g, n, inputs, dtype=dtype), rand(g, n, out, dtype=dtype, seed=1)
     # The engine's factors are views of one stack: strided, not contiguous.
     down = rand(g * rank, inputs, dtype=dtype, seed=2).view(g, rank, inputs).mT
     up = rand(out, g * rank, dtype=dtype, seed=3).T.unflatten(0, (g, rank))
     how, wide = gain_of(gain, g, 1, 1, dtype=dtype)
     want = torch.stack([y[k].double() + x[k].double() @ down[k].double() * wide[k] @ up[k].double() for k in range(g)])
-    assert add_batched_(y, x, down, up, **how) is y
+    assert grouped(down, up, **how)(y, x) is y
     assert close(y, want)
 
 
