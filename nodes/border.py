@@ -19,7 +19,7 @@ from comfy_api.latest import io
 from ..host.files.ensemble import LoRASpec
 from ..host.guidance.coeffs import GuidanceCoeffs
 from .sockets import MOST_ROWS
-from .unused import tell, unused
+from .unused import nothing_out, tell, unused
 
 DYNAMIC = "COMFY_DYNAMICCOMBO_V3"
 """The type of a combo whose choices open further inputs."""
@@ -52,7 +52,7 @@ def guard(node: type[io.ComfyNode]) -> None:
             if part.id in given:
                 check(schema.display_name, part, given[part.id])
         out = execute(*bound.args, **bound.kwargs)
-        tell(schema.display_name, unused(schema, given))
+        tell(schema.display_name, [*unused(schema, given), *nothing_out(cls.hidden, schema, given)])
         return out
 
     node.execute = classmethod(checked)

@@ -19,7 +19,7 @@ LoRAStack = io.Custom("LORA_STACK")
 MOST_ROWS = 20
 """Of LoRA Ensemble."""
 HIDDEN = [io.Hidden.unique_id, io.Hidden.extra_pnginfo]
-"""For `chain.check_chain` and `said.say`."""
+"""For `chain.check_chain`."""
 TOLD_HERE = True
 """What `not_idempotent` is of nodes that compose: the host does not take the output of an equal node with another id,
 as another workflow has, or this one had before its nodes went into a subgraph. The run is told on the node of that id.
@@ -45,7 +45,8 @@ def method_schema(*, options: list[io.Input] | None = None, place: bool = True, 
     """
     inputs = [model_input(), ensemble_input(), *(options or []), clip_input()]
     inputs += [*([place_input()] if place else []), *(later or [])]
-    return schema(inputs=inputs, outputs=[model_output(), clip_output()], not_idempotent=TOLD_HERE, **fields)
+    return schema(inputs=inputs, outputs=[model_output(), clip_output()], not_idempotent=TOLD_HERE,
+                  hidden=[io.Hidden.unique_id, io.Hidden.prompt], **fields)
 
 
 def model_input() -> io.Input:

@@ -215,6 +215,21 @@ def _same(value: object, default: object) -> bool:
     return value is default or (isinstance(value, str | int | float) and value == default)
 
 
+def nothing_out(hidden: io.HiddenHolder | None, schema: io.Schema, given: Given) -> list[str]:
+    """A line where another node takes the CLIP of this one, to whose clip nothing is connected: the host's own error
+    comes at that node, and speaks of the checkpoint.
+
+    hidden   what the host tells of the node that runs: its id, and the prompt
+    """
+    own, prompt = str(getattr(hidden, "unique_id", "")), getattr(hidden, "prompt", None) or {}
+    slot = next((k for k, out in enumerate(schema.outputs or ()) if str(out.io_type) == "CLIP"), None)
+    if slot is None or own not in prompt or given.get("clip") is not None or "clip" in prompt[own]["inputs"]:
+        return []
+    taken = any([own, slot] in each.get("inputs", {}).values() for each in prompt.values())
+    return ["nothing is connected to clip, so nothing comes out at CLIP, which another node takes: connect the "
+            "checkpoint's CLIP to clip"] if taken else []
+
+
 def tell(node: str, lines: Sequence[str]) -> None:
     """Show lines on the node that runs, and write them into the log by the node's name."""
     for line in lines:

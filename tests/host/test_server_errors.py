@@ -21,7 +21,7 @@ from .test_server import changed, difference, lora_files, pictures, random_lora 
 @pytest.mark.parametrize(
     ("file", "remedy"),
     [
-        ("web_page.safetensors", "Download it again"),
+        ("web_page.safetensors", "download it again"),
         ("truncated.safetensors", "fetch the file again"),
         ("empty_file.safetensors", "Download it again"),
     ],
@@ -50,6 +50,16 @@ def test_unusable_file_is_named(server: Server, name: str, file: str, remedy: st
         server.run(prompt)
     assert file in failed.value.message and remedy in failed.value.message
     assert pictures(server, changed(name, filename_prefix=file)).std() > 5
+
+
+def test_a_clip_that_was_never_connected_is_told_before_the_prompt_fails(server: Server):
+    prompt = changed("merge", strength_clip=0.0)
+    del prompt["method"]["inputs"]["clip"]
+    said = len(server.log.read_bytes())
+    with pytest.raises(PromptFailed) as failed:
+        server.run(prompt)
+    assert failed.value.node_type == "CLIPTextEncode"
+    assert b"Merge LoRAs: nothing is connected to clip" in server.log.read_bytes()[said:]
 
 
 def test_file_deleted_after_the_list_was_made(server: Server, lora_files: Path):  # noqa: F811

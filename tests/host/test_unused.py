@@ -268,6 +268,21 @@ def test_two_guidance_nodes_in_a_row_say_which_one_decides():
     assert not [line for line in guidance_record_of(first).problems if "twice" in line]
 
 
+@pytest.mark.parametrize("name", ["LoRAEnsembleMerge", "LoRAEnsembleRouted", "LoRAEnsembleStack"])
+@pytest.mark.parametrize(("inputs", "taken", "said"), [
+    ({}, 1, True), ({}, 0, False), ({"clip": ["1", 1]}, 1, False)])
+def test_a_clip_that_is_taken_and_never_came(name, inputs, taken, said, loras, caplog):
+    """ComfyUI's own error comes at the prompt, and speaks of the checkpoint. Where that has none, it is right."""
+    if name not in NODES:
+        pytest.skip("this release cannot show rows")
+    prompt = {"5": {"class_type": name, "inputs": inputs}, "6": {"class_type": "X", "inputs": {"clip": ["5", taken]}}}
+    hidden = SimpleNamespace(unique_id="5", prompt=prompt, extra_pnginfo=None)
+    node = type("Running", (NODES[name],), {"hidden": hidden})
+    with caplog.at_level(logging.WARNING):
+        node.execute(**defaults(node) | {"model": base("SD15"), "ensemble": three(base("SD15"), loras)})
+    assert ("nothing is connected to clip, so nothing comes out at CLIP" in caplog.text) == said
+
+
 def test_a_lora_by_itself():
     schema = LoRAEnsembleLoRA.define_schema()
     given = {"lora_name": "x", "strength_model": 0.0, "strength_clip": 0.0}
