@@ -117,6 +117,24 @@ def test_what_was_not_run_is_said(tmp_path):
     assert "some cases (`some`): not run." in page("--report", tmp_path, [PART])
 
 
+@pytest.mark.parametrize("each", [False, True])
+def test_what_has_no_findings_is_as_on_the_page_before(tmp_path, each):
+    """Guard: a page that says less than the one it replaces, since what it was made of is on another machine."""
+    some, other = Part("some", "some cases", 3, each=each), Part("other", "other cases", 2)
+    kept(tmp_path).judge(["1", "2"], check([]))
+    (line,) = [line for line in read("some", tmp_path) if line["case"] == "1"]
+    (tmp_path / "some.jsonl").write_text(json.dumps(line | {"machine": "a PDP-11"}) + "\n" + json.dumps(
+        read("some", tmp_path)[1]))
+    before = page("--all", tmp_path, [some, other])
+    (tmp_path / "some.jsonl").rename(tmp_path / "other.jsonl")
+    after = page("--page", tmp_path, [some, other], before)
+    told = {text for text in before.splitlines() if text.startswith(("| some", "| 1", "| 2", "* some", "* `some`"))}
+    assert len(told) >= 2 + each and told <= {*after.splitlines()}
+    assert "found on a PDP-11 and " in after and "other cases (`other`): not run" not in after
+    assert page("--page", tmp_path, [some, other], after) == after
+    assert "some cases (`some`): not run." in page("--page", tmp_path, [some, other])
+
+
 def shared(folder, text: str) -> Results:
     chosen = options(None).parse_args(["--out", str(folder), "--share", text])
     return Results.asked("some", ("test_results.py",), chosen)

@@ -5,6 +5,7 @@ Standard library only.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -47,28 +48,58 @@ NORMAL = ", without --all"
 """Behind the names of suites that are the normal run's: some of the combinations, and a share on older releases."""
 
 
-def page(option: str, folder: Path = OUT, parts: Sequence[Part] = (SUITES, *PARTS)) -> str:
-    """The page, of all findings that there are; `option` is how the command was called."""
+def page(option: str, folder: Path = OUT, parts: Sequence[Part] = (SUITES, *PARTS), before: str = "") -> str:
+    """The page, of all findings that there are; `option` is how the command was called. Of parts without findings it
+    has what `before` has, the page as it was: every row names its commit."""
     found = {part: read(part.module, folder) for part in parts}
-    hosts = sorted({line["host"] for lines in found.values() for line in lines})
-    machines = sorted({line.get("machine", "") for lines in found.values() for line in lines} - {""})
+    rows = {part: _rows(part, lines) if lines else _rows_of(part, before) for part, lines in found.items()}
+    machines, hosts = ({line.get(key, "") for lines in found.values() for line in lines} for key in ("machine", "host"))
+    if any(rows[part] and not lines for part, lines in found.items()):
+        was = re.search(r"; found on (.+?); (.+?)\. What a run", before)
+        machines, hosts = machines | {*was[1].split(" and ")}, hosts | {*was[2].split(", ")}
     lines = ["# What the tests found", "",
              f"Written by `python3 run.py test {option}` of what `--all` has found, on {date.today()} at commit "
-             f"{commit()}; found on {' and '.join(machines) or machine()}; {', '.join(hosts) or 'no ComfyUI'}. What a "
-             "run does is said at the head of its file in `tests/`; "
-             "`python3 run.py test --all --keep` goes on with what is missing here.", "",
+             f"{commit()}; found on {' and '.join(sorted(machines - {''})) or machine()}; "
+             f"{', '.join(sorted(hosts - {''})) or 'no ComfyUI'}. What a run does is said at the head of its file in "
+             "`tests/`; `python3 run.py test --all --keep` goes on with what is missing here.", "",
              "| run | cases | what became of them | time | commit |", "| --- | --- | --- | --- | --- |"]
-    lines += [_row(part, found[part]) for part in parts if found[part] and not part.each]
+    lines += [row for part in parts if not part.each for row in rows[part]]
     for part in parts:
-        if part.each and found[part]:
-            lines += ["", f"## {part.title[0].upper()}{part.title[1:]}", "", "| | | commit |", "| --- | --- | --- |"]
-            lines += [f"| {line['case']}{_shared(part, [line])} | {_cell(_became(line))} | {line['commit']} |"
-                      for line in found[part]]
-    lines += ["", "## What was cut", "", *(_cut(parts, found) or ["Nothing."])]
-    failed = [f"* `{part.module}` {_cell(line['case'])}: {_cell(_became(line))}" for part in parts
-              for line in [line for line in found[part] if not line["ok"]][:FAILURES]]
+        if part.each and rows[part]:
+            lines += ["", _heading(part), "", "| | | commit |", _RULE, *rows[part]]
+    cut, failed = [], []
+    for part in parts:
+        if found[part] or not rows[part]:
+            cut += _cut(part, found[part])
+            failed += [f"* `{part.module}` {_cell(line['case'])}: {_cell(_became(line))}"
+                       for line in [line for line in found[part] if not line["ok"]][:FAILURES]]
+        else:
+            cut += [line for line in before.splitlines() if line.startswith(f"* {part.title} (`{part.module}`)")]
+            failed += [line for line in before.splitlines() if line.startswith(f"* `{part.module}` ")]
+    lines += ["", "## What was cut", "", *(cut or ["Nothing."])]
     lines += ["", "## What failed", "", *(failed or ["Nothing."]), ""]
     return "\n".join(lines)
+
+
+_RULE = "| --- | --- | --- |"
+
+
+def _heading(part: Part) -> str:
+    return f"## {part.title[0].upper()}{part.title[1:]}"
+
+
+def _rows(part: Part, lines: list[dict[str, Any]]) -> list[str]:
+    if not part.each:
+        return [_row(part, lines)]
+    return [f"| {line['case']}{_shared(part, [line])} | {_cell(_became(line))} | {line['commit']} |" for line in lines]
+
+
+def _rows_of(part: Part, page: str) -> list[str]:
+    """Those that a page has of a part."""
+    if not part.each:
+        return [line for line in page.splitlines() if line.startswith(f"| {part.title} (`{part.module}")]
+    section = page.partition(f"\n{_heading(part)}\n")[2].partition("\n## ")[0].partition(f"\n{_RULE}\n")[2]
+    return [line for line in section.splitlines() if line]
 
 
 def _became(line: dict[str, Any]) -> str:
@@ -93,22 +124,18 @@ def _shared(part: Part, lines: list[dict[str, Any]]) -> str:
     return "" if shares == 1 else ", beside others" if part.each else f", in {shares} shares"
 
 
-def _cut(parts: Sequence[Part], found: dict[Part, list[dict[str, Any]]]) -> list[str]:
-    """What is not whole, and what is not of one commit."""
-    out = []
-    for part in parts:
-        lines, done = found[part], len(found[part])
-        asked = part.whole or max((line.get("of", 0) for line in lines), default=0)
-        if not lines:
-            out.append(f"* {part.title} (`{part.module}`): not run.")
-        elif part is SUITES and all(line["case"].endswith(NORMAL) for line in lines):
-            out.append(f"* {part.title} (`{part.module}`): the normal run alone, which takes some of the combinations, "
-                       "and on older releases a share of the tests of their API.")
-        elif done < asked:
-            out.append(f"* {part.title} (`{part.module}`): {asked - done} of {asked} cases are missing.")
-    return out
+def _cut(part: Part, lines: list[dict[str, Any]]) -> list[str]:
+    """What is not whole."""
+    done, asked = len(lines), part.whole or max((line.get("of", 0) for line in lines), default=0)
+    if not lines:
+        return [f"* {part.title} (`{part.module}`): not run."]
+    if part is SUITES and all(line["case"].endswith(NORMAL) for line in lines):
+        return [f"* {part.title} (`{part.module}`): the normal run alone, which takes some of the combinations, and on "
+                "older releases a share of the tests of their API."]
+    return [f"* {part.title} (`{part.module}`): {asked - done} of {asked} cases are missing."] if done < asked else []
 
 
 def write(option: str, folder: Path = OUT, path: Path = PAGE) -> Path:
-    path.write_text(page(option, folder), encoding="utf-8")
+    before = path.read_text(encoding="utf-8") if path.is_file() else ""
+    path.write_text(page(option, folder, before=before), encoding="utf-8")
     return path
