@@ -31,7 +31,8 @@ class Without:
         if not self.pictures:
             return [branch for branch in branches for _ in range(pictures)]
         if len(set(self.pictures)) > 1 and pictures != len(self.pictures):
-            raise AnotherBatch(f"a batch of {pictures} pictures in a run of {len(self.pictures)}")
+            raise AnotherBatch(f"a node calls the model with a batch of {pictures} pictures in a run of "
+                               f"{len(self.pictures)}")
         left = [frozenset(i for method, i in self.pictures[p % len(self.pictures)] if method == k)
                 for p in range(pictures)]
         return [silent(branch, each) for branch in branches for each in left]

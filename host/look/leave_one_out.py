@@ -23,6 +23,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
+from ...engine.layout import NotRows
 from ...kernels.nested import unpack
 from ...methods.composite import Composite
 from ...methods.merge import Merge
@@ -122,8 +123,10 @@ def leave_one_out(model, how: Sampling, progress: Callable[[int, int], None] = l
         try:
             found, told = _sampled(model, composition, how, chunk, study if not latents else None,
                                    _part_of(progress, how.steps, len(latents), len(chunk), len(variants)))
-        except AnotherBatch as reason:
-            room, why = 1, f"a node calls the model with {reason}"
+        except (AnotherBatch, NotRows) as reason:
+            if len(chunk) == 1:
+                raise
+            room, why = 1, str(reason)
             continue
         except comfy.model_management.OOM_EXCEPTION as error:
             if len(chunk) == 1 or not is_lack_of_memory(error):

@@ -192,10 +192,10 @@ def test_rows_that_cannot_be_told_apart(loras, cards, monkeypatch):
         return owners(programs, layout, name, y, x)
 
     monkeypatch.setattr(Programs, "_owners", of)
-    ours = composite(split(loaded()), ensemble)
-    near(sample(ours, steps=2), want)
+    ours, until = composite(split(loaded()), ensemble), []
+    near(sample(ours, steps=2, callback=lambda *_: until.append(len(failed))), want)
     (line,) = record_of(ours).problems
-    assert failed and "in a batch of its own" in line
+    assert failed and until == [len(failed)] * 2 and "in a batch of its own" in line
     failed.clear()
     near(sample(ours, steps=2), want)
 

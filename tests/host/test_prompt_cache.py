@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 from lora_ensemble.host.files.ensemble import LoRASpec
+from lora_ensemble.host.look.leave_one_out import leave_one_out
+from lora_ensemble.host.look.spectrum import Sampling
 from lora_ensemble.methods.composite import Composite
 from lora_ensemble.methods.switch import Switch
 
@@ -49,6 +54,15 @@ def again(model, steps: int = 2):
     return sample(model, "HiDream-O1", size=64, steps=steps)
 
 
+@contextmanager
+def never_kept(model) -> Iterator[None]:
+    handle = model.model.diffusion_model.register_forward_pre_hook(lambda module, args: module.clear_kv_cache())
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def test_the_model_does_keep_its_prompt(model):
     drawn(model)
     assert model.model.diffusion_model._kv_cache_entries
@@ -69,12 +83,9 @@ def test_a_run_takes_nothing_from_the_one_before(model, pair):
 def test_taking_turns(model, pair):
     """Switch with a step per LoRA: the second step is the second LoRA's, prompt included."""
     turns = method(model, pair, lambda strengths: Switch(strengths, 1))
-    ours, root = drawn(turns), model.model.diffusion_model
-    handle = root.register_forward_pre_hook(lambda module, args: module.clear_kv_cache())
-    try:
+    ours = drawn(turns)
+    with never_kept(model):
         want = drawn(turns)
-    finally:
-        handle.remove()
     same(ours, want, drawn(model))
 
 
@@ -83,3 +94,13 @@ def test_side_by_side(model, pair):
     plain = drawn(model)
     identical = drawn(method(model, pair[:1] * 2, Composite))
     same(identical, drawn(merge(model, pair[:1])), plain)
+
+
+def test_a_lora_that_is_left_out_is_left_out_of_the_prompt(model, pair):
+    """What did each LoRA do? evaluates the model beside a run, with other LoRAs in a prompt that has been kept."""
+    how = Sampling(O1.cond(11), O1.cond(12), torch.zeros_like(O1.noise(1, 64)), 5, 2, 3.0, "euler", "normal")
+    found = leave_one_out(merge(model, pair), how)
+    assert found.batches == [1] * 4 and "in an order that is not known" in found.why
+    with never_kept(model):
+        want = leave_one_out(merge(model, pair), how)
+    assert torch.tensor(found.shares).allclose(torch.tensor(want.shares), rtol=1e-3) and min(want.shares[0]) > 0

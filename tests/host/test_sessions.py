@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import comfy_extras.nodes_custom_sampler as guiders
 import comfy_extras.nodes_pag as nodes_pag
@@ -143,6 +144,16 @@ def test_sides_of_the_hosts_guiders(ours):
     basic = guiders.Guider_Basic(ours)
     basic.set_conds(SD15.cond(1))
     assert sides(basic, ours)[0][0] == POSITIVE
+
+
+@pytest.mark.parametrize(("known", "conds", "wanted"), [
+    ({}, ["x", "y", "z"], (POSITIVE, UNCONDITIONAL, OTHER)),
+    ({"a": POSITIVE}, ["x"], (UNCONDITIONAL,)), ({"a": OTHER}, ["x"], (POSITIVE,)),
+    ({"a": POSITIVE, "b": OTHER}, ["b", "xa", None], (OTHER, POSITIVE, OTHER))])
+def test_sides_of_conds_that_no_guider_knows(known, conds, wanted):
+    """By their places, as in the host's own guidance. One alone beside a positive is a side that the guider lacks."""
+    given = [None if cond is None else [{"uuid": name} for name in cond] for cond in conds]
+    assert Run.sides(SimpleNamespace(_sides=known), given) == wanted
 
 
 def test_a_perturbed_pass_is_a_call_of_its_own_with_the_same_latent(ours):
