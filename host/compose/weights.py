@@ -57,8 +57,12 @@ class _Followed:
         return super().get_key_patches(filter_prefix) if whole is self else whole.get_key_patches(filter_prefix)
 
     def add_patches(self, patches, strength_patch=1.0, strength_model=1.0):
-        """Another model's weights, or a scale on those that are there, also concern the LoRAs before them."""
-        if _composes(self) and (strength_model != 1.0 or any(map(_is_a_models, patches.values()))):
+        """Another model's weights, or a scale on those that are there, also concern the LoRAs before them. A difference
+        of models is made for its weights alone: to extract a LoRA, or to add it to a third one."""
+        models = _composes(self) and any(map(_is_a_models, patches.values()))
+        if models and strength_patch == -strength_model:
+            _all_into_weights(self)
+        elif models or (_composes(self) and strength_model != 1.0):
             put_into_weights(self)
             composition = self.get_attachment(KEY)
             if composition is not None and composition.applied and SCALED not in composition.applied[-1].problems:
@@ -123,13 +127,18 @@ def _whole(model):
     if not _composes(model):
         return model
     whole = model.clone()
-    put_into_weights(whole)
-    composition = whole.get_attachment(KEY)
+    _all_into_weights(whole)
+    return whole
+
+
+def _all_into_weights(model) -> None:
+    """`put_into_weights`, where then nothing acts beside them. Raises ValueError where something does."""
+    put_into_weights(model)
+    composition = model.get_attachment(KEY)
     if composition is not None and composition.applied:
         raise ValueError(f"{_named(composition.applied)}: its LoRAs change from step to step or from place to place, "
                          "so no weights hold what they do: a merge, a difference or a file made of this MODEL would be "
                          "without them. Connect the MODEL from before that node, or use Merge LoRAs without masks.")
-    return whole
 
 
 def put_into_weights(model) -> None:
