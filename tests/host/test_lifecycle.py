@@ -42,9 +42,13 @@ def ours(loras):
     return composite(base("SD15"), three(base("SD15"), loras))
 
 
-def test_forwards_are_there_during_a_run_and_gone_after(ours):
-    during = []
+@pytest.mark.parametrize("banks", [1, 2])
+def test_forwards_are_there_during_a_run_and_gone_after(banks, loras):
+    """Those of two methods in a row lie around each other."""
+    during, model, (first, *others) = [], base("SD15"), three(base("SD15"), loras)
+    ours = composite(merge(model, (first,)) if banks == 2 else model, others)
     sample(ours, callback=lambda *_: during.append(len(forwards(ours))))
+    assert len(ours.get_additional_models_with_key(KEY)) == banks
     assert min(during) > 20 and clean(ours) and ours.get_attachment(KEY).record.finished
 
 
@@ -113,7 +117,7 @@ def test_an_exception_inside_the_model(ours, call):
     broken.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "trouble", fail)
     with pytest.raises(Trouble):
         sample(broken)
-    assert clean(ours)
+    assert clean(ours) and ours.get_attachment(KEY).record.problems == []
     assert torch.equal(sample(ours), whole)
 
 
