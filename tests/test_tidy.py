@@ -2,8 +2,25 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
-from lora_ensemble.tools.tidy import LIVE, LIVE_ROW, READABLE, TEXT, TITLE, Room, inside, tidy
+from lora_ensemble.tools.tidy import (
+    FILLED,
+    FOLDER,
+    LIVE,
+    LIVE_ROW,
+    READABLE,
+    TEXT,
+    TITLE,
+    Room,
+    grows,
+    inside,
+    is_sampler,
+    rows,
+    tidy,
+)
 
 
 def node(key: int, x: float, y: float, kind: str = "LoRAEnsembleLoRA", width: float = 340, height: float = 200) -> dict:
@@ -90,3 +107,19 @@ def test_a_sampler_has_room_for_its_text_below_or_within(untidy):
     for key in (7, 8):
         (x, y, _, height), (below_x, below_y, *_) = placed[key], placed[key + 10]
         assert x == below_x and below_y - TITLE - (y + 250) >= TEXT and height == {7: 250, 8: 250 + TEXT}[key]
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.json")), ids=lambda path: path.stem)
+def test_what_an_example_shows_of_a_run_has_its_room(path: Path):
+    """Panels, texts and pictures grow over nothing, and stay in their groups. A sampler may have height to spare."""
+    graph = json.loads(path.read_text(encoding="utf-8"))
+    after = {}
+    for entry in graph["nodes"]:
+        (x, y), (width, height) = entry["pos"], entry["size"]
+        height += 0 if is_sampler(entry) else grows(entry, rows(graph["nodes"]))
+        after[entry["id"]] = x, y - TITLE, x + width, y + max(height, FILLED.get(entry["type"], 0))
+    for key, (left, top, right, bottom) in after.items():
+        over = [other for other, (x, y, end, _) in after.items() if x < right and left < end and top < y < bottom]
+        out = [group["title"] for group in graph["groups"] if inside(group["bounding"], left + 1, top + TITLE + 1)
+               and bottom > group["bounding"][1] + group["bounding"][3]]
+        assert (key, over, out) == (key, [], [])

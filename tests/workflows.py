@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +62,15 @@ def on_testbed(workflow: Prompt, loras: Sequence[str], text: str | None = None, 
     return prompt
 
 
-def opened_on_small(graph: dict[str, Any], family: str, loras: Sequence[str], steps: int) -> dict[str, Any]:
+def opened_on_small(graph: dict[str, Any], family: str, loras: Iterable[str], steps: int) -> dict[str, Any]:
     """An example workflow in the front end's format with the small model of a family in place of its checkpoint, at 64
     by 64 pixels, its LoRAs, in order, by `loras`."""
     graph, names = copy.deepcopy(graph), iter(loras)
     for node in graph["nodes"]:
         if node["type"] == "CheckpointLoaderSimple":
             node.update(type="LoRAEnsembleTestbedCheckpoint", widgets_values=[family], properties={})
+        elif node["type"] == "CLIPVisionLoader":
+            node.update(type="LoRAEnsembleTestbedVision", widgets_values=[], properties={})
         elif node["type"] in LATENTS:
             node["widgets_values"][:2] = [64, 64]
         elif node["type"] == "LoRAEnsembleLoRA":

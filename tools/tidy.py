@@ -32,11 +32,15 @@ TITLE, FOOTER, GAP = 30, 8, 24
 the name of the pack in it."""
 HEAD, MARGIN = 40, 20  # of a group: the room for its name, and the frame around its nodes
 SHRUNK = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
-LIVE, LIVE_ROW, ROWS, TEXT = 140, 20, 4, 50
+LIVE, LIVE_ROW, ROWS, TEXT = 130, 20, 4, 50
 """What grows below a node that composes while it samples: the text and the panel, and of the panel a row per LoRA; the
 rows where the LoRAs are in the node itself; the text alone, below a sampler."""
+SAYS = {"LoRAEnsembleSpectrum": 80, "LoRAEnsembleInfo": 230, "LoRAEnsembleSaveCoeffs": 50}
+"""What other nodes grow by with what they say."""
 SMALLEST, NARROW, SWITCHES = 240, 280, 370
 """Side of a picture, width of other nodes, width in which two switches of Nodes 2.0 stand side by side."""
+FILLED = {"SaveImage": 310, "PreviewImage": 270, "SaveWEBM": 450}
+"""The least heights of nodes that show what they are given, once they have it."""
 WIDER, WIDEST = 20, 460
 """By how much a node of Nodes 2.0 is made wider until its texts fit, and where that ends."""
 STARTS = (0, 40)
@@ -89,18 +93,22 @@ def is_note(node: dict[str, Any]) -> bool:
     return node["type"] in ("MarkdownNote", "Note")
 
 
-def grows(node: dict[str, Any], spare: float, loras: int, shrink: float) -> float:
-    """The room that stays free below a node for what it shows of a run, where there is some; a sampler may have it
-    within, where its height is more than it needs (`spare`)."""
-    if is_sampler(node):
-        return max(0.0, TEXT - spare) if shrink > SHRUNK[-1] else 0.0
-    return LIVE + LIVE_ROW * loras if composes(node) and shrink >= 0.8 else 0.0
+def rows(nodes: Iterable[dict[str, Any]]) -> int:
+    """How many LoRAs a panel may have."""
+    return sum(node["type"] == "LoRAEnsembleLoRA" for node in nodes) or ROWS
+
+
+def grows(node: dict[str, Any], loras: int) -> int:
+    """What a node takes more of a run than it needs before it."""
+    if composes(node):
+        return LIVE + LIVE_ROW * loras
+    return TEXT if is_sampler(node) else SAYS.get(node["type"], 0)
 
 
 def taken(node: dict[str, Any], room: Room, shrink: float, loras: int) -> tuple[float, float, float]:
     """The width and height that a node gets, and the height that it takes with what is around it."""
     width, height = size(node, room, shrink)
-    return width, height, TITLE + height + FOOTER + GAP + grows(node, height - room.least, loras, shrink)
+    return width, height, TITLE + max(height, room.least + grows(node, loras)) + FOOTER + GAP
 
 
 def size(node: dict[str, Any], room: Room, shrink: float) -> tuple[float, float]:
@@ -109,7 +117,8 @@ def size(node: dict[str, Any], room: Room, shrink: float) -> tuple[float, float]
     width, height = node["size"]
     if is_picture(node):
         least = SMALLEST if node["type"] != "PreviewAny" else SWITCHES
-        return max(least, room.width, round(width * shrink, -1)), max(SMALLEST, room.least, round(height * shrink, -1))
+        return (max(least, room.width, round(width * shrink, -1)),
+                max(FILLED.get(node["type"], SMALLEST), room.least, round(height * shrink, -1)))
     width = max(room.width, NARROW if shrink < 0.8 else width)
     if is_note(node):
         return width, room.text
@@ -179,7 +188,7 @@ def plan(found: Sequence[Block], rooms: dict[int, Room], height: float, shrink: 
     """Blocks in columns of `height` at most, where their nodes allow it; blocks that fit below another stand there."""
     nodes, groups = {}, []
     left, top, widest, tallest = 0.0, 0.0, 0.0, 0.0
-    loras = sum(node["type"] == "LoRAEnsembleLoRA" for block in found for node in block.nodes) or ROWS
+    loras = rows(node for block in found for node in block.nodes)
     for block in found:
         sizes = [taken(node, rooms[node["id"]], shrink, loras) for node in block.nodes]
         filled = columns(sizes, height - HEAD - MARGIN)

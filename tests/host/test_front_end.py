@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -133,13 +134,16 @@ def test_a_template_that_is_queued_tells_its_story(page: FrontEnd, routed: dict)
 
 
 @pytest.mark.usefixtures("routed")
-@pytest.mark.parametrize("name", ["sdxl_prompt", "sdxl_lora_info"])
-def test_what_nodes_say_has_its_room_in_the_template(page: FrontEnd, server: Server, name: str):
-    """A node grows with its text in Nodes 2.0."""
+@pytest.mark.parametrize("name", ["sdxl_prompt", "sdxl_lora_info", "sd15_methods_grid", "sd15_spectrum",
+                                  "sdxl_est_lora_measured", "sdxl_lightning_routed"])
+def test_what_nodes_show_of_a_run_has_its_room_in_the_template(page: FrontEnd, server: Server, name: str):
+    """A node grows with its text, its panel, its picture."""
     graph = server.json(f"/api/workflow_templates/lora-ensemble/{name}.json")
-    page.open_graph(opened_on_small(graph, FAMILY, LORAS, steps=1), name)
+    page.open_graph(opened_on_small(graph, FAMILY, cycle(LORAS), steps=16), name)  # Switch gives each a turn
     assert page.run()["over"] == "success"
-    assert overlaps(page.nodes()) == []
+    nodes = page.nodes()
+    assert overlaps(nodes) == []
+    assert sticking_out(nodes, page.groups()) == []
 
 
 def is_ours(name: str) -> bool:
