@@ -229,6 +229,13 @@ def test_examples_look_alike(path):
             } == {node["title"]: COLOURS[node["title"]] for node in graph["nodes"] if node.get("title") in COLOURS}
 
 
+@each_workflow
+def test_a_node_has_a_title_of_its_own_or_none(path):
+    """One that says its node's name would stay English on a page in another language."""
+    graph = json.loads(path.read_text(encoding="utf-8"))
+    assert [node["title"] for node in graph["nodes"] if node.get("title") == IDS.get(node["type"], "")] == []
+
+
 def test_every_example_is_a_workflow_of_its_own():
     """By its id the page tells which of several open workflows a run belongs to."""
     ids = [json.loads(path.read_text(encoding="utf-8"))["id"] for path in WORKFLOWS]
