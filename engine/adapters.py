@@ -81,7 +81,7 @@ class Op(nn.Module):
 
     def add_(self, y: Tensor, x: Tensor, gain: float, geometry: Geometry, scales: Scales = None) -> None:
         """y += gain D x; of an input op, what it adds beside the shift of x. `scales` is for `Decomposed` alone."""
-        x = part(x, self.span, geometry.x_channel, 1)
+        x = part(x, self.span, geometry.channel, 1)
         part(y, self.span, geometry.channel, 0).add_(self.product(x, geometry), alpha=gain)
 
     def change_(self, y: Tensor, x: Tensor, gain: float, geometry: Geometry, scales: Scales = None) -> None:
@@ -156,7 +156,7 @@ class Kron(Op):
 
     def product(self, x: Tensor, geometry: Geometry) -> Tensor:
         left, right = self.left.to(x) * self.scale, self.right.to(x)
-        x = x.unflatten(geometry.x_channel, (left.shape[1], -1))
+        x = x.unflatten(geometry.channel, (left.shape[1], -1))
         if not geometry.spatial:
             return torch.matmul(left, geometry.apply(x, right)).flatten(-2)
         hidden = geometry.apply(x.flatten(0, 1), right).unflatten(0, (-1, left.shape[1]))
@@ -196,8 +196,8 @@ class GLoRA(Op):
         return True
 
     def shift(self, x: Tensor, gain: float, geometry: Geometry, scales: Scales = None) -> Tensor:
-        last = x.movedim(geometry.x_channel, -1)
-        mixed = (last @ self.mix.down.to(x).T @ self.mix.up.to(x).T).movedim(-1, geometry.x_channel)
+        last = x.movedim(geometry.channel, -1)
+        mixed = (last @ self.mix.down.to(x).T @ self.mix.up.to(x).T).movedim(-1, geometry.channel)
         return mixed * (gain * self.scale)
 
     def add_(self, y: Tensor, x: Tensor, gain: float, geometry: Geometry, scales: Scales = None) -> None:
@@ -299,10 +299,10 @@ class Decomposed(Op):
         target.addcmul_(self.direction.product(x, geometry), geometry.per_channel(gain * s, target))
 
     def shift(self, x: Tensor, gain: float, geometry: Geometry, scales: Scales = None) -> Tensor:
-        return x * geometry.per_channel(gain * (scales[0] - 1), x, geometry.x_channel)
+        return x * geometry.per_channel(gain * (scales[0] - 1), x)
 
     def add_(self, y: Tensor, x: Tensor, gain: float, geometry: Geometry, scales: Scales = None) -> None:
-        scaled = x * geometry.per_channel(scales[0], x, geometry.x_channel)
+        scaled = x * geometry.per_channel(scales[0], x)
         part(y, self.span, geometry.channel, 0).add_(self.direction.product(scaled, geometry), alpha=gain)
 
 
@@ -319,5 +319,5 @@ class Replace(Op):
         return self.value.to(weight).reshape(weight.shape)
 
     def change_(self, y: Tensor, x: Tensor, gain: float, geometry: Geometry, scales: Scales = None) -> None:
-        x = part(x, self.span, geometry.x_channel, 1)
+        x = part(x, self.span, geometry.channel, 1)
         part(y, self.span, geometry.channel, 0).copy_(geometry.apply(x, self.value.to(x)))

@@ -81,7 +81,7 @@ class Traced:
                        y.shape[-1], gain[:, 0] if x.ndim == 2 else gain)(into, of)
                 continue
             up = up.to(x)
-            into, of = part(y, span, geometry.channel, 0), part(x, span, geometry.x_channel, 1)
+            into, of = part(y, span, geometry.channel, 0), part(x, span, geometry.channel, 1)
             if geometry.spatial:
                 add_pointwise_(into, geometry.apply(of, down), up, gain)
             elif x.ndim == 2:

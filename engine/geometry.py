@@ -17,8 +17,7 @@ class Geometry:
     """A layer's linear map without its weight.
 
     apply          (x, weight-shaped tensor) -> output-shaped tensor; linear in the second argument
-    channel        the output's channel dimension
-    x_channel      the input's channel dimension
+    channel        the channel dimension of inputs and outputs
     spatial        number of kernel dimensions (0: matrix product or norm)
     groups         convolution groups
     is_norm        True for normalisations, whose weight has one entry per channel
@@ -26,15 +25,13 @@ class Geometry:
 
     apply: Callable[[Tensor, Tensor], Tensor]
     channel: int = -1
-    x_channel: int = -1
     spatial: int = 0
     groups: int = 1
     is_norm: bool = False
 
-    def per_channel(self, vector: Tensor, like: Tensor, channel: int | None = None) -> Tensor:
+    def per_channel(self, vector: Tensor, like: Tensor) -> Tensor:
         """A vector with one entry per channel, shaped to broadcast over `like` and in its dtype."""
-        channel = (self.channel if channel is None else channel) % like.ndim
-        return vector.to(like.dtype).reshape(-1, *[1] * (like.ndim - 1 - channel))
+        return vector.to(like.dtype).reshape(-1, *[1] * (like.ndim - 1 - self.channel % like.ndim))
 
 
 def layer_of(root: nn.Module, name: str) -> nn.Module | None:
@@ -56,9 +53,9 @@ def geometry_of(module: nn.Module) -> Geometry | None:
     if (isinstance(getattr(module, "kernel_size", None), tuple) and hasattr(module, "groups")
             and not getattr(module, "transposed", False)):
         spatial = len(module.kernel_size)
-        return Geometry(lambda x, w: _conv(module, x, w), 1, 1, spatial, module.groups) if spatial in _CONV else None
+        return Geometry(lambda x, w: _conv(module, x, w), 1, spatial, module.groups) if spatial in _CONV else None
     if isinstance(module, nn.GroupNorm):
-        return Geometry(lambda x, w: F.group_norm(x, module.num_groups, w, None, module.eps), 1, 1, is_norm=True)
+        return Geometry(lambda x, w: F.group_norm(x, module.num_groups, w, None, module.eps), 1, is_norm=True)
     if isinstance(module, nn.LayerNorm):
         return Geometry(lambda x, w: F.layer_norm(x, module.normalized_shape, w, None, module.eps), is_norm=True)
     if any(cls.__name__ == "RMSNorm" for cls in type(module).__mro__) and hasattr(module, "normalized_shape"):

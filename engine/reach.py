@@ -90,7 +90,7 @@ class Reach:
         out = y.new_zeros(y.shape[0], len(self.adapters), tokens, dtype=torch.float32)
         for stack in site.stacks:
             down, up = factors(stack)
-            hidden = geometry.apply(part(x, stack.slices[0].span, geometry.x_channel, 1), down)
+            hidden = geometry.apply(part(x, stack.slices[0].span, geometry.channel, 1), down)
             hidden = hidden.movedim(geometry.channel, -1).flatten(1, -2).float()
             for each, factor in zip(stack.slices, stack.ups(up), strict=True):
                 for slot in (slot for slot in each.slots if slot.adapter in self.adapters):
@@ -100,7 +100,7 @@ class Reach:
         for adapter in self.adapters:
             for op in site.ops(adapter):
                 if op.additive and not isinstance(op, Bias):
-                    added = op.product(part(x, op.span, geometry.x_channel, 1), geometry)
+                    added = op.product(part(x, op.span, geometry.channel, 1), geometry)
                     norm = torch.linalg.vector_norm(added, dim=geometry.channel, dtype=torch.float32)
                     out[:, adapter - first] += norm.square().flatten(1)
         return out

@@ -6,12 +6,14 @@ import gc
 import json
 import weakref
 from dataclasses import replace
+from itertools import count
+from types import SimpleNamespace
 
 import comfy.model_management
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
-from lora_ensemble.host.compose import composition, wrappers
+from lora_ensemble.host.compose import composition, run, wrappers
 from lora_ensemble.host.compose.apply import with_cache
 from lora_ensemble.host.compose.cache import CacheSpec
 from lora_ensemble.host.compose.composition import KEY
@@ -261,6 +263,13 @@ def test_the_record(loras):
         assert step["branches"] == [[[0.8, 0.0, 0.0]], [[0.0, 0.5, 0.0]], [[0.0, 0.0, -0.6]]]
         assert (step["calls"], step["rows"]) == (1, 12), "3 branches x 2 conds x 2 pictures in one call"
         assert step["seconds"] > 0
+
+
+def test_each_step_has_its_own_time(ours, monkeypatch):
+    """From one step to the next, and from the last one to the end."""
+    monkeypatch.setattr(run, "time", SimpleNamespace(perf_counter=count().__next__))
+    sample(ours, steps=3)
+    assert [step.seconds for step in ours.get_attachment(KEY).record.steps] == [1, 1, 1]
 
 
 def test_the_record_of_a_switch(loras):

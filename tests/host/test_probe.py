@@ -8,6 +8,7 @@ import pytest
 import torch
 from lora_ensemble.engine.positions import Places
 from lora_ensemble.host.compose.probe import listening
+from lora_ensemble.host.compose.run import Run
 from lora_ensemble.kernels.branch import Branch
 
 from .test_routes import BOTH, called, cond, regions
@@ -31,3 +32,11 @@ def test_loras_are_asked_what_they_would_do_where_none_of_them_acts(branches, he
     assert listening(run, joined, rows, None, 1) is None
     run.routes = []
     assert listening(run, joined, rows, places, 1) is None
+
+
+def test_the_rows_of_one_combination_are_read():
+    """By the caller's names of the conds. Of several branches each has its own copy of a cond."""
+    run = SimpleNamespace(origins={"copy": "a", "other": "a"}, read=None)
+    assert Run.to_read(run, ["copy", "b", None], [ONE, ONE, ONE]) == ["a", "b", None]
+    run.read = NONE
+    assert Run.to_read(run, ["copy", "other"], [ONE, NONE]) == [None, "a"]

@@ -279,6 +279,20 @@ def test_a_run_that_goes_on_with_the_picture_takes_what_was_found(trust):
     two.known = known
     called(two, [cond(BOTH), cond(FIRST)])
     assert two.taken and two.probes(Step(0, 4, 1.0)), "one of two is known"
+    later, _ = regions(trust=trust)
+    later.known = known
+    called(later, [other := cond(FIRST)])
+    called(later, [other, cond(BOTH)])
+    assert later.taken and later.probes(Step(0, 4, 1.0)), "and comes behind the other"
+
+
+def test_a_text_that_the_host_has_repeated():
+    """To the length of another in the batch: for another batch it may be as it was."""
+    (ours, _), one, root = regions(), cond(BOTH), nn.Module()
+    called(ours, [one])
+    length = ours._prompts[one["uuid"]].length
+    short, long = (ours.members(one["uuid"], root, count * length) for count in (1, 2))
+    assert short.shape == (3, length) and torch.equal(long, short.repeat(1, 2))
 
 
 def test_stand_ins():
