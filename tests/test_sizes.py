@@ -103,11 +103,12 @@ def test_the_rank_of_a_dora_is_that_of_its_factors(magnitude):
 
 @pytest.mark.parametrize(("ops", "rank"), [
     ([Dense(hadamard, [rand(12, 3), rand(3, 10), rand(12, 3), rand(3, 10)], (12, 10))], 3),
+    ([LowRank(rand(12, 4), rand(4, 10), rank=3)], 3),
     ([Dense(given, [rand(12, 10)], (12, 10))], 10),
     ([Dense(kronecker, [rand(3, 2), rand(4, 5)], (12, 10))], 2),
     ([LowRank(rand(4, 2), rand(2, 10), span=(0, at, 4)) for at in (0, 4, 8)], 6),
     ([LowRank(rand(12, 2), rand(2, 10)), LowRank(rand(12, 3), rand(3, 10))], 5),
-], ids=["LoHa", "difference", "LoKr", "slices", "two on one layer"])
+], ids=["LoHa", "LoHa as one product", "difference", "LoKr", "slices", "two on one layer"])
 def test_k_counts_the_rank_of_every_kind(ops, rank):
     """Next to a LoRA of rank 1: K is the rank."""
     assert sized(*ops, k=0) == sized(*ops, k=rank) != sized(*ops, k=rank + 1)
