@@ -212,7 +212,12 @@ class Run:
                 self._tell(f"{type(root).__name__}: in which order this kind of model keeps the rows of a batch is not "
                            f"known; {APART}")
         apart = self.kept.neighbours.patched(conds, options) or self._apart[root]
-        return apart or one_row_only(root, values_by_name(conds))
+        return apart or self.one_row_only(root, conds)
+
+    @staticmethod
+    def one_row_only(root: nn.Module, conds: Sequence[list[dict] | None]) -> bool:
+        """Whether the host evaluates such conds for one row at a time."""
+        return one_row_only(root, values_by_name(conds))
 
     def keep_apart(self, root: nn.Module, reason: NotRows) -> None:
         """From now on branches have batches of their own."""

@@ -16,7 +16,8 @@ Silenced = frozenset[tuple[int, int]]
 
 
 class AnotherBatch(RuntimeError):
-    """The model was called with other pictures than those of the run, and which of them these are is not known."""
+    """The pictures of a run cannot be in one batch: the model was called with others, and which of them these are is
+    not known, or it takes one at a time."""
 
 
 @dataclass(frozen=True)

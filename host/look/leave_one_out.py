@@ -32,6 +32,7 @@ from ...methods.switch import Switch
 from ..compose.composition import KEY, Composition
 from ..compose.context import parts_of
 from ..compose.memory import is_lack_of_memory
+from ..compose.sampled import unwrapped
 from ..compose.without import AnotherBatch, Silenced, Without, beside
 from ..guidance.apply import KEY as GUIDANCE
 from .letters import labels
@@ -161,8 +162,10 @@ class _Study:
 
     def calc_cond_batch(self, executor, model, conds, x, timestep, options):
         """The call as it is, and beside it those without the LoRAs, once at each of the steps to measure."""
+        run, root = model.current_patcher.get_attachment(KEY).run, unwrapped(model.diffusion_model)
+        if len(x) > 1 and run.one_row_only(root, conds):
+            raise AnotherBatch(f"{type(root).__name__} takes one picture at a time with such a prompt")
         out = executor(model, conds, x, timestep, options)
-        run = model.current_patcher.get_attachment(KEY).run
         sides = run.sides(conds)
         step = run.step
         if POSITIVE not in sides or conds[sides.index(POSITIVE)] is None or step.index in self.steps \

@@ -10,14 +10,19 @@ import pytest
 import torch
 from lora_ensemble.host.compose.composition import KEY
 from lora_ensemble.host.compose.without import AnotherBatch, Without, silent
-from lora_ensemble.host.files.ensemble import ALWAYS
+from lora_ensemble.host.files.ensemble import ALWAYS, LoRASpec
 from lora_ensemble.host.look import leave_one_out as looking
 from lora_ensemble.host.look.leave_one_out import leave_one_out
 from lora_ensemble.kernels.branch import Branch
 
-from .builders import merge, sample, three
+from .any_model import any_model, latent_of, prompt_of
+from .blocks import noise
+from .builders import lora, merge, sample, three
 from .models import base
+from .small import like
+from .small_video import HUNYUAN
 from .test_leave_one_out import STEPS, gap, how, picture
+from .test_parity_families import NAME, layers_of
 
 
 def test_less_memory_means_smaller_batches(loras, monkeypatch):
@@ -62,6 +67,15 @@ def test_a_node_that_calls_with_some_of_the_pictures(loras):
     assert gap(found.latents[1], picture(merge(model, ensemble[1:]), given)) < 1e-4
     with pytest.raises(AnotherBatch):
         Without((frozenset(), frozenset({(0, 1)}))).rows(0, [Branch((1.0, 1.0))], 3)
+
+
+def test_a_model_that_takes_one_picture_at_a_time(loras):
+    """Guard: `one_row_only`. With more the host's own forward fails, or adds one picture's guidance to another's."""
+    model = any_model(like(HUNYUAN, "reference", lambda rows: {"ref_latent": noise(rows, 16, 1, 8, 8)}))
+    ours = merge(model, [LoRASpec(loras(lora(layers_of(model), seed, **NAME)), 0.8, 0) for seed in (1, 2)])
+    found = leave_one_out(ours, how(positive=prompt_of(model, 11), negative=prompt_of(model, 12), cfg=1.0, steps=2,
+                                    latent=torch.zeros_like(latent_of(model, 1))))
+    assert found.batches == [1] * 4 and "HunyuanVideo takes one picture at a time" in found.why
 
 
 def test_silent_branches():
