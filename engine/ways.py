@@ -168,12 +168,10 @@ def _strided(call: LayerCall, stack: Stack, slots: Sequence[Slot], groups: dict[
         return None
     products = []
     for row, entries in groups.items():
-        own, others = row[:len(one.slots)], row[len(one.slots):]
+        own = row[:len(one.slots)]  # as of the other slices: gains are those of adapters
         active = [column for column, gain in enumerate(own) if gain]
-        if not active or others != own * (count - 1) or len({own[column] for column in active}) > 1:
-            return None
         first, last = active[0], active[-1]
-        if active != list(range(first, last + 1)):
+        if active != list(range(first, last + 1)) or len({own[column] for column in active}) > 1:
             return None
         ranks = slice(one.slots[first].start, together(one.slots[first:last + 1])[-1].stop)
         products.append(apart(call, stack, ranks, tuple(entries), own[first]))

@@ -106,6 +106,19 @@ def test_base_rows_keep_their_bits_and_all_rows_their_order(model, layout):
     assert close(shuffled, y[order].double())
 
 
+def test_a_call_outside_of_rows_is_noticed(model):
+    bank, _ = adapters(model)
+    routed, x = RoutedForwards(model, bank), torch.randn(1, 4, 5, 6)
+    routed.install()
+    with torch.no_grad():
+        with routed.rows([BASE]):
+            model(x)
+        assert not routed.bare
+        model(x)
+        assert routed.bare
+    routed.remove()
+
+
 @pytest.mark.parametrize("fold", [1, 3])
 @pytest.mark.parametrize("layout", ["composite", "composite after base rows", "scattered", "one branch"])
 def test_frames_folded_into_the_batch_follow_their_row(model, layout, fold):

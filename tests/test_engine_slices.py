@@ -55,7 +55,7 @@ SETS = {
     "linear1": [each(LINEAR1, "lora")] * 3,
     "some slices": [each(QKV, "lora"), each(QKV[::2], "lora"), each(QKV[1:2], "lora")],
     "q, k and v of linear1": [each(QKV, "lora"), each(QKV, "lora wide"), each(QKV, "lora")],
-    "k and v": [each(QKV[1:], "lora")] * 3,
+    "k and v": [each(QKV[1:], "lora")] * 3, "one slice each": [each(QKV[k:k + 1], "lora") for k in range(3)],
     "a gap": [each([LINEAR1[0], LINEAR1[3]], "lora")] * 3,
     "fused and sliced": [each(QKV, "lora"), {None: "lora"}, each(QKV, "lora")],
     "both in one file": [{**each(QKV, "lora"), None: "lora"}, each(QKV, "lora"), {None: "lora wide"}],
@@ -71,6 +71,8 @@ LAYOUTS = {
     "composite": [row for row in ALONE for _ in range(2)], "scattered": [ALONE[2], ALONE[0], BASE, ALONE[2], ALL],
     "with the base": [BASE, ALONE[0], ALONE[1], BASE],
     "two of three": [Branch((0.7, 0.7, 0.0)), Branch((0.0, 0.4, 1.1))],
+    "first and last of three": [Branch((0.7, 0.0, 0.7)), Branch((0.0, 0.4, 0.0))],
+    "unequal runs": [ALONE[0], ALONE[0], ALONE[1]],
     "one beneath": [Branch((1.0, 0.5, 0.0)), Branch((1.0, 0.0, 0.5))], "one row": [ALL],
 }
 
@@ -129,7 +131,7 @@ def test_outputs_in_another_order_of_memory(layout, name, monkeypatch):
 
 @pytest.mark.parametrize("rates", [FREE, DEAR], ids=["free starts", "dear starts"])
 @pytest.mark.parametrize("name", ["alike", "unequal ranks", "linear1", "some slices", "fused and sliced"])
-@pytest.mark.parametrize("layout", ["merged", "composite"])
+@pytest.mark.parametrize("layout", ["merged", "composite", "one beneath"])
 def test_at_places(name, layout, rates, monkeypatch):
     """Token by token."""
     monkeypatch.setitem(products.RATES, "cpu", rates)
