@@ -92,6 +92,8 @@ def load_ensemble(model, clip, ensemble: Ensemble, node: str, on_weights: bool) 
         if clip is None and spec.strength_clip != 0:
             problems += _without_clip(spec, [key for key in file if key not in patches.used])
         problems += _problems(spec, [misfit for part in applied for misfit in part.misfits], unused, len(file))
+        problems += _lines(spec, [(key, "zeros alone, as where a download was cut short") for part in applied
+                                  for key in part.hollow], "they do nothing")
     loras = [LoadedLoRA(spec, patches, parse(patches, base, enlarged)) for spec, patches in found]
     return LoadedEnsemble(loras, texts, problems)
 

@@ -42,6 +42,7 @@ class Patches:
     used      keys of the file that stand for one of these
     unread    a key of a layer of the model of whose tensors the loader makes nothing; empty: there is none
     enlarged  loader key -> the shape of a weight that becomes larger
+    hollow    loader keys of adapters of which every number is 0
     """
 
     found: dict = field(default_factory=dict)
@@ -49,6 +50,7 @@ class Patches:
     used: set[str] = field(default_factory=set)
     unread: str = ""
     enlarged: dict[str, Shape] = field(default_factory=dict)
+    hollow: list = field(default_factory=list)
 
     @property
     def nbytes(self) -> int:
@@ -98,6 +100,8 @@ def load(file: LoRAFile, key_map: Mapping, root: nn.Module, enlarged: Mapping[st
                 continue
             else:
                 patches.found[place] = patch
+                if acts and _hollow(file, used, patch):
+                    patches.hollow.append(place)
                 larger = enlarged_shape(patch, shape) if span is None else None
                 if larger not in (None, shape):
                     patches.enlarged[place] = larger
@@ -137,6 +141,12 @@ def _check(file: LoRAFile, used: Collection[str], patch, shape: Shape | None, sp
         if not down.numel() and magnitude is None:
             raise _Nothing
     check_result(patch, shape, span, (file.peak(tensor) for tensor in used))
+
+
+def _hollow(file: LoRAFile, used: Collection[str], patch) -> bool:
+    """Whether an adapter holds zeros alone. An untrained one has other numbers in one of its factors; a difference of 0
+    is what it is."""
+    return not isinstance(patch, tuple) and not any(file.peak(key) for key in used if not key.endswith(".alpha"))
 
 
 def _values(patch) -> Iterator[Tensor]:

@@ -22,8 +22,9 @@ from lora_ensemble.host.files.ensemble import ALWAYS, LoRASpec
 from lora_ensemble.host.files.fit import Broken, Misfit, Torn
 from lora_ensemble.host.files.parse import ParsedLoRA
 from lora_ensemble.host.files.patches import Patches
+from safetensors.torch import load, save
 
-from .builders import kohya, lora, text_layers
+from .builders import kohya, lora, shapes, text_layers
 from .models import base, small_clip
 from .test_apply import with_text
 
@@ -115,6 +116,30 @@ def test_what_a_reading_goes_by(clip, loras, monkeypatch):
     assert same[0] == same[1] and not any(a == b for a, b in combinations([same[0], *other], 2))
     hash(same[0])
     assert facts(clip=None, on_weights=True) != facts(clip=None)
+
+
+def test_layers_of_zeros_are_said_as_a_download_leaves_them(raw):
+    """One that had kept its place on the disk: the file has its size and its header, and zeros from some byte on."""
+    model = base("SD15")
+    content = save(lora(shapes(model), 1))
+    begin = 8 + int.from_bytes(content[:8], "little")
+    half = (begin + len(content)) // 2
+    cut = content[:half] + bytes(len(content) - half)
+    tensors = {key: value for key, value in load(cut).items() if key.startswith("lora_unet")}
+    gone = [name for name in {key.split(".")[0] for key in tensors}
+            if not any(tensors[f"{name}.lora_{part}.weight"].any() for part in ("up", "down"))]
+    assert 10 < len(gone) < len(shapes(model)) - 10
+    (line,) = read(model, None, LoRASpec(raw(cut, "cut.safetensors"), 1.0, 0.0)).problems
+    assert f"'cut.safetensors': {len(gone)} keys such as diffusion_model." in line and "they do nothing" in line
+    assert not read(model, None, LoRASpec(raw(cut, "cut.safetensors"), 0.0, 0.0)).problems
+
+
+def test_an_untrained_layer_and_a_difference_of_nothing_are_no_damage(loras):
+    model = base("SD15")
+    untrained = {key: value * ("down" in key) for key, value in lora(shapes(model), 1, alpha=2.0).items()}
+    even = {"lora_unet_out_2.diff": torch.zeros(shape()["out.2"]), "lora_unet_out_2.diff_b": torch.zeros(4)}
+    for tensors in (untrained, even):
+        assert not read(model, None, LoRASpec(loras(tensors), 1.0, 0.0)).problems
 
 
 def test_what_does_nothing_is_said():
