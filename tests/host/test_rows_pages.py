@@ -59,3 +59,65 @@ def test_a_node_of_many_rows_is_no_wider(page: FrontEnd):  # noqa: F811
     assert page.browser.evaluate(width) == before
     last = f"{STACK}.inputs.find(input => input.name.endsWith('lora_20'))"
     assert page.browser.evaluate(f"{last}.label") == "lora_20"
+
+
+WIRE = f"""(() => {{
+  const node = {STACK}
+  for (const name of ['strength_1', 'strength_2', 'strength_3', 'strength_4']) {{
+    const number = LiteGraph.createNode('PrimitiveFloat')
+    app.graph.add(number)
+    number.connect(0, node, node.inputs.findIndex(input => input.name.split('.').at(-1) === name))
+  }}
+  return true
+}})()"""
+PROMOTE = f"""(() => {{
+  const {{ node: outer, subgraph }} = app.graph.convertToSubgraph(new Set([{STACK}]))
+  const node = subgraph.nodes.find(node => node.type === 'LoRAEnsembleStack')
+  for (const input of node.inputs.filter(input => input.name.split('.').at(-1).startsWith('strength_')))
+    subgraph.inputNode.emptySlot.connect(input, node)
+  outer.widgets.forEach((widget, number) => {{ widget.value = number / 10 }})
+  return outer.widgets.length
+}})()"""
+
+
+def test_the_wires_of_all_rows_are_there_where_a_workflow_is_opened_again(page: FrontEnd):  # noqa: F811
+    """A field may be a wire in row 3 and after, too; those of a row that was closed are gone."""
+    page.open_template("sdxl_four_loras")
+    page.browser.evaluate(WIRE)
+    first = sent(page)
+    (node,) = [node for node in first.values() if node["class_type"] == "LoRAEnsembleStack"]
+    wired = [name for name, value in node["inputs"].items() if "strength_" in name and isinstance(value, list)]
+    assert len(wired) == 4
+    page.browser.evaluate(RELOAD)
+    assert sent(page) == first
+    page.browser.evaluate(SET % ('"row_4"', '"no"'))
+    page.browser.evaluate(SETTLED)
+    closed = sent(page)
+    page.browser.evaluate(RELOAD)
+    assert sent(page) == closed and len(closed) == len(first)
+
+
+def test_the_wires_of_all_rows_go_into_a_subgraph_and_come_out_of_it(page: FrontEnd):  # noqa: F811
+    def strengths() -> list:
+        (node,) = [node for node in sent(page).values() if node["class_type"] == "LoRAEnsembleStack"]
+        return [value for name, value in node["inputs"].items() if "strength_" in name]
+
+    page.open_template("sdxl_four_loras")
+    page.browser.evaluate(WIRE)
+    first = strengths()
+    page.browser.evaluate(f"(app.graph.convertToSubgraph(new Set([{STACK}])), true)")
+    assert strengths() == first and all(isinstance(value, list) for value in first)
+    page.browser.evaluate(RELOAD)
+    assert strengths() == first
+    page.browser.evaluate("(app.graph.unpackSubgraph(app.graph._nodes.find(node => node.isSubgraphNode?.())), true)")
+    assert strengths() == first
+
+
+def test_fields_of_all_rows_stay_inputs_of_their_subgraph(page: FrontEnd):  # noqa: F811
+    page.open_template("sdxl_four_loras")
+    assert page.browser.evaluate(PROMOTE) == 4
+    first = sent(page)
+    (node,) = [node for node in first.values() if node["class_type"] == "LoRAEnsembleStack"]
+    assert sorted(value for name, value in node["inputs"].items() if "strength_" in name) == [0, 0.1, 0.2, 0.3]
+    page.browser.evaluate(RELOAD)
+    assert sent(page) == first
