@@ -168,7 +168,7 @@ def test_a_forecast_is_on_the_line_through_the_last_two():
 
 def test_both_are_in_the_books():
     store, one = FeatureCache(max_age=2, forecast=True), {"h": torch.ones(10)}
-    for step, held in enumerate([40, 80, 80]):
+    for step, held in enumerate([40, 80, 80, 80]):
         assert store.put("a", step, one, ROOMY, 1 - step / 4) == CPU and store.bytes == held
     homes = [(META, 40), (CPU, 80)]
     store.clear()
@@ -177,6 +177,7 @@ def test_both_are_in_the_books():
     assert store.put("b", 1, {"h": torch.ones(11)}, homes) is None and store.bytes == 80
     assert store.put("a", 2, {"h": torch.ones(100)}, homes) is None and store.bytes == 0
     assert store.put("a", 3, one, homes, 0.1) == META and store.bytes == 40
+    assert store.put("a", 4, one, [(CPU, 0)]) is None and store.bytes == 0
 
 
 def test_others_keep_what_a_line_begins_with():

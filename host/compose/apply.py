@@ -83,9 +83,8 @@ def apply_method(model, clip, ensemble: Ensemble, make: Callable[[Active], Metho
     rest = [spec for spec in ensemble if spec.role != ALWAYS]
     ordered = (*(spec for spec in ensemble if spec.role == ALWAYS), *rest)
     placing = placing or Placing()
-    yields = placing.where == "words" and placing.routing.yields
     with as_in_files(model):
-        loaded, shared = ensemble_bank(model, clip, ordered, node, rest_on_weights, yields)
+        loaded, shared = ensemble_bank(model, clip, ordered, node, rest_on_weights, placing.routing.yields)
     bank, problems = shared.model, list(loaded.problems)
     if not loaded.loras:
         problems.append("no LoRA acts on the model: each has strength_model 0 or changes the text encoder alone")

@@ -84,6 +84,20 @@ def test_factors_of_unequal_rank(up, down, loras):
     left_out(loras(torn(LAYER, up, down)), LAYER, f"rank {up}", f"rank {down}")
 
 
+@pytest.mark.parametrize("broken", [0, 1])
+def test_a_layer_under_two_names(broken, loras):
+    """The later one of the host's names counts, and the layer is left out where it does not fit."""
+    tensors = without(a_file(), LAYER)
+    for k, name in enumerate((kohya, "diffusion_model.{}".format)):
+        made = low_rank(weights()[LAYER], Rand(k))
+        made["lora_up.weight"] = made["lora_up.weight"][:-1] if k == broken else made["lora_up.weight"]
+        tensors |= {f"{name(LAYER)}.{end}": value for end, value in made.items()}
+    name = loras(tensors)
+    wanted, plain = sample(stock(base("SD15"), [LoRASpec(name, 0.8, 0)])), sample(base("SD15"))
+    for use in uses(name):
+        same(sample(use()), wanted, plain)
+
+
 def test_two_mistakes_whose_sum_is_right_do_not_damage_neighbours(loras):
     """Ranks of 4 and 6 in one file, of 6 and 4 in another, and a good LoRA between them, which acts alone."""
     model, good = base("SD15"), LoRASpec(loras(a_file(seed=2)), 0.7, 0)
