@@ -15,7 +15,7 @@ from ..methods.prompt import find_clauses
 from ..methods.prompt_text import parse_loras, parse_marks
 from .chain import check_chain
 from .said import say
-from .sockets import HIDDEN, earlier_ensemble_input, ensemble_output, schema
+from .sockets import HIDDEN, SAID_AGAIN, earlier_ensemble_input, ensemble_output, schema
 
 
 class LoRAEnsemblePrompt(io.ComfyNode):
@@ -28,6 +28,7 @@ class LoRAEnsemblePrompt(io.ComfyNode):
             "where its words are. LoRAs may be named in the text: <lora:name:0.8>.",
             search_aliases=["lora prompt", "prompt with loras", "clip text encode", "trigger words"],
             hidden=HIDDEN,
+            has_intermediate_output=SAID_AGAIN,
             inputs=[
                 io.Clip.Input(
                     "clip",

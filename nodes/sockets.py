@@ -12,7 +12,7 @@ from ..host.look.theme import THEMES
 from .menu import advanced, category
 
 # Schema fields that the oldest supported ComfyUI refuses; leaving them out is harmless.
-NEWER_FIELDS = {"search_aliases"}
+NEWER_FIELDS = {"search_aliases", "has_intermediate_output"}
 
 LoRAEnsemble = io.Custom("LORA_ENSEMBLE")
 LoRAStack = io.Custom("LORA_STACK")
@@ -24,6 +24,9 @@ TOLD_HERE = True
 """What `not_idempotent` is of nodes that compose: the host does not take the output of an equal node with another id,
 as another workflow has, or this one had before its nodes went into a subgraph. The run is told on the node of that id.
 """
+SAID_AGAIN = True
+"""What `has_intermediate_output` is of nodes that say something and end no workflow: the host sends it from its cache
+to a page that has not heard it."""
 
 
 def schema(**fields: Any) -> io.Schema:

@@ -30,6 +30,7 @@ from .rows import NODE, Row, check_openings, row_inputs, rows_of, with_mask
 from .said import say
 from .sockets import (
     HIDDEN,
+    SAID_AGAIN,
     TOLD_HERE,
     LoRAStack,
     clip_input,
@@ -68,9 +69,10 @@ class LoRAEnsembleStack(io.ComfyNode):
             description="Several LoRAs and the way they are composed in one node: put it between the checkpoint and "
             "everything else. auto takes the method that suits what is connected and says which.",
             search_aliases=["multi", "multi lora", "lora stack", "lora loader", "power lora", "lora stacker",
-                            "several loras", "combine loras", "load lora"],
+                            "several loras", "combine loras", "mix loras", "load lora"],
             hidden=[*HIDDEN, io.Hidden.prompt],
             not_idempotent=TOLD_HERE,
+            has_intermediate_output=SAID_AGAIN,
             inputs=[
                 model_input(),
                 io.Combo.Input(

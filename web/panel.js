@@ -9,7 +9,9 @@ const NAME = 'lora_ensemble_panel'
 const ROW = 20
 const KEPT = 'lora_ensemble' // below which a node's output has what it shows of its run
 const MOST = 10 // rows that are seen without scrolling
-const NOTE = 50 // three lines, with the space below them
+const LINES = 6 // of a note that are seen
+const MARGIN = 10 // around it, in the classic canvas
+const SIDES = 36 // by how much it is narrower than its node
 const JOINED = ', '
 
 const STYLE = `
@@ -17,9 +19,9 @@ const STYLE = `
   overflow: hidden; border-radius: 6px; font: 11px/16px sans-serif; color: var(--input-text, #ddd);
   background: var(--comfy-input-bg, #222) }
 .lora-ensemble-panel p { margin: 0; flex: none; color: var(--descrip-text, #999); overflow: hidden;
-  white-space: nowrap; text-overflow: ellipsis }
-.lora-ensemble-panel .note { height: ${NOTE - 2}px; color: var(--input-text, #ddd); white-space: normal;
-  overflow-wrap: anywhere; display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 3 }
+  overflow-wrap: anywhere }
+.lora-ensemble-panel .note { color: var(--input-text, #ddd); display: -webkit-box; -webkit-box-orient: vertical;
+  -webkit-line-clamp: ${LINES} }
 .lora-ensemble-panel ul { margin: 0; padding: 0; min-height: 0; list-style: none; overflow: hidden auto }
 .lora-ensemble-panel li { display: grid; height: ${ROW}px; align-items: center; gap: 6px;
   grid-template-columns: minmax(0, 2fr) minmax(40px, 3fr) 34px 34px; font-variant-numeric: tabular-nums }
@@ -161,13 +163,21 @@ function panelOf(node) {
   return panel
 }
 
+/** The height that a panel needs at a width. */
+function tall(element, width) {
+  const copy = document.body.appendChild(element.cloneNode(true))
+  copy.style.cssText = `position: absolute; visibility: hidden; height: auto; width: ${width}px`
+  copy.querySelectorAll('ul').forEach((list) => { list.style.maxHeight = `${MOST * ROW}px` })
+  const height = copy.offsetHeight
+  copy.remove()
+  return height
+}
+
 function show(node, parts) {
   const panel = panelOf(node)
-  const rows = parts.reduce((count, part) => count + Math.min(part.rows.length, MOST), 0)
-  const { notes, more } = parts[0]
   panel.parts = parts
-  panel.element.dataset.height = rows * ROW + (parts.length + 1 + more.length) * 18 + notes.length * NOTE + 30
   draw(panel.element, parts)
+  panel.element.dataset.height = tall(panel.element, node.size[0] - SIDES) + 2 * MARGIN
   const least = window.LiteGraph?.vueNodesMode ? 0 : node.computeSize()[1] // Nodes 2.0 makes room by itself
   if (least > node.size[1]) node.setSize([node.size[0], least])
   const grown = () => { panel.element.dataset.grown = node.size[1] }
@@ -204,15 +214,17 @@ function said({ detail: { nodeId, text } }) {
   if (isOurs(node)) keep(app.nodeOutputs, place(node), { text })
 }
 
-/** What a node gives takes the place of all that the host keeps of it. Where it comes from the server's cache, the node
- * does not run, and says nothing by itself. */
+/** What a node gives takes the place of all that the host keeps of it, but not of what stands on it. Where it comes from
+ * the server's cache, the node does not run, and says nothing by itself. */
 function executed({ detail: { node: id, display_node: seen, output } }) {
   const node = nodeOf(seen ?? id)
   if (!isOurs(node)) return
   const widget = (part) => node.widgets?.find(({ name }) => name.includes(part))
   const { parts } = widget(NAME) ?? {}
+  const { value: text } = widget('text-preview') ?? {}
   if (parts) keep(app.nodeOutputs, place(node), { parts })
-  if (given(output) && node.graph === app.canvas?.graph && !widget('text-preview')) speak(node, given(output))
+  if (text) keep(app.nodeOutputs, place(node), { text })
+  else if (given(output) && node.graph === app.canvas?.graph) speak(node, given(output))
 }
 
 app.registerExtension({

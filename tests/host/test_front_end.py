@@ -80,7 +80,8 @@ def test_the_search_for_nodes_shows_ours_among_the_first(page: FrontEnd, word: s
     assert any(is_ours(kind) for kind, _ in page.search(word)[:5])
 
 
-@pytest.mark.parametrize("word", ["multi lora", "skip cfg", "regional lora", "lora stack", "trigger words"])
+@pytest.mark.parametrize("word", ["multi lora", "multiple loras", "mix loras", "routed", "skip cfg", "regional lora",
+                                  "lora stack", "trigger words"])
 def test_the_search_for_nodes_finds_ours_by_what_they_do(page: FrontEnd, word: str):
     assert is_ours(page.search(word)[0][0])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import cycle
 
 import pytest
 from lora_ensemble.tests.front_end import RUN, SETTLED, FrontEnd
@@ -36,6 +37,9 @@ GIVEN = """(async () => {  // as the server says it of a node whose output it ha
   api.dispatchCustomEvent('executed', {node, display_node: node, output: {text: ['Routed']}, prompt_id: 'of before'})
   return true
 })()"""
+CUT = """JSON.stringify([...document.querySelectorAll('.lora-ensemble-panel, .lora-ensemble-panel p')]
+  .filter(e => e.checkVisibility() && (e.scrollWidth > e.clientWidth + 1 || e.scrollHeight > e.clientHeight + 1))
+  .map(e => e.innerText))"""
 RENAMED = "(app.graph._nodes.find(node => node.type === 'LoRAEnsembleRouted').title = 'mine', true)"
 
 
@@ -78,9 +82,20 @@ def test_what_could_not_be_done_stays_on_the_node(page: FrontEnd, routed: dict):
     assert page.run()["over"] == "success"
     (text,) = panels(page)
     assert all(f"LoRA '{name}.safetensors'" in text for name in ("her", "him")) and "everywhere" in text
-    low = page.browser.evaluate("(panel => panel.scrollHeight - panel.clientHeight)"
-                                "(document.querySelector('.lora-ensemble-panel'))")
-    assert low <= 1
+    assert json.loads(page.browser.evaluate(CUT)) == []
+
+
+@pytest.mark.usefixtures("routed")
+@pytest.mark.parametrize(("name", "words"), [
+    ("sd15_cache", "on cached features"), ("sd15_adaptive_guidance", "Calibrate Guidance finds it"),
+    ("sdxl_loratorio_masks", "averaged over the picture, whole run")])
+def test_nothing_on_the_panel_is_cut(page: FrontEnd, name: str, words: str):  # noqa: F811
+    """Neither a long head or foot nor what a note says to do."""
+    graph = page.server.json(f"/api/workflow_templates/lora-ensemble/{name}.json")
+    page.open_graph(opened_on_small(graph, FAMILY, cycle(LORAS), steps=6), name)
+    assert page.run()["over"] == "success"
+    (text,) = panels(page)
+    assert words in text and json.loads(page.browser.evaluate(CUT)) == []
 
 
 def command(page: FrontEnd, name: str) -> None:  # noqa: F811
@@ -113,30 +128,33 @@ def test_the_panel_comes_back_with_its_tab(page: FrontEnd, routed: dict):  # noq
     assert page.complaints()[said:] == []
 
 
-def test_what_a_node_gives_leaves_its_panel_with_the_tab(page: FrontEnd, routed: dict):  # noqa: F811
+def test_what_a_node_gives_leaves_its_panel_and_its_text_with_the_tab(page: FrontEnd, routed: dict):  # noqa: F811
     """The host puts it in the place of all that it keeps of the node."""
     page.open_graph(routed, "given")
     assert page.run()["over"] == "success"
-    shown = panels(page)
+    shown, text = panels(page), page.browser.evaluate(TEXT)
     page.browser.evaluate(GIVEN)
     page.open_graph(routed | {"id": "00000000-0000-4000-8000-000000000002"}, "another")
     command(page, "Workspace.PreviousOpenedWorkflow")
-    assert len(shown) == 1 and panels(page) == shown
+    assert len(shown) == 1 and panels(page) == shown and page.browser.evaluate(TEXT) == text
 
 
-def test_what_a_node_found_is_said_on_a_new_page_and_with_its_tab(page: FrontEnd, routed: dict):  # noqa: F811
+@pytest.mark.parametrize(("name", "kind", "words"), [
+    ("sdxl_lora_info", "LoRAEnsembleInfo", "LoRA of rank 4"), ("sdxl_prompt", "LoRAEnsemblePrompt", "her")])
+def test_what_a_node_found_is_said_on_a_new_page_and_with_its_tab(
+        page: FrontEnd, routed: dict, name: str, kind: str, words: str):  # noqa: F811
     """The server then has the node's output, and does not run it again."""
-    shown, text = opened_on_small(page.server.json("/api/workflow_templates/lora-ensemble/sdxl_lora_info.json"), FAMILY,
-                                  LORAS, steps=1), TEXT_OF % "LoRAEnsembleInfo"
-    page.open_graph(shown, "info")
+    graph, text = page.server.json(f"/api/workflow_templates/lora-ensemble/{name}.json"), TEXT_OF % kind
+    shown = opened_on_small(graph, FAMILY, LORAS, steps=1)
+    page.open_graph(shown, name)
     assert page.run()["over"] == "success"
     (found,) = json.loads(page.browser.evaluate(text))
-    assert "LoRA of rank 4" in found
+    assert words in found
     page.open_graph(routed, "another")
     command(page, "Workspace.PreviousOpenedWorkflow")
     assert json.loads(page.browser.evaluate(text)) == [found]
     page.load()
-    page.open_graph(shown, "info")
+    page.open_graph(shown, name)
     assert json.loads(page.browser.evaluate(text)) == []
     assert page.run()["over"] == "success"
     assert json.loads(page.browser.evaluate(text)) == [found]
