@@ -176,7 +176,7 @@ class Programs:
     def _chained(self, call: LayerCall, layer: Layer, gains: Gains) -> tuple[list[Update], tuple[str, ...]]:
         """Groups of entries one by one: some have ops whose order matters. What all have alike beneath these comes
         first, for all of them together."""
-        site, count = layer.site, _beneath(call, layer.site, gains)
+        site, count = layer.site, _beneath(layer.site, gains)
         below = tuple(row[:count] + (0.0,) * (len(row) - count) for row in gains)
         updates, text = self._added(call, site, below)
         for row, entries in _alike(gains).items():
@@ -304,11 +304,11 @@ def _additive(site: Site, gains: Sequence[float]) -> bool:
     return all(op.additive for a in map(int, site.others) if gains[a] for op in site.ops(a))
 
 
-def _beneath(call: LayerCall, site: Site, gains: Gains) -> int:
-    """How many adapters, the first of the bank, act alike in all entries and at all their places, by additive changes
-    of the weight alone."""
+def _beneath(site: Site, gains: Gains) -> int:
+    """How many adapters, the first of the bank, have one gain in all entries and additive changes of the weight alone.
+    """
     def fits(a: int, column: Sequence[float]) -> bool:
-        return len(set(column)) == 1 and call.everywhere(a) and all(
+        return len(set(column)) == 1 and all(
             op.additive and not isinstance(op, Bias) for op in site.ops(a) if column[0])
 
     return sum(1 for _ in takewhile(lambda each: fits(*each), enumerate(zip(*gains, strict=True))))

@@ -281,6 +281,15 @@ def test_other_maps_come_into_the_same_tensors():
     routed.remove()
 
 
+def test_other_words_of_a_further_text_alone():
+    """Those of the model's first text are not known."""
+    words = torch.rand(1, 3, 5)
+    places = Places(maps(), (0,), None, (0,), more={"t5": words.clone()})
+    found = places.on_tokens((Segment("text", 5, source="t5"),), (0,))
+    places.update(maps(), more={"t5": words / 2})
+    assert torch.equal(found, words.mT / 2)
+
+
 def test_layers_without_places_act_everywhere_and_unknown_ones_say_so():
     torch.manual_seed(0)
     layer, told = nn.Linear(6, 8), []

@@ -56,7 +56,8 @@ def test_what_is_no_number_is_not_known():
     run = record()
     run.steps.append(StepRecord(1, 0.5))
     run.note("LoRAtorio", {"weights": [torch.tensor([0.25, float("nan")])], "active": (0, 1), "share": float("inf")})
-    assert run.settle() is run.steps[1]
+    run.steps.append(StepRecord(2, 0.25, notes={"LoRAtorio": {"share": float("nan")}}))
+    assert run.settle() is run.steps[1], "the first of them"
     assert run.steps[1].notes == {"LoRAtorio": {"weights": [[0.25, None]], "active": [0, 1], "share": None}}
     json.dumps(run.as_dict(), allow_nan=False)
     run.steps[1].notes = {"a": torch.tensor(0.5), "b": None}
@@ -71,3 +72,8 @@ def test_devices_are_counted_where_several_are_named():
     run.count(2, "cuda:0")
     run.count(3, "cuda:1")
     assert run.devices == {"cuda:0": 2, "cuda:1": 3} and run.steps[0].rows == 6
+
+
+def test_the_second_of_a_kind_has_its_place_as_well():
+    run = RunRecord(["Merge", "Switch", "Merge"], [[], [], []])
+    assert [run.note_key(k) for k in range(3)] == ["Merge", "Switch", "Merge 3"]

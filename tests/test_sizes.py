@@ -91,8 +91,12 @@ def test_a_change_that_depends_on_the_weight_is_taken_from_it(make):
 @pytest.mark.parametrize("make", [lambda: OFT(cayley(rand(3, 4, 4))), lambda: Replace(rand(12, 10, seed=5))])
 def test_a_change_that_is_not_proportional_to_the_strength_is_taken_at_it(make, strength):
     weight, op = rand(12, 10, seed=9), make()
-    found = sized(op, reader=lambda name: weight, strengths=(strength, 1.0)).at(strength)
+    options = dict(reader=lambda name: weight, strengths=(strength, 1.0))
+    found = sized(op, **options).at(strength)
     assert_size(found, like(op.on_weight(weight, strength) - weight))
+    other = [LowRank(torch.ones(12, 1), torch.ones(1, 10))]
+    behind = Bank([{"x": layer} for layer in (other, [op], other)])
+    assert_size(measure(behind, PAIR, 7, first=1, **options)["x"][0].at(strength), found)
 
 
 @pytest.mark.parametrize("magnitude", [(12, 1), (1, 10)], ids=["outputs", "inputs"])
@@ -112,6 +116,13 @@ def test_the_rank_of_a_dora_is_that_of_its_factors(magnitude):
 def test_k_counts_the_rank_of_every_kind(ops, rank):
     """Next to a LoRA of rank 1: K is the rank."""
     assert sized(*ops, k=0) == sized(*ops, k=rank) != sized(*ops, k=rank + 1)
+
+
+def test_k_of_a_layer_on_which_one_side_acts_alone():
+    """Two subjects, say: the larger rank is that of either side."""
+    pair = Bank([{"x": [LowRank(rand(12, rank), rand(rank, 10))]} for rank in (2, 3)])
+    for sides in ((True, True), (False, False)):
+        assert measure(pair, sides) == measure(pair, sides, 9) != measure(pair, sides, 8)
 
 
 def test_differences_of_vectors_and_biases_have_rank_one():

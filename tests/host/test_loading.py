@@ -195,6 +195,9 @@ def test_a_file_for_the_text_encoder_alone():
     assert wrong(0, 0, 0, text=2, has_clip=True) is None
     assert "changes the text encoder alone, and none is connected" in wrong(0, 0, 0, text=2)
     assert "matches no layer" in wrong(0, 0, 1, text=0)
+    other = module._wrong_kind(dict.fromkeys(["clip_l", "clip_g"]), Patches(), Patches(), [],
+                               SimpleNamespace(model_config=SimpleNamespace()), False)
+    assert "textual-inversion embedding" in other and "Connect a CLIP" not in other, "no LoRA at all"
 
 
 def test_a_text_encoders_layers_in_a_kind_that_nobody_can_load(clip, loras):
