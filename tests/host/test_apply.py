@@ -182,6 +182,8 @@ def test_a_lora_of_two_methods_in_a_row_is_named(loras):
                                                                                        ).applied[-1].problems
     assert line.startswith(f"acting twice, here and in the method before: '{one}'.")
     assert method(first, (LoRASpec(two, 0.8, 0.0),), Merge).get_attachment(KEY).applied[-1].problems == ()
+    (line,) = method(first, (LoRASpec(one, 0.8, 0.0),) * 2, Merge).get_attachment(KEY).applied[-1].problems
+    assert f"'{one} (row 1)', '{one} (row 2)'" in line, "by their file"
 
 
 def test_a_lora_that_was_baked_before_is_named(loras, monkeypatch):

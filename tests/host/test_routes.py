@@ -338,3 +338,19 @@ def test_places_that_cannot_be_found(masks):
     ours.give_up("it is dark", nowhere=True)
     assert told == ["it is dark; the LoRAs act everywhere"] and not ours.probes(Step(1, 4, 1.0))
     assert ours.nowhere == (masks[1] is None)
+    film, _ = regions(FILM)
+    called(film, [cond(BOTH)])
+    film.give_up("it is dark")
+    film.window = (2, (3, 4, 5), 0)
+    assert not film.probes(Step(1, 4, 1.0)), "nor in a window that comes later"
+
+
+def test_each_lora_without_a_place_has_its_own_reason():
+    told: list[str] = []
+    words = (LoRAWords("x"), LoRAWords("y", "sks"))
+    ours = RoutedLoRAs(Routed(Routing(), words, (0, 1), (False, False)), (None, None), PICTURE, torch.device("cpu"),
+                       told.append)
+    called(ours, [cond("a field")])
+    first, second = told
+    assert first.startswith("LoRA 'x': ") and second.startswith("LoRA 'y': ")
+    assert first.removeprefix("LoRA 'x': ") != second.removeprefix("LoRA 'y': ")
