@@ -66,7 +66,7 @@ def _fields(names: Sequence[str], number: int) -> list[io.Input]:
 def _opening(name: str, inputs: list[io.Input], tooltip: str) -> io.Input:
     return io.DynamicCombo.Input(
         name, options=[io.DynamicCombo.Option(CLOSED, []), io.DynamicCombo.Option(OPEN, inputs)], optional=True,
-        tooltip=tooltip)
+        tooltip=tooltip, extra_dict={"default": CLOSED})  # else the page's reset takes the first option as a whole
 
 
 def _more(number: int) -> list[io.Input]:

@@ -121,3 +121,28 @@ def test_fields_of_all_rows_stay_inputs_of_their_subgraph(page: FrontEnd):  # no
     assert sorted(value for name, value in node["inputs"].items() if "strength_" in name) == [0, 0.1, 0.2, 0.3]
     page.browser.evaluate(RELOAD)
     assert sent(page) == first
+
+
+SHOWN, SHOW = "[data-testid=properties-panel]", '[aria-label="Toggle properties panel"]'
+PARAMETERS, RESET = "[data-testid=panel-tab-parameters]", '[aria-label="Reset all parameters"]'
+MIDDLE = """(() => {
+  const box = document.querySelector('%s')?.getBoundingClientRect()
+  return box?.width && [box.x + box.width / 2, box.y + box.height / 2]
+})()"""
+TITLE = f"""(() => {{
+  const {{ scale, offset }} = app.canvas.ds, box = app.canvas.canvas.getBoundingClientRect(), [x, y] = {STACK}.pos
+  return [box.x + (x + 60 + offset[0]) * scale, box.y + (y - 12 + offset[1]) * scale]
+}})()"""
+
+
+def test_the_panel_of_properties_resets_the_rows(page: FrontEnd):  # noqa: F811
+    page.open_template("sdxl_four_loras")
+    page.browser.click(*page.browser.evaluate(TITLE))
+    page.browser.evaluate(SETTLED)
+    shown = page.browser.evaluate(f"!!document.querySelector('{SHOWN}')")
+    for button in (*([] if shown else [SHOW]), PARAMETERS, RESET):
+        page.browser.click(*page.browser.wait_for(MIDDLE % button))
+        page.browser.evaluate(SETTLED)
+    (node,) = [node for node in sent(page).values() if node["class_type"] == "LoRAEnsembleStack"]
+    values = {name: value for name, value in node["inputs"].items() if not isinstance(value, list)}
+    assert values == {"method": "auto", "on_1": True, "lora_1": "None", "strength_1": 1, "more_1": "no", "row_2": "no"}
