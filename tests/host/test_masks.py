@@ -6,14 +6,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from lora_ensemble.host.compose.apply import apply_method
 from lora_ensemble.host.compose.composition import record_of
+from lora_ensemble.host.compose.placing import Placing
 from lora_ensemble.host.files.ensemble import LoRASpec, Mask
 from lora_ensemble.methods.composite import Composite
 from lora_ensemble.methods.merge import Merge
 from lora_ensemble.methods.switch import Switch
 from torch import Tensor
 
-from .builders import composite, lora, merge, method, same, sample, shapes, stock
+from .builders import composite, lora, merge, method, plain, same, sample, shapes, stock
 from .models import FAMILIES, base, build, patcher, randomize
 
 LAST = {"SD15": "out.2", "SDXL": "out.2", "SD3": "final_layer.linear", "Flux": "final_layer.linear", "Wan": "head.head"}
@@ -41,6 +43,15 @@ def test_masks_of_ones_are_the_chain_of_loaders(family, loras):
     same(sample(ours, family, batch=2), sample(stock(model, bare(specs)), family, batch=2),
          sample(model, family, batch=2), 1e-4)
     assert record_of(ours).problems == [] and [step.rows for step in record_of(ours).steps] == [4, 4]
+
+
+def test_everywhere_is_everywhere(loras):
+    """Place *everywhere*: masks are not used, which one line says."""
+    model, ensemble = base("SD15"), pair(base("SD15"), loras)
+    ours, _ = apply_method(model, None, tuple(ensemble), plain(Merge), "Merge LoRAs", placing=Placing("everywhere"))
+    assert torch.equal(sample(ours), sample(merge(model, bare(ensemble))))
+    (line,) = record_of(ours).problems
+    assert f"the mask of LoRA '{ensemble[0].name}' is not used: the LoRAs are to act everywhere" in line
 
 
 @pytest.mark.parametrize("cfg", [1.0, 3.0])

@@ -83,6 +83,9 @@ def test_more_passes_at_one_timestep_are_one_step():
         assert {tracker.step(stamp).index for _ in range(3)} == {index}
         tracker.tell()
     assert sum(stamp.reads for stamp in stamps) == 3
+    levels = torch.full((3,), SIGMAS[0])
+    step = tracker.step(levels)
+    assert tracker.step(levels[:2]) is step, "some of the pictures"
 
 
 def test_a_sampler_that_calls_twice_is_read():
