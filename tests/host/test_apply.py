@@ -186,6 +186,19 @@ def test_a_lora_of_two_methods_in_a_row_is_named(loras):
     assert f"'{one} (row 1)', '{one} (row 2)'" in line, "by their file"
 
 
+def test_rows_that_are_off_move_no_other(clip, loras):
+    """Guard: the files of an ensemble are counted without them."""
+    model = base("SD15")
+    off, one, two = (loras(with_text(clip, shapes(model), seed)) for seed in (1, 2, 3))
+    acting = (LoRASpec(one, 0.8, 0.5), LoRASpec(two, -0.3, 0.2))
+    ours, our_clip = apply_method(model, clip, (LoRASpec(off, 0.0, 0.0), *acting), plain(Merge), "Merge LoRAs")
+    without, clip_without = apply_method(model, clip, acting, plain(Merge), "Merge LoRAs")
+    found, wanted = (each.get_attachment(KEY).applied[0] for each in (ours, without))
+    assert (found.names, found.method) == (wanted.names, wanted.method) == ((one, two), Merge((0.8, -0.3)))
+    got, want = patched(our_clip), patched(clip_without)
+    assert all(torch.equal(got[key], value) for key, value in want.items())
+
+
 def test_a_lora_that_was_baked_before_is_named(loras, monkeypatch):
     """What is in the weights acts beside what a method does: a line of its record, and of a second node that bakes."""
     model, told = base("SD15"), []
