@@ -38,7 +38,7 @@ each = pytest.mark.parametrize("make", METHODS, ids=lambda make: make.__name__)
 
 
 def turbo(model, loras, **options) -> LoRASpec:
-    return LoRASpec(loras(lora(shapes(model), 9, 4)), 0.5, 0, ALWAYS, **options)
+    return LoRASpec(loras(lora(shapes(model), 9, 8)), 0.5, 0, ALWAYS, **options)
 
 
 def composed(model, ensemble, make, **options):
