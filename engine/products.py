@@ -43,7 +43,7 @@ class Rates:
 
 # Measured on one core of a server's CPU at fp32; a GPU's are those of a host that starts an operation in 5 us and of a
 # card of 2023 in half precision.
-RATES = {"cpu": Rates(2e-6, 1e-6, 3.5e10, 2e9)}
+RATES = {"cpu": Rates(2e-6, 1e-6, 4.2e10, 2e9)}
 ACCELERATOR = Rates(5e-6, 1e-6, 1e14, 1e12)
 
 
