@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.lowrank import Share
@@ -195,11 +196,7 @@ def _even(ranks: int) -> int:
 
 def _filled(factor: Tensor, dim: int, empty: int) -> Tensor:
     """With so many zeros behind it."""
-    if not empty:
-        return factor
-    shape = list(factor.shape)
-    shape[dim] = empty
-    return torch.cat([factor, factor.new_zeros(shape)], dim)
+    return F.pad(factor, (0, 0) * (factor.ndim - 1 - dim) + (0, empty)) if empty else factor
 
 
 class StackOp(Op):

@@ -18,6 +18,8 @@ from .results import OUT, commit, machine, read, told
 PAGE = ROOT / "tests" / "REPORT.md"
 FAILURES = 40
 """Failures of a part that are listed, at most."""
+RULE = "| --- | --- | --- |"
+"""Below the head of a table of a part's own."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +50,24 @@ NORMAL = ", without --all"
 """Behind the names of suites that are the normal run's: some of the combinations, and a share on older releases."""
 
 
+@dataclass(frozen=True)
+class Says:
+    """What the page says of a part: lines of its table, of what was cut and of what failed. `kept`: of the page as it
+    was."""
+
+    rows: list[str]
+    cut: list[str]
+    failed: list[str]
+    kept: bool = False
+
+
 def page(option: str, folder: Path = OUT, parts: Sequence[Part] = (SUITES, *PARTS), before: str = "") -> str:
     """The page, of all findings that there are; `option` is how the command was called. Of parts without findings it
     has what `before` has, the page as it was: every row names its commit."""
     found = {part: read(part.module, folder) for part in parts}
-    rows = {part: _rows(part, lines) if lines else _rows_of(part, before) for part, lines in found.items()}
+    said = {part: _found(part, lines) if lines else _said(part, before) for part, lines in found.items()}
     machines, hosts = ({line.get(key, "") for lines in found.values() for line in lines} for key in ("machine", "host"))
-    if any(rows[part] and not lines for part, lines in found.items()):
+    if any(says.kept for says in said.values()):
         was = re.search(r"; found on (.+?); (.+?)\. What a run", before)
         machines, hosts = machines | {*was[1].split(" and ")}, hosts | {*was[2].split(", ")}
     lines = ["# What the tests found", "",
@@ -63,43 +76,36 @@ def page(option: str, folder: Path = OUT, parts: Sequence[Part] = (SUITES, *PART
              f"{', '.join(sorted(hosts - {''})) or 'no ComfyUI'}. What a run does is said at the head of its file in "
              "`tests/`; `python3 run.py test --all --keep` goes on with what is missing here.", "",
              "| run | cases | what became of them | time | commit |", "| --- | --- | --- | --- | --- |"]
-    lines += [row for part in parts if not part.each for row in rows[part]]
-    for part in parts:
-        if part.each and rows[part]:
-            lines += ["", _heading(part), "", "| | | commit |", _RULE, *rows[part]]
-    cut, failed = [], []
-    for part in parts:
-        if found[part] or not rows[part]:
-            cut += _cut(part, found[part])
-            failed += [f"* `{part.module}` {_cell(line['case'])}: {_cell(_became(line))}"
-                       for line in [line for line in found[part] if not line["ok"]][:FAILURES]]
-        else:
-            cut += [line for line in before.splitlines() if line.startswith(f"* {part.title} (`{part.module}`)")]
-            failed += [line for line in before.splitlines() if line.startswith(f"* `{part.module}` ")]
-    lines += ["", "## What was cut", "", *(cut or ["Nothing."])]
-    lines += ["", "## What failed", "", *(failed or ["Nothing."]), ""]
+    lines += [row for part, says in said.items() if not part.each for row in says.rows]
+    for part, says in said.items():
+        if part.each and says.rows:
+            lines += ["", _heading(part), "", "| | | commit |", RULE, *says.rows]
+    lines += ["", "## What was cut", "", *([line for says in said.values() for line in says.cut] or ["Nothing."])]
+    lines += ["", "## What failed", "", *([line for says in said.values() for line in says.failed] or ["Nothing."]), ""]
     return "\n".join(lines)
-
-
-_RULE = "| --- | --- | --- |"
 
 
 def _heading(part: Part) -> str:
     return f"## {part.title[0].upper()}{part.title[1:]}"
 
 
-def _rows(part: Part, lines: list[dict[str, Any]]) -> list[str]:
-    if not part.each:
-        return [_row(part, lines)]
-    return [f"| {line['case']}{_shared(part, [line])} | {_cell(_became(line))} | {line['commit']} |" for line in lines]
+def _found(part: Part, lines: list[dict[str, Any]]) -> Says:
+    rows = [f"| {line['case']}{_shared(part, [line])} | {_cell(_became(line))} | {line['commit']} |" for line in lines]
+    failed = [f"* `{part.module}` {_cell(line['case'])}: {_cell(_became(line))}" for line in lines if not line["ok"]]
+    return Says(rows if part.each else [_row(part, lines)], _cut(part, lines), failed[:FAILURES])
 
 
-def _rows_of(part: Part, page: str) -> list[str]:
-    """Those that a page has of a part."""
-    if not part.each:
-        return [line for line in page.splitlines() if line.startswith(f"| {part.title} (`{part.module}")]
-    section = page.partition(f"\n{_heading(part)}\n")[2].partition("\n## ")[0].partition(f"\n{_RULE}\n")[2]
-    return [line for line in section.splitlines() if line]
+def _said(part: Part, page: str) -> Says:
+    """What a page says of a part."""
+    def those(start: str) -> list[str]:
+        return [line for line in page.splitlines() if line.startswith(start)]
+
+    section = page.partition(f"\n{_heading(part)}\n")[2].partition("\n## ")[0].partition(f"\n{RULE}\n")[2]
+    rows = section.split("\n") if part.each else those(f"| {part.title} (`{part.module}")
+    rows = [row for row in rows if row]
+    if not rows:
+        return Says([], [f"* {part.title} (`{part.module}`): not run."], [])
+    return Says(rows, those(f"* {part.title} (`{part.module}`)"), those(f"* `{part.module}` "), kept=True)
 
 
 def _became(line: dict[str, Any]) -> str:
@@ -126,9 +132,7 @@ def _shared(part: Part, lines: list[dict[str, Any]]) -> str:
 
 def _cut(part: Part, lines: list[dict[str, Any]]) -> list[str]:
     """What is not whole."""
-    done, asked = len(lines), part.whole or max((line.get("of", 0) for line in lines), default=0)
-    if not lines:
-        return [f"* {part.title} (`{part.module}`): not run."]
+    done, asked = len(lines), part.whole or max(line.get("of", 0) for line in lines)
     if part is SUITES and all(line["case"].endswith(NORMAL) for line in lines):
         return [f"* {part.title} (`{part.module}`): the normal run alone, which takes some of the combinations, and on "
                 "older releases a share of the tests of their API."]

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 COMFYUI = os.environ.get("COMFYUI_UNDER_TEST")
 HOST_API = {"test_always", "test_animated", "test_apply", "test_attention", "test_auto", "test_banks", "test_border",
-            "test_by_steps", "test_cache_budget", "test_compile", "test_control", "test_enlarged", "test_ensembles",
-            "test_example_workflows", "test_files", "test_film", "test_fused", "test_golden", "test_guidance",
-            "test_guidance_extrapolated", "test_guidance_extrapolated_nodes", "test_guidance_guiders",
+            "test_broken_files", "test_by_steps", "test_cache_budget", "test_compile", "test_control", "test_enlarged",
+            "test_ensembles", "test_example_workflows", "test_files", "test_film", "test_fused", "test_golden",
+            "test_guidance", "test_guidance_extrapolated", "test_guidance_extrapolated_nodes", "test_guidance_guiders",
             "test_guided_step", "test_hazards", "test_info", "test_inner_code", "test_kept", "test_keymaps",
             "test_kinds", "test_lasting", "test_latents", "test_leave_one_out", "test_leave_one_out_batches",
             "test_lifecycle", "test_live", "test_marked", "test_masks", "test_memory", "test_models", "test_multigpu",
