@@ -108,7 +108,7 @@ class Bank(nn.Module):
 
     def sites_of(self, first: int) -> list[Site]:
         """The layers on which an adapter from the first-th on acts."""
-        return [site for site in self.site_list if max(site.adapters, default=-1) >= first]
+        return [site for site in self.site_list if max(site.adapters) >= first]
 
     def additive(self, first: int = 0) -> bool:
         """Whether no change of a layer by the adapters from the first-th on depends on the layer's weight."""

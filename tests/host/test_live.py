@@ -18,7 +18,7 @@ from comfy_execution.utils import CurrentNodeContext
 from lora_ensemble.engine.record import RunRecord, StepRecord
 from lora_ensemble.host.compose.apply import with_cache, with_reason
 from lora_ensemble.host.compose.cache import CacheSpec
-from lora_ensemble.host.compose.composition import record_of
+from lora_ensemble.host.compose.composition import KEY, record_of
 from lora_ensemble.host.guidance.apply import apply_guidance
 from lora_ensemble.host.guidance.options import GuidanceOptions, guidance_of
 from lora_ensemble.host.look import live
@@ -262,11 +262,13 @@ def test_notes_of_methods_and_of_guidance_reach_the_panel(loras, monkeypatch):
     wire = wired(monkeypatch)
     monkeypatch.setattr(live, "guidance_record_of", lambda model: SimpleNamespace(problems=["of guidance"], steps=[]))
     with CurrentNodeContext("p", "5"):
-        ours = with_reason(method(base("SD15"), three(base("SD15"), loras), Switch), "because")
+        composed = cached(method(base("SD15"), three(base("SD15"), loras), Switch))
+        ours = with_reason(composed, "because")
     with CurrentNodeContext("p", "7"):
         sample(ours, steps=2)
     why, own, guided = wire.panels[-1][0]["notes"]
     assert why == "because" and "Switch gave it no turn" in own and guided == "of guidance"
+    assert ours.get_attachment(KEY).cache is composed.get_attachment(KEY).cache is not None
 
 
 def cached(model, interval: int = 2):

@@ -37,11 +37,13 @@ def bare(specs: list[LoRASpec]) -> list[LoRASpec]:
 
 @pytest.mark.parametrize("family", LAST)
 def test_masks_of_ones_are_the_chain_of_loaders(family, loras):
+    """Also beside a negative of another length, where tokens lie elsewhere."""
     model = base(family)
     specs = pair(model, loras, masks=(torch.ones(1, 5, 5), torch.ones(16, 16)))
-    ours = merge(model, specs)
-    same(sample(ours, family, batch=2), sample(stock(model, bare(specs)), family, batch=2),
-         sample(model, family, batch=2), 1e-4)
+    ours, negative = merge(model, specs), FAMILIES[family].cond(12, tokens=9)
+    same(sample(ours, family, negative=negative, batch=2),
+         sample(stock(model, bare(specs)), family, negative=negative, batch=2),
+         sample(model, family, negative=negative, batch=2), 1e-4)
     assert record_of(ours).problems == [] and [step.rows for step in record_of(ours).steps] == [4, 4]
 
 

@@ -21,10 +21,10 @@ from .models import CPU, base
 DEVICE = torch.device("meta")
 
 
-def every_kind() -> Bank:
+def every_kind(dtype: torch.dtype | None = None) -> Bank:
     """Ops of every kind on a layer of their own, and a layer that two low-rank adapters share."""
     return Bank([{kind: make_ops(kind, (16, 16), seed)[0] for seed, kind in enumerate(KINDS)},
-                 {"lora": make_ops("lora", (16, 16), 99)[0]}])
+                 {"lora": make_ops("lora", (16, 16), 99)[0]}], dtype=dtype)
 
 
 def devices(bank: Bank) -> set[str]:
@@ -53,14 +53,18 @@ def test_a_bank_in_another_dtype():
     bank = every_kind()
     other = bank.in_dtype(torch.bfloat16, CPU)
     assert other.dtype == torch.bfloat16 and other.names == bank.names and list(other.sites) == list(bank.sites)
-    kinds = set()
-    for ours, theirs in zip(bank.modules(), other.modules(), strict=True):
-        for (name, one), (_, two) in zip(ours._parameters.items(), theirs._parameters.items(), strict=True):
-            held = type(ours) in (Stack, Kron)
+    made, kinds = every_kind(torch.bfloat16), set()
+    for ours, theirs, third in zip(bank.modules(), other.modules(), made.modules(), strict=True):
+        for name, one in ours._parameters.items():
+            two, held = theirs._parameters[name], type(ours) in (Stack, Kron)
             kinds.add(held)
             assert torch.equal(two, one.to(torch.bfloat16) if held else one), name
             assert two.dtype == (torch.bfloat16 if held else one.dtype) and one.dtype == torch.float32
+            assert torch.equal(two, third._parameters[name]) and two.dtype == third._parameters[name].dtype, name
     assert kinds == {True, False}
+    assert all(other.sites[site.name] is site for site in other.site_list)
+    assert other.addresses() == [next(site.parameters()).data_ptr() for site in other.site_list], "not the bank's"
+    assert devices(bank.in_dtype(torch.bfloat16, DEVICE)) == {"meta"}
 
 
 # --- dynamic VRAM ---------------------------------------------------------------------------------------------------

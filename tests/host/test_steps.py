@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import comfy.model_sampling
 import comfy.samplers
 import pytest
 import torch
 from lora_ensemble.host.compose.composition import record_of
-from lora_ensemble.host.compose.context import run_context
+from lora_ensemble.host.compose.context import run_context, timed
 from lora_ensemble.host.compose.steps import StepTracker, tracked
 from lora_ensemble.host.guidance.apply import guidance_record_of
 
@@ -74,6 +75,7 @@ def test_no_device_read_once_the_sampler_is_known():
     assert [step.index for step in steps] == [0, 1, 2, 3, 4]
     assert [step.sigma for step in steps] == pytest.approx(SIGMAS[:-1])
     assert [stamp.reads for stamp in stamps] == [1, 1, 1, 0, 0]
+    assert tracker.step(OnDevice(SIGMAS[-2])).index == 4, "a call behind the last step, of which there is no next one"
 
 
 def test_more_passes_at_one_timestep_are_one_step():
@@ -149,6 +151,15 @@ def test_samplers_that_call_and_tell_in_their_own_ways(calls, steps):
 ])
 def test_zeros_that_only_keep_the_host_from_adding_noise_are_no_steps(sigmas, sampled):
     assert run_context(torch.tensor(sigmas), torch.zeros(1, 4, 8, 8), None).sigmas == tuple(sampled)
+
+
+def test_times_go_from_1_to_0():
+    """Also of a model whose own time does not end at 0: EDM's is the logarithm of its noise levels."""
+    sampling = comfy.model_sampling.ModelSamplingContinuousEDM()
+    top, bottom = float(sampling.sigma_max), float(sampling.sigma_min)
+    context = run_context(torch.tensor([top, (top * bottom) ** 0.5, bottom, 0.0]), torch.zeros(1, 4, 8, 8), None)
+    found = timed(context, SimpleNamespace(get_model_object=lambda name: sampling))
+    assert found.times == pytest.approx((1.0, 0.5, 0.0), abs=1e-5)
 
 
 def test_progress():
