@@ -22,6 +22,7 @@ from ..families.lasting import lasting
 from ..families.split_points import SplitPoint, split_point_of
 from ..families.work import Work
 from .attention import OVERRIDE
+from .neighbours import identity_of_patches
 from .places import window_of
 
 Combo = tuple[Branch, ...]
@@ -165,7 +166,7 @@ class BranchCache:
             yield control, options
             return
         rows = x.shape[0] // len(combos)
-        places = (window_of(options), _patches(options), (rows, *x.shape[1:]), None if context is None else
+        places = (window_of(options), identity_of_patches(options), (rows, *x.shape[1:]), None if context is None else
                   tuple(context.shape[1:]))
         with self._lock:
             keys = [self._key((uuid, combo, *places)) for uuid, combo in zip(uuids, combos, strict=True)]
@@ -287,12 +288,3 @@ class BranchCache:
 
     def _say(self, reason: str) -> None:
         self._report(f"{self.spec.whose}: {reason}. What is not cached runs whole, as without the cache.")
-
-
-def _patches(options: dict) -> Hashable:
-    """What other nodes patched into the model for this pass."""
-    lists = options.get("patches", {})
-    places = options.get("patches_replace", {})
-    return (tuple((name, *map(id, found)) for name, found in sorted(lists.items())),
-            tuple((name, str(place), id(patch)) for name, found in sorted(places.items())
-                  for place, patch in found.items()))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import CellType, FunctionType
 from typing import Any
 from uuid import UUID
 
@@ -125,6 +126,26 @@ def patches_of(options: Mapping) -> Iterator[Callable]:
         yield from patches
     for places in options.get("patches_replace", {}).values():
         yield from places.values()
+
+
+def identity_of_patches(options: Mapping) -> Hashable:
+    """What tells passes apart by what nodes have patched into the model for them."""
+    lists = options.get("patches", {})
+    places = options.get("patches_replace", {})
+    return (tuple((name, *map(_which, found)) for name, found in sorted(lists.items())),
+            tuple((name, str(place), _which(patch)) for name, found in sorted(places.items())
+                  for place, patch in found.items()))
+
+
+def _which(patch: Callable) -> Hashable:
+    """What tells a patch from others: whose method it is, its code, and the numbers and words that it was made with. It
+    itself may be made for one call alone, as the host makes those of GLIGEN."""
+    function = getattr(patch, "__func__", patch)
+    if not isinstance(function, FunctionType):
+        return id(patch)
+    made = [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]  # which is an empty one
+    return id(getattr(patch, "__self__", None)), function.__code__, tuple(
+        each for each in made if isinstance(each, int | float | str))
 
 
 def takes_the_first(patch: Callable) -> bool:

@@ -1,7 +1,9 @@
-"""Conds that stand in for a prompt's while its places are looked for: the same picture with another text."""
+"""The conds of a guider: those that stand in for a prompt's while its places are looked for, the same picture with
+another text, and those that the host adds."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Mapping
 from typing import TypeVar
 from uuid import uuid4
@@ -11,12 +13,15 @@ from torch import Tensor
 
 from ...methods.prompt import PromptTokens
 from ..words.marked import PROBE, PROMPT, WITHOUT
+from ..words.own import OWN
 
 Value = TypeVar("Value")
 CONTRAST = "lora_ensemble_contrast"
 """Prefix of the names under which a guider holds what its prompts bring to be compared with: a name of their own."""
 OF_TOKENS = ("attention_mask", "attention_mask_img_shape")
 """What a cond says of its own tokens one by one, which is true of no other text's."""
+OF_TEXT = ("cross_attn", PROMPT, WITHOUT, PROBE, OWN, CONTRAST)
+"""What it says of its text, and what belongs to that."""
 
 
 def variant_of(entry: Mapping[str, object], key: Hashable) -> str:
@@ -44,6 +49,25 @@ def with_variants(conds: dict[str, list[dict]]) -> list[str]:
 def own_conds(conds: Mapping[str, Value]) -> dict[str, Value]:
     """A guider's conds without those that `with_variants` has added: these are on no side of guidance."""
     return {name: entries for name, entries in conds.items() if not name.startswith(CONTRAST)}
+
+
+def with_own_names(conds: Mapping[str, list[dict]]) -> None:
+    """Give each cond of a guider, as the host has prepared them, a name of its own. Where a side of guidance has an
+    area, the host gives it to all others, too: by copies of that cond, its name and what it says of its words included,
+    with the text of another side. These say of their words what the conds say whose text they have."""
+    times = Counter(entry.get("uuid") for entries in conds.values() for entry in entries or ())
+    for entries in conds.values():
+        for k, entry in enumerate(entries or ()):
+            text = next((each for each in entries[:k] if _same_text(each, entry)), None)
+            if times[entry.get("uuid")] > 1 and text is not None:
+                rest = {key: value for key, value in entry.items() if key not in OF_TEXT}
+                entries[k] = rest | {key: text[key] for key in OF_TEXT if key in text} | {"uuid": uuid4()}
+
+
+def _same_text(one: Mapping[str, dict], other: Mapping[str, dict]) -> bool:
+    """Whether a model gets the same for two conds, down to the objects."""
+    given, also = one.get("model_conds") or {}, other.get("model_conds") or {}
+    return given.keys() == also.keys() and all(given[name] is also[name] for name in given)
 
 
 def _instead(entry: dict, cross: Tensor, options: dict) -> dict:

@@ -31,7 +31,7 @@ from .sampled import free_of, is_compiled, routed_on, run_of, unwrapped
 from .steps import tracked
 from .summary import carried
 from .tiles import TILES, with_tiles
-from .variants import with_variants
+from .variants import with_own_names, with_variants
 from .watch import watching
 
 
@@ -95,13 +95,17 @@ def outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=No
 
 
 def sampler_sample(executor, guider, *args, **kwargs):
-    """All evaluations of a run. The host ends it with taking the forwards of other nodes off the layers and putting
-    them on again (`use_ejected`): one that wraps what it finds there (FreeFuse's LoRAs) must not find ours."""
+    """All evaluations of a run, of conds that the host has prepared. It ends the run with taking the forwards of other
+    nodes off the layers and putting them on again (`use_ejected`): one that wraps what it finds there (FreeFuse's
+    LoRAs) must not find ours."""
+    composition: Composition | None = guider.model_patcher.get_attachment(KEY)
+    running = composition is not None and bool(composition.runs)
+    if running:
+        with_own_names(guider.conds)
     try:
         return executor(guider, *args, **kwargs)
     finally:
-        composition: Composition | None = guider.model_patcher.get_attachment(KEY)
-        if composition is not None and composition.runs:
+        if running:
             composition.runs[-1].off()
 
 

@@ -13,10 +13,12 @@ import pytest
 import torch
 from lora_ensemble.host.compose.composition import KEY, record_of
 from lora_ensemble.host.families import split_points
+from lora_ensemble.host.files.ensemble import Mask
 
-from .builders import composite, sample, schedule, three
+from .builders import composite, merge, sample, schedule, three
 from .caches import Watch, cached, steps_of
 from .models import FAMILIES, base, build
+from .test_conditionings import boxes
 from .test_scenarios import CONDS, control_model  # noqa: F401  (a fixture)
 
 SD15 = FAMILIES["SD15"]
@@ -166,6 +168,22 @@ def test_self_attention_guidance_has_features_of_its_own(loras):
         {(place[0], place[-1]) for place in reusing.get_attachment(KEY).run.cache.store._entries}))
     assert [step["reused"] for step in steps_of(reusing)] == [0, 9, 9, 0]
     assert len(seen[-1]) == 9 and sum(time for _, time in seen[-1]) == 3
+
+
+@pytest.mark.parametrize("how", ["GLIGEN", "ToMe beside masks"])
+def test_patches_that_are_made_anew_for_every_call(how, loras):
+    """The host makes those of GLIGEN so, and the pack's look at merged tokens is one. Guard: `neighbours._which`,
+    without which features were those of a patch at the same address, if there happened to be one."""
+    model, cond, mask = base("SD15"), SD15.cond(11), None
+    if how == "GLIGEN":
+        cond = boxes(cond)
+    else:
+        node = pytest.importorskip("comfy_extras.nodes_tomesd").TomePatchModel
+        model = node.execute(model, 0.5)[0] if hasattr(node, "execute") else node().patch(model, 0.5)[0]
+        mask = Mask(torch.ones(1, 8, 8))
+    reusing = cached(merge(model, [replace(spec, mask=mask) for spec in three(model, loras)]))
+    assert torch.isfinite(sample(reusing, "SD15", cond, steps=6)).all()
+    assert [step["reused"] for step in steps_of(reusing)] == [0, 2, 2] * 2
 
 
 def test_freeu(loras):

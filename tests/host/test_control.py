@@ -133,13 +133,20 @@ def test_areas(asked, net, loras, monkeypatch):
     assert sum(checked(asked, monkeypatch, positive, negative, loras, batch=2)) == 2 * 4 * 2
 
 
-def test_conds_under_one_identity_are_not_taken_for_another(asked, net, loras, monkeypatch):
-    """Where an area has no counterpart the host makes one of the other side's prompt, under the identity of this one:
-    two conds with one name, and the control is asked for each branch of both."""
+def test_an_area_of_one_side_alone(asked, net, loras, monkeypatch):
+    """The host makes the other side's prompt one, under the name of the cond that has it (`with_own_names`)."""
     one = net()
     positive = [*under(one, 21)[0], *under(one, 22, area=(8, 4, 0, 0), strength=0.7, set_area_to_bounds=False)[0]]
-    rows = checked(asked, monkeypatch, positive, under(one, 23)[0], loras)
-    assert sorted(rows) == [2, 2, 6, 6], "the whole pictures are told apart, the areas are not"
+    assert checked(asked, monkeypatch, positive, under(one, 23)[0], loras) == [2, 2] * 2
+
+
+def test_conds_under_one_identity_are_not_taken_for_another():
+    """As another node may hand them to a call."""
+    controls = control.Controls()
+    controls.begin([[{"uuid": 1}, {"uuid": 2}], [{"uuid": 1}]], 1)
+    for cond, identity in ((1, 10), (2, 20)):
+        controls.view(object(), cond, identity)
+    assert controls.sources([20]) == [2] and controls.sources([10]) is None and controls.sources([20, 30]) is None
 
 
 def test_a_control_that_another_pack_has_changed_is_asked_for_all(asked, net, loras):

@@ -89,6 +89,27 @@ def test_a_prompt_of_its_own_for_each_lora(loras):
     assert record_of(ours).problems == [], "of no LoRA are words missing"
 
 
+@pytest.mark.parametrize("mode", ["once", "every step"])
+def test_an_area_that_one_side_has_is_no_other_prompt_on_the_other(mode, loras):
+    """The host gives the other side the area, too, under the name of the cond that has it. Guard: `with_own_names`,
+    without which the negative has LoRAs at the places of the positive's words there, and the positive lacks those that
+    the negative does not speak of."""
+    model, negative, left = base("SD15"), FAMILIES["SD15"].cond(12), dict(area=(8, 4, 0, 0))
+    ours = routed(model, specs(model, loras, wanted=lambda name: ".attn2.to_k" in name), mode=mode, trust=False)
+
+    def sides(model, positive: list, negative: list) -> Tensor:
+        found, model = [], model.clone()
+        model.set_model_sampler_pre_cfg_function(lambda args: found.append(args["conds_out"]) or args["conds_out"])
+        sample(model, "SD15", positive, negative, steps=2)
+        return torch.stack([torch.stack(each) for each in found], dim=1)
+
+    another = [*negative, *FAMILIES["SD15"].cond(13, lora_ensemble_prompt=PromptTokens("", 5), **left)]
+    assert torch.equal(sides(ours, prompt(), another), sides(ours, [*prompt(), *prompt("SD15", **left)], another))
+    regions = [*prompt("SD15", **left), *prompt("SD15", seed=31)]
+    assert torch.equal(sides(ours, regions, negative)[1, 0], sides(model, regions, negative)[1, 0])
+    assert record_of(ours).problems == []
+
+
 def test_negative_prompts_and_empty_ones(loras):
     """A negative may have marks of its own; an empty prompt has no words, which is said."""
     model, kind = base("SD15"), FAMILIES["SD15"]
