@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..kernels.lowrank import Share, Update, add_pointwise_, grouped, rows, shares, shares_apart, tokens
+from ..kernels.lowrank import Share, Update, add_pointwise_, rows, shares, shares_apart, tokens
 from .adapters import Span, part
 from .geometry import Geometry
 from .stack import SlicePart, Slot, Stack, together
@@ -173,21 +173,6 @@ def apart(call: LayerCall, stack: Stack, ranks: slice, entries: Entries, alpha: 
     seconds = 2 * rates.launch + 4 * rates.view + call.work(stack, n, [(width, one.out)] * count)
     seconds += (count - 1) * n / call.y.shape[0] * call.x.numel() / rates.values
     return Way(build, seconds + _reaching(call, entries))
-
-
-def batched(down: Tensor, up: Tensor, gain: Tensor | None, alpha: float, span: Span) -> Update:
-    """Groups of entries, one after the other, with a pair of factors each."""
-    add = grouped(down, up, gain, alpha)
-
-    def update(y: Tensor, x: Tensor) -> Tensor:
-        if not y.is_contiguous():
-            return y.copy_(update(y.contiguous(), x))
-        if span is None:
-            return add(y, x)
-        add(part(y, span, -1, 0), part(x, span, -1, 1))
-        return y
-
-    return update
 
 
 def _reaching(call: LayerCall, entries: Entries) -> float:

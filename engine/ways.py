@@ -21,7 +21,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from operator import attrgetter
 
-from .products import Built, LayerCall, Numbers, Way, apart, batched, in_words, on_entries, product, sized
+from ..kernels.lowrank import Columns, grouped
+from .products import Built, LayerCall, Numbers, Way, apart, in_words, product, sized
 from .stack import Slot, Stack, together
 from .transfer import on_device
 
@@ -140,7 +141,8 @@ def _batched(call: LayerCall, stack: Stack, slots: Sequence[Slot], groups: dict[
     if last.stop > each.ranks.stop or not last.width - last.empty <= width <= last.width:
         return None
     n, rates, same = len(entries), call.rates, len(set(gains)) == 1
-    size = sized(call, (count, n // count * call.places, width))
+    rows = n // count * call.places
+    size = sized(call, (count, rows, width))
 
     def build(call: LayerCall, stack: Stack) -> list[Built]:
         down, up = call.factors(stack)
@@ -151,11 +153,12 @@ def _batched(call: LayerCall, stack: Stack, slots: Sequence[Slot], groups: dict[
         gain = None if same else call.once(
             ("gains", tuple(gains), size, dtype, device),
             lambda: on_device(gains, device, dtype).view(-1, 1, 1).expand(size or (-1, -1, -1)).contiguous())
-        update = on_entries(batched(down, up, gain, alpha, each.span), tuple(entries), call.y)
+        columns = [Columns(each.span[1], whole.shape[-1]) if each.span is not None and each.span[0] == dim else None
+                   for dim, whole in enumerate((call.y, call.x))]
+        update = grouped(down, up, rows, gain, alpha, entries[0] * call.places, *columns)
         return [(update, f"{count} groups of {n // count} entries, rank {width} each" + in_words(each.span))]
 
-    seconds = (2 if same else 3) * rates.launch + (2 if n == call.y.shape[0] else 4) * rates.view
-    seconds += (0 if each.span is None else rates.view) + call.work(stack, n, [(width, each.out)])
+    seconds = (2 if same else 3) * rates.launch + 2 * rates.view + call.work(stack, n, [(width, each.out)])
     return Way(build, seconds)
 
 

@@ -66,6 +66,13 @@ def _into_ranks(down: Tensor, entries: int | None) -> tuple[Callable[[Tensor, Te
     return torch.bmm, down.T.expand(entries, -1, -1)
 
 
+class Columns(NamedTuple):
+    """Neighbouring columns of a matrix: the first of them, and the width of the whole matrix."""
+
+    start: int
+    width: int
+
+
 class Share(NamedTuple):
     """What some outputs take of the hidden values: those of slices of equal size, side by side from `start` on, with as
     many ranks each, side by side from `rank` on.
@@ -177,17 +184,31 @@ def shares_apart(down: Tensor, part: Share, outputs: int, alpha: float = 1.0) ->
     return update
 
 
-def grouped(down: Tensor, up: Tensor, gain: Tensor | None = None, alpha: float = 1.0) -> Update:
+def grouped(down: Tensor, up: Tensor, rows: int, gain: Tensor | None = None, alpha: float = 1.0, first: int = 0,
+            into: Columns | None = None, of: Columns | None = None) -> Update:
     """One adapter per group of rows, groups of equal length one after the other: two products however many groups.
 
-    Shape: y [g groups, .., out], x [g groups, .., in], down [g, in, r], up [g, r, out], gain like [g, n, r] with n rows
-    and tokens of a group. y is contiguous, or a column slice of what is.
+    rows       of a group; tokens are rows of their own
+    first      the row of y and x at which the first group starts
+    into, of   columns of y and of x that take part; None: all
+    Shape: y [.., out], x [.., in], down [g, in, r], up [g, r, out], gain like [g, rows, r].
+
+    Each of the two is a single view, by sizes and strides: which rows, in which groups, and which columns.
     """
     multiply, (count, inputs, _), outputs = torch.bmm, down.shape, up.shape[2]
+    (x_start, x_width), (y_start, y_width) = of or Columns(0, inputs), into or Columns(0, outputs)
+    x_size, x_strides, x_start = (count, rows, inputs), (rows * x_width, x_width, 1), first * x_width + x_start
+    y_size, y_strides, y_start = (count, rows, outputs), (rows * y_width, y_width, 1), first * y_width + y_start
 
     def update(y: Tensor, x: Tensor) -> Tensor:
-        hidden = multiply(x.reshape(count, -1, inputs), down)
-        y.view(count, -1, outputs).baddbmm_(hidden if gain is None else hidden.mul_(gain), up, alpha=alpha)
+        if not y.is_contiguous():
+            return y.copy_(update(y.contiguous(), x))
+        if not x.is_contiguous():
+            x = x.contiguous()
+        hidden = multiply(x.as_strided(x_size, x_strides, x.storage_offset() + x_start), down)
+        if gain is not None:
+            hidden.mul_(gain)
+        y.as_strided(y_size, y_strides, y.storage_offset() + y_start).baddbmm_(hidden, up, alpha=alpha)
         return y
 
     return update

@@ -92,8 +92,8 @@ def test_ranks_that_are_filled_up_to_the_same_are_one_batch(ranks, rank, monkeyp
     monkeypatch.setitem(products.RATES, "cpu", DEAR["starting an operation"])
     monkeypatch.setattr(ways, "_masked", lambda *call: None)
     found = []
-    batched = ways.batched
-    monkeypatch.setattr(ways, "batched", lambda down, *more: found.append(down.shape[2]) or batched(down, *more))
+    grouped = ways.grouped
+    monkeypatch.setattr(ways, "grouped", lambda down, *more: found.append(down.shape[2]) or grouped(down, *more))
     root, bank = nn.Sequential(nn.Linear(IN, OUT)), Bank([{"0": adapter(rank, 0)} for rank in ranks])
     routed, rows = RoutedForwards(root, bank), batches(len(ranks))["composite"]
     routed.install()

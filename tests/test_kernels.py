@@ -7,7 +7,17 @@ import torch
 from lora_ensemble.kernels.branch import Branch, Step, one_hot
 from lora_ensemble.kernels.decompose import magnitude_scale
 from lora_ensemble.kernels.deltas import balanced, hadamard, hadamard_factors, kronecker, tucker, tucker_down
-from lora_ensemble.kernels.lowrank import Share, add_pointwise_, grouped, rows, shares, shares_apart, tokens
+from lora_ensemble.kernels.lowrank import (
+    Columns,
+    Share,
+    Update,
+    add_pointwise_,
+    grouped,
+    rows,
+    shares,
+    shares_apart,
+    tokens,
+)
 from lora_ensemble.kernels.orthogonal import block_rotate, butterfly_rotate, cayley
 from lora_ensemble.tests.reference import TOLERANCE, butterfly_matrix, close
 from lora_ensemble.tests.test_engine_cost import Spy
@@ -93,8 +103,28 @@ def test_grouped(g, n, inputs, out, rank, gain, dtype):
     up = rand(out, g * rank, dtype=dtype, seed=3).T.unflatten(0, (g, rank))
     how, wide = gain_of(gain, g, 1, 1, dtype=dtype)
     want = torch.stack([y[k].double() + x[k].double() @ down[k].double() * wide[k] @ up[k].double() for k in range(g)])
-    assert grouped(down, up, **how)(y, x) is y
+    assert grouped(down, up, n, **how)(y, x) is y
     assert close(y, want)
+
+
+@pytest.mark.parametrize("turned", ["neither", "inputs", "outputs"])
+@pytest.mark.parametrize("dims", [2, 3], ids=["vectors", "tokens"])
+def test_groups_of_some_rows_and_columns(dims, turned):
+    """Two groups of two entries behind the first and before the last, into 5 of 12 outputs, of 4 of 9 inputs; all lie
+    somewhere within what is larger."""
+    tokens = (3,) if dims == 3 else ()
+    x, y = rand(7, *tokens, 9)[1:], rand(7, *tokens, 12, seed=1)[1:]
+    down, up, gain, count = rand(2, 4, 2, seed=2), rand(2, 2, 5, seed=3), rand(2, 1, 1, seed=4), 2 * 3 ** (dims - 2)
+    want = y.double()
+    for group in range(2):
+        for entry in (1 + 2 * group, 2 + 2 * group):
+            want[entry, ..., 6:11] += (
+                0.5 * x[entry, ..., 2:6].double() @ down[group].double() * gain[group].item() @ up[group].double())
+    whole = y.clone()
+    if turned != "neither":
+        x, y = (t.mT.contiguous().mT if turned == name else t for name, t in (("inputs", x), ("outputs", y)))
+    assert grouped(down, up, count, gain, 0.5, count // 2, Columns(6, 12), Columns(2, 9))(y, x) is y
+    assert close(y, want) and torch.equal(y[0], whole[0]) and torch.equal(y[5], whole[5])
 
 
 LAYOUTS = {
@@ -198,24 +228,31 @@ def test_shares(size, turned, dtype):
     assert close(own, want)
 
 
+def calls(run: Update, outputs: int) -> list[str]:
+    """What a product asks of the host for two entries of four tokens, of 8 inputs."""
+    seen, y, x = [], rand(2, 4, outputs, seed=1), rand(2, 4, 8)
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func.__name__)
+            return func(*args, **(kwargs or {}))
+
+    with Seen():
+        run(y, x)
+    return seen
+
+
 def test_slices_that_are_a_whole_layer_need_no_pieces_of_it():
     """Six calls for the host: two products, and two views of y and of the hidden values."""
-    three, down, x = rand(3, 2, 5), rand(6, 8), rand(2, 4, 8)
+    whole, part = (calls(shares(rand(6, 8), [Share(0, 0, rand(3, 2, 5))], 2, outputs), outputs)
+                   for outputs in (15, 16))
+    assert len(whole) == 6 < len(part)
 
-    def calls(outputs: int) -> list[str]:
-        seen = []
 
-        class Seen(TorchDispatchMode):
-            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-                seen.append(func.__name__)
-                return func(*args, **(kwargs or {}))
-
-        run, y = shares(down, [Share(0, 0, three)], 2, outputs), rand(2, 4, outputs, seed=1)
-        with Seen():
-            run(y, x)
-        return seen
-
-    assert len(calls(15)) == 6 < len(calls(16))
+def test_groups_of_some_rows_need_one_view_of_each():
+    """Which rows, groups and columns: where a few views take the host as long as a product."""
+    run = grouped(rand(1, 8, 2), rand(1, 2, 5), 4, first=4, into=Columns(3, 16))
+    assert calls(run, 16) == ["as_strided.default", "bmm.default", "as_strided.default", "baddbmm_.default"]
 
 
 def test_hadamard_of_two_products():
