@@ -46,8 +46,9 @@ class CMLoRA:
                     and sound that are sampled together, the picture's
     start           w at the first step; None: N - 0.5
     decay           of w, per refresh (`dominance`)
-    c1, c2          steps between refreshes (`refresh_steps`). 0: the paper's 2 and 3, and fewer where a LoRA would not
-                    lead otherwise, see `intervals`
+    c1, c2          steps between refreshes (`refresh_steps`), at which the lead passes on, but for async, as in the
+                    released code. 0: the paper's 2 and 3, and fewer where a LoRA would not lead otherwise, see
+                    `intervals`
     caching         False: every branch runs whole at every step
     dominant_full   whether the leader runs whole at every step (the paper), or only at refreshes (released code)
     steps_per_lora  of switch-a. 0: by the number of steps, as Switch's, and the low class begins after `boundary`
@@ -218,7 +219,8 @@ class CMLoRASession(Session):
             turn = own_turn(self.context.total, self.count)
             return [] if method.steps_per_lora else [f"{head}: steps_per_lora is {turn}"]
         c1, c2 = self.intervals
-        out = [] if method.c1 and method.c2 else [f"{head}: c1 is {c1}, c2 is {c2}"]
+        fixed = method.order == "async" or (method.c1 and method.c2)
+        out = [] if fixed else [f"{head}: c1 is {c1}, c2 is {c2}"]
         if method.caching and method.cache_age == 0:
             serve = f"serve {self.oldest} steps" if self.oldest > 1 else "do not serve, so few steps differ too much"
             out.append(f"{head}: cached features {serve}")

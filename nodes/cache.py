@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from ..host.compose.apply import with_cache
 from ..host.compose.cache import CacheSpec
 from ..methods.schedule import BySteps, NonUniform, Uniform
-from .sockets import model_input, model_output, schema
+from .sockets import model_output, sampled_model_input, schema
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -28,7 +28,7 @@ class LoRAEnsembleBranchCache(io.ComfyNode):
             "fast, at a small loss of exactness.",
             search_aliases=["deepcache", "feature cache", "speed up", "faster sampling", "teacache"],
             inputs=[
-                model_input(),
+                sampled_model_input(),
                 io.Combo.Input(
                     "schedule",
                     options=SCHEDULES,
@@ -68,7 +68,7 @@ class LoRAEnsembleBranchCache(io.ComfyNode):
                     "Ensemble Report says what was chosen. 0: interval and depth as set.",
                 ),
             ],
-            outputs=[model_output()],
+            outputs=[model_output("The model with the cache. Works with any sampler node.")],
         )
 
     @classmethod

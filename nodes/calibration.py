@@ -15,7 +15,7 @@ from ..host.look.calibration import plot, summary
 from ..host.look.latent import latent_of
 from ..host.look.theme import THEMES
 from .guidance import GuidanceCoeffs, latent_input, schedule_inputs
-from .sockets import model_input, schema, theme_input
+from .sockets import sampled_model_input, schema, theme_input
 from .unused import tell
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class LoRAEnsembleCalibrateGuidance(io.ComfyNode):
             "and how the negative prediction can be foretold. Done once per model and sampler settings.",
             search_aliases=["adaptive guidance", "linear ag", "guidance threshold", "calibration"],
             inputs=[
-                model_input(),
+                sampled_model_input(),
                 io.Conditioning.Input("positive", tooltip="The prompts. Each entry is one: join several with "
                                       "Conditioning (Combine). Five to ten of the kind that you will use are enough."),
                 io.Conditioning.Input("negative", tooltip="The negative prompt."),

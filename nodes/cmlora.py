@@ -75,8 +75,9 @@ class LoRAEnsembleCMLoRA(io.ComfyNode):
                     "decay",
                     options=DECAYS,
                     default="none",
-                    tooltip="Dominance over the run. none: it stays, as in the authors' program. halving: less 1, "
-                    "then 1/2, 1/4 and so on. linear: less 0.5, 1, 1.5 and so on. Never below all alike.",
+                    tooltip="Dominance over the run, each time c1 or c2 steps have passed. none: it stays, as in the "
+                    "authors' program. halving: less 1, then 1/2, 1/4 and so on. linear: less 0.5, 1, 1.5 and so on. "
+                    "It does not fall below all alike.",
                 ),
                 io.Int.Input(
                     "c1",
@@ -84,7 +85,8 @@ class LoRAEnsembleCMLoRA(io.ComfyNode):
                     min=0,
                     max=1000,
                     tooltip="Steps until the lead passes on, in the first 37.5 % and the last 12.5 % of the run. 0: "
-                    "the paper's 2, and 1 where there are too few steps for every LoRA to lead.",
+                    "the paper's 2, and 1 where there are too few steps for every LoRA to lead. With async the lead "
+                    "goes by tenths, and c1 and c2 are for decay and the cache alone.",
                 ),
                 io.Int.Input(
                     "c2",

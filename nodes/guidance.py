@@ -13,7 +13,7 @@ import nodes as host_nodes
 from ..host.guidance.apply import apply_guidance, guidance_record_of
 from ..host.guidance.options import MODES, GuidanceOptions, guidance_of
 from ..methods.guidance.adaptive import SPACES, AdaptiveGuidance
-from .sockets import model_input, schema
+from .sockets import sampled_model_input, schema
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -113,7 +113,7 @@ class LoRAEnsembleAdaptiveGuidance(io.ComfyNode):
             "longer matters (Adaptive Guidance). Works with every sampler and with other guidance nodes. At cfg 1, as "
             "LoRAs for few steps ask for, there is nothing to save.",
             search_aliases=ALIASES,
-            inputs=[model_input(), *guidance_inputs()],
+            inputs=[sampled_model_input(), *guidance_inputs()],
             outputs=[io.Model.Output(display_name="MODEL", tooltip="The model with adaptive guidance. Works with any "
                                      "sampler node and guider.")],
         )
@@ -136,7 +136,7 @@ class LoRAEnsembleAdaptiveGuider(io.ComfyNode):
             description="CFG Guider with adaptive guidance, for SamplerCustomAdvanced. At cfg 1 there is nothing to "
             "save.",
             search_aliases=[*ALIASES, "cfg guider"],
-            inputs=[model_input(), positive_input(), negative_input(), cfg_input(), *guidance_inputs()],
+            inputs=[sampled_model_input(), positive_input(), negative_input(), cfg_input(), *guidance_inputs()],
             outputs=[io.Guider.Output(display_name="GUIDER", tooltip="For the guider input of SamplerCustomAdvanced.")],
         )
 
@@ -162,7 +162,7 @@ class LoRAEnsembleKSampler(io.ComfyNode):
             "At cfg 1 there is nothing to save.",
             search_aliases=[*ALIASES, "ksampler"],
             inputs=[
-                model_input(),
+                sampled_model_input(),
                 io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
                              tooltip="The random seed of the noise."),
                 *schedule_inputs(),

@@ -41,14 +41,15 @@ class LoRAEnsemblePrompt(io.ComfyNode):
                     tooltip="The prompt. [2: ohwx woman] marks words for the LoRA of row 2; <lora:name:0.8:0.5> adds "
                     "a LoRA with its strengths for the model and the text encoder. Neither is encoded.",
                 ),
-                earlier_ensemble_input(),
+                earlier_ensemble_input("The LoRAs whose words are sought, in order. Unconnected: those of the method "
+                                       "node that the CLIP comes from."),
             ],
             outputs=[
                 io.Conditioning.Output(
                     display_name="CONDITIONING",
                     tooltip="The encoded prompt, as CLIP Text Encode makes it, with the places of its words.",
                 ),
-                ensemble_output(),
+                ensemble_output("The LoRAs of the input ensemble and those that the text names."),
                 io.String.Output(
                     display_name="found",
                     tooltip="For each LoRA which words are its own and how many tokens they take, or why it has none.",

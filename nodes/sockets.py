@@ -52,19 +52,24 @@ def method_schema(*, options: list[io.Input] | None = None, place: bool = True, 
                   hidden=[io.Hidden.unique_id, io.Hidden.prompt], **fields)
 
 
-def model_input() -> io.Input:
-    return io.Model.Input(
-        "model",
-        tooltip="The base diffusion model, straight from its loader or with other patches on it. It is not changed.",
-    )
+def model_input(tooltip: str = "The base diffusion model, straight from its loader or with other patches on it. It is "
+                "not changed.") -> io.Input:
+    return io.Model.Input("model", tooltip=tooltip)
+
+
+def sampled_model_input() -> io.Input:
+    """Of a node that stands before the sampler, whatever is on the model."""
+    return model_input("The model that you sample with, and all that is on it: LoRAs, methods, guidance nodes. It is "
+                       "not changed.")
 
 
 def clip_input() -> io.Input:
     return io.Clip.Input(
         "clip",
         optional=True,
-        tooltip="The text encoder, for LoRAs that also change it: their changes are merged into the CLIP output. "
-        "Leave it unconnected for model-only LoRAs.",
+        tooltip="The text encoder. Connect it where LoRAs change it, and where they act where their words are (Routed "
+        "LoRAs, place words), whatever they change: encode the prompts with the CLIP output then. Otherwise it may "
+        "stay unconnected.",
     )
 
 
@@ -83,16 +88,14 @@ def place_input() -> io.Input:
 
 def ensemble_input() -> io.Input:
     return LoRAEnsemble.Input(
-        "ensemble", tooltip="The LoRAs to compose: the last of a chain of LoRA (Ensemble) nodes, or a converted stack."
+        "ensemble", tooltip="The LoRAs: the last of a chain of LoRA (Ensemble) nodes, a converted stack, or the "
+        "ENSEMBLE of LoRA Ensemble."
     )
 
 
-def earlier_ensemble_input() -> io.Input:
-    return LoRAEnsemble.Input(
-        "ensemble",
-        optional=True,
-        tooltip="LoRAs that come before this one. Leave it unconnected to start a new ensemble.",
-    )
+def earlier_ensemble_input(tooltip: str = "LoRAs that come before this node's. Leave it unconnected to start a new "
+                           "ensemble.") -> io.Input:
+    return LoRAEnsemble.Input("ensemble", optional=True, tooltip=tooltip)
 
 
 def theme_input() -> io.Input:
@@ -107,10 +110,9 @@ def strength_input(name: str, tooltip: str, optional: bool = False) -> io.Input:
     return io.Float.Input(name, default=1.0, min=-100.0, max=100.0, step=0.01, tooltip=tooltip, optional=optional)
 
 
-def model_output() -> io.Output:
-    return io.Model.Output(
-        display_name="MODEL", tooltip="The model with the LoRAs composed while it samples. Works with any sampler node."
-    )
+def model_output(tooltip: str = "The model with the LoRAs composed while it samples. Works with any sampler node."
+                 ) -> io.Output:
+    return io.Model.Output(display_name="MODEL", tooltip=tooltip)
 
 
 def clip_output() -> io.Output:
@@ -121,7 +123,6 @@ def clip_output() -> io.Output:
     )
 
 
-def ensemble_output() -> io.Output:
-    return LoRAEnsemble.Output(
-        display_name="ENSEMBLE", tooltip="The LoRAs so far, in order. Connect it to the next LoRA or to a method node."
-    )
+def ensemble_output(tooltip: str = "The LoRAs so far, in order. Connect it to the next LoRA or to a method node."
+                    ) -> io.Output:
+    return LoRAEnsemble.Output(display_name="ENSEMBLE", tooltip=tooltip)

@@ -51,7 +51,8 @@ class LoRAEnsembleSpectrum(io.ComfyNode):
             outputs=[
                 io.Image.Output(display_name="plot", tooltip="The high-frequency share over progress, by LoRA."),
                 io.String.Output(display_name="report", tooltip="The same as a table, with the class of each LoRA."),
-                ensemble_output(),
+                ensemble_output("The same LoRAs for CMLoRA: those of role auto that were measured to smooth the "
+                                "picture have become background."),
             ],
         )
 

@@ -79,9 +79,9 @@ class LoRAEnsembleStack(io.ComfyNode):
                     "method",
                     options=[AUTO, *METHODS],
                     default=AUTO,
-                    tooltip="How the LoRAs are composed. auto: Routed where the words or masks of at least two LoRAs "
-                    "are known, else Merge; the node says what it took. Each has its usual settings: connect ENSEMBLE "
-                    "to the node of a method to change them.",
+                    tooltip="How the LoRAs are composed. auto: Routed where clip is connected and at least two LoRAs "
+                    "have known words or a mask, not masks alone; else Merge; the node says what it took. Each has its "
+                    "usual settings: connect ENSEMBLE to the node of a method to change them.",
                 ),
                 *row_inputs(folder_paths.get_filename_list(FOLDER)),
                 clip_input(),

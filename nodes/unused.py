@@ -39,6 +39,13 @@ def _two_classes(given: Given) -> bool:
     return len({role in LOW_FREQUENCY for role in _roles(given)}) == 2
 
 
+def _goes_by_refreshes(given: Given) -> bool:
+    """Whether something of CMLoRA beside the lead goes by c1 and c2: how w decays, or how long its cache serves."""
+    decays = given["decay"] != "none" and not 0 < given["dominance"] <= 1
+    return decays or (given["cache_depth"] > 0 and given["cache_age"] != 1 and (
+        given["dominant_full"] == "on_refresh" or not given["cache_age"]))
+
+
 _ONE_CLASS = "none of the LoRAs, or each, has the role background"
 _CACHED = "order is {order}, which has no cache and no weights"
 _MODE = "mode is {mode}"
@@ -80,6 +87,8 @@ _RULES: dict[str, list[Rule]] = {
         (("order",), lambda given: given["order"] != "online" or not _roles(given) or _two_classes(given),
          f"{_ONE_CLASS}, so that it is as offline"),
         (("decay",), lambda given: not 0 < given["dominance"] <= 1, "dominance is {dominance:g}, which does not fall"),
+        (("c1", "c2"), lambda given: given["order"] != "async" or _goes_by_refreshes(given),
+         "order is {order}, whose lead passes on by tenths of the run"),
         (("threshold",), lambda given: given["order"] == "online", "order is {order}"),
         (("steps_per_lora",), lambda given: given["order"] == "Switch-A", "order is {order}"),
         (("dominance", "decay", "c1", "c2", "cache_depth", "dominant_full", "features", "cache_age"),

@@ -150,7 +150,8 @@ def test_intervals_that_are_given_stay(total):
         assert method.intervals(total) == pair and begin(method, context(total)).chosen(NAMES) == []
         assert begin(method, context(total)).refreshes == sorted(refresh_steps(total, *pair))
     assert CMLoRA((1.0,) * 5, HIGH, c1=3).intervals(8)[0] == 3 and CMLoRA((1.0,) * 5, HIGH, c2=1).intervals(8) == (2, 1)
-    assert CMLoRA((1.0,) * 5, HIGH, order="async").intervals(total) == (2, 3)
+    turns_by_tenths = CMLoRA((1.0,) * 5, HIGH, order="async")
+    assert turns_by_tenths.intervals(total) == (2, 3) and begin(turns_by_tenths, context(total)).chosen(NAMES) == []
     assert CMLoRA((1.0,) * 5, HIGH, order="online").intervals(total) == CMLoRA((1.0,) * 5, HIGH).intervals(total)
     assert oldest(4) == 12 and oldest(4, 1, 1) == 4
     assert CMLoRA(()).intervals(total) == (2, 3)

@@ -339,7 +339,9 @@ def regions_of(applied, context: RunContext, device: torch.device, tell: Callabl
     if applied.routed is not None and len(context.shape) > 3:
         start = applied.routed.routing.start
         if start and not applied.routed.routing.first(context.total):
-            tell(f"start is {start:g}, less than half a step of {context.total}: the LoRAs act from the first one on")
+            part = f"less than half a step of {context.total}" if start * context.total < 0.5 else \
+                "and the run has one step alone"
+            tell(f"start is {start:g}, {part}: the LoRAs act from the first one on")
         return RoutedLoRAs(applied.routed, context.masks, context.shape, device, tell, applied.first, context.film,
                            context.ahead)
     if applied.routed is not None:

@@ -13,9 +13,11 @@ UNNAMED = ("both", "high noise", "low noise")
 """Where LoRAs act whose names say no level."""
 _NOISE = re.compile(r"(?:(?<![A-Za-z])(?i:high|low)|(?<=[a-z])(?:High|Low))[-_ .]?(?i:noise)")
 _CAPITALS = re.compile(r"(?<![A-Za-z])(?:HIGH|LOW)(?![A-Za-z])")
-_WORD = re.compile(r"(?<![A-Za-z])(?i:high|low)(?![A-Za-z])|(?<=[a-z])(?:High|Low)(?![a-z])"
+_WORD = re.compile(r"(?<![A-Za-z])(?i:high|low)(?![A-Za-z])|(?<=[a-z])(?:High|Low|HIGH|LOW)(?![A-Za-z])"
                    r"|(?<![A-Za-z0-9])[HL]N?(?![A-Za-z0-9])")
-_PATTERNS = _NOISE, _CAPITALS, _WORD
+_LETTERS = re.compile(r"(?<![A-Za-z0-9])(?i:[hl]n?)(?![A-Za-z0-9])|(?<=[a-z])[HL]N(?![A-Za-z0-9])")
+_SURE = _NOISE, _CAPITALS
+_WORDS = *_SURE, _WORD
 
 
 @dataclass(frozen=True)
@@ -47,20 +49,21 @@ class Divided:
 
 def level_of(name: str) -> Level | None:
     """None where a name says no level, or both."""
-    for pattern in _PATTERNS:
+    for pattern in (*_WORDS, _LETTERS):
         found = list(pattern.finditer(name))
         levels = {HIGH if match[0][0] in "hH" else LOW for match in found}
         if len(levels) == 1:
             level = levels.pop()
-            return Level(level, pattern is not _WORD, _without(name, level), name[:found[0].start()].lower())
+            rest = _without(name, level, (*_WORDS, _LETTERS) if pattern is _LETTERS else _WORDS)
+            return Level(level, pattern in _SURE, rest, name[:found[0].start()].lower())
         if levels:
             return None
     return None
 
 
-def _without(name: str, level: str) -> str:
+def _without(name: str, level: str, patterns: Sequence[re.Pattern]) -> str:
     """A name without any word of the level: a folder may say it too, in another way than the file."""
-    for pattern in _PATTERNS:
+    for pattern in patterns:
         name = pattern.sub(lambda match: "\0" if match[0][0].lower() == level[0] else match[0], name)
     return name.replace("\\", "/").lower()
 

@@ -48,8 +48,8 @@ def guidance_of(options: GuidanceOptions) -> Guidance:
     if options.mode == "extrapolate":
         return _extrapolated(options)
     if options.mode == "threshold":
-        return Guidance(_words(options.policy),
-                        lambda model, context, tell: AdaptiveSession(options.policy, options.exact, tell))
+        return Guidance(_words(options.policy), lambda model, context, tell: AdaptiveSession(
+            options.policy, options.exact, tell, context.whole))
     if options.coeffs is None:
         raise ValueError(f"Adaptive Guidance: mode '{options.mode}' needs guidance coefficients. Connect Load "
                           "Guidance Coefficients or Calibrate Guidance to 'coeffs', or choose mode 'extrapolate', "
@@ -68,7 +68,7 @@ def _saving(options: GuidanceOptions) -> Guidance:
 
     def begin(model: ModelPatcher, context: RunContext, tell: Tell) -> AdaptiveSession:
         options.coeffs.check(model, context, options.nearest, tell)
-        return AdaptiveSession(policy, options.exact, tell)
+        return AdaptiveSession(policy, options.exact, tell, context.whole)
 
     return Guidance(f"{_words(policy)}, which saves {100 * options.saving:g} % on the calibrated paths", begin)
 

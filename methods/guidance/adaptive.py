@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...kernels.branch import Step
 from ...kernels.guidance import cosine, similarity_terms
+from ..counted import counted
 from ..session import Sent
 from .record import GuidanceRecord, known
 from .session import CONDITIONAL, GuidanceSession, Need, Rows, Tell
@@ -77,13 +78,15 @@ class AdaptiveSession(GuidanceSession):
     The decision is taken once per step, at its first model call, and holds for the whole step. It is applied on the
     device at once, through `weigh`; the host learns of it later and then stops evaluating the negative. So the picture
     does not depend on how late the host learns of it.
+
+    whole   of a picture in several runs, the steps of all of them
     """
 
     fades = True
 
-    def __init__(self, policy: AdaptiveGuidance, exact: bool = True, tell: Tell | None = None):
+    def __init__(self, policy: AdaptiveGuidance, exact: bool = True, tell: Tell | None = None, whole: int = 0):
         super().__init__(tell)
-        self.policy = policy
+        self.policy, self._whole = policy, whole
         self.gamma: dict[int, list[float | None]] = {}  # step -> similarity per sample, None where it was not measured
         self._back = ReadBack(exact)
         self._open: Rows | None = None  # rows whose negative is evaluated; None: all of them
@@ -167,13 +170,16 @@ class AdaptiveSession(GuidanceSession):
         return fade.to(c).view(c.shape[0], *[1] * (c.ndim - 1))
 
     def summary(self, record: GuidanceRecord) -> None:
-        """The similarities of every step, and whether the threshold was one to be used with this model."""
+        """The similarities of every step, and whether the settings were ones to be used with this model and run."""
         self._read(None)
+        policy = self.policy
         for step in record.steps:
             step.gamma = known(self.gamma.get(step.index, ()))
         self._too_early()
-        if record.finished:
+        if record.finished and self._step is not None and policy.threshold <= 1:
             self._never()
+            if record.evaluations == record.full and self._before + self._step.total >= self._whole:
+                self._all_guided()
 
     def _read(self, index: int | None) -> None:
         for sent, measured, (gamma, fade) in self._back.arrived(index):
@@ -194,11 +200,21 @@ class AdaptiveSession(GuidanceSession):
         policy = self.policy
         counts = max if policy.per_sample else min
         seen = {index: counts(gamma) for index, gamma in self.gamma.items()
-                if index >= policy.min_steps and gamma and None not in gamma}
-        if not seen or policy.threshold > 1:
+                if self._before + index >= policy.min_steps and gamma and None not in gamma}
+        if not seen:
             return
         peak = max(seen, key=seen.get)
         if seen[peak] < policy.threshold:
             self.tell(f"Adaptive Guidance: the similarity never reached the threshold {policy.threshold:g}, so nothing "
                       f"was saved. It was highest in step {peak + 1} of {self._step.total} ({seen[peak]:.6f}). Take a "
                       "lower threshold or the other space; Calibrate Guidance finds it.")
+
+    def _all_guided(self) -> None:
+        """Nothing was saved, and not for want of similarity."""
+        policy, steps = self.policy, self._before + self._step.total
+        if self.gamma and policy.min_steps >= steps - 1:  # the step that ends guidance is evaluated in full
+            self.tell(f"Adaptive Guidance: min_guided_steps is {policy.min_steps} and the picture has "
+                      f"{counted(steps, 'step')}, which leaves none whose negative could be saved")
+        elif self._fade is not None and 0 < self._fade.min() <= policy.ramp_steps:
+            self.tell(f"Adaptive Guidance: ramp_steps is {policy.ramp_steps}, and guidance was still fading out when "
+                      "the run ended, so nothing was saved")

@@ -250,6 +250,21 @@ def test_a_threshold_never_reached_is_named():
         assert not any("never" in problem for problem in guidance_record_of(model).problems)
 
 
+@pytest.mark.parametrize(("options", "said"), [
+    *(({"min_steps": first}, f"min_guided_steps is {first} and the picture has 3 steps, which leaves none")
+      for first in (2, 3)), ({"min_steps": 1}, ""),
+    ({"ramp_steps": 3}, "ramp_steps is 3, and guidance was still fading out when the run ended"),
+    ({"ramp_steps": 1}, "")])
+def test_settings_that_leave_nothing_to_save_are_named(options, said):
+    """Guard: every step was guided, whatever the threshold, and nothing said why."""
+    model = ag(base("SD15"), -1.0, **options)
+    sample(model, steps=3)
+    record = guidance_record_of(model)
+    assert (record.evaluations == record.full) == bool(said)
+    found = [line for line in record.problems if "_steps is" in line]
+    assert [said in line for line in found] == [True] * bool(said)
+
+
 def test_the_record_is_plain_data():
     model = ag(base("SD15"), 0.5)
     sample(model, steps=3, batch=2)

@@ -14,6 +14,8 @@ PAIRS = [
     ("Wan22_A14B_T2V_HIGH_Lightning_4steps", "Wan22_A14B_T2V_LOW_Lightning_4steps"),
     ("styleHighNoise", "styleLowNoise"), ("highnoise-cat", "lownoise-cat"), ("cat-high", "cat-low"),
     ("catHigh", "catLow"), ("cat_H_e20", "cat_L_e20"), ("cat-HN", "cat-LN"), ("high/cat", "low/cat"),
+    ("cat_h_e20", "cat_l_e20"), ("cat-hn", "cat-Ln"), ("catHN", "catLN"), ("catHIGH", "catLOW"),
+    ("hIgH_cat", "LoW_cat"), ("wan_l_cat_HIGH", "wan_l_cat_LOW"), ("clip_l_high", "clip_l_low"),
     ("high\\cat_high_noise", "low\\cat_low_noise"),
 ]
 

@@ -82,6 +82,21 @@ def test_everything_on_a_node_is_explained(node):
         assert part.tooltip and part.tooltip.endswith("."), f"{schema.node_id}: {part.id or part.display_name}"
 
 
+def tooltip(node: type[io.ComfyNode], name: str) -> str:
+    return next((part.tooltip for part in node.GET_SCHEMA().inputs if part.id == name), "")
+
+
+@each_node
+def test_a_clip_is_asked_for_where_words_are_and_the_model_that_is_sampled_where_it_is_meant(node):
+    """Guard: the tooltip of clip said to leave it unconnected for LoRAs of the model alone, with which Routed finds no
+    place; guidance, its calibration and the cache asked for a model straight from its loader."""
+    name, model = node.GET_SCHEMA().node_id.removeprefix("LoRAEnsemble"), tooltip(node, "model")
+    if tooltip(node, "place") or name in ("Routed", "Stack"):
+        assert "where their words are" in tooltip(node, "clip") and "straight from its loader" in model
+    elif name in ("AdaptiveGuidance", "AdaptiveGuider", "KSampler", "CalibrateGuidance", "BranchCache"):
+        assert "that you sample with" in model and "loader" not in model
+
+
 def test_the_menu_has_every_node_on_a_shelf_and_no_other():
     listed = [f"LoRAEnsemble{name}" for names in SHELVES.values() for name in names]
     assert len(listed) == len(set(listed)) and set(IDS) <= set(listed)

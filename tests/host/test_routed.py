@@ -161,6 +161,9 @@ def test_a_start_that_is_no_step_is_said(loras):
     assert torch.equal(at_once, sample(routed(model, specs(model, loras)), steps=10, positive=prompt()))
     sample(ours, steps=20, positive=prompt())
     assert record_of(ours).problems == []
+    half = routed(model, specs(model, loras), start=0.5)
+    sample(half, steps=1, positive=prompt())
+    assert [line for line in record_of(half).problems if "start is 0.5, and the run has one step alone" in line]
 
 
 @pytest.mark.parametrize("mode", ["every step", "once"])

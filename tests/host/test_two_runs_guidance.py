@@ -59,6 +59,16 @@ def test_guidance_goes_on_with_the_same_model(policy, cut, loras):
     assert negatives(ours) == evaluated  # a run that begins a picture knows of no other
 
 
+@pytest.mark.parametrize("first", [6, STEPS])
+def test_steps_that_are_guided_in_any_case_are_those_of_the_picture(first):
+    """A first run that is guided throughout has done as asked: it is said where the whole picture leaves none."""
+    ours = adaptive(base("SD15"), threshold=-1.0, min_steps=first)
+    half = part(ours, 0, 5)
+    assert guidance_record_of(ours).problems == []
+    part(ours, 5, STEPS, half)
+    assert any("which leaves none" in line for line in guidance_record_of(ours).problems) == (first == STEPS)
+
+
 def test_guidance_looks_anew_at_another_model():
     """One negative tells it that the sides are alike; the steps that are guided in any case are over. The line says
     so, and not that the threshold was wrong."""

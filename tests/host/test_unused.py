@@ -54,6 +54,7 @@ def test_no_setting_is_named_that_stands_as_it_comes(name):
 
 CASES = [
     (LoRAEnsembleCMLoRA, {"order": "async"}, ("boundary", "threshold", "steps_per_lora")),
+    (LoRAEnsembleCMLoRA, {"order": "async", "cache_age": 3}, ("c1", "c2")),
     (LoRAEnsembleCMLoRA, {}, ("order",)),
     (LoRAEnsembleCMLoRA, {"order": "Switch-A"},
      ("boundary", "threshold", "dominance", "decay", "c1", "c2", "cache_depth", "dominant_full", "features",

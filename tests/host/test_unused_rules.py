@@ -35,6 +35,11 @@ CASES = [
     ("CMLoRA", {"order": "Switch-A"}, f"threshold dominance decay c1 c2 cache_depth {OF_CACHES}"),
     ("CMLoRA", {"order": "Switch-A", "cache_depth": 0}, f"threshold dominance decay c1 c2 {OF_CACHES}"),
     ("CMLoRA", {"order": "offline", "cache_depth": 0}, f"threshold steps_per_lora {OF_CACHES}"),
+    *(("CMLoRA", {"order": "async", **settings}, names) for settings, names in (
+        ({}, "boundary threshold steps_per_lora"), ({"cache_age": 5}, "boundary threshold steps_per_lora c1 c2"),
+        ({"cache_age": 5, "dominant_full": "on_refresh"}, "boundary threshold steps_per_lora"),
+        ({"cache_age": 5, "decay": "halving"}, "boundary threshold steps_per_lora"),
+        ({"cache_depth": 0}, f"boundary threshold steps_per_lora c1 c2 {OF_CACHES}"))),
     ("CMLoRA", {"dominance": 1.0}, "decay threshold steps_per_lora"),
     ("CMLoRA", {"dominance": 1.5}, "threshold steps_per_lora"),
     ("CMLoRA", {"order": "online", "ensemble": (*GROUND, *FIGURE)}, "steps_per_lora"),
