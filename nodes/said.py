@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from comfy_execution.utils import get_executing_context
 
+from ..host.compose.watch import node_on_page
+from ..host.look.live import say_on
+
 _last: tuple[tuple[str, str], tuple[str, ...]] = ("", ""), ()
 """(prompt, node) that spoke last, and what it said."""
 
 
 def say(text: str) -> None:
     """Show a text on the node that runs, below what it has said before in this prompt: the front end puts each text in
-    the place of the last one. It shows texts among the outputs of its own preview nodes alone. Without a server, in a
+    the place of the last one. It shows texts among the outputs of its own preview nodes alone. Where no node runs, in a
     test say, nothing happens."""
     global _last
-    from server import PromptServer  # needs all that the server needs, which a node does not otherwise
-
-    server, context = getattr(PromptServer, "instance", None), get_executing_context()
-    if server is not None and context is not None:
+    context = get_executing_context()
+    if context is not None:
         node = context.prompt_id, context.node_id
         said = tuple(dict.fromkeys((*(_last[1] if _last[0] == node else ()), text)))
         _last = node, said
-        server.send_progress_text("\n".join(said).replace("\n", "  \n"), context.node_id)  # Nodes 2.0 reads Markdown
+        say_on(node_on_page(), "\n".join(said))

@@ -119,8 +119,12 @@ function keepAway(workflow, panels) {
   }
 }
 
+/** A text of which the host, which takes it for HTML or for Markdown, makes that text: as host/look/live.py has it. */
+const unmarked = (text) => text?.replace(/[&<>[*`~\\]|\b_+|_+\b/g,
+  (found) => [...found].map((sign) => `&#${sign.charCodeAt()};`).join('')).replaceAll('\n', '  \n')
+
 /** What a node has given as its text, in the form in which it says it while it runs. */
-const given = (output) => output?.text?.[0]?.replaceAll('\n', '  \n')
+const given = (output) => unmarked(output?.text?.[0])
 
 const speak = (node, text) => api.dispatchCustomEvent('progress_text', { nodeId: String(node.id), text })
 

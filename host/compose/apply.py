@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from comfy_execution.utils import get_executing_context
 from torch import Tensor
 
 from ...engine.bank import Bank
@@ -28,6 +27,7 @@ from .ensemble_bank import ensemble_bank
 from .loading import LoadedEnsemble, LoadedLoRA, left_out, load_ensemble, on_its_weights, otherwise, without_effect
 from .placing import Placing, Routed
 from .prompts import Asked
+from .watch import node_on_page
 from .weights import follow_weights
 from .wrappers import install_wrappers
 
@@ -98,7 +98,7 @@ def apply_method(model, clip, ensemble: Ensemble, make: Callable[[Active], Metho
     problems += _again(called, model)
     method, routed, asked = Merge(tuple(spec.strength_model for spec in lasting)), None, None
     applied = [Applied(method, called[:first], (), (None,) * first, place, windows=_windows(lasting), always=True,
-                       node=_executed())] if lasting or not rest else []
+                       node=node_on_page())] if lasting or not rest else []
     if rest:
         method = make(Active(tuple(active), bank, model, problems, first))
         masks, routed = _placed(ensemble, active, method, placing, problems)
@@ -107,7 +107,7 @@ def apply_method(model, clip, ensemble: Ensemble, make: Callable[[Active], Metho
             problems += [f"LoRA '{spec.called}': {line}" for spec in active
                          if not spec.words and (line := unread_beside(spec.name))]
         applied.append(Applied(method, called[first:], (), masks, place, routed, _windows(active), asked=asked,
-                               node=_executed(), first=first))
+                               node=node_on_page(), first=first))
     new_clip, texts = merge_clip(clip, loaded)
     own = _own_words(ensemble, texts, routed, problems) if placing.own_words and routed is not None else ()
     problems += _told(ensemble, loaded, active, method, routed)
@@ -167,12 +167,6 @@ def _with_bank(model, shared) -> int:
     place = next((k for k, other in enumerate(banks) if other.model is shared.model), len(banks))
     model.set_additional_models(KEY, banks if place < len(banks) else [*banks, shared.clone()])
     return place
-
-
-def _executed() -> str:
-    """The id of the node that is executed, in whose work this is."""
-    context = get_executing_context()
-    return str(context.node_id) if context is not None and context.node_id is not None else ""
 
 
 def _windows(active: list[LoRASpec]) -> tuple[Window, ...]:

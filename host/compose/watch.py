@@ -1,8 +1,11 @@
-"""Who is told of runs while they sample."""
+"""Who is told of runs while they sample, and of which node they are."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+
+from comfy_execution.progress import get_progress_state
+from comfy_execution.utils import get_executing_context
 
 from ...engine.record import RunRecord
 
@@ -23,3 +26,12 @@ def watch(watcher: Watcher) -> None:
 def watching(model, record: RunRecord | None, total: int) -> list[Listener]:
     """Those who are told of a run."""
     return [listener for watcher in _watchers if (listener := watcher(model, record, total)) is not None]
+
+
+def node_on_page() -> str:
+    """The id of the node that is executed, as pages have it: of a node that a loop has made, that of the one which it
+    stands for. Empty where none is executed."""
+    context = get_executing_context()
+    if context is None or context.node_id is None:
+        return ""
+    return str(get_progress_state().dynprompt.get_display_node_id(context.node_id))

@@ -118,7 +118,7 @@ def sample_guided(executor, noise, latent_image, sampler, sigmas, denoise_mask=N
         out = executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, *args, **kwargs)
         left, record.finished = mark_of(out), True
         guidance.told.keep(left, record)
-        if record.steps and record.full == sum(step.rows for step in record.steps):
+        if record.full and record.full == sum(step.rows for step in record.steps):
             at = "" if context.cfg is None else f" at cfg {context.cfg:g}"
             tell(f"Adaptive Guidance: no negative is evaluated{at}, so there is nothing to save")
         return out

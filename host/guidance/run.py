@@ -63,7 +63,7 @@ class GuidedRun:
         self.call = call = GuidedCall(need, need.rows, x, shown_whole=shown_whole)
         self._open_step(step)
         try:
-            if not need.guided:
+            if not need.guided and "positive" in self.guider.conds:
                 return self._conditional(executor, x, timestep, options, seed)
             fading, by_formula = session.fades, session.fades and self.own_math and not windowed
             with (put_in(options, guarded(options, call, session) if fading and not self.own_math else {}),

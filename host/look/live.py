@@ -8,6 +8,7 @@ gone. What is said is known to the host anyway: no tensor is read.
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import time
 
@@ -15,7 +16,7 @@ from comfy_execution.utils import get_executing_context
 
 from ...engine.record import RunRecord
 from ..compose.composition import KEY
-from ..compose.watch import Listener
+from ..compose.watch import Listener, node_on_page
 from ..guidance.apply import guidance_record_of
 from .panel import shown
 from .story import costs_of, line, saved, titles
@@ -26,7 +27,24 @@ EVENT = "lora_ensemble.run"
 """The type of the message to the panels. Its data are an object, as clients expect of any message, with the id of the
 prompt, by which they leave out what is not theirs, `workflow`, the id of the workflow that it was queued from or "",
 and `panels`, what `panel.shown` gives."""
+MARKUP = re.compile(r"[&<>[*`~\\]|\b_+|_+\b", re.ASCII)
 log = logging.getLogger("lora_ensemble")
+
+
+def unmarked(text: str) -> str:
+    """A text of which every page makes that text. The classic canvas takes what stands on a node for HTML, and as late
+    as in 2025 ran what was in it; Nodes 2.0 takes it for Markdown. Names of files, and the words that they hold, may
+    look like either. `unmarked` in web/panel.js is the same."""
+    return MARKUP.sub(lambda found: "".join(f"&#{ord(sign)};" for sign in found[0]), text).replace("\n", "  \n")
+
+
+def say_on(node: str, text: str) -> None:
+    """Show a text on a node of the page that queued the prompt, in place of the last one there; nowhere without such a
+    page, or a server. Others, which the host would tell as well, have nodes of the same number."""
+    server = _server()
+    client = getattr(server, "client_id", None)
+    if client is not None:
+        server.send_progress_text(unmarked(text), node, client)
 
 
 def on_the_node(model, record: RunRecord | None, total: int) -> Listener | None:
@@ -34,8 +52,8 @@ def on_the_node(model, record: RunRecord | None, total: int) -> Listener | None:
     server, context = _server(), get_executing_context()
     if server is None or context is None:
         return None
-    client, node = server.client_id, context.node_id
-    if client is None or node is None:
+    client, node = server.client_id, node_on_page()
+    if client is None or not node:
         return None
     if record is None or not record.methods:
         return _alone(model, record, total, server, client, node)
@@ -60,7 +78,7 @@ def on_the_node(model, record: RunRecord | None, total: int) -> Listener | None:
                 server.send_sync(EVENT, {"prompt_id": context.prompt_id, "workflow": workflow, "panels": panels},
                                  client)
             for each in dict.fromkeys((node, *filter(None, methods))):
-                _say(server, text, each, client)
+                say_on(each, text)
         except RuntimeError as error:  # the server is going down
             log.debug("live text: %s", error)
 
@@ -74,15 +92,11 @@ def _alone(model, record: RunRecord | None, total: int, server, client: str, nod
         text = saved(record, guidance_record_of(model), total) if over and client in server.sockets else ""
         if text:
             try:
-                _say(server, text, node, client)
+                say_on(node, text)
             except RuntimeError as error:
                 log.debug("live text: %s", error)
 
     return told
-
-
-def _say(server, text: str, node: str, client: str) -> None:
-    server.send_progress_text(text.replace("\n", "  \n"), node, client)  # Nodes 2.0 reads Markdown
 
 
 def _workflow(server, prompt_id: str) -> str:

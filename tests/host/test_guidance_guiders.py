@@ -6,10 +6,24 @@ import comfy.samplers
 import pytest
 import torch
 from lora_ensemble.host.compose.composition import KEY as COMPOSITION
-from lora_ensemble.host.guidance.apply import guidance_record_of
+from lora_ensemble.host.guidance.apply import Guidance, apply_guidance, guidance_record_of
+from lora_ensemble.methods.guidance.linear import LinearAG, LinearSession
 
 from .builders import composite, guided, schedule, three
-from .guidance_tools import SD15, ag, basic, dual, dual_model, gammas, middle, perp_neg, reference, same, sample
+from .guidance_tools import (
+    SD15,
+    ag,
+    basic,
+    dual,
+    dual_model,
+    extrapolated,
+    gammas,
+    middle,
+    perp_neg,
+    reference,
+    same,
+    sample,
+)
 from .models import base
 
 
@@ -57,6 +71,37 @@ def test_per_picture_under_perp_neg(spied):
     threshold = middle([step.gamma for step in guidance_record_of(watched).steps])
     out = guided(perp_neg(ag(spied.model, threshold)), sigmas, batch=3)
     assert out.isfinite().all() and 0 < spied.rows(SD15.cond(12)) < 15
+
+
+class Unnamed(comfy.samplers.CFGGuider):
+    """Two prompts, neither of which is called the positive one."""
+
+    def set_conds(self, *conds):
+        self.inner_set_conds(dict(zip(("one", "other"), conds, strict=True)))
+
+    def predict_noise(self, x, timestep, model_options={}, seed=None):  # noqa: B006  (as the host's)
+        one, other = comfy.samplers.calc_cond_batch(self.inner_model, list(self.conds.values()), x, timestep,
+                                                    model_options)
+        return torch.lerp(one, other, 2.0)
+
+
+def linear_ag(model):
+    policy = LinearAG(((0.0,) * 9,) * 4, (0, 1, 2, 3))
+    return apply_guidance(model, Guidance("test", lambda model, context, tell: LinearSession(policy, tell)))
+
+
+@pytest.mark.parametrize("rule", [lambda model: ag(model, -1.0), extrapolated, linear_ag])
+def test_a_guider_without_a_positive_is_as_without_guidance(rule):
+    """Guard: LinearAG ended there in an error without words, half-way."""
+    sigmas, pictures, ours = schedule(base("SD15"), 4), [], rule(base("SD15"))
+    for model in (ours, base("SD15")):
+        guider = Unnamed(model)
+        guider.set_conds(SD15.cond(11), SD15.cond(12))
+        pictures.append(guided(guider, sigmas))
+    assert torch.equal(*pictures)
+    problems = guidance_record_of(ours).problems
+    assert "Adaptive Guidance: Unnamed has no positive prompt, so nothing is saved" in problems
+    assert not any("no negative is evaluated" in problem for problem in problems)
 
 
 # --- composition ---

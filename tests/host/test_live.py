@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import html
 import json
 import struct
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -14,6 +16,8 @@ import aiohttp
 import lora_ensemble.nodes  # noqa: F401  (it has runs watched)
 import pytest
 import torch
+from comfy_execution.graph import DynamicPrompt
+from comfy_execution.progress import reset_progress_state
 from comfy_execution.utils import CurrentNodeContext
 from lora_ensemble.engine.record import RunRecord, StepRecord
 from lora_ensemble.host.compose.apply import with_cache, with_reason
@@ -22,7 +26,7 @@ from lora_ensemble.host.compose.composition import KEY, record_of
 from lora_ensemble.host.guidance.apply import apply_guidance
 from lora_ensemble.host.guidance.options import GuidanceOptions, guidance_of
 from lora_ensemble.host.look import live
-from lora_ensemble.host.look.live import EVENT, on_the_node
+from lora_ensemble.host.look.live import EVENT, on_the_node, unmarked
 from lora_ensemble.host.look.panel import shown
 from lora_ensemble.host.look.story import costs_of, line, saved, titles
 from lora_ensemble.methods.cmlora import CMLoRA
@@ -31,6 +35,7 @@ from lora_ensemble.methods.guidance.adaptive import AdaptiveGuidance
 from lora_ensemble.methods.loratorio import LoRAtorio
 from lora_ensemble.methods.schedule import BySteps, Uniform
 from lora_ensemble.methods.switch import Switch
+from lora_ensemble.nodes.said import say
 from lora_ensemble.tests.server import Server
 from lora_ensemble.tests.workflows import ROOT, load
 from safetensors.torch import save_file
@@ -63,13 +68,16 @@ def test_the_story_comes_over_the_websocket(server: Server):
         save_file(random_lora(seed), server.base / "models" / "loras" / name)
     prompt = load(ROOT / "tests" / "host" / "workflows" / "switch.json")
     (sampler,) = [key for key, node in prompt.items() if node["class_type"] == "KSampler"]
+    one = next(key for key, node in prompt.items() if node["class_type"] == "LoRAEnsembleLoRA")
+    prompt[one]["inputs"]["fade"] = 0.5
     steps = prompt[sampler]["inputs"]["steps"]
 
     heard = []
 
     async def queued() -> list[bytes]:
         address, seen = f"http://127.0.0.1:{server.port}", []
-        async with aiohttp.ClientSession() as session, session.ws_connect(f"{address}/ws?clientId=looking") as socket:
+        async with aiohttp.ClientSession() as session, session.ws_connect(f"{address}/ws?clientId=looking") as socket, \
+                session.ws_connect(f"{address}/ws?clientId=another") as other:
             async with session.post(f"{address}/prompt", json={"prompt": prompt, "client_id": "looking"}) as answer:
                 number = (await answer.json())["prompt_id"]
             async for message in socket:
@@ -83,10 +91,14 @@ def test_the_story_comes_over_the_websocket(server: Server):
                         heard.append(told["data"]["panels"])
                     if told["type"] == "executing" and told["data"].get("node") is None \
                             and told["data"].get("prompt_id") == number:
-                        return seen
+                        break
+            with suppress(asyncio.TimeoutError):
+                while message := await other.receive(timeout=0.5):
+                    assert message.type is aiohttp.WSMsgType.TEXT, "another page has nodes of the same numbers"
         return seen
 
-    found = texts_of(asyncio.run(asyncio.wait_for(queued(), 120)))
+    (node, said), *found = texts_of(asyncio.run(asyncio.wait_for(queued(), 120)))
+    assert node == one and said.startswith("fade is not used")
     assert [node for node, _ in found] == [sampler, "method"] * (len(found) // 2), "the method's node tells it, too"
     assert "1 of" in found[0][1] and "Switch, two acts" in found[0][1]  # the order is 2,1
     assert found[-1][1].startswith(f"{steps} of {steps} steps in ") and f"{2 * steps} evaluations" in found[-1][1]
@@ -163,6 +175,20 @@ def test_it_is_told_of_steps_and_of_the_end(loras, monkeypatch):
     assert wire.sent[-1][0].startswith("1 of 3 steps in ")
 
 
+@pytest.mark.parametrize("text", ["<img src=x onerror=alert(1)>", "in the style of <s0><s1>", "a&b &lt;", "![](//a/b)",
+                                  "[[a|http://b]]", "*a* _b_ __c__ ~~d~~ `e`", r"styles\_mine"])
+def test_what_files_hold_is_no_markup_on_a_node(text, loras, monkeypatch):
+    """Guard: the page of ComfyUI 0.3.64 ran what the header of a LoRA had as its trigger words."""
+    wire = wired(monkeypatch)
+    monkeypatch.setattr(live, "line", lambda *_: text)
+    model = base("SD15")
+    with CurrentNodeContext("p", "7"):
+        sample(method(model, three(model, loras), Switch), steps=1)
+    said = wire.sent[-1][0]
+    assert html.unescape(said) == text and not set("<>[*`~\\") & set(said)
+    assert unmarked("my_lora_v2.safetensors\nnext") == "my_lora_v2.safetensors  \nnext", "a name stays one to read"
+
+
 def test_a_step_is_not_told_more_often_than_can_be_read(loras, monkeypatch):
     wire = wired(monkeypatch)
     model = base("SD15")
@@ -233,6 +259,21 @@ def test_every_node_that_applied_a_method_has_its_own_panel(loras, monkeypatch):
         ("5", "Merge", stems[:1]), ("5", "Composite", stems[1:2]), ("6:2", "Composite", stems[2:])]
     assert [row["strength"] for part in last for row in part["rows"]] == [
         round(spec.strength_model, 2) for spec in (one, two, three_)]
+
+
+def test_a_round_of_a_loop_is_told_on_the_nodes_that_it_stands_for(loras, monkeypatch):
+    """Guard: a page has no node of the id that a loop makes, and showed the first round alone."""
+    wire, prompt, model = wired(monkeypatch), DynamicPrompt({"5": {}, "7": {}, "9": {}}), base("SD15")
+    for node in ("5", "7"):
+        prompt.add_ephemeral_node(f"9.0.0.{node}", {}, "9", node)
+    reset_progress_state("p", prompt)
+    with CurrentNodeContext("p", "9.0.0.5"):
+        ours = method(model, three(model, loras), Composite)
+        say("what a node says")
+    with CurrentNodeContext("p", "9.0.0.7"):
+        sample(ours, steps=2)
+    assert [node for _, node, _ in wire.sent[-3:]] == ["5", "7", "5"] == [
+        "5", "7", wire.panels[-1][0]["node"]]
 
 
 def test_where_words_confine_loras_the_last_panel_shows_their_places():

@@ -8,6 +8,7 @@ from itertools import cycle
 import pytest
 from lora_ensemble.tests.front_end import RUN, SETTLED, FrontEnd
 from lora_ensemble.tests.workflows import opened_on_small
+from safetensors.torch import load_file, save_file
 
 from .test_front_end import FAMILY, LORAS, page, routed  # noqa: F401  (fixtures)
 
@@ -139,17 +140,24 @@ def test_what_a_node_gives_leaves_its_panel_and_its_text_with_the_tab(page: Fron
     assert len(shown) == 1 and panels(page) == shown and page.browser.evaluate(TEXT) == text
 
 
+TRIGGER = "in the style of <s0><s1>, _a_ *b* <i>c</i>"
+
+
 @pytest.mark.parametrize(("name", "kind", "words"), [
-    ("sdxl_lora_info", "LoRAEnsembleInfo", "LoRA of rank 4"), ("sdxl_prompt", "LoRAEnsemblePrompt", "her")])
+    ("sdxl_lora_info", "LoRAEnsembleInfo", f"LoRA of rank 4|{TRIGGER}"), ("sdxl_prompt", "LoRAEnsemblePrompt", "her")])
 def test_what_a_node_found_is_said_on_a_new_page_and_with_its_tab(
         page: FrontEnd, routed: dict, name: str, kind: str, words: str):  # noqa: F811
-    """The server then has the node's output, and does not run it again."""
+    """The server then has the node's output, and does not run it again. The page shows it as the text that it is,
+    whatever it takes for HTML or Markdown."""
+    file = page.server.base / "models" / "loras" / LORAS[0]
+    save_file(load_file(file), file, {"modelspec.trigger_phrase": TRIGGER})
     graph, text = page.server.json(f"/api/workflow_templates/lora-ensemble/{name}.json"), TEXT_OF % kind
     shown = opened_on_small(graph, FAMILY, LORAS, steps=1)
     page.open_graph(shown, name)
     assert page.run()["over"] == "success"
     (found,) = json.loads(page.browser.evaluate(text))
-    assert words in found
+    seen = page.browser.evaluate("document.body.innerText")
+    assert [part for part in words.split("|") if part not in seen] == []
     page.open_graph(routed, "another")
     command(page, "Workspace.PreviousOpenedWorkflow")
     assert json.loads(page.browser.evaluate(text)) == [found]

@@ -317,11 +317,11 @@ def test_a_file_for_few_steps_is_proposed_on_its_node(loras):
 def test_all_that_a_node_says_stays_on_it(loras, monkeypatch):
     """The front end puts a text in the place of the last one: what was paired, and what is set in vain."""
     sent = []
-    server = SimpleNamespace(send_progress_text=lambda text, node: sent.append((node, text)))
+    server = SimpleNamespace(client_id="c", send_progress_text=lambda text, node, sid: sent.append((node, text)))
     monkeypatch.setitem(sys.modules, "server", SimpleNamespace(PromptServer=SimpleNamespace(instance=server)))
     high, low = (tuple(LoRASpec(loras({"lora_unet_x.lora_up.weight": torch.zeros(2, 2)}, f"{name}.safetensors"), 1.0,
-                                1.0) for name in names) for names in (("a", "b"), ("c",)))
-    alone = "'b.safetensors': acts at high noise alone"
+                                1.0) for name in names) for names in (("a", "b&"), ("c",)))
+    alone = "'b&#38;.safetensors': acts at high noise alone"
     unnamed = "unnamed is not used: low_noise is connected: both chains stay as they are"
     with CurrentNodeContext("prompt", "7"):
         LoRAEnsembleNoiseLevels.execute(high, "low noise", low)
