@@ -167,12 +167,14 @@ def for_call(mask: Tensor, window: ContextWindow, x: Tensor) -> Tensor:
     return resized(mask, tuple(x.shape[2 - mask.ndim:]))
 
 
-def crop(maps: Tensor, area: Area) -> Tensor:
-    """The part of maps [..., height, width] that an area holds, in place."""
+def crop(maps: Tensor, area: Area, before: int = 2) -> Tensor:
+    """The part of maps [.., (frames,) height, width], with so many dimensions before those, that an area holds, in
+    place. It may be one of frames, too, and one without them holds all of them."""
     if area is None:
         return maps
-    sizes, offsets = area[:len(area) // 2][-2:], area[len(area) // 2:][-2:]
-    return maps[..., offsets[0]:offsets[0] + sizes[0], offsets[1]:offsets[1] + sizes[1]]
+    count = min(len(area) // 2, maps.ndim - before)
+    sizes, offsets = area[:len(area) // 2][-count:], area[-count:]
+    return maps[(..., *(slice(start, start + size) for start, size in zip(offsets, sizes, strict=True)))]
 
 
 def of_film(values: Tensor, film: int | None) -> Tensor:

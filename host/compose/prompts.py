@@ -65,7 +65,7 @@ class Prompt:
     def lost(self, whole: Tensor, without: Sequence[Tensor]) -> Tensor:
         """[pictures, rows of the clauses, frames, height, width]: what a prediction [pictures, C, ...] for the whole
         latent loses without each of `spans`, in the area."""
-        lost, spans = contrast(*(crop(each, self.area) for each in (whole, torch.stack(list(without))))), self.spans
+        lost, spans = contrast(crop(whole, self.area), crop(torch.stack(list(without)), self.area, 3)), self.spans
         lost = torch.stack([lost[:, [spans.index(span) for span in part]].sum(dim=1) for part in self.parts], dim=1)
         return lost if lost.ndim == 5 else lost.unsqueeze(2)
 

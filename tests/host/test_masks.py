@@ -157,6 +157,17 @@ def test_the_area_of_a_cond_takes_its_part_of_the_mask(loras):
     same(found[..., 4:], second[..., 4:], plain[..., 4:], 1e-4)
 
 
+@pytest.mark.parametrize("start", [0.0, 0.5])
+def test_an_area_of_some_frames_takes_their_masks(start, loras):
+    """ConditioningSetAreaPercentageVideo. The first of three frames has the LoRA."""
+    model, area = base("Wan"), ("percentage", 0.5, 1.0, 1.0, start, 0.0, 0.0)
+    spec, _ = pair(model, loras, LAST["Wan"], (torch.cat([torch.ones(1, 8, 8), torch.zeros(2, 8, 8)]), None))
+    found, plain, alone = (sample(each, "Wan", FAMILIES["Wan"].cond(5, area=area), steps=1)
+                           for each in (merge(model, [spec]), model, stock(model, bare([spec]))))
+    same(found[:, :, :1], alone[:, :, :1], plain[:, :, :1], 1e-4)
+    assert torch.equal(found[:, :, 1:], plain[:, :, 1:])
+
+
 def test_turns_are_confined_too(loras):
     model = base("SD15")
     specs = pair(model, loras, LAST["SD15"])
