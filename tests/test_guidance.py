@@ -84,6 +84,32 @@ def test_one_decision_per_step():
     assert session.begin(Step(1, 2, 0.5)) == FULL
 
 
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_noise_level_that_rises_begins_anew(exact, monkeypatch):
+    """A restart, to a level at which the sides are unlike: as `e_cfg if gamma < threshold` says. On an accelerator a
+    decision of before it that is read behind it changes nothing. Levels of the calls within a step are no rise."""
+    monkeypatch.setattr(adaptive, "Sent", Far)
+    session, found = AdaptiveSession(AdaptiveGuidance(0.9), exact), []
+    for index, (sigma, *gamma) in enumerate([(9, 0.5, 0.5), (4, 0.95, 0.5), (1, 0.97, 0.95), (4, 0.5, 0.95),
+                                             (1, 0.95, 0.5), (0.5, 0.5, 0.5), (0.2, 0.5, 0.5)]):
+        session.begin(Step(index, 7, sigma), 2)
+        session.decide(torch.tensor(gamma))
+        found.append(session.weigh(torch.zeros(2, 2)).flatten().tolist())
+        needed = session.begin(Step(index, 7, sigma / 2), 2).rows
+    assert found == [[1, 1], [0, 1], [0, 0], [1, 0], [0, 0], [0, 0], [0, 0]]
+    assert needed == ()
+    assert session.begin(Step(7, 8, 0.9), 2) == FULL
+
+
+def test_without_noise_both_sides_are_the_picture():
+    """From a picture to its noise: the first call has nothing to compare."""
+    session, x = AdaptiveSession(AdaptiveGuidance(0.9)), rand(1, 4, 8, 8)
+    session.begin(Step(0, 2, 0.0))
+    session.keep(x, x, {"negative": x}, torch.zeros(1))
+    session.end()
+    assert session.begin(Step(1, 2, 0.1)) == FULL and session.weigh(x).item() == 1 and not session.gamma
+
+
 @pytest.mark.parametrize(("exact", "wanted"), [(True, [[], [0], [1], [2]]), (False, [[], [], [0], [1]])])
 def test_read_back(exact, wanted, monkeypatch):
     """On an accelerator: before the next step, or one step later."""

@@ -15,7 +15,7 @@ from ...kernels.guidance import cosine, similarity_terms
 from ..counted import counted
 from ..session import Sent
 from .record import GuidanceRecord, known
-from .session import CONDITIONAL, GuidanceSession, Need, Rows, Tell
+from .session import CONDITIONAL, NEAR, GuidanceSession, Need, Rows, Tell
 
 Space = Literal["noise", "x0"]
 SPACES: tuple[Space, ...] = ("noise", "x0")
@@ -56,20 +56,20 @@ class ReadBack:
 
     def __init__(self, exact: bool):
         self.exact = exact
-        self._sent: list[tuple[Rows | None, Sent]] = []
+        self._sent: list[tuple[object, Sent]] = []
 
-    def send(self, index: int, rows: Rows | None, values: Tensor) -> None:
-        """Values of step `index`, measured for `rows`."""
-        self._sent.append((rows, Sent(index, values)))
+    def send(self, index: int, about: object, values: Tensor) -> None:
+        """Values of step `index`, and what is known `about` them."""
+        self._sent.append((about, Sent(index, values)))
 
-    def arrived(self, index: int | None) -> Iterator[tuple[int, Rows | None, list]]:
-        """What may be looked at in step `index`; None: everything."""
+    def arrived(self, index: int | None) -> Iterator[tuple[int, object, list]]:
+        """What may be looked at in step `index`, (step, about, values) each; None: everything."""
         while self._sent:
-            rows, sent = self._sent[0]
+            about, sent = self._sent[0]
             if index is not None and sent.far and not self.exact and sent.step > index - 2:
                 return
             del self._sent[0]
-            yield sent.step, rows, sent.read()
+            yield sent.step, about, sent.read()
 
 
 class AdaptiveSession(GuidanceSession):
@@ -78,6 +78,8 @@ class AdaptiveSession(GuidanceSession):
     The decision is taken once per step, at its first model call, and holds for the whole step. It is applied on the
     device at once, through `weigh`; the host learns of it later and then stops evaluating the negative. So the picture
     does not depend on how late the host learns of it.
+
+    It starts anew where the noise level rises (restarts): what was alike with little noise need not be with more.
 
     whole   of a picture in several runs, the steps of all of them
     """
@@ -91,6 +93,8 @@ class AdaptiveSession(GuidanceSession):
         self._back = ReadBack(exact)
         self._open: Rows | None = None  # rows whose negative is evaluated; None: all of them
         self._step: Step | None = None
+        self._level = 0.0  # noise level of the step's first call
+        self._begun = 0  # how often it has started anew
         self._before = 0  # steps that other runs took of the picture
         self._pictures, self._windowed = 1, False
         self._fresh = False  # until this step's decision was taken
@@ -116,13 +120,18 @@ class AdaptiveSession(GuidanceSession):
         """The negatives of all rows that are still guided, as far as the host knows."""
         if self._step is None or step.index != self._step.index:
             self._fresh = True
+            if self._step is not None and step.sigma > self._level * (1 + NEAR):
+                self._fade = self._open = None
+                self._begun += 1
+            self._level = step.sigma
         self._step, self._pictures, self._windowed, self._terms = step, pictures, windowed, {}
         self._read(step.index)
         return CONDITIONAL if self._open == () else Need(self._open)
 
     def keep(self, x: Tensor, c: Tensor, negatives: Mapping[str, Tensor], sigma: Tensor) -> None:
-        """Measure this step's similarities, and decide by them; in context windows when all have been seen."""
-        if not self._fresh:
+        """Measure this step's similarities, and decide by them; in context windows when all have been seen. Without
+        noise both sides are the picture itself, and say nothing."""
+        if not (self._fresh and self._step.sigma):
             return
         for name, u in negatives.items():
             terms = similarity_terms(c, u, x if self.policy.space == "noise" else None)
@@ -152,7 +161,7 @@ class AdaptiveSession(GuidanceSession):
         if self._before + self._step.index >= self.policy.min_steps:
             lowest = gamma if self.policy.per_sample else gamma.min().expand_as(gamma)
             self._fade = self._faded(lowest >= self.policy.threshold)
-        self._back.send(self._step.index, self._open, torch.stack([gamma, self._fade]))
+        self._back.send(self._step.index, (self._begun, self._open), torch.stack([gamma, self._fade]))
 
     def _faded(self, reached: Tensor) -> Tensor:
         """The fade of this step, where the threshold was reached in it or before."""
@@ -182,10 +191,11 @@ class AdaptiveSession(GuidanceSession):
                 self._all_guided()
 
     def _read(self, index: int | None) -> None:
-        for sent, measured, (gamma, fade) in self._back.arrived(index):
+        for sent, (begun, measured), (gamma, fade) in self._back.arrived(index):
             self.gamma[sent] = [g if measured is None or row in measured else None for row, g in enumerate(gamma)]
-            rows = tuple(row for row, left in enumerate(fade) if left > 0)
-            self._open = None if len(rows) == len(fade) else rows
+            if begun == self._begun:
+                rows = tuple(row for row, left in enumerate(fade) if left > 0)
+                self._open = None if len(rows) == len(fade) else rows
 
     def _too_early(self) -> None:
         policy, first = self.policy, self.gamma.get(self.policy.min_steps)

@@ -34,7 +34,7 @@ from ...kernels.guidance import relative_size
 from ..session import Sent
 from .line import Astray, Line
 from .record import GuidanceRecord, known
-from .session import FULL, REPLACED, GuidanceSession, Need, Rows, Tell
+from .session import FULL, NEAR, REPLACED, GuidanceSession, Need, Rows, Tell
 from .turns import spread_steps, steps_among
 
 WIDEST = 4
@@ -42,8 +42,6 @@ WIDEST = 4
 FEW = 8
 """Runs of fewer steps evaluate the first three: their first two are so far apart that the line through them may lead
 anywhere."""
-NEAR = 1e-4
-"""Noise levels that differ by less, relatively, are one."""
 
 
 def widest(total: int) -> int:

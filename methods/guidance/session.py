@@ -16,6 +16,8 @@ from .record import GuidanceRecord
 Rows = tuple[int, ...]
 Tell = Callable[[str], None]
 """What a session says to the user: a problem, and what was done about it. Each text is passed on once."""
+NEAR = 1e-4
+"""Noise levels that differ by less, relatively, are one."""
 
 
 @dataclass(frozen=True)
