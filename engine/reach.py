@@ -22,7 +22,8 @@ class Reach:
     """What the adapters of a bank would add in one evaluation without them, place by place.
 
     The energy of an adapter at a place of a layer is |B A x|^2 at strength 1, over the mean of |W x|^2 of the picture;
-    the layers that share a grid are summed. Adapters that depend on the layer's weight (DoRA, OFT, ..) are left out.
+    the layers that share a grid are summed. Adapters that depend on the layer's weight (DoRA, OFT, ..) are left out,
+    and layers that give zeros alone, to which nothing compares.
 
     locate     what the tokens of a layer are
     adapters   which of the bank are heard, counted from the first of these
@@ -48,7 +49,8 @@ class Reach:
             energies = self._energies(site, geometry, y, plain(x), factors)
             size = torch.linalg.vector_norm(y, dim=geometry.channel, dtype=torch.float32).square().flatten(1)
             for grid, tokens in stretches:
-                here = energies[:, :, tokens] / size[:, tokens].mean(dim=1).clamp_min(_TINY)[:, None, None]
+                mean = size[:, tokens].mean(dim=1)[:, None, None]
+                here = energies[:, :, tokens] / mean.masked_fill(mean == 0, torch.inf)
                 key = grid, owners
                 self._sums[key] = self._sums[key] + here if key in self._sums else here
             return y

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
+
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -80,5 +83,13 @@ class Step:
         return self.index / (self.total - 1) if self.total > 1 else 0.0
 
     def time(self, flow: bool) -> float:
-        """The noise level as the time of a flow, 0 to 1: sigma itself where it is one, else sigma / (1 + sigma)."""
-        return self.sigma if flow else self.sigma / (1 + self.sigma)
+        """The noise level as the time of a flow."""
+        return flow_time(self.sigma, flow)
+
+
+Level = TypeVar("Level", float, Tensor)
+
+
+def flow_time(sigma: Level, flow: bool) -> Level:
+    """A noise level as the time of a flow, 0 to 1: sigma itself where it is one, else sigma / (1 + sigma)."""
+    return sigma if flow else sigma / (1 + sigma)

@@ -29,8 +29,9 @@ def directions(rows: Tensor, most: int) -> Tensor:
     """
     rows = rows.double()
     energy, turn = torch.linalg.eigh(rows @ rows.mT)
+    least = SMALLEST * energy.amax().clamp_min(torch.finfo(torch.float64).tiny)
     energy, turn = energy.flip(0)[:most], turn.flip(1)[:, :most]
-    kept = energy > SMALLEST * energy.amax().clamp_min(torch.finfo(torch.float64).tiny)
+    kept = energy > least
     return rows.mT @ (turn[:, kept] / energy[kept].sqrt())
 
 
@@ -39,8 +40,8 @@ def yielding(factor: Tensor, others: Sequence[Tensor]) -> Tensor:
 
     factor   [r, in]
     others   `hidden` of each other delta, [r_j, in]. They take half of all directions at most, the strongest ones
-    -> like factor
+    -> like factor; in fp32 where that has 8 bits, which another rounding would spoil
     """
     taken = directions(torch.cat([rows.to(factor.device) for rows in others]), factor.shape[1] // 2)
     wide = factor.double()
-    return (wide - (wide @ taken) @ taken.mT).to(factor.dtype)
+    return (wide - (wide @ taken) @ taken.mT).to(factor.dtype if factor.element_size() > 1 else torch.float32)

@@ -82,8 +82,8 @@ class CMLoRA:
                 raise ValueError(f"CMLoRA: {name} must be at least 0, got {getattr(self, name)}")
         if self.cache_age is not None and self.cache_age < 0:
             raise ValueError(f"CMLoRA: cache_age must be at least 0, got {self.cache_age}")
-        if self.start is not None and self.start < 0:
-            raise ValueError(f"CMLoRA: the dominance weight must not be negative, got {self.start}")
+        if self.start is not None and self.start <= 0:
+            raise ValueError(f"CMLoRA: the dominance weight must be above 0, got {self.start}")
         if self.high is not None and len(self.high) != len(self.strengths):
             raise ValueError(f"CMLoRA: {counted(len(self.strengths), 'LoRA')} "
                              f"{verb(len(self.strengths), 'need')} as many classes, got {len(self.high)}")
@@ -292,8 +292,9 @@ class CMLoRASession(Session):
         self.weight = dominance(method.first_weight(len(self.open)), done - 1, method.decay)
         leads_whole = method.dominant_full == "every_step" or passed_on
         gains = self.context.gains[now] if self.context.gains else (1.0,) * self.count
-        whole = [i for i in self.open if not method.caching or self._made[i] < 0 or now - self._made[i] >= self.oldest
-                 or self._gains[i] != gains[i] or (i == lead and leads_whole)]
+        whole = [i for i in self.open if not method.caching or self._made[i] < 0
+                 or abs(now - self._made[i]) >= self.oldest or self._gains[i] != gains[i]
+                 or (i == lead and leads_whole)]
         for i in whole:
             self._made[i], self._gains[i] = now, gains[i]
         self._fresh = tuple(i in whole for i in self.open)

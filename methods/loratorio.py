@@ -81,7 +81,7 @@ class LoRAtorio:
             return self.kappa * (ENOUGH - 1) * step.progress
         if self.unit == "progress":
             return self.kappa * step.progress
-        return self.kappa * 1000 * (times[0] - times[step.index])
+        return self.kappa * 1000 * abs(times[0] - times[step.index])
 
 
 class LoRAtorioSession(Session):

@@ -194,8 +194,9 @@ def blanked(text: str) -> str:
 def unweighted(text: str) -> str:
     """A list of words without weights written out, `(ohwx woman:1.20)`, as trigger words are handed on by some nodes.
     Parentheses without a number may be part of a tag and stay."""
-    bare = _WEIGHTED.sub(r"\1", text)
-    return text if bare == text else unweighted(bare)
+    while (bare := _WEIGHTED.sub(r"\1", text)) != text:
+        text = bare
+    return text
 
 
 def spoken(text: str, start: int, end: int) -> str:

@@ -16,7 +16,7 @@ from math import inf
 
 from torch import Tensor
 
-from ..kernels.branch import Branch, Step
+from ..kernels.branch import Branch, Step, one_hot
 from ..kernels.size import Size
 from .session import Call, RunContext, Session
 
@@ -160,8 +160,7 @@ class Contest:
     @cached_property
     def _alone(self) -> tuple[tuple[float, ...], ...]:
         """Per LoRA, the gains that let it act alone."""
-        return tuple(tuple(s if k == i else 0.0 for k, s in enumerate(self.strengths))
-                     for i in range(len(self.strengths)))
+        return tuple(one_hot(self.strengths, i).gains for i in range(len(self.strengths)))
 
     def _branch(self, acting: Sequence[int | None]) -> Branch:
         counts = Counter(i for i in acting if i is not None)

@@ -241,6 +241,14 @@ def test_the_age_goes_by_the_number_of_steps(order, count, total):
         CMLoRA((1.0,), cache_age=-1)
 
 
+def test_where_steps_go_back_features_of_much_later_ones_are_too_old():
+    """A restart."""
+    session = CMLoRA((1.0,) * 3, cache_age=3).begin(RunContext(tuple(float(20 - i) for i in range(21))))
+    for index in [*range(11), 2]:
+        session.observe(Step(index, 20, 20.0 - index), torch.zeros(1, 4, 8, 8))
+    assert session.notes()["whole"] == [0, 1, 2]
+
+
 @pytest.mark.parametrize("dominant_full", ["every_step", "on_refresh"])
 def test_with_the_papers_schedule_passes_do_come_from_the_cache(dominant_full):
     """Fault: released, its own schedule is `cache_interval = 0`, which switches the cache off: 1000 whole passes for
@@ -305,7 +313,7 @@ def test_roles_are_the_users_word_and_unknown_ones_count_as_high():
 
 @pytest.mark.parametrize(("options", "message"), [({"c1": -1}, "c1 must be"), ({"c2": -1}, "c2 must be"),
                                                   ({"steps_per_lora": -1}, "steps_per_lora"),
-                                                  ({"start": -0.5}, "dominance"), ({"high": (True,)}, "classes")])
+                                                  ({"start": 0.0}, "dominance"), ({"high": (True,)}, "classes")])
 def test_wrong_numbers_are_named(options, message):
     with pytest.raises(ValueError, match=f"CMLoRA: .*{message}"):
         CMLoRA((1.0, 1.0), **options)

@@ -95,6 +95,8 @@ def test_temperature_grows_with_what_has_passed():
     assert [inverse("steps", j) for j in (0, 1, 9)] == [0, 10, 90]
     assert [inverse("progress", j) for j in (0, 9)] == [0, 10]
     assert [inverse("timesteps", j) for j in (0, 5)] == [0, pytest.approx(5000)]
+    back = LoRAtorio((1.0,), unit="timesteps").inverse_temperature(step(5), tuple(reversed(FACTS.times)))
+    assert back == pytest.approx(5000)  # from a picture to its noise: not to what is like the base model
 
 
 def test_identical_loras_are_the_single_lora():

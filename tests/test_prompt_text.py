@@ -38,6 +38,7 @@ def test_other_angle_brackets_are_text():
 
 @pytest.mark.parametrize(("text", "bare"), [
     ("(ohwx woman:.5), b", "ohwx woman, b"), ("(a:-1.), ((b:1.2):+2)", "a, b"), ("(a), (b: c)", "(a), (b: c)"),
+    (f"{2000 * '('}a{2000 * ':1.1)'}", "a"),  # a file's trigger words may be anything
     ("\\(a:2)", "\\(a:2)"), ("(a:2\\)", "(a:2\\)"), ("\\(a: 2\\)", "\\(a: 2\\)")])
 def test_weights_that_are_written_out(text, bare):
     assert unweighted(text) == bare

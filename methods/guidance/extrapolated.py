@@ -29,7 +29,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ...kernels.branch import Step
+from ...kernels.branch import Step, flow_time
 from ...kernels.guidance import relative_size
 from ..session import Sent
 from .line import Astray, Line
@@ -106,7 +106,7 @@ class ExtrapolatedSession(GuidanceSession):
         self.policy, self.flow = policy, flow
         self._before, self._whole = before, whole
         self._end: tuple = ()
-        self._astray = Astray([self._time_of(sigma) for sigma in sigmas], before)
+        self._astray = Astray([flow_time(sigma, flow) for sigma in sigmas], before)
         self.misses: dict[int, list[float | None]] = {}  # step -> relative error per picture, None where not known
         self._lines: dict[str, Line] = {}
         self._missed: dict[str, Tensor] = {}  # by how much the line did in this step, [B, ...], if it makes up for that
@@ -164,7 +164,7 @@ class ExtrapolatedSession(GuidanceSession):
                 self._need = self._turn(step.index)
             else:
                 self._begin_anew(step, pictures)
-        self._now = self._time_of(step.sigma)
+        self._now = step.time(self.flow)
         return self._need
 
     def ready(self, names: Iterable[str], x: Tensor) -> bool:
@@ -305,12 +305,8 @@ class ExtrapolatedSession(GuidanceSession):
                     reach = gaps[row] * math.sqrt(self.policy.tolerance / max(misses[row], 1e-6))
                     self._gaps[row] = min(max(int(reach), 1), self._widest) if reach > 0 else 1  # nan
 
-    def _time_of(self, sigma: float) -> float:
-        return sigma if self.flow else sigma / (1 + sigma)
-
     def _time(self, sigma: Tensor) -> Tensor:
-        sigma = sigma.float().clamp_min(torch.finfo(torch.float32).tiny)
-        return sigma if self.flow else sigma / (1 + sigma)
+        return flow_time(sigma.float().clamp_min(torch.finfo(torch.float32).tiny), self.flow)
 
 
 def _filled(values: Sequence[float], like: Tensor) -> Tensor:
