@@ -101,13 +101,17 @@ def test_a_noise_level_that_rises_begins_anew(exact, monkeypatch):
     assert session.begin(Step(7, 8, 0.9), 2) == FULL
 
 
-def test_without_noise_both_sides_are_the_picture():
-    """From a picture to its noise: the first call has nothing to compare."""
-    session, x = AdaptiveSession(AdaptiveGuidance(0.9)), rand(1, 4, 8, 8)
-    session.begin(Step(0, 2, 0.0))
-    session.keep(x, x, {"negative": x}, torch.zeros(1))
-    session.end()
-    assert session.begin(Step(1, 2, 0.1)) == FULL and session.weigh(x).item() == 1 and not session.gamma
+def test_from_a_picture_to_its_noise():
+    """Without noise both sides are the picture, and there is nothing to compare; then noise rises at every step."""
+    told, x = [], rand(1, 4, 8, 8)
+    session = AdaptiveSession(AdaptiveGuidance(0.9), tell=told.append)
+    for index, u in enumerate((x, 0.9 * x, 0.9 * x)):
+        assert session.begin(Step(index, 3, float(index))) == FULL and session.weigh(x).item() == 1
+        session.keep(0 * x, x, {"negative": u}, torch.zeros(1))
+        session.end()
+    session.summary(GuidanceRecord("", finished=True))
+    (line,) = told
+    assert sorted(session.gamma) == [1, 2] and "the noise level rises in this run" in line
 
 
 @pytest.mark.parametrize(("exact", "wanted"), [(True, [[], [0], [1], [2]]), (False, [[], [], [0], [1]])])

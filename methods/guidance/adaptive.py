@@ -228,3 +228,6 @@ class AdaptiveSession(GuidanceSession):
         elif self._fade is not None and 0 < self._fade.min() <= policy.ramp_steps:
             self.tell(f"Adaptive Guidance: ramp_steps is {policy.ramp_steps}, and guidance was still fading out when "
                       "the run ended, so nothing was saved")
+        elif self._begun:
+            self.tell("Adaptive Guidance: the noise level rises in this run, and guidance begins anew wherever it "
+                      "does, so nothing was saved")
