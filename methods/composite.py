@@ -46,16 +46,20 @@ class ConfinedComposite(Session):
         self.method, self.context = method, context
 
     def branches(self, step: Step) -> tuple[Branch, ...]:
-        """The LoRAs whose windows are open, and the base last where there are masks or no LoRA."""
-        may = self._open(step)
-        base = (Branch((0.0,) * len(self.method.strengths)),) if masks_among(self.context.masks, may) or not may else ()
-        return (*(one_hot(self.method.strengths, i) for i in may), *base)
+        """The LoRAs whose windows are open, and the base last where it may have a share: all of them have masks, or
+        there is none."""
+        may, strengths = self._open(step), self.method.strengths
+        base = all(mask is not None for mask in masks_among(self.context.masks, may) or [None] * len(may))
+        return (*(one_hot(strengths, i) for i in may), *[Branch((0.0,) * len(strengths))] * base)
 
     def mix(self, step: Step, call: Call) -> list[Tensor | None]:
         masks = masks_among(call.masks_of(self.context), self._open(step))
         if not masks:
             return [None if p is None else self.method.mix(step, p) for p in call.predictions]
-        return [None if p is None else weighted(p[-1], p[:-1], self._like(p, masks, call.parts))
+        if any(mask is None for mask in masks):  # one acts everywhere, so that the weights of the LoRAs sum to 1
+            return [None if p is None else weighted(p[0], p[1:], self._like(p, masks, call.parts)[1:])
+                    for p in call.predictions]
+        return [None if p is None else weighted(p[-1], p[:-1], self._like(p[:-1], masks, call.parts))
                 for p in call.predictions]
 
     def _open(self, step: Step) -> tuple[int, ...]:
@@ -63,6 +67,6 @@ class ConfinedComposite(Session):
 
     def _like(self, predictions: Tensor, masks: list[Tensor | None], parts: Parts) -> Tensor:
         """Weights that broadcast over the LoRAs' predictions. Of latents of several parts masks are the first's."""
-        latents = unpack(predictions[:-1], parts)
+        latents = unpack(predictions, parts)
         confined = stacked_like(masks, latents[0])
         return spread(confined / confined.sum(dim=0).clamp_min(1), [1 / len(confined)] * len(confined), latents, parts)

@@ -190,10 +190,12 @@ def _placed(ensemble: Ensemble, active: list[LoRASpec], method: Method, placing:
         return masks, None
     problems += [f"the mask of LoRA '{spec.called}' is black all over: it acts at no place of the picture"
                  for spec in active if spec.mask is not None and not (spec.mask.tensor > 0).any()]
-    if placing.where == "masks":
+    everywhere = tuple(spec.role == "style" for spec in active)
+    unasked = getattr(method, "masks", "") == "predictions" and all(  # words say where predictions count, and no more
+        wide or mask is not None for wide, mask in zip(everywhere, masks, strict=True))
+    if placing.where == "masks" or (active and unasked):
         return masks, None
-    return masks, Routed(placing.routing, lora_words(ensemble), _numbers(ensemble, active),
-                         tuple(spec.role == "style" for spec in active), placing.blocks)
+    return masks, Routed(placing.routing, lora_words(ensemble), _numbers(ensemble, active), everywhere, placing.blocks)
 
 
 def _numbers(ensemble: Ensemble, active: list[LoRASpec]) -> tuple[int, ...]:

@@ -80,8 +80,9 @@ class RoutedLoRAs(MaskedLoRAs):
 
     @property
     def idle(self) -> bool:
-        """Whether no LoRA without a mask of its own has words in any prompt, so that there is nothing to look for."""
-        return not any(map(self._has_words, self._prompts.values()))
+        """Whether there is nothing to look for: no LoRA without a mask of its own has words in any prompt, or gamma is
+        0, with which each acts everywhere."""
+        return not self.routes.routing.gamma or not any(map(self._has_words, self._prompts.values()))
 
     def meet(self, entries: Sequence[dict], acting: Sequence[dict]) -> None:
         """Positive conds of a call, and those of them that act at its noise level. New ones are searched for the LoRAs'

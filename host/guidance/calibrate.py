@@ -22,6 +22,7 @@ from ..compose.earlier import parts_of_latent
 from .apply import Guidance, apply_guidance
 from .coeffs import GuidanceCoeffs
 from .identity import describe_kind, describe_model
+from .options import ADAPTIVE
 
 EVALUATED = 2**22
 """Steps of all paths together, at most: what is kept of each is a few numbers."""
@@ -94,6 +95,9 @@ def calibrate(model, paths: Paths, on_policy: bool = False, intercept: bool = Fa
     if paths.denoise <= 0:
         raise ValueError("Calibrate Guidance: at denoise 0 nothing is sampled, so there is nothing to calibrate. Set "
                          "denoise to the value that you sample with.")
+    if paths.sampler_name == ADAPTIVE:
+        raise ValueError(f"Calibrate Guidance: {ADAPTIVE} decides itself how often it calls the model, for each "
+                         "picture anew. Use a sampler whose number of calls is fixed.")
     log.info("Calibrate Guidance: %s", cost(paths, 1 + on_policy))
 
     def solve(done: int, calls: int) -> None:

@@ -199,9 +199,11 @@ def test_nothing_to_calibrate():
         calibrate(base("SD15"), paths(negative=[]))
 
 
-def test_a_sampler_that_decides_itself_how_often_it_calls():
+def test_a_sampler_that_decides_itself_how_often_it_calls(spied):
+    """Before anything is sampled, and where one batch is all there is as well."""
     with pytest.raises(ValueError, match="number of calls is fixed"):
-        calibrate(base("SD15"), paths(sampler_name="dpm_adaptive", batch=1, seeds=2))
+        calibrate(spied.model, paths(sampler_name="dpm_adaptive", batch=2, seeds=2, positive=SD15.cond(11)))
+    assert not spied.calls
 
 
 # --- whether it fits ---

@@ -99,6 +99,22 @@ def test_a_white_mask_is_none(make, loras):
          sample(model, steps=2, batch=2))
 
 
+@pytest.mark.parametrize("family", ["SD15", "Wan"])
+def test_composite_beside_a_lora_without_a_mask(family, loras):
+    """Guard: the base model was evaluated as well, though it has a share nowhere."""
+    model = base(family)
+    specs = pair(model, loras, masks=(LEFT, None))
+    ours = method(model, specs, Composite)
+    found, plain = sample(ours, family, steps=1), sample(model, family, steps=1)
+    first, second = (sample(stock(model, [spec]), family, steps=1) for spec in bare(specs))
+    same(found[..., :4], (first + second)[..., :4] / 2, plain[..., :4], 1e-4)
+    same(found[..., 4:], second[..., 4:], plain[..., 4:], 1e-4)
+    assert [step.rows for step in record_of(ours).steps] == [4]
+    both = method(model, [replace(spec, mask=specs[0].mask) for spec in specs], Composite)
+    sample(both, family, steps=1)
+    assert [step.rows for step in record_of(both).steps] == [6]
+
+
 @pytest.mark.parametrize("family", ["SD15", "Flux"])
 def test_masks_work_in_all_layers(family, loras):
     """With attention between, other halves change too, but each is nearer to its own LoRA's picture."""

@@ -131,7 +131,8 @@ def test_maps_of_ones_are_the_chain_of_loaders(family, loras):
 
 @pytest.mark.parametrize(("options", "rows"), [
     ({"mode": "once"}, [3, 2, 2, 2, 2, 2, 2, 2, 2, 2]), ({"mode": "every step"}, [3, 2, 2, 2, 2, 2, 2, 2, 2, 2]),
-    ({"mode": "every step", "start": 0.1}, [2] * 10), ({"mode": "once", "start": 0.1}, [2] * 10)])
+    ({"mode": "every step", "start": 0.1}, [2] * 10), ({"mode": "once", "start": 0.1}, [2] * 10),
+    ({"mode": "once", "gamma": 0.0}, [2] * 10)])  # there is nothing to look for
 def test_evaluations(options, rows, loras):
     model = base("SD15")
     ours = routed(model, specs(model, loras), **options)
