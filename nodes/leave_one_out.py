@@ -63,10 +63,10 @@ class LoRAEnsembleLeaveOneOut(io.ComfyNode):
                        scheduler, denoise, latent_image.get("noise_mask"), latent_image.get("batch_index"))
         bar = comfy.utils.ProgressBar(steps)
         found = leave_one_out(model, how, bar.update_absolute)
-        pictures = pictures_of(found, model, vae)
+        pictures, note = pictures_of(found, model, vae)
         about = f"{', '.join(map(method_title, dict.fromkeys(found.methods)))}: {counted(len(found.names), 'LoRA')}, " \
                 f"seed {seed}, {counted(steps, 'step')}, cfg {cfg:g}, {sampler_name}; {found.seconds:.1f} s"
-        sheet = draw(found, pictures, about, vae is None, colours)
+        sheet = draw(found, pictures, about, note, colours)
         return io.NodeOutput(sheet, pictures, found.as_json(changed(pictures)))
 
 

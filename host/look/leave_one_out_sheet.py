@@ -17,19 +17,26 @@ from .sheet import Beside, Block, Cell, Pictures, Text, as_image, sheet
 from .theme import LIGHT, Theme
 
 COLUMNS, MAPS, SIDE = 5, 4, 480
+LONGEST = 4096
+"""A side of a rough preview is no longer, where the latent itself is not."""
 ROUGH = "no VAE is connected: the pictures are rough previews of the latents"
+SOUND = "the VAE makes sound of these latents: the pictures are the latents themselves, from left to right in time"
 
 
-def pictures_of(found: Found, model, vae=None) -> Tensor:
-    """One picture [height, width, 3] in [0, 1] per variant: decoded, of films the frame in the middle; without a VAE
-    what the colours of the latent's channels are by the model's format, grey where it says nothing of them."""
-    out = []
+def pictures_of(found: Found, model, vae=None) -> tuple[Tensor, str]:
+    """(one picture [height, width, 3] in [0, 1] per variant, what is to be said of them): decoded, of films the frame
+    in the middle; without a VAE, and where it makes none, what the colours of the latent's channels are by the model's
+    format, grey where it says nothing of them."""
+    out, note = [], ROUGH if vae is None else ""
     for latent in found.latents:
         latent = latent.unbind()[0] if latent.is_nested else latent
-        image = _rough(latent, model) if vae is None else vae.decode(latent)
+        image = None if note else vae.decode(latent)
+        if image is not None and image.ndim < 4:
+            image, note = None, SOUND
+        image = _rough(latent, model) if image is None else image
         image = image[:, image.shape[1] // 2] if image.ndim == 5 else image[len(image) // 2:len(image) // 2 + 1]
         out.append(image[0, ..., :3].float().cpu().nan_to_num(0.0).clamp(0, 1))
-    return torch.stack(out)
+    return torch.stack(out), note
 
 
 def changed(pictures: Tensor) -> list[float]:
@@ -37,8 +44,8 @@ def changed(pictures: Tensor) -> list[float]:
     return (pictures - pictures[:1]).abs().mean(dim=(1, 2, 3)).double().tolist()
 
 
-def draw(found: Found, pictures: Tensor, about: str, rough: bool = False, theme: Theme = LIGHT) -> Tensor:
-    """The sheet, [1, height, width, 3] in [0, 1]."""
+def draw(found: Found, pictures: Tensor, about: str, note: str = "", theme: Theme = LIGHT) -> Tensor:
+    """The sheet, [1, height, width, 3] in [0, 1]. `note`: what is to be said of the pictures."""
     called, differences = labels(found.names), changed(pictures)
     cells = [Cell(title, _picture(one), [f"{100 * far:.1f} % away from the first" if k else "all from one seed"])
              for k, (title, one, far) in enumerate(zip(found.titles, pictures, differences, strict=True))]
@@ -50,7 +57,7 @@ def draw(found: Found, pictures: Tensor, about: str, rough: bool = False, theme:
         blocks.append(Text(f"{', '.join(nothing)} {does} nothing here: without it, no prediction is another one."))
     if found.steps:
         blocks += [_shares(found, called), _places(found, called, pictures[0])]
-    notes = [*([ROUGH] if rough else []), *found.problems]
+    notes = [*([note] if note else []), *found.problems]
     if notes:
         blocks.append(Text("\n".join(f"- {line}" for line in notes), "Notes", most=2))
     return as_image(sheet(blocks, "What did each LoRA do?", about, theme))
@@ -90,14 +97,15 @@ def _picture(one: Tensor) -> Image.Image:
 
 
 def _rough(latent: Tensor, model) -> Tensor:
-    """[1, C, (frames,) height, width] -> [frames or 1, 8 height, 8 width, 3]"""
+    """[1, C, (frames,) height, width] -> [frames or 1, 8 height, 8 width, 3], less enlarged where that is longer than
+    LONGEST; of sound [1, C, length] a row for each channel."""
     shape = model.model.latent_format
     x = latent.float().cpu()
     x = x[0].transpose(0, 1) if x.ndim == 5 else x
-    factors = torch.as_tensor(getattr(shape, "latent_rgb_factors", None) or [[1 / x.shape[1]] * 3] * x.shape[1])
-    if x.ndim != 4 or len(factors) != x.shape[1]:
-        x = x.reshape(1, 1, 1, -1)
-        factors = torch.ones(1, 3)
+    x = x if x.ndim == 4 else x.reshape(1, 1, -1, x.shape[-1])
+    channels, known = x.shape[1], getattr(shape, "latent_rgb_factors", None) or ()
+    factors = torch.as_tensor(known if len(known) == channels else [[1 / channels] * 3] * channels)
     bias = torch.as_tensor(getattr(shape, "latent_rgb_factors_bias", None) or [0.0] * 3)
-    colours = (x.movedim(1, -1) @ factors.float() + bias.float() + 1) / 2
-    return colours.clamp(0, 1).repeat_interleave(8, dim=1).repeat_interleave(8, dim=2)
+    colours = ((x.movedim(1, -1) @ factors.float() + bias.float() + 1) / 2).clamp(0, 1)
+    times = min(max(LONGEST // max(x.shape[-2:]), 1), 8)
+    return colours.repeat_interleave(times, dim=1).repeat_interleave(times, dim=2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import comfy.model_management
 import pytest
@@ -12,7 +13,7 @@ from lora_ensemble.host.compose.apply import with_cache
 from lora_ensemble.host.compose.cache import CacheSpec
 from lora_ensemble.host.files.ensemble import ALWAYS, LoRASpec, Mask
 from lora_ensemble.host.look import leave_one_out as looking
-from lora_ensemble.host.look.leave_one_out import leave_one_out, measured_steps
+from lora_ensemble.host.look.leave_one_out import Found, leave_one_out, measured_steps
 from lora_ensemble.host.look.leave_one_out_sheet import _half, _shares, changed, draw, pictures_of
 from lora_ensemble.host.look.sheet import WIDTH
 from lora_ensemble.host.look.spectrum import Sampling
@@ -268,7 +269,7 @@ def test_where_the_model_predicts_no_numbers_no_lora_is_blamed(loras):
     ours = merge(model, three(model, loras))
     found = leave_one_out(ours, given)
     assert found.problems[-1] == looking.NO_NUMBERS and found.steps == [] and not any(map(found.does_nothing, range(3)))
-    pictures = pictures_of(found, ours)
+    pictures, _ = pictures_of(found, ours)
     json.loads(found.as_json(changed(pictures)), parse_constant=lambda name: pytest.fail(name))
     assert torch.isfinite(draw(found, pictures, "about")).all()
 
@@ -313,11 +314,26 @@ def test_sheets_of_many_loras(count, loras):
     found = leave_one_out(merge(model, specs), how(steps=2))
     _, lines = _shares(found, found.names).blocks
     assert lines.across == ("step", [(0.25, "1"), (0.75, "2")]) and found.steps == [0, 1]
-    sheet = draw(found, pictures_of(found, model), "about")
-    assert sheet.shape[2] == WIDTH and sheet.shape[1] < 6000
-    assert changed(pictures_of(found, model))[0] == 0
+    pictures, note = pictures_of(found, model)
+    sheet = draw(found, pictures, "about", note)
+    assert sheet.shape[2] == WIDTH and sheet.shape[1] < 6000 and changed(pictures)[0] == 0
     blank = (sheet[0] == 1).all(dim=-1)
     assert not blank[-60:].all() and blank[:, -20:].all() and blank[:, :20].all()
+
+
+@pytest.mark.parametrize(("shape", "drawn"), [((64, 3000), (64, 3000)), ((8, 16, 646), (96, 3876)),
+                                              ((4, 300), (32, 2400))])
+def test_latents_of_sound_are_drawn_themselves(shape, drawn):
+    """Guard: with its VAE the node ended in an error after the last picture; without one, a picture of two minutes was
+    1.5 million pixels wide."""
+    model = base("SD15")
+    found = Found(("a", "b"), ("all", "a", "b", "none"), [torch.randn(1, *shape) for _ in range(4)], [0], [[0.1]] * 2,
+                  [[0.1]] * 2, torch.rand(2, 1, shape[-1]), [4])
+    sound = SimpleNamespace(decode=lambda latent: torch.randn(1, 999, 2))
+    for vae, said in ((sound, "sound"), (None, "no VAE")):
+        pictures, note = pictures_of(found, model, vae)
+        assert pictures.shape == (4, *drawn, 3) and (pictures[1] != pictures[0]).any() and said in note
+        assert draw(found, pictures, "about", note).shape[2] == WIDTH
 
 
 def test_half_of_a_map():
