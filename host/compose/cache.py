@@ -143,6 +143,10 @@ class BranchCache:
         parts = ([combo for combo in combos if self._whole[combo] is whole] for whole in (True, False))
         return [part for part in parts if part]
 
+    def again(self) -> None:
+        """The call that has begun is evaluated once more, in other batches."""
+        self._times.clear()
+
     def mixes(self, root: nn.Module, options: dict) -> bool:
         """Whether a batch on this model may hold rows that run whole beside rows that reuse: one call of the model and
         not two. Not where another node may look at rows or blocks while it runs, as its transformer options say; not

@@ -199,6 +199,8 @@ def _evaluated(executor, model, run: Run, plan: Plan, conds, sides, x_in, timest
     except NotRows as reason:
         settle(options)
         run.keep_apart(root, reason)
+        if run.cache is not None:
+            run.cache.again()
         outs = evaluated(singles)
     stacked = [torch.stack([outs[combo][i] for combo in combos]) for i in range(len(conds))]
     mixed = run.mix(plan, _present(stacked, conds), sides)
