@@ -18,7 +18,7 @@ import comfy.ops
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.flop_counter import flop_registry
 
 from .split_points import SplitPoint, split_point_of
@@ -56,8 +56,9 @@ def work_of(model, root: nn.Module, x: Tensor, t: Tensor, c_concat: Tensor | Non
     `apply_model` is given; or why it cannot be told. LoRAs, ControlNets and what other nodes put in are not counted."""
     if isinstance(reason := split_point_of(root, 1), str):
         return f"{type(root).__name__}: {reason}"
-    shapes = tuple(tuple(value.shape) if isinstance(value, Tensor) else None
-                   for value in (x, c_concat, context, *conds.values()))
+    values, form = tree_flatten((x, c_concat, context, dict(conds)))
+    shapes = form, tuple(tuple(value.shape) if isinstance(value, Tensor) else
+                         value if isinstance(value, str | int) else None for value in values)
     known = _KNOWN.setdefault(root, {})
     if shapes not in known:
         try:

@@ -73,7 +73,11 @@ def test_operations_are_those_of_real_calls(name):
         depth += 1
     assert found.cut == seen and len(seen) >= 2
     assert list(found.shares.values()) == sorted(found.shares.values()) and found.shares[1] < 0.6
-    assert work.work_of(model, root, x, t, None, context, {}, conds) is found, "counted once"
+    assert work.work_of(model, root, x, t, None, context, {}, dict(conds)) is found, "counted once"
+    if name == "Flux":  # Guard: reference pictures come in a list
+        more = [work.work_of(model, root, x, t, None, context, {}, {**conds, "ref_latents": [family.noise(rows, size)]})
+                for size in (4, 8)]
+        assert found.whole < more[0].whole < more[1].whole
 
 
 def budget(model, share: float, schedule: str = "forecast", interval: int = 0, depth: int = 2):
