@@ -24,6 +24,7 @@ from ..families.work import Work
 from .attention import OVERRIDE
 from .neighbours import identity_of_patches
 from .places import window_of
+from .tiles import TILES, UNKNOWN
 
 Combo = tuple[Branch, ...]
 """One branch per applied method: what one row of a batch is evaluated with."""
@@ -81,8 +82,9 @@ class BranchCache:
     """One run's cache. Per model call of the sampler: `parts` once, then `evaluate` for each batch of the host's, of
     several devices at the same time.
 
-    Features belong to a branch, a cond, a context window, a set of patches (perturbed passes of PAG and SLG bring
-    their own), a shape, and the how-manieth evaluation of all that at this noise level (SAG evaluates twice).
+    Features belong to a branch, a cond, a context window or a part of the picture, a set of patches (perturbed passes
+    of PAG and SLG bring their own), a shape, and the how-manieth evaluation of all that at this noise level (SAG
+    evaluates twice).
 
     What is reused must not depend on the memory that happens to be free, or the same settings would draw another
     picture. So features go to main memory where their device has no room, each gives half of what it has free when the
@@ -165,15 +167,18 @@ class BranchCache:
         with self._lock:
             if self.spec.budget and self._step is not None and not self._few(self._step):
                 self._spend(work(), self._step.total)
-        split = self._split_point(root)
-        if split is None or self._step is None:
+        split, tiles = self._split_point(root), options.get(TILES, ())
+        if None in tiles:
+            self._say(UNKNOWN)
+        if split is None or self._step is None or None in tiles:
             yield control, options
             return
         rows = x.shape[0] // len(combos)
         places = (window_of(options), identity_of_patches(options), (rows, *x.shape[1:]), None if context is None else
                   tuple(context.shape[1:]))
         with self._lock:
-            keys = [self._key((uuid, combo, *places)) for uuid, combo in zip(uuids, combos, strict=True)]
+            keys = [self._key((uuid, combo, tiles[k * len(tiles) // len(uuids)] if tiles else None, *places))
+                    for k, (uuid, combo) in enumerate(zip(uuids, combos, strict=True))]
             found = [self.store.get(key, self._step.index) for key in keys]
             whole = [self._whole.get(combo, True) or kept is None for combo, kept in zip(combos, found, strict=True)]
             if any(whole) and not self._mixed:

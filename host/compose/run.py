@@ -232,7 +232,7 @@ class Run:
         regions = self.regions[k]
         if regions is None or regions.nowhere or getattr(self.applied[k].method, "masks", "") == "predictions":
             return None
-        if None in tiles and x.shape[-2:] != regions.maps.shape[-2:]:
+        if None in tiles:
             self._tell(LOST)
         return regions.places(root, x, conds, inside([self.areas.get(uuid) for uuid in uuids], tiles),
                               [self.origins.get(uuid, uuid) for uuid in uuids], self.merging)

@@ -12,8 +12,8 @@ from .places import Area
 
 TILES = "lora_ensemble_tiles"
 """What transformer options say of a call: for each part of the batch its area in the latent that the host gave."""
-LOST = ("a node hands parts of the picture to the model, and where they are in it cannot be told: the places of LoRAs "
-        "are stretched to each of them")
+UNKNOWN = "a node hands parts of the picture to the model, and where they are in it cannot be told"
+LOST = f"{UNKNOWN}: the places of LoRAs are stretched to each of them"
 Known = dict[Hashable, tuple[Area, ...]]
 """The areas of the tiles of a call, by its number in an evaluation and its shapes."""
 Wrapper = Callable[[Callable, dict], Tensor]
@@ -24,7 +24,8 @@ def with_tiles(wrapper: Wrapper, aside: Callable[[], bool], placed: bool, known:
     """A function wrapper whose calls of the model say which tiles of the picture they bring.
 
     aside    whether the evaluation is none of the sampler's: then the picture is evaluated as a whole
-    placed   whether it matters where the tiles are: they are found by their values, which waits for the device
+    placed   whether it matters where the tiles are, for places or for features that are kept: they are found by their
+             values, which waits for the device
     known    what was found in the evaluations before: there they are looked for first, once for all tiles of a call
     """
     def wrapped(model: Callable, args: dict) -> Tensor:
@@ -62,7 +63,9 @@ def _tiles(x: Tensor, given: Tensor, placed: bool, known: Known, number: int) ->
     times, rest = divmod(len(x), len(given))
     if rest or not times or x.ndim != given.ndim or x.shape[1:-2] != given.shape[1:-2] or x.shape == given.shape:
         return None
-    if not placed or x.shape[1:] == given.shape[1:]:
+    if x.shape[1:] == given.shape[1:]:
+        return ((*x.shape[-2:], 0, 0),) * times
+    if not placed:
         return (None,) * times
     key, tiles = (number, x.shape, given.shape), x[::len(given)]
     if not _there(tiles, given[0], known.get(key, ())):

@@ -140,7 +140,7 @@ def calc_cond_batch(executor, model, conds, x_in, timestep, model_options):
     note_cards(run.record, model_options)
     run.controls.as_they_are = OWN_CONTROLS in model_options
     if (wrapper := model_options.get("model_function_wrapper")) is not None:
-        placed = any(regions is not None for regions in run.regions)
+        placed = run.cache is not None or any(regions is not None for regions in run.regions)
         wrapper = with_tiles(wrapper, lambda: run.probing, placed, run.cuts)
         model_options = {**model_options, "model_function_wrapper": wrapper}
     plan, sides = run.plan(x_in, timestep, parts_of(conds)), run.sides(conds)

@@ -15,6 +15,7 @@ from lora_ensemble.host.compose.composition import places_of, record_of
 from torch import Tensor
 
 from .builders import composite, hooked, merge, same, sample, stock, three
+from .caches import cached, steps_of
 from .models import CPU, FAMILIES, base
 from .neighbour_packs import pack
 from .test_masks import LAST, pair
@@ -123,6 +124,32 @@ def test_parts_that_are_in_no_place_of_the_picture(loras):
     assert "where they are in it cannot be told" in line
 
 
+def test_features_are_those_of_a_part(loras):
+    """Guard: in Branch Cache's keys, where it is: tiles may come in another order, or move (SpotDiffusion)."""
+    def turning(model):
+        """The halves, the right one first in every second step."""
+        seen: list[float] = []
+
+        def wrapper(apply: Callable, args: dict) -> Tensor:
+            seen.extend({float(args["timestep"][0])} - {*seen})
+            order = 1 if len(seen) % 2 else -1
+            parts = [apply(x, args["timestep"], **args["c"]) for x in args["input"].chunk(2, -1)[::order]]
+            return torch.cat(parts[::order], -1)
+
+        model = model.clone()
+        model.set_model_unet_function_wrapper(wrapper)
+        return model
+
+    model = base("SD15")
+    still, turned, moved = halves(cached(model)), turning(cached(model)), halves(cached(model), roll=1)
+    same(sample(turned, steps=3), sample(still, steps=3), sample(halves(model), steps=3), 1e-4)
+    sample(moved, steps=3)
+    assert [[step["reused"] for step in steps_of(each)] for each in (still, turned, moved)] == [
+        [0, 4, 4], [0, 4, 4], [0, 0, 0]]
+    (line,) = record_of(moved).problems
+    assert "Branch Cache: a node hands parts of the picture" in line and record_of(turned).problems == []
+
+
 def test_latents_that_a_node_goes_over_one_by_one(loras):
     """Ultimate SD Upscale and others draw tiles as pictures of their own, square as a mask is. Nothing tells them from
     pictures but that one node draws several, each over what there is."""
@@ -227,7 +254,7 @@ def test_in_an_evaluation_aside_the_picture_is_evaluated_once_and_as_a_whole():
 
 def test_pictures_that_are_there_twice_are_not_looked_for(monkeypatch):
     monkeypatch.setattr(tiles, "_area", None)
-    assert told(by(lambda picture: picture.repeat(2, 1, 1, 1)))[0] == [(None, None)]
+    assert told(by(lambda picture: picture.repeat(2, 1, 1, 1)))[0] == [((6, 6, 0, 0),) * 2]
 
 
 def test_parts_of_areas():
