@@ -147,13 +147,18 @@ def calc_cond_batch(executor, model, conds, x_in, timestep, model_options):
     _in_window(run, model_options.get("transformer_options", {}))
     run.areas.update({entry.get("uuid"): entry.get("area") for cond in conds for entry in cond or ()})
 
+    root = unwrapped(model.diffusion_model)
+
     def alone(conds, combo) -> list[Tensor]:
+        """Predictions for conds that are all of the positive side."""
         run.controls.begin(conds, 1)
-        return executor(model, [_branch_cond(run, cond, combo) for cond in conds], x_in, timestep,
-                        _caller_options(model_options, len(conds)))
+        options, wide = _caller_options(model_options, 1), [_branch_cond(run, cond, combo) for cond in conds]
+        apart = len(conds) > 1 and (run.kept.neighbours.patched(conds, options["transformer_options"])
+                                    or run.one_row_only(root, conds))
+        return [out for some in ([[cond] for cond in wide] if apart else [wide])
+                for out in executor(model, some, x_in, timestep, options)]
 
     if run.routes and not run.probing:
-        root = unwrapped(model.diffusion_model)
         compiled = run.compiled(root, partial(is_compiled, model.diffusion_model,
                                               model_options.get("transformer_options", {})))
         for each in run.routes:

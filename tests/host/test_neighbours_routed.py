@@ -14,10 +14,10 @@ from torch.nn import functional as F
 from .builders import same, sample, stock
 from .models import FAMILIES, base
 from .neighbour_packs import REAL, REAL_SKIPPING
-from .neighbours import FIRST_OF_A_SIDE, SKIPPING, STAND_INS
+from .neighbours import FIRST_OF_A_SIDE, SKIPPING, STAND_INS, ip_adapter
 from .test_masks import LAST
 from .test_neighbours import anew, unloaded  # noqa: F401  (a fixture)
-from .test_routed import MARKS, bare, prompt, routed, specs
+from .test_routed import MARKS, bare, prompt, rests, routed, specs
 
 ALL = {name: each for name, each in (STAND_INS | FIRST_OF_A_SIDE | REAL).items() if name not in (
     "KJNodes: CFG-Zero*", "SelfAttentionGuidance")}
@@ -66,6 +66,33 @@ def test_each_lora_acts_where_its_words_are(name, trust, loras):
         want = without + sum(maps[:, i:i + 1] * (each - without) for i, each in enumerate(alone))
         same(picture, want, without, neighbour.tolerance)
     assert torch.allclose(*found, atol=1e-4)
+
+
+def first_row(model):
+    """What counts on one prompt of each side in a batch, as BrushNet does, and finds the positive's row by its place.
+    """
+    model = model.clone()
+    model.model_options["transformer_options"]["model_patch"] = {"forward": None}
+    model.set_model_output_block_patch(lambda h, skip, options: (torch.cat([h[:1] * 1.5, h[1:]]), skip))
+    return model
+
+
+@pytest.mark.parametrize("make", [ip_adapter, first_row])
+def test_prompts_that_are_compared_are_all_on_the_positive_side(make, loras, monkeypatch):
+    """As if the host had evaluated one after the other. Guard: `alone` in `calc_cond_batch`, without which IP-Adapter
+    stopped at the third side of guidance, and each prompt but one was taken for another side's."""
+    model = make(base("SD15"))
+    others = [prompt("SD15", None, 20 + k)[0] for k in range(3)]
+    conds = prompt("SD15", lora_ensemble_without=rests(MARKS, others))
+
+    def places() -> Tensor:
+        ours = routed(model, specs(model, loras), mode="contrast")
+        sample(ours, "SD15", conds, steps=1, cfg=1.0)
+        return places_of(ours)[0].maps
+
+    found = places()
+    monkeypatch.setattr(base("SD15").model, "memory_required", lambda shape, **_: 0 if shape[0] == 1 else 1e30)
+    assert torch.allclose(found, places(), atol=1e-4)
 
 
 @pytest.mark.parametrize("name", LEAVING_OUT)
