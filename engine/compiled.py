@@ -94,7 +94,7 @@ class Traced:
     def _of_entries(self, y: Tensor, x: Tensor) -> Sequence[Tensor] | None:
         """The gains of a layer's entries, from those of the rows; None where the opaque operator has to see to it."""
         gains = self.gains
-        if not gains or self.stacks is None or y.shape[0] != x.shape[0] or y.ndim < 2 + self.geometry.spatial:
+        if not gains or self.stacks is None or y.ndim < 2 + self.geometry.spatial:
             return None
         entries, rows = x.shape[0], gains[0].shape[0]
         if entries == rows:

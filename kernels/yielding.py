@@ -29,7 +29,7 @@ def directions(rows: Tensor, most: int) -> Tensor:
     """
     rows = rows.double()
     energy, turn = torch.linalg.eigh(rows @ rows.mT)
-    least = SMALLEST * energy.amax().clamp_min(torch.finfo(torch.float64).tiny)
+    least = SMALLEST * energy.amax()
     energy, turn = energy.flip(0)[:most], turn.flip(1)[:, :most]
     kept = energy > least
     return rows.mT @ (turn[:, kept] / energy[kept].sqrt())
@@ -42,6 +42,6 @@ def yielding(factor: Tensor, others: Sequence[Tensor]) -> Tensor:
     others   `hidden` of each other delta, [r_j, in]. They take half of all directions at most, the strongest ones
     -> like factor; in fp32 where that has 8 bits, which another rounding would spoil
     """
-    taken = directions(torch.cat([rows.to(factor.device) for rows in others]), factor.shape[1] // 2)
+    taken = directions(torch.cat(list(others)), factor.shape[1] // 2)
     wide = factor.double()
     return (wide - (wide @ taken) @ taken.mT).to(factor.dtype if factor.element_size() > 1 else torch.float32)

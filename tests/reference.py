@@ -92,6 +92,17 @@ def make_ops(kind: str, shape: Sequence[int], seed: int, dtype: torch.dtype = to
         whole[:, -(inputs // 2):] = 0.7 * delta.double()
         span = (1, inputs - inputs // 2, inputs // 2)
         return [Dense(given, [delta], tuple(delta.shape), 0.7, span)], lambda w, b, g: (w + g * whole, b)
+    if kind == "lora in":  # of the last inputs alone
+        half = inputs // 2
+        up, down, whole = random(out, 3), random(3, half, *shape[2:]), torch.zeros(shape, dtype=torch.float64)
+        whole[:, -half:] = 0.5 * torch.einsum("or,r...->o...", *wide(up, down))
+        return [LowRank(up, down, 0.5, (1, inputs - half, half))], lambda w, b, g: (w + g * whole, b)
+    if kind == "two parts":  # of two kinds, each with outputs of its own
+        (low, one), half = lowrank(3), out // 2
+        rest = random(out - half, *shape[1:])
+        ops = [LowRank(low.up[:half], low.down, 0.5, (0, 0, half)),
+               Dense(given, [rest], tuple(rest.shape), 0.7, (0, half, out - half))]
+        return ops, lambda w, b, g: (w + g * torch.cat([one[:half], 0.7 * rest.double()]), b)
     if kind == "kron":
         left, right = random(4, 2), random(out // 4, *([inputs // 2, *shape[2:]] if len(shape) > 1 else []))
         delta = torch.zeros(shape, dtype=torch.float64)

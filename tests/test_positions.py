@@ -149,10 +149,10 @@ def test_tokens_in_several_dimensions(kinds):
     routed.remove()
 
 
-@pytest.mark.parametrize(("count", "tokens", "want"), [(6, 3, [0, 1, 2, 0, 1, 2]), (5, 3, [0, 1, 2, None, None])],
-                         ids=["repeated", "padded"])
-def test_texts_that_were_made_longer(count, tokens, want):
-    """The host repeats texts of unequal length to their common multiple; models pad them."""
+@pytest.mark.parametrize(("count", "tokens", "want"), [(6, 3, [0, 1, 2, 0, 1, 2]), (5, 3, [0, 1, 2, None, None]),
+                                                       (2, 3, [0, 1])], ids=["repeated", "padded", "cut"])
+def test_texts_that_were_made_longer_or_shorter(count, tokens, want):
+    """The host repeats texts of unequal length to their common multiple; models pad them, or take so many tokens."""
     words = torch.rand(1, 3, tokens)
     places = Places(maps(), (0,), words, (0,))
     found = places.on_tokens((Segment("text", count),), (0,))
@@ -281,13 +281,48 @@ def test_other_maps_come_into_the_same_tensors():
     routed.remove()
 
 
-def test_other_words_of_a_further_text_alone():
-    """Those of the model's first text are not known."""
+@pytest.mark.parametrize("beneath", [0, 2])
+def test_other_words_of_a_further_text_alone(beneath):
+    """Those of the model's first text are not known. Adapters that act everywhere keep all of it."""
     words = torch.rand(1, 3, 5)
-    places = Places(maps(), (0,), None, (0,), more={"t5": words.clone()})
+    places = Places(maps(), (0,), None, (0,), more={"t5": words.clone()}, beneath=beneath)
     found = places.on_tokens((Segment("text", 5, source="t5"),), (0,))
     places.update(maps(), more={"t5": words / 2})
-    assert torch.equal(found, words.mT / 2)
+    assert torch.equal(found, torch.cat([torch.ones(1, 5, beneath), words.mT / 2], dim=2))
+    places = Places(maps(), (0,), words, (0,))
+    assert (places.on_tokens((Segment("text", 5, source="another"),), (0,)) == 1).all()
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (3, 4, 4)], ids=["pictures", "films"])
+def test_gains_are_kept_by_what_they_are_of(grid):
+    """Of other tokens, rows or sizes, and after updates: as if nothing else had been asked for before. What is made of
+    words alone is not made anew where these stay: an update is done in every step."""
+    text, picture = Segment("text", 5), Segment("picture", 4, (1, 2, 2))
+    asked = [(Places.on_tokens, (text,), (0, 1, 2)), (Places.on_tokens, (text,), (2, 0)),
+             (Places.on_tokens, (text, picture), (0, 1, 2)), (Places.on_tokens, (picture, text), (0, 1, 2)),
+             (Places.on_tokens, (text, picture), (2, 0)), (Places.on_grid, (2, 2), (0, 1, 2)),
+             (Places.on_grid, (2, 3), (0, 1, 2)), (Places.on_grid, (3, 2, 2), (1, 2)),
+             (Places.on_grid, (2, 2), (0, 0, 0, 1, 1, 1))]
+
+    def made(seed: int, words: Tensor) -> Places:
+        return Places(maps(2, grid, seed), (0, 1, 0), words.clone(), (1, 0, 1))
+
+    words = torch.rand(2, 3, 5)
+    places = made(1, words)
+    kept = [ask(places, of, rows) for ask, of, rows in asked]
+    for seed, new in ((2, words), (3, words / 2)):
+        places.update(maps(2, grid, seed), None if new is words else new)
+        for tensor, (ask, of, rows) in zip(kept, asked, strict=True):
+            assert torch.equal(tensor, ask(made(seed, new), of, rows))
+            assert ask(places, of, rows).data_ptr() == tensor.data_ptr()
+    assert places.on_tokens((picture,), (0, 1, 2)).data_ptr() == places.on_grid((2, 2), (0, 1, 2)).data_ptr()
+    kept[0].zero_()
+    places.update(maps(2, grid))
+    assert not kept[0].any()
+    if len(grid) == 2:
+        one = maps(2, grid)[[0, 1, 0]]
+        assert torch.equal(kept[6], nn.functional.adaptive_avg_pool2d(one, (2, 3)))
+        assert torch.equal(kept[7], nn.functional.avg_pool2d(one[[1, 2]], 2).unsqueeze(2).expand(-1, -1, 3, -1, -1))
 
 
 def test_layers_without_places_act_everywhere_and_unknown_ones_say_so():

@@ -14,7 +14,8 @@ from lora_ensemble.tests.reference import make_ops
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-KINDS = ["lora", "lora wide", "lora parts", "kron", "dense", "dense in", "lora+bias", "dora out"]
+KINDS = ["lora", "lora wide", "lora parts", "lora in", "two parts", "kron", "dense", "dense in", "lora+bias",
+         "dora out"]
 BASE = Branch((0.0,) * len(KINDS))
 SEGMENTS = (Segment("text", 3), Segment("picture", 16, (1, 4, 4)), Segment("other", 1))
 
@@ -141,6 +142,31 @@ def test_norms_are_not_heard():
         layer(torch.randn(2, 20, 24))
     routed.remove()
     assert reach.share(Places(torch.rand(2, 1, 4, 4), (0, 1))) is None
+
+
+def share_of_linear(shape: tuple[int, ...], size: float, dtype: torch.dtype, segments) -> Tensor | None:
+    """Of one LoRA on one layer, whose inputs are of this size."""
+    torch.manual_seed(0)
+    layer, x = nn.Linear(24, 16, bias=False).to(dtype), torch.randn(2, 16, 24)
+    bank = Bank([{"0": make_ops("lora", layer.weight.shape, 0)[0]}], dtype=dtype)
+    routed, reach = RoutedForwards(nn.Sequential(layer), bank), Reach(lambda layer, tokens: segments(tokens), range(1))
+    routed.install()
+    with torch.no_grad(), routed.rows([Branch((0.0,))] * 2, None, reach):
+        layer((size * x).to(dtype).view(2, *shape, 24))
+    routed.remove()
+    return reach.share(Places(torch.rand(2, 1, 4, 4, generator=torch.Generator().manual_seed(1)), (0, 1)))
+
+
+def test_however_tokens_lie_and_whatever_their_size():
+    """In several dimensions, as Anima has them; of energies that half precision cannot hold. Where it is not known what
+    they are, nothing is heard."""
+    def known(tokens: int):
+        return (Segment("picture", tokens, (1, 4, 4)),)
+
+    want = share_of_linear((16,), 1.0, torch.float32, known)
+    assert torch.allclose(share_of_linear((1, 4, 4), 1.0, torch.float32, known), want, rtol=1e-5)
+    assert torch.allclose(share_of_linear((16,), 1000.0, torch.float16, known), want, rtol=1e-2)
+    assert share_of_linear((16,), 1.0, torch.float32, lambda tokens: None) is None
 
 
 @pytest.mark.parametrize("tokens", [False, True])

@@ -48,6 +48,16 @@ def test_dense_kinds_count_with_their_delta():
     assert_size(sized(Dense(given, [rand(12, 10)], (12, 10))), like(rand(12, 10)))
 
 
+def test_raw_factors_of_every_kind_leave_alpha_out():
+    """An alpha of 0, too, of which nothing could be divided."""
+    w, up, down = [rand(12, 3), rand(3, 10), rand(12, 3, seed=1), rand(3, 10, seed=1)], rand(12, 2), rand(2, 10)
+    delta = (w[0] @ w[1]) * (w[2] @ w[3])
+    assert_size(sized(Dense(hadamard, w, (12, 10), 0.5), raw=True), like(delta))
+    assert_size(sized(LowRank(up, down, 0.5), Dense(hadamard, w, (12, 10), 0.25), raw=True), like(up @ down + delta))
+    for kind in (Dense(hadamard, w, (12, 10), 0.0), LowRank(up, down, 0.0)):
+        assert sized(kind, raw=True) == Size(0.0, 0.0, 0.0)
+
+
 def test_a_dense_delta_of_several_tiles():
     x = rand(1100, 500)
     pair = [{"x": [Dense(given, [x * c], (1100, 500))]} for c in (1.0, 2.0)]
@@ -78,13 +88,18 @@ def test_biases_do_not_count():
 
 
 @pytest.mark.parametrize("make", [
-    lambda: Decomposed(LowRank(rand(12, 2), rand(2, 10)), rand(12, 1).abs()),
-    lambda: OFT(cayley(rand(3, 4, 4))), lambda: Replace(rand(12, 10, seed=5)),
-])
+    lambda: [Decomposed(LowRank(rand(12, 2), rand(2, 10)), rand(12, 1).abs())],
+    lambda: [OFT(cayley(rand(3, 4, 4)))], lambda: [Replace(rand(12, 10, seed=5))],
+    lambda: [Decomposed(LowRank(rand(4, 2, seed=s), rand(2, 10)), rand(4, 1, seed=s).abs(), (0, 4 * s, 4))
+             for s in range(3)],
+    lambda: [OFT(cayley(rand(3, 4, 4))), Dense(given, [rand(12, 10)], (12, 10))],
+], ids=["DoRA", "OFT", "set", "slices", "one after the other"])
 def test_a_change_that_depends_on_the_weight_is_taken_from_it(make):
-    weight, op = rand(12, 10, seed=9), make()
-    found = sized(op, reader=lambda name: weight if name == "x.weight" else None)
-    assert_size(found, like(op.on_weight(weight, 1.0) - weight))
+    weight, ops = rand(12, 10, seed=9), make()
+    found, changed = sized(*ops, reader=lambda name: weight if name == "x.weight" else None), weight
+    for op in ops:
+        changed = op.on_weight(changed, 1.0)
+    assert_size(found, like(changed - weight))
 
 
 @pytest.mark.parametrize("strength", [0.5, -1.5])
@@ -135,7 +150,10 @@ def test_an_unreadable_weight_is_said_and_the_rest_counts():
     told, up, down = [], rand(12, 2), rand(2, 10)
     found = sized(Decomposed(LowRank(up, down), rand(12, 1).abs()), report=lambda *what: told.append(what))
     assert_size(found, like(up @ down))
-    assert [what[:2] for what in told] == [("0", "x")] and "unreadable" in told[0][2]
+    dora, other = [Decomposed(LowRank(up, down), rand(12, 1).abs())], [LowRank(up, down)]
+    behind = Bank([{"x": ops} for ops in (other, dora, other)])
+    measure(behind, PAIR, first=1, report=lambda *what: told.append(what))
+    assert [what[:2] for what in told] == [("0", "x"), ("1", "x")] and "unreadable" in told[0][2]
     assert sized(Replace(rand(12, 10))) == Size(0.0, 0.0, 0.0)
     assert_size(sized(GLoRA(rand(10, 2), rand(2, 10), up, down, 0.5)), like(0.5 * up @ down))
 
@@ -147,12 +165,14 @@ def test_unreadable_slices_lie_side_by_side():
     assert_size(sized(*fused), like(torch.cat([up @ down for up in ups])))
 
 
-def test_values_that_are_not_finite_are_refused():
+@pytest.mark.parametrize("first", [0, 1], ids=["alone", "behind another"])
+def test_values_that_are_not_finite_are_refused(first):
     """A scale that a narrow dtype cannot hold: nothing could be compared with that, and pictures would be black."""
     pair = [{"x": [LowRank(torch.full((12, 1), 6e4), torch.ones(1, 10), scale)]} for scale in (1.0, 2.0)]
+    behind, names = [pair[0]] * first + pair, ("always",) * first + ("a", "b")
     with pytest.raises(ValueError, match="LoRA 'b': its change of the layer 'x' holds values that are not finite in "
                                          "torch.float16"):
-        measure(Bank(pair, ("a", "b"), torch.float16), PAIR)
+        measure(Bank(behind, names, torch.float16), PAIR, first=first)
     assert measure(Bank(pair, ("a", "b"), torch.bfloat16), PAIR)["x"][1].top == pytest.approx(1.2e5, rel=1e-2)
 
 
@@ -227,7 +247,8 @@ def everything() -> Bank:
              "both": [LowRank(up, down), Dense(given, [weight], (12, 10))], "bias": [Bias(torch.ones(12))],
              "rotated": [OFT(cayley(rand(3, 4, 4)))]}
     other = {name: [LowRank(rand(12, 2, seed=3), rand(2, 10, seed=3))] for name in kinds}
-    return Bank([{**kinds, "alone": other["dense"]}, other])
+    first, second = ({"convolution": [LowRank(rand(12, rank), rand(rank, 10, 3, 3))]} for rank in (3, 2))
+    return Bank([{**kinds, **first, "alone": other["dense"]}, {**other, **second}])
 
 
 @pytest.mark.parametrize("most", [7, 10**6])

@@ -45,6 +45,8 @@ def test_rows_of_zeros_and_rows_that_are_there_twice_take_nothing_more():
     assert directions(hidden(*padded), 15).shape == (30, 3)
     assert close(yielding(down, [hidden(*padded)]), yielding(down, [hidden(factor, up)]))
     assert torch.equal(yielding(down, [torch.zeros(2, 30, dtype=torch.float64)]), down)
+    for seed in range(9):  # energies of 0, which rounding makes less
+        assert hidden(rand(8, 30), rand(5, 1, seed=seed).expand(5, 8)).isfinite().all()
 
 
 def test_half_of_all_directions_are_left():
@@ -95,7 +97,16 @@ def test_slices_of_a_layer_that_several_are_fused_in(own, other, meet):
     assert changed == meet and (found[0]["qkv"][0] is adapters[0]["qkv"][0]) is not meet
     if meet:
         new, before, wide = (dense(each["qkv"][0]) for each in (found[0], *adapters))
+        assert found[0]["qkv"][0].span == own
         assert close(new.float(), before - before @ seen_by([wide], new.shape[1] // 2))
+
+
+@pytest.mark.parametrize(("own", "other"), [((20,), (24,)), ((6, 3, 3), (6, 1, 1))], ids=["enlarged", "kernels"])
+def test_layers_that_others_see_otherwise(own, other):
+    """One LoRA enlarges the layer, or both have kernels of another size: nothing is the same input."""
+    adapters = [{"a": [low(8, own, 2, 1)]}, {"a": [low(8, other, 2, 2)]}]
+    found, changed = yield_to(adapters, [0], [1])
+    assert changed == 0 and found[0]["a"][0] is adapters[0]["a"][0]
 
 
 @pytest.mark.parametrize("kind", ["kron", "dense", "dora out", "lora+bias"])

@@ -65,7 +65,7 @@ def timed(context: RunContext, model, earlier: Earlier | None = None, noisy: boo
     first, last = _span(sampling, context.sigmas)
     if earlier is not None and earlier.sigmas and context.sigmas[-1] == 0:  # the last run knows all steps
         begun = _percent(sampling, earlier.sigmas[0])
-        first = begun + (1 - begun) * before / max(whole - 1, 1)
+        first = begun + (1 - begun) * before / (whole - 1)
     return replace(context, times=times + own, span=(first, last), before=before, whole=whole)
 
 
