@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from typing import Any
 
 from comfy_api.latest import io, ui
 
+from ..host.compose.loading import changes_text
 from ..host.files.ensemble import Ensemble, LoRASpec
 from ..host.files.files import changes, check_file
 from ..host.files.names import resolved
@@ -16,6 +19,8 @@ from ..methods.prompt_text import parse_loras, parse_marks
 from .chain import check_chain
 from .said import say
 from .sockets import HIDDEN, SAID_AGAIN, earlier_ensemble_input, ensemble_output, schema
+
+log = logging.getLogger("lora_ensemble")
 
 
 class LoRAEnsemblePrompt(io.ComfyNode):
@@ -79,11 +84,14 @@ class LoRAEnsemblePrompt(io.ComfyNode):
                              "has none; load one with a CLIP loader.")
         check_chain(cls, ensemble=ensemble)
         text, named = ensemble_of(text)
-        ensemble = (*(ensemble or ()), *named)
+        ensemble, unchanged = (*(ensemble or ()), *named), not_in(clip, named)
         words = lora_words(ensemble) or getattr(clip, "lora_ensemble_words", ())  # of a method node's CLIP, its LoRAs'
         clip = marked(clip, words, getattr(clip, "lora_ensemble_contrast", False))
         conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(text))
         told = report(find_clauses(conditioning[0][1][PROMPT], words)) if conditioning else ""
+        if unchanged:
+            log.warning("Ensemble Prompt: %s", unchanged)
+            told = f"{told}\n{unchanged}"
         say(told)
         return io.NodeOutput(conditioning, ensemble, told, ui=ui.PreviewText(told))
 
@@ -96,6 +104,16 @@ def ensemble_of(text: str) -> tuple[str, Ensemble]:
     for spec in specs:
         check_file(spec.name)
     return text, specs
+
+
+def not_in(clip: Any, named: Sequence[LoRASpec]) -> str:
+    """What to say of LoRAs that a text names and that change the text encoder, where it is encoded with one that
+    nothing has changed: their method's CLIP comes behind this node. Empty: nothing."""
+    patched = getattr(getattr(clip, "patcher", None), "patches", None) or getattr(clip, "lora_ensemble_own", None)
+    names = "" if patched else ", ".join(f"'{spec.name}'" for spec in named
+                                         if spec.strength_clip and changes_text(spec.name))
+    return f"CONDITIONING is without what {names} changes in the text encoder: encode with a second Ensemble Prompt " \
+           "of the same text, at the CLIP of the method node that gets this ENSEMBLE" if names else ""
 
 
 NODES: list[type[io.ComfyNode]] = [LoRAEnsemblePrompt]

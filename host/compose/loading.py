@@ -15,15 +15,23 @@ from torch import nn
 
 from ...methods.counted import counted, verb
 from ..files.ensemble import ALWAYS, Ensemble, LoRASpec
-from ..files.files import LoRAFile, fingerprint, read
+from ..files.files import LoRAFile, fingerprint, path_of, read
 from ..files.fit import Broken, Misfit, Shape, Torn, named, reshape_of
 from ..files.formats import host_names, lora_format, other_kind
+from ..files.metadata import header_of
 from ..files.parse import PREFIX, ParsedLoRA, parse
 from ..files.patches import Patches, load, shape_of
 from .banks import layers_of
 from .composition import KEY
 
 TEXT_ENCODER = ("lora_te", "lora_prior_te_", "text_encoder", "clip_")  # how keys of text encoders begin
+
+
+def changes_text(name: str) -> bool:
+    """Whether a LoRA file has a part for a text encoder; only its header is read. Raises ValueError for a name that is
+    in none of the `loras` folders."""
+    header = header_of(path_of(name))
+    return isinstance(header, dict) and any(key.startswith(TEXT_ENCODER) for key in header)
 
 
 class LoadedLoRA(NamedTuple):

@@ -6,15 +6,19 @@ import json
 
 import pytest
 import torch
+from comfy.sd import load_lora_for_models
 from lora_ensemble.host.files.ensemble import LoRASpec
 from lora_ensemble.host.files.names import resolved
 from lora_ensemble.host.words.known import lora_words
 from lora_ensemble.host.words.marked import PROBE, PROMPT, WITHOUT, marked
 from lora_ensemble.methods.prompt import LoRAWords
+from lora_ensemble.nodes.baselines import LoRAEnsembleMerge
 from lora_ensemble.nodes.ensembles import LoRAEnsembleLoRA
 from lora_ensemble.nodes.prompt import LoRAEnsemblePrompt
 from safetensors.torch import save
 
+from .builders import lora, shapes, text_layers
+from .models import base
 from .text_encoders import clip, encoded
 
 TENSORS = {"lora_unet_x.lora_up.weight": torch.zeros(2, 2)}
@@ -112,6 +116,23 @@ def test_what_is_wrong_is_said_before_the_run(files, text, message):
     assert message in LoRAEnsemblePrompt.validate_inputs(text=text)
     assert LoRAEnsemblePrompt.validate_inputs(text=None) is True
     assert LoRAEnsemblePrompt.validate_inputs(text="a <lora:Dog:1>") is True
+
+
+def test_loras_of_the_text_that_change_the_text_encoder(small, loras, caplog):
+    """Guard: CONDITIONING was without their change, since their method's CLIP comes behind the node that names them; a
+    second node of the same text encodes with it."""
+    layers = text_layers(small)
+    file = {key.replace("lora_unet_", "lora_te_text_model_"): value for key, value in lora(layers, 3).items()}
+    name = loras(file | lora(shapes(base("SD15")), 1), "both.safetensors")
+    text = "a cat, ohwx <lora:both:0.8>"
+    first, ensemble, told = LoRAEnsemblePrompt.execute(small, text).args
+    assert f"CONDITIONING is without what '{name}' changes" in told and told.splitlines()[-1] in caplog.text
+    _, clip_of_method = LoRAEnsembleMerge.execute(base("SD15"), ensemble, "runtime", small).args
+    second, _, told = LoRAEnsemblePrompt.execute(clip_of_method, text).args
+    assert "CONDITIONING" not in told and not torch.allclose(first[0][0], second[0][0], atol=1e-2)
+    merged, _ = load_lora_for_models(None, small, file, 0, 0.8)[::-1]
+    assert torch.allclose(second[0][0], encoded(merged, "a cat, ohwx")[0], atol=1e-4)
+    assert "CONDITIONING" not in LoRAEnsemblePrompt.execute(small, "a cat <lora:both:0.8:0>").args[2]
 
 
 def test_without_a_text_encoder_it_says_so(files):
