@@ -14,7 +14,7 @@ from ..host.files.files import changes, check_file
 from ..host.files.names import resolved
 from ..host.words.known import lora_words, report
 from ..host.words.marked import PROMPT, marked
-from ..methods.prompt import find_clauses
+from ..methods.prompt import LoRAWords, find_clauses
 from ..methods.prompt_text import parse_loras, parse_marks
 from .chain import check_chain
 from .said import say
@@ -43,7 +43,7 @@ class LoRAEnsemblePrompt(io.ComfyNode):
                     "text",
                     multiline=True,
                     dynamic_prompts=True,
-                    tooltip="The prompt. [2: ohwx woman] marks words for the LoRA of row 2; <lora:name:0.8:0.5> adds "
+                    tooltip="The prompt. [2: ohwx woman] marks words for the second LoRA; <lora:name:0.8:0.5> adds "
                     "a LoRA with its strengths for the model and the text encoder. Neither is encoded.",
                 ),
                 earlier_ensemble_input("The LoRAs whose words are sought, in order. Unconnected: those of the method "
@@ -84,8 +84,8 @@ class LoRAEnsemblePrompt(io.ComfyNode):
                              "has none; load one with a CLIP loader.")
         check_chain(cls, ensemble=ensemble)
         text, named = ensemble_of(text)
-        ensemble, unchanged = (*(ensemble or ()), *named), not_in(clip, named)
-        words = lora_words(ensemble) or getattr(clip, "lora_ensemble_words", ())  # of a method node's CLIP, its LoRAs'
+        words, unchanged = words_of(clip, ensemble or (), named), not_in(clip, named)
+        ensemble = (*(ensemble or ()), *named)
         clip = marked(clip, words, getattr(clip, "lora_ensemble_contrast", False))
         conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(text))
         told = report(find_clauses(conditioning[0][1][PROMPT], words)) if conditioning else ""
@@ -104,6 +104,13 @@ def ensemble_of(text: str) -> tuple[str, Ensemble]:
     for spec in specs:
         check_file(spec.name)
     return text, specs
+
+
+def words_of(clip: Any, ensemble: Ensemble, named: Ensemble) -> Sequence[LoRAWords]:
+    """The words of an ensemble and of the LoRAs that a text names; without an ensemble those of the method node that
+    the CLIP comes from, if it has these."""
+    own, of_clip = lora_words((*ensemble, *named)), getattr(clip, "lora_ensemble_words", ())
+    return of_clip if not ensemble and {each.name for each in own} <= {each.name for each in of_clip} else own
 
 
 def not_in(clip: Any, named: Sequence[LoRASpec]) -> str:

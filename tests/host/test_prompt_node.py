@@ -133,6 +133,11 @@ def test_loras_of_the_text_that_change_the_text_encoder(small, loras, caplog):
     merged, _ = load_lora_for_models(None, small, file, 0, 0.8)[::-1]
     assert torch.allclose(second[0][0], encoded(merged, "a cat, ohwx")[0], atol=1e-4)
     assert "CONDITIONING" not in LoRAEnsemblePrompt.execute(small, "a cat <lora:both:0.8:0>").args[2]
+    words = (LoRAWords("chained", "cat"), *lora_words(ensemble))
+    told = LoRAEnsemblePrompt.execute(marked(clip_of_method, words), text).args[2]  # it has the LoRAs of the chain, too
+    assert [line[:2] for line in told.splitlines() if "both.s" in line or "chained" in line] == ["1 ", "2 "]
+    told = LoRAEnsemblePrompt.execute(marked(clip_of_method, words[:1]), text).args[2]
+    assert told.startswith(f"1  {name}") and "chained" not in told
 
 
 def test_without_a_text_encoder_it_says_so(files):
