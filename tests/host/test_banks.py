@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ import comfy.model_management
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
+from lora_ensemble.engine.bank import Bank
 from lora_ensemble.host.compose import apply, banks, loading, measure
 from lora_ensemble.host.compose.composition import KEY
 from lora_ensemble.host.files.ensemble import LoRASpec
@@ -162,12 +164,17 @@ def test_what_makes_another_bank(loras):
     ours = merge(model, ensemble)
     narrow = model.clone()
     narrow.set_model_compute_dtype(torch.bfloat16)
-    elsewhere = model.clone()
-    elsewhere.load_device = torch.device("cpu", 0)
-    others = [merge(narrow, ensemble), merge(elsewhere, ensemble), merge(model, ensemble[::-1]),
-              merge(model, ensemble[:2]), merge(model, at(ensemble, 0.8, 0.0, -0.6))]
-    assert len({id(bank_of(each)) for each in (ours, *others)}) == 6
+    elsewhere, beyond = model.clone(), model.clone()
+    elsewhere.load_device = beyond.offload_device = torch.device("cpu", 0)
+    wide = replace(FAMILIES["SD15"], config=FAMILIES["SD15"].config | {"context_dim": 48})  # where most layers fit
+    others = [merge(narrow, ensemble), merge(elsewhere, ensemble), merge(beyond, ensemble),
+              merge(patcher(build(wide)), ensemble), merge(model, ensemble[::-1]), merge(model, ensemble[:2]),
+              merge(model, at(ensemble, 0.8, 0.0, -0.6))]
+    assert len({id(bank_of(each)) for each in (ours, *others)}) == 8
     assert bank_of(merge(model, ensemble)) is bank_of(ours)
+    for each in (elsewhere, beyond):
+        (bank,) = merge(each, ensemble).get_additional_models_with_key(KEY)
+        assert (bank.load_device, bank.offload_device) == (each.load_device, each.offload_device)
 
 
 def test_a_file_that_was_replaced(loras):
@@ -192,10 +199,16 @@ def test_models_of_one_kind_share_it(loras, parsed):
     same(sample(other), sample(stock(second, ensemble)), sample(second))
 
 
-def test_layers_that_differ_in_their_sizes_alone():
+class Other(torch.nn.Linear):
+    """A class of its own."""
+
+
+def test_layers_that_differ_in_one_thing_alone():
     narrow, wide = torch.nn.Sequential(torch.nn.Linear(4, 4)), torch.nn.Sequential(torch.nn.Linear(4, 8))
     assert banks.layers_of(narrow) != banks.layers_of(wide)
     assert banks.layers_of(narrow) != banks.layers_of(torch.nn.Sequential(torch.nn.Linear(4, 4, bias=False)))
+    assert banks.layers_of(narrow) != banks.layers_of(torch.nn.Sequential(Other(4, 4)))
+    assert banks.layers_of(narrow) != banks.layers_of(torch.nn.Sequential(OrderedDict(other=torch.nn.Linear(4, 4))))
     assert banks.layers_of(narrow) == banks.layers_of(torch.nn.Sequential(torch.nn.Linear(4, 4)))
 
 
@@ -282,6 +295,10 @@ def test_few_are_held_that_no_model_uses(loras, monkeypatch):
     gc.collect()
     assert [bank() is not None for bank in made] == [False, True, True], f"the last {banks.KEPT}"
     assert bank_of(merge(model, ensemble)) is bank_of(used), "and all that are in use"
+    merge(model, ensemble[2:])
+    merge(model, ensemble[:2])
+    gc.collect()
+    assert [bank() is not None for bank in made] == [False, False, True], "those asked for last, whenever made"
     monkeypatch.setattr(banks, "KEPT_BYTES", 1)
     last = weakref.ref(bank_of(merge(model, ensemble[:2])))
     del used
@@ -310,27 +327,38 @@ def test_tensors_in_notes_are_counted(loras, clip):  # noqa: F811
     assert banks.kept_bytes() - before == bank_of(ours).nbytes() + size > size > 0
 
 
-def test_a_dtype_node_behind_a_method(loras):
+def test_a_dtype_node_behind_a_method(loras, monkeypatch):
     """The run's banks are in the dtype that is computed in, in the host's books; the MODEL's own are as they were."""
-    model = base("SD3")
+    model = base("SD3").clone()
+    model.offload_device = torch.device("cpu", 0)
     ours = merge(model, three(model, loras))
     exact = sample(ours, "SD3")
     narrow, (own,) = ours.clone(), ours.get_additional_models_with_key(KEY)
     narrow.set_model_compute_dtype(torch.bfloat16)
-    seen = []
+    seen, before, fails, made, convert = [], banks.kept_bytes(), True, [], Bank.in_dtype
+    monkeypatch.setattr(Bank, "in_dtype", lambda bank, dtype, device: made.append(device) or convert(
+        bank, dtype, device))
 
     def look(executor, *args, **kwargs):
+        if fails:
+            raise InterruptedError
         (bank,) = narrow.get_additional_models_with_key(KEY)
         loaded = [entry.model for entry in comfy.model_management.current_loaded_models]
-        seen.append((bank.model.dtype, any(each.model is bank.model for each in loaded), id(bank.model)))
+        seen.append((bank.model.dtype, any(each.model is bank.model for each in loaded)))
+        assert (bank.load_device, bank.offload_device) == (model.load_device, model.offload_device)
         return executor(*args, **kwargs)
 
     narrow.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "look", look)
+    with pytest.raises(InterruptedError):
+        sample(narrow, "SD3")
+    assert bank_of(narrow) is own.model, "also behind a run that was stopped"
+    fails = False
     found = sample(narrow, "SD3")
-    assert {each[:2] for each in seen} == {(torch.bfloat16, True)}
+    assert banks.kept_bytes() == before + own.model.nbytes() / 2, "what was made for it is held, and counted"
+    assert {*seen} == {(torch.bfloat16, True)}
     assert narrow.get_additional_models_with_key(KEY)[0].model is own.model and own.model.dtype == torch.float32
     assert all(factor.dtype == torch.float32 for factor in own.model.parameters())
     assert 0 < (found - exact).abs().max() < 0.05 * exact.abs().max()
     sample(narrow, "SD3")
-    assert len({each[2] for each in seen}) == 1, "it is made once"
+    assert made == [model.offload_device], "it is made once, where the host has what it has not loaded"
     assert torch.equal(sample(ours, "SD3"), exact)
