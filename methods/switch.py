@@ -72,18 +72,10 @@ class Switch:
             return (tau,) * len(self.strengths)
         return tuple(max(1, round(tau * share / most)) for share in shares)
 
-    def active(self, step: Step) -> int:
-        """The adapter whose turn it is at a step, all turns being of one length."""
-        if step.index >= step.total - self.tail(step.total):
-            return self.last
-        order = self.order or tuple(range(len(self.strengths)))
-        index = max(step.index - 1, 0) if self.late else step.index
-        return order[index // self.turn(step.total) % len(order)]
-
     def turns(self, open_at: Sequence[Sequence[int]], shares: Sequence[float] = ()) -> list[int | None]:
-        """Whose turn each step is, where not all may act at all steps. A turn ends after its steps or when the window
-        of its adapter shuts, and goes on to the next in order whose window is open; None where none is. Where all are
-        open and turns of one length this is `active`.
+        """Whose turn each step is. A turn ends after its steps or when the window of its adapter shuts, and goes on to
+        the next in order whose window is open; None where none is. Where all are open, turns have one length and no
+        adapter has the last steps, this is the formula.
 
         open_at   per step, the adapters whose windows are open
         shares    as `RunContext.shares`
@@ -106,11 +98,6 @@ class Switch:
 
     def begin(self, context: RunContext) -> Session:
         return SwitchSession(self, context)
-
-    def branches(self, step: Step) -> tuple[Branch, ...]:
-        if not self.strengths:
-            return (Branch(()),)
-        return (one_hot(self.strengths, self.active(step)),)
 
     def mix(self, step: Step, predictions: Tensor) -> Tensor:
         return predictions[0]

@@ -11,6 +11,7 @@ import torch
 from lora_ensemble.kernels.branch import Branch, Step
 from lora_ensemble.methods.composite import Composite
 from lora_ensemble.methods.merge import Merge
+from lora_ensemble.methods.session import RunContext, begin
 from lora_ensemble.methods.switch import Switch
 from torch import Tensor
 
@@ -35,8 +36,12 @@ def deltas(count: int) -> list[Tensor]:
     return [torch.randn(4, 4, generator=generator, dtype=torch.float64) for _ in range(count)]
 
 
+def branches_of(method, at: Step) -> tuple[Branch, ...]:
+    return begin(method, RunContext(tuple(map(float, range(at.total, -1, -1))))).branches(at)
+
+
 def evaluate(method, deltas: list[Tensor], at: Step) -> Tensor:
-    return method.mix(at, torch.stack([toy_model(branch, deltas) for branch in method.branches(at)]))
+    return method.mix(at, torch.stack([toy_model(branch, deltas) for branch in branches_of(method, at)]))
 
 
 @each_method
@@ -50,7 +55,7 @@ def test_one_lora_alone_is_that_lora(make):
 def test_strength_zero_is_the_base(make):
     for index in range(10):
         method = make((0.0, 0.0, 0.0))
-        assert all(branch.is_base for branch in method.branches(step(index)))
+        assert all(branch.is_base for branch in branches_of(method, step(index)))
         # A mean over three equal predictions may round once.
         torch.testing.assert_close(evaluate(method, deltas(3), step(index)), toy_model(Branch((0.0,) * 3), deltas(3)),
                                    rtol=1e-15, atol=1e-15)
@@ -58,7 +63,7 @@ def test_strength_zero_is_the_base(make):
 
 @each_method
 def test_no_lora_is_the_base(make):
-    assert make(()).branches(step()) == (Branch(()),)
+    assert branches_of(make(()), step()) == (Branch(()),)
     prediction = torch.ones(1, 2, 3)
     assert torch.equal(make(()).mix(step(), prediction), prediction[0])
 
@@ -105,7 +110,7 @@ def test_branches_carry_each_strength_and_mixing_keeps_constants(make):
     method = make(STRENGTHS)
     seen = set()
     for index in range(30):
-        branches = method.branches(step(index, 30))
+        branches = branches_of(method, step(index, 30))
         assert all(len(branch.gains) == 3 and all(g in (0.0, s) for g, s in zip(branch.gains, STRENGTHS, strict=True))
                    for branch in branches)
         seen |= {i for branch in branches for i, g in enumerate(branch.gains) if g}
@@ -134,18 +139,18 @@ def released_switch(total: int, k: int, tau: int) -> list[int]:
 @pytest.mark.parametrize("total", [1, 4, 20, 53])
 def test_switch_follows_the_formula_and_late_the_released_code(k, tau, total):
     exact, late = Switch((1.0,) * k, tau), Switch((1.0,) * k, tau, late=True)
-    turns = [exact.active(step(j, total)) for j in range(total)]
+    turns = exact.turns([range(k)] * total)
     assert turns == [paper_switch(j + 1, k, tau) - 1 for j in range(total)]
-    assert [late.active(step(j, total)) for j in range(total)] == released_switch(total, k, tau)
+    assert late.turns([range(k)] * total) == released_switch(total, k, tau)
     for j in range(total):
-        (branch,) = exact.branches(step(j, total))
-        assert [i for i, g in enumerate(branch.gains) if g] == [exact.active(step(j, total))]
+        (branch,) = branches_of(exact, step(j, total))
+        assert [i for i, g in enumerate(branch.gains) if g] == [turns[j]]
 
 
 def test_switch_takes_turns_in_the_given_order():
     switch = Switch(STRENGTHS, 2, order=(2, 0, 1))
-    assert [switch.active(step(j, 8)) for j in range(8)] == [2, 2, 0, 0, 1, 1, 2, 2]
-    assert switch.branches(step(0))[0].gains == (0.0, 0.0, 1.2)
+    assert switch.turns([range(3)] * 8) == [2, 2, 0, 0, 1, 1, 2, 2]
+    assert branches_of(switch, step(0))[0].gains == (0.0, 0.0, 1.2)
 
 
 @pytest.mark.parametrize(("total", "count", "tau"), [(200, 2, 5), (50, 3, 5), (30, 3, 5), (20, 2, 5), (20, 3, 3),
@@ -154,7 +159,7 @@ def test_turns_go_by_the_number_of_steps(total, count, tau):
     """Each LoRA has two turns where there are steps for it, and one where there are steps enough for that."""
     switch = Switch((1.0,) * count)
     assert switch.turn(total) == tau
-    turns = [switch.active(step(j, total)) for j in range(total)]
+    turns = switch.turns([range(count)] * total)
     assert set(turns) == set(range(min(count, total)))
     if total >= 2 * count:
         assert sum(a != b for a, b in itertools.pairwise(turns)) >= 2 * count - 1
