@@ -157,9 +157,10 @@ class Session(ABC):
         """The branches to evaluate at this step, at least one."""
 
     def refresh(self, step: Step) -> tuple[bool, ...]:
-        """Per branch of `branches(step)`: True where it has to run whole, False where a cache may stand in for its
-        deep layers."""
-        return (True,) * len(self.branches(step))
+        """Per branch of `branches(step)`: True where it has to run whole, False where a cache, which this method or
+        another one on the MODEL brings, may stand in for its deep layers. By default it may: a branch is the same at
+        every step that it is there."""
+        return (False,) * len(self.branches(step))
 
     @abstractmethod
     def mix(self, step: Step, call: Call) -> list[Tensor | None]:
@@ -219,10 +220,6 @@ class PlainSession(Session):
     def branches(self, step: Step) -> tuple[Branch, ...]:
         """Those of the method."""
         return self.method.branches(step)
-
-    def refresh(self, step: Step) -> tuple[bool, ...]:
-        """As another method on the MODEL asks: a branch of this one is the same at every step that it is there."""
-        return (False,) * len(self.branches(step))
 
     def mix(self, step: Step, call: Call) -> list[Tensor | None]:
         """The method's mix of each cond by itself."""

@@ -9,6 +9,7 @@ from lora_ensemble.methods.cmlora import CMLoRA
 from lora_ensemble.methods.composite import Composite
 from lora_ensemble.methods.klora import KLoRA
 from lora_ensemble.methods.loratorio import LoRAtorio
+from lora_ensemble.methods.merge import Merge
 from lora_ensemble.methods.selection import Contest
 from lora_ensemble.methods.session import POSITIVE, Call, RunContext, begin
 from lora_ensemble.methods.switch import Switch
@@ -103,6 +104,14 @@ def test_switch_with_open_windows_is_the_formula(tau, order, late):
     switch = Switch((1.0, 1.0, 1.0), tau, order, late)
     found = switch.turns([(0, 1, 2)] * 20)
     assert found == [(order or (0, 1, 2))[max(j - late, 0) // (tau or 3) % 3] for j in range(20)]
+
+
+@pytest.mark.parametrize("method", [Merge, Switch, Composite, LoRAtorio], ids=lambda method: method.__name__)
+@pytest.mark.parametrize("windows", [(), (Window(), Window(0, 0.5))], ids=["always", "in time"])
+def test_a_method_without_a_cache_leaves_that_of_another_one_be(method, windows):
+    """As where CMLoRA is on the same MODEL: the branches of this one are the same whenever they are there."""
+    session = begin(method((1.0, 1.0)), context(*windows))
+    assert session.refresh(Step(1, STEPS, 8.0)) == (False,) * len(session.branches(Step(1, STEPS, 8.0)))
 
 
 def test_a_shut_window_takes_no_turn():
