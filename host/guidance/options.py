@@ -19,6 +19,8 @@ from .coeffs import GuidanceCoeffs
 CALIBRATED = ("saving", "LinearAG")
 MODES = ("extrapolate", "threshold", *CALIBRATED)
 ADAPTIVE = "dpm_adaptive"
+NEVER = 1.1
+"""A threshold that no cosine reaches."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,11 @@ def guidance_of(options: GuidanceOptions) -> Guidance:
 
 
 def saving_threshold(options: GuidanceOptions) -> float:
-    """The threshold whose mean saving on the calibrated paths is nearest to the one wanted."""
+    """The threshold whose mean saving on the calibrated paths is nearest to the one wanted. Nothing is to be saved: one
+    that is never reached, since one that is in the last step saves as little and changes the picture."""
     found, policy = options.coeffs.found, options.policy
+    if not options.saving:
+        return NEVER
     return threshold_for(found.by_step(policy.space), options.saving, policy.min_steps, policy.ramp_steps)
 
 

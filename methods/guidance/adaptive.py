@@ -202,7 +202,7 @@ class AdaptiveSession(GuidanceSession):
         if first and not self._before and all(g is not None and g >= policy.threshold for g in first):
             self.tell(f"Adaptive Guidance: the similarity is above the threshold {policy.threshold:g} from the first "
                       f"step on that may be left out ({min(first):.6f}): this model, in the space '{policy.space}', "
-                      "needs a higher threshold. Calibrate Guidance finds it.")
+                      "needs a higher threshold, in mode 'saving' a smaller share. Calibrate Guidance finds it.")
 
     def _never(self) -> None:
         """Nothing was saved: how near it came. The similarity need not rise to the end; along a flow that of velocities

@@ -365,6 +365,13 @@ def test_saving(found, saving, space):
     assert f"{100 * saving:g} %" in guidance_record_of(model).policy
 
 
+def test_to_save_nothing_is_full_guidance(found):
+    """Guard: guidance ended in the last step, which saved nothing and drew another picture."""
+    model = guide(base("SD15"), found, "saving", saving=0.0)
+    assert torch.equal(sample(model, steps=STEPS), sample(base("SD15"), steps=STEPS))
+    assert guidance_record_of(model).problems == []
+
+
 def test_plot_and_text(found):
     image, text = plot(found), summary(found)
     assert image.shape[0] == 1 and image.shape[2:] == (1024, 3) and 0 <= image.min() < 0.3 and image.max() == 1
