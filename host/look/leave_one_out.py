@@ -241,8 +241,9 @@ def _sampled(model, composition: Composition, how: Sampling, chunk: Sequence[Sil
         study.forget()
         kind = WrappersMP.CALC_COND_BATCH  # around the composition's
         own.wrappers[kind] = {f"{KEY}_study": [study.calc_cond_batch], **own.wrappers.get(kind, {})}
-    latent = how.latent if how.latent.is_nested else how.latent[:1]
-    noise = comfy.sample.prepare_noise(latent, how.seed, None if how.numbers is None else how.numbers[:1])
+    latent, noise = how.latent, comfy.sample.prepare_noise(how.latent, how.seed, how.numbers)
+    if not latent.is_nested:  # drawn for the whole batch: what the first has may depend on how many there are
+        latent, noise = latent[:1], noise[:1]
     mask = how.mask if how.mask is None or latent.is_nested else how.mask[:1]
     if len(chunk) > 1:
         latent, noise = (each.repeat(len(chunk), *[1] * (each.ndim - 1)) for each in (latent, noise))

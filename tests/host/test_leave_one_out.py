@@ -296,6 +296,17 @@ def test_the_node(family, loras):
     assert told["pictures"][0]["changed"] == 0 and all(each["changed"] > 0 for each in told["pictures"][1:])
 
 
+def test_the_first_picture_of_a_batch_is_that_of_a_sampler(loras):
+    """Guard: of sizes whose numbers are no multiple of 16 the first of three has other noise than one alone."""
+    model, latent = base("SD15"), torch.zeros(3, 4, 9, 7)
+    ours, noise = merge(model, three(model, loras)), comfy.sample.prepare_noise(latent, SEED)
+    assert not torch.equal(noise[:1], comfy.sample.prepare_noise(latent[:1], SEED))
+    given = how(latent=latent)
+    want = comfy.sample.sample(ours, noise, STEPS, 3.0, "euler", "normal", given.positive, given.negative, latent,
+                               seed=SEED, disable_pbar=True)
+    assert gap(leave_one_out(ours, given).latents[0], want[:1]) < 1e-4
+
+
 def test_wrong_numbers_are_refused(loras):
     model, given = base("SD15"), how()
     ours = merge(model, three(model, loras)[:1])
