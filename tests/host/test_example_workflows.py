@@ -277,6 +277,17 @@ def test_every_file_but_the_users_own_can_be_downloaded(path):
 
 
 @each_workflow
+def test_the_note_of_files_names_the_placeholders_that_are_there(path):
+    """Guard: two named another file than the graph has, and a LoRA was left without a word on what belongs there."""
+    graph = json.loads(path.read_text(encoding="utf-8"))
+    notes = "".join(node["widgets_values"][0] for node in graph["nodes"] if node["type"] in VIRTUAL)
+    named = {found[0] for found in OWN.finditer(notes)}
+    used = {value for node in graph["nodes"] for value in node.get("widgets_values", ()) if OWN.fullmatch(str(value))}
+    found = {file.replace("_high_noise", "_low_noise") for file in used}  # by Two Noise Levels
+    assert not named or used <= named <= used | found
+
+
+@each_workflow
 def test_workflows_of_the_first_version_open(path):
     """What came later stands last on its node: every value that was saved is still that of its widget."""
     graph = json.loads(path.read_text(encoding="utf-8"))
