@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 from lora_ensemble.host.files.ensemble import LoRASpec
 from lora_ensemble.nodes.unused import unused, unused_of
+from lora_ensemble.tests.workflows import EXAMPLES, load
 
 from .test_unused import NODES, another, defaults
 
@@ -83,6 +84,28 @@ def test_each_setting_that_is_changed_in_vain_is_named(node, settings, names):
             changed = given | {part.id: VALUES.get(part.id) or another(part)}
             found |= {part.id} & named(unused(schema, changed))
     assert found == set(names.split())
+
+
+def chained(workflow: dict, key: str) -> tuple[LoRASpec, ...]:
+    """The LoRAs of a chain of `LoRA (Ensemble)` in API format."""
+    given = workflow[key]["inputs"]
+    if "lora_name" not in given:
+        return ()
+    before = chained(workflow, given["ensemble"][0]) if "ensemble" in given else ()
+    return (*before, LoRASpec(given["lora_name"], given["strength_model"], given["strength_clip"], given["role"],
+                              words=given.get("words", ""), mask=object() if "mask" in given else None))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_sets_nothing_in_vain(path):
+    workflow = load(path)
+    for node in workflow.values():
+        if node["class_type"] not in NODES:
+            continue
+        given = {name: object() if isinstance(value, list) else value for name, value in node["inputs"].items()}
+        if "ensemble" in given and "lora_name" not in given:
+            given["ensemble"] = chained(workflow, node["inputs"]["ensemble"][0])
+        assert not unused(NODES[node["class_type"]].define_schema(), given), node["class_type"]
 
 
 @pytest.mark.parametrize("node", ["AdaptiveGuider", "KSampler"])
