@@ -137,12 +137,16 @@ def test_what_was_found_in_a_file_is_said_every_time(loras, clip, parsed, caplog
     file["lora_unet_nowhere.lora_up.weight"] = torch.ones(4, 4)
     file["lora_unet_nowhere.lora_down.weight"] = torch.ones(4, 4)
     text = lora(text_layers(clip), 2, name=lambda layer: "lora_te_text_model_" + layer.replace(".", "_"))
-    ensemble = [LoRASpec(loras(file), 0.8, 0), LoRASpec(loras(text), 0.5, 0.5)]
+    ensemble = [LoRASpec("off.safetensors", 0, 0), LoRASpec(loras(file), 0.8, 0), LoRASpec(loras(text), 0.5, 0.5)]
     caplog.set_level("INFO", "lora_ensemble")
     said = []
     for strength in (0.8, 0.4):
         caplog.clear()
-        ours, _ = apply.apply_method(model, clip, at(ensemble, strength, 0.5), plain(Composite), "Composite LoRAs")
+        ours, words = apply.apply_method(model, clip, at(ensemble, 0, strength, 0.5), plain(Composite),
+                                         "Composite LoRAs")
+        applied = ours.get_attachment(KEY).applied[0]
+        assert (applied.names, applied.method.strengths) == ((ensemble[1].name,), (strength,)), "not those that are off"
+        assert {patch[0] for each in words.patcher.patches.values() for patch in each} == {0.5}
         said.append((ours.get_attachment(KEY).applied[0].problems, [r.getMessage() for r in caplog.records]))
     assert said[0] == said[1] and len(parsed) == 1, "the other file changes no layer of the model"
     assert any("nowhere" in problem for problem in said[0][0]) and any("text encoder alone" in t for t in said[0][1])
@@ -195,7 +199,7 @@ def test_models_of_one_kind_share_it(loras, parsed):
     first, second = own(), own()
     ensemble = three(first, loras)
     one, other = merge(first, ensemble), merge(second, ensemble)
-    assert bank_of(one) is bank_of(other) and len(parsed) == 3
+    assert bank_of(one) is bank_of(other) and len(parsed) == 3 and banks.kept_bytes() == bank_of(one).nbytes()
     same(sample(other), sample(stock(second, ensemble)), sample(second))
 
 
@@ -294,6 +298,7 @@ def test_few_are_held_that_no_model_uses(loras, monkeypatch):
     made = [weakref.ref(bank_of(merge(model, part))) for part in (ensemble[:1], ensemble[1:2], ensemble[2:])]
     gc.collect()
     assert [bank() is not None for bank in made] == [False, True, True], f"the last {banks.KEPT}"
+    assert banks.kept_bytes() == made[1]().nbytes() + made[2]().nbytes()
     assert bank_of(merge(model, ensemble)) is bank_of(used), "and all that are in use"
     merge(model, ensemble[2:])
     merge(model, ensemble[:2])

@@ -12,6 +12,7 @@ from lora_ensemble.engine.bank import Bank
 from lora_ensemble.engine.stack import Stack
 from lora_ensemble.host.compose.banks import bank_patcher
 from lora_ensemble.host.compose.composition import KEY
+from lora_ensemble.host.compose.memory import is_lack_of_memory, to_spare
 from lora_ensemble.tests.reference import KINDS, make_ops
 
 from .builders import composite, sample, three
@@ -65,6 +66,22 @@ def test_a_bank_in_another_dtype():
     assert all(other.sites[site.name] is site for site in other.site_list)
     assert other.addresses() == [next(site.parameters()).data_ptr() for site in other.site_list], "not the bank's"
     assert devices(bank.in_dtype(torch.bfloat16, DEVICE)) == {"meta"}
+
+
+def test_memory_to_spare(monkeypatch):
+    """Half of what is free, once the host has made room for twice the least; nothing where that is less."""
+    asked = []
+    monkeypatch.setattr(comfy.model_management, "free_memory", lambda size, device: asked.append((size, device)))
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda device: 2 * asked[-1][0] - 12)
+    assert to_spare(DEVICE, 10) == 14 and to_spare(DEVICE, 5) == 0 and asked == [(20, DEVICE), (10, DEVICE)]
+
+
+@pytest.mark.parametrize(("error", "lack"), [
+    (torch.OutOfMemoryError("test"), True), (RuntimeError("MPS backend out of memory"), True),
+    (RuntimeError("HIP error: Out of Memory"), True), (RuntimeError("lost"), False)], ids=str)
+def test_a_lack_of_memory(error, lack):
+    """Whatever the host's own name for it means in this torch."""
+    assert is_lack_of_memory(error) is lack
 
 
 # --- dynamic VRAM ---------------------------------------------------------------------------------------------------
@@ -130,6 +147,8 @@ def test_a_copy_for_a_further_device_shares_nothing(dynamic):
     patcher.detach()
     again = patcher.deepclone_multigpu(new_load_device=torch.device("meta", 1))
     assert again.model is not bank and again.is_dynamic()
+    made, arguments = patcher.cached_patcher_init
+    assert not made(*arguments, disable_dynamic=True).is_dynamic()
     assert set(again.model.sites) == set(bank.sites) and again.model.names == bank.names
     here = dict(bank.named_parameters())
     for name, parameter in again.model.named_parameters():
