@@ -18,7 +18,8 @@ class StepTracker:
     times that it calls the model once between two of its callbacks, each time for the next step; from then on the first
     call after a callback is the next step's, and only a second call within a step (Heun, SDE samplers) is read. Three,
     because a corrector that calls after its callback (SA-Solver PECE) looks like the simple kind for its first two
-    steps. On the CPU reading costs nothing.
+    steps. Where the schedule turns and rises it is read, too: a restart goes on from the level that it rises to, and
+    others from the lowest one. On the CPU reading costs nothing.
 
     sigmas   the run's schedule, noisiest first, with the final 0
     """
@@ -52,7 +53,8 @@ class StepTracker:
             return self._step
         self._last = timestep
         self._calls += 1
-        if timestep.device.type != "cpu" and self._told and self._simple >= 3 and self._next < self.total:
+        if timestep.device.type != "cpu" and self._told and self._simple >= 3 and self._next < self.total \
+                and not self._turns(self._next):
             index = self._next
             sigma = self.sigmas[index]
         else:
@@ -65,6 +67,11 @@ class StepTracker:
         self._told = False
         self._step = Step(index, self.total, sigma)
         return self._step
+
+    def _turns(self, index: int) -> bool:
+        """Whether noise falls up to this entry of the schedule and rises behind it."""
+        before, here, after = self.sigmas[index - 1:index + 2]
+        return before > here < after
 
     def index_of(self, sigma: float) -> int:
         """The step whose interval holds sigma: one that begins at sigma, else one that it lies within. Where several

@@ -65,6 +65,20 @@ def test_noise_levels_that_come_again(sigmas, between):
     assert sorted(set(found)) == list(range(len(sigmas) - 1)) and found == sorted(found)
 
 
+@pytest.mark.parametrize("left_out", [False, True])
+def test_a_schedule_that_turns_is_read_there(left_out):
+    """Samplers with restarts begin them at the level that noise rises to; others take a step from the lowest one."""
+    sigmas = [14.0, 10.0, 6.0, 3.0, 1.0, 0.3, 3.0, 1.0, 0.3, 3.0, 1.0, 0.3, 0.2, 0.1, 0.03, 0.0]
+    lowest = [5, 8] if left_out else []
+    tracker = StepTracker(sigmas)
+    stamps = {i: OnDevice(sigma) for i, sigma in enumerate(sigmas[:-1]) if i not in lowest}
+    for index, stamp in stamps.items():
+        step = tracker.step(stamp)
+        assert (step.index, step.sigma) == (index, sigmas[index])
+        tracker.tell()
+    assert not stamps[14].reads and sum(stamp.reads for stamp in stamps.values()) == (9 if left_out else 5)
+
+
 def test_no_device_read_once_the_sampler_is_known():
     """Guard: StepTracker's trust. Without it every step would wait for the device."""
     tracker, stamps = StepTracker(SIGMAS), [OnDevice(sigma) for sigma in SIGMAS[:-1]]
