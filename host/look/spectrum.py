@@ -46,8 +46,9 @@ class Sampling:
 class Profile:
     """The high-frequency share H_0.2 of the noisy latent at every step, for one LoRA alone or for the base model.
 
-    change   of the mean share over the second half of the run, relative to the base model's
-    error    of the change: its standard error over the pictures of the batch, 0 where there is one
+    change     of the mean share over the second half of the run, relative to the base model's
+    error      of the change: its standard error over the pictures of the batch, 0 where there is one
+    pictures   of the batch
     """
 
     name: str
@@ -55,6 +56,7 @@ class Profile:
     shares: tuple[float, ...]
     change: float = 0.0
     error: float = 0.0
+    pictures: int = 1
 
     @property
     def low(self) -> bool:
@@ -119,7 +121,7 @@ def report(found: Sequence[Profile]) -> str:
         line = " " * 9 + "".join(f"{profile.shares[mark]:8.3f}" for mark in marks)
         error = f" (error {100 * profile.error:.0f})" if profile.error else ""
         lines.append(f"{line}  {100 * profile.change:+5.0f} %{error}  {profile.name}{_verdict(profile)}")
-    if not any(profile.error for profile in found):
+    if found[0].pictures == 1:
         lines += ["", "One picture only: pictures differ. With a batch of 4 or more the error of each change is known."]
     return "\n".join(lines)
 
@@ -138,7 +140,7 @@ def _verdict(profile: Profile) -> str:
 
 def _profile(name: str, role: str, own: Tensor, base: Tensor) -> Profile:
     """From shares [steps, pictures]."""
-    return Profile(name, role, tuple(own.mean(dim=1).tolist()), *late_change(own, base))
+    return Profile(name, role, tuple(own.mean(dim=1).tolist()), *late_change(own, base), own.shape[1])
 
 
 def _shares(model, how: Sampling, progress: Callable[[], None], who: str) -> Tensor:

@@ -149,6 +149,8 @@ def test_a_batch_tells_the_error_of_the_change(loras):
     assert ground.change == ground.error == 0
     assert "(error " in report([ground, found]) and "One picture only" not in report([ground, found])
     assert "One picture only" in report(FOUND)
+    (alone,) = profiles(model, [replace(ensemble[0], role="always")], how)  # no other LoRA, and so no change
+    assert alone.error == 0 and "One picture only" not in report([alone])
 
 
 def test_an_empty_ensemble_is_refused():
