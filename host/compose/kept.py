@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from uuid import UUID
 
 from torch import Tensor, nn
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from ...methods.counted import counted
 from .neighbours import Neighbours
 
+HISTORY = "ar_state"
+"""What transformer options have of a sampler that draws a film frame by frame, with what the model keeps of it."""
 IN_VAIN = 2
 """So many times in a row something was kept that nothing was read of, and it is kept no longer."""
 
@@ -76,10 +79,9 @@ class KeptBetweenCalls:
 
         Raises ValueError where a sampler keeps the history of one film and there are several branches.
         """
-        if branches > 1 and options.get("ar_state") is not None:
-            raise ValueError(f"{type(root).__name__} draws a film frame by frame and keeps one history of it, so it "
-                             "cannot be evaluated with several branches. Use Merge, Switch, K-LoRA, EST-LoRA or Routed "
-                             "with it, which have one.")
+        if branches > 1 and has_history(options):
+            raise ValueError(f"{one_history(root)}, so it cannot be evaluated with several branches. Use Merge, "
+                             "Switch, K-LoRA, EST-LoRA or Routed with it, which have one.")
         options = self.neighbours.aside(root, options, uuids) if aside else self.neighbours.arrange(
             root, options, uuids, rows, branches)
         keepers = {keeper.name: keeper for keeper in keepers_of(root, options)}
@@ -124,6 +126,15 @@ class KeptBetweenCalls:
                                "nothing else")
 
 
+def has_history(options: Mapping) -> bool:
+    """Whether each evaluation of the model goes into what it keeps of a film."""
+    return options.get(HISTORY) is not None
+
+
+def one_history(root: nn.Module) -> str:
+    return f"{type(root).__name__} draws a film frame by frame and keeps one history of it"
+
+
 def keepers_of(root: nn.Module, options: Mapping) -> Iterator[Keeper]:
     """What a diffusion model keeps by itself, and what the options of a call let it keep."""
     if hasattr(root, "clear_kv_cache"):  # HiDream-O1
@@ -131,6 +142,9 @@ def keepers_of(root: nn.Module, options: Mapping) -> Iterator[Keeper]:
     if getattr(root, "prefix_cache_enabled", False) and hasattr(root, "reset_prefix_cache"):  # Qwen-Image 2.1
         yield Keeper(f"{type(root).__name__}'s keys and values of prompt and reference pictures",
                      lambda: root.reset_prefix_cache(True), _without_prefix)
+    if has_history(options) and hasattr(root, "reset_crossattn_caches"):  # Wan's autoregressive form
+        yield Keeper(f"{type(root).__name__}'s keys and values of the prompt",
+                     partial(root.reset_crossattn_caches, options[HISTORY]["crossattn_caches"]))
     for name, value in options.items():
         if _stores(value, "free", "slots"):  # WanAnimate2Cache
             yield Keeper(f"the {type(value).__name__} of '{name}'", value.free, lambda known, name=name: {

@@ -22,6 +22,7 @@ from .attention import AttentionReader
 from .cache import Combo
 from .combos import Joined
 from .context import parts_of
+from .kept import one_history
 from .places import call_tokens
 from .routes import RoutedLoRAs
 from .rows import in_range
@@ -94,12 +95,13 @@ def listening(run: Run, joined: Joined, conds: Sequence[tuple[Combo, UUID | None
 
 
 def find_places(run: Run, positive: list[list[dict]], evaluate: Callable[[list[list[dict]], Combo], list[Tensor]],
-                root: nn.Module, compiled: bool) -> None:
+                root: nn.Module, compiled: bool, history: bool = False) -> None:
     """Look for the places of all methods that lack them, before the branches of a call are evaluated.
 
     positive   the positive conds of the call; without one that acts at its noise level nothing is looked for
     evaluate   predictions for conds under one combination of branches, [pictures, C, ...] each
     compiled   whether torch.compile sees the model
+    history    whether whatever is evaluated becomes a part of the film, so that nothing can be looked for
     """
     entries, variants = [entry for cond in positive for entry in cond], run.conds()
     positive = [acting for cond in positive if (acting := [each for each in cond if in_range(each, run.step.sigma)])]
@@ -115,10 +117,10 @@ def find_places(run: Run, positive: list[list[dict]], evaluate: Callable[[list[l
     run.probing, placed = True, token_order(root) is not None
     try:
         for regions in due:
-            if regions.contrasts:
+            if regions.contrasts and not history:
                 _compare(regions, positive, lambda conds: evaluate(conds, base), variants)
         rest = [regions for regions in due if not regions.contrasts and placed]
-        if rest and not compiled:
+        if rest and not compiled and not history:
             instead = [[_with_stand_ins(entry, rest, variants) for entry in cond] for cond in positive]
             with run.reading(rest):
                 evaluate(instead, base)
@@ -127,7 +129,10 @@ def find_places(run: Run, positive: list[list[dict]], evaluate: Callable[[list[l
     for regions in due:
         regions.commit()
         if not regions.routes.found:
-            regions.give_up(_why_not(regions, root, placed, compiled, run.kept.neighbours.kept_aside), not placed)
+            others = run.kept.neighbours.kept_aside
+            why = f"{one_history(root)}, so that nothing is evaluated to find the places of words" if history else \
+                _why_not(regions, root, placed, compiled, others)
+            regions.give_up(why, not placed)
 
 
 def _base(regions: object, branches: Sequence[Branch], applied) -> Branch:

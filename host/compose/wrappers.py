@@ -22,6 +22,7 @@ from .composition import KEY, Composition
 from .context import is_flow, method_contexts, parts_of, run_context, sides_of, timed
 from .control import CALLER_CONDS, OF_WEIGHTS, OWN_CONTROLS, caller_indexes, made_of_weights
 from .earlier import RUNS, bare, mark_of, names_of
+from .kept import has_history
 from .places import window_of
 from .prepared import act_on_prompts
 from .probe import find_places, listening, positives, readings
@@ -159,11 +160,11 @@ def calc_cond_batch(executor, model, conds, x_in, timestep, model_options):
                 for out in executor(model, some, x_in, timestep, options)]
 
     if run.routes and not run.probing:
-        compiled = run.compiled(root, partial(is_compiled, model.diffusion_model,
-                                              model_options.get("transformer_options", {})))
+        options = model_options.get("transformer_options", {})
+        compiled = run.compiled(root, partial(is_compiled, model.diffusion_model, options))
         for each in run.routes:
             each.evaluate(plan.own)
-        find_places(run, positives(conds, sides), alone, root, compiled)
+        find_places(run, positives(conds, sides), alone, root, compiled, has_history(options))
         with run.reading([] if compiled else [each for each in run.routes if each.reads(plan.step)],
                          _to_read(run, plan.combos)):
             return _evaluated(executor, model, run, plan, conds, sides, x_in, timestep, model_options)

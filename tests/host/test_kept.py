@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from weakref import ref
 
 import comfy.model_management
+import comfy.samplers
+import comfy.supported_models
 import pytest
 import torch
 from lora_ensemble.host.compose.apply import with_cache
@@ -21,11 +24,14 @@ from torch import nn
 from .any_model import any_model, latent_of, prompt_of
 from .blocks import Transformer
 from .builders import lora, merge, method, same, stock
-from .models import randomize
+from .models import FAMILIES, build, patcher, randomize
 from .small import FLUX_2, REFERENCE, like, references
 from .small_video import SMALL
 from .test_parity_families import NAME, layers_of
+from .test_routed import MARKS, bare, prompt, rests, routed, specs
 
+WAN = FAMILIES["Wan"]
+CAUSAL = replace(WAN, name="Causal", kind="WAN21_CausalAR_T2V", config={**WAN.config, "causal_ar": True})
 PLAIN = like(FLUX_2, "Flux 2 timestep zero", references(*REFERENCE, method="index_timestep_zero"))
 
 
@@ -257,6 +263,56 @@ def test_qwen_is_off_where_loras_change(qwen, loras, make):
     found = drawn_from_nothing(ours)
     assert said(ours, "Prefix's keys and values of prompt and reference pictures: not used in this run")
     same(found, never_kept(ours), plain, 1e-5)
+
+
+# --- Wan's autoregressive form --------------------------------------------------------------------------------------
+
+
+def frame_by_frame(model, conds: list | None = None, anew: bool = False) -> torch.Tensor:
+    """What SamplerARVideo draws; `anew`: with nothing kept of the prompt."""
+    guider, noise = comfy.samplers.CFGGuider(model), WAN.noise(seed=1)
+    guider.set_conds(conds or WAN.cond(11), WAN.cond(12))
+    guider.set_cfg(1.0)
+
+    def reset(root, args, kwargs):
+        if anew:
+            root.reset_crossattn_caches(kwargs["transformer_options"]["ar_state"]["crossattn_caches"])
+
+    sampler = comfy.samplers.ksampler("ar_video", {"num_frame_per_block": 1})
+    with torch.inference_mode(), model.model.diffusion_model.register_forward_pre_hook(reset, with_kwargs=True):
+        return guider.sample(noise, noise * 0, sampler, torch.linspace(1, 0, 4), disable_pbar=True, seed=1)
+
+
+@pytest.fixture(scope="module")
+def causal():
+    if not hasattr(comfy.supported_models, CAUSAL.kind):
+        pytest.skip("this ComfyUI has no autoregressive Wan")
+    model = build(CAUSAL)
+    randomize(model)
+    return patcher(model)
+
+
+def test_a_film_that_is_drawn_frame_by_frame_has_the_prompt_of_the_loras_at_work(causal, loras):
+    """Guard: `keepers_of`. The host keeps the text's keys and values of the first call."""
+    ensemble, plain = bare(specs(causal, loras)), frame_by_frame(causal)
+    same(frame_by_frame(merge(causal, ensemble)), frame_by_frame(stock(causal, ensemble)), plain, 1e-4)
+    for ours in (method(causal, ensemble, lambda strengths: Switch(strengths, 1)),
+                 merge(causal, [replace(ensemble[0], start=0.5), ensemble[1]])):
+        found = frame_by_frame(ours)
+        assert said(ours, "CausalWanModel's keys and values of the prompt: made anew")
+        same(found, frame_by_frame(ours, anew=True), plain, 1e-5)
+
+
+@pytest.mark.parametrize("mode", ["once", "contrast"])
+def test_words_are_not_sought_in_a_film_with_one_history(mode, causal, loras):
+    """Whatever is evaluated would be a part of it. Guard: `history` in `find_places`."""
+    rest = rests(MARKS, [prompt("Wan", None, 20 + k)[0] for k in range(3)])
+    ensemble, conds = specs(causal, loras), prompt("Wan", lora_ensemble_without=rest)
+    ours = routed(causal, ensemble, mode=mode)
+    merged = stock(causal, bare(ensemble))
+    same(frame_by_frame(ours, conds), frame_by_frame(merged, conds), frame_by_frame(causal, conds), 1e-4)
+    (line,) = record_of(ours).problems
+    assert "keeps one history of it" in line and "act everywhere" in line
 
 
 # --- the guard itself -----------------------------------------------------------------------------------------------
