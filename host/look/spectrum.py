@@ -15,7 +15,7 @@ from ...kernels.spectrum import high_share, late_change, radial_amplitude, radia
 from ...methods.frequency import LOW_FREQUENCY, frequency_class
 from ...methods.merge import Merge
 from ..compose.apply import apply_method
-from ..files.ensemble import ALWAYS, Ensemble, on_the_model
+from ..files.ensemble import ALWAYS, Ensemble, on_the_model, told_apart
 from .chart import Lines, Series
 from .letters import labels
 from .sheet import as_image, sheet
@@ -78,7 +78,7 @@ def profiles(model, ensemble: Ensemble, how: Sampling, progress: Callable[[], No
     """
     if not ensemble:
         raise ValueError("LoRA Spectrum: the ensemble is empty. Connect at least one 'LoRA (Ensemble)' node to it.")
-    ensemble = on_the_model(ensemble)
+    ensemble = told_apart(on_the_model(ensemble))
     active, always = [spec for spec in ensemble if spec.composed], tuple(s for s in ensemble if s.role == ALWAYS)
     if always:
         model = apply_method(model, None, always, lambda all_: Merge(all_.strengths), node="LoRA Spectrum")[0]
@@ -87,15 +87,19 @@ def profiles(model, ensemble: Ensemble, how: Sampling, progress: Callable[[], No
     log.info("LoRA Spectrum: %d pictures of %d steps, one after the other", 1 + len(models), how.steps)
     base = _shares(model, how, progress, "the base model")
     return [_profile("base model", "", base, base),
-            *(_profile(spec.name, spec.role, _shares(alone, how, progress, f"LoRA '{spec.name}'"), base)
+            *(_profile(spec.called, spec.role, _shares(alone, how, progress, f"LoRA '{spec.called}'"), base)
               for spec, alone in zip(active, models, strict=True))]
 
 
 def with_measured_roles(ensemble: Ensemble, found: Sequence[Profile]) -> Ensemble:
-    """The ensemble in which LoRAs of role `auto` that were measured as low-frequency ones are backgrounds."""
-    low = {profile.name for profile in found[1:] if profile.low}
-    return tuple(replace(spec, role=LOW_FREQUENCY[0]) if spec.role == "auto" and spec.name in low else spec
-                 for spec in ensemble)
+    """The ensemble in which LoRAs of role `auto` that were measured as low-frequency ones are backgrounds.
+
+    found   of `profiles`: the base model, and each LoRA that is composed, in order
+    """
+    measured = iter(found[1:])
+    low = [spec.composed and next(measured).low for spec in ensemble]
+    return tuple(replace(spec, role=LOW_FREQUENCY[0]) if spec.role == "auto" and is_low else spec
+                 for spec, is_low in zip(ensemble, low, strict=True))
 
 
 def plot(found: Sequence[Profile], theme: Theme = LIGHT) -> Tensor:

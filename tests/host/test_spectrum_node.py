@@ -110,6 +110,16 @@ def test_only_roles_that_nobody_chose_are_filled_in():
     assert [spec.role for spec in with_measured_roles(specs, FOUND)] == ["background", "auto", "style", "background"]
 
 
+def test_two_rows_of_one_file_have_a_class_each(loras):
+    """Guard: both went by their file, whose name both lines had. One that is off, or always on, is not measured."""
+    specs = [LoRASpec("forest", strength, 1.0, role) for strength, role in (
+        (0.0, "auto"), (1.0, "auto"), (1.0, "always"), (-0.2, "auto"))]
+    assert [spec.role for spec in with_measured_roles(specs, FOUND[:3])] == ["auto", "background", "always", "auto"]
+    name = three(base("SD15"), loras)[0].name
+    found = profiles(base("SD15"), [LoRASpec(name, 0.8, 0.0), LoRASpec(name, -0.4, 0.0)], sampling())
+    assert [profile.name for profile in found[1:]] == [f"{name} (row 1)", f"{name} (row 2)"]
+
+
 def test_the_report_says_where_role_and_measurement_differ():
     lines = {profile.name: next(line for line in report(FOUND).splitlines() if profile.name in line)
              for profile in FOUND}
