@@ -6,7 +6,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..host.files.ensemble import Ensemble
-from ..host.files.files import FOLDER, check_file
+from ..host.files.files import FOLDER, changes, check_file
 from ..host.files.levels import UNNAMED, divided, side_by_side
 from .sockets import LoRAEnsemble, ensemble_input, schema
 from .unused import tell
@@ -47,8 +47,8 @@ class LoRAEnsembleNoiseLevels(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **inputs: object) -> str:
-        """Run again when files have come or gone: a partner may be among them."""
-        return str(hash(tuple(folder_paths.get_filename_list(FOLDER))))
+        """Run again when files have come or gone, for a partner may be among them, or when one has been replaced."""
+        return repr((hash(tuple(folder_paths.get_filename_list(FOLDER))), changes()))
 
     @classmethod
     def execute(cls, ensemble: Ensemble, unnamed: str, low_noise: Ensemble | None = None) -> io.NodeOutput:

@@ -79,9 +79,6 @@ class LoRAEnsemblePrompt(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip: Any, text: str, ensemble: Ensemble | None = None) -> io.NodeOutput:
-        if clip is None:
-            raise ValueError("Ensemble Prompt: there is no text encoder. The checkpoint that the clip input comes from "
-                             "has none; load one with a CLIP loader.")
         check_chain(cls, ensemble=ensemble)
         text, named = ensemble_of(text)
         words, unchanged = words_of(clip, ensemble or (), named), not_in(clip, named)

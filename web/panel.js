@@ -22,7 +22,8 @@ const STYLE = `
   overflow-wrap: anywhere }
 .lora-ensemble-panel .note { color: var(--input-text, #ddd); display: -webkit-box; -webkit-box-orient: vertical;
   -webkit-line-clamp: ${LINES} }
-.lora-ensemble-panel ul { margin: 0; padding: 0; min-height: 0; list-style: none; overflow: hidden auto }
+.lora-ensemble-panel ul { margin: 0; padding: 0; min-height: 0; max-height: ${MOST * ROW}px; list-style: none;
+  overflow: hidden auto }
 .lora-ensemble-panel li { display: grid; height: ${ROW}px; align-items: center; gap: 6px;
   grid-template-columns: minmax(0, 2fr) minmax(40px, 3fr) 34px 34px; font-variant-numeric: tabular-nums }
 .lora-ensemble-panel span { overflow: hidden; white-space: nowrap; text-overflow: ellipsis; text-align: right }
@@ -75,14 +76,22 @@ function row(list, { name, part, strength, light, dark }) {
 }
 
 function draw(element, parts) {
+  const before = [...element.querySelectorAll('ul')].map((list) => [list.scrollTop, list === document.activeElement])
   element.replaceChildren()
   element.setAttribute('aria-label', say('What each LoRA does'))
-  for (const { head, rows } of parts) {
+  parts.forEach(({ head, rows }, k) => {
     const text = sayAll(head)
     put(element, 'p', text).title = say('{text}; on the right the strength at this step', { text })
     const list = put(element, 'ul')
     rows.forEach((each) => row(list, each))
-  }
+    if (rows.length <= MOST) return
+    list.setAttribute('aria-label', text)
+    list.tabIndex = 0 // keys scroll it, and in Nodes 2.0 the wheel does where it has been clicked
+    list.dataset.captureWheel = true
+    const [place, focused] = before[k] ?? []
+    list.scrollTop = place ?? 0
+    if (focused) list.focus({ preventScroll: true })
+  })
   const foot = sayAll(parts[0].foot)
   put(element, 'p', foot).title = foot
   for (const note of parts[0].notes) put(element, 'p', note, 'note').title = note
@@ -171,7 +180,6 @@ function panelOf(node) {
 function tall(element, width) {
   const copy = document.body.appendChild(element.cloneNode(true))
   copy.style.cssText = `position: absolute; visibility: hidden; height: auto; width: ${width}px`
-  copy.querySelectorAll('ul').forEach((list) => { list.style.maxHeight = `${MOST * ROW}px` })
   const height = copy.offsetHeight
   copy.remove()
   return height

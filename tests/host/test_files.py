@@ -24,6 +24,7 @@ from lora_ensemble.host.files.files import check_file, fingerprint
 from lora_ensemble.host.files.names import resolved
 from lora_ensemble.methods.merge import Merge
 from lora_ensemble.nodes.ensembles import LoRAEnsembleFromStack, LoRAEnsembleLoRA
+from lora_ensemble.nodes.levels import LoRAEnsembleNoiseLevels
 from safetensors.torch import save
 
 from .builders import composite, file_of, kohya, lora, merge, plain, same, sample, shapes, stock, text_layers
@@ -325,11 +326,12 @@ def test_a_name_whose_accents_another_system_writes_otherwise(there, written, ra
     assert resolved(normalize(written, "élégance")) == normalize(there, name)
 
 
-@pytest.mark.parametrize("how", ["link", "stack"])
+@pytest.mark.parametrize("how", ["link", "stack", "partner"])
 def test_a_changed_file_is_found_whichever_way_it_was_named(how, loras, lora_folder):
-    """A node whose names come over a link cannot ask for their files before it runs: it looks at all that were read."""
+    """A node whose names come over a link cannot ask for their files before it runs, nor Two Noise Levels for a
+    file that is named by no node: they look at all that were read."""
     def mark() -> str:
-        node = LoRAEnsembleLoRA if how == "link" else LoRAEnsembleFromStack
+        node = {"link": LoRAEnsembleLoRA, "stack": LoRAEnsembleFromStack, "partner": LoRAEnsembleNoiseLevels}[how]
         return node.fingerprint_inputs(**({"lora_name": None, "strength_model": 0.8} if how == "link" else
                                           {"lora_stack": None, "ensemble": None}))
 

@@ -41,6 +41,19 @@ GIVEN = """(async () => {  // as the server says it of a node whose output it ha
 CUT = """JSON.stringify([...document.querySelectorAll('.lora-ensemble-panel, .lora-ensemble-panel p')]
   .filter(e => e.checkVisibility() && (e.scrollWidth > e.clientWidth + 1 || e.scrollHeight > e.clientHeight + 1))
   .map(e => e.innerText))"""
+MANY = """(async () => {  // a step of a run with 40 LoRAs
+  const { api } = await import('/scripts/api.js')
+  const node = String(app.graph._nodes.find(node => node.type === 'LoRAEnsembleRouted').id)
+  const of = k => ({name: `<b>${k}</b>`, part: k / 40, strength: 1, light: '', dark: ''})
+  const rows = Array.from({length: 40}, (_, k) => of(k))
+  const panels = [{node, rows, head: [], foot: [], notes: [], more: []}]
+  api.dispatchCustomEvent('lora_ensemble.run', {workflow: app.rootGraph.id, panels})
+  return true
+})()"""
+LIST = """(() => {
+  const list = document.querySelector('.lora-ensemble-panel ul'), {x, y, width, height} = list.getBoundingClientRect()
+  return [x + width / 2, y + height / 2, list.clientHeight, list.scrollTop, list.innerText.startsWith('<b>0</b>')]
+})()"""
 RENAMED = "(app.graph._nodes.find(node => node.type === 'LoRAEnsembleRouted').title = 'mine', true)"
 
 
@@ -102,6 +115,21 @@ def test_nothing_on_the_panel_is_cut(page: FrontEnd, name: str, words: str):  # 
 def command(page: FrontEnd, name: str) -> None:  # noqa: F811
     page.browser.evaluate(COMMAND % json.dumps(name))
     page.browser.evaluate(SETTLED)
+
+
+def test_a_long_list_is_scrolled_and_stays_where_it_is(page: FrontEnd, routed: dict):  # noqa: F811
+    """Guard: in Nodes 2.0 all of it stood on the node, and each step of a run began it anew at its top."""
+    page.open_graph(routed, "many")
+    for step in range(2):
+        page.browser.evaluate(MANY)
+        page.browser.evaluate(SETTLED)
+        x, y, height, place, plain = page.browser.evaluate(LIST)
+        assert height == 200 and place == 60 * step and plain
+        if not step:
+            page.browser.click(x, y)
+            page.browser.call("Input.dispatchMouseEvent", type="mouseWheel", x=x, y=y, deltaX=0, deltaY=60)
+            page.browser.wait_for("document.querySelector('.lora-ensemble-panel ul').scrollTop === 60")
+    assert page.browser.evaluate("document.activeElement.tagName") == "UL"
 
 
 def test_the_panel_comes_back_with_its_tab(page: FrontEnd, routed: dict):  # noqa: F811

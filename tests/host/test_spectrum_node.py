@@ -175,3 +175,9 @@ def test_the_plot_shows_every_line():
         assert drawn[:, 100:].any(axis=0).sum() > 150, colour  # more than its legend; one curve may hide another
     one = plot([Profile("base model", "", (0.5,))])
     assert one.shape[2] == picture.shape[1] and torch.isfinite(one).all()
+
+
+def test_cfg_is_as_fine_as_a_sampler_s():
+    """Guard: a page made 1.8 of 1.75."""
+    (cfg,) = [part for part in LoRAEnsembleSpectrum.define_schema().inputs if part.id == "cfg"]
+    assert cfg.round == 0.01
