@@ -70,14 +70,13 @@ class StepTracker:
 
     def _turns(self, index: int) -> bool:
         """Whether noise falls up to this entry of the schedule and rises behind it."""
-        before, here, after = self.sigmas[index - 1:index + 2]
-        return before > here < after
+        return 0 < index < self.total and self.sigmas[index - 1] > self.sigmas[index] < self.sigmas[index + 1]
 
     def index_of(self, sigma: float) -> int:
         """The step whose interval holds sigma: one that begins at sigma, else one that it lies within. Where several
         do (restarts, a level twice), the one that is nearest to the last call's, or to the next one if the sampler has
         told of it since. A further call of a step that looks at the level after it (a stage at its end, Heun++) belongs
-        to it: steps would go back else."""
+        to it: steps would go back else. Not where the schedule turns, and a restart begins."""
         steps, sigmas = range(self.total), self.sigmas
         closest = min(abs(sigmas[i] - sigma) for i in steps)
         at = [i for i in steps if abs(sigmas[i] - sigma) == closest <= 1e-4 * abs(sigmas[i])]
@@ -86,7 +85,7 @@ class StepTracker:
         if inside:
             here = self._next or 0 if self._told or self._step is None else self._step.index
             found = min(inside, key=lambda i: abs(i - here))
-            if at and self._calls > 1 and found - self._bound == 1:
+            if at and self._calls > 1 and found - self._bound == 1 and not self._turns(self._bound):
                 self._beyond, found = True, self._bound
             return found
         return max((i for i in steps if sigmas[i] >= sigma), default=0)

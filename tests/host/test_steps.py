@@ -79,6 +79,20 @@ def test_a_schedule_that_turns_is_read_there(left_out):
     assert not stamps[14].reads and sum(stamp.reads for stamp in stamps.values()) == (9 if left_out else 5)
 
 
+def test_restarts_of_a_sampler_that_looks_ahead():
+    """Heun, which tells of a step before it looks at its end: the last one before a restart looks at the lowest level,
+    and the restart's own first call is no further look of it."""
+    sigmas, found = [14.0, 6.0, 1.0, 0.3, 3.0, 1.0, 0.3, 3.0, 1.0, 0.3, 0.1, 0.0], []
+    begun = [i for i in range(11) if i not in (3, 6)]
+    tracker = StepTracker(sigmas)
+    for index in begun:
+        found.append(tracker.step(OnDevice(sigmas[index])).index)
+        tracker.tell()
+        if sigmas[index + 1]:
+            tracker.step(OnDevice(sigmas[index + 1]))
+    assert found == begun
+
+
 def test_no_device_read_once_the_sampler_is_known():
     """Guard: StepTracker's trust. Without it every step would wait for the device."""
     tracker, stamps = StepTracker(SIGMAS), [OnDevice(sigma) for sigma in SIGMAS[:-1]]
