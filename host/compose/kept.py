@@ -107,9 +107,8 @@ class KeptBetweenCalls:
         self._found.clear()
 
     def _note(self, kept: _Kept, rows: Hashable) -> None:
-        if kept.rows == rows and kept.uses:
+        if kept.rows == rows:
             kept.uses += 1
-            kept.in_vain = 0
         else:
             kept.in_vain = kept.in_vain + 1 if kept.uses == 1 else 0
             kept.changes += bool(kept.uses)
@@ -118,9 +117,8 @@ class KeptBetweenCalls:
                 keeper.forget()
         reason = self._without or ("other LoRAs act from call to call" if kept.in_vain >= IN_VAIN else "")
         if reason and not kept.off:
-            kept.off = reason
+            kept.off = reason  # in a call before which all was let go
             for keeper in kept.keepers.values():
-                keeper.forget()
                 if keeper.off is not None:
                     self._tell(f"{keeper.name}: not used in this run, since {reason}; that takes longer and changes "
                                "nothing else")

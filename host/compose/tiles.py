@@ -15,7 +15,7 @@ TILES = "lora_ensemble_tiles"
 UNKNOWN = "a node hands parts of the picture to the model, and where they are in it cannot be told"
 LOST = f"{UNKNOWN}: the places of LoRAs are stretched to each of them"
 Known = dict[Hashable, tuple[Area, ...]]
-"""The areas of the tiles of a call, by its number in an evaluation and its shapes."""
+"""The areas of the tiles of a call, by its number in an evaluation and the shape of the latent."""
 Wrapper = Callable[[Callable, dict], Tensor]
 """A function wrapper, as the host calls it: (the model, what to call it with) -> prediction."""
 
@@ -61,13 +61,13 @@ def _tiles(x: Tensor, given: Tensor, placed: bool, known: Known, number: int) ->
     where it brings what was given, or something else altogether. An area is None where it is not found, or not asked
     for."""
     times, rest = divmod(len(x), len(given))
-    if rest or not times or x.ndim != given.ndim or x.shape[1:-2] != given.shape[1:-2] or x.shape == given.shape:
+    if rest or x.shape[1:-2] != given.shape[1:-2] or x.shape == given.shape:
         return None
     if x.shape[1:] == given.shape[1:]:
         return ((*x.shape[-2:], 0, 0),) * times
     if not placed:
         return (None,) * times
-    key, tiles = (number, x.shape, given.shape), x[::len(given)]
+    key, tiles = (number, given.shape), x[::len(given)]
     if not _there(tiles, given[0], known.get(key, ())):
         known[key] = tuple(_area(tile, given[0]) for tile in tiles)
     return known[key]

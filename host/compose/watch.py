@@ -19,8 +19,7 @@ _watchers: list[Watcher] = []
 
 def watch(watcher: Watcher) -> None:
     """Have it asked at the beginning of every run from now on."""
-    if watcher not in _watchers:
-        _watchers.append(watcher)
+    _watchers.append(watcher)
 
 
 def watching(model, record: RunRecord | None, total: int) -> list[Listener]:

@@ -179,17 +179,17 @@ def test_latents_that_a_node_goes_over_one_by_one(loras):
 PICTURE = torch.randint(3, (2, 3, 6, 6), generator=torch.Generator().manual_seed(0)).float()  # no value is alone
 
 
-def told(wrapper: Callable, aside: bool = False, placed: bool = True, known: dict | None = None
-         ) -> tuple[list, Tensor]:
-    """What a model is told of the parts in each call that a function wrapper makes of it for PICTURE, whose prediction
-    is its input; and what comes out."""
+def told(wrapper: Callable, aside: bool = False, placed: bool = True, known: dict | None = None,
+         picture: Tensor = PICTURE) -> tuple[list, Tensor]:
+    """What a model is told of the parts in each call that a function wrapper makes of it for a picture, whose
+    prediction is its input; and what comes out."""
     calls = []
 
     def model(x: Tensor, timestep: Tensor, **conds) -> Tensor:
         calls.append(conds.get("transformer_options", {}).get(tiles.TILES))
         return x
 
-    given = {"input": PICTURE, "timestep": torch.ones(2), "c": {"transformer_options": {}}}
+    given = {"input": picture, "timestep": torch.ones(2), "c": {"transformer_options": {}}}
     known = {} if known is None else known
     return calls, tiles.with_tiles(wrapper, lambda: aside, placed, known)(model, given)
 
@@ -200,7 +200,8 @@ def by(make: Callable[[Tensor], Tensor]) -> Callable:
 
 
 @pytest.mark.parametrize("make", [lambda x: x, lambda x: torch.cat([x, x[:, :1]], 1)[..., :4], lambda x: x[:1, ..., :4],
-                                  lambda x: x[:, :, None]], ids=["whole", "other channels", "fewer rows", "a film"])
+                                  lambda x: torch.cat([x, x[:1]])[..., :4], lambda x: x[:, :, None]],
+                         ids=["whole", "other channels", "fewer rows", "more rows", "a film"])
 @pytest.mark.parametrize("aside", [False, True])
 def test_what_is_no_part_of_the_picture_is_left_to_the_wrapper(make, aside):
     calls, out = told(by(make), aside)
@@ -215,6 +216,13 @@ def test_places_of_parts():
     two = by(lambda picture: torch.cat([picture[..., :3], picture[..., 3:]]))
     assert told(two)[0] == [((6, 3, 0, 0), (6, 3, 0, 3))] and told(two, placed=False)[0] == [(None, None)]
     assert told(by(lambda picture: picture[..., :4] + 1))[0] == [(None,)]
+
+
+def test_places_of_parts_of_a_picture_that_has_become_smaller():
+    known: dict = {}
+    for picture, x in ((PICTURE, 3), (PICTURE[..., :4], 1)):
+        both = by(lambda picture, x=x: torch.cat([picture[..., :3], picture[..., x:x + 3]]))
+        assert told(both, known=known, picture=picture)[0] == [((6, 3, 0, 0), (6, 3, 0, x))]
 
 
 def test_parts_are_sought_where_they_were(monkeypatch):
