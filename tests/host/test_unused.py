@@ -25,6 +25,7 @@ from lora_ensemble.nodes.klora import LoRAEnsembleESTLoRA, LoRAEnsembleKLoRA
 from lora_ensemble.nodes.levels import LoRAEnsembleNoiseLevels
 from lora_ensemble.nodes.loratorio import LoRAEnsembleLoRAtorio
 from lora_ensemble.nodes.routed import LoRAEnsembleRouted
+from lora_ensemble.nodes.said import say
 from lora_ensemble.nodes.unused import _RULES, unused
 
 from .builders import lora, same, sample, three
@@ -331,3 +332,7 @@ def test_all_that_a_node_says_stays_on_it(loras, monkeypatch):
         with CurrentNodeContext(run, node):
             LoRAEnsembleNoiseLevels.execute(high, "both", low)
         assert sent[-1] == ("8", alone), "what was said before was said of another run of a node"
+    with CurrentNodeContext("another", "9"):
+        for text in ("of its method", "of its rows", "Merge\nof its method\n1 a"):
+            say(text)
+    assert sent[-1] == ("9", "of its rows  \nMerge  \nof its method  \n1 a"), "LoRA Ensemble says it with its rows"
