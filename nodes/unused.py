@@ -46,6 +46,12 @@ def _goes_by_refreshes(given: Given) -> bool:
         given["dominant_full"] == "on_refresh" or not given["cache_age"]))
 
 
+def _picks(given: Given) -> bool:
+    """Whether LoRAtorio lets fewer LoRAs take part than there are."""
+    there = len(composed(given["ensemble"] or ()))
+    return 0 < given["top_k"] < (there or given["top_k"] + 1)
+
+
 _ONE_CLASS = "none of the LoRAs, or each, has the role background"
 _CACHED = "order is {order}, which has no cache and no weights"
 _MODE = "mode is {mode}"
@@ -100,9 +106,9 @@ _RULES: dict[str, list[Rule]] = {
          "cache_depth is 0: every LoRA is computed whole"),
     ],
     "LoRAEnsembleLoRAtorio": [
-        (("selection", "recheck_every"), lambda given: given["top_k"] > 0, "top_k is 0: all LoRAs take part"),
+        (("selection", "recheck_every"), lambda given: _picks(given), "top_k is {top_k}: all LoRAs take part"),
         (("temperature_unit",), lambda given: given["temperature"] > 0, "temperature is 0: all LoRAs weigh alike"),
-        (("patch_size", "upsampling", "similarity"), lambda given: given["temperature"] > 0 or given["top_k"] > 0,
+        (("patch_size", "upsampling", "similarity"), lambda given: given["temperature"] > 0 or _picks(given),
          "temperature is 0: all LoRAs weigh alike"),
         (("temperature", "temperature_unit"), lambda given: given["top_k"] != 1, _ONE),
         (("upsampling", "reweigh_every"), lambda given: given["top_k"] != 1 or given["selection"] == "patch", _ONE),

@@ -70,6 +70,7 @@ CASES = [
      ("temperature", "temperature_unit", "upsampling", "reweigh_every")),
     (LoRAEnsembleLoRAtorio, {"top_k": 1, "selection": "patch"}, ("temperature", "temperature_unit")),
     (LoRAEnsembleLoRAtorio, {"top_k": 0}, ("selection", "recheck_every")),
+    (LoRAEnsembleLoRAtorio, {"top_k": 3}, ("selection", "recheck_every")),
     (LoRAEnsembleBranchCache, {"schedule": "CMLoRA", "interval": 2}, ("interval",)),
     (LoRAEnsembleBranchCache, {"interval": 1}, ("depth",)),
     (LoRAEnsembleBranchCache, {"budget": 0.5}, ("interval", "depth")),
