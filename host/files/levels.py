@@ -11,10 +11,10 @@ from .ensemble import Ensemble, LoRASpec
 HIGH, LOW = "high", "low"
 UNNAMED = ("both", "high noise", "low noise")
 """Where LoRAs act whose names say no level."""
-_NOISE = re.compile(r"(?:(?<![A-Za-z])(?i:high|low)|(?<=[a-z])(?:High|Low))[-_ .]?(?i:noise)")
+_NOISE = re.compile(r"(?:(?<![A-Za-z])(?i:high|low)|(?<=[a-z])(?:High|Low|HIGH|LOW))[-_ .]?(?i:noise)")
 _CAPITALS = re.compile(r"(?<![A-Za-z])(?:HIGH|LOW)(?![A-Za-z])")
-_WORD = re.compile(r"(?<![A-Za-z])(?i:high|low)(?![A-Za-z])|(?<=[a-z])(?:High|Low|HIGH|LOW)(?![A-Za-z])"
-                   r"|(?<![A-Za-z0-9])[HL]N?(?![A-Za-z0-9])")
+_WORD = re.compile(r"(?<![A-Za-z])(?i:high|low)(?![A-Za-z])|(?<=[a-z])(?:High|Low)(?![a-z])"
+                   r"|(?<=[a-z])(?:HIGH|LOW)(?![A-Za-z])|(?<![A-Za-z0-9])[HL]N?(?![A-Za-z0-9])")
 _LETTERS = re.compile(r"(?<![A-Za-z0-9])(?i:[hl]n?)(?![A-Za-z0-9])|(?<=[a-z])[HL]N(?![A-Za-z0-9])")
 _SURE = _NOISE, _CAPITALS
 _WORDS = *_SURE, _WORD

@@ -15,6 +15,7 @@ PAIRS = [
     ("styleHighNoise", "styleLowNoise"), ("highnoise-cat", "lownoise-cat"), ("cat-high", "cat-low"),
     ("catHigh", "catLow"), ("cat_H_e20", "cat_L_e20"), ("cat-HN", "cat-LN"), ("high/cat", "low/cat"),
     ("cat_h_e20", "cat_l_e20"), ("cat-hn", "cat-Ln"), ("catHN", "catLN"), ("catHIGH", "catLOW"),
+    ("catHighV2", "catLowV2"), ("catHIGHNOISE", "catLOWNOISE"),
     ("hIgH_cat", "LoW_cat"), ("wan_l_cat_HIGH", "wan_l_cat_LOW"), ("clip_l_high", "clip_l_low"),
     ("high\\cat_high_noise", "low\\cat_low_noise"),
 ]
