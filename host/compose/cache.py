@@ -22,7 +22,7 @@ from ..families.lasting import lasting
 from ..families.split_points import SplitPoint, split_point_of
 from ..families.work import Work
 from .attention import OVERRIDE
-from .neighbours import identity_of_patches
+from .neighbours import identity_of_pass
 from .places import window_of
 from .tiles import TILES, UNKNOWN
 
@@ -82,8 +82,8 @@ class BranchCache:
     """One run's cache. Per model call of the sampler: `parts` once, then `evaluate` for each batch of the host's, of
     several devices at the same time.
 
-    Features belong to a branch, a cond, a context window or a part of the picture, a set of patches (perturbed passes
-    of PAG and SLG bring their own), a shape, and the how-manieth evaluation of all that at this noise level (SAG
+    Features belong to a branch, a cond, a context window or a part of the picture, a pass (perturbed ones of PAG and
+    SLG bring patches of their own), a shape, and the how-manieth evaluation of all that at this noise level (SAG
     evaluates twice).
 
     What is reused must not depend on the memory that happens to be free, or the same settings would draw another
@@ -174,7 +174,7 @@ class BranchCache:
             yield control, options
             return
         rows = x.shape[0] // len(combos)
-        places = (window_of(options), identity_of_patches(options), (rows, *x.shape[1:]), None if context is None else
+        places = (window_of(options), identity_of_pass(options), (rows, *x.shape[1:]), None if context is None else
                   tuple(context.shape[1:]))
         with self._lock:
             keys = [self._key((uuid, combo, tiles[k * len(tiles) // len(uuids)] if tiles else None, *places))

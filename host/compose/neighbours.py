@@ -128,13 +128,14 @@ def patches_of(options: Mapping) -> Iterator[Callable]:
         yield from places.values()
 
 
-def identity_of_patches(options: Mapping) -> Hashable:
-    """What tells passes apart by what nodes have patched into the model for them."""
-    lists = options.get("patches", {})
-    places = options.get("patches_replace", {})
+def identity_of_pass(options: Mapping) -> Hashable:
+    """What tells the passes of an evaluation apart: what nodes have patched into the model for them, and what they have
+    switched on or off (LTX's guidances)."""
+    lists, places = options.get("patches", {}), options.get("patches_replace", {})
     return (tuple((name, *map(_which, found)) for name, found in sorted(lists.items())),
             tuple((name, str(place), _which(patch)) for name, found in sorted(places.items())
-                  for place, patch in found.items()))
+                  for place, patch in found.items()),
+            frozenset((name, value) for name, value in options.items() if isinstance(value, bool | frozenset)))
 
 
 def _which(patch: Callable) -> Hashable:

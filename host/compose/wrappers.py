@@ -230,6 +230,7 @@ def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, t
     if "ad_params" in options:  # its windows may be cut further in
         _in_window(run, options)
     per_cond, rows = x.shape[0] // len(combos), list(zip(combos, uuids, strict=True))
+    conds = {"context": c_crossattn, **kwargs}
     run.record.count(x.shape[0], str(model.current_patcher.load_device))
     forwards = list(zip(run.banked, routed_on(run, model.current_patcher, options), strict=True))
 
@@ -242,11 +243,10 @@ def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, t
 
     with ExitStack() as stack:
         for joined, routed in forwards:
-            places = run.places(joined, root, x, {"context": c_crossattn, **kwargs}, uuids, tiles)
+            places = run.places(joined, root, x, conds, uuids, tiles)
             reach = listening(run, joined, rows, places, per_cond)
             stack.enter_context(routed.rows(run.rows(joined, routed.bank.count, rows, per_cond), places, reach))
-        found = readings(run.readers, root, x, {"context": c_crossattn, **kwargs}, run.to_read(uuids, combos)) \
-            if run.readers and not tiles else ()
+        found = readings(run.readers, root, x, conds, run.to_read(uuids, combos)) if run.readers and not tiles else ()
         for reading in found:
             options = reading.reader.options(options)
         if run.cache is not None and not run.probing:

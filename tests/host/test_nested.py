@@ -91,6 +91,25 @@ def same_parts(ours, reference, plain, tolerance: float = 1e-3) -> None:
         same(found, wanted, ground, tolerance)
 
 
+def test_features_are_those_of_a_pass(film, loras):
+    """Two guidances of LTX's, each an evaluation more with parts of the model switched off, of which one begins later.
+    What they add up to does not go by their order. Guard: the options in `identity_of_pass`, without which the first
+    one's features are the second one's once it is the second."""
+    nodes = pytest.importorskip("comfy_extras.nodes_lt")
+    if not hasattr(nodes, "LTXVSpatioTemporalGuidance"):
+        pytest.skip("this ComfyUI has no such guidance")
+
+    def late(model):
+        return nodes.LTXVSpatioTemporalGuidance.execute(model, 2.0, "1,2,3", 0.2, 1.0).args[0]
+
+    def ever(model):
+        return nodes.LTXVModalityGuidance.execute(model, 3.0, 0.0, 1.0).args[0]
+
+    model = cached(merge(film, files(film, loras)), interval=4)
+    same_parts(drawn(ever(late(model)), steps=4, cfg=1.0), drawn(late(ever(model)), steps=4, cfg=1.0),
+               drawn(film, steps=4, cfg=1.0), 1e-4)
+
+
 def test_the_layout_is_the_hosts():
     import comfy.utils
 
