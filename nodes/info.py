@@ -14,7 +14,7 @@ from ..host.look.info import draw, infos, told
 from ..host.look.sheet import as_image
 from ..host.look.theme import THEMES
 from .said import say
-from .sockets import HIDDEN, ensemble_input, schema, theme_input
+from .sockets import ensemble_input, schema, theme_input
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -33,7 +33,6 @@ class LoRAEnsembleInfo(io.ComfyNode):
             "rank, layers, what is left out and why, and how strongly it changes each block.",
             search_aliases=["trigger words", "lora metadata", "lora inspector", "analyse lora", "lora block weight",
                             "does this lora work"],
-            hidden=HIDDEN,
             is_output_node=True,
             inputs=[
                 io.Model.Input("model", tooltip="The base diffusion model that the LoRAs shall act on."),

@@ -35,6 +35,7 @@ const STYLE = `
 let language = 'en'
 let words = {} // English text -> that of the page's language; what is missing is English
 let latest = [] // what was sent last
+let running = '' // the workflow whose run was told of last
 
 /** The texts of a language, which the host has of locales/<language>/main.json. */
 async function learn(other) {
@@ -113,18 +114,22 @@ function nodeOf(id) {
 /** The name of a node among the outputs that the host keeps for the workflow of each tab. */
 const place = (node) => node.graph === root() ? String(node.id) : `${node.graph.id}:${node.id}`
 
-/** Puts more into what is kept of a node: {parts, text}. */
-function keep(outputs, name, more) {
-  outputs[name] = { ...outputs[name], [KEPT]: { ...outputs[name]?.[KEPT], ...more } }
+/** Whether the run that goes on is in another tab, which has nodes of the same numbers. */
+const away = () => !!running && !!root()?.id && running !== root().id
+
+/** Puts more into what is kept of a node: {of, parts, text}. While a tab is opened its outputs are there before its nodes
+ * are, so what is kept says of which workflow it is. */
+function keep(outputs, name, more, of = root()?.id) {
+  const before = outputs[name]?.[KEPT]
+  outputs[name] = { ...outputs[name], [KEPT]: { ...(before?.of === of && before), ...more, of } }
 }
 
-/** Keeps panels with the workflow that they are of, in a tab that is not in sight. */
-function keepAway(workflow, panels) {
+/** Keeps more of a node with the workflow that it is of, in a tab that is not in sight. */
+function keepAway(workflow, node, more) {
   for (const other of app.extensionManager?.workflow?.openWorkflows ?? []) {
     if (!other.changeTracker || other.activeState?.id !== workflow) continue
     other.changeTracker.nodeOutputs ??= {} // by the server's ids, as the host puts pictures there
-    for (const { node } of panels)
-      keep(other.changeTracker.nodeOutputs, node, { parts: panels.filter((part) => part.node === node) })
+    keep(other.changeTracker.nodeOutputs, node, more, workflow)
   }
 }
 
@@ -135,7 +140,8 @@ const unmarked = (text) => text?.replace(/[&<>[*`~\\]|\b_+|_+\b/g,
 /** What a node has given as its text, in the form in which it says it while it runs. */
 const given = (output) => unmarked(output?.text?.[0])
 
-const speak = (node, text) => api.dispatchCustomEvent('progress_text', { nodeId: String(node.id), text })
+/** Has the host show a text on a node that is known of it. */
+const speak = (node, text) => api.dispatchCustomEvent('progress_text', { nodeId: String(node.id), text, known: true })
 
 /** What is kept of the workflow in sight is on its nodes again, which were made anew: the host calls this where it has
  * pictures come back, and after an undo. */
@@ -144,7 +150,8 @@ function restore(outputs = app.nodeOutputs) {
   for (const graph of seen ? [seen, ...(seen.subgraphs?.values() ?? [])] : []) {
     for (const node of graph.nodes.filter(isOurs)) {
       const output = outputs?.[place(node)]
-      const { parts, text = given(output) } = output?.[KEPT] ?? {}
+      const kept = output?.[KEPT]
+      const { parts, text = given(output) } = kept?.of === seen.id ? kept : {}
       const again = () => parts && app.extensionManager?.setting?.get(SETTING) && show(node, parts)
       again() // first, and once more with the text, as in a run: a panel knows the height before both, and with both
       if (text && graph === app.canvas?.graph) speak(node, text)
@@ -209,19 +216,21 @@ function showAll() {
 }
 
 function told({ detail: { panels, workflow } }) {
+  running = workflow
   const settings = app.extensionManager?.setting
   if (!settings?.get(SETTING)) return
-  // Another workflow, in another tab, has nodes of the same numbers.
-  const here = root()?.id
-  latest = !workflow || !here || workflow === here ? panels : []
-  if (latest !== panels) keepAway(workflow, panels)
+  latest = away() ? [] : panels
+  if (away())
+    for (const { node } of panels) keepAway(workflow, node, { parts: panels.filter((part) => part.node === node) })
   showAll() // at once, since a panel remembers the height that its node had before
   const wanted = settings.get('Comfy.Locale') ?? 'en'
   if (wanted !== language) learn(wanted).then(showAll)
 }
 
 /** The text of a node of ours is kept with the panel. */
-function said({ detail: { nodeId, text } }) {
+function said({ detail: { nodeId, text, known } }) {
+  if (known) return
+  if (away()) return keepAway(running, nodeId, { text })
   const node = nodeOf(nodeId)
   if (isOurs(node)) keep(app.nodeOutputs, place(node), { text })
 }
@@ -252,6 +261,7 @@ app.registerExtension({
     put(document.head, 'style', STYLE)
     api.addEventListener(EVENT, told)
     api.addEventListener('progress_text', said)
+    api.addEventListener('execution_start', () => { running = '' })
     api.addEventListener('executed', executed)
   },
   afterConfigureGraph: () => restore(),

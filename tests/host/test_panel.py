@@ -152,8 +152,10 @@ def test_the_panel_comes_back_with_its_tab(page: FrontEnd, routed: dict):  # noq
     page.browser.wait_for("seen.over")
     assert panels(page) == []
     command(page, "Workspace.PreviousOpenedWorkflow")
-    (again,) = panels(page)
-    assert "6 of 6 steps" in again and page.saved() == before
+    (again,), text = panels(page), json.loads(page.browser.evaluate(TEXT))
+    assert "6 of 6 steps" in again and "6 of 6 steps in" in text[0] and page.saved() == before
+    command(page, "Workspace.NextOpenedWorkflow")
+    assert panels(page) == [] and page.browser.evaluate(TEXT) == "[]"
     assert page.complaints()[said:] == []
 
 
