@@ -27,7 +27,7 @@ from .places import call_tokens
 from .routes import RoutedLoRAs
 from .rows import in_range
 from .run import Run
-from .variants import in_call, variant_of
+from .variants import in_call, of_its_area, variant_of
 
 OTHER_WORDS = ("a prompt was encoded with the words of other LoRAs than this method's, so contrast has not all that it "
                "compares, and the LoRAs act everywhere in it. Encode it with the CLIP of this method node; connect the "
@@ -146,7 +146,7 @@ def _with_stand_ins(entry: dict, regions: Sequence[RoutedLoRAs], variants: Mappi
     """The cond that says where the words of a cond are: itself, or the one with stand-in words in its prompt."""
     if variant_of(entry, PROBE) not in variants:
         return entry
-    other = in_call(variants[variant_of(entry, PROBE)][0], entry, variants)
+    other = in_call(of_its_area(variants[variant_of(entry, PROBE)], entry), entry, variants)
     for each in regions:
         each.stand_in(entry["uuid"], other)
     return other
@@ -178,7 +178,7 @@ def _compare(regions: RoutedLoRAs, positive: list[list[dict]], evaluate: Callabl
         elif held and rests:
             shapes = parts_of([[entry]])  # places are of the picture, which other parts are packed behind
             whole, *without = (unpack(each, shapes)[0] for each in evaluate(
-                [[entry], *([in_call(rest[0], entry, variants)] for rest in rests)]))
+                [[entry], *([in_call(of_its_area(rest, entry), entry, variants)] for rest in rests)]))
             regions.compare(entry["uuid"], whole, without)
 
 

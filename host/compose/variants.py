@@ -4,7 +4,7 @@ another text, and those that the host adds."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import TypeVar
 from uuid import uuid4
 
@@ -82,6 +82,11 @@ def _instead(entry: dict, cross: Tensor, options: dict) -> dict:
     kept = {key: value for key, value in entry.items() if key not in (WITHOUT, PROBE, CONTRAST, *OF_TOKENS)}
     said = {**kept, **options, "cross_attn": cross, "model_conds": {}, "uuid": uuid4()}
     return {key: value for key, value in said.items() if value is not None or key not in options}
+
+
+def of_its_area(others: Sequence[dict], entry: Mapping[str, object]) -> dict:
+    """Which of those under one name stands in for a cond: the host gives them the areas of all others, too."""
+    return next((each for each in others if each.get("area") == entry.get("area")), others[0])
 
 
 def in_call(other: dict, entry: dict, conds: Mapping[str, list[dict]]) -> dict:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .builders import same, sample, stock
 from .models import FAMILIES, base
-from .test_routed import CLAUSES, MARKS, TEXT, bare, prompt, routed, specs
+from .test_routed import CLAUSES, MARKS, TEXT, bare, prompt, rests, routed, specs
 
 
 @pytest.mark.parametrize("family", ["SD15", "Flux"])
@@ -89,13 +89,16 @@ def test_a_prompt_of_its_own_for_each_lora(loras):
     assert record_of(ours).problems == [], "of no LoRA are words missing"
 
 
-@pytest.mark.parametrize("mode", ["once", "every step"])
+@pytest.mark.parametrize("mode", ["once", "every step", "contrast"])
 def test_an_area_that_one_side_has_is_no_other_prompt_on_the_other(mode, loras):
     """The host gives the other side the area, too, under the name of the cond that has it. Guard: `with_own_names`,
     without which the negative has LoRAs at the places of the positive's words there, and the positive lacks those that
     the negative does not speak of."""
     model, negative, left = base("SD15"), FAMILIES["SD15"].cond(12), dict(area=(8, 4, 0, 0))
-    ours = routed(model, specs(model, loras, wanted=lambda name: ".attn2.to_k" in name), mode=mode, trust=False)
+    ours, of_text = (routed(model, specs(model, loras, wanted=lambda name, part=part: part in name), mode=mode,
+                            trust=False) for part in (".attn2.to_", ".attn2.to_k"))
+    other = [prompt(marks=None, seed=20 + k)[0] for k in range(4)]
+    brings = dict(lora_ensemble_without=rests(MARKS, other[:3]), lora_ensemble_probe=other[3])
 
     def sides(model, positive: list, negative: list) -> Tensor:
         found, model = [], model.clone()
@@ -104,10 +107,11 @@ def test_an_area_that_one_side_has_is_no_other_prompt_on_the_other(mode, loras):
         return torch.stack([torch.stack(each) for each in found], dim=1)
 
     another = [*negative, *FAMILIES["SD15"].cond(13, lora_ensemble_prompt=PromptTokens("", 5), **left)]
-    assert torch.equal(sides(ours, prompt(), another), sides(ours, [*prompt(), *prompt("SD15", **left)], another))
-    regions = [*prompt("SD15", **left), *prompt("SD15", seed=31)]
-    assert torch.equal(sides(ours, regions, negative)[1, 0], sides(model, regions, negative)[1, 0])
-    assert record_of(ours).problems == []
+    found, given = prompt(**brings), [*prompt(**brings), *prompt(**brings, **left)]
+    assert torch.equal(sides(ours, found, another), sides(ours, given, another))
+    regions = [*prompt(**brings, **left), *prompt(seed=31, **brings)]
+    assert torch.equal(sides(of_text, regions, negative)[1, 0], sides(model, regions, negative)[1, 0])
+    assert record_of(ours).problems == record_of(of_text).problems == []
 
 
 def test_negative_prompts_and_empty_ones(loras):
