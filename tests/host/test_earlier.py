@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lora_ensemble.host.compose.earlier import Earlier, Left, Runs, bare, mark_of, names_of
+from lora_ensemble.host.compose.earlier import Earlier, Left, Runs, bare, mark_of, marks, names_of
 from lora_ensemble.methods.merge import Merge
 from lora_ensemble.methods.session import RunContext
 from lora_ensemble.methods.switch import Switch
@@ -32,6 +32,12 @@ def test_a_latent_is_known_again(shape):
         other[part] += 0.5
         assert left.before(other.view(shape)) is None
     assert mark_of(own).values.shape == (min(own.numel(), 512),) and mark_of(own).values.dtype is torch.float32
+
+
+def test_marks_of_tensors():
+    """By shape and values; of so many that a narrower number of theirs would lie behind the last."""
+    assert marks(torch.zeros(2, 3), 9) != marks(torch.zeros(3, 2), 9) == marks(torch.zeros(3, 2), 9)
+    assert marks(torch.ones(1).expand(2**24 + 4), 512) == ((2**24 + 4,), (1.0,) * 512)
 
 
 def test_the_last_of_the_runs_that_left_it():

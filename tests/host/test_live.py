@@ -303,17 +303,24 @@ def test_notes_of_methods_and_of_guidance_reach_the_panel(loras, monkeypatch):
     wire = wired(monkeypatch)
     monkeypatch.setattr(live, "guidance_record_of", lambda model: SimpleNamespace(problems=["of guidance"], steps=[]))
     with CurrentNodeContext("p", "5"):
-        composed = cached(method(base("SD15"), three(base("SD15"), loras), Switch))
-        ours = with_reason(composed, "because")
+        ours = with_reason(method(base("SD15"), three(base("SD15"), loras), Switch), "because")
     with CurrentNodeContext("p", "7"):
         sample(ours, steps=2)
     why, own, guided = wire.panels[-1][0]["notes"]
     assert why == "because" and "Switch gave it no turn" in own and guided == "of guidance"
-    assert ours.get_attachment(KEY).cache is composed.get_attachment(KEY).cache is not None
 
 
 def cached(model, interval: int = 2):
     return with_cache(model, CacheSpec(Uniform(interval) if interval else BySteps()))
+
+
+def test_a_reason_is_that_of_the_last_method(loras):
+    """Methods before it and the Branch Cache stay."""
+    ensemble = three(base("SD15"), loras)
+    composed = cached(method(method(base("SD15"), ensemble, Switch), ensemble, Composite))
+    before, found = (each.get_attachment(KEY) for each in (composed, with_reason(composed, "because")))
+    assert found.applied == (before.applied[0], replace(before.applied[1], reason="because"))
+    assert found.cache is before.cache is not None
 
 
 def guided(model, **options):

@@ -202,6 +202,20 @@ def test_how_far_a_lora_may_leave_the_place_that_a_call_has():
     assert prompts[0].free.tolist() == [[0.0, 0.0]] and prompts[1].free.tolist() == [[1.0, 0.0]]
     ours.trust._learn(SimpleNamespace(share=None), [None], 1, None)  # nobody's places
     ours.trust._learn(SimpleNamespace(share=lambda places: None), prompts, 1, None)  # no layer was heard
+    prompts[0].maps, prompts[1].maps = prompts[0].maps.repeat(2, 1, 1, 1, 1), None
+    prompts[0].free = prompts[1].free = None
+    ours.trust._learn(SimpleNamespace(share=share), prompts, 1, None)  # of one of two pictures, and without places
+    assert heard[-1].shape[0] == 2 and prompts[0].free.tolist() == [[1.0, 0.0]] and prompts[1].free is None
+    assert ours.trust.mean(prompts).tolist() == [1.0, 0.0]
+    ours.trust.give(prompts[1], torch.tensor([[0.5, 1.0], [0.0, 0.0]]))
+    assert ours.trust.mean(prompts).tolist() == [0.625, 0.25], "over all prompts, as they are now"
+    heard.clear()
+    prompts[0].free = None
+    for use, count in ((ours.trust.forget, 0), (ours.trust.learn, 1)):
+        ours.trust._heard.append((SimpleNamespace(share=share), prompts, 1, None))
+        use()
+        ours.trust.learn()
+        assert len(heard) == count, "what was heard is used once, or not at all"
 
 
 def test_before_its_start_no_lora_acts():

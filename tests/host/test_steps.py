@@ -93,6 +93,12 @@ def test_restarts_of_a_sampler_that_looks_ahead():
     assert found == begun
 
 
+def test_noise_levels_that_come_again_in_a_run_that_tells_of_nothing():
+    """They go by the last call."""
+    tracker = StepTracker(RESTARTED)
+    assert [tracker.step(torch.tensor([sigma])).index for sigma in (10.0, 1.0, 2.2)] == [0, 2, 2]
+
+
 def test_no_device_read_once_the_sampler_is_known():
     """Guard: StepTracker's trust. Without it every step would wait for the device."""
     tracker, stamps = StepTracker(SIGMAS), [OnDevice(sigma) for sigma in SIGMAS[:-1]]
@@ -162,6 +168,7 @@ def steps_of(tracker: StepTracker, calls: str) -> str:
     ("0|121|232|343|44|", "0|111|222|333|44|"),
     ("0|1|12|23|34|", "0|1|12|23|34|"),
     ("02|4", "02|4"),  # steps left out
+    ("0ab|", "001|"),  # a call in the middle of the next step
     ("01234", "00234"),  # never told of: the second call looks like a stage of the first step
 ])
 def test_samplers_that_call_and_tell_in_their_own_ways(calls, steps):
@@ -228,14 +235,15 @@ def test_every_sampler_of_the_host(name, loras, monkeypatch):
 def test_a_run_has_one_tracker():
     """Guard: two that both listened would each read every step, or be told of every step twice."""
     done = []
-    tracker, callback = tracked(SIGMAS, lambda *step: done.append(step))
+    tracker, callback = tracked(SIGMAS, lambda *step: done.append(step) or "its own")
     again, same = tracked(SIGMAS, callback)
     assert again is tracker and same is callback
     other, _ = tracked(SIGMAS[1:], callback)  # a node between the two has changed the schedule
     assert other is not tracker and other.total == tracker.total - 1
+    tracker.tell()  # before the first call: of nothing
     for sigma in SIGMAS[:3]:
         tracker.step(OnDevice(sigma))
-        callback(1, 2)
+        assert callback(1, 2) == "its own"
     assert done == [(1, 2)] * 3, "the sampler's own callback is called as ever"
     trusted = OnDevice(SIGMAS[3])
     assert tracker.step(trusted).index == 3 and trusted.reads == 0

@@ -7,7 +7,7 @@ from uuid import uuid4
 
 import pytest
 import torch
-from lora_ensemble.host.compose.variants import in_call, variant_of, with_variants
+from lora_ensemble.host.compose.variants import in_call, own_conds, variant_of, with_variants
 from lora_ensemble.host.words.marked import PROBE, PROMPT, WITHOUT
 from lora_ensemble.methods.prompt import PromptTokens
 
@@ -40,15 +40,16 @@ def test_every_cond_of_a_guider_has_its_own():
                              *((second, span, text) for span, text in clauses)):
         (found,) = conds[variant_of(entry, key)]
         assert torch.equal(found["cross_attn"], text[0])
-    assert variant_of(third, PROBE) not in conds
+    assert variant_of(third, PROBE) not in conds and own_conds(conds).keys() == {"positive", "negative", "middle"}
 
 
 @pytest.mark.parametrize("tokens", [2, 3, 5])
 def test_text_that_was_put_behind_a_prompt_stays_there(tokens):
     """Conditioning Concat: behind the last token of the prompt, however long the text is that stands in for it."""
-    entry = cond(cross_attn=torch.randn(1, 7, 4).half(), **{PROBE: other(tokens)})
+    entry = cond(cross_attn=torch.randn(1, 7, 4).double(), **{PROBE: other(tokens)})
     found = alone(entry)["cross_attn"]
     assert torch.equal(found, torch.cat([entry[PROBE][0], entry["cross_attn"][:, 3:].float()], dim=1))
+    assert found.dtype is torch.float32
 
 
 def test_a_prompt_whose_words_are_not_known_has_nothing_behind_it():
