@@ -180,6 +180,18 @@ function panelOf(node) {
     if (node.widgets?.includes(panel))
       data.size = [data.size[0], before + Math.max(0, data.size[1] - Number(element.dataset.grown))]
   }
+  const resized = node.onResize
+  let width = node.size[0]
+  node.onResize = function (...given) {
+    resized?.apply(this, given)
+    if (this.size[0] === width || window.LiteGraph?.vueNodesMode || !this.widgets?.includes(panel)) return
+    width = this.size[0]
+    fit(this, element)
+    const more = this.computeSize()[1] - this.size[1]
+    if (more <= 0) return
+    element.dataset.grown = Number(element.dataset.grown) + more
+    this.setSize([width, this.size[1] + more])
+  }
   return panel
 }
 
@@ -192,11 +204,16 @@ function tall(element, width) {
   return height
 }
 
+/** Gives a panel the height that it needs on a node as wide as it is. */
+function fit(node, element) {
+  element.dataset.height = tall(element, node.size[0] - SIDES) + 2 * MARGIN
+}
+
 function show(node, parts) {
   const panel = panelOf(node)
   panel.parts = parts
   draw(panel.element, parts)
-  panel.element.dataset.height = tall(panel.element, node.size[0] - SIDES) + 2 * MARGIN
+  fit(node, panel.element)
   const least = window.LiteGraph?.vueNodesMode ? 0 : node.computeSize()[1] // Nodes 2.0 makes room by itself
   if (least > node.size[1]) node.setSize([node.size[0], least])
   const grown = () => { panel.element.dataset.grown = node.size[1] }

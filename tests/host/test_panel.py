@@ -41,6 +41,13 @@ GIVEN = """(async () => {  // as the server says it of a node whose output it ha
 CUT = """JSON.stringify([...document.querySelectorAll('.lora-ensemble-panel, .lora-ensemble-panel p')]
   .filter(e => e.checkVisibility() && (e.scrollWidth > e.clientWidth + 1 || e.scrollHeight > e.clientHeight + 1))
   .map(e => e.innerText))"""
+NARROWED = """(() => {
+  const node = app.graph._nodes.find(node => node.widgets?.some(widget => widget.name === 'lora_ensemble_panel'))
+  node.setSize([node.size[0] - 60, node.size[1]])
+  return true
+})()"""
+WHOLE = """[...document.querySelectorAll('.lora-ensemble-panel ul')].every(
+  list => list.clientHeight === list.scrollHeight)"""
 MANY = """(async () => {  // a step of a run with 40 LoRAs
   const { api } = await import('/scripts/api.js')
   const node = String(app.graph._nodes.find(node => node.type === 'LoRAEnsembleRouted').id)
@@ -104,12 +111,19 @@ def test_what_could_not_be_done_stays_on_the_node(page: FrontEnd, routed: dict):
     ("sd15_cache", "on cached features"), ("sd15_adaptive_guidance", "Calibrate Guidance finds it"),
     ("sdxl_loratorio_masks", "averaged over the picture, whole run")])
 def test_nothing_on_the_panel_is_cut(page: FrontEnd, name: str, words: str):  # noqa: F811
-    """Neither a long head or foot nor what a note says to do."""
+    """Neither a long head or foot nor what a note says to do; nor the list where the node is made narrower, by which it
+    is saved no higher."""
     graph = page.server.json(f"/api/workflow_templates/lora-ensemble/{name}.json")
     page.open_graph(opened_on_small(graph, FAMILY, cycle(LORAS), steps=6), name)
     assert page.run()["over"] == "success"
     (text,) = panels(page)
     assert words in text and json.loads(page.browser.evaluate(CUT)) == []
+    before = page.saved()
+    page.browser.evaluate(NARROWED)
+    page.browser.evaluate(SETTLED)
+    assert page.browser.evaluate(WHOLE) and (after := page.saved()) != before
+    if not page.nodes_2:  # which makes room by itself, for lines of all widgets
+        assert [size[1] for _, size, _ in after] == [size[1] for _, size, _ in before]
 
 
 def command(page: FrontEnd, name: str) -> None:  # noqa: F811
