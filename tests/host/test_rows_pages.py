@@ -44,6 +44,27 @@ def test_rows_are_saved_reloaded_muted_and_bypassed_whole(page: FrontEnd):  # no
     assert sent(page) == first
 
 
+FILES = f"""Object.fromEntries({STACK}.widgets.map(widget => [widget.name.split('.').at(-1), widget])
+    .filter(([name]) => name.startsWith('lora_'))
+    .map(([name, {{ options }}]) => [name, options.values.includes(%s)]))"""
+
+
+def test_a_refresh_renews_the_files_of_all_rows(page: FrontEnd):  # noqa: F811
+    """Guard: the host renewed those of the first row alone. Of rows that are opened later, too."""
+    page.open_template("sdxl_four_loras")
+    path = page.server.base / "models" / "loras" / f"new_{page.nodes_2}.safetensors"
+    there = FILES % json.dumps(path.name)
+    path.write_bytes(b"{}")
+    try:
+        assert not any(page.browser.evaluate(there).values())
+        page.browser.evaluate("app.refreshComboInNodes().then(() => true)")
+        page.browser.evaluate(SET % (json.dumps("row_5"), json.dumps("yes")))
+        page.browser.evaluate(SETTLED)
+        assert page.browser.evaluate(there) == {f"lora_{number}": True for number in range(1, 6)}
+    finally:
+        path.unlink()
+
+
 def test_a_node_of_many_rows_is_no_wider(page: FrontEnd):  # noqa: F811
     """Its inputs are named by the whole way to them, and stand on the node by the last part, also once it is loaded
     from a file that has the whole names alone."""
