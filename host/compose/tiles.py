@@ -50,21 +50,28 @@ def with_tiles(wrapper: Wrapper, aside: Callable[[], bool], placed: bool, known:
 def inside(areas: Sequence[Area], tiles: Sequence[Area]) -> list[Area]:
     """Where the conds of a batch lie on the latent, all of one tile after those of another: their areas are areas of
     the latent, and each tile is a piece of its areas. The areas as they are where a tile was not found."""
-    each = len(areas) // max(len(tiles), 1)
-    return list(areas) if None in tiles or not tiles else [
-        tile if area is None else (*tile[:2], *(here + there for here, there in zip(area[-2:], tile[2:], strict=True)))
-        for k, area in enumerate(areas) for tile in (tiles[k // each],)]
+    if None in tiles or not tiles:
+        return list(areas)
+    each = len(areas) // len(tiles)
+    return [_within(area, tiles[k // each]) for k, area in enumerate(areas)]
+
+
+def _within(area: Area, tile: tuple[int, ...]) -> Area:
+    """The piece of an area that a tile of it is."""
+    if not tile or area is None:
+        return tile or area
+    return *tile[:2], *(here + there for here, there in zip(area[-2:], tile[2:], strict=True))
 
 
 def _tiles(x: Tensor, given: Tensor, placed: bool, known: Known, number: int) -> tuple[Area, ...] | None:
     """The areas in `given` of what the call of this number brings, all rows of one tile after those of another; None
     where it brings what was given, or something else altogether. An area is None where it is not found, or not asked
-    for."""
+    for, and () where it is all that was given, several times."""
     times, rest = divmod(len(x), len(given))
     if rest or x.shape[1:-2] != given.shape[1:-2] or x.shape == given.shape:
         return None
     if x.shape[1:] == given.shape[1:]:
-        return ((*x.shape[-2:], 0, 0),) * times
+        return ((),) * times
     if not placed:
         return (None,) * times
     key, tiles = (number, given.shape), x[::len(given)]
