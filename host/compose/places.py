@@ -54,10 +54,10 @@ class MaskedLoRAs:
         """
         shapes = tuple((name, _shape(value)) for name, value in conds.items())
         parts = [(self.kind(uuid), area) for uuid, area in zip(uuids, areas, strict=True)]
-        key = root, x.shape, x.device, shapes, tuple(parts), self.window
+        key = root, x.shape, shapes, tuple(parts), self.window
         pictures, distinct = x.shape[0] // len(parts), list(dict.fromkeys(parts))
         if key not in self._places:
-            maps = self._of_batch(distinct, pictures, x, conds)
+            maps = self._of_batch(distinct, x, conds)
             words, more = self._texts(distinct, conds, root, x)
             each = len(maps) // len(distinct)
             index = [distinct.index(part) * each + p % each for part in parts for p in range(pictures)]
@@ -68,7 +68,7 @@ class MaskedLoRAs:
         if version != self.version:
             same = texts == self.texts
             words = (None, None) if same else self._texts(distinct, conds, root, x)
-            places.update(self._of_batch(distinct, pictures, x, conds), *words)
+            places.update(self._of_batch(distinct, x, conds), *words)
             self._places[key] = places, self.version, self.texts
         return places
 
@@ -87,12 +87,10 @@ class MaskedLoRAs:
         """
         return None
 
-    def _of_batch(self, kinds: Sequence[tuple[Hashable, Area]], pictures: int, x: Tensor, conds: Mapping[str, object]
-                  ) -> Tensor:
+    def _of_batch(self, kinds: Sequence[tuple[Hashable, Area]], x: Tensor, conds: Mapping[str, object]) -> Tensor:
         dimensions = len(packed[0]) if (packed := _packed(conds)) else x.ndim
         maps = [held(self.of(kind), self.window, dimensions) for kind, _ in kinds]
-        return torch.cat([crop(each if len(each) == 1 else each[:pictures], area)
-                          for each, (_, area) in zip(maps, kinds, strict=True)]).to(x.device)
+        return torch.cat([crop(each, area) for each, (_, area) in zip(maps, kinds, strict=True)]).to(x.device)
 
     def _texts(self, kinds: Sequence[tuple[Hashable, Area]], conds: Mapping[str, object], root: nn.Module, x: Tensor
                ) -> tuple[Tensor | None, dict[str, Tensor]]:

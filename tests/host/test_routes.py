@@ -74,6 +74,22 @@ def test_a_lora_acts_in_the_prompts_that_have_its_words():
     assert alone.text(None, nn.Module(), 3).tolist() == [[0.0] * 3, [1.0] * 3]
 
 
+def test_the_places_of_a_batch_follow_what_is_known(monkeypatch):
+    """Words as well, where a prompt comes to act later; each time once. Those of another card are its own."""
+    (ours, _), root, x, text = regions(), nn.Linear(1, 1), torch.zeros(PICTURE), {"context": torch.zeros(1, 6, 4)}
+    called(ours, [cond(FIRST)])
+    found = ours.places(root, x, text, [None], [None], None)
+    assert found.words.amax(dim=2).tolist() == [[0.0, 1.0]]
+    updates, update = [], Places.update
+    monkeypatch.setattr(Places, "update", lambda *given: updates.append(1) or update(*given))
+    called(ours, [cond(BOTH)])
+    for _ in range(2):
+        assert ours.places(root, x, text, [None], [None], None) is found
+        assert found.words.amax(dim=2).tolist() == [[0.0, 0.0]] and len(updates) == 1
+    card = ours.places(nn.Linear(1, 1), x.to("meta"), text, [None], [None], None)
+    assert card.maps.device.type == card.words.device.type == "meta"
+
+
 def test_what_was_seen_holds_from_the_next_evaluation_on():
     """Of clauses that are there: rows behind them are filling."""
     (ours, _), one = regions(), cond(BOTH)

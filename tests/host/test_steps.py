@@ -183,6 +183,7 @@ def test_samplers_that_call_and_tell_in_their_own_ways(calls, steps):
     ([0.0, 1.0, 4.0, 9.0], [0.0, 1.0, 4.0, 9.0]),
     ([9.0, 1.0, 4.0, 0.0], [9.0, 1.0, 4.0, 0.0]),  # a restart
     ([9.0, 0.0], [9.0, 0.0]),
+    ([0.0, 0.0], [0.0, 0.0]),  # a step without noise
 ])
 def test_zeros_that_only_keep_the_host_from_adding_noise_are_no_steps(sigmas, sampled):
     assert run_context(torch.tensor(sigmas), torch.zeros(1, 4, 8, 8), None).sigmas == tuple(sampled)
