@@ -171,3 +171,5 @@ def test_masks_come_on_the_latents_grid():
     assert got.shape == (1, 1, 8, 8) and got[0, 0, :4].eq(1).all() and got[0, 0, 4:].eq(0).all()
     assert on_latent(torch.rand(2, 9, 7), (3, 16, 5, 8, 8)).shape == (3, 1, 8, 8)
     assert on_latent(mask[0], (1, 4, 8, 8)).shape == (1, 1, 8, 8) and on_latent(None, (1, 4, 8, 8)) is None
+    assert torch.equal(on_latent(4 * mask - 2, (1, 4, 8, 8)), on_latent(mask, (1, 4, 8, 8))), "from 0 to 1 at most"
+    assert on_latent(mask, (1, 64, 100)) is None, "sound has no places"

@@ -193,9 +193,15 @@ def test_times_go_from_1_to_0():
     """Also of a model whose own time does not end at 0: EDM's is the logarithm of its noise levels."""
     sampling = comfy.model_sampling.ModelSamplingContinuousEDM()
     top, bottom = float(sampling.sigma_max), float(sampling.sigma_min)
-    context = run_context(torch.tensor([top, (top * bottom) ** 0.5, bottom, 0.0]), torch.zeros(1, 4, 8, 8), None)
-    found = timed(context, SimpleNamespace(get_model_object=lambda name: sampling))
-    assert found.times == pytest.approx((1.0, 0.5, 0.0), abs=1e-5)
+
+    def of(*sigmas: float):
+        context = run_context(torch.tensor(sigmas), torch.zeros(1, 4, 8, 8), None)
+        return timed(context, SimpleNamespace(get_model_object=lambda name: sampling))
+
+    middle = (top * bottom) ** 0.5
+    assert of(top, middle, bottom, 0.0).times == pytest.approx((1.0, 0.5, 0.0), abs=1e-5)
+    assert of(top, middle, bottom).span == pytest.approx((0.0, 0.5), abs=1e-5), "handed on, behind a step at the middle"
+    assert of(top).times == (), "what is left of a schedule that is split at its beginning"
 
 
 def test_progress():

@@ -79,6 +79,9 @@ def test_noise_levels_are_placed_once(family, loras, monkeypatch):
         stretch[0] = factor
         for sigma in sigmas:
             assert 0 <= anew(sigma) - context._percent(sampling, sigma) <= 1 / 4096
+    for k in range(context.MOST_KNOWN + 1):
+        context._percent(sampling, own(k / 99))
+    assert len(context._PERCENTS[sampling]) <= context.MOST_KNOWN, "on a server that goes on for days"
 
 
 def one_step(model, latent: Tensor, sigmas: Tensor, j: int, family: str, cfg: float, conds) -> Tensor:
