@@ -146,11 +146,13 @@ def test_composite_is_the_mean_of_those_that_are_open():
 
 
 def test_masks_of_those_that_are_open():
-    """A mask whose LoRA is shut confines nothing; without one among the open, no base is evaluated."""
+    """A mask whose LoRA is shut confines nothing. The base has a share where all that are open have masks."""
     left = torch.zeros(1, 1, 8, 8)
     left[..., :4] = 1
+    session = begin(Composite((1.0, 1.0)), context(Window(0, 0.5), Window(0.5, 1), masks=(left, None)))
+    assert who(session, 0) == [(0,), ()] and who(session, 4) == [(1,)]
     session = begin(Composite((1.0, 1.0)), context(Window(0, 0.5), Window(), masks=(left, None)))
-    assert who(session, 0) == [(0,), (1,), ()] and who(session, 4) == [(1,)]
+    assert who(session, 0) == [(0,), (1,)] and who(session, 4) == [(1,)]
     p = torch.randn(1, 1, 4, 8, 8)
     step = Step(4, STEPS, 4.0)
     assert torch.equal(session.mix(step, Call(p[0], torch.ones(1), (), [p], [POSITIVE]))[0], p[0])
