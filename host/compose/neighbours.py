@@ -95,15 +95,16 @@ class Neighbours:
         self.kept_aside.clear()
         return options
 
-    def patched(self, conds: Sequence[list[dict] | None], options: Mapping) -> bool:
+    def patched(self, conds: Sequence[list[dict] | None], options: Mapping, one_side: bool = False) -> bool:
         """Whether the model is patched in a way that counts on one cond of each side in a batch, so that every branch
-        needs a batch of its own: by a hook on one of the conds, as Attention Couple's do, or for all of them."""
+        needs a batch of its own: by a hook on one of the conds, as Attention Couple's do, or for all of them. Conds
+        that are all of one side are left alone by patches that look for both."""
         hooks = [hook for cond in conds for entry in cond or () if entry.get("hooks") is not None
                  for hook in entry["hooks"].hooks]
         found = next((hook for hook in hooks if isinstance(hook, comfy.hooks.TransformerOptionsHook)), None)
         if found is not None:
             self._tell(f"{type(found).__name__}: patches the model for one prompt at a time; {APART}")
-        one = next(filter(takes_the_first, patches_of(options)), None)
+        one = None if one_side else next(filter(takes_the_first, patches_of(options)), None)
         if one is not None:
             name = one.__qualname__.partition(".")[0]
             self._tell(f"{name}: patches the first prompt of each side in a batch; {APART}")

@@ -154,7 +154,7 @@ def calc_cond_batch(executor, model, conds, x_in, timestep, model_options):
         """Predictions for conds that are all of the positive side."""
         run.controls.begin(conds, 1)
         options, wide = _caller_options(model_options, 1), [_branch_cond(run, cond, combo) for cond in conds]
-        apart = len(conds) > 1 and (run.kept.neighbours.patched(conds, options["transformer_options"])
+        apart = len(conds) > 1 and (run.kept.neighbours.patched(conds, options["transformer_options"], one_side=True)
                                     or run.one_row_only(root, conds))
         return [out for some in ([[cond] for cond in wide] if apart else [wide])
                 for out in executor(model, some, x_in, timestep, options)]

@@ -77,7 +77,8 @@ def first_row(model):
     return model
 
 
-@pytest.mark.parametrize("make", [ip_adapter, first_row])
+@pytest.mark.parametrize("make", [ip_adapter, first_row, *(each.make for name, each in FIRST_OF_A_SIDE.items()
+                                                           if each.family == "SD15")])
 def test_prompts_that_are_compared_are_all_on_the_positive_side(make, loras, monkeypatch):
     """As if the host had evaluated one after the other. Guard: `alone` in `calc_cond_batch`, without which IP-Adapter
     stopped at the third side of guidance, and each prompt but one was taken for another side's."""
@@ -88,6 +89,7 @@ def test_prompts_that_are_compared_are_all_on_the_positive_side(make, loras, mon
     def places() -> Tensor:
         ours = routed(model, specs(model, loras), mode="contrast")
         sample(ours, "SD15", conds, steps=1, cfg=1.0)
+        assert [line for line in record_of(ours).problems if "BrushNet" not in line] == []
         return places_of(ours)[0].maps
 
     found = places()
