@@ -9,7 +9,8 @@ import comfy.samplers
 import pytest
 import torch
 from lora_ensemble.host.compose.composition import record_of
-from lora_ensemble.host.compose.context import run_context, timed
+from lora_ensemble.host.compose.context import _schedule, run_context, timed
+from lora_ensemble.host.compose.earlier import Earlier
 from lora_ensemble.host.compose.steps import StepTracker, tracked
 from lora_ensemble.host.guidance.apply import guidance_record_of
 
@@ -189,18 +190,29 @@ def test_zeros_that_only_keep_the_host_from_adding_noise_are_no_steps(sigmas, sa
     assert run_context(torch.tensor(sigmas), torch.zeros(1, 4, 8, 8), None).sigmas == tuple(sampled)
 
 
-def test_times_go_from_1_to_0():
-    """Also of a model whose own time does not end at 0: EDM's is the logarithm of its noise levels."""
+def test_where_a_run_is_in_the_time_of_its_model_and_among_the_runs_of_its_picture():
+    """Times go from 1 to 0, also of a model whose own does not end at 0: EDM's is the logarithm of its noise levels."""
     sampling = comfy.model_sampling.ModelSamplingContinuousEDM()
     top, bottom = float(sampling.sigma_max), float(sampling.sigma_min)
 
-    def of(*sigmas: float):
+    def of(*sigmas: float, **known):
         context = run_context(torch.tensor(sigmas), torch.zeros(1, 4, 8, 8), None)
-        return timed(context, SimpleNamespace(get_model_object=lambda name: sampling))
+        return timed(context, SimpleNamespace(get_model_object=lambda name: sampling), **known)
 
     middle = (top * bottom) ** 0.5
     assert of(top, middle, bottom, 0.0).times == pytest.approx((1.0, 0.5, 0.0), abs=1e-5)
     assert of(top, middle, bottom).span == pytest.approx((0.0, 0.5), abs=1e-5), "handed on, behind a step at the middle"
+    for parts in (4, 7):  # one of so many, of a schedule in equal parts, and then two
+        found = [of(*(top * (bottom / top) ** (k / parts) for k in range(steps + 1))) for steps in (1, 2)]
+        assert [(each.before, each.whole) for each in found] == [(0, parts)] * 2
+    quarters = [top * (bottom / top) ** (k / 4) for k in range(4)]
+    for first, last in ((0, 2), (1, 4), (1, 3), (3, 4)):  # some of four steps, where others are not known
+        found = of(*(quarters + [0.0])[first:last + 1], noisy=first > 0)
+        assert found.times == pytest.approx((1.0, 0.75, 0.5, 0.25)[:last], abs=1e-5)
+        assert _schedule(sampling, found.sigmas, found, ()) == pytest.approx([0.0, 0.25, 0.5, 0.75], abs=1e-5)
+    between, end = (of(*sigmas, earlier=Earlier(1, (1.0,), (top,)), noisy=True)
+                    for sigmas in (quarters[1:4], [*quarters[1:], 0.0]))
+    assert between.span == pytest.approx((0.25, 0.5), abs=1e-5) and end.span == pytest.approx((1 / 3, 1), abs=1e-5)
     assert of(top).times == (), "what is left of a schedule that is split at its beginning"
 
 
