@@ -8,14 +8,16 @@ import pytest
 import torch
 from lora_ensemble.host.compose.apply import apply_method
 from lora_ensemble.host.compose.composition import record_of
+from lora_ensemble.host.compose.places import crop, for_call, held, of_film, on_grid
 from lora_ensemble.host.compose.placing import Placing
 from lora_ensemble.host.files.ensemble import LoRASpec, Mask
 from lora_ensemble.methods.composite import Composite
 from lora_ensemble.methods.merge import Merge
 from lora_ensemble.methods.switch import Switch
 from torch import Tensor
+from torch.nn import functional as F
 
-from .builders import composite, lora, merge, method, plain, same, sample, shapes, stock
+from .builders import Rand, composite, lora, merge, method, plain, same, sample, shapes, stock
 from .models import FAMILIES, base, build, patcher, randomize
 
 LAST = {"SD15": "out.2", "SDXL": "out.2", "SD3": "final_layer.linear", "Flux": "final_layer.linear", "Wan": "head.head"}
@@ -245,6 +247,26 @@ def test_merged_tokens_have_no_places(ratio, loras):
         alone = merge(model, specs)
         assert not torch.allclose(drawn(alone), drawn(stock(model, bare(specs))), rtol=1e-3)
         assert record_of(alone).problems == []
+
+
+def test_parts_of_masks():
+    """Of a context window, with ones for the frames that guide it, of an area, of a film without what guides it."""
+    rand = Rand(0)
+    pictures, film = rand(2, 1, 4, 4), rand(1, 1, 6, 4, 4)
+    frames, some = (2, (1, 2), 0), (0, (1,), 0)
+    assert torch.equal(held(film, frames, 5), film[:, :, 1:3]) and held(pictures, frames, 5) is pictures
+    assert all(torch.equal(held(pictures, some, dimensions), pictures[1:]) for dimensions in (4, 5))
+    assert held(pictures, (0, (0, 1, 2), 0), 4) is pictures
+    with_guides = torch.cat([film[:, :, 1:3], torch.ones(1, 1, 2, 4, 4)], dim=2)
+    assert torch.equal(for_call(film, frames, torch.zeros(1, 8, 4, 4, 4)), with_guides)
+    assert torch.equal(for_call(film, frames, torch.zeros(1, 8, 4, 8, 8)),
+                       F.interpolate(with_guides, (4, 8, 8), mode="trilinear"))
+    assert torch.equal(for_call(pictures, some, torch.zeros(1, 8, 8, 8)),
+                       F.interpolate(pictures[1:], (8, 8), mode="bilinear"))
+    assert on_grid(pictures, (3, 4, 4)).shape == (2, 1, 1, 4, 4)
+    assert on_grid(pictures, (4, 4)) is pictures and on_grid(film, (6, 4, 4)) is film
+    assert torch.equal(of_film(film, 4), film[:, :, :4]) and of_film(pictures, 1) is pictures
+    assert torch.equal(crop(film, (6, 2, 3, 0, 1, 0)), film[..., 1:3, :3]) and crop(film, None) is film
 
 
 def test_a_family_whose_tokens_are_not_known_says_so(loras, monkeypatch):
