@@ -110,6 +110,7 @@ class BranchCache:
         self._kept: dict[UUID | None, Hashable] = {}  # per cond of a branch, where its newest features are
         self._times: dict[Hashable, int] = {}
         self._split_points: dict[nn.Module, SplitPoint | None] = {}
+        self._cut: set[nn.Module] = set()  # models of which features have been kept
         self._limits: dict[torch.device, int] = {}
         self._spilled: set[torch.device] = set()
         self._off = False
@@ -198,14 +199,18 @@ class BranchCache:
                      for key, fresh in zip(keys, whole, strict=True)]
             with split.mix(found, rows, options, caught, among) as changed:
                 yield control, changed
+            if not caught:  # another node has left the call out
+                return
             uuids, keys = ([each for each, fresh in zip(some, whole, strict=True) if fresh] for some in (uuids, keys))
             self._keep(uuids, keys, {name: value.chunk(len(keys)) for name, value in caught.items()}, x.device)
             return
         yield control, split.capture(options, caught)
         if not split.complete(caught) or any(value.shape[0] % len(combos) for value in caught.values()):
-            self._split_points[root] = None
-            self._say(f"{type(root).__name__} does not let its blocks be replaced")
+            if root not in self._cut:  # else another node has left the call out
+                self._split_points[root] = None
+                self._say(f"{type(root).__name__} does not let its blocks be replaced")
             return
+        self._cut.add(root)
         self._keep(uuids, keys, {name: value.chunk(len(combos)) for name, value in caught.items()}, x.device)
 
     def notes(self) -> dict[str, object]:
@@ -223,6 +228,7 @@ class BranchCache:
         keeps a MODEL that nobody uses until Python happens to look for circles. The host takes that for a leak."""
         self.store.clear()
         self._split_points.clear()
+        self._cut.clear()
         self._kept.clear()
         del self._report, self._free, self.chosen
 

@@ -16,8 +16,9 @@ from lora_ensemble.host.families import row_order, split_points
 from lora_ensemble.host.files.ensemble import Mask
 
 from .builders import composite, merge, sample, schedule, three
-from .caches import Watch, cached, steps_of
+from .caches import Watch, cached, cmlora, steps_of
 from .models import FAMILIES, base, build
+from .neighbours import easy_cache
 from .test_conditionings import boxes
 from .test_scenarios import CONDS, control_model  # noqa: F401  (a fixture)
 
@@ -195,6 +196,18 @@ def test_a_call_that_is_begun_again_in_other_batches(loras, monkeypatch):
     sample(reusing, "SD15", steps=3)
     assert [step["reused"] for step in steps_of(reusing)] == [0, 6, 6]
     assert any("in an order that is not known" in line for line in record_of(reusing).problems)
+
+
+@pytest.mark.parametrize("make", [lambda *made: cmlora(*made, 1), lambda *made: cached(composite(*made))],
+                         ids=["CMLoRA", "Composite"])
+def test_calls_that_another_node_leaves_out(make, loras):
+    """There is nothing to keep of them, and the model is none that cannot be cut. Guard: without these CMLoRA stopped,
+    and Branch Cache was off from then on."""
+    plain = make(base("SD15"), three(base("SD15"), loras))
+    reusing, skipped = easy_cache(plain), sample(easy_cache(base("SD15")), steps=8)
+    assert not torch.equal(sample(base("SD15"), steps=8), skipped), "it leaves out nothing"
+    assert torch.isfinite(sample(reusing, "SD15", steps=8)).all()
+    assert not any("replaced" in line for line in record_of(reusing).problems) and steps_of(reusing)[2]["reused"]
 
 
 def test_freeu(loras):
