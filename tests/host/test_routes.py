@@ -86,6 +86,9 @@ def test_the_places_of_a_batch_follow_what_is_known(monkeypatch):
     for _ in range(2):
         assert ours.places(root, x, text, [None], [None], None) is found
         assert found.words.amax(dim=2).tolist() == [[0.0, 0.0]] and len(updates) == 1
+    others = {}, {"refs": [torch.zeros(1, 4)]}, {"refs": [torch.zeros(1, 8)]}, {"method": "index"}, {"method": "offset"}
+    assert len({id(ours.places(root, x, text | more, [None], [None], None)) for more in others}) == len(others), (
+        "what the order of tokens depends on")
     card = ours.places(nn.Linear(1, 1), x.to("meta"), text, [None], [None], None)
     assert card.maps.device.type == card.words.device.type == "meta"
 
