@@ -186,7 +186,8 @@ def bench_layer(tell: Results, name: str, case: Case, size: str, rounds: int, de
     """Host time of one layer call, from passes over LAYERS layers in which a step's rows are given once."""
     out, wide = SIZES[size]
     total = out * case.slices
-    plain, adapted = (linears(total, wide).to(device) for _ in range(2))
+    # Each has layers of its own: those that another has just called would be nearer to the processor.
+    plain, multiplied, adapted = (linears(total, wide).to(device) for _ in range(3))
     names = [layer for layer, _ in adapted.named_children()]
     loras, layouts = adapters(case.ranks, names, out, wide, case.slices), case.layouts(names)
     routed, rows = RoutedForwards(adapted, Bank(loras, dtype=torch.float32).to(device)), next(layouts)
@@ -197,7 +198,7 @@ def bench_layer(tell: Results, name: str, case: Case, size: str, rounds: int, de
             layer(x)
 
     def bare() -> None:
-        for layer in plain:
+        for layer in multiplied:
             layer(x).view(-1, total).addmm_(x.view(-1, wide) @ down.T, up.T)
 
     def ours() -> None:
