@@ -89,7 +89,7 @@ OURS = frozenset((
     "test_always", "test_auto", "test_banks", "test_by_steps", "test_cache_budget", "test_compile", "test_control",
     "test_fused",
     "test_guidance", "test_guidance_extrapolated", "test_guidance_extrapolated_nodes", "test_guidance_guiders",
-    "test_guided_step", "test_hazards", "test_kept", "test_lasting", "test_leave_one_out",
+    "test_guided_step", "test_hazards", "test_kept", "test_kept_guard", "test_lasting", "test_leave_one_out",
     "test_leave_one_out_batches", "test_live", "test_marked",
     "test_masks", "test_multigpu", "test_muted", "test_neighbours", "test_neighbours_routed",
     "test_neighbours_skipping", "test_nested", "test_prepared_texts", "test_prompt_node", "test_routed",

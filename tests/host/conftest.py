@@ -27,17 +27,17 @@ HOST_API = {"test_always", "test_animated", "test_apply", "test_attention", "tes
             "test_broken_files", "test_by_steps", "test_cache_budget", "test_compile", "test_control", "test_enlarged",
             "test_ensembles", "test_example_workflows", "test_files", "test_film", "test_fused", "test_golden",
             "test_guidance", "test_guidance_extrapolated", "test_guidance_extrapolated_nodes", "test_guidance_guiders",
-            "test_guided_step", "test_hazards", "test_info", "test_inner_code", "test_kept", "test_keymaps",
-            "test_kinds", "test_lasting", "test_latents", "test_leave_one_out", "test_leave_one_out_batches",
-            "test_lifecycle", "test_live", "test_marked", "test_masks", "test_memory", "test_models", "test_multigpu",
-            "test_muted", "test_neighbours", "test_neighbours_routed", "test_neighbours_skipping", "test_nested",
-            "test_nodes", "test_parity", "test_parity_families", "test_prepared_texts", "test_prompt_node",
-            "test_quantized", "test_read_weight", "test_routed", "test_routed_probes", "test_routed_texts",
-            "test_row_order", "test_samplers", "test_scenarios", "test_server", "test_server_errors",
-            "test_server_routed", "test_server_stack", "test_server_two_runs", "test_sessions", "test_spectrum_node",
-            "test_split_points", "test_stack", "test_started_films", "test_steps", "test_tiles", "test_token_order",
-            "test_two_runs", "test_two_runs_guidance", "test_uncalled", "test_weights", "test_windows",
-            "test_windows_told", "test_words"}
+            "test_guided_step", "test_hazards", "test_info", "test_inner_code", "test_kept", "test_kept_guard",
+            "test_keymaps", "test_kinds", "test_lasting", "test_latents", "test_leave_one_out",
+            "test_leave_one_out_batches", "test_lifecycle", "test_live", "test_marked", "test_masks", "test_memory",
+            "test_models", "test_multigpu", "test_muted", "test_neighbours", "test_neighbours_routed",
+            "test_neighbours_skipping", "test_nested", "test_nodes", "test_parity", "test_parity_families",
+            "test_prepared_texts", "test_prompt_node", "test_quantized", "test_read_weight", "test_routed",
+            "test_routed_probes", "test_routed_texts", "test_row_order", "test_samplers", "test_scenarios",
+            "test_server", "test_server_errors", "test_server_routed", "test_server_stack", "test_server_two_runs",
+            "test_sessions", "test_spectrum_node", "test_split_points", "test_stack", "test_started_films",
+            "test_steps", "test_tiles", "test_token_order", "test_two_runs", "test_two_runs_guidance", "test_uncalled",
+            "test_weights", "test_windows", "test_windows_told", "test_words"}
 """Files whose tests ask ComfyUI for what changes from release to release, marked `host_api`: loading and parsing, the
 life of a run and of a model, samplers, guiders and schemas, the models' own code. `run.py test` runs them on older
 releases; the others ask what our own mathematics does, which one release shows."""
