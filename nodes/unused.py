@@ -106,7 +106,7 @@ _RULES: dict[str, list[Rule]] = {
          "cache_depth is 0: every LoRA is computed whole"),
     ],
     "LoRAEnsembleLoRAtorio": [
-        (("selection", "recheck_every"), lambda given: _picks(given), "top_k is {top_k}: all LoRAs take part"),
+        (("selection", "recheck_every"), _picks, "top_k is {top_k}: all LoRAs take part"),
         (("temperature_unit",), lambda given: given["temperature"] > 0, "temperature is 0: all LoRAs weigh alike"),
         (("patch_size", "upsampling", "similarity"), lambda given: given["temperature"] > 0 or _picks(given),
          "temperature is 0: all LoRAs weigh alike"),

@@ -24,7 +24,7 @@ from ..families.work import Work
 from .attention import OVERRIDE
 from .neighbours import identity_of_pass
 from .places import window_of
-from .tiles import TILES, UNKNOWN
+from .tiles import TILES, UNKNOWN, tile_of_each
 
 Combo = tuple[Branch, ...]
 """One branch per applied method: what one row of a batch is evaluated with."""
@@ -178,8 +178,8 @@ class BranchCache:
         places = (window_of(options), identity_of_pass(options), (rows, *x.shape[1:]), None if context is None else
                   tuple(context.shape[1:]))
         with self._lock:
-            keys = [self._key((uuid, combo, tiles[k * len(tiles) // len(uuids)] if tiles else None, *places))
-                    for k, (uuid, combo) in enumerate(zip(uuids, combos, strict=True))]
+            keys = [self._key((uuid, combo, tile, *places))
+                    for uuid, combo, tile in zip(uuids, combos, tile_of_each(tiles, len(uuids)), strict=True)]
             found = [self.store.get(key, self._step.index) for key in keys]
             whole = [self._whole.get(combo, True) or kept is None for combo, kept in zip(combos, found, strict=True)]
             if any(whole) and not self._mixed:

@@ -129,9 +129,7 @@ def find_places(run: Run, positive: list[list[dict]], evaluate: Callable[[list[l
     for regions in due:
         regions.commit()
         if not regions.routes.found:
-            others = run.kept.neighbours.kept_aside
-            why = f"{one_history(root)}, so that nothing is evaluated to find the places of words" if history else \
-                _why_not(regions, root, placed, compiled, others)
+            why = _why_not(regions, root, placed, compiled, history, run.kept.neighbours.kept_aside)
             regions.give_up(why, not placed)
 
 
@@ -152,7 +150,10 @@ def _with_stand_ins(entry: dict, regions: Sequence[RoutedLoRAs], variants: Mappi
     return other
 
 
-def _why_not(regions: RoutedLoRAs, root: nn.Module, placed: bool, compiled: bool, others: Sequence[str]) -> str:
+def _why_not(regions: RoutedLoRAs, root: nn.Module, placed: bool, compiled: bool, history: bool, others: Sequence[str]
+             ) -> str:
+    if history:
+        return f"{one_history(root)}, so that nothing is evaluated to find the places of words"
     if regions.contrasts:
         return "the prompts come without what contrast compares: encode them with the CLIP of this method node"
     if not placed:

@@ -50,13 +50,17 @@ def with_tiles(wrapper: Wrapper, aside: Callable[[], bool], placed: bool, known:
 def inside(areas: Sequence[Area], tiles: Sequence[Area]) -> list[Area]:
     """Where the conds of a batch lie on the latent, all of one tile after those of another: their areas are areas of
     the latent, and each tile is a piece of its areas. The areas as they are where a tile was not found."""
-    if None in tiles or not tiles:
+    if None in tiles:
         return list(areas)
-    each = len(areas) // len(tiles)
-    return [_within(area, tiles[k // each]) for k, area in enumerate(areas)]
+    return [_within(area, tile) for area, tile in zip(areas, tile_of_each(tiles, len(areas)), strict=True)]
 
 
-def _within(area: Area, tile: tuple[int, ...]) -> Area:
+def tile_of_each(tiles: Sequence[Area], conds: int) -> list[Area]:
+    """The tile that each of the conds of a batch brings, all of one tile after those of another; None without tiles."""
+    return [tiles[k * len(tiles) // conds] for k in range(conds)] if tiles else [None] * conds
+
+
+def _within(area: Area, tile: Area) -> Area:
     """The piece of an area that a tile of it is."""
     if not tile or area is None:
         return tile or area

@@ -58,8 +58,10 @@ def with_own_names(conds: Mapping[str, list[dict]]) -> None:
     times = Counter(entry.get("uuid") for entries in conds.values() for entry in entries or ())
     for entries in conds.values():
         for k, entry in enumerate(entries or ()):
+            if times[entry.get("uuid")] == 1:
+                continue
             text = next((each for each in entries[:k] if _same_text(each, entry)), None)
-            if times[entry.get("uuid")] > 1 and text is not None:
+            if text is not None:
                 rest = {key: value for key, value in entry.items() if key not in OF_TEXT}
                 entries[k] = rest | {key: text[key] for key in OF_TEXT if key in text} | {"uuid": uuid4()}
 

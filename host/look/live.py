@@ -11,6 +11,8 @@ import logging
 import re
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from comfy_execution.utils import get_executing_context
 
@@ -73,14 +75,12 @@ def on_the_node(model, record: RunRecord | None, total: int) -> Listener | None:
             return
         notes = [*record.reasons, *record.problems, *(guidance.problems if guidance is not None else ())]
         panels = shown(record, called, methods, costs, total, over, notes)
-        try:
+        with _perhaps_going_down():
             if panels:  # before the texts: a panel remembers the height that its node had without either
                 server.send_sync(EVENT, {"prompt_id": context.prompt_id, "workflow": workflow, "panels": panels},
                                  client)
             for each in dict.fromkeys((node, *filter(None, methods))):
                 say_on(each, text)
-        except RuntimeError as error:  # the server is going down
-            log.debug("live text: %s", error)
 
     return told
 
@@ -91,12 +91,19 @@ def _alone(model, record: RunRecord | None, total: int, server, client: str, nod
     def told(over: bool) -> None:
         text = saved(record, guidance_record_of(model), total) if over and client in server.sockets else ""
         if text:
-            try:
+            with _perhaps_going_down():
                 say_on(node, text)
-            except RuntimeError as error:
-                log.debug("live text: %s", error)
 
     return told
+
+
+@contextmanager
+def _perhaps_going_down() -> Iterator[None]:
+    """Around nothing but what is sent to a server, whose loop may have been closed: a run need not end for that."""
+    try:
+        yield
+    except RuntimeError as error:
+        log.debug("live text: %s", error)
 
 
 def _workflow(server, prompt_id: str) -> str:

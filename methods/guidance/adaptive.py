@@ -15,7 +15,7 @@ from ...kernels.guidance import cosine, similarity_terms
 from ..counted import counted
 from ..session import Sent
 from .record import GuidanceRecord, known
-from .session import CONDITIONAL, NEAR, GuidanceSession, Need, Rows, Tell
+from .session import CONDITIONAL, GuidanceSession, Need, Rows, Tell, rises
 
 Space = Literal["noise", "x0"]
 SPACES: tuple[Space, ...] = ("noise", "x0")
@@ -120,7 +120,7 @@ class AdaptiveSession(GuidanceSession):
         """The negatives of all rows that are still guided, as far as the host knows."""
         if self._step is None or step.index != self._step.index:
             self._fresh = True
-            if self._step is not None and step.sigma > self._level * (1 + NEAR):
+            if self._step is not None and rises(step.sigma, self._level):
                 self._fade = self._open = None
                 self._begun += 1
             self._level = step.sigma

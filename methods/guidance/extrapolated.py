@@ -34,7 +34,7 @@ from ...kernels.guidance import relative_size
 from ..session import Sent
 from .line import Astray, Line
 from .record import GuidanceRecord, known
-from .session import FULL, NEAR, REPLACED, GuidanceSession, Need, Rows, Tell
+from .session import FULL, NEAR, REPLACED, GuidanceSession, Need, Rows, Tell, rises
 from .turns import spread_steps, steps_among
 
 WIDEST = 4
@@ -156,9 +156,9 @@ class ExtrapolatedSession(GuidanceSession):
         if self._step is None or step.index != self._step.index:
             self._kept = False
             self._read(step.index - 2)
-            rises = self._step is not None and step.sigma > self._step.sigma * (1 + NEAR)
+            up = self._step is not None and rises(step.sigma, self._step.sigma)
             self._step = step
-            known = len(self._last) == pictures and not rises
+            known = len(self._last) == pictures and not up
             self._missed = {}
             if known and step.index - min(self._last) <= self._widest:
                 self._need = self._turn(step.index)

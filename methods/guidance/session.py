@@ -20,6 +20,11 @@ NEAR = 1e-4
 """Noise levels that differ by less, relatively, are one."""
 
 
+def rises(sigma: float, before: float) -> bool:
+    """Whether a noise level is above the one before it, as where a restart begins."""
+    return sigma > before * (1 + NEAR)
+
+
 @dataclass(frozen=True)
 class Need:
     """What a model call needs of its negatives.
