@@ -8,12 +8,15 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from .adapters import Kron, LowRank, Op, Span, frozen
+from .adapters import Decomposed, Kron, LowRank, Op, Span, frozen
 from .stack import Stack, StackOp
 
 
 class Site(nn.Module):
-    """Everything the bank holds for one layer: its stacks, and the ops that are not low-rank, by adapter."""
+    """Everything the bank holds for one layer: its stacks, and the ops that are not low-rank, by adapter.
+
+    weighed   whether one of these depends on the layer's weight, and on the changes beneath it
+    """
 
     def __init__(self, name: str, ops: Mapping[int, Sequence[Op]], dtype: torch.dtype | None = None):
         super().__init__()
@@ -32,6 +35,8 @@ class Site(nn.Module):
                     others.setdefault(adapter, []).append(op.to(dtype) if type(op) is Kron and dtype else op)
         self.stacks = nn.ModuleList([Stack(slices, dtype) for slices in stacks.values()])
         self.others = nn.ModuleDict({str(adapter): nn.ModuleList(kept) for adapter, kept in others.items()})
+
+        self.weighed = any(isinstance(op, Decomposed) for ops in others.values() for op in ops)
 
     @property
     def adapters(self) -> set[int]:

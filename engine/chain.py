@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels.lowrank import Update
+from ..kernels.lowrank import Number, Update
 from .adapters import Op, Scales, part
 from .geometry import Geometry, no_bias
 
@@ -18,7 +18,7 @@ class Link(NamedTuple):
     """One op of a chain at a gain, with the magnitude factors of a DoRA, and the places that it acts in, as a tensor
     that broadcasts over outputs; None: everywhere."""
 
-    gain: float
+    gain: Number
     op: Op
     scales: Scales = None
     places: Tensor | None = None
@@ -43,9 +43,9 @@ def chain(links: Sequence[Link], biases: Sequence[Link], base: Callable[[Tensor]
         if op.additive or not op.on_inputs(scales):
             out = value(k - 1, x, u, y)
             before = None if places is None else out.clone()
-            op.change_(out, here, gain, geometry, scales)
+            op.change_(out, here, gain.value, geometry, scales)
             return out if places is None else torch.lerp(before, out, places)
-        shift, before = op.shift(here, gain, geometry, scales), None
+        shift, before = op.shift(here, gain.value, geometry, scales), None
         if places is not None and not geometry.spatial:
             shift = shift * places  # a token of the output comes from the same token of the input
         elif places is not None:
@@ -58,7 +58,7 @@ def chain(links: Sequence[Link], biases: Sequence[Link], base: Callable[[Tensor]
             part(out, op.span, geometry.channel, 0).add_(part(moved, op.span, geometry.channel, 0))
         if places is not None and before is None:
             before = out.clone()
-        op.add_(out, here, gain, geometry, scales)
+        op.add_(out, here, gain.value, geometry, scales)
         return out if places is None else torch.lerp(before, out, places)
 
     def update(y: Tensor, x: Tensor) -> Tensor:
@@ -76,10 +76,10 @@ def additions(links: Sequence[Link], geometry: Geometry) -> Update:
     def update(y: Tensor, x: Tensor) -> Tensor:
         for gain, op, _, places in links:
             if places is None:
-                op.add_(y, x, gain, geometry)
+                op.add_(y, x, gain.value, geometry)
             else:
                 delta = torch.zeros_like(y)
-                op.add_(delta, x, gain, geometry)
+                op.add_(delta, x, gain.value, geometry)
                 y.addcmul_(delta, places)
         return y
 

@@ -13,15 +13,13 @@ from ..kernels.branch import Branch
 from .adapters import Reader
 from .bank import Bank
 from .compiled import Traced, TracedGains, connect, disconnect, handle_of
+from .gains import Gains, Marked
 from .geometry import ForwardOf, geometry_of, layer_of, own_forward
 from .layout import Layout, Order, folded
 from .positions import Places
-from .program import Layer, Program, Programs, nothing
+from .program import UNMET, Layer, Programs
 from .reach import Reach
 from .tell import Once, Report
-
-_UNMET = Program(torch.Size((-1,)), torch.bool, nothing)
-"""The program of a layer that no batch of the layout has come to yet."""
 
 
 class _State:
@@ -79,8 +77,12 @@ class RoutedForwards:
         self.acted: set[int] = set()
         self._installed: list[_Installed] = []
         self._layers: list[Layer] = []
+        self._names: list[str] = []  # theirs
+        self._weighed: list[int] = []  # layers whose programs are for some gains alone
         self._layouts: dict[Hashable, Layout] = {}
-        self._programs = Programs(bank, reader or (lambda name: _read(root, name)), self._tell, lasting, flat)
+        self._gains = Gains()
+        self._programs = Programs(bank, self._gains, reader or (lambda name: _read(root, name)), self._tell, lasting,
+                                  flat)
         self._addresses: list[int] = []
         self._traced: dict[int, TracedGains] = {}
 
@@ -125,6 +127,9 @@ class RoutedForwards:
                 continue
             before = module.__dict__.get("forward")
             self._layers.append(Layer(site, geometry, base, module))
+            self._names.append(name)
+            if site.weighed:
+                self._weighed.append(len(self._layers) - 1)
             forward, traced, route = self._routed(len(self._layers) - 1)
             module.forward = fitted(forward)
             self._installed.append(_Installed(module, before, module.forward, traced, route))
@@ -142,6 +147,8 @@ class RoutedForwards:
                 module.forward = before
         self._installed.clear()
         self._layers.clear()
+        self._names.clear()
+        self._weighed.clear()
         self._forget()
 
     @contextmanager
@@ -154,28 +161,33 @@ class RoutedForwards:
         if self._addresses != (addresses := self.bank.addresses()):
             self._forget()  # the host has moved factors since
             self._addresses = addresses
-        key = tuple(branches), places
+        state, marked = self._state, self._gains.marked(branches)
+        before, held = state.current, self._gains.held
         if reach is not None and not self.compiled:
-            layout = self._unmet(branches, places, reach)  # of this batch alone
-        elif (layout := self._layouts.get(key)) is None:
-            layout = self._layouts[key] = self._unmet(branches, places)
-        state = self._state
-        before, state.current = state.current, layout if layout.acting or layout.reach is not None else None
+            layout = Layout(marked, places, self.order, reach)  # of this batch alone
+        elif (layout := self._layouts.get((marked.kind, places))) is None:
+            layout = self._layouts[marked.kind, places] = Layout(marked, places, self.order)
         state.open += 1
         self.acted |= layout.acting
-        self._trace(state.current)
         try:
+            self._turn_to(layout if layout.acting or layout.reach is not None else None, marked)
             yield
         finally:
-            state.current = before
             state.open -= 1
-            self._trace(before)
+            self._turn_to(before, held)
 
-    def _unmet(self, branches: Sequence[Branch], places: Places | None, reach: Reach | None = None) -> Layout:
-        """A layout that no layer has met yet, with the programs that are known."""
-        layout = Layout(branches, places, self.order, reach)
-        layout.programs = [self._programs.latest(layer, layout) or _UNMET for layer in self._layers]
-        return layout
+    def _turn_to(self, layout: Layout | None, marked: Marked | None) -> None:
+        """From now on layers do what a layout says, for a batch of these branches; None: nothing."""
+        self._state.current = layout
+        if layout is not None:
+            self._gains.hold(marked)
+            if not layout.programs:  # no layer has met it: those that are known of other layouts
+                layout.programs = self._programs.latest(self._names, layout)
+            elif layout.marked is not marked:
+                for k in self._weighed:
+                    layout.programs[k] = UNMET
+            layout.marked = marked
+        self._trace(layout)
 
     def explain(self) -> list[str]:
         """What each layer does for each layout that was met: a line per product."""

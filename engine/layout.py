@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from ..kernels.branch import Branch
+from .gains import Marked, Marks
 from .positions import Places
 from .reach import Reach
 
@@ -38,24 +39,27 @@ def folded(layer: str, entries: int, rows: int) -> str | None:
 class Layout:
     """One batch layout. Its programs are filled in as layers are met (forwards.py).
 
-    rows     the branch of each row, in any order
+    marked   the branch of each row, in any order: those of the batch that is evaluated, of many that are of a kind
     places   where in the picture and in the text adapters act; None: everywhere
     reach    told what adapters would add
 
     `acting` are the adapters that act in any of the rows, at any layer.
     """
 
-    def __init__(self, rows: Sequence[Branch], places: Places | None = None, order: Order = folded,
+    def __init__(self, marked: Marked, places: Places | None = None, order: Order = folded,
                  reach: Reach | None = None):
-        self.rows, self.places, self._order, self.reach = tuple(rows), places, order, reach
-        self.uniform = len(set(self.rows)) == 1
-        self.acting = frozenset(a for branch in set(self.rows)
-                                for gains in (branch.gains, *(gains for _, gains in branch.per_module))
-                                for a, gain in enumerate(gains) if gain)
+        self.marked, self.places, self._order, self.reach = marked, places, order, reach
+        rows = set(marked.branches)
+        self.uniform = len(rows) == 1
+        self.acting = frozenset(a for marks in marked.of.values() for a, mark in enumerate(marks) if mark)
         self.programs: list = []
-        self._alike = not any(branch.per_module for branch in self.rows)
+        self._alike = not any(branch.per_module for branch in rows)
         self._owners: dict[tuple[str, int], tuple[int, ...]] = {}
-        self._gains: dict[tuple[int, ...], tuple[tuple[float, ...], ...]] = {}
+        self._marks: dict[tuple[int, ...], Marks] = {}
+
+    @property
+    def rows(self) -> tuple[Branch, ...]:
+        return self.marked.branches
 
     def owners(self, layer: str, entries: int) -> tuple[int, ...] | None:
         """The row of each entry; None where that is not known."""
@@ -68,11 +72,11 @@ class Layout:
             self._owners[order, entries] = tuple(e % count if order == "tile" else e // fold for e in range(entries))
         return self._owners[order, entries]
 
-    def gains(self, layer: str, owners: tuple[int, ...]) -> tuple[tuple[float, ...], ...]:
+    def marks(self, layer: str, owners: tuple[int, ...]) -> Marks:
         """Per entry the gains at a layer."""
-        if self._alike and owners in self._gains:
-            return self._gains[owners]
-        rows = [branch.at(layer) for branch in self.rows]
+        if self._alike and owners in self._marks:
+            return self._marks[owners]
+        rows = [self.marked.of[branch.at(layer)] for branch in self.rows]
         found = tuple(rows[row] for row in owners)
-        self._gains[owners] = found
+        self._marks[owners] = found
         return found

@@ -9,19 +9,18 @@ from typing import Any
 
 from torch import Tensor
 
-from ..kernels.lowrank import Share, Update, add_pointwise_, rows, shares, shares_apart, tokens
+from ..kernels.lowrank import Number, Share, Update, add_pointwise_, rows, shares, shares_apart, tokens
 from .adapters import Span, part
+from .gains import OFF, ONE, Gains, Marks
 from .geometry import Geometry
 from .stack import SlicePart, Slot, Stack, together
 from .transfer import on_device
 
-Numbers = tuple[tuple[float, ...], ...]
-"""Per entry of a layer, one number per slot of a stack."""
 Entries = tuple[int, ...]
-Where = Callable[[Entries, Sequence[Slot], Numbers], Tensor]
-"""(entries, slots, numbers) -> gains of hidden values [entries, .., ranks of the slots]: an entry's number for the slot
-(one row of numbers serves all entries) times how much of the adapter acts at each place. It is always the same tensor:
-an update of the places changes what it holds."""
+Where = Callable[[Entries, Sequence[Slot], Marks], Tensor]
+"""(entries, slots, marks) -> gains of hidden values [entries, .., ranks of the slots]: an entry's gain for the slot
+(one row of marks serves all entries) times how much of the adapter acts at each place. It is always the same tensor: an
+update of the places, or of what marks stand for, changes what it holds."""
 MakeOnce = Callable[[Hashable, Callable[[], Any]], Any]
 
 
@@ -54,6 +53,7 @@ class LayerCall:
     y, x       output and input, of which only shapes, strides, dtypes and devices count
     geometry   the layer's
     factors    stack -> its down and up, in the dtype and on the device of x
+    gains      what marks stand for
     where      where adapters act inside the entries; None: everywhere
     beneath    how many adapters, the first of the bank, act everywhere whatever `where` says
     once       (key, make) -> what `make` gave for the key when it was first asked for, in this run
@@ -63,6 +63,7 @@ class LayerCall:
     x: Tensor
     geometry: Geometry
     factors: Callable[[Stack], tuple[Tensor, Tensor]]
+    gains: Gains
     where: Where | None = None
     beneath: int = 0
     once: MakeOnce = lambda key, make: make()
@@ -107,11 +108,11 @@ class Way:
     seconds: float
 
 
-def product(call: LayerCall, stack: Stack, slots: Sequence[Slot], entries: Entries, numbers: Numbers) -> Way:
-    """The neighbouring `slots` of a stack on some entries, `numbers` with one gain per entry and slot."""
+def product(call: LayerCall, stack: Stack, slots: Sequence[Slot], entries: Entries, marks: Marks) -> Way:
+    """The neighbouring `slots` of a stack on some entries, `marks` with one gain per entry and slot."""
     slots = together(slots)
     ranks, n, rates = slice(slots[0].start, slots[-1].stop), len(entries), call.rates
-    alpha, needed = _gains(call, numbers)
+    common, needed = _common(call, marks)
     parts = stack.parts(ranks)
     (first, own, count), span, outputs = parts[0], stack.slices[parts[0].k].span, call.y.shape[-1]
     lone, width = len(parts) == count == 1, ranks.stop - ranks.start
@@ -122,10 +123,10 @@ def product(call: LayerCall, stack: Stack, slots: Sequence[Slot], entries: Entri
 
     def build(call: LayerCall, stack: Stack) -> list[Built]:
         down, up = call.factors(stack)
-        gain = None
+        gain, alpha = None, call.gains.number(common)
         if needed is not None:
-            gain = call.where(entries, slots, needed) if call.where is not None else gain_tensor(
-                slots, needed, call.geometry.spatial, min(call.x.ndim - 2, 1), call.x, call.once, size)
+            gain = call.where(entries, slots, needed) if call.where is not None else call.gains.tensor(
+                [slot.width for slot in slots], needed, call.geometry.spatial, min(call.x.ndim - 2, 1), call.x, size)
             if gain.ndim > 3 and not call.geometry.spatial:  # a view, which is brought up to date with its tensor
                 gain = gain.flatten(1, -2)
         if columns:
@@ -157,8 +158,8 @@ def _views(stack: Stack, parts: Sequence[SlicePart], ranks: int, outputs: int) -
     return views
 
 
-def apart(call: LayerCall, stack: Stack, ranks: slice, entries: Entries, alpha: float) -> Way:
-    """Some ranks of the first slice and the same of those that follow it, on some entries."""
+def apart(call: LayerCall, stack: Stack, ranks: slice, entries: Entries, mark: int) -> Way:
+    """Some ranks of the first slice and the same of those that follow it, on some entries, at one gain."""
     (one, *_), count, n, rates = stack.slices, len(stack.slices), len(entries), call.rates
     width = ranks.stop - ranks.start
 
@@ -166,7 +167,7 @@ def apart(call: LayerCall, stack: Stack, ranks: slice, entries: Entries, alpha: 
         down, up = call.factors(stack)
         down = down.unflatten(0, (count, one.width))[:, ranks].mT
         update = shares_apart(down, Share(one.span[1], 0, up.view(count, one.out, one.width)[..., ranks].mT),
-                              call.y.shape[-1], alpha)
+                              call.y.shape[-1], call.gains.number(mark))
         text = f"{n} of {call.y.shape[0]} entries, {count} slices, rank {width} each"
         return [(on_entries(update, entries, call.y), text)]
 
@@ -188,7 +189,7 @@ def in_words(span: Span) -> str:
     return f", slice {span}" if span else ""
 
 
-def _added(geometry: Geometry, ndim: int, n: int, down: Tensor, up: Tensor, gain: Tensor | None, alpha: float,
+def _added(geometry: Geometry, ndim: int, n: int, down: Tensor, up: Tensor, gain: Tensor | None, alpha: Number,
            span: Span) -> Update:
     """The product for inputs of `ndim` dimensions and n entries."""
     if geometry.spatial:
@@ -246,35 +247,17 @@ def on_entries(add: Update, entries: Entries, like: Tensor) -> Update:
     return update
 
 
-def _gains(call: LayerCall, numbers: Numbers) -> tuple[float, Numbers | None]:
-    """(alpha, what a gain tensor has to hold, None: no tensor is needed). Where all entries have the same numbers, and
-    all but zeros are equal, they are alpha, exactly, and the tensor holds ones, zeros and places: a map of ones changes
-    no bit."""
-    alpha = 1.0
-    if len(set(numbers)) == 1:
-        distinct = {number for number in numbers[0] if number}
-        alpha = distinct.pop() if len(distinct) == 1 else 1.0
-        numbers = (tuple(number / alpha for number in numbers[0]),)
-        if call.where is None and set(numbers[0]) == {1.0}:
-            return alpha, None
-    return alpha, numbers
-
-
-def gain_tensor(slots: Sequence[Slot], numbers: Numbers, spatial: int, dimensions: int, like: Tensor, once: MakeOnce,
-                size: tuple[int, ...] = ()) -> Tensor:
-    """Numbers [rows of numbers, slots] as gains that broadcast over hidden values: [rows, R, 1, ..] for convolutions,
-    [rows, 1, .., R] for layers with so many token dimensions; with `size`, in that size. Layers share them: each is a
-    copy to the device."""
-    widths, device, dtype = tuple(slot.width for slot in slots), like.device, like.dtype
-
-    def make() -> Tensor:
-        ranks = [number for row in numbers for number, width in zip(row, widths, strict=True) for _ in range(width)]
-        ones = [1] * (spatial or dimensions)
-        gain = on_device(ranks, device, dtype).view(len(numbers), -1)
-        gain = gain.reshape(len(numbers), -1, *ones) if spatial else gain.reshape(len(numbers), *ones, -1)
-        return gain.expand(size).contiguous() if size else gain
-
-    return once(("gain", widths, numbers, spatial, dimensions, dtype, device, size), make)
+def _common(call: LayerCall, marks: Marks) -> tuple[int, Marks | None]:
+    """(mark of alpha, what a gain tensor has to hold, None: no tensor is needed). Where all entries have the same
+    gains, and all but zeros are equal, they are alpha, exactly, and the tensor holds ones, zeros and places: a map of
+    ones changes no bit."""
+    if len(set(marks)) > 1:
+        return ONE, marks
+    acting = set(marks[0]) - {OFF}
+    if len(acting) > 1:
+        return ONE, marks[:1]
+    alpha, row = acting.pop(), tuple(ONE if mark else OFF for mark in marks[0])
+    return alpha, None if call.where is None and all(row) else (row,)
 
 
 def sized(call: LayerCall, size: tuple[int, ...]) -> tuple[int, ...]:

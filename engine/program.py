@@ -16,17 +16,16 @@ from ..kernels.lowrank import Update
 from .adapters import Bias, Decomposed, Op, Reader
 from .bank import Bank, Site
 from .chain import Link, additions, chain
+from .gains import OFF, ONE, Gains, Marks
 from .geometry import Geometry, plain
 from .layout import Layout, NotRows
 from .positions import Places, of_text
-from .products import Entries, LayerCall, Numbers, Where, gain_tensor, in_turn, on_entries
+from .products import Entries, LayerCall, Where, in_turn, on_entries
 from .stack import Slot, Stack
 from .tell import Report
 from .ways import stack_products
 
 Value = TypeVar("Value", bound=Hashable)
-Gains = tuple[tuple[float, ...], ...]
-"""Per entry of a layer, one gain per adapter of the bank."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,10 @@ class Program:
     text: tuple[str, ...] = ()
 
 
+UNMET = Program(torch.Size((-1,)), torch.bool, lambda y, x: y)
+"""The program of a layer that no batch of a layout has come to yet."""
+
+
 class Layer(NamedTuple):
     """A layer that a bank acts on; `base` is its forward as it was."""
 
@@ -54,18 +57,19 @@ class Layer(NamedTuple):
 class Programs:
     """Makes the programs of one bank's layers, and keeps them and what they are made of, for one run.
 
+    gains    what the marks of layouts stand for
     tell     told what cannot be expressed
     lasting  a context for tensors that are kept beyond the layer that runs
     flat     layers have no dimension for entries: the model takes one row, and its tokens are their first dimension
     """
 
-    def __init__(self, bank: Bank, reader: Reader, tell: Report,
+    def __init__(self, bank: Bank, gains: Gains, reader: Reader, tell: Report,
                  lasting: Callable[[], AbstractContextManager] = nullcontext, flat: bool = False):
         self.bank, self._tokens_first = bank, flat
         self.seen: dict[str, set[int]] = {}  # layer -> the adapters that acted in a batch which came to it
-        self._reader, self._tell, self._lasting = reader, tell, lasting
+        self._gains, self._reader, self._tell, self._lasting = gains, reader, tell, lasting
         self._programs: dict[Hashable, Program] = {}
-        self._latest: dict[tuple[str, tuple[float, ...]], Program] = {}  # (layer, gains of all rows)
+        self._latest: dict[Hashable, Program] = {}  # by layer, gains of all rows, and who acted in the batch
         self._made: dict[Hashable, object] = {}
 
     def forget(self) -> None:
@@ -73,18 +77,19 @@ class Programs:
         self._programs.clear()
         self._latest.clear()
         self._made.clear()
+        self._gains.forget()
 
-    def latest(self, layer: Layer, layout: Layout) -> Program | None:
-        """What the layer did when it last had these gains, which is what it does for an input of that program's shape
-        and dtype. None where that is not known, or depends on more than one branch.
+    def latest(self, names: Sequence[str], layout: Layout) -> list[Program]:
+        """Per layer what it did when it last had these gains, which is what it does for an input of that program's
+        shape and dtype; `UNMET` where that is not known, or depends on more than one branch, or on the layer's weight.
 
         A method that chooses anew at each step for each layer meets few programs, but in layouts that are all new.
         """
-        name = layer.site.name
         if not layout.uniform or layout.places is not None or layout.reach is not None:
-            return None
-        found = self._latest.get((name, layout.rows[0].at(name)))
-        return found if found is not None and layout.acting <= self.seen[name] else None
+            return [UNMET] * len(names)
+        row, of, found, acting = layout.rows[0], layout.marked.of, self._latest, layout.acting
+        marks, others = of[row.gains], {name: of[gains] for name, gains in row.per_module}
+        return [found.get((name, others.get(name, marks), acting), UNMET) for name in names]
 
     def program(self, layer: Layer, layout: Layout, y: Tensor, x: Tensor) -> Program:
         """The program of a layer for calls like this one, y its own output at x.
@@ -98,14 +103,15 @@ class Programs:
             y, x = y.unsqueeze(0), plain(x).unsqueeze(0)
         owners = self._owners(layout, name, y, x)
         places = None if owners is None else layout.places
-        gains = (layout.rows[0].at(name),) if owners is None else layout.gains(name, owners)
-        key = name, gains, shape, x.dtype, y.dtype, x.device, places, owners if places is not None else None
+        marks = layout.marks(name, (0,) if owners is None else owners)
+        weighed = self._weighed(layer.site, marks)
+        key = name, marks, weighed, shape, x.dtype, y.dtype, x.device, places, owners if places is not None else None
         if key not in self._programs:
             with self._lasting():
-                program = self._program(layer, gains, y, x, places, owners)
+                program = self._program(layer, marks, y, x, places, owners)
                 self._programs[key] = Program(shape, x.dtype, _of_one(program.run), program.text) if flat else program
-        if owners is None and places is None:
-            self._latest[name, gains[0]] = self._programs[key]
+        if owners is None and places is None and not weighed:
+            self._latest[name, marks[0], layout.acting] = self._programs[key]
         if layout.reach is None:
             return self._programs[key]
         tell = self._telling(layer, layout, y, x)
@@ -137,7 +143,11 @@ class Programs:
             self._tell("all", name, "its rows cannot be told apart, so LoRAs act there everywhere")
         return owners
 
-    def _program(self, layer: Layer, gains: tuple, y: Tensor, x: Tensor, places: Places | None,
+    def _weighed(self, site: Site, marks: Marks) -> tuple[float, ...]:
+        """The gains that are part of a program: where a DoRA goes by the weight with what is beneath it."""
+        return self._gains.values(mark for row in dict.fromkeys(marks) for mark in row) if site.weighed else ()
+
+    def _program(self, layer: Layer, marks: Marks, y: Tensor, x: Tensor, places: Places | None,
                  owners: Entries | None) -> Program:
         site, shape, dtype = layer.site, x.shape, x.dtype
         plainly = _plainly if plain(x) is not x else None
@@ -145,44 +155,44 @@ class Programs:
         if x.dtype is not y.dtype:  # under autocast, and in layers that convert what they give
             plainly, x = partial(_plainly, dtype=y.dtype), x.to(y.dtype)
         if owners is None:
-            gains *= y.shape[0]
-        call = LayerCall(y, x, layer.geometry, lambda stack: self._factors(stack, x),
+            marks *= y.shape[0]
+        call = LayerCall(y, x, layer.geometry, lambda stack: self._factors(stack, x), self._gains,
                          self._where(layer, y, places, owners) if places is not None else None,
                          places.beneath if places is not None else 0, self._once)
-        in_any_order = not len(site.others) or all(_additive(site, row) for row in set(gains))
-        updates, text = self._added(call, site, gains) if in_any_order else self._chained(call, layer, gains)
+        in_any_order = not len(site.others) or all(_additive(site, row) for row in set(marks))
+        updates, text = self._added(call, site, marks) if in_any_order else self._chained(call, layer, marks)
         update = in_turn(updates) if updates else nothing
         return Program(shape, dtype, update if plainly is None else plainly(update), text)
 
-    def _added(self, call: LayerCall, site: Site, gains: Gains) -> tuple[list[Update], tuple[str, ...]]:
+    def _added(self, call: LayerCall, site: Site, marks: Marks) -> tuple[list[Update], tuple[str, ...]]:
         """The products of a layer on which nothing depends on the order."""
         updates: list[Update] = []
         text: tuple[str, ...] = ()
-        others: dict[Entries, list[tuple[int, float, Op]]] = {}
+        others: dict[Entries, list[tuple[int, int, Op]]] = {}
         for stack in site.stacks:
-            for update, line in stack_products(call, stack, stack.numbers(gains)):
+            for update, line in stack_products(call, stack, stack.of_slots(marks)):
                 updates.append(update)
                 text += (line,)
         for a in map(int, site.others):
-            for gain, entries in _alike(tuple(row[a] for row in gains)).items():
-                if gain:
-                    others.setdefault(entries, []).extend((a, gain, op) for op in site.ops(a))
+            for mark, entries in _alike(tuple(row[a] for row in marks)).items():
+                if mark:
+                    others.setdefault(entries, []).extend((a, mark, op) for op in site.ops(a))
         for entries, ops in others.items():
             update = additions([self._link(call, entries, *each) for each in ops], call.geometry)
             updates.append(on_entries(update, entries, call.y))
-            text += tuple(f"{len(entries)} of {len(gains)} entries, {type(op).__name__}" for *_, op in ops)
+            text += tuple(f"{len(entries)} of {len(marks)} entries, {type(op).__name__}" for *_, op in ops)
         return updates, text
 
-    def _chained(self, call: LayerCall, layer: Layer, gains: Gains) -> tuple[list[Update], tuple[str, ...]]:
+    def _chained(self, call: LayerCall, layer: Layer, marks: Marks) -> tuple[list[Update], tuple[str, ...]]:
         """Groups of entries one by one: some have ops whose order matters. What all have alike beneath these comes
         first, for all of them together."""
-        site, count = layer.site, _beneath(layer.site, gains)
-        below = tuple(row[:count] + (0.0,) * (len(row) - count) for row in gains)
+        site, count = layer.site, _beneath(layer.site, marks)
+        below = tuple(row[:count] + (OFF,) * (len(row) - count) for row in marks)
         updates, text = self._added(call, site, below)
-        for row, entries in _alike(gains).items():
+        for row, entries in _alike(marks).items():
             inner = call.narrowed(entries)
             if _additive(site, row):
-                added, lines = self._added(inner, site, ((0.0,) * count + row[count:],) * len(entries))
+                added, lines = self._added(inner, site, ((OFF,) * count + row[count:],) * len(entries))
                 if added:
                     updates.append(on_entries(in_turn(added), entries, call.y))
                     text += lines
@@ -194,14 +204,15 @@ class Programs:
             update = chain(links, [self._link(call, entries, *each) for each in biases], base,
                            self._bias(layer, call.x), call.geometry)
             updates.append(on_entries(update, entries, call.y))
-            text += (f"{len(entries)} of {len(gains)} entries, in order: "
+            text += (f"{len(entries)} of {len(marks)} entries, in order: "
                      + ", ".join(type(op).__name__ for _, _, op, *_ in ops),)
         return updates, text
 
-    def _link(self, call: LayerCall, entries: Entries, adapter: int, gain: float, op: Op, scales=None) -> Link:
+    def _link(self, call: LayerCall, entries: Entries, adapter: int, mark: int, op: Op, scales=None) -> Link:
+        gain = call.gains.number(mark)
         if call.everywhere(adapter):
             return Link(gain, op, scales)
-        return Link(gain, op, scales, call.where(entries, (Slot(adapter, 0, 1),), ((1.0,),)))
+        return Link(gain, op, scales, call.where(entries, (Slot(adapter, 0, 1),), ((ONE,),)))
 
     def _where(self, layer: Layer, y: Tensor, places: Places, owners: Entries) -> Where | None:
         """On the layer's own grid for convolutions, by the tokens of others; None where neither is known."""
@@ -218,11 +229,12 @@ class Programs:
         grid = tuple(y.shape[2:]) if spatial else tuple(y.shape[1:-1])
         like = y.new_empty(0)  # what is kept must not hold an activation
 
-        def where(entries: Entries, slots: Sequence[Slot], numbers: Numbers) -> Tensor:
+        def where(entries: Entries, slots: Sequence[Slot], marks: Marks) -> Tensor:
             rows = tuple(owners[entry] for entry in entries)
+            widths = tuple(slot.width for slot in slots)
             columns = tuple(slot.adapter for slot in slots for _ in range(slot.width))
             # Made once: what is made anew when places change comes from the device alone.
-            gain, index = gain_tensor(slots, numbers, spatial, len(grid), like, self._once), places.index(columns)
+            gain, index = self._gains.tensor(widths, marks, spatial, len(grid), like), places.index(columns)
 
             def make(out: Tensor | None) -> Tensor:
                 if spatial:
@@ -232,8 +244,11 @@ class Programs:
                 # The product goes into the layer's dtype by itself.
                 return torch.mul(found, gain, out=gain.new_empty(found.shape) if out is None else out)
 
-            return places.keep((segments, grid, rows, columns, numbers, like.dtype), make,
-                               not spatial and of_text(segments))
+            key = segments, grid, rows, columns, marks, like.dtype
+            found = places.keep(key, make, not spatial and of_text(segments))
+            self._once((places, key), lambda: self._gains.after({mark for row in marks for mark in row},
+                                                                lambda: make(found)))
+            return found
 
         return where
 
@@ -246,11 +261,11 @@ class Programs:
         return self._once(("factors", id(stack), like.dtype, like.device),
                           lambda: (stack.down.to(like), stack.up.to(like)))
 
-    def _in_order(self, call: LayerCall, site: Site, gains: tuple[float, ...]) -> tuple[list, list]:
+    def _in_order(self, call: LayerCall, site: Site, marks: tuple[int, ...]) -> tuple[list, list]:
         """The active ops of a site in the order of the adapters, (adapter, gain, op, magnitude factors of a DoRA), and
         apart from them the biases, (adapter, gain, op). The weight is read here and nowhere else: one for all places.
         """
-        active = [(a, op) for a, gain in enumerate(gains) if gain for op in site.all_ops(a)]
+        active = [(a, op) for a, mark in enumerate(marks) if mark for op in site.all_ops(a)]
         weight = None
         if any(isinstance(op, Decomposed) for _, op in active):
             weight = self._reader(f"{site.name}.weight")
@@ -259,7 +274,7 @@ class Programs:
         for a, op in active:
             scales = None
             if isinstance(op, Bias):
-                biases.append((a, gains[a], op))
+                biases.append((a, marks[a], op))
                 continue
             if isinstance(op, Decomposed):
                 if weight is None:
@@ -270,8 +285,8 @@ class Programs:
                     self._tell(self.bank.names[a], site.name, "a DoRA goes by the weight with the LoRAs before it; of "
                                "those that act at some places alone, as if they did everywhere")
                 scales = op.scales(weight)
-            ops.append((a, gains[a], op, scales))
-            weight = None if weight is None else op.on_weight(weight, gains[a])
+            ops.append((a, marks[a], op, scales))
+            weight = None if weight is None else op.on_weight(weight, call.gains.number(marks[a]).value)
         return ops, biases
 
     def _bias(self, layer: Layer, like: Tensor) -> Tensor | None:
@@ -299,19 +314,19 @@ def _alike(values: Sequence[Value]) -> dict[Value, Entries]:
     return {value: tuple(entries) for value, entries in found.items()}
 
 
-def _additive(site: Site, gains: Sequence[float]) -> bool:
+def _additive(site: Site, marks: Sequence[int]) -> bool:
     """Whether the order of all that acts on a site at these gains does not matter."""
-    return all(op.additive for a in map(int, site.others) if gains[a] for op in site.ops(a))
+    return all(op.additive for a in map(int, site.others) if marks[a] for op in site.ops(a))
 
 
-def _beneath(site: Site, gains: Gains) -> int:
+def _beneath(site: Site, marks: Marks) -> int:
     """How many adapters, the first of the bank, have one gain in all entries and additive changes of the weight alone.
     """
-    def fits(a: int, column: Sequence[float]) -> bool:
+    def fits(a: int, column: Sequence[int]) -> bool:
         return len(set(column)) == 1 and all(
             op.additive and not isinstance(op, Bias) for op in site.ops(a) if column[0])
 
-    return sum(1 for _ in takewhile(lambda each: fits(*each), enumerate(zip(*gains, strict=True))))
+    return sum(1 for _ in takewhile(lambda each: fits(*each), enumerate(zip(*marks, strict=True))))
 
 
 def _with(base: Callable, updates: Sequence[Update]) -> Callable:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..kernels.lowrank import Share
 from .adapters import LowRank, Op, Span, frozen
+from .gains import Marks
 from .geometry import Geometry
 
 EVEN = 8
@@ -126,11 +127,11 @@ class Stack(nn.Module):
         self.slots = tuple(slot for each in found for slot in each.slots)
         self.adapters = tuple(slot.adapter for slot in self.slots)
 
-    def numbers(self, gains: tuple[tuple[float, ...], ...]) -> tuple[tuple[float, ...], ...]:
+    def of_slots(self, marks: Marks) -> Marks:
         """Per entry the gains of its adapters -> those of the slots."""
-        if not gains or self.adapters == tuple(range(len(gains[0]))):
-            return gains
-        return tuple(tuple(row[adapter] for adapter in self.adapters) for row in gains)
+        if not marks or self.adapters == tuple(range(len(marks[0]))):
+            return marks
+        return tuple(tuple(row[adapter] for adapter in self.adapters) for row in marks)
 
     def ups(self, up: Tensor | None = None) -> list[Tensor]:
         """Per slice its factor [out, ranks], a view; `up`: of a copy of the stack's."""

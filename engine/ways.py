@@ -22,31 +22,31 @@ from dataclasses import replace
 from operator import attrgetter
 
 from ..kernels.lowrank import Columns, grouped
-from .products import Built, LayerCall, Numbers, Way, apart, in_words, product, sized
+from .gains import OFF, ONE, Marks
+from .products import Built, LayerCall, Way, apart, in_words, product, sized
 from .stack import Slot, Stack, together
-from .transfer import on_device
 
 _seconds = attrgetter("seconds")
 
 
-def stack_products(call: LayerCall, stack: Stack, numbers: Numbers) -> list[Built]:
-    """The products that add a stack's deltas in the least time; none where nothing acts. `numbers` has one gain per
-    entry and slot, in the order of the slots. Layers of one shape share the way, since to choose one takes longer than
-    to build it."""
-    if not any(map(any, numbers)):
+def stack_products(call: LayerCall, stack: Stack, marks: Marks) -> list[Built]:
+    """The products that add a stack's deltas in the least time; none where nothing acts. `marks` has one gain per entry
+    and slot, in the order of the slots. Layers of one shape share the way, since to choose one takes longer than to
+    build it."""
+    if not any(map(any, marks)):
         return []
     y, x, geometry = call.y, call.x, call.geometry
     shapes = y.shape, x.shape, geometry.spatial, geometry.channel, x.device, stack.down.shape
-    key = "way", shapes, stack.slices, call.where is None, call.beneath, numbers
-    return call.once(key, lambda: _chosen(call, stack, numbers)).build(call, stack)
+    key = "way", shapes, stack.slices, call.where is None, call.beneath, marks
+    return call.once(key, lambda: _chosen(call, stack, marks)).build(call, stack)
 
 
-def _chosen(call: LayerCall, stack: Stack, numbers: Numbers) -> Way:
+def _chosen(call: LayerCall, stack: Stack, marks: Marks) -> Way:
     alike = [len(set(column)) == 1 and call.everywhere(slot.adapter)
-             for slot, column in zip(stack.slots, zip(*numbers, strict=True), strict=True)]
-    common, rest = (tuple(tuple(number if same is one else 0.0 for number, same in zip(row, alike, strict=True))
-                          for row in numbers) for one in (True, False))
-    whole = _least(call, stack, numbers)
+             for slot, column in zip(stack.slots, zip(*marks, strict=True), strict=True)]
+    common, rest = (tuple(tuple(mark if same is one else OFF for mark, same in zip(row, alike, strict=True))
+                          for row in marks) for one in (True, False))
+    whole = _least(call, stack, marks)
     if not (any(common[0]) and any(map(any, rest))):
         return whole
     below, above = _least(replace(call, where=None), stack, common), _least(call, stack, rest)
@@ -55,35 +55,35 @@ def _chosen(call: LayerCall, stack: Stack, numbers: Numbers) -> Way:
     return min(whole, two, key=_seconds)
 
 
-def _least(call: LayerCall, stack: Stack, numbers: Numbers) -> Way:
+def _least(call: LayerCall, stack: Stack, marks: Marks) -> Way:
     """The way that takes the least time; something has to act."""
     if len(stack.slices) == 1:
-        return min(_ways(call, stack, stack.slots, numbers), key=_seconds)
+        return min(_ways(call, stack, stack.slots, marks), key=_seconds)
     by_slice, at = [], 0
     for each in stack.slices:
-        own = tuple(row[at:at + len(each.slots)] for row in numbers)
+        own = tuple(row[at:at + len(each.slots)] for row in marks)
         at += len(each.slots)
         if any(map(any, own)):
             by_slice.append(min(_ways(call, stack, each.slots, own), key=_seconds))
-    return min(_ways(call, stack, stack.slots, numbers) + [_all_of(by_slice)], key=_seconds)
+    return min(_ways(call, stack, stack.slots, marks) + [_all_of(by_slice)], key=_seconds)
 
 
 def _all_of(ways: Sequence[Way]) -> Way:
     return Way(lambda *layer: [built for way in ways for built in way.build(*layer)], sum(map(_seconds, ways)))
 
 
-def _ways(call: LayerCall, stack: Stack, slots: Sequence[Slot], numbers: Numbers) -> list[Way]:
+def _ways(call: LayerCall, stack: Stack, slots: Sequence[Slot], marks: Marks) -> list[Way]:
     """The ways to do what neighbouring slots of a stack have to do."""
-    groups: dict[tuple[float, ...], list[int]] = {}
-    for entry, row in enumerate(numbers):
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for entry, row in enumerate(marks):
         if any(row):
             groups.setdefault(row, []).append(entry)
     by_group = _groups(call, stack, slots, groups)
     ways: list[Way | None] = [_all_of(by_group)]
-    within = [entry for entry, row in enumerate(numbers) if any(row)]
+    within = [entry for entry, row in enumerate(marks) if any(row)]
     if len(by_group) > 1 or within[-1] - within[0] + 1 != len(within):
-        ways += [_masked(call, stack, slots, numbers, stretch)
-                 for stretch in ((within[0], within[-1] + 1), (0, len(numbers)))]
+        ways += [_masked(call, stack, slots, marks, stretch)
+                 for stretch in ((within[0], within[-1] + 1), (0, len(marks)))]
     if len(groups) > 1:
         ways.append(_batched(call, stack, slots, groups))
     if len(by_group) > len(groups):
@@ -94,7 +94,7 @@ def _ways(call: LayerCall, stack: Stack, slots: Sequence[Slot], numbers: Numbers
 # --- the three ways ---
 
 
-def _groups(call: LayerCall, stack: Stack, slots: Sequence[Slot], groups: dict[tuple[float, ...], list[int]]
+def _groups(call: LayerCall, stack: Stack, slots: Sequence[Slot], groups: dict[tuple[int, ...], list[int]]
             ) -> list[Way]:
     products = []
     for row, entries in groups.items():
@@ -110,26 +110,26 @@ def _groups(call: LayerCall, stack: Stack, slots: Sequence[Slot], groups: dict[t
     return products
 
 
-def _masked(call: LayerCall, stack: Stack, slots: Sequence[Slot], numbers: Numbers, stretch: tuple[int, int]) -> Way:
-    columns = [column for column in range(len(slots)) if any(row[column] for row in numbers)]
+def _masked(call: LayerCall, stack: Stack, slots: Sequence[Slot], marks: Marks, stretch: tuple[int, int]) -> Way:
+    columns = [column for column in range(len(slots)) if any(row[column] for row in marks)]
     first, last = columns[0], columns[-1] + 1
     within = tuple(range(*stretch))
-    return product(call, stack, slots[first:last], within, tuple(numbers[entry][first:last] for entry in within))
+    return product(call, stack, slots[first:last], within, tuple(marks[entry][first:last] for entry in within))
 
 
-def _batched(call: LayerCall, stack: Stack, slots: Sequence[Slot], groups: dict[tuple[float, ...], list[int]]
+def _batched(call: LayerCall, stack: Stack, slots: Sequence[Slot], groups: dict[tuple[int, ...], list[int]]
              ) -> Way | None:
     """Needs groups of equal length one after the other, each with one adapter of the same rank, in the order of the
     stack, the last of which may be followed by zeros: what Composite's batch looks like."""
     if call.geometry.spatial or call.where is not None:
         return None
-    columns, gains, entries = [], [], []
+    columns, own, entries = [], [], []
     for row, members in groups.items():
-        active = [column for column, gain in enumerate(row) if gain]
+        active = [column for column, mark in enumerate(row) if mark]
         if len(active) != 1:
             return None
         columns.append(active[0])
-        gains.append(row[active[0]])
+        own.append(row[active[0]])
         entries += members
     count, width, first = len(groups), slots[columns[0]].width, columns[0]
     if entries != list(range(entries[0], entries[0] + len(entries))) or len({len(m) for m in groups.values()}) > 1:
@@ -140,7 +140,7 @@ def _batched(call: LayerCall, stack: Stack, slots: Sequence[Slot], groups: dict[
     each = stack.slices[k]
     if last.stop > each.ranks.stop or not last.width - last.empty <= width <= last.width:
         return None
-    n, rates, same = len(entries), call.rates, len(set(gains)) == 1
+    n, rates, same = len(entries), call.rates, len(set(own)) == 1
     rows = n // count * call.places
     size = sized(call, (count, rows, width))
 
@@ -148,11 +148,8 @@ def _batched(call: LayerCall, stack: Stack, slots: Sequence[Slot], groups: dict[
         down, up = call.factors(stack)
         ranks = slice(slots[first].start, last.start + width)
         down, up = down[ranks].unflatten(0, (count, width)).mT, stack.up_of(k, up, ranks).unflatten(0, (count, width))
-        alpha = gains[0] if same else 1.0
-        dtype, device = call.x.dtype, call.x.device
-        gain = None if same else call.once(
-            ("gains", tuple(gains), size, dtype, device),
-            lambda: on_device(gains, device, dtype).view(-1, 1, 1).expand(size or (-1, -1, -1)).contiguous())
+        alpha = call.gains.number(own[0] if same else ONE)
+        gain = None if same else call.gains.tensor([1], tuple((mark,) for mark in own), 0, 1, call.x, size)
         columns = [Columns(each.span[1], whole.shape[-1]) if each.span is not None and each.span[0] == dim else None
                    for dim, whole in enumerate((call.y, call.x))]
         update = grouped(down, up, rows, gain, alpha, entries[0] * call.places, *columns)
@@ -162,7 +159,7 @@ def _batched(call: LayerCall, stack: Stack, slots: Sequence[Slot], groups: dict[
     return Way(build, seconds)
 
 
-def _strided(call: LayerCall, stack: Stack, slots: Sequence[Slot], groups: dict[tuple[float, ...], list[int]]
+def _strided(call: LayerCall, stack: Stack, slots: Sequence[Slot], groups: dict[tuple[int, ...], list[int]]
              ) -> Way | None:
     """A product for each branch, for all slices of a stack, which have to be neighbours of equal size with the same
     adapters: its ranks of a slice and those of the next are matrices that lie apart."""
@@ -172,7 +169,7 @@ def _strided(call: LayerCall, stack: Stack, slots: Sequence[Slot], groups: dict[
     products = []
     for row, entries in groups.items():
         own = row[:len(one.slots)]  # as of the other slices: gains are those of adapters
-        active = [column for column, gain in enumerate(own) if gain]
+        active = [column for column, mark in enumerate(own) if mark]
         first, last = active[0], active[-1]
         if active != list(range(first, last + 1)) or len({own[column] for column in active}) > 1:
             return None

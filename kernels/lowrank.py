@@ -2,7 +2,8 @@
 
 R is the rank of one adapter, or of several laid side by side. `gain` multiplies the hidden values, one number for each
 row, place and rank, and broadcasts: [R] for adapters of unequal strength, [n, 1, R] for rows of different branches,
-[n, T, R] for adapters that act in some places only; None for all ones. `alpha` is a number that all ranks share.
+[n, T, R] for adapters that act in some places only; None for all ones. `alpha` is a number that all ranks share, and
+that may be another one at each call.
 Factors and activations have one dtype; products accumulate as the backend's matrix multiply does (fp32 for bf16 and
 fp16).
 
@@ -23,7 +24,20 @@ Update = Callable[[Tensor, Tensor], Tensor]
 """(y, x) -> y with what is added to it, in place where that can be: y a layer's output, x its input."""
 
 
-def rows(down: Tensor, up: Tensor, gain: Tensor | None = None, alpha: float = 1.0) -> Update:
+class Number:
+    """A number that products read whenever they run."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: float = 0.0):
+        self.value = value
+
+
+UNIT = Number(1.0)
+"""The number of what is added as it is; it stays what it is."""
+
+
+def rows(down: Tensor, up: Tensor, gain: Tensor | None = None, alpha: Number = UNIT) -> Update:
     """For vectors. Shape: y [n, out], x [n, in], down [R, in], up [R, out], gain like [n, R].
 
     y may be a column slice of a wider tensor.
@@ -32,24 +46,24 @@ def rows(down: Tensor, up: Tensor, gain: Tensor | None = None, alpha: float = 1.
 
     def update(y: Tensor, x: Tensor) -> Tensor:
         hidden = mm(x, down)
-        return y.addmm_(hidden if gain is None else hidden.mul_(gain), up, alpha=alpha)
+        return y.addmm_(hidden if gain is None else hidden.mul_(gain), up, alpha=alpha.value)
 
     return update
 
 
-def tokens(down: Tensor, up: Tensor, gain: Tensor | None = None, alpha: float = 1.0) -> Update:
+def tokens(down: Tensor, up: Tensor, gain: Tensor | None = None, alpha: Number = UNIT) -> Update:
     """For tokens. Shape: y [n, T, out], x [n, T, in], down [R, in], up [n, R, out], gain like [n, T, R].
 
     `up` is one matrix expanded over the rows, a view: so neither y nor the hidden values need a view of their own.
     """
     multiply, down = _into_ranks(down, up.shape[0])
-    if gain is None and alpha == 1:
+    if gain is None and alpha is UNIT:
         return lambda y, x: y.baddbmm_(multiply(x, down), up)
     if gain is None:
-        return lambda y, x: y.baddbmm_(multiply(x, down), up, alpha=alpha)
-    if alpha == 1:
+        return lambda y, x: y.baddbmm_(multiply(x, down), up, alpha=alpha.value)
+    if alpha is UNIT:
         return lambda y, x: y.baddbmm_(multiply(x, down).mul_(gain), up)
-    return lambda y, x: y.baddbmm_(multiply(x, down).mul_(gain), up, alpha=alpha)
+    return lambda y, x: y.baddbmm_(multiply(x, down).mul_(gain), up, alpha=alpha.value)
 
 
 def _into_ranks(down: Tensor, entries: int | None) -> tuple[Callable[[Tensor, Tensor], Tensor], Tensor]:
@@ -96,7 +110,7 @@ class Share(NamedTuple):
 
 
 def shares(down: Tensor, parts: Sequence[Share], entries: int | None, outputs: int, gain: Tensor | None = None,
-           alpha: float = 1.0) -> Update:
+           alpha: Number = UNIT) -> Update:
     """For a layer that is several in one weight (q, k and v): one product for what all of them need of the input, and
     one for each of `parts`.
 
@@ -112,20 +126,20 @@ def shares(down: Tensor, parts: Sequence[Share], entries: int | None, outputs: i
     def into_columns(y: Tensor, x: Tensor) -> Tensor:
         hidden = multiply(x, down) if gain is None else multiply(x, down).mul_(gain)
         if not y.is_contiguous():
-            return _add_apart_(y, hidden, parts, alpha)
+            return _add_apart_(y, hidden, parts, alpha.value)
         for into, of, up in zip(outs(y.view(-1, outputs)), ins(hidden.view(-1, ranks)), factors, strict=True):
             if up.ndim == 2:
-                into.addmm_(of, up, alpha=alpha)
+                into.addmm_(of, up, alpha=alpha.value)
             else:
                 count, rank, width = up.shape
-                _slices(into, count, width).baddbmm_(_slices(of, count, rank), up, alpha=alpha)
+                _slices(into, count, width).baddbmm_(_slices(of, count, rank), up, alpha=alpha.value)
         return y
 
     def into_all(y: Tensor, x: Tensor) -> Tensor:
         hidden = multiply(x, down) if gain is None else multiply(x, down).mul_(gain)
         if not y.is_contiguous():
-            return _add_apart_(y, hidden, parts, alpha)
-        _slices(y, count, width).baddbmm_(_slices(hidden, count, rank), up, alpha=alpha)
+            return _add_apart_(y, hidden, parts, alpha.value)
+        _slices(y, count, width).baddbmm_(_slices(hidden, count, rank), up, alpha=alpha.value)
         return y
 
     return into_all if len(parts) == 1 and count > 1 and count * width == outputs else into_columns
@@ -167,7 +181,7 @@ def _add_apart_(y: Tensor, hidden: Tensor, parts: Sequence[Share], alpha: float)
     return y
 
 
-def shares_apart(down: Tensor, part: Share, outputs: int, alpha: float = 1.0) -> Update:
+def shares_apart(down: Tensor, part: Share, outputs: int, alpha: Number = UNIT) -> Update:
     """The same for one part, where what a slice needs of the input does not lie beside what the next one needs.
 
     Shape: down [slices, in, ranks of a slice].
@@ -177,14 +191,15 @@ def shares_apart(down: Tensor, part: Share, outputs: int, alpha: float = 1.0) ->
     def update(y: Tensor, x: Tensor) -> Tensor:
         hidden = torch.bmm(x.reshape(1, -1, x.shape[-1]).expand(count, -1, -1), down)
         if not y.is_contiguous():
-            return _add_apart_(y, hidden.transpose(0, 1).reshape(*y.shape[:-1], -1), [part._replace(rank=0)], alpha)
-        _slices(y if cut is None else y.narrow(-1, *cut), count, out).baddbmm_(hidden, up, alpha=alpha)
+            hidden = hidden.transpose(0, 1).reshape(*y.shape[:-1], -1)
+            return _add_apart_(y, hidden, [part._replace(rank=0)], alpha.value)
+        _slices(y if cut is None else y.narrow(-1, *cut), count, out).baddbmm_(hidden, up, alpha=alpha.value)
         return y
 
     return update
 
 
-def grouped(down: Tensor, up: Tensor, rows: int, gain: Tensor | None = None, alpha: float = 1.0, first: int = 0,
+def grouped(down: Tensor, up: Tensor, rows: int, gain: Tensor | None = None, alpha: Number = UNIT, first: int = 0,
             into: Columns | None = None, of: Columns | None = None) -> Update:
     """One adapter per group of rows, groups of equal length one after the other: two products however many groups.
 
@@ -208,13 +223,13 @@ def grouped(down: Tensor, up: Tensor, rows: int, gain: Tensor | None = None, alp
         hidden = multiply(x.as_strided(x_size, x_strides, x.storage_offset() + x_start), down)
         if gain is not None:
             hidden.mul_(gain)
-        y.as_strided(y_size, y_strides, y.storage_offset() + y_start).baddbmm_(hidden, up, alpha=alpha)
+        y.as_strided(y_size, y_strides, y.storage_offset() + y_start).baddbmm_(hidden, up, alpha=alpha.value)
         return y
 
     return update
 
 
-def add_pointwise_(y: Tensor, hidden: Tensor, up: Tensor, gain: Tensor | None = None, alpha: float = 1.0) -> Tensor:
+def add_pointwise_(y: Tensor, hidden: Tensor, up: Tensor, gain: Tensor | None = None, alpha: Number = UNIT) -> Tensor:
     """Second half of a convolution's branch: y[b, :, p] += alpha * up^T (gain * hidden[b, :, p]) at each position p.
 
     Shape: y [b, out, *size], hidden [b, R, *size] (overwritten), up [R, out], gain like hidden; any number of size
@@ -224,10 +239,11 @@ def add_pointwise_(y: Tensor, hidden: Tensor, up: Tensor, gain: Tensor | None = 
         hidden = hidden.mul_(gain)
     if y.is_contiguous() and hidden.is_contiguous():
         flat = y.view(y.shape[0], y.shape[1], -1)
-        flat.baddbmm_(up.mT.expand(y.shape[0], -1, -1), hidden.view(hidden.shape[0], hidden.shape[1], -1), alpha=alpha)
+        flat.baddbmm_(up.mT.expand(y.shape[0], -1, -1), hidden.view(hidden.shape[0], hidden.shape[1], -1),
+                      alpha=alpha.value)
         return y
     last = y.movedim(1, -1)
     if last.is_contiguous():  # channels last
-        last.view(-1, y.shape[1]).addmm_(hidden.movedim(1, -1).reshape(-1, hidden.shape[1]), up, alpha=alpha)
+        last.view(-1, y.shape[1]).addmm_(hidden.movedim(1, -1).reshape(-1, hidden.shape[1]), up, alpha=alpha.value)
         return y
-    return y.add_(torch.einsum("ro,br...->bo...", up, hidden), alpha=alpha)
+    return y.add_(torch.einsum("ro,br...->bo...", up, hidden), alpha=alpha.value)

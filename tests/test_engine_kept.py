@@ -9,6 +9,7 @@ import pytest
 import torch
 from lora_ensemble.engine.bank import Bank
 from lora_ensemble.engine.forwards import RoutedForwards
+from lora_ensemble.engine.gains import Gains
 from lora_ensemble.engine.layout import Layout
 from lora_ensemble.engine.positions import Places, Segment
 from lora_ensemble.kernels.branch import Branch
@@ -100,15 +101,18 @@ def test_each_call_is_as_in_a_run_of_its_own(kind, kinds):
 def test_the_row_of_each_entry_is_known_by_the_order_and_how_many_there_are():
     """Of one row every entry is its own, in whatever order."""
     orders = {"a": "repeat", "b": "tile", "c": None}
-    two = Layout([Branch((1.0,)), Branch((2.0,))], order=lambda layer, entries, rows: orders[layer])
+    two = Layout(Gains().marked([Branch((1.0,)), Branch((2.0,))]), order=lambda layer, entries, rows: orders[layer])
     for _ in range(2):
         assert two.owners("a", 4) == (0, 0, 1, 1) and two.owners("a", 2) == (0, 1) and two.owners("c", 4) is None
         assert two.owners("b", 4) == (0, 1, 0, 1) and two.owners("b", 6) == (0, 1, 0, 1, 0, 1)
-    assert Layout([Branch((1.0,))], order=lambda *asked: None).owners("c", 3) == (0, 0, 0)
+    assert Layout(Gains().marked([Branch((1.0,))]), order=lambda *asked: None).owners("c", 3) == (0, 0, 0)
 
 
 def test_gains_of_layers_with_exceptions_are_their_own():
-    layout = Layout([Branch((1.0,), (("a", (2.0,)),)), Branch((3.0,))])
+    marked = Gains().marked([Branch((1.0,), (("a", (2.0,)),)), Branch((3.0,))])
+    one, two, three = (marked.of[gain,] for gain in (1.0, 2.0, 3.0))
+    layout = Layout(marked)
+    assert len({one, two, three}) == 3
     for _ in range(2):
-        assert layout.gains("a", (0, 1)) == ((2.0,), (3.0,)) and layout.gains("b", (0, 1)) == ((1.0,), (3.0,))
-        assert layout.gains("a", (1, 0)) == ((3.0,), (2.0,))
+        assert layout.marks("a", (0, 1)) == (two, three) and layout.marks("b", (0, 1)) == (one, three)
+        assert layout.marks("a", (1, 0)) == (three, two)

@@ -7,6 +7,7 @@ from math import prod
 
 import pytest
 import torch
+from lora_ensemble.engine import gains as gains_module
 from lora_ensemble.engine import products as products_module
 from lora_ensemble.engine import program as program_module
 from lora_ensemble.engine import ways as ways_module
@@ -150,7 +151,7 @@ def test_layers_of_one_shape_share_the_choice_and_what_is_copied_to_the_device(m
     rows, x = [Branch((0.7, 0.9, 0.5)), ALONE[1], ALONE[2]], torch.randn(3, 5, 24)
     want = expected(model, [{name: change for name, (_, change) in each.items()} for each in made], rows, x)
     calls = Counter()
-    for module, name in ((ways_module, "_chosen"), (products_module, "on_device")):
+    for module, name in ((ways_module, "_chosen"), (gains_module, "on_device")):
         real = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, name=name, real=real: calls.update([name]) or real(*a))
     routed = RoutedForwards(model, bank)

@@ -9,6 +9,7 @@ from lora_ensemble.kernels.decompose import magnitude_scale
 from lora_ensemble.kernels.deltas import balanced, hadamard, hadamard_factors, kronecker, tucker, tucker_down
 from lora_ensemble.kernels.lowrank import (
     Columns,
+    Number,
     Share,
     Update,
     add_pointwise_,
@@ -34,10 +35,10 @@ def rand(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tens
 def gain_of(kind: str, *shape: int, dtype: torch.dtype) -> tuple[dict, Tensor]:
     """A gain as the kernels take it, and in float64."""
     if kind == "number":
-        return {"alpha": 0.7}, torch.full(shape, 0.7, dtype=torch.float64)
+        return {"alpha": Number(0.7)}, torch.full(shape, 0.7, dtype=torch.float64)
     tensor = rand(*shape, dtype=dtype, seed=5)
     return ({"gain": tensor}, tensor.double()) if sum(shape) % 2 else (
-        {"gain": tensor, "alpha": 0.5}, 0.5 * tensor.double())
+        {"gain": tensor, "alpha": Number(0.5)}, 0.5 * tensor.double())
 
 
 @DTYPES
@@ -58,7 +59,7 @@ def test_rows_into_columns_from_strided_input(dtype):
     """y a slice of a fused layer's columns, x every second column of a wider tensor: the rest of y stays as it is."""
     whole, x = rand(9, 30, dtype=dtype), rand(9, 16, dtype=dtype, seed=1)[:, ::2]
     down, up, before = rand(4, 8, dtype=dtype, seed=2), rand(10, 4, dtype=dtype, seed=3), whole.clone()
-    rows(down, up.T, alpha=0.5)(whole[:, 10:20], x)
+    rows(down, up.T, alpha=Number(0.5))(whole[:, 10:20], x)
     assert close(whole[:, 10:20], before[:, 10:20].double() + 0.5 * x.double() @ (up.double() @ down.double()).T)
     assert torch.equal(whole[:, :10], before[:, :10]) and torch.equal(whole[:, 20:], before[:, 20:])
 
@@ -88,7 +89,7 @@ def test_a_number_in_front(alpha, gain, kernel):
     x, down, up = rand(1, 5, 6), rand(2, 6), rand(2, 4)
     x = x[0] if kernel is rows else x
     y = rand(*x.shape[:-1], 4, seed=1)
-    found = kernel(down, up, gain=gain, alpha=alpha)(y.clone(), x)
+    found = kernel(down, up, gain=gain, alpha=Number(alpha))(y.clone(), x)
     assert torch.equal(found, kernel(alpha * down, up, gain=gain)(y.clone(), x)) and not torch.equal(found, y)
 
 
@@ -123,7 +124,7 @@ def test_groups_of_some_rows_and_columns(dims, turned):
     whole = y.clone()
     if turned != "neither":
         x, y = (t.mT.contiguous().mT if turned == name else t for name, t in (("inputs", x), ("outputs", y)))
-    assert grouped(down, up, count, gain, 0.5, count // 2, Columns(6, 12), Columns(2, 9))(y, x) is y
+    assert grouped(down, up, count, gain, Number(0.5), count // 2, Columns(6, 12), Columns(2, 9))(y, x) is y
     assert close(y, want) and torch.equal(y[0], whole[0]) and torch.equal(y[5], whole[5])
 
 
@@ -155,7 +156,7 @@ def test_add_pointwise_holds_no_delta_of_its_own(layout):
     y, hidden = (LAYOUTS[layout](rand(2, c, 5, 6)) for c in (64, 4))
     up = rand(4, 64)
     with Spy() as spy:
-        add_pointwise_(y, hidden, up, alpha=0.5)
+        add_pointwise_(y, hidden, up, alpha=Number(0.5))
     assert spy.written == y.numel()
 
 
@@ -163,7 +164,7 @@ def test_add_pointwise_into_some_channels_of_one_row():
     whole, hidden, up = rand(1, 12, 4, 4), rand(1, 1, 4, 4, seed=1), rand(1, 5, seed=2)
     before = whole.clone()
     delta = (up.double().T @ hidden.double().flatten(2)).view(1, 5, 4, 4)
-    add_pointwise_(whole[:, 3:8], hidden, up, alpha=2.0)
+    add_pointwise_(whole[:, 3:8], hidden, up, alpha=Number(2.0))
     assert close(whole[:, 3:8], before[:, 3:8].double() + 2 * delta)
     assert torch.equal(whole[:, :3], before[:, :3]) and torch.equal(whole[:, 8:], before[:, 8:])
 
@@ -217,14 +218,14 @@ def test_shares(size, turned, dtype):
         want[..., 5 * k:5 * k + 5] += 0.5 * (hidden * gain.double())[..., 2 * k:2 * k + 2] @ three[k].double()
     want[..., 16:20] += 0.5 * (hidden * gain.double())[..., 6:] @ last[0].double()
     own, entries = y.mT.contiguous().mT if turned else y.clone(), None if len(size) == 1 else size[0]
-    assert shares(down, [Share(0, 0, three), Share(16, 6, last)], entries, 20, gain, 0.5)(own, x) is own
+    assert shares(down, [Share(0, 0, three), Share(16, 6, last)], entries, 20, gain, Number(0.5))(own, x) is own
     assert close(own, want)
 
     want = y.double()
     for k in range(3):
         want[..., 5 * k:5 * k + 5] += 0.5 * hidden[..., 2 * k:2 * k + 2] @ three[k].double()
     own = y.mT.contiguous().mT if turned else y.clone()
-    assert shares_apart(down[:6].unflatten(0, (3, 2)).mT, Share(0, 0, three), 20, 0.5)(own, x) is own
+    assert shares_apart(down[:6].unflatten(0, (3, 2)).mT, Share(0, 0, three), 20, Number(0.5))(own, x) is own
     assert close(own, want)
 
 
