@@ -107,8 +107,7 @@ class Gains:
     def after(self, marks: Collection[int], fill: Callable[[], object]) -> None:
         """`fill` is called whenever one of the marks stands for something new, after those that were named before it.
         """
-        if not {OFF, ONE}.issuperset(marks):
-            self._after.append((frozenset(marks), fill))
+        self._after.append((frozenset(marks), fill))
 
     def tensor(self, widths: Sequence[int], marks: Marks, spatial: int, dimensions: int, like: Tensor,
                size: tuple[int, ...] = ()) -> Tensor:

@@ -69,7 +69,7 @@ class Programs:
         self.seen: dict[str, set[int]] = {}  # layer -> the adapters that acted in a batch which came to it
         self._gains, self._reader, self._tell, self._lasting = gains, reader, tell, lasting
         self._programs: dict[Hashable, Program] = {}
-        self._latest: dict[Hashable, Program] = {}  # by layer, gains of all rows, and who acted in the batch
+        self._latest: dict[tuple[str, tuple[int, ...]], Program] = {}  # (layer, gains of all rows)
         self._made: dict[Hashable, object] = {}
 
     def forget(self) -> None:
@@ -87,9 +87,10 @@ class Programs:
         """
         if not layout.uniform or layout.places is not None or layout.reach is not None:
             return [UNMET] * len(names)
-        row, of, found, acting = layout.rows[0], layout.marked.of, self._latest, layout.acting
-        marks, others = of[row.gains], {name: of[gains] for name, gains in row.per_module}
-        return [found.get((name, others.get(name, marks), acting), UNMET) for name in names]
+        row, of, found, seen, acting = layout.rows[0], layout.marked.of, self._latest, self.seen, layout.acting
+        marks, others, nobody = of[row.gains], {name: of[gains] for name, gains in row.per_module}, frozenset()
+        return [found.get((name, others.get(name, marks)), UNMET) if acting <= seen.get(name, nobody) else UNMET
+                for name in names]
 
     def program(self, layer: Layer, layout: Layout, y: Tensor, x: Tensor) -> Program:
         """The program of a layer for calls like this one, y its own output at x.
@@ -111,7 +112,7 @@ class Programs:
                 program = self._program(layer, marks, y, x, places, owners)
                 self._programs[key] = Program(shape, x.dtype, _of_one(program.run), program.text) if flat else program
         if owners is None and places is None and not weighed:
-            self._latest[name, marks[0], layout.acting] = self._programs[key]
+            self._latest[name, marks[0]] = self._programs[key]
         if layout.reach is None:
             return self._programs[key]
         tell = self._telling(layer, layout, y, x)

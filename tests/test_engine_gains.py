@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -25,6 +26,7 @@ LAYOUTS = {
     "scattered": lambda s: [Branch(s), one_hot(s, 2), Branch((0.0,) * 3), Branch(s)],
     "at one strength": lambda s: [Branch((s[2],) * 3)] * 2,
     "other strengths in other rows": lambda s: [Branch(s), Branch((s[2], 0.0, 0.5))],
+    "one beside two": lambda s: [one_hot(s, 0), Branch((0.0, s[2], s[1]))],
     "a choice per layer": lambda s: [Branch((s[0], 0.0, s[2]), (("linear", (0.0, s[1], s[2])),))] * 2,
 }
 KINDS = {"low-rank": ("lora", "lora wide", "lora"), "of two parts": ("lora parts", "lora", "two parts"),
@@ -43,7 +45,17 @@ def made(monkeypatch) -> list[str]:
 
 
 @pytest.fixture
-def routed(request) -> Iterator[RoutedForwards]:
+def asked(monkeypatch) -> list[str]:
+    """Layers that asked for their program, as those do that have none yet for the batch."""
+    layers: list[str] = []
+    real = program_module.Programs.program
+    monkeypatch.setattr(program_module.Programs, "program",
+                        lambda self, layer, *call: layers.append(layer.site.name) or real(self, layer, *call))
+    return layers
+
+
+@pytest.fixture
+def routed() -> Iterator[RoutedForwards]:
     """Three LoRAs on one layer, the strengths of which a test changes."""
     torch.manual_seed(0)
     root = nn.Sequential(nn.Linear(6, 8))
@@ -76,8 +88,8 @@ def test_each_step_has_its_own_strengths(model, layout, kinds):  # noqa: F811
 
 @pytest.mark.parametrize("layout", set(LAYOUTS) - {"a choice per layer"})
 @pytest.mark.parametrize("kinds", [KINDS[name] for name in ("low-rank", "products", "in order")], ids="-".join)
-def test_a_strength_that_changes_needs_no_program_of_its_own(model, layout, kinds, made):  # noqa: F811
-    """Guard: hundreds of layers whose products are chosen and put together anew in each step in which a LoRA fades."""
+def test_a_strength_that_changes_needs_no_program_of_its_own(model, layout, kinds, asked):  # noqa: F811
+    """Nor is one looked up. Guard: hundreds of layers whose products are chosen and put together anew in each step in which a LoRA fades."""
     bank, _ = adapters(model, kinds)
     x = torch.randn(len(LAYOUTS[layout](FADING[0])), 4, 5, 6)
     routed = RoutedForwards(model, bank)
@@ -87,9 +99,36 @@ def test_a_strength_that_changes_needs_no_program_of_its_own(model, layout, kind
         for strengths in FADING:
             with routed.rows(LAYOUTS[layout](strengths)):
                 model(x)
-            counts.append(len(made))
+            counts.append(len(asked))
     routed.remove()
-    assert counts == [2] * len(FADING) and sorted(made) == ["conv", "linear"]
+    assert counts == [2] * len(FADING) and sorted(asked) == ["conv", "linear"]
+
+
+def test_what_a_dora_does_is_looked_up_where_strengths_have_changed_alone(model, asked):  # noqa: F811
+    bank, _ = adapters(model, KINDS["a DoRA above"])
+    routed = RoutedForwards(model, bank)
+    routed.install()
+    counts = []
+    with torch.no_grad():
+        for strengths in (FADING[0], FADING[0], FADING[1], FADING[1], FADING[0]):
+            with routed.rows([Branch(strengths)] * 2):
+                model(torch.zeros(2, 4, 5, 6))
+            counts.append(len(asked))
+    routed.remove()
+    assert counts == [2, 2, 4, 4, 6]
+
+
+def test_nothing_is_kept_beyond_a_run(routed):
+    """Guard: places and gains on a device for as long as the model is."""
+    places = Places(maps(), (0, 0), locate=lambda name, tokens: (Segment("picture", 16, (1, 4, 4)),))
+    with torch.no_grad(), routed.rows([Branch(FADING[0])] * 2, places):
+        routed.root(torch.zeros(2, 16, 6))
+    gone = [weakref.ref(each) for each in (places, *(tensor for tensor, *_ in places._kept.values()))]
+    assert len(gone) > 2
+    gone += [weakref.ref(tensor) for tensor in routed._gains._tensors.values()]
+    routed.remove()
+    del places
+    assert [each() for each in gone] == [None] * len(gone)
 
 
 def test_a_choice_per_layer_finds_what_layers_did_at_other_strengths(model, made):  # noqa: F811
