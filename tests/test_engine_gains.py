@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Iterator
 
@@ -89,7 +90,8 @@ def test_each_step_has_its_own_strengths(model, layout, kinds):  # noqa: F811
 @pytest.mark.parametrize("layout", set(LAYOUTS) - {"a choice per layer"})
 @pytest.mark.parametrize("kinds", [KINDS[name] for name in ("low-rank", "products", "in order")], ids="-".join)
 def test_a_strength_that_changes_needs_no_program_of_its_own(model, layout, kinds, asked):  # noqa: F811
-    """Nor is one looked up. Guard: hundreds of layers whose products are chosen and put together anew in each step in which a LoRA fades."""
+    """Nor is one looked up. Guard: hundreds of layers whose products are chosen and put together anew in each step in
+    which a LoRA fades."""
     bank, _ = adapters(model, kinds)
     x = torch.randn(len(LAYOUTS[layout](FADING[0])), 4, 5, 6)
     routed = RoutedForwards(model, bank)
@@ -128,6 +130,7 @@ def test_nothing_is_kept_beyond_a_run(routed):
     gone += [weakref.ref(tensor) for tensor in routed._gains._tensors.values()]
     routed.remove()
     del places
+    gc.collect()
     assert [each() for each in gone] == [None] * len(gone)
 
 
