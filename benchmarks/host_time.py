@@ -126,6 +126,15 @@ def always_on(case: Case) -> Case:
     return Case((2, *case.ranks), layouts)
 
 
+def fading(case: Case) -> Case:
+    """The same while the window of the last LoRA closes: in every step it has another strength."""
+    def layouts(names: Sequence[str]) -> Iterator[list[Branch]]:
+        for step, rows in enumerate(case.layouts(names), start=1):
+            yield [Branch((*branch.gains[:-1], branch.gains[-1] / (1 + step / 64))) for branch in rows]
+
+    return replace(case, layouts=layouts)
+
+
 def fused(case: Case) -> Case:
     """The same on layers that are three in one."""
     return replace(case, slices=3)
@@ -139,6 +148,8 @@ CASES: dict[str, Case] = {
     "Composite of 5, scattered rows": scattered(),
     "LoRAtorio, 5 and the base": loratorio(),
     "K-LoRA, a choice per layer and step": chosen(),
+    "Merge of 5, one of them fading": fading(merged(5)),
+    "Composite of 5, unequal ranks, one of them fading": fading(composite(UNEQUAL)),
     "Merge of 5, one more always on": always_on(merged(5)),
     "Composite of 5, unequal ranks, one more always on": always_on(composite(UNEQUAL)),
     "q, k and v in one, Merge of 1": fused(merged(1)),

@@ -45,8 +45,6 @@ EQUIVALENT: dict[tuple[str, str, str, str], str] = {
         "an empty matrix has no number in it whatever its other side is, and the first paths replace it as a whole",
     ("engine/compiled.py", '_TAGS = [torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else []',
      'hasattr(torch.Tag, "cudagraph_unsafe")', "True"): "every torch that the tests run on has the tag",
-    ("engine/products.py", "alpha = distinct.pop() if len(distinct) == 1 else 1.0", "1.0", "2.0"):
-        "twice the half of each number is the number to the last bit",
 }
 """(file, its line, what stood there, what stands there) -> why nobody could see a difference."""
 

@@ -87,7 +87,7 @@ def test_each_step_has_its_own_strengths(model, layout, kinds):  # noqa: F811
         assert close(out, expected(model, changes, branches, x))
 
 
-@pytest.mark.parametrize("layout", set(LAYOUTS) - {"a choice per layer"})
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "a choice per layer"])
 @pytest.mark.parametrize("kinds", [KINDS[name] for name in ("low-rank", "products", "in order")], ids="-".join)
 def test_a_strength_that_changes_needs_no_program_of_its_own(model, layout, kinds, asked):  # noqa: F811
     """Nor is one looked up. Guard: hundreds of layers whose products are chosen and put together anew in each step in
