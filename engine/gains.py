@@ -82,7 +82,7 @@ class Gains:
         of = {gains: tuple(map(marks.__getitem__, gains)) for gains in rows}
         alike = not any(branch.per_module for branch in distinct)
         return Marked(branches, of, tuple((mark, gain) for gain, mark in marks.items() if mark > ONE),
-                      tuple(of[branch.gains] for branch in branches) if alike else branches)
+                      tuple(of[branch.gains] for branch in branches) if alike else (branches, lone))
 
     def hold(self, marked: Marked) -> None:
         """From now on marks stand for the gains of this batch."""

@@ -203,14 +203,21 @@ def test_a_batch_within_another_leaves_that_its_strengths(routed):
     assert not torch.equal(*wants)
 
 
-def test_gradients_of_two_batches_of_other_strengths(routed):
-    """Guard: what the first needs on the way back, overwritten for the second."""
+@pytest.mark.parametrize("layer", ["0", ""], ids=["a choice per layer", "one for all"])
+def test_gradients_of_two_batches_of_other_strengths(routed, layer):
+    """After a batch without gradients. Guard: what the first needs on the way back, overwritten for the second."""
     x = torch.randn(2, 5, 6, requires_grad=True)
-    batches = [[Branch(strengths), one_hot(strengths, 2)] for strengths in FADING[:2]]
-    outs = []
+    batches = [[Branch((0.5,) * 3, ((layer, strengths),)) if layer else Branch(strengths), one_hot(strengths, 2)]
+               for strengths in FADING[:2]]
+    outs, wants = [], []
+    with torch.no_grad():
+        for branches in batches:
+            with routed.rows(branches):
+                wants.append(routed.root(x))
     for branches in batches:
         with routed.rows(branches):
             outs.append(routed.root(x))
+    assert torch.equal(torch.stack(outs), torch.stack(wants))
     both, = torch.autograd.grad(sum(outs).square().sum(), x)
     apart = []
     for branches in batches:
