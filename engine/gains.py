@@ -92,9 +92,10 @@ class Gains:
         for mark, gain in marked.numbers:
             self._numbers[mark].value = gain
         self.held = marked
-        for marks, fill in self._after if changed else ():
-            if not marks.isdisjoint(changed):
-                fill()
+        with torch.inference_mode():  # what was made in it may be changed nowhere else
+            for marks, fill in self._after if changed else ():
+                if not marks.isdisjoint(changed):
+                    fill()
 
     def number(self, mark: int) -> Number:
         """What a mark stands for, as a number that follows it."""

@@ -185,6 +185,23 @@ def test_gains_at_places_follow_strengths_and_maps(routed, order):
             kept = addresses
 
 
+@pytest.mark.parametrize("modes", [(torch.inference_mode, torch.no_grad), (torch.no_grad, torch.inference_mode)],
+                         ids=["inference first", "inference last"])
+@pytest.mark.parametrize("placed", [False, True], ids=["everywhere", "at places"])
+def test_strengths_change_in_and_out_of_inference(routed, placed, modes):
+    """As under nodes that leave the mode in which ComfyUI samples, for some evaluations of a run."""
+    x, branches = torch.randn(2, 16, 6), [[Branch(strengths), one_hot(strengths, 2)] for strengths in FADING[:2]]
+    places, fresh = (Places(maps(2), (0, 1), locate=lambda name, tokens: (Segment("picture", 16, (1, 4, 4)),))
+                     if placed else None for _ in range(2))
+    for mode, batch in zip((*modes, *modes), branches * 2, strict=True):
+        with mode():
+            with routed.rows(batch, places):
+                found = routed.root(x)
+            assert found.is_inference() == (mode is torch.inference_mode)
+    with torch.inference_mode(), routed.rows(branches[1], fresh):
+        assert torch.equal(found, routed.root(x))
+
+
 def test_a_batch_within_another_leaves_that_its_strengths(routed):
     """As where a guidance evaluates the model inside the evaluation of another."""
     x = torch.randn(2, 5, 6)
