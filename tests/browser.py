@@ -145,7 +145,13 @@ class Browser:
         return answer
 
     async def _call(self, method: str, seconds: float = 60.0, **params: Any) -> dict[str, Any]:
-        data = await asyncio.wait_for(await self._send(method, **params), seconds)
+        answer = await self._send(method, **params)
+        await asyncio.wait({answer, self._reader}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():  # one that comes later is let in, and nobody asks for it
+            why = f"{self._reader.exception() or 'it has gone'}: {self._log()}" if self._reader.done() else \
+                f"none in {seconds:g} s"
+            raise BrowserError(f"{method}: no answer from the browser, {why}")
+        data = answer.result()
         if "error" in data:
             raise BrowserError(f"{method}: {data['error']['message']}")
         return data["result"]
