@@ -35,7 +35,6 @@ class Site(nn.Module):
                     others.setdefault(adapter, []).append(op.to(dtype) if type(op) is Kron and dtype else op)
         self.stacks = nn.ModuleList([Stack(slices, dtype) for slices in stacks.values()])
         self.others = nn.ModuleDict({str(adapter): nn.ModuleList(kept) for adapter, kept in others.items()})
-
         self.weighed = any(isinstance(op, Decomposed) for ops in others.values() for op in ops)
 
     @property

@@ -77,7 +77,7 @@ class RoutedForwards:
         self.acted: set[int] = set()
         self._installed: list[_Installed] = []
         self._layers: list[Layer] = []
-        self._names: list[str] = []  # theirs
+        self._names: list[str] = []  # theirs, which a choice for each layer goes through at every step
         self._weighed: list[int] = []  # layers whose programs are for some gains alone
         self._layouts: dict[Hashable, Layout] = {}
         self._gains = Gains()

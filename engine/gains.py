@@ -72,8 +72,9 @@ class Gains:
         for branch in distinct:
             rows |= dict.fromkeys((branch.gains, *map(itemgetter(1), branch.per_module)))
         marks: dict[float, int] = {0.0: OFF, 1.0: ONE}
-        for adapter, column in enumerate(zip(*rows, strict=True)):  # by adapters, so that what one has is called alike
-            place = count()                                         # whichever of them are there
+        # By adapters, so that what one has is called alike whichever of the others act.
+        for adapter, column in enumerate(zip(*rows, strict=True)):
+            place = count()
             for gain in dict.fromkeys(column):
                 if gain not in marks:
                     name = adapter, (gain,) if lone else next(place)

@@ -41,10 +41,6 @@ class Program:
     text: tuple[str, ...] = ()
 
 
-UNMET = Program(torch.Size((-1,)), torch.bool, lambda y, x: y)
-"""The program of a layer that no batch of a layout has come to yet."""
-
-
 class Layer(NamedTuple):
     """A layer that a bank acts on; `base` is its forward as it was."""
 
@@ -338,6 +334,10 @@ def _with(base: Callable, updates: Sequence[Update]) -> Callable:
 def nothing(y: Tensor, x: Tensor) -> Tensor:
     """The update of a layer on which no adapter acts."""
     return y
+
+
+UNMET = Program(torch.Size((-1,)), torch.bool, nothing)
+"""The program of a layer that no batch of a layout has come to yet."""
 
 
 def _of_one(update: Update) -> Update:

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from lora_ensemble.engine import program as program_module
 from lora_ensemble.engine.bank import Bank
 from lora_ensemble.engine.forwards import RoutedForwards
 from lora_ensemble.engine.gains import OFF, ONE, Gains
 from lora_ensemble.engine.positions import Places, Segment
 from lora_ensemble.kernels.branch import Branch, one_hot
 from lora_ensemble.tests.reference import close, expected, make_ops
+from lora_ensemble.tests.test_engine_programs import watched
 from lora_ensemble.tests.test_engine_rows import adapters, model  # noqa: F401  (a fixture)
 from lora_ensemble.tests.test_positions import maps
 from torch import Tensor, nn
@@ -35,24 +35,21 @@ KINDS = {"low-rank": ("lora", "lora wide", "lora"), "of two parts": ("lora parts
          "a DoRA above": ("dense", "dora out", "dora in"), "a DoRA beneath": ("dora out", "lora", "lora")}
 
 
+def placed(seed: int = 0) -> Places:
+    """Places of two rows, each with a picture of its own."""
+    return Places(maps(2, seed=seed), (0, 1), locate=lambda name, tokens: (Segment("picture", 16, (1, 4, 4)),))
+
+
 @pytest.fixture
 def made(monkeypatch) -> list[str]:
     """Layers whose program was made, one per program."""
-    layers: list[str] = []
-    real = program_module.Programs._program
-    monkeypatch.setattr(program_module.Programs, "_program",
-                        lambda self, layer, *call: layers.append(layer.site.name) or real(self, layer, *call))
-    return layers
+    return watched(monkeypatch, "_program")
 
 
 @pytest.fixture
 def asked(monkeypatch) -> list[str]:
     """Layers that asked for their program, as those do that have none yet for the batch."""
-    layers: list[str] = []
-    real = program_module.Programs.program
-    monkeypatch.setattr(program_module.Programs, "program",
-                        lambda self, layer, *call: layers.append(layer.site.name) or real(self, layer, *call))
-    return layers
+    return watched(monkeypatch, "program")
 
 
 @pytest.fixture
@@ -122,7 +119,7 @@ def test_what_a_dora_does_is_looked_up_where_strengths_have_changed_alone(model,
 
 def test_nothing_is_kept_beyond_a_run(routed):
     """Guard: places and gains on a device for as long as the model is."""
-    places = Places(maps(), (0, 0), locate=lambda name, tokens: (Segment("picture", 16, (1, 4, 4)),))
+    places = placed()
     with torch.no_grad(), routed.rows([Branch(FADING[0])] * 2, places):
         routed.root(torch.zeros(2, 16, 6))
     gone = [weakref.ref(each) for each in (places, *(tensor for tensor, *_ in places._kept.values()))]
@@ -156,7 +153,7 @@ def test_what_is_off_one_or_equal_is_another_program(routed, made):
                 found = routed.root(x)
             changes = [{"0": make_ops("lora", (8, 6), seed)[1]} for seed in range(3)]
             plain = nn.Sequential(nn.Linear(6, 8))
-            plain.load_state_dict({name: tensor for name, tensor in routed.root.state_dict().items()})
+            plain.load_state_dict(routed.root.state_dict())
             assert close(found, expected(plain, changes, [Branch(strengths)] * 2, x))
     assert len(made) == 4
 
@@ -164,10 +161,7 @@ def test_what_is_off_one_or_equal_is_another_program(routed, made):
 @pytest.mark.parametrize("order", ["strengths first", "maps first"])
 def test_gains_at_places_follow_strengths_and_maps(routed, order):
     """In place: each step as in a run of its own, and not a tensor more is kept than after the first."""
-    def places(seed: int) -> Places:
-        return Places(maps(2, seed=seed), (0, 1), locate=lambda name, tokens: (Segment("picture", 16, (1, 4, 4)),))
-
-    x, held, kept = torch.randn(2, 16, 6), places(0), None
+    x, held, kept = torch.randn(2, 16, 6), placed(), None
     with torch.no_grad():
         for step, strengths in enumerate([*FADING, FADING[0]]):
             branches = [Branch(strengths), Branch((strengths[2], 0.0, 0.5))]
@@ -177,7 +171,7 @@ def test_gains_at_places_follow_strengths_and_maps(routed, order):
                 if order == "strengths first":
                     held.update(maps(2, seed=step))
                 found = routed.root(x)
-            with routed.rows(branches, places(step)):
+            with routed.rows(branches, placed(step)):
                 want = routed.root(x)
             assert torch.equal(found, want)
             addresses = {key: tensor.data_ptr() for key, (tensor, *_) in held._kept.items()}
@@ -187,12 +181,11 @@ def test_gains_at_places_follow_strengths_and_maps(routed, order):
 
 @pytest.mark.parametrize("modes", [(torch.inference_mode, torch.no_grad), (torch.no_grad, torch.inference_mode)],
                          ids=["inference first", "inference last"])
-@pytest.mark.parametrize("placed", [False, True], ids=["everywhere", "at places"])
-def test_strengths_change_in_and_out_of_inference(routed, placed, modes):
+@pytest.mark.parametrize("where", [lambda: None, placed], ids=["everywhere", "at places"])
+def test_strengths_change_in_and_out_of_inference(routed, where, modes):
     """As under nodes that leave the mode in which ComfyUI samples, for some evaluations of a run."""
     x, branches = torch.randn(2, 16, 6), [[Branch(strengths), one_hot(strengths, 2)] for strengths in FADING[:2]]
-    places, fresh = (Places(maps(2), (0, 1), locate=lambda name, tokens: (Segment("picture", 16, (1, 4, 4)),))
-                     if placed else None for _ in range(2))
+    places, fresh = where(), where()
     for mode, batch in zip((*modes, *modes), branches * 2, strict=True):
         with mode():
             with routed.rows(batch, places):

@@ -22,6 +22,15 @@ from lora_ensemble.tests.test_engine_rows import ALONE, LAYOUTS, Small, adapters
 from torch import nn
 
 
+def watched(monkeypatch: pytest.MonkeyPatch, method: str) -> list[str]:
+    """The layers with which a method of `Programs` is called from now on, in order."""
+    layers: list[str] = []
+    real = getattr(program_module.Programs, method)
+    monkeypatch.setattr(program_module.Programs, method,
+                        lambda self, layer, *call: layers.append(layer.site.name) or real(self, layer, *call))
+    return layers
+
+
 @pytest.fixture
 def model() -> Small:
     torch.manual_seed(0)
@@ -103,10 +112,7 @@ def test_programs_are_chosen_once(model, monkeypatch):
 def test_a_choice_per_layer_that_is_new_finds_what_the_layers_did_before(model, monkeypatch):
     """A method that chooses anew at each step has a new layout at each, of the programs of old ones: none is looked up
     for an input as it was. They are not taken for another size, several branches, places, a reach, moved factors."""
-    asked = []
-    real = program_module.Programs.program
-    monkeypatch.setattr(program_module.Programs, "program",
-                        lambda self, layer, *call: asked.append(layer.site.name) or real(self, layer, *call))
+    asked = watched(monkeypatch, "program")
     bank, changes = adapters(model)
     x = {size: torch.randn(2, 4, size, 6) for size in (5, 7)}
     first, second, third = (branch.gains for branch in ALONE)
